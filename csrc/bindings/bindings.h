@@ -1,0 +1,14 @@
+// What module.cpp assembles: one bind_<operation> per file of this folder.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+namespace andromeda::bindings {
+
+void bind_attention(pybind11::module_& m);
+void bind_qk_norm_rotary(pybind11::module_& m);
+
+pybind11::dict build_info();  // build_info.cpp.in
+
+}  // namespace andromeda::bindings

@@ -1,0 +1,149 @@
+// A vector of floats on the compiler's vector extensions, as wide as the instruction set this file is compiled for.
+//
+// Every file in this folder that includes simd.h is compiled once per instruction set (CMakeLists.txt) with
+// ANDROMEDA_ISA naming it. All code sits in the namespace of that name, so that the linker cannot merge an inline
+// function of one instruction set with its twin of another.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace andromeda::cpu::ANDROMEDA_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kLanes = 16;
+#elif defined(__AVX__)
+inline constexpr int kLanes = 8;
+#else
+inline constexpr int kLanes = 4;  // SSE2, NEON
+#endif
+
+using Vec = float __attribute__((vector_size(kLanes * sizeof(float))));
+using IntVec = std::int32_t __attribute__((vector_size(kLanes * sizeof(float))));
+using HalfBits = std::uint16_t __attribute__((vector_size(kLanes * sizeof(std::uint16_t))));
+
+// Storage types. bfloat16 and float16 are only ever converted, never computed with.
+struct BFloat16 {
+  std::uint16_t bits;
+};
+struct Float16 {
+  std::uint16_t bits;
+};
+
+inline Vec broadcast(float x) { return x - Vec{}; }
+
+inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline Vec load(const BFloat16* p) {
+  HalfBits h;
+  std::memcpy(&h, p, sizeof h);
+  return (Vec)(__builtin_convertvector(h, IntVec) << 16);
+}
+
+inline Vec load(const Float16* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Vec v;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    _Float16 h;
+    std::memcpy(&h, p + lane, sizeof h);
+    v[lane] = static_cast<float>(h);
+  }
+  return v;
+#endif
+}
+
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+inline Vec select(IntVec mask, Vec yes, Vec no) {
+  return (Vec)(((IntVec)yes & mask) | ((IntVec)no & ~mask));
+}
+
+// Round to nearest even, as torch does. A NaN keeps its upper bits and a set quiet bit, so it stays a NaN.
+inline void store(BFloat16* p, Vec v) {
+  const IntVec bits = (IntVec)v;
+  const IntVec rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  const IntVec is_nan = v != v;
+  const HalfBits h = __builtin_convertvector(((rounded & ~is_nan) | ((bits | 0x400000) & is_nan)) >> 16, HalfBits);
+  std::memcpy(p, &h, sizeof h);
+}
+
+inline void store(Float16* p, Vec v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const _Float16 h = static_cast<_Float16>(v[lane]);
+    std::memcpy(p + lane, &h, sizeof h);
+  }
+#endif
+}
+
+// The first `count` lanes; the others read as 0 and are not touched in memory.
+template <typename T>
+inline Vec load_first(const T* p, int count) {
+  T buffer[kLanes] = {};
+  std::memcpy(buffer, p, count * sizeof(T));
+  return load(buffer);
+}
+
+template <typename T>
+inline void store_first(T* p, Vec v, int count) {
+  T buffer[kLanes];
+  store(buffer, v);
+  std::memcpy(p, buffer, count * sizeof(T));
+}
+
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+
+inline IntVec lane_index() {
+  IntVec v;
+  for (int lane = 0; lane < kLanes; ++lane) v[lane] = lane;
+  return v;
+}
+
+// Lane i of the result is lane (i ^ kDistance) of v.
+template <int kDistance>
+inline Vec exchange(Vec v) {
+  constexpr int x = kDistance;
+  if constexpr (kLanes == 16) {
+    return __builtin_shufflevector(v, v, 0 ^ x, 1 ^ x, 2 ^ x, 3 ^ x, 4 ^ x, 5 ^ x, 6 ^ x, 7 ^ x, 8 ^ x, 9 ^ x, 10 ^ x,
+                                   11 ^ x, 12 ^ x, 13 ^ x, 14 ^ x, 15 ^ x);
+  } else if constexpr (kLanes == 8) {
+    return __builtin_shufflevector(v, v, 0 ^ x, 1 ^ x, 2 ^ x, 3 ^ x, 4 ^ x, 5 ^ x, 6 ^ x, 7 ^ x);
+  } else {
+    return __builtin_shufflevector(v, v, 0 ^ x, 1 ^ x, 2 ^ x, 3 ^ x);
+  }
+}
+
+// Sums and maxima over the lanes by a fixed butterfly.
+inline float reduce_add(Vec v) {
+  if constexpr (kLanes == 16) v += exchange<8 % kLanes>(v);
+  if constexpr (kLanes >= 8) v += exchange<4 % kLanes>(v);
+  v += exchange<2>(v);
+  v += exchange<1>(v);
+  return v[0];
+}
+
+inline float reduce_max(Vec v) {
+  if constexpr (kLanes == 16) v = max(v, exchange<8 % kLanes>(v));
+  if constexpr (kLanes >= 8) v = max(v, exchange<4 % kLanes>(v));
+  v = max(v, exchange<2>(v));
+  v = max(v, exchange<1>(v));
+  return v[0];
+}
+
+}  // namespace andromeda::cpu::ANDROMEDA_ISA

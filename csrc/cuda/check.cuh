@@ -1,0 +1,49 @@
+// CUDA failures as exceptions that say what was launched, on which device, and for which devices it was built.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <stdexcept>
+#include <string>
+
+namespace andromeda::cuda {
+
+struct Launch {
+  const char* kernel;
+  unsigned num_blocks, num_threads;
+  std::size_t shared_bytes;  // dynamic
+};
+
+inline std::string describe_current_device() {
+  int device = -1, major = 0, minor = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return "device " + std::to_string(device) + ", of compute capability " + std::to_string(major) + "." +
+         std::to_string(minor);
+}
+
+// "8.0, 9.0". nvcc defines the list as 800,900.
+inline std::string describe_architectures() {
+  std::string text;
+  for (const int architecture : {__CUDA_ARCH_LIST__}) {
+    text +=
+        (text.empty() ? "" : ", ") + std::to_string(architecture / 100) + "." + std::to_string(architecture % 100 / 10);
+  }
+  return text;
+}
+
+inline void check(cudaError_t status, const char* call, const Launch& launch) {
+  if (status == cudaSuccess) return;
+  throw std::runtime_error(std::string(launch.kernel) + ": " + call + " returned " + cudaGetErrorName(status) + ", " +
+                           cudaGetErrorString(status) + ", for " + std::to_string(launch.num_blocks) + " blocks of " +
+                           std::to_string(launch.num_threads) + " threads and " + std::to_string(launch.shared_bytes) +
+                           " bytes of dynamic shared memory on " + describe_current_device() +
+                           " (kernels are built for " + describe_architectures() + ")");
+}
+
+}  // namespace andromeda::cuda
+
+// ANDROMEDA_CUDA_CHECK(cudaGetLastError(), launch): std::runtime_error unless the call returns cudaSuccess.
+#define ANDROMEDA_CUDA_CHECK(call, launch) ::andromeda::cuda::check((call), #call, (launch))

@@ -1,0 +1,128 @@
+// Global memory as the 16-byte chunks that a lane works on, and half precision as pairs of floats.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <type_traits>
+
+#include "andromeda/dispatch.h"
+
+namespace andromeda::cuda {
+
+struct StorageTypes {
+  using Float32 = float;
+  using Float16 = __half;
+  using BFloat16 = __nv_bfloat16;
+};
+
+// Two adjacent elements: what one conversion instruction handles.
+template <typename T>
+struct PairOf;
+template <>
+struct PairOf<float> {
+  using type = float2;
+};
+template <>
+struct PairOf<__half> {
+  using type = __half2;
+};
+template <>
+struct PairOf<__nv_bfloat16> {
+  using type = __nv_bfloat162;
+};
+template <typename T>
+using Pair = typename PairOf<T>::type;
+
+__device__ inline float2 to_floats(float2 pair) { return pair; }
+__device__ inline float2 to_floats(__half2 pair) { return __half22float2(pair); }
+__device__ inline float2 to_floats(__nv_bfloat162 pair) { return __bfloat1622float2(pair); }
+
+// Rounds to nearest even.
+template <typename T>
+__device__ inline Pair<T> from_floats(float2 pair) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return pair;
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __float22half2_rn(pair);
+  } else {
+    return __float22bfloat162_rn(pair);
+  }
+}
+
+inline constexpr int kChunkBytes = 16;  // the widest access a lane can make
+
+template <typename T>
+inline constexpr int kChunkWidth = kChunkBytes / sizeof(T);  // in elements
+
+template <typename T>
+struct alignas(kChunkBytes) Chunk {
+  static constexpr int kPairs = kChunkWidth<T> / 2;
+  Pair<T> pairs[kPairs];
+};
+
+// How a row may be read: in chunks, if it starts at a multiple of 16 bytes and has a whole number of chunks, or else
+// one element at a time, which costs more instructions and the same bytes from memory.
+enum class Access { kChunk, kElement };
+
+// `count` elements of the row, an even number, are left at `source`; what is missing (count may be <= 0) reads as zero.
+// The data are used once: they go through the caches marked as first to leave, so that tables and scales stay.
+template <Access kAccess, typename T>
+__device__ inline Chunk<T> load_once(const T* source, int count) {
+  static_assert(sizeof(Chunk<T>) == sizeof(uint4) && alignof(Chunk<T>) == alignof(uint4));
+  Chunk<T> chunk;
+  if constexpr (kAccess == Access::kChunk) {
+    const uint4 bits = count > 0 ? __ldcs(reinterpret_cast<const uint4*>(source)) : make_uint4(0, 0, 0, 0);
+    memcpy(&chunk, &bits, sizeof chunk);
+  } else {
+#pragma unroll
+    for (int i = 0; i < Chunk<T>::kPairs; ++i) {
+      const bool inside = 2 * i < count;
+      chunk.pairs[i].x = inside ? __ldcs(source + 2 * i) : T(0.0f);
+      chunk.pairs[i].y = inside ? __ldcs(source + 2 * i + 1) : T(0.0f);
+    }
+  }
+  return chunk;
+}
+
+template <Access kAccess, typename T>
+__device__ inline void store(T* target, const Chunk<T>& chunk, int count) {
+  if constexpr (kAccess == Access::kChunk) {
+    uint4 bits;
+    memcpy(&bits, &chunk, sizeof bits);
+    if (count > 0) *reinterpret_cast<uint4*>(target) = bits;
+  } else {
+#pragma unroll
+    for (int i = 0; i < Chunk<T>::kPairs; ++i) {
+      if (2 * i < count) {
+        target[2 * i] = chunk.pairs[i].x;
+        target[2 * i + 1] = chunk.pairs[i].y;
+      }
+    }
+  }
+}
+
+// Float constants that many lanes share, through the read-only path. Pairs past the first `count` elements, an even
+// number, read as `fill`. With Access::kChunk the address is a multiple of 16 bytes and count one of 4.
+template <Access kAccess, int kPairs>
+__device__ inline void load_constants(float2 (&pairs)[kPairs], const float* source, int count, float2 fill) {
+  static_assert(kPairs % 2 == 0, "a 16-byte access brings two pairs");
+#pragma unroll
+  for (int i = 0; i < kPairs; i += 2) {
+    pairs[i] = pairs[i + 1] = fill;
+    if constexpr (kAccess == Access::kChunk) {
+      if (2 * i < count) {
+        const float4 two = __ldg(reinterpret_cast<const float4*>(source + 2 * i));
+        pairs[i] = make_float2(two.x, two.y);
+        pairs[i + 1] = make_float2(two.z, two.w);
+      }
+    } else {
+#pragma unroll
+      for (int j = i; j < i + 2; ++j) {
+        if (2 * j < count) pairs[j] = make_float2(__ldg(source + 2 * j), __ldg(source + 2 * j + 1));
+      }
+    }
+  }
+}
+
+}  // namespace andromeda::cuda

@@ -1,0 +1,24 @@
+// Linked in place of cuda/ when the build had no CUDA compiler.
+#include <stdexcept>
+#include <string>
+
+#include "andromeda/qk_norm_rotary.h"
+
+namespace andromeda::cuda {
+namespace {
+
+[[noreturn]] void unavailable(const char* operation) {
+  throw std::runtime_error(std::string(operation) +
+                           ": this installation was built without CUDA kernels. With a CUDA toolkit installed, "
+                           "ANDROMEDA_CUDA=1 pip install -v --force-reinstall --no-deps <source folder> builds them");
+}
+
+}  // namespace
+
+void qk_norm_rotary_forward(const QkNormRotaryParams&, CUstream_st*) { unavailable("qk_norm_rotary_forward"); }
+
+void qk_norm_rotary_backward(const QkNormRotaryBackwardParams&, CUstream_st*) {
+  unavailable("qk_norm_rotary_backward");
+}
+
+}  // namespace andromeda::cuda

@@ -1,0 +1,64 @@
+// qk_norm_rotary (SPEC 5.2, 5.3): normalise, scale and rotate the rows of q and k in one pass over memory.
+//
+//   x_hat = x / max(||x||, 1e-12)              when normalize, else x
+//   x_til = x_hat * scale[head]                when scale is given
+//   pairs (2t, 2t+1) with 2t < rotary_dim, at position p of the row:
+//   out[2t]   = z * (x_til[2t] * cos - x_til[2t+1] * sin)     z = zeta_t ^ (+-(p - origin) / 512), + for q, - for k
+//   out[2t+1] = z * (x_til[2t+1] * cos + x_til[2t] * sin)     cos, sin of p * omega_t
+//
+// The host makes the factor tables in double precision, because p * omega_t loses digits in float32 at large p, and
+// folds z into them: table[row][2t] = z * cos, table[row][2t+1] = z * sin.
+#pragma once
+
+#include <cstdint>
+
+#include "andromeda/tensor_view.h"
+
+struct CUstream_st;  // what cudaStream_t names: declaring it keeps CUDA headers out of this one
+
+namespace andromeda {
+
+// One of the two operands. The same struct serves the backward pass, which needs the raw input again.
+struct QkNormRotaryOperand {
+  const void* x;       // (batch, seqlen, num_heads, head_dim)
+  const float* scale;  // (num_heads, head_dim), or nullptr for 1
+  const float* table;  // (seqlen, rotary_dim), or nullptr when rotary_dim == 0
+  void* out;           // (batch, seqlen, num_heads, head_dim); nullptr in the backward pass
+  SeqStrides x_stride, out_stride;
+  int seqlen, num_heads;
+};
+
+struct QkNormRotaryParams {
+  QkNormRotaryOperand q, k;
+  int batch, head_dim, rotary_dim;
+  bool normalize;
+  DType dtype;  // of x and out
+};
+
+struct QkNormRotaryBackwardOperand {
+  QkNormRotaryOperand forward;
+  const void* dout;       // (batch, seqlen, num_heads, head_dim)
+  void* dx;               // (batch, seqlen, num_heads, head_dim)
+  float* dscale_partial;  // (num_partials, num_heads, head_dim), summed over the first axis by the caller; or nullptr
+  SeqStrides dout_stride, dx_stride;
+};
+
+struct QkNormRotaryBackwardParams {
+  QkNormRotaryBackwardOperand q, k;
+  int batch, head_dim, rotary_dim;
+  int num_partials;  // rows of each operand are cut into this many equal runs, whatever the number of threads
+  bool normalize;
+  DType dtype;  // of x, dout and dx
+};
+
+namespace cpu {
+void qk_norm_rotary_forward(const QkNormRotaryParams& params, int num_threads);
+void qk_norm_rotary_backward(const QkNormRotaryBackwardParams& params, int num_threads);
+}  // namespace cpu
+
+namespace cuda {
+void qk_norm_rotary_forward(const QkNormRotaryParams& params, CUstream_st* stream);
+void qk_norm_rotary_backward(const QkNormRotaryBackwardParams& params, CUstream_st* stream);
+}  // namespace cuda
+
+}  // namespace andromeda
