@@ -8,6 +8,7 @@
 #include <limits>
 #include <optional>
 #include <string>
+#include <type_traits>
 
 #include "andromeda/tensor_view.h"
 
@@ -59,6 +60,19 @@ class Call {
     throw pybind11::type_error(message(name, requirement, got));
   }
 
+  std::string name() const { return operation_; }
+
+  void dimensions(const char* name, const TensorView& view, int count) const {
+    if (view.ndim != count) {
+      value_error(name, "have " + std::to_string(count) + " dimensions",
+                  "shape " + describe_sizes(view.shape, view.ndim));
+    }
+  }
+
+  void threads(int num_threads) const {
+    if (num_threads < 1) value_error("num_threads", "be at least 1", std::to_string(num_threads));
+  }
+
   int size(const char* name, const TensorView& view, int dim) const {
     if (view.shape[dim] > std::numeric_limits<int>::max()) {
       value_error(name, "have fewer than 2^31 elements in dimension " + std::to_string(dim),
@@ -70,7 +84,7 @@ class Call {
   // (batch, seqlen, num_heads, head_dim) with any strides but the last, of the leader's dtype.
   SeqStrides activations(const char* name, const TensorView& view, std::initializer_list<std::int64_t> shape) const {
     require(name, view, shape, leader_.dtype);
-    if (view.shape[3] > 1 && view.stride[3] != 1) {
+    if (view.shape[3] > 1 && view.stride[3] != 1 && !is_empty(view)) {
       value_error(name, "be dense in its last dimension", "stride " + std::to_string(view.stride[3]));
     }
     return {view.stride[0], view.stride[1], view.stride[2]};
@@ -101,8 +115,7 @@ class Call {
     return std::string(operation_) + ": " + name + " must " + requirement + ", got " + got;
   }
 
-  void require(const char* name, const TensorView& view, std::initializer_list<std::int64_t> shape,
-               DType dtype) const {
+  void require(const char* name, const TensorView& view, std::initializer_list<std::int64_t> shape, DType dtype) const {
     bool same = view.ndim == static_cast<int>(shape.size());
     for (int dim = 0; same && dim < view.ndim; ++dim) same = view.shape[dim] == *(shape.begin() + dim);
     if (!same) {

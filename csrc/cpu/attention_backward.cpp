@@ -11,8 +11,8 @@
 //
 // Every sum has a fixed order, whatever the number of threads: dk and dv belong to one task, dq receives its blocks of
 // keys from left to right. dk and dv of one key head are never expanded to its query heads. Memory beyond the tensors:
-// 4 * seqlen_q * head_dim bytes per query head for dq in float32, 12 * seqlen_k * head_dim per key head for packed keys and
-// values (both padded to tiles), and one set of tiles per thread.
+// 4 * seqlen_q * head_dim bytes per query head for dq in float32, 12 * seqlen_k * head_dim per key head for packed keys
+// and values (both padded to tiles), and one set of tiles per thread.
 #include <atomic>
 #include <thread>
 
@@ -85,11 +85,11 @@ struct BlockTile {
         dk(kBlockTiles * shape.key_panels),
         dv(kBlockTiles * shape.key_panels),
         row(shape.num_panels * kCols) {}
-  Buffer queries, douts;              // left operands of q k^T and dout v^T
-  Buffer query_panels, dout_panels;   // right operands of ds^T q and p^T dout
+  Buffer queries, douts;             // left operands of q k^T and dout v^T
+  Buffer query_panels, dout_panels;  // right operands of ds^T q and p^T dout
   Buffer p, ds, dk, dv, row;
   Row rows[kTileQ];
-  float lse[kTileQ], delta[kTileQ];   // lse in base 2
+  float lse[kTileQ], delta[kTileQ];  // lse in base 2
   int num_rows;
 };
 

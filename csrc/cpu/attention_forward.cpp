@@ -9,8 +9,8 @@
 //
 // A tile's rows are consecutive queries of one head; when there are fewer than kTileQ queries, of several heads that
 // share a key head, so that a short continuation reads each key once for all of them. Keys and values are packed
-// once per key head and shared by its query heads. Memory beyond the tensors: 8 * seqlen_k * head_dim bytes per key head
-// (padded to tiles) plus one set of tiles per thread. Flops: 4 * head_dim per visible (query, key) pair.
+// once per key head and shared by its query heads. Memory beyond the tensors: 8 * seqlen_k * head_dim bytes per key
+// head (padded to tiles) plus one set of tiles per thread. Flops: 4 * head_dim per visible (query, key) pair.
 #include "attention_tile.h"
 #include "parallel.h"
 
@@ -26,7 +26,8 @@ struct PackedKeys {
         num_panels(static_cast<int>(ceil_div(params.head_dim, kCols))),
         num_tiles(ceil_div(params.seqlen_k, kTileK)),
         keys(static_cast<std::int64_t>(params.batch) * params.num_kv_heads * num_tiles * kTileK * head_dim),
-        values(static_cast<std::int64_t>(params.batch) * params.num_kv_heads * num_tiles * kTileK * num_panels * kCols) {}
+        values(static_cast<std::int64_t>(params.batch) * params.num_kv_heads * num_tiles * kTileK * num_panels *
+               kCols) {}
 
   float* key_tile(std::int64_t kv_head, std::int64_t tile) const {
     return keys.get() + (kv_head * num_tiles + tile) * kTileK * head_dim;
@@ -202,8 +203,8 @@ TileRange load_queries(const AttentionParams& params, int batch, int head, int h
 }
 
 template <typename T>
-void store_outputs(const AttentionParams& params, int batch, int head, int heads, std::int64_t query,
-                   int num_panels, const QueryTile& tile) {
+void store_outputs(const AttentionParams& params, int batch, int head, int heads, std::int64_t query, int num_panels,
+                   const QueryTile& tile) {
   for (int r = 0; r < tile.num_rows; ++r) {
     const std::int64_t i = query + r / heads;
     const int a = head + r % heads;

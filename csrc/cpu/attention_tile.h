@@ -212,9 +212,9 @@ inline Vec exp2(Vec x) {
 // A head's constants. `window`: keys at this distance or farther together hold less than 2^-24 of a row's softmax
 // (gpu_kernels 1.5: exp(2 bound - slope * distance), a geometric sum against the row's own key).
 struct Head {
-  float slope;             // base 2
-  std::int64_t window;     // in tokens; kUnlimited without a bound or a bias
-  bool bounded;            // the softmax needs no running maximum: |logit| <= kLargestBound
+  float slope;          // base 2
+  std::int64_t window;  // in tokens; kUnlimited without a bound or a bias
+  bool bounded;         // the softmax needs no running maximum: |logit| <= kLargestBound
 };
 
 inline constexpr std::int64_t kUnlimited = std::int64_t{1} << 40;

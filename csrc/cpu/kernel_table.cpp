@@ -13,8 +13,11 @@ void qk_norm_rotary_backward(const QkNormRotaryBackwardParams& params, int num_t
 
 extern const KernelTable kernel_table;
 const KernelTable kernel_table = {
-    ANDROMEDA_STRINGIFY(ANDROMEDA_ISA), attention_forward,      attention_backward,
-    qk_norm_rotary_forward,             qk_norm_rotary_backward,
+    ANDROMEDA_STRINGIFY(ANDROMEDA_ISA),
+    attention_forward,
+    attention_backward,
+    qk_norm_rotary_forward,
+    qk_norm_rotary_backward,
 };
 
 }  // namespace andromeda::cpu::ANDROMEDA_ISA

@@ -4,12 +4,12 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cstring>
 #include <type_traits>
-
-#include "andromeda/dispatch.h"
 
 namespace andromeda::cuda {
 
+// What dispatch_dtype hands out on this backend.
 struct StorageTypes {
   using Float32 = float;
   using Float16 = __half;
@@ -105,7 +105,7 @@ __device__ inline void store(T* target, const Chunk<T>& chunk, int count) {
 // Float constants that many lanes share, through the read-only path. Pairs past the first `count` elements, an even
 // number, read as `fill`. With Access::kChunk the address is a multiple of 16 bytes and count one of 4.
 template <Access kAccess, int kPairs>
-__device__ inline void load_constants(float2 (&pairs)[kPairs], const float* source, int count, float2 fill) {
+__device__ inline void load_constants(float2* pairs, const float* source, int count, float2 fill) {
   static_assert(kPairs % 2 == 0, "a 16-byte access brings two pairs");
 #pragma unroll
   for (int i = 0; i < kPairs; i += 2) {

@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "andromeda/dispatch.h"
 #include "check.cuh"
 #include "qk_norm_rotary.cuh"
 
@@ -15,8 +16,10 @@ namespace andromeda::cuda {
 namespace {
 
 // Rows that a group transforms when nothing else fixes the length of a run: enough to pay for its start (the scale,
-// the division), few enough to give a small call many blocks.
+// the divisions), few enough to give a small call many blocks.
 constexpr int kRowsPerGroup = 4;
+constexpr int kMaxRunLength = 1 << 30;  // tokens: they are counted in an int, a few steps past the end
+static_assert(kMaxRunLength <= INT_MAX - 2 * kThreads);
 
 int floor_log2(int value) {
   int log2 = 0;
@@ -28,7 +31,7 @@ int ceil_log2(int value) { return value <= 1 ? 0 : floor_log2(value - 1) + 1; }
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-void check_widths(int head_dim, int rotary_dim) {
+void check_rows(int head_dim, int rotary_dim) {
   if (head_dim < 2 || head_dim > kMaxHeadDim || head_dim % 2 != 0) {
     throw std::invalid_argument("qk_norm_rotary: head_dim must be even and between 2 and " +
                                 std::to_string(kMaxHeadDim) + " on CUDA, got " + std::to_string(head_dim));
@@ -36,6 +39,12 @@ void check_widths(int head_dim, int rotary_dim) {
   if (rotary_dim < 0 || rotary_dim > head_dim || rotary_dim % 2 != 0) {
     throw std::invalid_argument("qk_norm_rotary: rotary_dim must be even and between 0 and head_dim=" +
                                 std::to_string(head_dim) + ", got " + std::to_string(rotary_dim));
+  }
+}
+
+void check_table(const QkNormRotaryOperand& operand, int rotary_dim) {
+  if (rotary_dim > 0 && operand.table == nullptr && operand.seqlen > 0) {
+    throw std::invalid_argument("qk_norm_rotary: the tables must be given for rotary_dim > 0, got none");
   }
 }
 
@@ -71,36 +80,54 @@ bool in_chunks(const Params& params) {
          in_chunks<T>(params.q, params.batch) && in_chunks<T>(params.k, params.batch);
 }
 
+Pitch pitch_of(const OperandPlan& plan, int seqlen, const SeqStrides& stride) {
+  const int step_batch = plan.num_token_lanes / std::max(seqlen, 1);
+  const std::int64_t inside = step_batch * stride.batch + plan.step_seq * stride.seq;
+  return {inside, inside + stride.batch - seqlen * stride.seq};
+}
+
 // num_runs == 0: as many as keep the device busy.
-OperandPlan plan_operand(const QkNormRotaryOperand& operand, int batch, int group_log2, std::int64_t num_runs) {
+OperandPlan plan_operand(const QkNormRotaryOperand& operand, const QkNormRotaryParams& params, int group_log2,
+                         std::int64_t num_runs) {
+  check_table(operand, params.rotary_dim);
   OperandPlan plan{};
-  const int num_groups = kThreads >> group_log2;
-  plan.num_tokens = static_cast<std::int64_t>(batch) * operand.seqlen;
+  plan.num_tokens = static_cast<std::int64_t>(params.batch) * operand.seqlen;
   if (operand.num_heads == 0 || (plan.num_tokens == 0 && num_runs == 0)) return plan;  // no blocks
 
+  const int num_groups = kThreads >> group_log2;
   const int even_part = operand.num_heads & -operand.num_heads;  // the largest power of two that divides it
   plan.tile_heads_log2 = floor_log2(std::min(even_part, num_groups));
   plan.num_head_tiles = operand.num_heads >> plan.tile_heads_log2;
-  const int num_token_lanes = num_groups >> plan.tile_heads_log2;
-  plan.step_batch = num_token_lanes / std::max(operand.seqlen, 1);
-  plan.step_seq = num_token_lanes % std::max(operand.seqlen, 1);
+  plan.num_token_lanes = num_groups >> plan.tile_heads_log2;
+  plan.step_seq = plan.num_token_lanes % std::max(operand.seqlen, 1);
+  plan.x = pitch_of(plan, operand.seqlen, operand.x_stride);
+  plan.out = pitch_of(plan, operand.seqlen, operand.out_stride);
+  plan.table = pitch_of(plan, operand.seqlen, {0, params.rotary_dim, 0});
+
   const std::int64_t max_runs = INT_MAX / 2 / plan.num_head_tiles;  // both operands share one grid dimension
-  if (num_runs > max_runs) {
-    throw std::invalid_argument("qk_norm_rotary: num_partials must be at most " + std::to_string(max_runs) + " for " +
-                                std::to_string(operand.num_heads) + " heads, got " + std::to_string(num_runs));
+  if (num_runs == 0) num_runs = std::min(ceil_div(plan.num_tokens, plan.num_token_lanes * kRowsPerGroup), max_runs);
+  const std::int64_t run_length = ceil_div(plan.num_tokens, num_runs);
+  if (num_runs > max_runs || run_length > kMaxRunLength) {
+    throw std::invalid_argument("qk_norm_rotary: num_partials must be between " +
+                                std::to_string(ceil_div(plan.num_tokens, kMaxRunLength)) + " and " +
+                                std::to_string(max_runs) + ", got " + std::to_string(num_runs));
   }
-  if (num_runs == 0) num_runs = std::min(ceil_div(plan.num_tokens, num_token_lanes * kRowsPerGroup), max_runs);
-  plan.run_length = ceil_div(plan.num_tokens, num_runs);
+  plan.run_length = static_cast<int>(run_length);
   plan.num_blocks = static_cast<unsigned>(num_runs * plan.num_head_tiles);
   return plan;
 }
 
+template <typename T>
+int group_log2_of(int head_dim, int chunks_per_lane) {
+  return ceil_log2(static_cast<int>(ceil_div(head_dim, chunks_per_lane * kChunkWidth<T>)));
+}
+
 template <typename T, Access kAccess, int kChunks>
 void launch(const QkNormRotaryParams& params, CUstream_st* stream) {
-  constexpr int kRows = kChunks == 1 ? 2 : 1;
-  const int group_log2 = ceil_log2(static_cast<int>(ceil_div(params.head_dim, kChunks * kChunkWidth<T>)));
-  const Plan plan = {plan_operand(params.q, params.batch, group_log2, 0),
-                     plan_operand(params.k, params.batch, group_log2, 0), group_log2};
+  constexpr int kRows = kChunks == 1 ? 2 : 1;  // 32 bytes in flight per lane, or more
+  const int group_log2 = group_log2_of<T>(params.head_dim, kChunks);
+  const Plan plan = {plan_operand(params.q, params, group_log2, 0), plan_operand(params.k, params, group_log2, 0),
+                     group_log2};
   const unsigned num_blocks = plan.q.num_blocks + plan.k.num_blocks;
   if (num_blocks == 0) return;
   qk_norm_rotary_forward_kernel<T, kAccess, kChunks, kRows><<<num_blocks, kThreads, 0, stream>>>(params, plan);
@@ -109,16 +136,24 @@ void launch(const QkNormRotaryParams& params, CUstream_st* stream) {
 
 template <typename T, Access kAccess, int kChunks>
 void launch(const QkNormRotaryBackwardParams& params, CUstream_st* stream) {
-  constexpr int kRows = 1;
-  const int group_log2 = ceil_log2(static_cast<int>(ceil_div(params.head_dim, kChunks * kChunkWidth<T>)));
+  const int group_log2 = group_log2_of<T>(params.head_dim, kChunks);
+  const QkNormRotaryParams forward = {params.q.forward,  params.k.forward, params.batch, params.head_dim,
+                                      params.rotary_dim, params.normalize, params.dtype};
   const auto plan_of = [&](const QkNormRotaryBackwardOperand& operand) {
+    if (operand.dscale_partial != nullptr && params.num_partials < 1) {
+      throw std::invalid_argument("qk_norm_rotary: num_partials must be positive, got " +
+                                  std::to_string(params.num_partials));
+    }
     const int num_runs = operand.dscale_partial == nullptr ? 0 : params.num_partials;
-    return plan_operand(operand.forward, params.batch, group_log2, num_runs);
+    OperandPlan plan = plan_operand(operand.forward, forward, group_log2, num_runs);
+    plan.dout = pitch_of(plan, operand.forward.seqlen, operand.dout_stride);
+    plan.out = pitch_of(plan, operand.forward.seqlen, operand.dx_stride);
+    return plan;
   };
   const Plan plan = {plan_of(params.q), plan_of(params.k), group_log2};
   const unsigned num_blocks = plan.q.num_blocks + plan.k.num_blocks;
   if (num_blocks == 0) return;
-  qk_norm_rotary_backward_kernel<T, kAccess, kChunks, kRows><<<num_blocks, kThreads, 0, stream>>>(params, plan);
+  qk_norm_rotary_backward_kernel<T, kAccess, kChunks><<<num_blocks, kThreads, 0, stream>>>(params, plan);
   ANDROMEDA_CUDA_CHECK(cudaGetLastError(), (Launch{"qk_norm_rotary_backward", num_blocks, kThreads, 0}));
 }
 
@@ -126,7 +161,7 @@ void launch(const QkNormRotaryBackwardParams& params, CUstream_st* stream) {
 // element by element for rows that do not lie in chunks.
 template <typename Params>
 void dispatch(const Params& params, CUstream_st* stream) {
-  check_widths(params.head_dim, params.rotary_dim);
+  check_rows(params.head_dim, params.rotary_dim);
   dispatch_dtype<StorageTypes>(params.dtype, [&](auto dtype) {
     using T = typename decltype(dtype)::type;
     if (!in_chunks<T>(params)) {

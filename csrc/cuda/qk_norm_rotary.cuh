@@ -12,16 +12,21 @@
 //   token 0   | lanes 0 ... 7   | lanes 8 ... 15  | lanes 16 ... 23 | lanes 24 ... 31 |   one access of a warp: 512
 //   token 1   | the next warp of the block ...                                        |   bytes, each lane 16
 //
-// A lane keeps its channels of `scale`, and of the sum for dscale, in registers while its group walks the tokens. All
-// tokens' rows of the table are read by every head: from L1 inside a tile, from L2 by the other tiles.
+// A lane keeps its channels of `scale`, and of the sum for dscale, in registers while its group walks the tokens. Every
+// head reads its token's row of the table: from L1 inside a tile, from L2 in the other tiles.
 //
-// Registers: x (and dout) of kRows rows as stored, one row of scale, table and dscale as float. Shared memory:
-// backward only, up to 8 KiB, to add dscale over the groups of a block in a fixed order.
-// Bytes per call: x and out once (forward); x, dout and dx once, and dscale_partial (backward); the table from DRAM
-// once. About 7 flops per element forward and 14 backward: memory is the limit by a factor of ten.
+// Registers: x (and dout) of kRows rows as stored; scale, dscale and one row of the table per row of x as float.
+// Shared memory: backward only, up to 8 KiB, to add dscale over the groups of a block in a fixed order.
+//
+// Bytes per call: forward x and out once; backward x, dout and dx once, and dscale_partial; the tables once from DRAM.
+// About 7 flops per element forward and 14 backward. Memory is the limit as long as the instructions around them are
+// few: a warp spends about 180 forward and 260 backward for every 16 bytes of x per lane (bfloat16, head size 128,
+// counted in the sm_80 code), where an H100 has time for about 280 and 420 while memory moves those bytes.
+//
 // Not supported: head_dim odd or above 512, float64. The binding has checked shapes; the .cu checks what is left.
 #pragma once
 
+#include <cfloat>
 #include <cstdint>
 
 #include "andromeda/qk_norm_rotary.h"
@@ -34,21 +39,30 @@ inline constexpr int kThreads = 128;
 inline constexpr int kMaxHeadDim = 512;
 inline constexpr float kNormFloor = 1e-12f;
 static_assert(kThreads % kWarpLanes == 0);
-static_assert(kNormFloor * kNormFloor > 1.1754944e-38f, "the squared floor must be a normal number");
+static_assert(kNormFloor * kNormFloor > FLT_MIN, "the squared floor must be a normal number");
 
 // Chunks of a row per lane, for rows that need more than one.
 template <typename T>
 inline constexpr int kWideChunks = kMaxHeadDim / (kWarpLanes * kChunkWidth<T>);
 
+// How far a pointer moves from one token of a group to its next, in elements: inside a sequence, or across its end.
+// Additions: 64-bit products for every row would cost as much as its arithmetic.
+struct Pitch {
+  std::int64_t inside, across;
+  __device__ std::int64_t over(bool sequence_ends) const { return sequence_ends ? across : inside; }
+};
+
 // How one operand is dealt to blocks. Block i owns head tile i % num_head_tiles of run i / num_head_tiles: neighbours
 // in time are neighbours in memory.
 struct OperandPlan {
   std::int64_t num_tokens;  // batch * seqlen
-  std::int64_t run_length;  // tokens; the last runs may be shorter or empty
+  int run_length;           // tokens; the last runs may be shorter or empty
   int tile_heads_log2;      // a tile divides num_heads, so that every group has a head
   int num_head_tiles;
-  int step_batch, step_seq;  // the tokens that a block handles at once = step_batch * seqlen + step_seq
+  int num_token_lanes;  // groups with the same head take the tokens of a run in turn
+  int step_seq;         // num_token_lanes % seqlen
   unsigned num_blocks;
+  Pitch x, dout, out, table;  // dout: backward; out: of dx there
 };
 
 struct Plan {
@@ -56,53 +70,46 @@ struct Plan {
   int group_log2;  // lanes of a group
 };
 
-// A lane's part in its block.
+// A lane's part in its block, and where its group is among the tokens.
 struct Place {
-  int head, head_in_tile;
-  int lane;        // in its group
-  int token_lane;  // groups with one head take tokens in turn: this one the token_lane-th
-  int num_token_lanes;
-  std::int64_t run, first_token, end_token;  // of the block
+  std::int64_t run;
+  int head, head_in_tile, lane;
+  int num_tokens;  // of the block
+  int token;       // the group's next, counted from the first of the block
+  int batch, seq;  // its coordinates; batch is not kept up
 
-  __device__ Place(const OperandPlan& plan, int group_log2, unsigned block) {
-    const unsigned tile = block % plan.num_head_tiles;
-    run = block / plan.num_head_tiles;
-    first_token = run * plan.run_length;
-    end_token = min(first_token + plan.run_length, plan.num_tokens);
+  __device__ Place(const OperandPlan& plan, int seqlen, int group_log2, unsigned block) {
     const int group = static_cast<int>(threadIdx.x) >> group_log2;
     lane = static_cast<int>(threadIdx.x) & ((1 << group_log2) - 1);
     head_in_tile = group & ((1 << plan.tile_heads_log2) - 1);
-    head = (tile << plan.tile_heads_log2) + head_in_tile;
-    token_lane = group >> plan.tile_heads_log2;
-    num_token_lanes = kThreads >> group_log2 >> plan.tile_heads_log2;
-  }
-};
-
-// A token, numbered through the batch, and its coordinates. Divides once; steps add.
-struct Token {
-  std::int64_t index;
-  int batch, seq;
-
-  __device__ Token(std::int64_t index, int seqlen) : index(index) {
-    const int divisor = max(seqlen, 1);  // an empty operand has no tokens to look up, but a scale gradient to zero
-    batch = static_cast<int>(index / divisor);
-    seq = static_cast<int>(index - static_cast<std::int64_t>(batch) * divisor);
+    head = static_cast<int>((block % plan.num_head_tiles) << plan.tile_heads_log2) + head_in_tile;
+    token = group >> plan.tile_heads_log2;
+    run = block / plan.num_head_tiles;
+    const std::int64_t first = run * plan.run_length;
+    const std::int64_t left = plan.num_tokens - first;  // not positive for an empty run
+    num_tokens = static_cast<int>(min(left, static_cast<std::int64_t>(plan.run_length)));
+    const int divisor = max(seqlen, 1);  // an operand without tokens may still have a scale gradient, which is zero
+    batch = static_cast<int>((first + token) / divisor);
+    seq = static_cast<int>(first + token - static_cast<std::int64_t>(batch) * divisor);
   }
 
-  __device__ void step(const OperandPlan& plan, int num_token_lanes, int seqlen) {
-    index += num_token_lanes;
-    batch += plan.step_batch;
+  // Goes on to the group's next token; returns whether that passes the end of a sequence.
+  __device__ bool next(const OperandPlan& plan, int seqlen) {
+    token += plan.num_token_lanes;
     seq += plan.step_seq;
-    if (seq >= seqlen) {
-      seq -= seqlen;
-      ++batch;
-    }
+    const bool sequence_ends = seq >= seqlen;
+    if (sequence_ends) seq -= seqlen;
+    return sequence_ends;
   }
 
-  __device__ std::int64_t offset(const SeqStrides& stride) const { return batch * stride.batch + seq * stride.seq; }
+  template <typename T>
+  __device__ T* row_of(T* tensor, const SeqStrides& stride) const {
+    return tensor + batch * stride.batch + seq * stride.seq + head * stride.head;
+  }
 };
 
 // The channels of a row that belong to one lane: chunk c of the group is 2^group_log2 adjacent 16-byte pieces.
+// Pointers to rows are to the lane's first channel.
 template <typename T, Access kAccess, int kChunks>
 struct Slice {
   static constexpr int kChunkPairs = Chunk<T>::kPairs;
@@ -111,12 +118,14 @@ struct Slice {
 
   int lane, group_log2, head_dim, rotary_dim;
 
-  __device__ int channel(int chunk) const { return ((chunk << group_log2) + lane) * kChunkWidth<T>; }
+  __device__ int first_channel() const { return lane * kChunkWidth<T>; }
+  __device__ int offset(int chunk) const { return (chunk << group_log2) * kChunkWidth<T>; }
+  __device__ int channel(int chunk) const { return first_channel() + offset(chunk); }
 
   __device__ void load_row(Chunk<T> (&chunks)[kChunks], const T* row, bool inside) const {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
-      chunks[c] = load_once<kAccess>(row + channel(c), inside ? head_dim - channel(c) : 0);
+      chunks[c] = load_once<kAccess>(row + offset(c), inside ? head_dim - channel(c) : 0);
     }
   }
 
@@ -126,34 +135,28 @@ struct Slice {
       Chunk<T> chunk;
 #pragma unroll
       for (int i = 0; i < kChunkPairs; ++i) chunk.pairs[i] = from_floats<T>(values[c * kChunkPairs + i]);
-      store<kAccess>(row + channel(c), chunk, head_dim - channel(c));
+      store<kAccess>(row + offset(c), chunk, head_dim - channel(c));
     }
   }
 
-  // `row` is a row of `width` constants, or nullptr for `fill` everywhere.
+  // The first `width` channels of a row of constants, and `fill` for the others.
   __device__ void load_constant_row(float2 (&pairs)[kPairs], const float* row, int width, float2 fill) const {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
-      float2(&part)[kChunkPairs] = reinterpret_cast<float2(&)[kChunkPairs]>(pairs[c * kChunkPairs]);
-      load_constants<kAccess>(part, row + channel(c), row == nullptr ? 0 : width - channel(c), fill);
+      load_constants<kAccess, kChunkPairs>(pairs + c * kChunkPairs, row + offset(c), width - channel(c), fill);
     }
   }
 
-  __device__ void load_scale(float2 (&scale)[kPairs], const QkNormRotaryOperand& operand, int head) const {
-    const float* row = operand.scale == nullptr ? nullptr : operand.scale + static_cast<std::int64_t>(head) * head_dim;
-    load_constant_row(scale, row, head_dim, make_float2(1.0f, 1.0f));
+  __device__ void load_scale(float2 (&pairs)[kPairs], const float* scale, int head) const {
+    const float* row = scale + static_cast<std::int64_t>(head) * head_dim + first_channel();
+    load_constant_row(pairs, row, scale == nullptr ? 0 : head_dim, make_float2(1.0f, 1.0f));
   }
 
-  // Pairs (z cos, z sin). Those from rotary_dim on are not used.
-  __device__ void load_rotation(float2 (&rotation)[kPairs], const QkNormRotaryOperand& operand, int seq,
-                                bool inside) const {
-    const float* row = operand.table == nullptr ? nullptr : operand.table + static_cast<std::int64_t>(seq) * rotary_dim;
-    load_constant_row(rotation, inside ? row : nullptr, rotary_dim, make_float2(0.0f, 0.0f));
-  }
-
-  // Channels from rotary_dim on pass through: times 1 plus 0 times their neighbour would spread an infinity.
+  // Channels from rotary_dim on pass through: times 1 plus 0 times their neighbour would spread an infinity. With
+  // Access::kChunk rotary_dim is a multiple of 4, and the two pairs of one load share the answer.
   __device__ bool is_rotated(int index) const {
-    return channel(index / kChunkPairs) + 2 * (index % kChunkPairs) < rotary_dim;
+    const int loaded = kAccess == Access::kChunk ? index / 2 * 2 : index;
+    return channel(loaded / kChunkPairs) + 2 * (loaded % kChunkPairs) < rotary_dim;
   }
 
   __device__ static float2 pair(const Chunk<T> (&chunks)[kChunks], int index) {
@@ -173,15 +176,20 @@ __device__ inline float2 operator*(float2 a, float2 b) { return make_float2(a.x 
 __device__ inline float2 operator*(float2 a, float b) { return make_float2(a.x * b, a.y * b); }
 __device__ inline float2 operator-(float2 a, float2 b) { return make_float2(a.x - b.x, a.y - b.y); }
 __device__ inline float2 operator+(float2 a, float2 b) { return make_float2(a.x + b.x, a.y + b.y); }
-__device__ inline float dot(float2 a, float2 b) { return a.x * b.x + a.y * b.y; }
+__device__ inline float add_dot(float sum, float2 a, float2 b) { return fmaf(a.x, b.x, fmaf(a.y, b.y, sum)); }
 
 __device__ inline bool above_floor(float sum_of_squares) {
   return !(sum_of_squares < kNormFloor * kNormFloor);  // true for NaN, which must reach the result
 }
 
-// 1 / max(norm, floor). rsqrtf is within 2 ulp, a factor common to the whole row.
+// 1 / max(norm, floor). rsqrtf is within 2 ulp, plenty for rows of half precision; a step of Newton's method brings it
+// to 1 ulp for float32. An infinite sum gives 0, and the step would make that NaN.
+template <typename T>
 __device__ inline float inverse_norm(float sum_of_squares) {
-  return above_floor(sum_of_squares) ? rsqrtf(sum_of_squares) : 1.0f / kNormFloor;
+  if (!above_floor(sum_of_squares)) return 1.0f / kNormFloor;
+  const float estimate = rsqrtf(sum_of_squares);
+  if (sizeof(T) < sizeof(float) || !(sum_of_squares <= FLT_MAX)) return estimate;
+  return fmaf(0.5f * estimate, fmaf(-sum_of_squares * estimate, estimate, 1.0f), estimate);
 }
 
 template <typename T, Access kAccess, int kChunks, int kRows>
@@ -193,29 +201,33 @@ __global__ void __launch_bounds__(kThreads)
   const bool is_q = blockIdx.x < plan.q.num_blocks;
   const QkNormRotaryOperand& operand = is_q ? params.q : params.k;
   const OperandPlan& operand_plan = is_q ? plan.q : plan.k;
-  const Place place(operand_plan, plan.group_log2, is_q ? blockIdx.x : blockIdx.x - plan.q.num_blocks);
+  const unsigned block = is_q ? blockIdx.x : blockIdx.x - plan.q.num_blocks;
+  Place place(operand_plan, operand.seqlen, plan.group_log2, block);
   const LaneSlice slice{place.lane, plan.group_log2, params.head_dim, params.rotary_dim};
 
-  const T* x = static_cast<const T*>(operand.x) + place.head * operand.x_stride.head;
-  T* out = static_cast<T*>(operand.out) + place.head * operand.out_stride.head;
+  const T* x = place.row_of(static_cast<const T*>(operand.x), operand.x_stride) + slice.first_channel();
+  T* out = place.row_of(static_cast<T*>(operand.out), operand.out_stride) + slice.first_channel();
+  const float* table = operand.table + static_cast<std::int64_t>(place.seq) * params.rotary_dim + slice.first_channel();
   float2 scale[kPairs];
-  slice.load_scale(scale, operand, place.head);
+  slice.load_scale(scale, operand.scale, place.head);
 
   // The trip count is that of the whole block, because shuffles need whole warps.
-  Token token(place.first_token + place.token_lane, operand.seqlen);
-  for (std::int64_t first = place.first_token; first < place.end_token; first += kRows * place.num_token_lanes) {
+  for (int first = 0; first < place.num_tokens; first += kRows * operand_plan.num_token_lanes) {
     // Step 1: every load of kRows rows, so that all are in flight together.
     Chunk<T> chunks[kRows][kChunks];
     float2 rotation[kRows][kPairs];
-    std::int64_t out_offset[kRows];
+    T* out_row[kRows];
     bool inside[kRows];
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      inside[row] = token.index < place.end_token;
-      slice.load_row(chunks[row], x + token.offset(operand.x_stride), inside[row]);
-      slice.load_rotation(rotation[row], operand, token.seq, inside[row]);
-      out_offset[row] = token.offset(operand.out_stride);
-      token.step(operand_plan, place.num_token_lanes, operand.seqlen);
+      inside[row] = place.token < place.num_tokens;
+      slice.load_row(chunks[row], x, inside[row]);
+      slice.load_constant_row(rotation[row], table, params.rotary_dim, make_float2(0.0f, 0.0f));
+      out_row[row] = out;
+      const bool sequence_ends = place.next(operand_plan, operand.seqlen);
+      x += operand_plan.x.over(sequence_ends);
+      out += operand_plan.out.over(sequence_ends);
+      table += operand_plan.table.over(sequence_ends);
     }
 
     // Step 2: the norms.
@@ -226,7 +238,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int i = 0; i < kPairs; ++i) {
           const float2 value = slice.pair(chunks[row], i);
-          sum_of_squares[row] += dot(value, value);
+          sum_of_squares[row] = add_dot(sum_of_squares[row], value, value);
         }
       }
       sum_over_group(sum_of_squares, plan.group_log2);
@@ -235,14 +247,14 @@ __global__ void __launch_bounds__(kThreads)
     // Step 3: normalise, scale, rotate.
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      const float inverse = params.normalize ? inverse_norm(sum_of_squares[row]) : 1.0f;
+      const float inverse = params.normalize ? inverse_norm<T>(sum_of_squares[row]) : 1.0f;
       float2 result[kPairs];
 #pragma unroll
       for (int i = 0; i < kPairs; ++i) {
         const float2 scaled = slice.pair(chunks[row], i) * inverse * scale[i];
         result[i] = slice.is_rotated(i) ? rotate(scaled, rotation[row][i]) : scaled;
       }
-      if (inside[row]) slice.store_row(out + out_offset[row], result);
+      if (inside[row]) slice.store_row(out_row[row], result);
     }
   }
 }
@@ -269,14 +281,14 @@ __device__ inline void write_dscale(const float2 (&dscale)[LaneSlice::kPairs], c
     const int head_in_tile = i / slice.head_dim;
     const int channel = i - head_in_tile * slice.head_dim;
     float sum = 0.0f;
-    for (int token_lane = 0; token_lane < place.num_token_lanes; ++token_lane) {
+    for (int token_lane = 0; token_lane < plan.num_token_lanes; ++token_lane) {
       sum += group_sums[(token_lane * tile_heads + head_in_tile) * padded_head_dim + channel];
     }
     partial[i] = sum;
   }
 }
 
-template <typename T, Access kAccess, int kChunks, int kRows>
+template <typename T, Access kAccess, int kChunks>
 __global__ void __launch_bounds__(kThreads)
     qk_norm_rotary_backward_kernel(const __grid_constant__ QkNormRotaryBackwardParams params,
                                    const __grid_constant__ Plan plan) {
@@ -286,65 +298,59 @@ __global__ void __launch_bounds__(kThreads)
   const QkNormRotaryBackwardOperand& operand = is_q ? params.q : params.k;
   const QkNormRotaryOperand& forward = operand.forward;
   const OperandPlan& operand_plan = is_q ? plan.q : plan.k;
-  const Place place(operand_plan, plan.group_log2, is_q ? blockIdx.x : blockIdx.x - plan.q.num_blocks);
+  const unsigned block = is_q ? blockIdx.x : blockIdx.x - plan.q.num_blocks;
+  Place place(operand_plan, forward.seqlen, plan.group_log2, block);
   const LaneSlice slice{place.lane, plan.group_log2, params.head_dim, params.rotary_dim};
 
-  const T* x = static_cast<const T*>(forward.x) + place.head * forward.x_stride.head;
-  const T* dout = static_cast<const T*>(operand.dout) + place.head * operand.dout_stride.head;
-  T* dx = static_cast<T*>(operand.dx) + place.head * operand.dx_stride.head;
+  const T* x = place.row_of(static_cast<const T*>(forward.x), forward.x_stride) + slice.first_channel();
+  const T* dout = place.row_of(static_cast<const T*>(operand.dout), operand.dout_stride) + slice.first_channel();
+  T* dx = place.row_of(static_cast<T*>(operand.dx), operand.dx_stride) + slice.first_channel();
+  const float* table = forward.table + static_cast<std::int64_t>(place.seq) * params.rotary_dim + slice.first_channel();
   float2 scale[kPairs];
-  slice.load_scale(scale, forward, place.head);
+  slice.load_scale(scale, forward.scale, place.head);
   float2 dscale[kPairs] = {};
 
   // The trip count is that of the whole block, because shuffles need whole warps.
-  Token token(place.first_token + place.token_lane, forward.seqlen);
-  for (std::int64_t first = place.first_token; first < place.end_token; first += kRows * place.num_token_lanes) {
-    // Step 1: every load of kRows rows. Rows past the end are zeros: they add nothing to dscale.
-    Chunk<T> chunks[kRows][kChunks], dout_chunks[kRows][kChunks];
-    float2 rotation[kRows][kPairs];
-    std::int64_t dx_offset[kRows];
-    bool inside[kRows];
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-      inside[row] = token.index < place.end_token;
-      slice.load_row(chunks[row], x + token.offset(forward.x_stride), inside[row]);
-      slice.load_row(dout_chunks[row], dout + token.offset(operand.dout_stride), inside[row]);
-      slice.load_rotation(rotation[row], forward, token.seq, inside[row]);
-      dx_offset[row] = token.offset(operand.dx_stride);
-      token.step(operand_plan, place.num_token_lanes, forward.seqlen);
-    }
+  for (int first = 0; first < place.num_tokens; first += operand_plan.num_token_lanes) {
+    // Step 1: loads. A row past the end is zeros: it adds nothing to dscale.
+    const bool inside = place.token < place.num_tokens;
+    Chunk<T> chunks[kChunks], dout_chunks[kChunks];
+    float2 rotation[kPairs];
+    slice.load_row(chunks, x, inside);
+    slice.load_row(dout_chunks, dout, inside);
+    slice.load_constant_row(rotation, table, params.rotary_dim, make_float2(0.0f, 0.0f));
 
     // Step 2: g, ||x||^2 and <x, e>.
-    float2 g[kRows][kPairs];
-    float sums[2 * kRows] = {};
+    float2 g[kPairs];
+    float sums[2] = {};
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-#pragma unroll
-      for (int i = 0; i < kPairs; ++i) {
-        const float2 value = slice.pair(chunks[row], i);
-        const float2 gradient = slice.pair(dout_chunks[row], i);
-        g[row][i] = slice.is_rotated(i) ? rotate_transposed(gradient, rotation[row][i]) : gradient;
-        sums[2 * row] += dot(value, value);
-        sums[2 * row + 1] += dot(value, g[row][i] * scale[i]);
-      }
+    for (int i = 0; i < kPairs; ++i) {
+      const float2 value = slice.pair(chunks, i);
+      const float2 gradient = slice.pair(dout_chunks, i);
+      g[i] = slice.is_rotated(i) ? rotate_transposed(gradient, rotation[i]) : gradient;
+      sums[0] = add_dot(sums[0], value, value);
+      sums[1] = add_dot(sums[1], value, g[i] * scale[i]);
     }
     if (params.normalize) sum_over_group(sums, plan.group_log2);
 
     // Step 3: both gradients. In this order: inverse may be 1e12, and its cube does not fit a float.
+    const float inverse = params.normalize ? inverse_norm<T>(sums[0]) : 1.0f;
+    const float along = above_floor(sums[0]) ? sums[1] * inverse : 0.0f;  // <x_hat, e>
+    float2 result[kPairs];
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-      const float inverse = params.normalize ? inverse_norm(sums[2 * row]) : 1.0f;
-      const float along = params.normalize && above_floor(sums[2 * row]) ? sums[2 * row + 1] * inverse : 0.0f;
-      float2 result[kPairs];
-#pragma unroll
-      for (int i = 0; i < kPairs; ++i) {
-        const float2 x_hat = slice.pair(chunks[row], i) * inverse;
-        dscale[i] = dscale[i] + g[row][i] * x_hat;
-        result[i] = g[row][i] * scale[i];
-        if (params.normalize) result[i] = (result[i] - x_hat * along) * inverse;
-      }
-      if (inside[row]) slice.store_row(dx + dx_offset[row], result);
+    for (int i = 0; i < kPairs; ++i) {
+      const float2 x_hat = slice.pair(chunks, i) * inverse;
+      dscale[i] = dscale[i] + g[i] * x_hat;
+      result[i] = g[i] * scale[i];
+      if (params.normalize) result[i] = (result[i] - x_hat * along) * inverse;
     }
+    if (inside) slice.store_row(dx, result);
+
+    const bool sequence_ends = place.next(operand_plan, forward.seqlen);
+    x += operand_plan.x.over(sequence_ends);
+    dout += operand_plan.dout.over(sequence_ends);
+    dx += operand_plan.out.over(sequence_ends);
+    table += operand_plan.table.over(sequence_ends);
   }
 
   if (operand.dscale_partial != nullptr) {

@@ -10,7 +10,7 @@ inline constexpr unsigned kWholeWarp = 0xffffffffu;
 // of the warp takes part. Several values at once hide the latency of the shuffles.
 template <int kCount>
 __device__ inline void sum_over_group(float (&values)[kCount], int group_log2) {
-  for (int offset = (1 << group_log2) / 2; offset > 0; offset /= 2) {
+  for (int offset = (1 << group_log2) >> 1; offset > 0; offset >>= 1) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) values[i] += __shfl_xor_sync(kWholeWarp, values[i], offset);
   }

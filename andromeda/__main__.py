@@ -1,0 +1,6 @@
+"""`python -m andromeda ...` is `andromeda ...`."""
+
+from andromeda.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,379 @@
+"""Cached calls and sampling (SPEC 10): `Cache`, `generate` and the filters `top_k`, `top_p`, `min_p`.
+
+    cache = Cache()
+    with torch.no_grad():
+        model(prompt, cache=cache)          # any split of a sequence into calls
+        logits = model(token, cache=cache)  # gives the logits of one call on the whole of it
+"""
+
+import contextlib
+import math
+
+import torch
+
+from andromeda.config import read_rows, read_tokens
+
+
+class Cache:
+    """What a model remembers of the tokens it has processed (SPEC 10.1): keys, values and token-shift rows.
+
+    Made empty, filled by `model(tokens, cache=cache)` under `torch.no_grad()`, belongs to one model and one batch. A
+    call that fails leaves it as it was. Memory grows by half when it runs out, so a token costs O(1) copies.
+
+    Args:
+        capacity: number of tokens to make room for at once, when it is known.
+
+    Attributes:
+        position: number of tokens processed; the next one sits at this position.
+        length: number of tokens whose keys are stored; less than `position` after `keep_last`.
+        key_start: (batch,) int32, the first position that further tokens of a row see, from the last call that was
+            given one; None when they see everything. Left padding is passed once, with the prompt.
+    """
+
+    def __init__(self, capacity: int = 0):
+        self.capacity = capacity
+        self.position = 0
+        self.length = 0
+        self.key_start = None
+        self.batch = None
+        self._attention: dict[int, KeyValueStore] = {}
+        self._shift_rows: dict[int, torch.Tensor] = {}  # (batch, shift_tokens, dim) per sub-layer
+        self._next_shift_rows: dict[int, torch.Tensor] = {}  # of the call in progress
+
+    def keep_last(self, count: int) -> None:
+        """Forget all but the keys and values of the last `count` tokens."""
+        surplus = self.length - count
+        if surplus > 0:
+            for store in self._attention.values():
+                store.start += surplus
+            self.length = count
+
+    def reorder(self, index: torch.Tensor) -> None:
+        """Row b becomes what row index[b] was, in every piece of state; for beam search. index: (new_batch,) int64."""
+        for store in self._attention.values():
+            store.reorder(index, self.length)
+        self._shift_rows = {layer: rows.index_select(0, index) for layer, rows in self._shift_rows.items()}
+        if self.key_start is not None:
+            self.key_start = self.key_start.index_select(0, index)
+        self.batch = index.shape[0]
+
+    # The rest is called by the model.
+
+    def begin(self, batch: int, seqlen: int, key_start: torch.Tensor | None) -> torch.Tensor | None:
+        """Start a call on `seqlen` tokens; returns its key_start (batch, seqlen), taken from earlier calls if None."""
+        if self.batch not in (None, batch):
+            raise ValueError(f"Cache: batch must be that of earlier calls, {self.batch}, got {batch}")
+        self._next_shift_rows = {}
+        if key_start is None and self.key_start is not None:
+            key_start = self.key_start[:, None].expand(batch, seqlen)
+        return key_start
+
+    def commit(self, batch: int, seqlen: int, key_start: torch.Tensor | None) -> None:
+        """End a call: from here on its tokens count as processed."""
+        self.batch = batch
+        self.position += seqlen
+        self.length += seqlen
+        self._shift_rows |= self._next_shift_rows
+        self._next_shift_rows = {}
+        if key_start is not None:
+            self.key_start = key_start[:, -1].clone()
+
+    def attention(self, layer: int) -> "KeyValueStore":
+        """The keys and values of an attention sub-layer."""
+        return self._attention.setdefault(layer, KeyValueStore(self.capacity))
+
+    def exchange_shift_rows(self, layer: int, h: torch.Tensor, count: int) -> torch.Tensor:
+        """The last `count` rows of the shift input before `h` (batch, seqlen, dim), which gives those for later."""
+        history = self._shift_rows.get(layer)
+        if history is None:
+            history = h.new_zeros(h.shape[0], count, h.shape[2])
+        self._next_shift_rows[layer] = torch.cat((history, h[:, -count:]), dim=1)[:, -count:]
+        return history
+
+
+class KeyValueStore:
+    """Keys and values of one attention sub-layer, (batch, capacity, num_kv_heads, head_dim) each.
+
+    The live rows begin at `start`. Forgetting moves `start`; when the end is reached the live rows are copied into new
+    memory. Keys are stored rotated, for the xPos origin of one segment of positions (`enter_segment`).
+    """
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.keys = self.values = None
+        self.start = 0
+        self.segment = 0
+        self.logit_bound = None  # of the layer: parameters do not change while a cache lives
+
+    def enter_segment(self, segment: int, segment_length: int, rotary_dim: int, stored: int) -> int:
+        """Make the stored keys comparable with queries whose xPos origin is that of `segment`; returns the segment.
+
+        Moving the origin by L multiplies pair t of a key by zeta_t ** (L / 512) <= 1 (SPEC 5.3): far keys underflow to
+        zero, which is what their scores do as well. There is no way back: after a failed call the segment may be
+        the following one already, which serves as well.
+        """
+        steps = segment - self.segment
+        if steps > 0 and self.keys is not None and stored > 0:
+            twice_t = torch.arange(0, rotary_dim, 2, dtype=torch.float64)
+            zeta = (twice_t + 0.4 * rotary_dim) / (1.4 * rotary_dim)
+            factor = (zeta ** (steps * segment_length / 512)).repeat_interleave(2)
+            wide = torch.float64 if self.keys.dtype == torch.float64 else torch.float32
+            self.keys[:, self.start : self.start + stored, :, :rotary_dim] *= factor.to(self.keys.device, wide)
+        self.segment = max(self.segment, segment)
+        return self.segment
+
+    def append(self, k: torch.Tensor, v: torch.Tensor, stored: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write rows behind the first `stored` live ones; returns all live keys and values, as views."""
+        if stored > 0 and k.dtype != self.keys.dtype:
+            raise TypeError(f"Cache: the model must compute in the dtype of earlier calls, {self.keys.dtype}, got {k.dtype}")
+        needed = stored + k.shape[1]
+        if self.keys is None or self.keys.shape[0] != k.shape[0] or self.start + needed > self.keys.shape[1]:
+            # Once rows are forgotten, every token moves `start`: without slack every token would copy them all.
+            room = self.capacity if self.start == 0 and needed <= self.capacity else needed + needed // 2
+            self._move(k, v, stored, room)
+        begin, end = self.start + stored, self.start + needed
+        self.keys[:, begin:end] = k
+        self.values[:, begin:end] = v
+        return self.keys[:, self.start : end], self.values[:, self.start : end]
+
+    def _move(self, k, v, stored, room) -> None:
+        keys, values = (_new_memory(like, like.shape[0], room) for like in (k, v))
+        if stored > 0:
+            keys[:, :stored] = self.keys[:, self.start : self.start + stored]
+            values[:, :stored] = self.values[:, self.start : self.start + stored]
+        self.keys, self.values, self.start = keys, values, 0
+
+    def reorder(self, index: torch.Tensor, stored: int) -> None:
+        if self.keys is None:
+            return
+        keys, values = (_new_memory(old, index.shape[0], old.shape[1]) for old in (self.keys, self.values))
+        keys[:, :stored] = self.keys[:, self.start : self.start + stored].index_select(0, index)
+        values[:, :stored] = self.values[:, self.start : self.start + stored].index_select(0, index)
+        self.keys, self.values, self.start = keys, values, 0
+
+
+def _new_memory(like, batch, room):
+    with torch.inference_mode(False):  # it may be written to outside of inference mode as well
+        return torch.empty(batch, room, *like.shape[2:], dtype=like.dtype, device=like.device)
+
+
+def top_k(logits, k=None, frac_num_tokens=0.1):
+    """Keep the k largest logits of each row, the others become -inf.
+
+    k: default ceil(frac_num_tokens * num_tokens); never more than there are. logits: (batch, num_tokens).
+    """
+    num_tokens = logits.shape[-1]
+    if k is None:
+        if not 0 < frac_num_tokens <= 1:
+            raise ValueError(f"top_k: frac_num_tokens must be in (0, 1], got {frac_num_tokens}")
+        k = math.ceil(frac_num_tokens * num_tokens)
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"top_k: k must be an int of at least 1, got {k!r}")
+    values, index = logits.topk(min(k, num_tokens), dim=-1)
+    return torch.full_like(logits, -math.inf).scatter(-1, index, values)
+
+
+def top_p(logits, thres=0.9):
+    """Keep the largest logits of each row until their probability exceeds `thres`, the others become -inf.
+
+    A logit is removed when the probability of those before it exceeds `thres`; the largest stays. logits: (batch,
+    num_tokens).
+    """
+    if not 0 <= thres <= 1:
+        raise ValueError(f"top_p: thres must be in [0, 1], got {thres}")
+    values, index = logits.sort(dim=-1, descending=True)
+    removed = values.softmax(dim=-1).cumsum(dim=-1) > thres
+    removed = removed.roll(1, dims=-1)
+    removed[..., 0] = False
+    return torch.empty_like(logits).scatter(-1, index, values.masked_fill(removed, -math.inf))
+
+
+def min_p(logits, min_p=0.1):
+    """Remove logits with a probability below `min_p` times the largest one of the row. logits: (batch, num_tokens)."""
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"min_p: min_p must be in [0, 1], got {min_p}")
+    probabilities = logits.softmax(dim=-1)
+    return logits.masked_fill(probabilities < min_p * probabilities.amax(dim=-1, keepdim=True), -math.inf)
+
+
+FILTERS = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+
+
+@torch.no_grad()
+def generate(
+    net,
+    prompts,
+    seq_len,
+    eos_token=None,
+    temperature=1.0,
+    filter_logits_fn="top_k",
+    filter_kwargs=None,
+    cache_kv=True,
+    restrict_to_max_seq_len=True,
+    *,
+    prompt_lengths=None,
+    generator=None,
+    on_token=None,
+    pad_value=0,
+):
+    """Continue the prompts by sampling (SPEC 10.3, 10.4). Runs in evaluation mode and restores the mode afterwards.
+
+    Args:
+        net: the `TransformerWrapper`.
+        prompts: list of ints, list of lists of ints of any lengths, or int64 tensor (n,) or (batch, n). Rows of
+            different lengths are padded on the left out of sight: each row gives what it gives alone.
+        seq_len: number of tokens to generate, >= 0.
+        eos_token: a row ends with the first one generated, what follows is `pad_value`; stops when all rows have ended.
+        temperature: 0 takes the largest logit; otherwise samples from softmax(filter(logits) / temperature).
+        filter_logits_fn: "top_k", "top_p", "min_p", or a callable (batch, num_tokens) -> same with -inf for what is
+            removed. It sees the logits before the temperature. Not used at temperature 0.
+        filter_kwargs: keyword arguments for the filter.
+        cache_kv: keep keys and values of earlier tokens; False computes the whole window for each token.
+        restrict_to_max_seq_len: each step sees at most the last max_seq_len tokens.
+        prompt_lengths: for a tensor padded on the left, the number of real tokens at the end of each row: ints or an
+            integer tensor (batch,).
+        generator: `torch.Generator` on the model's device, for repeatable samples.
+        on_token: called with the new token of every row, int64 (batch,), as soon as it is drawn: for streaming.
+        pad_value: fills rows that have ended.
+
+    Returns:
+        The new tokens, int64 (batch, <= seq_len), or (<= seq_len,) for a one-dimensional prompt.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, or absolute positions end before the continuation does.
+    """
+    tokens, padding, flat = _read_prompts(prompts, prompt_lengths, net)
+    sample = _sampler(temperature, filter_logits_fn, filter_kwargs, generator)
+    _check_count("seq_len", seq_len)
+    if eos_token is not None:
+        _check_count("eos_token", eos_token)
+        if eos_token >= net.num_tokens:
+            raise ValueError(f"generate: eos_token must be below the vocabulary size {net.num_tokens}, got {eos_token}")
+    window = net.max_seq_len if restrict_to_max_seq_len else tokens.shape[1] + seq_len
+    first = max(0, tokens.shape[1] - window)  # what lies before the window has no influence
+    tokens = tokens[:, first:]
+    if padding is not None:
+        padding = (padding - first).clamp_min(0)
+    prompt_length = tokens.shape[1]
+    _check_absolute_positions(net, prompt_length, seq_len, cache_kv, restrict_to_max_seq_len)
+
+    batch = tokens.shape[0]
+    tokens = torch.cat((tokens, tokens.new_full((batch, seq_len), pad_value)), dim=1)
+    ended = torch.zeros(batch, dtype=torch.bool, device=tokens.device)
+    cache = Cache(capacity=min(prompt_length + seq_len, window)) if cache_kv else None
+    end = prompt_length
+    with _evaluation_mode(net):
+        while end < tokens.shape[1]:
+            if cache is None or cache.position == 0:
+                start = max(0, end - window)
+                key_start = None if padding is None else (padding - start).clamp_min(0)[:, None].expand(-1, end - start)
+            else:
+                start, key_start = end - 1, None  # the cache remembers the padding
+                cache.keep_last(window - 1)
+            logits = net(tokens[:, start:end], key_start=key_start, cache=cache, logits_to_keep=1)[:, -1]
+            new = sample(logits)
+            if eos_token is not None:
+                new = new.masked_fill(ended, pad_value)
+                ended |= new == eos_token
+            tokens[:, end] = new
+            end += 1
+            if on_token is not None:
+                on_token(new)
+            if eos_token is not None and ended.all():
+                break
+    new_tokens = tokens[:, prompt_length:end].clone()
+    return new_tokens[0] if flat else new_tokens
+
+
+def _read_prompts(prompts, prompt_lengths, net):
+    """Tokens (batch, n), number of padded tokens per row (batch,) or None, and whether the prompt had one dimension."""
+    device = net.device
+    if isinstance(prompts, list | tuple):
+        if prompt_lengths is not None:
+            raise ValueError("generate: prompt_lengths must be None for lists, which know their lengths")
+        rows = read_rows("generate", prompts)
+        longest = max(len(row) for row in rows)
+        padding = [longest - len(row) for row in rows]
+        flat = not isinstance(prompts[0], list | tuple)
+        # Padded on the right first: so errors count positions as the caller does.
+        rectangle = [row + [0] * pad for row, pad in zip(rows, padding, strict=True)]
+        tokens = read_tokens("generate", rectangle, net.num_tokens, device)
+        tokens = torch.stack([row.roll(pad) for row, pad in zip(tokens, padding, strict=True)])
+    else:
+        tokens, padding = read_tokens("generate", prompts, net.num_tokens, device), None
+        flat = prompts.ndim == 1
+        if prompt_lengths is not None:
+            lengths = torch.as_tensor(prompt_lengths, device="cpu")
+            if lengths.is_floating_point() or tuple(lengths.shape) != (tokens.shape[0],):
+                raise ValueError(
+                    f"generate: prompt_lengths must be {tokens.shape[0]} ints, one per row, got {prompt_lengths}"
+                )
+            if bool(((lengths < 1) | (lengths > tokens.shape[1])).any()):
+                raise ValueError(
+                    f"generate: prompt_lengths must be between 1 and {tokens.shape[1]}, got {lengths.tolist()}"
+                )
+            padding = (tokens.shape[1] - lengths).tolist()
+    if padding is None or not any(padding):
+        return tokens, None, flat
+    return tokens, torch.tensor(padding, dtype=torch.int32, device=device), flat
+
+
+def _check_count(name, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"generate: {name} must be an int, got {value!r} ({type(value).__name__})")
+    if value < 0:
+        raise ValueError(f"generate: {name} must not be negative, got {value}")
+
+
+def _check_absolute_positions(net, prompt_length, seq_len, cache_kv, restrict) -> None:
+    """The last token that is fed sits at prompt_length + seq_len - 2."""
+    if not net.use_abs_pos_emb or seq_len == 0 or (restrict and not cache_kv):
+        return
+    needed = prompt_length + seq_len - 1
+    if needed > net.max_seq_len:
+        remedy = "pass cache_kv=False, which counts positions from the start of the window"
+        if not restrict:
+            remedy = "generate fewer tokens, or pass cache_kv=False and restrict_to_max_seq_len=True"
+        raise ValueError(
+            f"generate: seq_len must leave prompt and continuation within max_seq_len={net.max_seq_len} absolute "
+            f"positions, got a prompt of {prompt_length} and seq_len={seq_len}; {remedy}"
+        )
+
+
+def _sampler(temperature, filter_logits_fn, filter_kwargs, generator):
+    """The function from logits (batch, num_tokens) to tokens (batch,)."""
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float):
+        raise TypeError(f"generate: temperature must be a number, got {temperature!r}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"generate: temperature must be finite and >= 0, got {temperature}")
+    if isinstance(filter_logits_fn, str):
+        if filter_logits_fn not in FILTERS:
+            names = ", ".join(map(repr, FILTERS))
+            raise ValueError(f"generate: filter_logits_fn must be {names} or a callable, got {filter_logits_fn!r}")
+        filter_logits_fn = FILTERS[filter_logits_fn]
+    elif not callable(filter_logits_fn):
+        raise TypeError(f"generate: filter_logits_fn must be a name or a callable, got {filter_logits_fn!r}")
+    filter_kwargs = filter_kwargs or {}
+    if temperature == 0:
+        return lambda logits: logits.argmax(dim=-1)
+
+    def sample(logits):
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = filter_logits_fn(logits, **filter_kwargs)
+        logits = logits - logits.amax(dim=-1, keepdim=True)  # so that no temperature is too small for the quotient
+        probabilities = (logits / temperature).softmax(dim=-1)
+        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+    return sample
+
+
+@contextlib.contextmanager
+def _evaluation_mode(net):
+    """Evaluation mode inside; afterwards each module has the mode it had, whatever happened."""
+    modes = [(module, module.training) for module in net.modules()]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,113 @@
+"""`AndromedaConfig`: the constructor of `andromeda.Andromeda` in the words of transformers.
+
+This is the one file that knows both vocabularies: sizes are called as every transformers model calls them, the switches
+that other models do not have keep the names of the constructor.
+"""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+# Constructor argument -> name here. What is not listed has the same name in both, apart from `attn_one_kv_head`, which
+# is said by `num_key_value_heads`.
+_NAMES = {
+    "num_tokens": "vocab_size",
+    "max_seq_len": "max_position_embeddings",
+    "dim": "hidden_size",
+    "depth": "num_hidden_layers",
+    "dim_head": "head_dim",
+    "heads": "num_attention_heads",
+}
+_SWITCHES = (
+    "use_abs_pos_emb",
+    "alibi_pos_bias",
+    "alibi_num_heads",
+    "rotary_xpos",
+    "attn_flash",
+    "deepnorm",
+    "shift_tokens",
+    "qk_norm",
+    "attn_qk_norm",
+    "attn_qk_norm_dim_scale",
+)
+
+
+@strict
+class AndromedaConfig(PreTrainedConfig):
+    """Sizes and switches of an Andromeda model; the defaults are those of `andromeda.Andromeda` (SPEC 1).
+
+    Args:
+        vocab_size: number of token ids, `num_tokens`.
+        max_position_embeddings: context window of generation, and the size of the absolute table; `max_seq_len`.
+        hidden_size: width of the model, `dim`.
+        num_hidden_layers: blocks of one attention and one feed-forward layer, `depth`.
+        num_attention_heads: query heads, `heads`.
+        num_key_value_heads: 1 (`attn_one_kv_head`) or `num_attention_heads`.
+        head_dim: width of a head, `dim_head`; `num_attention_heads * head_dim` need not be `hidden_size`.
+        use_abs_pos_emb, alibi_pos_bias, alibi_num_heads, rotary_xpos, attn_flash, deepnorm, shift_tokens, qk_norm,
+            attn_qk_norm, attn_qk_norm_dim_scale: as in `andromeda.Andromeda`.
+        use_cache: return a cache from `forward`, unless it is told otherwise.
+
+    Raises:
+        ValueError: sizes that no model has (SPEC 1), with the constructor's name for the argument.
+    """
+
+    model_type = "andromeda"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    vocab_size: int = 50304
+    max_position_embeddings: int = 8192
+    hidden_size: int = 2560
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 24
+    num_key_value_heads: int = 1
+    head_dim: int = 128
+    use_abs_pos_emb: bool = False
+    alibi_pos_bias: bool = True
+    alibi_num_heads: int | None = 12
+    rotary_xpos: bool = True
+    attn_flash: bool = True
+    deepnorm: bool = True
+    shift_tokens: int = 1
+    qk_norm: bool = True
+    attn_qk_norm: bool = True
+    attn_qk_norm_dim_scale: bool = True
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def validate_architecture(self):
+        """Refuse what the constructor of the model refuses. Called by transformers when a config is made."""
+        from andromeda.config import ModelConfig
+
+        if self.num_key_value_heads not in (1, self.num_attention_heads):
+            raise ValueError(
+                f"AndromedaConfig: num_key_value_heads must be 1 or num_attention_heads ({self.num_attention_heads}), "
+                f"got {self.num_key_value_heads}"
+            )
+        if self.tie_word_embeddings:
+            raise ValueError(
+                "AndromedaConfig: tie_word_embeddings must be False, got True (SPEC 2: the output projection is its own)"
+            )
+        ModelConfig(**self.to_arguments())
+
+    def to_arguments(self) -> dict:
+        """The keyword arguments of `andromeda.Andromeda` for the same model."""
+        arguments = {ours: getattr(self, theirs) for ours, theirs in _NAMES.items()}
+        arguments |= {name: getattr(self, name) for name in _SWITCHES}
+        return arguments | {"attn_one_kv_head": self.num_key_value_heads == 1}
+
+    @classmethod
+    def from_arguments(cls, arguments: dict, **options) -> "AndromedaConfig":
+        """The config of a model from the keyword arguments of `andromeda.Andromeda`.
+
+        options: what only transformers knows, such as `use_cache` or `eos_token_id`.
+        """
+        values = {theirs: arguments[ours] for ours, theirs in _NAMES.items()}
+        values |= {name: arguments[name] for name in _SWITCHES}
+        heads = arguments["heads"]
+        return cls(**values, num_key_value_heads=1 if arguments["attn_one_kv_head"] else heads, **options)
+
+
+__all__ = ["AndromedaConfig"]

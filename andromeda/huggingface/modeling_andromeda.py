@@ -1,0 +1,255 @@
+"""`AndromedaForCausalLM`: Andromeda for transformers' `generate`, `Trainer`, `save_pretrained` and `from_pretrained`.
+
+It is a shell around the same `TransformerWrapper` that `andromeda.Andromeda` holds, under the same parameter names, so
+that going from one to the other copies nothing.
+"""
+
+import dataclasses
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from torch.nn import functional
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from andromeda.config import ModelConfig
+from andromeda.generation import Cache
+from andromeda.huggingface.configuration_andromeda import AndromedaConfig
+from andromeda.model import Andromeda, AutoregressiveWrapper, Decoder, TransformerWrapper, cross_entropy
+
+_IGNORE_INDEX = -100
+
+
+class AndromedaCache(Cache):
+    """`andromeda.generation.Cache` with the two answers that transformers' `generate` asks a cache for."""
+
+    is_compileable = False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of tokens processed."""
+        return self.position
+
+
+class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
+    """An Andromeda model with the interface of transformers.
+
+    `model.transformer` is the `TransformerWrapper` of `andromeda.Andromeda`.
+
+        model = AndromedaForCausalLM(AndromedaConfig(hidden_size=256, ...))
+        model = AndromedaForCausalLM.from_andromeda(andromeda_model)   # the same parameters
+        model = AndromedaForCausalLM.from_pretrained("path/to/model", dtype=torch.bfloat16)
+
+    Args:
+        config: sizes and switches.
+        transformer: the modules to use; made and initialised (SPEC 11) when left out.
+    """
+
+    config: AndromedaConfig
+    config_class = AndromedaConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # Trainer hands over num_items_in_batch
+    _no_split_modules = ("Sublayer",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _is_stateful = True  # the cache cannot go back, which assisted generation would ask for
+
+    def __init__(self, config: AndromedaConfig, transformer: TransformerWrapper | None = None):
+        super().__init__(config)
+        self.transformer = _new_transformer(config) if transformer is None else transformer
+        self.post_init()
+
+    @classmethod
+    def from_andromeda(cls, model: Andromeda, **options) -> "AndromedaForCausalLM":
+        """The same model with this interface; the parameters are shared. options: see `AndromedaConfig.from_arguments`."""
+        config = AndromedaConfig.from_arguments(dataclasses.asdict(model.config), **options)
+        return cls(config, transformer=model.transformer).train(model.training)
+
+    def to_andromeda(self) -> Andromeda:
+        """The same model with the interface of `andromeda.Andromeda`; the parameters are shared."""
+        with torch.device("meta"):  # the parameters made here are thrown away at once
+            model = Andromeda(**self.config.to_arguments())
+        model.transformer = self.transformer
+        model.__dict__["decoder"] = AutoregressiveWrapper(self.transformer)
+        return model.train(self.training)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """See transformers; a checkpoint with missing, unexpected or misshapen parameters is a `ValueError` here."""
+        report = kwargs.pop("output_loading_info", False)
+        try:
+            model, information = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(f"AndromedaForCausalLM: the weights must be a whole safetensors file: {error}") from error
+        faults = [
+            f"\n    {kind.removesuffix('_keys')}: {', '.join(sorted(map(str, information[kind])))}"
+            for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+            if information[kind]
+        ]
+        if faults:
+            raise ValueError(f"AndromedaForCausalLM: the checkpoint must have the model's parameters{''.join(faults)}")
+        return (model, information) if report else model
+
+    def save_pretrained(self, *args, **kwargs):
+        """See transformers. A token embedding of one's own cannot be described by a config: `ValueError`."""
+        if type(self.transformer.token_emb) is not nn.Embedding:
+            raise ValueError(
+                "AndromedaForCausalLM.save_pretrained: embedding_provider must be the default, which loading can make "
+                f"again, got a {type(self.transformer.token_emb).__name__}; save state_dict() instead"
+            )
+        return super().save_pretrained(*args, **kwargs)
+
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        past_key_values=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        key_start=None,
+        num_items_in_batch=None,
+        return_dict=None,
+        output_attentions=None,
+        output_hidden_states=None,
+    ):
+        """Logits, and with `labels` the loss of SPEC 9.
+
+        Args:
+            input_ids: int64 (batch, seqlen).
+            attention_mask: (batch, tokens in the cache + seqlen), 0 for padding, which must be on the left: it becomes
+                `key_start`. Padding on the right needs no mask, since no real token sees it, and is accepted without a
+                cache. Other masks are refused.
+            past_key_values: the cache that an earlier call returned; it is extended.
+            labels: int64 (batch, seqlen), not shifted: position t is predicted at t - 1; -100 is not trained on.
+            use_cache: return a cache. Default: `config.use_cache` where no gradient is recorded and no labels are given.
+            logits_to_keep: logits of so many last tokens only; 0 is all.
+            key_start: (batch, seqlen) int32, in place of a mask; see `TransformerWrapper.forward`.
+            num_items_in_batch: what the sum of the losses is divided by, when several batches share one mean (gradient
+                accumulation). Default: the number of labels that count.
+            return_dict: False gives a tuple.
+            output_attentions, output_hidden_states: must be off; the kernels do not keep them.
+
+        Returns:
+            `CausalLMOutputWithPast`: loss, logits (batch, seqlen or logits_to_keep, vocab_size), past_key_values.
+        """
+        for name, value in (("output_attentions", output_attentions), ("output_hidden_states", output_hidden_states)):
+            if value:
+                raise ValueError(f"AndromedaForCausalLM: {name} must be False, the kernels do not keep them")
+        if past_key_values is not None and not isinstance(past_key_values, Cache):
+            raise TypeError(
+                "AndromedaForCausalLM: past_key_values must be a cache that this model returned, got "
+                f"{type(past_key_values).__name__}"
+            )
+        if labels is not None and (past_key_values is not None or logits_to_keep):
+            raise ValueError("AndromedaForCausalLM: past_key_values and logits_to_keep must be left out with labels")
+        wanted = self.config.use_cache and not torch.is_grad_enabled() and labels is None
+        if attention_mask is not None:
+            if key_start is not None:
+                raise ValueError("AndromedaForCausalLM: attention_mask and key_start must not both be given")
+            key_start, cacheable = _read_mask(attention_mask, input_ids, past_key_values)
+            if not cacheable and (use_cache or past_key_values is not None):
+                raise ValueError(
+                    "AndromedaForCausalLM: attention_mask must have its padding on the left where a cache is used, got "
+                    'padding on the right; set tokenizer.padding_side = "left"'
+                )
+            wanted = wanted and cacheable
+        if past_key_values is None and (wanted if use_cache is None else use_cache):
+            past_key_values = AndromedaCache()
+
+        features = self.transformer.features(input_ids, key_start=key_start, cache=past_key_values)
+        logits = self.transformer.to_logits(features[:, -logits_to_keep:])
+        loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return output.to_tuple() if return_dict is False else output
+
+    def _loss(self, logits, labels, count):
+        if labels.shape != logits.shape[:2]:
+            raise ValueError(
+                f"AndromedaForCausalLM: labels must have the shape of input_ids, got {tuple(labels.shape)} and "
+                f"{tuple(logits.shape[:2])}"
+            )
+        if labels.device.type == "cpu":
+            outside = (labels != _IGNORE_INDEX) & ((labels < 0) | (labels >= self.config.vocab_size))
+            if outside.any():
+                raise ValueError(
+                    f"AndromedaForCausalLM: labels must be below the vocabulary size {self.config.vocab_size}, or "
+                    f"{_IGNORE_INDEX}, got {labels[outside][0].item()}"
+                )
+        # Shifting the labels, and not the logits, leaves the largest tensor of a training step where it is.
+        targets = functional.pad(labels[:, 1:], (0, 1), value=_IGNORE_INDEX).to(logits.device)
+        if torch.is_tensor(count):
+            count = count.to(logits.device)
+        return cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=_IGNORE_INDEX, count=count)
+
+    def get_input_embeddings(self):
+        return self.transformer.token_emb
+
+    def set_input_embeddings(self, value):
+        self.transformer.token_emb = value
+
+    def get_output_embeddings(self):
+        return self.transformer.to_logits
+
+    def set_output_embeddings(self, new_embeddings):
+        self.transformer.to_logits = new_embeddings
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        """See transformers. The number of tokens is also known to the modules inside, which check ids against it."""
+        embedding = super().resize_token_embeddings(*args, **kwargs)
+        inside = self.transformer
+        inside.num_tokens = self.config.vocab_size
+        inside.config = dataclasses.replace(inside.config, num_tokens=self.config.vocab_size)
+        return embedding
+
+    def _init_weights(self, module):
+        """Nothing: every module draws its own weights (SPEC 11) when it is made, and `from_pretrained` accepts only
+        checkpoints that hold all of them."""
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # `generate` leaves it to forward to make the cache
+
+    @staticmethod
+    def _reorder_cache(past_key_values: Cache, beam_idx: torch.Tensor) -> Cache:
+        past_key_values.reorder(beam_idx)
+        return past_key_values
+
+
+def _new_transformer(config: AndromedaConfig) -> TransformerWrapper:
+    arguments = ModelConfig(**config.to_arguments())
+    return TransformerWrapper(
+        num_tokens=arguments.num_tokens,
+        max_seq_len=arguments.max_seq_len,
+        attn_layers=Decoder(**arguments.decoder_arguments()),
+        use_abs_pos_emb=arguments.use_abs_pos_emb,
+    )
+
+
+def _read_mask(mask, input_ids, cache) -> tuple[torch.Tensor | None, bool]:
+    """`key_start` (batch, seqlen) or None for what `mask` hides, and whether a cache may continue from there."""
+    batch, seqlen = input_ids.shape
+    total = seqlen + (0 if cache is None else cache.position)
+    if tuple(mask.shape) != (batch, total):
+        raise ValueError(
+            f"AndromedaForCausalLM: attention_mask must have shape (batch, cached tokens + seqlen) = {(batch, total)}, "
+            f"got {tuple(mask.shape)}"
+        )
+    visible = mask.bool()
+    real = visible.sum(1, keepdim=True)  # (batch, 1)
+    token = torch.arange(total, device=mask.device)
+    padding = total - real
+    if torch.equal(visible, token >= padding):
+        known = cache is not None and cache.key_start is not None
+        if not known and bool((padding == 0).all()):
+            return None, True
+        return padding.to(torch.int32).expand(batch, seqlen), True
+    if torch.equal(visible, token < real):
+        return None, False
+    raise ValueError(
+        "AndromedaForCausalLM: attention_mask must be zeros followed by ones in each row (padding on the left), or ones "
+        "followed by zeros; for packed documents pass key_start"
+    )
+
+
+__all__ = ["AndromedaCache", "AndromedaForCausalLM"]

@@ -1,0 +1,130 @@
+"""What is installed and what would run: the facts behind `andromeda info`."""
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+
+
+def gather_info() -> dict:
+    """What `andromeda info --json` prints."""
+    import torch
+
+    from andromeda import __version__
+    from andromeda.ops import _select
+
+    packages = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "safetensors", "triton")
+    facts = {
+        "andromeda": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _installed(name) for name in packages},
+        "torch_cuda": torch.version.cuda,
+        "extension": _extension(_select),
+        "devices": _devices(torch),
+        "operations": {},
+    }
+    for device in ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",):
+        for operation, reasons in _select.report(device).items():
+            chosen = next((name for name, why in reasons.items() if not why), None)
+            facts["operations"].setdefault(operation, {})[device] = {"runs": chosen, "reasons": reasons}
+    return facts
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _extension(select) -> dict:
+    if select.extension is None:
+        return {"loaded": False, "reason": select.extension_error}
+    return {
+        "loaded": True,
+        "build": select.extension.build_info(),
+        "cpu_isa": select.extension.cpu_isa(),
+        "cpu_isas": list(select.extension.cpu_isas()),
+    }
+
+
+def _devices(torch) -> list[dict]:
+    devices = [{"device": "cpu", "name": _cpu_name(), "threads": torch.get_num_threads(), "cores": os.cpu_count()}]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            devices.append(
+                {
+                    "device": f"cuda:{index}",
+                    "name": properties.name,
+                    "capability": f"{properties.major}.{properties.minor}",
+                    "memory_gib": round(properties.total_memory / 2**30, 1),
+                    "multiprocessors": properties.multi_processor_count,
+                }
+            )
+    return devices
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def info_table(facts: dict) -> str:
+    lines = [f"andromeda {facts['andromeda']}", ""]
+
+    def section(title, rows):
+        width = max((len(name) for name, _ in rows), default=0)
+        lines.append(title)
+        for name, value in rows:
+            lines.append(f"  {name:{width}}  {value}".rstrip())
+        lines.append("")
+
+    cuda = f" (built for CUDA {facts['torch_cuda']})" if facts["torch_cuda"] else " (built without CUDA)"
+    versions = [("python", facts["python"]), ("platform", facts["platform"])]
+    versions += [
+        (name, (version or "not installed") + (cuda if name == "torch" else ""))
+        for name, version in facts["packages"].items()
+    ]
+    section("Versions", versions)
+
+    extension = facts["extension"]
+    if extension["loaded"]:
+        rows = [(name.replace("_", " "), _short(value)) for name, value in extension["build"].items()]
+        usable = ", ".join(extension["cpu_isas"])
+        rows.append(("runs on this CPU", f"{extension['cpu_isa']} (usable: {usable}; ANDROMEDA_CPU_ISA forces one)"))
+        section("Extension", rows)
+    else:
+        section("Extension", [("not loaded", extension["reason"])])
+
+    rows = []
+    for device in facts["devices"]:
+        if device["device"] == "cpu":
+            detail = f"{device['threads']} of {device['cores']} threads"
+        else:
+            detail = f"compute capability {device['capability']}, {device['memory_gib']} GiB"
+        rows.append((device["device"], f"{device['name']}, {detail}"))
+    if len(rows) == 1:
+        rows.append(("cuda", "none visible"))
+    section("Devices", rows)
+
+    names = [name for runs in facts["operations"].values() for run in runs.values() for name in run["reasons"]]
+    width = max(map(len, names), default=0)
+    for operation, devices in facts["operations"].items():
+        for device, run in devices.items():
+            lines.append(f"{operation} on {device}: {run['runs'] or 'nothing'} runs")
+            for name, reasons in run["reasons"].items():
+                mark = ">" if name == run["runs"] else " "
+                lines.append(f"  {mark} {name:{width}}  {'; '.join(reasons) or 'available'}")
+            lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def _short(value) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "none"
+    return "none" if value is None or value == "" else str(value)

@@ -1,0 +1,608 @@
+"""The model, in the order of SPEC 2-9: embedding, token shift, attention, feed-forward, decoder, logits, loss.
+
+        tokens (batch, n)
+           |
+        token_emb (+ pos_emb / sqrt(dim))                         AndromedaEmbedding, TransformerWrapper
+           |
+           x ------------------------------+                      Sublayer, 2 * depth times,
+           |                               |                      attention and feed-forward in turn:
+        norm (pre-norm only)               |
+           |                               |                        deepnorm=False   x + fn(shift(norm(x)))
+        token_shift                        |                        deepnorm=True    norm(alpha * rho * x + fn(shift(x)))
+           |                               | * alpha * rho (DeepNorm only)
+        Attention:   to_q, to_k, to_v -> qk_norm_rotary -> attention -> to_out
+        FeedForward: proj_in -> gelu -> proj_out
+           |                               |
+           + ------------------------------+
+           |
+        norm (DeepNorm only)
+           |
+        final_norm (pre-norm only)
+           |
+        to_logits -> logits (batch, n, num_tokens)                TransformerWrapper
+           |
+        cross-entropy with the next tokens                        AutoregressiveWrapper
+
+Tensors are (batch, n, dim), those of heads (batch, n, num_heads, head_dim): the output of a projection is viewed, never
+transposed or copied.
+"""
+
+import dataclasses
+import functools
+
+import torch
+import torch.utils.checkpoint
+from torch import nn
+from torch.nn import functional
+
+from andromeda import checkpoint, generation
+from andromeda.config import DecoderConfig, ModelConfig, constant, read_key_start, read_tokens
+from andromeda.ops.attention import attention
+from andromeda.ops.qk_norm_rotary import qk_norm_rotary
+
+_LOSS_BLOCK_LOGITS = 2**22  # the loss holds float32 copies of this many logits at once, 16 MiB
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics and sums (SPEC 5.6)."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Linear(nn.Linear):
+    """A linear map whose weight is drawn once, from the distribution of SPEC 11.
+
+    gain: None for uniform in +-1 / sqrt(fan_in); else the weight is normal with std gain * sqrt(2 / (fan_in + fan_out))
+        and the bias 0.
+    """
+
+    def __init__(self, fan_in: int, fan_out: int, *, bias: bool = False, gain: float | None = None):
+        self.gain = gain
+        super().__init__(fan_in, fan_out, bias=bias)
+
+    def reset_parameters(self) -> None:
+        bound = self.in_features**-0.5
+        if self.gain is None:
+            nn.init.uniform_(self.weight, -bound, bound)
+        else:
+            nn.init.normal_(self.weight, std=self.gain * (2 / (self.in_features + self.out_features)) ** 0.5)
+        if self.bias is not None and self.gain is None:
+            nn.init.uniform_(self.bias, -bound, bound)
+        elif self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class AndromedaEmbedding:
+    """The default embedding provider (SPEC 2). Any object with such a method is one."""
+
+    def get_embedding(self, num_tokens: int, dim: int) -> nn.Module:
+        """A new table, from int64 (batch, n) to (batch, n, dim)."""
+        return nn.Embedding.from_pretrained(torch.empty(num_tokens, dim).normal_(std=(2 / dim) ** 0.5), freeze=False)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm with gain 1 + gamma and no bias (SPEC 3)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # In half precision 1 + gamma would lose the small gammas: the whole row is computed wide and rounded once.
+        gain = 1 + self.gamma.to(_wide(self.gamma.dtype))
+        return functional.layer_norm(x.to(_wide(x.dtype)), gain.shape, gain).to(x.dtype)
+
+
+def token_shift(h, shift, history=None, hidden=()):
+    """Delay segment k of the channels by k tokens, k = 0 ... shift (SPEC 4).
+
+    Args:
+        h: (batch, n, dim).
+        history: (batch, shift, dim), the rows before h; default zeros.
+        hidden: for each delay 1 ... shift a bool (batch, n, 1): where the delayed row belongs to something else.
+    """
+    if shift == 0:
+        return h
+    batch, n, dim = h.shape
+    width = dim // (shift + 1)
+    segments = [h[..., :width]]
+    for delay in range(1, shift + 1):
+        channels = slice(delay * width, (delay + 1) * width)
+        before = h.new_zeros(batch, delay, width) if history is None else history[:, shift - delay :, channels]
+        segment = torch.cat((before[:, :n], h[:, : max(n - delay, 0), channels]), dim=1)
+        segments.append(segment.masked_fill(hidden[delay - 1], 0) if hidden else segment)
+    return torch.cat((*segments, h[..., (shift + 1) * width :]), dim=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What all sub-layers of one forward pass share.
+
+    Attributes:
+        position: of the first new token in its sequence.
+        key_start: (batch, n) int32, counted in the keys that attention is handed, or None.
+        hidden: for `token_shift`.
+        cache: `generation.Cache` or None.
+    """
+
+    position: int = 0
+    key_start: torch.Tensor | None = None
+    hidden: tuple[torch.Tensor, ...] = ()
+    cache: generation.Cache | None = None
+
+
+class Attention(nn.Module):
+    """Attention sub-layer (SPEC 5). index: number of the sub-layer, the name of its keys and values in a cache."""
+
+    def __init__(self, config: DecoderConfig, index: int):
+        super().__init__()
+        self.config, self.index = config, index
+        q_dim, kv_dim = config.heads * config.dim_head, config.num_kv_heads * config.dim_head
+        gain, gain_value = (1.0, config.beta) if config.deepnorm else (None, None)
+        self.to_q = Linear(config.dim, q_dim, gain=gain)
+        self.to_k = Linear(config.dim, kv_dim, gain=gain)
+        self.to_v = Linear(config.dim, kv_dim, gain=gain_value)
+        self.to_out = Linear(q_dim, config.dim, gain=gain_value)
+        if config.learned_scales:
+            start = config.dim_head**0.25
+            self.q_scale = nn.Parameter(torch.full((config.heads, 1, config.dim_head), start))
+            self.k_scale = nn.Parameter(torch.full((config.num_kv_heads, 1, config.dim_head), start))
+        else:
+            self.q_scale = self.k_scale = None
+
+    def forward(self, h: torch.Tensor, call: Call) -> torch.Tensor:
+        q = self.to_q(h).unflatten(-1, (-1, self.config.dim_head))  # (batch, n, num_heads, head_dim)
+        k = self.to_k(h).unflatten(-1, (-1, self.config.dim_head))  # (batch, n, num_kv_heads, head_dim)
+        v = self.to_v(h).unflatten(-1, (-1, self.config.dim_head))
+        store = None if call.cache is None else call.cache.attention(self.index)
+        bound = self.logit_bound(store)
+        outs = []
+        for start, stop, segment, length in self._segments(call.position, q):
+            if store is None:  # all keys so far, rotated for an xPos origin near these queries
+                queries, keys = self._normalise_and_rotate(q[:, start:stop], k[:, :stop])
+                values = v[:, :stop]
+            else:
+                stored = call.cache.length + start
+                segment = store.enter_segment(segment, length, self.config.rotary_dim, stored)
+                position, origin = call.position + start, segment * length + length // 2
+                queries, keys = self._normalise_and_rotate(q[:, start:stop], k[:, start:stop], position, origin)
+                keys, values = store.append(keys, v[:, start:stop], stored)
+            out = attention(
+                queries,
+                keys,
+                values,
+                causal=True,
+                softmax_scale=self.config.softmax_scale,
+                alibi_slopes=self._constant(self.config.alibi_slopes, q.device),
+                logit_bound=bound,
+                key_start=None if call.key_start is None else call.key_start[:, start:stop],
+                backend=self._backend,
+            )
+            outs.append(out)
+        out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+        return self.to_out(out.flatten(2))
+
+    def _segments(self, position: int, q: torch.Tensor):
+        """Cut the new tokens so that the xPos factors of a piece stay in range (SPEC 16.1).
+
+        Yields (start, stop, segment, length): the tokens start ... stop - 1 of this call lie in positions
+        segment * length ... (segment + 1) * length - 1.
+        """
+        n = q.shape[1]
+        length = 2048 if q.dtype == torch.float16 else 8192
+        start = 0
+        while start < n:
+            segment = (position + start) // length
+            stop = min(n, (segment + 1) * length - position) if self.config.rotary_xpos else n
+            yield start, stop, segment, length
+            start = stop
+
+    def _normalise_and_rotate(self, q, k, position=0, origin=None):
+        if not self.config.norm_on and not self.config.rotary_xpos:
+            return q, k
+        return qk_norm_rotary(
+            q,
+            k,
+            q_scale=None if self.q_scale is None else self.q_scale.squeeze(1),
+            k_scale=None if self.k_scale is None else self.k_scale.squeeze(1),
+            normalize=self.config.norm_on,
+            rotary_dim=self.config.rotary_dim,
+            xpos=self.config.rotary_xpos,
+            position=position,
+            origin=origin,
+            backend=self._backend,
+        )
+
+    @property
+    def _backend(self):
+        return None if self.config.attn_flash else "reference"
+
+    def logit_bound(self, store=None) -> torch.Tensor | None:
+        """(num_heads,): what no |softmax_scale * <q, k>| of a visible pair exceeds; None without QK norm.
+
+        Cauchy-Schwarz per rotated pair and plain channel: rotation keeps the length of a pair, xPos only shrinks it for
+        keys before the query. 2**-7 covers the rounding of q and k to bfloat16 (design: gpu_kernels 1.2).
+        """
+        margin = 1 + 2**-7
+        if not self.config.norm_on:
+            return None
+        if self.q_scale is None:
+            return self._constant((self.config.softmax_scale * margin,) * self.config.heads, self.to_q.weight.device)
+        if store is not None and store.logit_bound is not None:
+            return store.logit_bound
+        reach = []
+        for scale in (self.q_scale, self.k_scale):
+            scale = scale.detach().float().abs().squeeze(1)  # (num_heads or num_kv_heads, head_dim)
+            rotated, plain = scale.split((self.config.rotary_dim, self.config.dim_head - self.config.rotary_dim), dim=1)
+            reach.append(torch.cat((rotated.unflatten(1, (-1, 2)).amax(2), plain), dim=1))
+        bound = (reach[0] * reach[1]).amax(1) * (self.config.softmax_scale * margin)
+        if store is not None:
+            store.logit_bound = bound
+        return bound
+
+    @staticmethod
+    def _constant(values, device):
+        return None if values is None else constant(values, device)
+
+
+class FeedForward(nn.Module):
+    """Feed-forward sub-layer (SPEC 6)."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        gain = config.beta if config.deepnorm else None
+        self.proj_in = Linear(config.dim, 4 * config.dim, bias=True, gain=gain)
+        self.proj_out = Linear(4 * config.dim, config.dim, bias=True, gain=gain)
+
+    def forward(self, h: torch.Tensor, call: Call) -> torch.Tensor:
+        return self.proj_out(functional.gelu(self.proj_in(h)))
+
+
+class Sublayer(nn.Module):
+    """Attention or feed-forward map with its norm, token shift and residual (SPEC 3, 7). index: 0 ... 2 * depth - 1."""
+
+    def __init__(self, config: DecoderConfig, index: int):
+        super().__init__()
+        self.config, self.index = config, index
+        self.norm = LayerNorm(config.dim)
+        self.fn = FeedForward(config) if index % 2 else Attention(config, index)
+        self.residual_scale = nn.Parameter(torch.ones(config.dim)) if config.deepnorm else None
+
+    def forward(self, x: torch.Tensor, call: Call) -> torch.Tensor:
+        h = x if self.config.deepnorm else self.norm(x)
+        shift, history = self.config.shift_tokens, None
+        if call.cache is not None and shift > 0:
+            history = call.cache.exchange_shift_rows(self.index, h, shift)
+        out = self.fn(token_shift(h, shift, history, call.hidden), call)
+        if not self.config.deepnorm:
+            return x + out
+        wide = _wide(x.dtype)
+        scale = self.config.alpha * self.residual_scale.to(wide)
+        return self.norm(torch.addcmul(out.to(wide), x.to(wide), scale)).to(x.dtype)  # alpha * rho * x + out
+
+
+class Decoder(nn.Module):
+    """The stack of sub-layers (SPEC 3): from (batch, n, dim) to (batch, n, dim).
+
+    Args:
+        dim, depth, **options: see `andromeda.config.DecoderConfig`.
+    """
+
+    def __init__(self, dim: int, depth: int, **options):
+        super().__init__()
+        self.config = DecoderConfig(dim=dim, depth=depth, **options)
+        self.layers = nn.ModuleList(Sublayer(self.config, index) for index in range(2 * depth))
+        self.final_norm = None if self.config.deepnorm else LayerNorm(dim)
+        # The two names by which transformers switches activation checkpointing on.
+        self.gradient_checkpointing = False
+        self._gradient_checkpointing_func = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+
+    def forward(self, x: torch.Tensor, *, key_start=None, cache=None) -> torch.Tensor:
+        """key_start, cache: see `TransformerWrapper.forward`."""
+        batch, n, _ = x.shape
+        key_start = read_key_start("Decoder", key_start, batch, n, x.device)
+        if cache is not None:
+            if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
+                raise ValueError(
+                    "Decoder: cache must be None where gradients are recorded, got a Cache; call the model under "
+                    "torch.no_grad(), or pass the whole sequence without a cache to train on it"
+                )
+            key_start = cache.begin(batch, n, key_start)
+        call = self._call(key_start, cache, n)
+        for layer in self.layers:
+            if self.gradient_checkpointing and self.training:
+                x = self._gradient_checkpointing_func(layer, x, call)
+            else:
+                x = layer(x, call)
+        if cache is not None:
+            cache.commit(batch, n, key_start)
+        return x if self.final_norm is None else self.final_norm(x)
+
+    def _call(self, key_start, cache, n) -> Call:
+        position = 0 if cache is None else cache.position
+        hidden = ()
+        if key_start is not None:
+            token = torch.arange(position, position + n, device=key_start.device)
+            delays = range(1, self.config.shift_tokens + 1)
+            hidden = tuple((token - delay < key_start).unsqueeze(-1) for delay in delays)
+            if cache is not None and cache.position > cache.length:  # the first stored key is no longer key 0
+                key_start = (key_start - (cache.position - cache.length)).clamp_min(0)
+        return Call(position, key_start, hidden, cache)
+
+
+class TransformerWrapper(nn.Module):
+    """Embedding, decoder and logits (SPEC 2, 8).
+
+    Args:
+        num_tokens: size of the vocabulary.
+        max_seq_len: window of generation, and number of rows of the absolute position table.
+        attn_layers: the `Decoder`.
+        use_abs_pos_emb: add a learned vector per position.
+        embedding_provider: object whose `get_embedding(num_tokens, dim)` makes the embedding module.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_tokens: int,
+        max_seq_len: int,
+        attn_layers: Decoder,
+        use_abs_pos_emb: bool = False,
+        embedding_provider=AndromedaEmbedding(),  # noqa: B008: it holds no state
+    ):
+        super().__init__()
+        if not isinstance(attn_layers, Decoder):
+            raise TypeError(f"TransformerWrapper: attn_layers must be a Decoder, got {type(attn_layers).__name__}")
+        if not callable(getattr(embedding_provider, "get_embedding", None)):
+            raise TypeError(
+                "TransformerWrapper: embedding_provider must have a method get_embedding(num_tokens, dim), got "
+                f"{embedding_provider!r}"
+            )
+        decoder = attn_layers.config
+        self.config = ModelConfig(
+            num_tokens=num_tokens,
+            max_seq_len=max_seq_len,
+            use_abs_pos_emb=use_abs_pos_emb,
+            **dataclasses.asdict(decoder),
+        )
+        self.num_tokens, self.max_seq_len, self.use_abs_pos_emb = num_tokens, max_seq_len, use_abs_pos_emb
+        self.token_emb = embedding_provider.get_embedding(num_tokens, decoder.dim)
+        if not isinstance(self.token_emb, nn.Module):
+            raise TypeError(
+                "TransformerWrapper: embedding_provider.get_embedding must return a torch.nn.Module, got "
+                f"{type(self.token_emb).__name__}"
+            )
+        self.pos_emb = nn.Embedding(max_seq_len, decoder.dim) if use_abs_pos_emb else None
+        self.attn_layers = attn_layers
+        self.to_logits = Linear(decoder.dim, num_tokens)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return self.to_logits.weight.device
+
+    def forward(self, tokens, *, key_start=None, cache=None, logits_to_keep=0) -> torch.Tensor:
+        """Logits of the next token after each token.
+
+        Args:
+            tokens: int64 (batch, n) or (n,), list of ints or list of equally long lists.
+            key_start: (batch, n) int32 or int64, non-decreasing along a row. Token t sees tokens from key_start[t] on,
+                in attention and in the token shift, and its absolute position counts from there: the start of its
+                document, or the number of padded tokens on its left. Positions count from the start of the sequence,
+                also in later calls with a cache; those that leave it out go on with the last value of each row.
+            cache: `andromeda.generation.Cache` with the tokens before these; it is extended by these.
+            logits_to_keep: compute logits for so many last tokens only; 0 is all.
+
+        Returns:
+            (batch, n or logits_to_keep, num_tokens).
+        """
+        return self.to_logits(self.features(tokens, key_start=key_start, cache=cache)[:, -logits_to_keep:])
+
+    def features(self, tokens, *, key_start=None, cache=None) -> torch.Tensor:
+        """What `to_logits` is applied to: (batch, n, dim)."""
+        tokens = read_tokens("Andromeda", tokens, self.num_tokens, self.device)
+        batch, n = tokens.shape
+        key_start = read_key_start("Andromeda", key_start, batch, n, self.device)
+        x = self.token_emb(tokens)
+        if tuple(x.shape) != (batch, n, self.config.dim):
+            raise ValueError(
+                "Andromeda: the module of embedding_provider must return (batch, n, dim) = "
+                f"{(batch, n, self.config.dim)}, got {tuple(x.shape)}"
+            )
+        if self.pos_emb is not None:
+            x = x + self.config.dim**-0.5 * self.pos_emb(self._absolute_positions(n, key_start, cache))
+        return self.attn_layers(x, key_start=key_start, cache=cache)
+
+    def _absolute_positions(self, n, key_start, cache) -> torch.Tensor:
+        """(n,) or (batch, n): tokens since key_start; padding, which nobody sees, takes position 0."""
+        first = 0 if cache is None else cache.position
+        positions = torch.arange(first, first + n, device=self.device)
+        last = first + n - 1
+        if key_start is None and cache is not None and cache.key_start is not None:
+            key_start = cache.key_start[:, None]
+        if key_start is not None:
+            positions = (positions - key_start).clamp_min(0)
+            if last >= self.max_seq_len:  # rarely; reading back stalls a GPU
+                last = positions.max().item()
+        if last >= self.max_seq_len:
+            raise ValueError(
+                f"Andromeda: tokens must end before position max_seq_len={self.max_seq_len} of the absolute position "
+                f"table, got a token at position {last}"
+            )
+        return positions
+
+
+class AutoregressiveWrapper(nn.Module):
+    """Loss and generation (SPEC 9, 10.3) around a `TransformerWrapper`.
+
+    Args:
+        net: the `TransformerWrapper`.
+        ignore_index: label that is not trained on.
+        pad_value: token that stands for it in the input, and that fills rows which have ended in `generate`.
+    """
+
+    def __init__(self, net: TransformerWrapper, ignore_index: int = -100, pad_value: int = 0):
+        super().__init__()
+        self.net = net
+        self.ignore_index = ignore_index
+        self.pad_value = pad_value
+
+    def forward(self, tokens, *, key_start=None) -> torch.Tensor:
+        """Mean cross-entropy of each token after the first, given those before it; a scalar, float32 or float64.
+
+        tokens: as for `TransformerWrapper.forward`, and `ignore_index` where a token shall not be predicted.
+        key_start: as there. The first token of a packed document is predicted from the document before: ignore it.
+        """
+        tokens = read_tokens(
+            "Andromeda", tokens, self.net.num_tokens, self.net.device, ignore_index=self.ignore_index
+        )
+        if tokens.shape[1] < 2:
+            raise ValueError("Andromeda: tokens must hold at least 2 tokens per row for a loss, got 1")
+        key_start = read_key_start("Andromeda", key_start, *tokens.shape, self.net.device)
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        inputs = inputs.masked_fill(inputs == self.ignore_index, self.pad_value)
+        logits = self.net(inputs, key_start=None if key_start is None else key_start[:, :-1])
+        return cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=self.ignore_index)
+
+    def generate(self, prompts, seq_len, *args, **kwargs) -> torch.Tensor:
+        """See `andromeda.generation.generate`."""
+        return generation.generate(self.net, prompts, seq_len, *args, pad_value=self.pad_value, **kwargs)
+
+
+def cross_entropy(logits, targets, *, ignore_index=-100, count=None) -> torch.Tensor:
+    """Sum of logsumexp(logits) - logits[target] over targets other than `ignore_index`, divided by `count`.
+
+    Args:
+        logits: (rows, num_tokens).
+        targets: (rows,) int64.
+        count: default the number of these targets, which gives their mean (NaN for none); a number or scalar tensor when
+            several calls share one mean, as in gradient accumulation.
+
+    Returns:
+        Scalar, float32 or float64.
+    """
+    return _CrossEntropy.apply(logits, targets, ignore_index, count)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """`cross_entropy`, in float32 or better.
+
+    Works on blocks of rows, so that neither pass holds a float32 copy of half-precision logits, and the backward pass
+    nothing but the gradient: a vocabulary of 50304 makes the logits the largest tensor of a training step.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets, ignore_index, count):  # (rows, num_tokens), (rows,)
+        counted = targets != ignore_index
+        targets = targets.masked_fill(~counted, 0)
+        rows = max(1, _LOSS_BLOCK_LOGITS // logits.shape[1])
+        wide = _wide(logits.dtype)
+        lse = torch.cat([block.to(wide).logsumexp(-1) for block in logits.split(rows)])
+        losses = lse - logits.gather(1, targets[:, None])[:, 0]
+        weights = counted / (counted.sum() if count is None else count)  # no target at all: NaN
+        ctx.save_for_backward(logits, targets, lse, weights)
+        ctx.rows = rows
+        return (losses.masked_fill(~counted, 0) * weights.to(wide)).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dloss):
+        logits, targets, lse, weights = ctx.saved_tensors
+        dlogits = torch.empty_like(logits)
+        blocks = (tensor.split(ctx.rows) for tensor in (dlogits, logits, targets, lse, (weights * dloss).to(lse)))
+        for dblock, block, target, block_lse, weight in zip(*blocks, strict=True):
+            probability = (block - block_lse[:, None]).exp_()
+            probability.scatter_add_(1, target[:, None], probability.new_full((len(target), 1), -1.0))
+            dblock.copy_(probability.mul_(weight[:, None]))
+        return dlogits, None, None, None
+
+
+class Andromeda(nn.Module):
+    """Decoder-only language model: multi-query attention with ALiBi, rotary xPos and QK norm, DeepNorm, token shift.
+
+    `model.transformer` is the `TransformerWrapper` with all parameters, `model.decoder` the `AutoregressiveWrapper` around
+    it. `model.config` holds the arguments, which `andromeda.config` describes.
+
+    Args:
+        embedding_provider: object whose `get_embedding(num_tokens, dim)` makes the embedding module (SPEC 2).
+
+    Raises:
+        TypeError, ValueError: an argument that no model has, named with its value.
+    """
+
+    def __init__(
+        self,
+        num_tokens=50304,
+        max_seq_len=8192,
+        dim=2560,
+        depth=32,
+        dim_head=128,
+        heads=24,
+        use_abs_pos_emb=False,
+        alibi_pos_bias=True,
+        alibi_num_heads=12,
+        rotary_xpos=True,
+        attn_flash=True,
+        deepnorm=True,
+        shift_tokens=1,
+        attn_one_kv_head=True,
+        qk_norm=True,
+        attn_qk_norm=True,
+        attn_qk_norm_dim_scale=True,
+        embedding_provider=AndromedaEmbedding(),  # noqa: B008: it holds no state
+    ):
+        super().__init__()
+        self.config = ModelConfig(
+            num_tokens=num_tokens,
+            max_seq_len=max_seq_len,
+            dim=dim,
+            depth=depth,
+            dim_head=dim_head,
+            heads=heads,
+            use_abs_pos_emb=use_abs_pos_emb,
+            alibi_pos_bias=alibi_pos_bias,
+            alibi_num_heads=alibi_num_heads,
+            rotary_xpos=rotary_xpos,
+            attn_flash=attn_flash,
+            deepnorm=deepnorm,
+            shift_tokens=shift_tokens,
+            attn_one_kv_head=attn_one_kv_head,
+            qk_norm=qk_norm,
+            attn_qk_norm=attn_qk_norm,
+            attn_qk_norm_dim_scale=attn_qk_norm_dim_scale,
+        )
+        self.embedding_provider = embedding_provider
+        self.transformer = TransformerWrapper(
+            num_tokens=num_tokens,
+            max_seq_len=max_seq_len,
+            attn_layers=Decoder(**self.config.decoder_arguments()),
+            use_abs_pos_emb=use_abs_pos_emb,
+            embedding_provider=embedding_provider,
+        )
+        # Not registered as a child: its parameters are those of `transformer`, which are listed once.
+        self.__dict__["decoder"] = AutoregressiveWrapper(self.transformer)
+
+    def forward(self, text_tokens, return_loss=False, *, key_start=None, cache=None, logits_to_keep=0):
+        """Logits (batch, n, num_tokens), see `TransformerWrapper.forward`; with `return_loss` the scalar of
+        `AutoregressiveWrapper.forward`, where -100 marks tokens that shall not be predicted."""
+        if not return_loss:
+            return self.transformer(text_tokens, key_start=key_start, cache=cache, logits_to_keep=logits_to_keep)
+        if cache is not None or logits_to_keep:
+            raise ValueError("Andromeda: cache and logits_to_keep must be left out with return_loss=True")
+        return self.decoder(text_tokens, key_start=key_start)
+
+    def generate(self, prompts, seq_len, *args, **kwargs):
+        """See `andromeda.generation.generate`."""
+        return self.decoder.generate(prompts, seq_len, *args, **kwargs)
+
+    def save(self, path) -> None:
+        """See `andromeda.checkpoint.save`."""
+        checkpoint.save(self, path)
+
+    @classmethod
+    def load(cls, path, device=None, dtype=None, *, embedding_provider=None) -> "Andromeda":
+        """See `andromeda.checkpoint.load`."""
+        return checkpoint.load(cls, path, device, dtype, embedding_provider)
+
+    def load_x_transformers(self, state_dict, version="2.31.10") -> None:
+        """See `andromeda.checkpoint.load_x_transformers`."""
+        checkpoint.load_x_transformers(self, state_dict, version)

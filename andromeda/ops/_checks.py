@@ -1,0 +1,100 @@
+"""Checks of arguments, shared by the operations. Each error reads `<op>: <argument> must <requirement>, got <value>`.
+
+They look at types, shapes, dtypes, devices and strides only, which a traced call has as well; what depends on values is
+checked inside the operators.
+"""
+
+import math
+
+import torch
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_tensor(op: str, name: str, tensor: torch.Tensor, axes: tuple[str, ...]) -> None:
+    """A tensor with the named axes whose last one is dense."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.ndim != len(axes):
+        raise ValueError(
+            f"{op}: {name} must have {len(axes)} dimensions ({', '.join(axes)}), got shape {tuple(tensor.shape)}"
+        )
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(
+            f"{op}: {name} must be dense in its last dimension ({axes[-1]}), got strides {tensor.stride()}; "
+            f"pass {name}.contiguous()"
+        )
+
+
+def check_dtypes(op: str, **tensors: torch.Tensor) -> None:
+    """One of FLOAT_DTYPES, the same for all."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise TypeError(
+                f"{op}: {name}.dtype must be one of {', '.join(map(_name, FLOAT_DTYPES))}, got {_name(tensor.dtype)}"
+            )
+    if len({tensor.dtype for tensor in tensors.values()}) > 1:
+        found = ", ".join(_name(tensor.dtype) for tensor in tensors.values())
+        raise TypeError(
+            f"{op}: {', '.join(tensors)} must have one dtype, got {found}; cast them or use torch.autocast"
+        )
+
+
+def check_devices(op: str, **tensors: torch.Tensor | None) -> None:
+    """One device for all tensors that are given."""
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    if len({tensor.device for tensor in given.values()}) > 1:
+        found = ", ".join(str(tensor.device) for tensor in given.values())
+        raise ValueError(f"{op}: {', '.join(given)} must be on one device, got {found}")
+
+
+def check_equal_axis(op: str, axis: int, axis_name: str, **tensors: torch.Tensor) -> None:
+    """The sizes of one axis equal that of the first tensor."""
+    (first, reference), *others = tensors.items()
+    for name, tensor in others:
+        if tensor.shape[axis] != reference.shape[axis]:
+            raise ValueError(
+                f"{op}: {name}.shape[{axis}] ({axis_name}) must equal {first}.shape[{axis}], "
+                f"got {tensor.shape[axis]} and {reference.shape[axis]}"
+            )
+
+
+def check_heads(op: str, q: torch.Tensor, k: torch.Tensor) -> None:
+    """Axis 2 of q is a multiple of axis 2 of k; axis 3 is the same and not empty."""
+    num_heads, num_kv_heads = q.shape[2], k.shape[2]
+    if num_heads != num_kv_heads and (num_kv_heads == 0 or num_heads % num_kv_heads != 0):
+        raise ValueError(
+            f"{op}: q.shape[2] (num_heads) must be a multiple of k.shape[2] (num_kv_heads), "
+            f"got {num_heads} and {num_kv_heads}"
+        )
+    check_equal_axis(op, 3, "head_dim", q=q, k=k)
+    if q.shape[3] == 0:
+        raise ValueError(f"{op}: q.shape[3] (head_dim) must be at least 1, got 0")
+
+
+def check_exact(
+    op: str, name: str, tensor: torch.Tensor, axes: tuple[str, ...], shape: tuple[int, ...], *dtypes: torch.dtype
+) -> None:
+    """A tensor of exactly this shape and one of these dtypes; any strides."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(
+            f"{op}: {name} must have shape ({', '.join(axes)}{',' if len(axes) == 1 else ''}) = {tuple(shape)}, "
+            f"got {tuple(tensor.shape)}"
+        )
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{op}: {name}.dtype must be {' or '.join(map(_name, dtypes))}, got {_name(tensor.dtype)}")
+
+
+def check_finite_number(op: str, name: str, value: float) -> float:
+    """The value as a float."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{op}: {name} must be finite, got {value}")
+    return float(value)

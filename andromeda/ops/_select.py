@@ -1,0 +1,129 @@
+"""Which backend runs a call, and how an operation is made known to torch.
+
+A backend is a name of `BACKENDS`. Each operation has a function `unsupported(backend, ...) -> list[str]`: the reasons
+why that backend cannot run a call, an empty list when it can. The same list feeds the choice, the error text, the tests
+and `andromeda info`, so that a fallback is never secret.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")  # in order of preference
+AUTO = "auto"  # what an operator receives for backend=None: it chooses when it runs, not when it is traced
+
+LIB = torch.library.Library("andromeda", "DEF")
+
+try:
+    extension = importlib.import_module("andromeda._C")
+    extension_error = None
+except ModuleNotFoundError as error:
+    if error.name != "andromeda._C":
+        raise
+    extension = None
+    extension_error = "the extension andromeda._C is not built (`pip install -v .` in the source tree builds it)"
+except ImportError as error:
+    if "ANDROMEDA_CPU_ISA" in str(error):  # pybind11 turns every error of a module's start into an ImportError
+        raise RuntimeError(str(error)) from None
+    extension = None
+    extension_error = f"the extension andromeda._C cannot be loaded: {error}"
+
+
+def define(schema: str, *, implementation: Callable, fake: Callable, flops: Callable) -> torch._ops.OpOverload:
+    """Make `andromeda::<schema>` an operator and return it.
+
+    implementation: runs on tensors of any device. It chooses the backend, so that a traced or exported program does
+        not carry the choice of the machine that traced it.
+    fake: the outputs for given inputs, without data. Like the implementation it must allocate with `new_empty(shape)`.
+    flops: floating point operations from shapes, for `torch.utils.flop_counter`.
+    """
+    name = schema.partition("(")[0]
+    # The kernels read dense rows: a compiler may not permute the dimensions of an argument behind our back.
+    LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    LIB.impl(name, implementation, "CompositeExplicitAutograd")  # every device: the reference runs on all of them
+    torch.library.register_fake(f"andromeda::{name}", fake, lib=LIB)
+    packet = getattr(torch.ops.andromeda, name)
+    register_flop_formula(packet)(flops)
+    return packet.default
+
+
+def backend_argument(op: str, backend: str | None) -> str:
+    """The `backend` argument of an operator from the `backend` argument of the public function."""
+    if backend is None:
+        return AUTO
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    return backend
+
+
+def choose(op: str, backend: str, unsupported: Callable[[str], list[str]]) -> str:
+    """The backend that runs a call: the one asked for, or with `AUTO` the first that can.
+
+    unsupported: the reasons why a backend cannot run this call.
+
+    Raises:
+        NotImplementedError: none can, or not the one asked for; with the reasons of each.
+    """
+    candidates = BACKENDS if backend == AUTO else (backend,)
+    reasons = {}
+    for candidate in candidates:
+        reasons[candidate] = unsupported(candidate)
+        if not reasons[candidate]:
+            return candidate
+    headline = f"{op}: no backend supports this call"
+    if backend != AUTO:
+        able = [other for other in BACKENDS if not unsupported(other)]
+        headline = f"{op}: backend {backend!r} does not support this call (these do: {', '.join(able) or 'none'})"
+    width = max(map(len, reasons)) + 1
+    raise NotImplementedError(
+        "\n".join([headline, *(f"    {name + ':':{width}} {'; '.join(why)}" for name, why in reasons.items())])
+    )
+
+
+@functools.cache
+def cuda_unavailable(device: torch.device) -> list[str]:
+    """Why the compiled CUDA kernels cannot run on this device; empty when they can, or when it is no CUDA device."""
+    if extension is None:
+        return [extension_error]
+    built_for = extension.build_info()["cuda_architectures"]
+    if not built_for:
+        return ["the extension was built without CUDA"]
+    if device.type != "cuda":
+        return []
+    capability = torch.cuda.get_device_capability(device)
+    if any(_runs_on(architecture, *capability) for architecture in built_for):
+        return []
+    return [f"compute capability {capability[0]}.{capability[1]} (built for {', '.join(built_for)})"]
+
+
+def _runs_on(architecture: str, major: int, minor: int) -> bool:
+    """Whether code for an architecture in CMake's spelling ("80", "80-real", "90a-real") runs on a device."""
+    number, _, kind = architecture.partition("-")
+    if number.endswith("a"):  # features of one chip: no other runs it
+        return number == f"{major}{minor}a"
+    built_major, built_minor = divmod(int(number), 10)
+    if kind != "virtual" and built_major == major and built_minor <= minor:
+        return True  # machine code, which later chips of the generation run as well
+    return kind != "real" and (built_major, built_minor) <= (major, minor)  # PTX, which the driver compiles
+
+
+def current_stream(device: torch.device) -> int:
+    """The cudaStream_t on which torch works on this device, as a number; 0 for the CPU."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def report(device: str | None = None) -> dict[str, dict[str, list[str]]]:
+    """Per operation and backend the reasons why it would not run a typical call on this machine.
+
+    The first backend of an operation with an empty list is the one that would run. The call is float32, on `device`
+    (default: the GPU if there is one), with 24 heads of width 128 and one key head.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    q, k = torch.empty(1, 16, 24, 128, device=device), torch.empty(1, 16, 1, 128, device=device)
+    calls = {"attention": (q, k, k), "qk_norm_rotary": (q, k)}
+    modules = {op: importlib.import_module(f"andromeda.ops.{op}") for op in calls}
+    return {op: {name: modules[op].unsupported(name, *calls[op]) for name in BACKENDS} for op in calls}

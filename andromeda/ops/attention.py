@@ -1,0 +1,354 @@
+"""attention (SPEC 5.4-5.6): arguments, backend choice, allocation and gradients. The kernels are elsewhere."""
+
+import torch
+
+from andromeda.ops import _checks, _select
+from andromeda.reference import attention as reference
+
+_CPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_REFERENCE_BLOCK_LOGITS = 2**24  # the reference holds this many logits at once, 64 MiB of float32
+
+
+def attention(
+    q,
+    k,
+    v,
+    *,
+    causal=False,
+    softmax_scale=None,
+    alibi_slopes=None,
+    logit_bound=None,
+    key_start=None,
+    return_lse=False,
+    backend=None,
+):
+    """Softmax attention with an optional ALiBi bias (SPEC 5.4-5.6).
+
+        score = softmax_scale * q @ k^T - alibi_slopes * |i - j|,   out = softmax(score) @ v
+
+    Positions are aligned at the end: the last query and the last key have i == j. Differentiable in q, k and v.
+    The last dimension must be dense, the other strides are free; nothing is copied.
+
+    Args:
+        q: (batch, seqlen_q, num_heads, head_dim), float32, float16, bfloat16; float64 takes the reference.
+        k, v: (batch, seqlen_k, num_kv_heads, head_dim), dtype and device of q. num_heads must be a multiple of
+            num_kv_heads, consecutive heads share a key head; 1 is multi-query attention. Under autocast q, k, v are
+            cast to its dtype first (float64 is not).
+        causal: hide keys with j > i. For 2 queries and 4 keys (left) and for 4 queries and 2 keys (right) query i sees:
+            1 1 1 0        0 0
+            1 1 1 1        0 0
+                           1 0
+                           1 1
+        softmax_scale: factor on q @ k^T, not on the bias; finite. Default: head_dim ** -0.5.
+        alibi_slopes: (num_heads,), float32, finite, >= 0; 0 means no bias for that head. A constant: it gets no
+            gradient and may not ask for one. Its values are checked on CPU tensors only.
+        logit_bound: (num_heads,), float32: a promise that |softmax_scale * <q_i, k_j>| <= logit_bound for every
+            visible pair, which QK norm gives. It permits a softmax without a running maximum and the skipping of keys
+            so far away that ALiBi leaves them less than 2**-24 of a row (design: gpu_kernels 1.2-1.5). The result stays
+            within the rounding error either way; a promise that is not kept gives wrong results. A constant: detached.
+            Values that are not finite promise nothing.
+        key_start: (batch, seqlen_q), int32, non-decreasing along a row (checked on CPU tensors): query i sees only keys
+            j >= key_start[i]. For packed documents it is the start of the query's document, for left padding the number
+            of padded keys, for a sliding window i - window + 1. May be expanded. Five tokens, documents of 2 and 3,
+            causal, key_start = [0, 0, 2, 2, 2]:
+            1 0 0 0 0
+            1 1 0 0 0
+            0 0 1 0 0
+            0 0 1 1 0
+            0 0 1 1 1
+        return_lse: also return the log-sum-exp of each row of scores. It is not differentiable.
+        backend: "cuda", "triton", "cpu" or "reference". Default: the first that supports the call.
+
+    Returns:
+        out: (batch, seqlen_q, num_heads, head_dim), dtype of q; accumulated in float32 (float64 for float64). A row
+            that sees no key is 0, and so are its gradients.
+        softmax_lse, with return_lse: (batch, num_heads, seqlen_q), float32 (float64 for float64), natural logarithm;
+            -inf for a row that sees no key.
+
+        NaN in a hidden key has no effect on `out`; NaN in a hidden value may have, since 0 * NaN is NaN.
+
+    Raises:
+        ValueError, TypeError: the call is wrong on every machine.
+        NotImplementedError: no backend (or not the one asked for) can run it here; says why, each.
+    """
+    _checks.check_tensor("attention", "q", q, ("batch", "seqlen_q", "num_heads", "head_dim"))
+    _checks.check_tensor("attention", "k", k, ("batch", "seqlen_k", "num_kv_heads", "head_dim"))
+    _checks.check_tensor("attention", "v", v, ("batch", "seqlen_k", "num_kv_heads", "head_dim"))
+    device = q.device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
+    _check_arguments(q, k, v, alibi_slopes, logit_bound, key_start)
+    if softmax_scale is None:
+        softmax_scale = q.shape[3] ** -0.5
+    else:
+        softmax_scale = _checks.check_finite_number("attention", "softmax_scale", softmax_scale)
+    if logit_bound is not None:
+        logit_bound = logit_bound.detach()
+    arguments = q, k, v, alibi_slopes, logit_bound, key_start
+    options = bool(causal), softmax_scale, _select.backend_argument("attention", backend)
+    # An operator without a rule for tangents drops them silently; the Function refuses them.
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    if forward_mode or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+        out, softmax_lse = _Attention.apply(*arguments, *options)
+    else:
+        out, softmax_lse = FORWARD(*arguments, *options)
+    return (out, softmax_lse) if return_lse else out
+
+
+def unsupported(backend, q, k, v, *, alibi_slopes=None, logit_bound=None, key_start=None) -> list[str]:
+    """Why `backend` cannot run `attention` on these (correct) arguments here; empty when it can."""
+    if backend == "reference":
+        return []
+    if backend != "cpu":
+        return [f"no {'CUDA' if backend == 'cuda' else 'Triton'} kernel in this version"]
+    if _select.extension is None:
+        return [_select.extension_error]
+    reasons = []
+    if q.device.type != "cpu":
+        reasons.append(f"tensors on {q.device}")
+    if q.dtype not in _CPU_DTYPES:
+        reasons.append(f"dtype {str(q.dtype).removeprefix('torch.')} (built for float32, float16, bfloat16)")
+    if max(*q.shape, *k.shape) >= 2**31:
+        reasons.append(f"a dimension of q {tuple(q.shape)} or k {tuple(k.shape)} above 2**31 - 1")
+    return reasons
+
+
+def _check_arguments(q, k, v, alibi_slopes, logit_bound, key_start) -> None:
+    batch, seqlen_q, num_heads, _ = q.shape
+    _checks.check_dtypes("attention", q=q, k=k, v=v)
+    _checks.check_equal_axis("attention", 0, "batch", q=q, k=k, v=v)
+    _checks.check_equal_axis("attention", 1, "seqlen_k", k=k, v=v)
+    _checks.check_equal_axis("attention", 2, "num_kv_heads", k=k, v=v)
+    _checks.check_equal_axis("attention", 3, "head_dim", k=k, v=v)
+    _checks.check_heads("attention", q, k)
+    for name, tensor in (("alibi_slopes", alibi_slopes), ("logit_bound", logit_bound)):
+        if tensor is not None:
+            _checks.check_exact("attention", name, tensor, ("num_heads",), (num_heads,), torch.float32)
+    if key_start is not None:
+        _checks.check_exact("attention", "key_start", key_start, ("batch", "seqlen_q"), (batch, seqlen_q), torch.int32)
+    _checks.check_devices(
+        "attention", q=q, k=k, v=v, alibi_slopes=alibi_slopes, logit_bound=logit_bound, key_start=key_start
+    )
+    if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "attention: alibi_slopes must not require a gradient, got requires_grad=True; pass alibi_slopes.detach()"
+        )
+
+
+def _check_values(alibi_slopes, key_start) -> None:
+    """Reading values back would stall a GPU, and a traced call has none: this runs inside the operator, on the CPU."""
+    if alibi_slopes is not None and alibi_slopes.numel() > 0:
+        low, high = (value.item() for value in torch.aminmax(alibi_slopes))
+        if not (low >= 0 and high < float("inf")):  # NaN fails both
+            raise ValueError(f"attention: alibi_slopes must be finite and >= 0, got values in [{low}, {high}]")
+    if key_start is not None and key_start.shape[1] > 1:
+        falls = key_start[:, 1:] < key_start[:, :-1]
+        if falls.any():
+            entry, query = falls.nonzero()[0].tolist()
+            raise ValueError(
+                f"attention: key_start must not decrease along a row, got {key_start[entry, query].item()} followed by "
+                f"{key_start[entry, query + 1].item()} at [{entry}, {query + 1}]"
+            )
+
+
+def _forward(q, k, v, alibi_slopes, logit_bound, key_start, causal, softmax_scale, backend):
+    if q.device.type == "cpu":
+        _check_values(alibi_slopes, key_start)
+    backend = _select.choose("attention", backend, lambda name: unsupported(name, q, k, v))
+    out, softmax_lse = _fake_forward(q, k, v, alibi_slopes, logit_bound, key_start, causal, softmax_scale, backend)
+    if out.numel() == 0 or k.shape[1] == 0:
+        out.zero_()
+        softmax_lse.fill_(float("-inf"))
+    elif backend == "cpu":
+        _select.extension.attention_forward(
+            q=q,
+            k=k,
+            v=v,
+            alibi_slopes=_dense(alibi_slopes),
+            logit_bound=_dense(logit_bound),
+            key_start=_dense(key_start),
+            out=out,
+            softmax_lse=softmax_lse,
+            causal=causal,
+            softmax_scale=softmax_scale,
+            num_threads=torch.get_num_threads(),
+        )
+    else:
+        _reference_forward(q, k, v, alibi_slopes, key_start, causal, softmax_scale, out, softmax_lse)
+    return out, softmax_lse
+
+
+def _backward(dout, q, k, v, out, softmax_lse, alibi_slopes, logit_bound, key_start, causal, softmax_scale, backend):
+    backend = _select.choose("attention", backend, lambda name: unsupported(name, q, k, v))
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    if out.numel() == 0 or k.shape[1] == 0:
+        for gradient in (dq, dk, dv):
+            gradient.zero_()
+    elif backend == "cpu":
+        _select.extension.attention_backward(
+            q=q,
+            k=k,
+            v=v,
+            alibi_slopes=_dense(alibi_slopes),
+            logit_bound=_dense(logit_bound),
+            key_start=_dense(key_start),
+            out=out,
+            softmax_lse=softmax_lse,
+            causal=causal,
+            softmax_scale=softmax_scale,
+            dout=dout,
+            dq=dq,
+            dk=dk,
+            dv=dv,
+            num_threads=torch.get_num_threads(),
+        )
+    else:
+        _reference_backward(dout, q, k, v, out, softmax_lse, alibi_slopes, key_start, causal, softmax_scale, dq, dk, dv)
+    return dq, dk, dv
+
+
+def _dense(tensor):
+    return None if tensor is None else tensor.contiguous()
+
+
+def _fake_forward(q, k, v, alibi_slopes, logit_bound, key_start, causal, softmax_scale, backend):
+    batch, seqlen_q, num_heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, num_heads, seqlen_q), dtype=_accumulator(q.dtype))
+
+
+def _fake_backward(
+    dout, q, k, v, out, softmax_lse, alibi_slopes, logit_bound, key_start, causal, softmax_scale, backend
+):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _query_blocks(q, k, key_start, causal):
+    """Cuts the queries so that the logits of a block fit in memory.
+
+    Yields (queries, keys, options): slices of the two sequence axes, and the arguments of the reference that depend on
+    them.
+    """
+    batch, seqlen_q, num_heads, _ = q.shape
+    seqlen_k = k.shape[1]
+    rows = max(1, _REFERENCE_BLOCK_LOGITS // (batch * num_heads * seqlen_k))
+    first_key = seqlen_k - seqlen_q  # the key at the position of the first query
+    for start in range(0, seqlen_q, rows):
+        stop = min(start + rows, seqlen_q)
+        keys = slice(0, max(0, first_key + stop)) if causal else slice(0, seqlen_k)  # later keys are hidden anyway
+        options = {"first_query": first_key + start}
+        if key_start is not None:
+            options["key_start"] = key_start[:, start:stop]
+        yield slice(start, stop), keys, options
+
+
+def _reference_forward(q, k, v, alibi_slopes, key_start, causal, softmax_scale, out, softmax_lse) -> None:
+    dtype = softmax_lse.dtype
+    # Inside torch.autocast the products of the reference would be rounded to half precision.
+    with torch.autocast(q.device.type, enabled=False):
+        k, v = k.to(dtype), v.to(dtype)
+        for queries, keys, options in _query_blocks(q, k, key_start, causal):
+            out[:, queries], softmax_lse[:, :, queries] = reference.attention(
+                q[:, queries].to(dtype),
+                k[:, keys],
+                v[:, keys],
+                causal=causal,
+                softmax_scale=softmax_scale,
+                alibi_slopes=alibi_slopes,
+                **options,
+            )
+
+
+def _reference_backward(
+    dout, q, k, v, out, softmax_lse, alibi_slopes, key_start, causal, softmax_scale, dq, dk, dv
+) -> None:
+    dtype = softmax_lse.dtype
+    with torch.autocast(q.device.type, enabled=False):
+        k, v = k.to(dtype), v.to(dtype)
+        dk_sum, dv_sum = torch.zeros_like(k), torch.zeros_like(v)
+        for queries, keys, options in _query_blocks(q, k, key_start, causal):
+            dq[:, queries], dk_block, dv_block = reference.attention_backward(
+                dout[:, queries].to(dtype),
+                q[:, queries].to(dtype),
+                k[:, keys],
+                v[:, keys],
+                out[:, queries].to(dtype),
+                softmax_lse[:, :, queries],
+                causal=causal,
+                softmax_scale=softmax_scale,
+                alibi_slopes=alibi_slopes,
+                **options,
+            )
+            dk_sum[:, keys] += dk_block
+            dv_sum[:, keys] += dv_block
+        dk.copy_(dk_sum)
+        dv.copy_(dv_sum)
+
+
+def _visible_pairs(q_shape, k_shape, causal) -> int:
+    """Pairs of query and key in one head. A square causal call has half of them, and the diagonal."""
+    seqlen_q, seqlen_k = q_shape[1], k_shape[1]
+    if not causal:
+        return seqlen_q * seqlen_k
+    rows = min(seqlen_q, seqlen_k)  # rows that see a key: the last one sees all, each one before it sees one less
+    return rows * seqlen_k - rows * (rows - 1) // 2
+
+
+def _forward_flops(q_shape, k_shape, v_shape, slopes, bound, key_start, causal, *args, out_shape=None, **kwargs) -> int:
+    """Two products of 2 * head_dim operations per visible pair; what `key_start` and windows skip is counted."""
+    batch, _, num_heads, head_dim = q_shape
+    return 4 * batch * num_heads * head_dim * _visible_pairs(q_shape, k_shape, causal)
+
+
+def _backward_flops(
+    dout_shape, q_shape, k_shape, v_shape, o_shape, lse_shape, slopes, bound, key_start, causal, *args, **kwargs
+) -> int:
+    """Five products: the scores again, and one for each of the gradients of weights, q, k and v."""
+    batch, _, num_heads, head_dim = q_shape
+    return 10 * batch * num_heads * head_dim * _visible_pairs(q_shape, k_shape, causal)
+
+
+_TENSORS = "Tensor q, Tensor k, Tensor v"
+_OPTIONS = "Tensor? alibi_slopes, Tensor? logit_bound, Tensor? key_start, bool causal, float softmax_scale, str backend"
+# The operators themselves, for policies that name them (selective activation checkpointing should save FORWARD).
+FORWARD = _select.define(
+    f"attention_forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
+    implementation=_forward,
+    fake=_fake_forward,
+    flops=_forward_flops,
+)
+BACKWARD = _select.define(
+    f"attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor)",
+    implementation=_backward,
+    fake=_fake_backward,
+    flops=_backward_flops,
+)
+
+
+class _Attention(torch.autograd.Function):
+    """The two operators as one differentiable function."""
+
+    @staticmethod
+    def forward(q, k, v, alibi_slopes, logit_bound, key_start, causal, softmax_scale, backend):
+        return FORWARD(q, k, v, alibi_slopes, logit_bound, key_start, causal, softmax_scale, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, alibi_slopes, logit_bound, key_start, *ctx.options = inputs
+        ctx.save_for_backward(q, k, v, *output, alibi_slopes, logit_bound, key_start)
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout, _):
+        if dout is None:
+            return (None,) * 9
+        if dout.stride(-1) != 1:  # the gradient of a sum is one expanded number
+            dout = dout.contiguous()
+        return *BACKWARD(dout, *ctx.saved_tensors, *ctx.options), *(None,) * 6

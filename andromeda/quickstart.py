@@ -1,0 +1,274 @@
+"""The whole way once, without a network: corpus, tokenizer, rows, training, evaluation, a saved model, a sample.
+
+The corpus is the source of the running interpreter's standard library. Every step leaves a folder that is whole or
+absent, and `quickstart.json` remembers what was chosen, so an interrupted run goes on where it stopped.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import random
+import shlex
+import shutil
+import sysconfig
+import time
+from pathlib import Path
+
+from andromeda import __version__
+from andromeda.runs import (
+    SIZES,
+    UsageError,
+    load_model,
+    load_tokenizer,
+    pack,
+    parameter_count,
+    read_json,
+    round_up,
+    say,
+    texts_of,
+    whole_folder,
+    write_json,
+)
+
+_RECORD = "quickstart.json"
+_HELD_OUT_EVERY = 20  # one file in so many is kept for the evaluation
+_CORPUS_BYTES_PER_MINUTE = 8_000_000  # a short training needs no long preparation
+_TRAINING = {"batch_size": 8, "learning_rate": 3e-3, "weight_decay": 0.05, "log_every": 5, "keep": 1}
+_SEQ_LEN = 256
+_VOCABULARY = 4096
+_PROMPT = "def "
+
+
+def quickstart(out: Path, *, minutes: float = 1.5, seed: int = 0, device: str | None = None, force: bool = False):
+    """Run the quickstart in the folder `out`, or go on with an interrupted one.
+
+    Args:
+        out: new or empty folder, or one of an earlier quickstart.
+        minutes: how long to train.
+        seed: of weights, order of the rows, choice of files and sample.
+        device: None for the best there is, or "cpu".
+        force: replace what an earlier quickstart left in `out`.
+
+    Returns:
+        A summary to print; or the `TrainResult` of a training that a signal stopped.
+
+    Raises:
+        UsageError: `out` holds something else, a finished quickstart, or one with other settings.
+    """
+    if not minutes > 0:
+        raise UsageError(f"--minutes must be positive, got {minutes:g}")
+    started = time.perf_counter()
+    state = _begin(out, {"minutes": minutes, "seed": seed, "device": device}, force)
+    return _run(out, state, started)
+
+
+def _begin(out: Path, settings: dict, force: bool) -> dict:
+    """What is known of an interrupted quickstart in `out`, or a new record; refuses to touch anything else."""
+    record = out / _RECORD
+    if out.exists() and any(out.iterdir()):
+        if not record.is_file():
+            raise UsageError(f"--out must be a new or empty folder, or one of an earlier quickstart, got {out}")
+        state = read_json(record)
+        if force:
+            for name in ("corpus", "tokenizer", "rows", "run"):
+                shutil.rmtree(out / name, ignore_errors=True)
+            record.unlink()
+        elif state["status"] == "done":
+            raise UsageError(f"{out} holds a finished quickstart; --force replaces it, --out chooses another folder")
+        elif state["settings"] != settings:
+            was = ", ".join(f"{name} {value}" for name, value in state["settings"].items())
+            raise UsageError(
+                f"{out} holds an interrupted quickstart with {was}; give the same, or --force to start anew"
+            )
+        else:
+            say(f"continuing the interrupted quickstart in {out}")
+            return state
+    out.mkdir(parents=True, exist_ok=True)
+    state = {"andromeda": __version__, "python": platform.python_version(), "settings": settings, "status": "begun"}
+    write_json(record, state)
+    return state
+
+
+def _run(out: Path, state: dict, started: float):
+    import torch
+
+    from andromeda import Andromeda, AndromedaTokenizer
+    from andromeda.dataset import PackedDataset
+    from andromeda.training import TrainSettings, evaluate, latest_checkpoint, sample_text, train
+
+    seed, device = state["settings"]["seed"], state["settings"]["device"]
+    _stage(1, "corpus: the source of this Python's standard library")
+    corpus = out / "corpus"
+    if not corpus.is_dir():
+        with whole_folder(corpus) as folder:
+            counts = _write_corpus(folder, int(state["settings"]["minutes"] * _CORPUS_BYTES_PER_MINUTE), seed)
+            write_json(folder / "counts.json", counts)
+    counts = state["corpus"] = read_json(corpus / "counts.json")
+    say(f"  {counts['files']} files, {counts['bytes'] / 1e6:.1f} MB; {counts['held_out_files']} more are held out")
+
+    _stage(2, "tokenizer: byte-level BPE")
+    if not (out / "tokenizer").is_dir():
+        with whole_folder(out / "tokenizer") as folder:
+            AndromedaTokenizer.train(texts_of(corpus / "train.jsonl"), _VOCABULARY).save(folder)
+    tokenizer = load_tokenizer(out / "tokenizer")
+    say(f"  {len(tokenizer):,} tokens")
+
+    _stage(3, f"rows of {_SEQ_LEN} tokens")
+    for name in ("train", "heldout"):
+        if not (out / "rows" / name).is_dir():
+            pack(corpus / f"{name}.jsonl", out / "rows" / name, tokenizer, seq_len=_SEQ_LEN)
+    rows, held_out = (PackedDataset(out / "rows" / name, doc_mask=True) for name in ("train", "heldout"))
+    say(f"  {len(rows):,} to train on, {len(held_out):,} held out")
+
+    _stage(4, "training")
+    vocabulary = round_up(len(tokenizer), 128)
+    model_arguments = {"num_tokens": vocabulary, "max_seq_len": _SEQ_LEN, **SIZES["tiny"]}
+    if "steps" not in state:
+        seconds = _seconds_per_step(model_arguments, rows, device)
+        state["steps"] = max(5, min(20_000, round(60 * state["settings"]["minutes"] / seconds)))
+        state["evaluated_rows"] = max(8, min(len(held_out), state["steps"]))
+        write_json(out / _RECORD, state)
+    settings = TrainSettings(
+        output_dir=str(out / "run"),
+        steps=state["steps"],
+        seed=seed,
+        device=device,
+        sample_every=max(1, -(-state["steps"] // 3)),
+        sample_prompt=_PROMPT,
+        save_every=max(1, state["steps"] // 5),
+        **_TRAINING,
+    )
+    torch.manual_seed(seed)
+    model = Andromeda(**model_arguments)
+    say(f"  {parameter_count(model):,} parameters, {state['steps']} steps of {settings.batch_size} rows")
+    resume = latest_checkpoint(out / "run") is not None
+    result = train(model, rows, settings, tokenizer=tokenizer, resume=resume)
+    if result.interrupted:
+        return result
+
+    _stage(5, "evaluation on files it has not seen")
+    evaluation = evaluate(model, held_out, tokenizer=tokenizer, max_rows=state["evaluated_rows"], progress=True)
+
+    _stage(6, "reloading the saved model")
+    reloaded = load_model(out / "run" / "model", device, None)
+    probe = held_out[0]["input_ids"][None].to(reloaded.device)
+    with torch.no_grad():
+        if not torch.equal(model(probe), reloaded(probe).logits):
+            raise RuntimeError(
+                "quickstart: the saved model must give the same logits as the one in memory, it does not"
+            )
+    say("  the same logits, bit for bit")
+    sample = sample_text(reloaded, tokenizer, _PROMPT, tokens=120, seed=seed)
+
+    losses = [entry["loss"] for entry in result.history if "loss" in entry]
+    state |= {
+        "status": "done",
+        "training": {name: value for name, value in dataclasses.asdict(result).items() if name != "history"},
+        "first_loss": losses[0] if losses else None,
+        "evaluation": dataclasses.asdict(evaluation),
+        "sample": sample,
+        "seconds": time.perf_counter() - started,
+    }
+    write_json(out / _RECORD, state)
+    return _summary(out, state, result, evaluation, parameter_count(model), reloaded.device)
+
+
+def _stage(number: int, text: str):
+    say(f"[{number}/6] {text}")
+
+
+def _write_corpus(folder: Path, limit: int, seed: int) -> dict:
+    """Write train.jsonl and heldout.jsonl: the modules of the standard library, without tests and tables of data.
+
+    The order is shuffled by `seed`, and at most about `limit` bytes are taken.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    left_out = {
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "idle_test",
+        "encodings",
+        "pydoc_data",
+        "__pycache__",
+    }
+    paths = []
+    for directory, names, files in os.walk(root):
+        names[:] = sorted(name for name in names if name not in left_out)
+        paths += [Path(directory, name) for name in sorted(files) if name.endswith(".py")]
+    random.Random(seed).shuffle(paths)
+    counts = {"files": 0, "held_out_files": 0, "bytes": 0}
+    if not paths:
+        raise FileNotFoundError(
+            f"quickstart: no Python source below {root}: is the standard library installed as source?"
+        )
+    with (
+        open(folder / "train.jsonl", "w", encoding="utf-8") as train,
+        open(folder / "heldout.jsonl", "w", encoding="utf-8") as held_out,
+    ):
+        for index, path in enumerate(paths):
+            try:
+                text = path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                continue  # a few modules are in other encodings on purpose
+            record = json.dumps({"text": text, "file": path.relative_to(root).as_posix()}) + "\n"
+            if index % _HELD_OUT_EVERY == 0:
+                held_out.write(record)
+                counts["held_out_files"] += 1
+            elif counts["bytes"] < limit:
+                train.write(record)
+                counts["files"] += 1
+                counts["bytes"] += len(text.encode())
+    return counts
+
+
+def _seconds_per_step(model_arguments: dict, rows, device: str | None) -> float:
+    """Time of one training step, measured on a model that is thrown away."""
+    import torch
+
+    from andromeda import Andromeda
+    from andromeda.huggingface import AndromedaForCausalLM
+    from andromeda.training import collate
+
+    device = "cuda" if device is None and torch.cuda.is_available() else "cpu"
+    model = AndromedaForCausalLM.from_andromeda(Andromeda(**model_arguments)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters())
+    batch = collate(rows.__getitems__(range(min(len(rows), _TRAINING["batch_size"]))))
+    batch = {name: value.to(device) for name, value in batch.items()}
+    times = []
+    for _ in range(4):  # the first ones warm up
+        begin = time.perf_counter()
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()  # waits for the device
+        times.append(time.perf_counter() - begin)
+    return sorted(times)[1]
+
+
+def _summary(out: Path, state: dict, result, evaluation, parameters: int, device) -> str:
+    minutes, seconds = divmod(round(state["seconds"]), 60)
+    first = "" if state["first_loss"] is None else f"loss {state['first_loss']:.2f} -> {result.loss:.2f}"
+    folder = shlex.quote(str(out))
+    lines = [
+        f"Andromeda quickstart, done in {minutes}:{seconds:02}",
+        f"  corpus       {state['corpus']['bytes'] / 1e6:.1f} MB of Python in {state['corpus']['files']} files",
+        f"  model        {parameters:,} parameters on {device}",
+        f"  training     {result.steps:,} steps, {result.tokens:,} tokens, {result.tokens_per_second:,.0f} tokens/s, {first}",
+        f"  held out     loss {evaluation.loss:.3f}, perplexity {evaluation.perplexity:.1f}, "
+        f"{evaluation.bits_per_byte:.3f} bits per byte over {evaluation.tokens:,} tokens",
+        "  reloaded     same logits, bit for bit",
+        "",
+        f"A sample, from {_PROMPT!r}:",
+        *(f"  | {line}" for line in state["sample"].splitlines()),
+        "",
+        f"In {out}: run/model (the model), rows/ and corpus/ (the data), quickstart.json (all figures).",
+        "What to do next:",
+        f"  andromeda generate {folder}/run --prompt 'class Parser' --tokens 200",
+        f"  andromeda eval {folder}/run {folder}/rows/heldout",
+        f"  andromeda train {folder}/rows/train --out longer --size tiny --steps 5000 --learning-rate 3e-3",
+    ]
+    return "\n".join(lines)

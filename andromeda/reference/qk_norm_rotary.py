@@ -1,0 +1,65 @@
+"""The meaning of `qk_norm_rotary` in plain torch (SPEC 5.2, 5.3): normalise, scale and rotate the rows of q and k."""
+
+import torch
+
+
+def qk_norm_rotary(
+    q, k, *, q_scale=None, k_scale=None, normalize=True, rotary_dim=0, xpos=False, position=0, origin=None
+):
+    """See `andromeda.ops.qk_norm_rotary`. Everything but the tables is computed in the dtype of q and k."""
+    q_table, k_table = rotary_tables(q.shape[1], k.shape[1], rotary_dim, xpos, position, origin)
+    return transform(q, q_scale, q_table, normalize), transform(k, k_scale, k_table, normalize)
+
+
+def transform(x, scale, table, normalize):
+    if normalize:
+        x = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
+    if scale is not None:
+        x = x * scale
+    return rotate(x, table)
+
+
+def transform_backward(dout, x, scale, table, normalize):
+    """Gradients of `transform` for x and scale (None without a scale), written out (SPEC 16.3)."""
+    dx = rotate(dout, table, transpose=True)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    x_hat = x / norm.clamp_min(1e-12) if normalize else x
+    dscale = None if scale is None else (dx * x_hat).sum(dim=(0, 1))
+    if scale is not None:
+        dx = dx * scale
+    if normalize:
+        # Below the floor the divisor is a constant, so nothing is projected out.
+        along = torch.where(norm < 1e-12, 0.0, (x_hat * dx).sum(dim=-1, keepdim=True))
+        dx = (dx - x_hat * along) / norm.clamp_min(1e-12)
+    return dx, dscale
+
+
+def rotate(x, table, transpose=False):
+    pairs = (table.shape[-1] // 2, 2)
+    z_cos, z_sin = table.to(x).unflatten(-1, pairs).unsqueeze(1).unbind(-1)  # (seqlen, 1, pairs)
+    z_sin = -z_sin if transpose else z_sin
+    even, odd = x[..., : table.shape[-1]].unflatten(-1, pairs).unbind(-1)  # (batch, seqlen, num_heads, pairs)
+    rotated = torch.stack((even * z_cos - odd * z_sin, odd * z_cos + even * z_sin), dim=-1).flatten(-2)
+    return torch.cat((rotated, x[..., table.shape[-1] :]), dim=-1)
+
+
+def rotary_tables(seqlen_q, seqlen_k, rotary_dim, xpos, position, origin):
+    """Tables for q and k, float64 (seqlen, rotary_dim): row p holds z * cos(p * omega_t) at 2t, z * sin at 2t + 1."""
+    end = position + seqlen_k
+    origin = default_origin(seqlen_q, seqlen_k, position) if origin is None else origin
+    double = {"dtype": torch.float64, "device": "cpu"}
+    twice_t = torch.arange(0, rotary_dim, 2, **double)
+    omega = 10000.0 ** (-twice_t / max(rotary_dim, 1))
+    log_zeta = torch.log((twice_t + 0.4 * rotary_dim) / (1.4 * rotary_dim))
+
+    def table(seqlen, sign):
+        p = torch.arange(end - seqlen, end, **double).unsqueeze(1)  # the last query sits at the last key
+        z = torch.exp(log_zeta * (sign * (p - origin) / 512)) if xpos else 1.0
+        return torch.stack((z * torch.cos(p * omega), z * torch.sin(p * omega)), dim=-1).flatten(1)
+
+    return table(seqlen_q, +1), table(seqlen_k, -1)
+
+
+def default_origin(seqlen_q, seqlen_k, position):
+    """The middle of the queries: there the xPos factors of both operands stay closest to 1."""
+    return position + seqlen_k - (seqlen_q + 1) // 2

@@ -1,0 +1,196 @@
+"""Tables, JSON and plots of benchmark rows, and the numbers in the README, which are always made from JSON.
+
+python benchmarks/report.py  # rewrites the tables in README.md from benchmarks/results/*.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+COLUMNS = (
+    "op", "pass", "shape", "dtype", "device", "backend", "median_ms", "p20_ms", "p80_ms",
+    "tflops", "gbps", "tokens_per_s", "ratio", "peak_memory_mb",
+)  # fmt: skip
+
+
+def commit() -> str:
+    """The commit of this checkout, with a mark when tracked files differ from it."""
+    try:
+        git = ["git", "-C", str(ROOT)]
+        name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        return name.strip() + ("+changes" if changed.stdout.strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def environment(device: str) -> dict:
+    """Everything a reader needs to repeat a measurement."""
+    import torch
+
+    import andromeda
+    from andromeda.ops import _select
+
+    facts = {
+        "commit": commit(),
+        "command": " ".join(["python", *(os.path.relpath(a, ROOT) if os.path.exists(a) else a for a in sys.argv)]),
+        "andromeda": andromeda.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "cpu_isa": _select.extension.cpu_isa() if _select.extension is not None else None,
+    }
+    if device == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name()
+        facts["cuda"] = torch.version.cuda
+    return facts
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def format_cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return str(value)
+
+
+def table(rows: list[dict], columns: tuple[str, ...] = COLUMNS) -> str:
+    """A table in Markdown that also reads well in a terminal. Columns in which no row has a value are left out."""
+    columns = tuple(c for c in columns if any(row.get(c) is not None for row in rows))
+    cells = [list(columns)] + [[format_cell(row.get(c)) for c in columns] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    numeric = [all(isinstance(row.get(c), (int, float, type(None))) for row in rows) for c in columns]
+
+    def draw(line: list[str]) -> str:
+        padded = [x.rjust(w) if n else x.ljust(w) for x, w, n in zip(line, widths, numeric, strict=True)]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "|".join("-" * (w + 1) + (":" if n else "-") for w, n in zip(widths, numeric, strict=True)) + "|"
+    return "\n".join([draw(cells[0]), rule, *map(draw, cells[1:])])
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write to a temporary name, sync, rename: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def write_json(path: str | os.PathLike, rows: list[dict], facts: dict, notes: list[str]) -> None:
+    rows = [{**row, "commit": facts["commit"]} for row in rows]
+    write_text(Path(path), json.dumps({"environment": facts, "notes": notes, "rows": rows}, indent=1) + "\n")
+
+
+def write_plot(path: str | os.PathLike, rows: list[dict], title: str) -> None:
+    """Horizontal bars of the median with the 20-80 % range, one panel per shape."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    timed = [row for row in rows if row.get("median_ms") is not None]
+    groups: dict[tuple[str, str, str], list[dict]] = {}
+    for row in timed:
+        groups.setdefault((row["pass"], row["shape"], row["dtype"]), []).append(row)
+    heights = [0.4 * len(group) + 0.5 for group in groups.values()]
+    figure, axes = plt.subplots(
+        len(groups), 1, figsize=(9, sum(heights) + 0.9), squeeze=False, height_ratios=heights, layout="constrained"
+    )
+    for axis, ((step, shape, dtype), group) in zip(axes[:, 0], groups.items(), strict=True):
+        names = [row["backend"] for row in group]
+        medians = [row["median_ms"] for row in group]
+        spread = [
+            [row["median_ms"] - row["p20_ms"] for row in group],
+            [row["p80_ms"] - row["median_ms"] for row in group],
+        ]
+        colours = ["#3b6fb6" if name.startswith("andromeda") else "#b0b7c0" for name in names]
+        bars = axis.barh(names, medians, color=colours, xerr=spread, error_kw={"ecolor": "#444", "lw": 1})
+        labels = [f"  {row['median_ms']:.4g} ms" for row in group]
+        axis.bar_label(bars, labels, padding=6, fontsize=8)
+        axis.invert_yaxis()
+        axis.set_xlim(0, max(row["p80_ms"] for row in group) * 1.18)
+        axis.set_title(f"{step}, {shape}, {dtype}", loc="left", fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    axes[-1, 0].set_xlabel("milliseconds, median with 20-80 % range; less is better", fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.part{path.suffix}")
+    figure.savefig(temporary, dpi=140)
+    os.replace(temporary, path)
+    plt.close(figure)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="small sizes and few repetitions: does it run?")
+    parser.add_argument("--json", metavar="FILE", help="write rows, versions and commit")
+    parser.add_argument("--plot", metavar="FILE", help="write a bar chart (.png, .svg, .pdf)")
+
+
+def finish(args: argparse.Namespace, rows: list[dict], *, device: str, title: str, notes: list[str]) -> None:
+    """Print the table and the notes; write what was asked for."""
+    facts = environment(device)
+    print(table(rows))
+    for note in notes:
+        print(note)
+    where = facts.get("gpu", facts["processor"])
+    print(f"{where}, {facts['threads']} threads, {facts['cpu_isa']}, torch {facts['torch']}, commit {facts['commit']}")
+    if args.json:
+        write_json(args.json, rows, facts, notes)
+    if args.plot:
+        write_plot(args.plot, rows, f"{title} - {where}")
+
+
+def update_readme(readme: Path = ROOT / "README.md") -> None:
+    """Fill every `<!-- results: NAME columns... -->` block of the README from results/NAME.json."""
+    text = readme.read_text()
+
+    def fill(match: re.Match) -> str:
+        name, *columns = match["spec"].split()
+        data = json.loads((RESULTS / f"{name}.json").read_text())
+        facts = data["environment"]
+        lines = [table(data["rows"], tuple(columns) or COLUMNS), "", *data["notes"]]
+        where = facts.get("gpu", facts["processor"])
+        lines.append(
+            f"Measured with `{facts['command']}` on {where}, {facts['threads']} threads, torch {facts['torch']}, "
+            f"commit {facts['commit']}."
+        )
+        return f"<!-- results: {match['spec']} -->\n" + "\n".join(lines) + "\n<!-- end -->"
+
+    filled = re.sub(r"<!-- results: (?P<spec>.*?) -->\n.*?<!-- end -->", fill, text, flags=re.S)
+    write_text(readme, filled)
+
+
+if __name__ == "__main__":
+    update_readme()

@@ -1,0 +1,106 @@
+// Packs AttentionParams; the GIL is released while the kernel runs.
+#include "andromeda/attention.h"
+
+#include "bindings.h"
+#include "checks.h"
+#include "tensor_caster.h"
+
+namespace andromeda::bindings {
+namespace {
+
+namespace py = pybind11;
+using OptionalTensor = std::optional<TensorView>;
+
+AttentionParams pack(const Call& call, const TensorView& q, const TensorView& k, const TensorView& v,
+                     const OptionalTensor& alibi_slopes, const OptionalTensor& logit_bound,
+                     const OptionalTensor& key_start, const TensorView& out, const TensorView& softmax_lse, bool causal,
+                     float softmax_scale, int num_threads) {
+  if (q.device != Device::kCpu) {
+    py::set_error(PyExc_NotImplementedError,
+                  (call.name() + ": no CUDA kernel in this version, the tensors must be on the cpu, got " +
+                   describe(q) + "; backend='reference' runs there")
+                      .c_str());
+    throw py::error_already_set();
+  }
+  call.threads(num_threads);
+  call.dimensions("q", q, 4);
+  call.dimensions("k", k, 4);
+  const std::int64_t batch = q.shape[0], seqlen_q = q.shape[1], num_heads = q.shape[2], head_dim = q.shape[3];
+  const std::int64_t seqlen_k = k.shape[1], num_kv_heads = k.shape[2];
+  if (num_heads > 0 && (num_kv_heads == 0 || num_heads % num_kv_heads != 0)) {
+    call.value_error("q.shape[2] (num_heads)", "be a multiple of k.shape[2] (num_kv_heads)",
+                     std::to_string(num_heads) + " and " + std::to_string(num_kv_heads));
+  }
+  AttentionParams params;
+  params.q_stride = call.activations("q", q, {batch, seqlen_q, num_heads, head_dim});
+  params.k_stride = call.activations("k", k, {batch, seqlen_k, num_kv_heads, head_dim});
+  params.v_stride = call.activations("v", v, {batch, seqlen_k, num_kv_heads, head_dim});
+  params.out_stride = call.activations("out", out, {batch, seqlen_q, num_heads, head_dim});
+  params.q = q.data;
+  params.k = k.data;
+  params.v = v.data;
+  params.out = out.data;
+  params.alibi_slopes = call.contiguous<const float>("alibi_slopes", alibi_slopes, {num_heads});
+  params.logit_bound = call.contiguous<const float>("logit_bound", logit_bound, {num_heads});
+  params.key_start = call.contiguous<const std::int32_t>("key_start", key_start, {batch, seqlen_q});
+  params.softmax_lse = call.contiguous<float>("softmax_lse", softmax_lse, {batch, num_heads, seqlen_q});
+  params.batch = call.size("q", q, 0);
+  params.seqlen_q = call.size("q", q, 1);
+  params.seqlen_k = call.size("k", k, 1);
+  params.num_heads = call.size("q", q, 2);
+  params.num_kv_heads = call.size("k", k, 2);
+  params.head_dim = call.size("q", q, 3);
+  params.softmax_scale = softmax_scale;
+  params.causal = causal;
+  params.dtype = q.dtype;
+  return params;
+}
+
+void forward(const TensorView& q, const TensorView& k, const TensorView& v, const OptionalTensor& alibi_slopes,
+             const OptionalTensor& logit_bound, const OptionalTensor& key_start, const TensorView& out,
+             const TensorView& softmax_lse, bool causal, float softmax_scale, int num_threads) {
+  const Call call("attention_forward", q);
+  const AttentionParams params =
+      pack(call, q, k, v, alibi_slopes, logit_bound, key_start, out, softmax_lse, causal, softmax_scale, num_threads);
+  if (is_empty(softmax_lse)) return;
+  const py::gil_scoped_release release;
+  cpu::attention_forward(params, num_threads);
+}
+
+void backward(const TensorView& q, const TensorView& k, const TensorView& v, const OptionalTensor& alibi_slopes,
+              const OptionalTensor& logit_bound, const OptionalTensor& key_start, const TensorView& out,
+              const TensorView& softmax_lse, bool causal, float softmax_scale, const TensorView& dout,
+              const TensorView& dq, const TensorView& dk, const TensorView& dv, int num_threads) {
+  const Call call("attention_backward", q);
+  AttentionBackwardParams params;
+  params.forward =
+      pack(call, q, k, v, alibi_slopes, logit_bound, key_start, out, softmax_lse, causal, softmax_scale, num_threads);
+  const auto shape_q = {q.shape[0], q.shape[1], q.shape[2], q.shape[3]};
+  const auto shape_k = {k.shape[0], k.shape[1], k.shape[2], k.shape[3]};
+  params.dout_stride = call.activations("dout", dout, shape_q);
+  params.dq_stride = call.activations("dq", dq, shape_q);
+  params.dk_stride = call.activations("dk", dk, shape_k);
+  params.dv_stride = call.activations("dv", dv, shape_k);
+  params.dout = dout.data;
+  params.dq = dq.data;
+  params.dk = dk.data;
+  params.dv = dv.data;
+  if (is_empty(dq) && is_empty(dk)) return;  // without queries dk and dv are still to be written: zero
+  const py::gil_scoped_release release;
+  cpu::attention_backward(params, num_threads);
+}
+
+}  // namespace
+
+void bind_attention(py::module_& m) {
+  using py::arg;
+  m.def("attention_forward", &forward, "csrc/include/andromeda/attention.h. Writes out and softmax_lse.", py::kw_only(),
+        arg("q"), arg("k"), arg("v"), arg("alibi_slopes"), arg("logit_bound"), arg("key_start"), arg("out"),
+        arg("softmax_lse"), arg("causal"), arg("softmax_scale"), arg("num_threads"));
+  m.def("attention_backward", &backward, "csrc/include/andromeda/attention.h. Writes dq, dk and dv.", py::kw_only(),
+        arg("q"), arg("k"), arg("v"), arg("alibi_slopes"), arg("logit_bound"), arg("key_start"), arg("out"),
+        arg("softmax_lse"), arg("causal"), arg("softmax_scale"), arg("dout"), arg("dq"), arg("dk"), arg("dv"),
+        arg("num_threads"));
+}
+
+}  // namespace andromeda::bindings

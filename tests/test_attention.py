@@ -1,0 +1,1185 @@
+"""attention: every backend against the float64 reference, and the laws it must obey (design/testing.md 2-4, 11)."""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+import subprocess
+import sys
+
+import hypothesis
+import numerics
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from andromeda.ops import _select
+from andromeda.ops import attention as op
+from andromeda.ops.attention import attention
+from andromeda.reference import attention as reference
+
+FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
+SLOPES = (2**-0.5, 2**-2, 0.0, 2**-4, 2**-8)  # of consecutive heads: steep and flat ones, and one without a bias
+
+
+# ---- cases ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    batch: int = 2
+    seqlen_q: int = 50
+    seqlen_k: int = 50
+    num_heads: int = 3
+    num_kv_heads: int = 1
+    head_dim: int = 32
+    dtype: torch.dtype = FLOAT32
+    causal: bool = True
+    alibi: str = "some"  # none, some, all
+    mask: str = "none"  # what key_start is for
+    values: str = "normal"
+    layout: str = "contiguous"
+    seed: int = 0
+
+    def __str__(self):
+        default = Case()
+        changed = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != getattr(default, f.name)]
+        return ",".join(f"{name}={getattr(self, name)}".replace("torch.", "") for name in changed) or "default"
+
+    @property
+    def softmax_scale(self):
+        return self.head_dim**-0.5
+
+
+@dataclasses.dataclass
+class Inputs:
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    dout: torch.Tensor
+    options: dict
+
+    def tensors(self):
+        return self.q, self.k, self.v
+
+
+def key_start(case, device):
+    """(batch, seqlen_q) int32, or None."""
+    generator = torch.Generator().manual_seed(case.seed)
+    position = torch.arange(case.seqlen_q)[None] + case.seqlen_k - case.seqlen_q
+    position = position.expand(case.batch, -1)
+    if case.mask == "none":
+        return None
+    if case.mask == "documents":
+        starts = torch.randint(1, max(2, case.seqlen_k), (case.batch, 3), generator=generator).sort().values
+        starts = torch.cat([torch.zeros(case.batch, 1, dtype=starts.dtype), starts], dim=1)
+        document = torch.searchsorted(starts, position.contiguous().clamp(min=0), right=True) - 1
+        start = starts.gather(1, document)
+    elif case.mask == "padding":
+        start = torch.randint(0, case.seqlen_k + 1, (case.batch, 1), generator=generator).expand(-1, case.seqlen_q)
+    elif case.mask == "window":
+        start = position - 7
+    elif case.mask == "ahead":  # a row does not see its own key, and without causal only later ones
+        start = position + 5
+    elif case.mask == "blind":  # from one row on, nothing is visible
+        start = torch.where(position < case.seqlen_k // 2, 0, case.seqlen_k + 3)
+    return start.to(torch.int32).to(device)
+
+
+def lay_out(tensor, layout):
+    """The same numbers with other strides, NaN in between and behind."""
+    batch, seqlen, heads, width = tensor.shape
+    if layout == "transposed":  # (batch, heads, seqlen, head_dim) in memory
+        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "seqlen first":
+        return tensor.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "slice":  # of a larger tensor; rows start at odd elements, so no alignment is left
+        larger = tensor.new_full((batch + 1, seqlen + 2, heads + 1, width + 3), math.nan)
+        larger[1:, 1:-1, :heads, 1 : 1 + width] = tensor
+        return larger[1:, 1:-1, :heads, 1 : 1 + width]
+    if layout == "offset":  # dense, one element off any alignment
+        memory = tensor.new_full((tensor.numel() + 2,), math.nan)
+        memory[1:-1] = tensor.flatten()
+        return memory[1:-1].view(tensor.shape)
+    if layout == "expanded":  # one batch entry, read by all of them
+        return tensor[:1].expand(batch, -1, -1, -1)
+    return tensor
+
+
+def make(case, device):
+    generator = torch.Generator().manual_seed(1000 + case.seed)
+    q = torch.randn(case.batch, case.seqlen_q, case.num_heads, case.head_dim, generator=generator)
+    k, v = torch.randn(2, case.batch, case.seqlen_k, case.num_kv_heads, case.head_dim, generator=generator)
+    dout = torch.randn(q.shape, generator=generator)
+    if case.values == "peaked":
+        q = 30 * q
+    elif case.values == "flat":
+        q = 0.01 * q
+    elif case.values == "huge key":
+        k[:, case.seqlen_k // 2] *= 100
+    elif case.values == "ties":
+        k[:] = k[:, :1].clone()
+    elif case.values == "denormal":
+        k = k * 1e-39
+    elif case.values == "heavy":
+        v = v * torch.exp(2 * torch.randn(v.shape, generator=generator))
+    elif case.values == "offset":
+        v = v + 5
+    q, k, v, dout = (lay_out(t.to(device, case.dtype), case.layout) for t in (q, k, v, dout))
+    options = {"causal": case.causal, "key_start": key_start(case, device)}
+    if case.alibi != "none":
+        slopes = [SLOPES[head % len(SLOPES)] for head in range(case.num_heads)]
+        if case.alibi == "all":
+            slopes = [slope or 2**-6 for slope in slopes]
+        options["alibi_slopes"] = torch.tensor(slopes, device=device)
+    return Inputs(q, k, v, dout, options)
+
+
+def require(backend, q, k, v, **options):
+    options.pop("causal", None)
+    if reasons := op.unsupported(backend, q, k, v, **options):
+        pytest.skip(f"{backend}: {'; '.join(reasons)}")
+
+
+def run(inputs, backend, **options):
+    """out, softmax_lse, dq, dk, dv."""
+    leaves = [t.detach().requires_grad_() for t in inputs.tensors()]
+    out, lse = attention(*leaves, **{**inputs.options, **options}, return_lse=True, backend=backend)
+    return (out.detach(), lse, *torch.autograd.grad(out, leaves, inputs.dout))
+
+
+def run_exact(inputs, softmax_scale, dtype=torch.float64):
+    """The same from autograd through the reference, in `dtype`."""
+    leaves = [t.detach().to(dtype).requires_grad_() for t in inputs.tensors()]
+    options = {name: value for name, value in inputs.options.items() if name != "logit_bound"}
+    out, lse = reference.attention(*leaves, softmax_scale=softmax_scale, **options)
+    return (out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, inputs.dout.to(dtype)))
+
+
+NEGLIGIBLE = 2.0**-60  # a weight that a kernel may treat as 0 at any time
+SKIPPED = 2.0**-24  # what `logit_bound` permits it to leave out of a row
+
+
+def logit_range(inputs, lse, softmax_scale):
+    """The largest sum of |score| and |bias| among the pairs whose weight is not negligible."""
+    options = {"alibi_slopes": None, "key_start": None, "first_query": None, "logit_bound": None, **inputs.options}
+    options.pop("logit_bound")
+    q, k = inputs.q.double(), inputs.k.double()
+    logits, hidden = reference._logits(q, k, softmax_scale=softmax_scale, **options)
+    scores, _ = reference._logits(q, k, softmax_scale=softmax_scale, **{**options, "alibi_slopes": None})
+    carries = (logits > lse.unflatten(1, (k.shape[2], -1))[..., None] + math.log(NEGLIGIBLE)) & ~hidden
+    sizes = (scores.abs() + (logits - scores).abs())[carries]
+    return sizes.max().item() if sizes.numel() > 0 else 0.0
+
+
+def check(inputs, backend, *, softmax_scale=None, values="normal", **options):
+    """Forward and backward of a backend against the exact result, by every rule of `numerics`."""
+    scale = inputs.q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    exact = out_ref, lse_ref, *gradient_refs = run_exact(inputs, scale)
+    with numerics.nan_filled():
+        out, lse, *gradients = run(inputs, backend, softmax_scale=softmax_scale, **options)
+    dtype = inputs.q.dtype
+    reach = logit_range(inputs, lse_ref, scale)
+    numerics.assert_rows_close(out, out_ref, dtype, kind="heavy" if values == "heavy" else "output", logit_range=reach)
+    numerics.assert_elements_close(out, out_ref, inputs.v.double().abs().max(), logit_range=reach)
+    numerics.assert_lse_close(lse, lse_ref)
+    masks = {"causal": inputs.options["causal"], "key_start": inputs.options.get("key_start")}
+    terms = functools.partial(
+        numerics.gradient_magnitudes,
+        *(t.double() for t in (inputs.dout, *inputs.tensors(), out_ref, lse_ref)),
+        softmax_scale=scale,
+        alibi_slopes=inputs.options.get("alibi_slopes"),
+        **masks,
+    )
+    left_out = terms(weight=NEGLIGIBLE if inputs.options.get("logit_bound") is None else SKIPPED)
+    for gradient, ref, magnitude, absolute in zip(gradients, gradient_refs, terms(), left_out, strict=True):
+        numerics.assert_elements_close(gradient, ref, magnitude, logit_range=reach, absolute=absolute)
+        if values == "normal":
+            limits = {"magnitude": magnitude, "logit_range": reach, "absolute": absolute}
+            numerics.assert_rows_close(gradient, ref, dtype, kind="gradient", **limits)
+    return (out, lse, *gradients), exact
+
+
+# Key tiles are 96 keys on the CPU and 64 or 128 in the GPU kernels; query tiles likewise.
+LENGTHS = [(n, n) for n in (1, 2, 3, 15, 16, 17, 63, 64, 65, 95, 96, 97, 127, 128, 129, 193, 257)]
+LENGTHS += [(1, 147), (2, 96), (5, 97), (31, 1025), (113, 203), (203, 113), (257, 1), (100, 2)]
+HEADS = [(1, 1), (2, 1), (2, 2), (3, 3), (4, 2), (24, 1), (24, 4), (24, 24)]
+CASES = [Case(seqlen_q=n, seqlen_k=t, causal=causal) for n, t in LENGTHS for causal in (True, False)]
+CASES += [Case(batch=1, seqlen_q=1025, seqlen_k=1025, num_heads=2, alibi="all")]
+CASES += [Case(seqlen_q=n, seqlen_k=99, num_heads=h, num_kv_heads=g) for n in (1, 7, 99) for h, g in HEADS]
+CASES += [
+    Case(seqlen_q=100, seqlen_k=100, head_dim=d, dtype=dtype)
+    for d in (4, 8, 16, 20, 33, 64, 80, 128, 192, 256)
+    for dtype in (FLOAT32, FLOAT16, BFLOAT16)
+]
+CASES += [Case(seqlen_q=100, seqlen_k=100, head_dim=1)]  # in half precision one number has no row to average over
+CASES += [
+    Case(seqlen_q=n, seqlen_k=130, alibi=alibi, causal=causal, mask=mask)
+    for mask in ("documents", "padding", "window", "ahead", "blind")
+    for n in (60, 130, 150)
+    for alibi in ("none", "all")
+    for causal in (True, False)
+]
+CASES += [Case(seqlen_q=40, seqlen_k=110, num_heads=6, num_kv_heads=2, mask="window", dtype=d) for d in numerics.HALF]
+CASES += [
+    Case(seqlen_q=70, seqlen_k=130, layout=layout, dtype=dtype, num_heads=4, num_kv_heads=2, head_dim=d)
+    for layout in ("transposed", "seqlen first", "slice", "offset", "expanded")
+    for dtype, d in ((FLOAT32, 32), (BFLOAT16, 64), (FLOAT16, 33))
+]
+ODD_VALUES = [
+    Case(seqlen_q=120, seqlen_k=120, values=values, dtype=dtype, alibi=alibi)
+    for values in ("peaked", "flat", "huge key", "ties", "offset", "heavy")
+    for dtype in (FLOAT32, FLOAT16, BFLOAT16)
+    for alibi in ("none", "some")
+] + [Case(values="denormal"), Case(values="denormal", alibi="none", causal=False)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_the_reference(case, backend, device):
+    inputs = make(case, device)
+    require(backend, *inputs.tensors(), **inputs.options)
+    check(inputs, backend)
+
+
+@pytest.mark.parametrize("case", ODD_VALUES, ids=str)
+def test_odd_values(case, backend, device):
+    inputs = make(case, device)
+    require(backend, *inputs.tensors(), **inputs.options)
+    results, exact = check(inputs, backend, values=case.values)
+    if case.dtype in numerics.HALF:  # plain torch in float32 has no rounding in between to compare with
+        naive = run_exact(inputs, case.softmax_scale, case.dtype)
+        for index in (0, 2, 3, 4):
+            numerics.assert_no_worse(results[index], naive[index], exact[index])
+
+
+@pytest.mark.parametrize("softmax_scale", [1, 0.05, 0.0, -0.3], ids=str)
+def test_softmax_scale_is_not_applied_to_the_bias(softmax_scale, backend, device):
+    inputs = make(Case(seqlen_q=20, seqlen_k=110, alibi="all"), device)
+    require(backend, *inputs.tensors(), **inputs.options)
+    check(inputs, backend, softmax_scale=softmax_scale)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_float64_takes_the_reference(causal, device):
+    case = Case(seqlen_q=9, seqlen_k=12, dtype=torch.float64, causal=causal, mask="window")
+    inputs = make(case, device)
+    for result, exact in zip(run(inputs, None), run_exact(inputs, case.softmax_scale), strict=True):
+        assert result.dtype == torch.float64
+        torch.testing.assert_close(result, exact, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_reference_in_blocks_of_queries(causal, device, monkeypatch):
+    monkeypatch.setattr(op, "_REFERENCE_BLOCK_LOGITS", 2000)  # a few rows at a time
+    check(make(Case(seqlen_q=70, seqlen_k=50, causal=causal, mask="documents"), device), "reference")
+    check(make(Case(seqlen_q=50, seqlen_k=70, causal=causal, mask="padding"), device), "reference")
+
+
+# ---- logit_bound ----------------------------------------------------------------------------------------------------
+
+
+def bounded(case, bound, device, adversarial=False):
+    """Inputs with |softmax_scale * <q, k>| <= bound, as QK norm gives them, and the promise.
+
+    adversarial: every score is at the bound. In blocks of 20 tokens, a row's own block scores -bound, the next one to
+        the left +bound, and so on: far keys outweigh the near ones as much as the promise allows.
+    """
+    inputs = make(case, device)
+    q, k = (torch.nn.functional.normalize(t.float(), dim=-1) for t in inputs.tensors()[:2])
+    if adversarial:
+        key = torch.arange(case.seqlen_k, device=device)
+        query = torch.arange(case.seqlen_q, device=device) + case.seqlen_k - case.seqlen_q
+        for tensor, position, sign in ((q, query, 1.0), (k, key, -1.0)):
+            tensor.zero_()
+            tensor[..., 0] = torch.where(position // 20 % 2 == 0, sign, -sign)[None, :, None]
+    q, k = (q * bound / case.softmax_scale).to(case.dtype), k.to(case.dtype)
+    promise = torch.full((case.num_heads,), bound * (1 + 2**-7), device=device)  # QK norm in half precision rounds
+    return Inputs(q, k, inputs.v, inputs.dout, {**inputs.options, "logit_bound": promise})
+
+
+LONG = Case(batch=1, seqlen_q=700, seqlen_k=700, num_heads=4, head_dim=16)
+BOUNDED = [
+    (LONG, 1.0),
+    (LONG, 10.0),
+    (LONG, 39.0),
+    (LONG, 60.0),  # above 40: the softmax keeps a running maximum, the windows stay
+    (dataclasses.replace(LONG, causal=False), 5.0),
+    (dataclasses.replace(LONG, causal=False), 50.0),
+    (dataclasses.replace(LONG, seqlen_q=1, seqlen_k=1500), 8.0),
+    (dataclasses.replace(LONG, seqlen_q=30, seqlen_k=1100, num_heads=6, num_kv_heads=2), 3.0),
+    (dataclasses.replace(LONG, seqlen_q=500, seqlen_k=120), 2.0),  # early rows have no key of their own
+    (dataclasses.replace(LONG, seqlen_q=500, seqlen_k=120, causal=False), 2.0),
+    (dataclasses.replace(LONG, mask="documents"), 4.0),
+    (dataclasses.replace(LONG, mask="window"), 4.0),
+    (dataclasses.replace(LONG, mask="ahead", causal=False), 4.0),  # the row's own key is hidden: no window holds
+    (dataclasses.replace(LONG, mask="blind"), 4.0),
+    (dataclasses.replace(LONG, alibi="none"), 20.0),
+    (dataclasses.replace(LONG, dtype=BFLOAT16), 10.0),
+    (dataclasses.replace(LONG, dtype=FLOAT16), 10.0),
+]
+
+
+@pytest.mark.parametrize("case, bound", BOUNDED, ids=lambda value: str(value))
+@pytest.mark.parametrize("adversarial", [False, True], ids=["random", "adversarial"])
+def test_logit_bound(case, bound, adversarial, backend, device):
+    inputs = bounded(case, bound, device, adversarial)
+    require(backend, *inputs.tensors(), **inputs.options)
+    check(inputs, backend)
+
+
+@pytest.mark.parametrize("bound", [2.0, 60.0])
+def test_logit_bound_changes_nothing_but_rounding(bound, backend, device):
+    inputs = bounded(LONG, bound, device, adversarial=True)
+    require(backend, *inputs.tensors(), **inputs.options)
+    with_bound = attention(*inputs.tensors(), **inputs.options, backend=backend)
+    without = attention(*inputs.tensors(), **{**inputs.options, "logit_bound": None}, backend=backend)
+    # The skipped keys hold at most 2^-24 of a row; the rest is the rounding of the exponents, up to `bound`.
+    limit = (4 + 2 * bound) * numerics.UNIT[FLOAT32] * inputs.v.abs().max()
+    assert (with_bound - without).abs().max() <= limit
+
+
+def test_logit_bound_and_slope_skip_far_keys(backend, device):
+    """Far values are never read: NaN there stays out of the rows whose window ends before them."""
+    inputs = bounded(dataclasses.replace(LONG, num_heads=1), 1.0, device)
+    require(backend, *inputs.tensors(), **inputs.options)
+    if backend == "reference":
+        pytest.skip("reference: reads every key")
+    slope = inputs.options["alibi_slopes"].item()
+    window = math.ceil((2 * inputs.options["logit_bound"].item() + 24 * math.log(2)) / slope)
+    inputs.v[:, :100] = math.nan
+    out = attention(*inputs.tensors(), **inputs.options, backend=backend)
+    tiles = 2 * 128  # a window is rounded outwards to whole tiles of queries and keys
+    assert out[:, 100 + window + tiles :].isfinite().all()
+
+
+@pytest.mark.parametrize("promise", [math.inf, math.nan], ids=str)
+def test_logit_bound_that_is_not_finite_promises_nothing(promise, backend, device):
+    inputs = make(Case(seqlen_q=150, seqlen_k=300, values="peaked", alibi="all"), device)
+    require(backend, *inputs.tensors(), **inputs.options)
+    inputs.options["logit_bound"] = torch.full((3,), promise, device=device)
+    check(inputs, backend)
+
+
+def test_logit_bounds_of_heads_that_share_a_tile(backend, device):
+    case = Case(seqlen_q=3, seqlen_k=400, num_heads=6, head_dim=16)
+    inputs = bounded(case, 1.0, device)
+    require(backend, *inputs.tensors(), **inputs.options)
+    factor = torch.tensor([1.0, 60, 5, 45, 0.1, 20], device=device)
+    inputs.q = inputs.q * factor[:, None]
+    inputs.options["logit_bound"] = inputs.options["logit_bound"] * factor
+    check(inputs, backend)
+
+
+# ---- laws (testing.md section 3) ------------------------------------------------------------------------------------
+
+
+lengths = st.one_of(st.integers(1, 40), st.sampled_from((63, 64, 65, 95, 96, 97, 128, 130)))
+heads = st.sampled_from(((1, 1), (2, 1), (2, 2), (4, 2), (3, 1), (5, 5)))
+
+
+@st.composite
+def cases(
+    draw, dtypes=(FLOAT32, FLOAT16, BFLOAT16), masks=("none", "documents", "padding", "window", "blind"), **fixed
+):
+    num_heads, num_kv_heads = draw(heads)
+    seqlen_q = draw(lengths)
+    drawn = {
+        "batch": draw(st.integers(1, 3)),
+        "seqlen_q": seqlen_q,
+        "seqlen_k": draw(st.one_of(st.just(seqlen_q), lengths)),
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": draw(st.sampled_from((4, 8, 20, 32, 64))),
+        "dtype": draw(st.sampled_from(dtypes)),
+        "causal": draw(st.booleans()),
+        "alibi": draw(st.sampled_from(("none", "some", "all"))),
+        "mask": draw(st.sampled_from(masks)),
+        "seed": draw(st.integers(0, 999)),
+    }
+    return Case(**{**drawn, **fixed})
+
+
+def law(**fixed):
+    """Makes test(case, inputs, backend) one hypothesis test over the cases, for each backend that supports them."""
+
+    def decorate(test):
+        def over_cases(backend, device, case):
+            inputs = make(case, device)
+            require(backend, *inputs.tensors(), **inputs.options)
+            test(case, inputs, backend)
+
+        over_cases.__name__, over_cases.__qualname__, over_cases.__doc__ = test.__name__, test.__name__, test.__doc__
+        return hypothesis.given(case=cases(**fixed))(over_cases)
+
+    return decorate
+
+
+def assert_same(result, expected, backend):
+    """Bit for bit, except for the reference: the products of torch may round differently for another layout."""
+    assert result.dtype == expected.dtype
+    if backend != "reference":
+        assert torch.equal(result, expected), f"differs by {(result - expected).abs().max()}"
+    else:
+        assert_near(result, expected)
+
+
+def assert_near(result, expected, limit=64):
+    """Within a few float32 roundings of the largest element, and one rounding of the dtype."""
+    assert result.shape == expected.shape
+    assert torch.equal(result == -math.inf, expected == -math.inf)
+    result, expected = (t.double().clamp(min=-1e300) for t in (result, expected))
+    expected, result = (t[t > -1e300] for t in (expected, result))
+    if expected.numel() == 0:
+        return
+    size = max(1.0, expected.abs().max().item())
+    assert (result - expected).abs().max() <= limit * numerics.UNIT[FLOAT32] * size
+
+
+def change(inputs, **tensors):
+    return dataclasses.replace(inputs, **tensors)
+
+
+def with_options(inputs, **options):
+    return change(inputs, options={**inputs.options, **options})
+
+
+def positions(case, device):
+    return torch.arange(case.seqlen_q, device=device) + case.seqlen_k - case.seqlen_q
+
+
+@law()
+def test_p1_permuting_batch_entries_and_heads_permutes_the_result(case, inputs, backend):
+    generator = torch.Generator().manual_seed(case.seed)
+    entry = torch.randperm(case.batch, generator=generator)
+    kv_head = torch.randperm(case.num_kv_heads, generator=generator)
+    within = torch.randperm(case.num_heads // case.num_kv_heads, generator=generator)
+    head = torch.arange(case.num_heads).view(case.num_kv_heads, -1)[kv_head][:, within].flatten()
+    options = dict(inputs.options)
+    if (slopes := options.get("alibi_slopes")) is not None:
+        options["alibi_slopes"] = slopes[head]
+    if (start := options["key_start"]) is not None:
+        options["key_start"] = start[entry]
+    permuted = Inputs(
+        inputs.q[entry][:, :, head],
+        inputs.k[entry][:, :, kv_head],
+        inputs.v[entry][:, :, kv_head],
+        inputs.dout[entry][:, :, head],
+        options,
+    )
+    out, lse, dq, dk, dv = run(inputs, backend)
+    permuted_out, permuted_lse, permuted_dq, permuted_dk, permuted_dv = run(permuted, backend)
+    assert_same(permuted_out, out[entry][:, :, head], backend)
+    assert_same(permuted_lse, lse[entry][:, head], backend)
+    assert_same(permuted_dq, dq[entry][:, :, head], backend)
+    if case.dtype == FLOAT32:  # dk and dv sum over the heads of a group, whose order has changed
+        assert_near(permuted_dk, dk[entry][:, :, kv_head])
+        assert_near(permuted_dv, dv[entry][:, :, kv_head])
+
+
+@law()
+def test_p1_a_batch_entry_does_not_depend_on_its_neighbours(case, inputs, backend):
+    last = slice(case.batch - 1, case.batch)
+    start = inputs.options["key_start"]
+    alone = Inputs(
+        *(t[last] for t in (inputs.q, inputs.k, inputs.v, inputs.dout)),
+        {**inputs.options, "key_start": None if start is None else start[last]},
+    )
+    inputs.q[: case.batch - 1] = math.nan
+    for result, expected in zip(run(inputs, backend), run(alone, backend), strict=True):
+        assert_same(result[last], expected, backend)
+
+
+@law(causal=True, seqlen_q=97, seqlen_k=97)
+def test_p2_later_tokens_do_not_change_earlier_rows(case, inputs, backend):
+    first = 1 + case.seed % 96
+    out, lse, dq, *_ = run(inputs, backend)
+    later = change(inputs, k=inputs.k.clone(), v=inputs.v.clone(), q=inputs.q.clone(), dout=inputs.dout.clone())
+    for tensor in (later.q, later.k, later.v, later.dout):
+        tensor[:, first:] = 3 * tensor[:, first:].flip(1) + 1
+    changed_out, changed_lse, changed_dq, *_ = run(later, backend)
+    assert_same(changed_out[:, :first], out[:, :first], backend)
+    assert_same(changed_lse[:, :, :first], lse[:, :, :first], backend)
+    assert_same(changed_dq[:, :first], dq[:, :first], backend)
+    later.k[:, first:] = math.nan
+    nan_out, nan_lse, *_ = run(later, backend)
+    assert_same(nan_out[:, :first], out[:, :first], backend)
+    assert_same(nan_lse[:, :, :first], lse[:, :, :first], backend)
+
+
+@law()
+def test_p3_p4_layout_and_foreign_memory_change_nothing(case, inputs, backend):
+    expected = run(inputs, backend)
+    for layout in ("transposed", "seqlen first", "slice", "offset"):
+        moved = (lay_out(t, layout) for t in (inputs.q, inputs.k, inputs.v, inputs.dout))
+        for result, other in zip(run(Inputs(*moved, inputs.options), backend), expected, strict=True):
+            assert_same(result, other, backend)
+
+
+@law(causal=False, alibi="none", mask="none", dtypes=(FLOAT32,))
+def test_p5_parts_merge_by_their_log_sum_exp(case, inputs, backend):
+    cut = case.seed % (case.seqlen_k + 1)
+    q, k, v = inputs.tensors()
+    whole, whole_lse = attention(q, k, v, return_lse=True, backend=backend)
+    parts = [attention(q, k[:, s], v[:, s], return_lse=True, backend=backend) for s in (slice(cut), slice(cut, None))]
+    lse = torch.logaddexp(parts[0][1], parts[1][1])
+    merged = sum(out * (part - lse).exp().transpose(1, 2)[..., None] for out, part in parts)
+    assert_near(merged, whole)
+    assert_near(lse, whole_lse)
+
+
+@law(dtypes=(FLOAT32,))
+def test_p6_adding_a_vector_to_all_keys_shifts_the_log_sum_exp(case, inputs, backend):
+    shift = torch.randn(case.head_dim, generator=torch.Generator().manual_seed(case.seed)).to(inputs.q.device)
+    out, lse, *_ = run(inputs, backend)
+    shifted_out, shifted_lse, *_ = run(change(inputs, k=inputs.k + shift), backend)
+    assert_near(shifted_out, out, limit=256)
+    assert_near(shifted_lse, lse + case.softmax_scale * (inputs.q @ shift).transpose(1, 2), limit=256)
+
+
+@law(dtypes=(FLOAT32,))
+def test_p7_outputs_are_weighted_means_of_the_values(case, inputs, backend):
+    out, lse, *_ = run(inputs, backend)
+    sees = (lse > -math.inf).transpose(1, 2)[..., None]
+    constant = run(change(inputs, v=torch.full_like(inputs.v, 3.0)), backend)[0]
+    assert_near(constant, torch.where(sees, 3.0, 0.0).expand_as(out))
+    group = case.num_heads // case.num_kv_heads
+    low, high = (f(1, keepdim=True).repeat_interleave(group, 2) for f in (inputs.v.amin, inputs.v.amax))
+    assert ((out >= low - 1e-5) & (out <= high + 1e-5) | ~sees).all()
+    other = torch.randn(inputs.v.shape, generator=torch.Generator().manual_seed(case.seed)).to(out.device)
+    other_out = run(change(inputs, v=other), backend)[0]
+    combined = run(change(inputs, v=inputs.v + 2 * other), backend)[0]
+    assert_near(combined, out + 2 * other_out)
+
+
+@law(causal=True, alibi="all", masks=("none", "documents", "window"), dtypes=(FLOAT32,))
+def test_p8_alibi_is_a_bias_linear_in_the_key(case, inputs, backend):
+    """-m (i - j) = m j - m i: one more channel of q and k gives m j, and the softmax does not see m i."""
+    slopes = inputs.options["alibi_slopes"]
+    key = torch.arange(case.seqlen_k, device=slopes.device) + 0.0
+    q_channel = (slopes / case.softmax_scale)[None, None, :, None].expand(*inputs.q.shape[:3], 1)
+    k_channel = key[None, :, None, None].expand(*inputs.k.shape[:3], 1)
+    q, k = torch.cat((inputs.q, q_channel), -1), torch.cat((inputs.k, k_channel), -1)
+    v = torch.nn.functional.pad(inputs.v, (0, 1))
+    options = {**inputs.options, "alibi_slopes": None, "softmax_scale": case.softmax_scale, "backend": backend}
+    out, lse = attention(q, k, v, **options, return_lse=True)
+    biased, biased_lse, *_ = run(inputs, backend)
+    assert_near(out[..., :-1], biased, limit=1000)  # the channel is a large term: 130 * 0.7 beside scores of about 1
+    assert_near(lse, biased_lse + slopes[:, None] * positions(case, slopes.device), limit=256)
+
+
+@law(alibi="none")
+def test_p8_slope_zero_is_no_bias(case, inputs, backend):
+    zero = with_options(inputs, alibi_slopes=torch.zeros(case.num_heads, device=inputs.q.device))
+    for result, expected in zip(run(zero, backend), run(inputs, backend), strict=True):
+        assert_same(result, expected, backend)
+
+
+@law(dtypes=(FLOAT32,))
+def test_p11_one_key_head_is_that_head_repeated(case, inputs, backend):
+    group = case.num_heads // case.num_kv_heads
+    repeated = change(inputs, k=inputs.k.repeat_interleave(group, 2), v=inputs.v.repeat_interleave(group, 2))
+    out, lse, dq, dk, dv = run(inputs, backend)
+    repeated_out, repeated_lse, repeated_dq, *gradients = run(repeated, backend)
+    assert_near(out, repeated_out)
+    assert_near(lse, repeated_lse)
+    assert_near(dq, repeated_dq)
+    for gradient, parts in zip((dk, dv), gradients, strict=True):
+        assert_near(gradient, parts.unflatten(2, (case.num_kv_heads, -1)).sum(3))
+
+
+@law(causal=True, dtypes=(FLOAT32,))
+def test_p12_queries_in_pieces_are_one_call(case, inputs, backend):
+    cut = case.seed % (case.seqlen_q + 1)
+    q, k, v = inputs.tensors()
+    whole, whole_lse = attention(q, k, v, **inputs.options, return_lse=True, backend=backend)
+    start = inputs.options["key_start"]
+    for queries, end in ((slice(cut), case.seqlen_k - case.seqlen_q + cut), (slice(cut, None), case.seqlen_k)):
+        options = {**inputs.options, "key_start": None if start is None else start[:, queries]}
+        if end < 0:  # these queries lie before the first key, and alignment at the end cannot say so
+            continue
+        out, lse = attention(q[:, queries], k[:, :end], v[:, :end], **options, return_lse=True, backend=backend)
+        assert_near(out, whole[:, queries])
+        assert_near(lse, whole_lse[:, :, queries])
+
+
+@law(seqlen_q=100, seqlen_k=100, mask="none", causal=True, dtypes=(FLOAT32,))
+def test_p13_packed_documents_are_separate_documents(case, inputs, backend):
+    cut = 1 + case.seed % 99
+    start = torch.zeros(case.batch, 100, dtype=torch.int32, device=inputs.q.device)
+    start[:, cut:] = cut
+    packed = run(with_options(inputs, key_start=start), backend)
+    for tokens in (slice(cut), slice(cut, None)):
+        pieces = (t[:, tokens] for t in (inputs.q, inputs.k, inputs.v, inputs.dout))
+        out, lse, *gradients = run(Inputs(*pieces, inputs.options), backend)
+        assert_near(packed[0][:, tokens], out)
+        assert_near(packed[1][:, :, tokens], lse)
+        for result, expected in zip(packed[2:], gradients, strict=True):
+            assert_near(result[:, tokens], expected)
+
+
+@law(mask="none", dtypes=(FLOAT32,))
+def test_p13_left_padding_is_the_row_alone(case, inputs, backend):
+    """Also P9: padding shifts all positions, and changes no score."""
+    pad = 1 + case.seed % 120
+    padded = [torch.nn.functional.pad(t, (0, 0, 0, 0, pad, 0), value=7.0) for t in inputs.tensors()[1:]]
+    start = torch.full((1, 1), pad, dtype=torch.int32, device=inputs.q.device).expand(case.batch, case.seqlen_q)
+    out, lse, dq, dk, dv = run(inputs, backend)
+    results = run(change(with_options(inputs, key_start=start), k=padded[0], v=padded[1]), backend)
+    for result, expected in zip(results, (out, lse, dq), strict=False):
+        assert_near(result, expected)
+    for result, expected in zip(results[3:], (dk, dv), strict=True):
+        assert (result[:, :pad] == 0).all()
+        assert_near(result[:, pad:], expected)
+
+
+@law()
+def test_p14_value_gradients_sum_to_the_output_gradients(case, inputs, backend):
+    _, lse, _, _, dv = run(inputs, backend)
+    seen = inputs.dout.double() * (lse > -math.inf).transpose(1, 2)[..., None]
+    expected = seen.sum(1).unflatten(1, (case.num_kv_heads, -1)).sum(2)
+    error = (dv.double().sum(1) - expected).norm()
+    # Each element of dv is rounded once.
+    rounding = numerics.UNIT[case.dtype] * dv.double().norm() + 64 * numerics.UNIT[FLOAT32] * seen.norm()
+    assert error <= 2 * rounding + 1e-30
+
+
+@law(dtypes=(FLOAT32,))
+def test_p15_key_gradients_sum_to_zero(case, inputs, backend):
+    """A softmax does not change when all its scores do."""
+    dk = run(inputs, backend)[3].double()
+    assert dk.sum(1).abs().max() <= 1e-4 * max(1.0, dk.abs().sum(1).max().item())
+
+
+@law(dtypes=(FLOAT32,), seqlen_q=21, seqlen_k=25)
+def test_p16_gradients_are_those_of_the_reference_by_differences(case, inputs, backend):
+    generator = torch.Generator().manual_seed(case.seed)
+    steps = [torch.randn(t.shape, generator=generator).double().to(t.device) for t in inputs.tensors()]
+
+    def loss(step):
+        moved = [t.double() + step * d for t, d in zip(inputs.tensors(), steps, strict=True)]
+        out, _ = reference.attention(*moved, softmax_scale=case.softmax_scale, **inputs.options)
+        return (out * inputs.dout).sum().item()
+
+    slope = (loss(1e-5) - loss(-1e-5)) / 2e-5
+    terms = [(g.double() * d).sum().item() for g, d in zip(run(inputs, backend)[2:], steps, strict=True)]
+    size = sum((g.double() * d).norm().item() for g, d in zip(run(inputs, backend)[2:], steps, strict=True))
+    assert abs(sum(terms) - slope) <= 1e-5 * max(1.0, size)
+
+
+@law()
+def test_p17_two_runs_agree_bit_for_bit(case, inputs, backend):
+    for result, again in zip(run(inputs, backend), run(inputs, backend), strict=True):
+        assert torch.equal(result, again)
+
+
+EMPTY = [
+    Case(batch=0),
+    Case(seqlen_q=0),
+    Case(num_heads=0),
+    Case(num_heads=0, num_kv_heads=0),
+    Case(seqlen_k=0),
+    Case(seqlen_k=0, causal=False, mask="window"),
+    Case(seqlen_q=0, seqlen_k=0),
+]
+
+
+@pytest.mark.parametrize("case", EMPTY, ids=str)
+def test_p18_empty_inputs(case, backend, device):
+    inputs = make(case, device)
+    require(backend, *inputs.tensors(), **inputs.options)
+    with numerics.nan_filled():
+        out, lse, *gradients = run(inputs, backend)
+    assert out.shape == inputs.q.shape and (out == 0).all()
+    assert lse.shape == (case.batch, case.num_heads, case.seqlen_q) and (lse == -math.inf).all()
+    for gradient, tensor in zip(gradients, inputs.tensors(), strict=True):
+        assert gradient.shape == tensor.shape and (gradient == 0).all()
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_p19_gradcheck(causal, masked, device):
+    case = Case(seqlen_q=5, seqlen_k=4, num_heads=4, num_kv_heads=2, head_dim=3, dtype=torch.float64, causal=causal)
+    inputs = make(dataclasses.replace(case, mask="blind" if masked else "none"), device)
+    leaves = [t.requires_grad_() for t in inputs.tensors()]
+    assert torch.autograd.gradcheck(lambda *t: attention(*t, **inputs.options), leaves)
+    plain = {"softmax_scale": 0.4, **inputs.options}
+    assert torch.autograd.gradcheck(lambda *t: reference.attention(*t, **plain)[0], leaves)
+
+
+# ---- memory, threads, processes -------------------------------------------------------------------------------------
+
+
+def test_inputs_stay_in_their_batch_entry_and_head(backend, device):
+    case = Case(num_heads=4, num_kv_heads=2, seqlen_q=70, seqlen_k=70)
+    clean, spoilt = make(case, device), make(case, device)
+    require(backend, *clean.tensors(), **clean.options)
+    spoilt.q[1, 3, 3], spoilt.k[1, 40, 1], spoilt.v[1, 41, 1] = math.inf, math.nan, -math.inf
+    results = zip(run(spoilt, backend), run(clean, backend), strict=True)
+    for index, (result, expected) in enumerate(results):
+        if index == 1:
+            result, expected = result.transpose(1, 2), expected.transpose(1, 2)
+        own = result.shape[2] // 2  # heads of the key head that stayed clean
+        assert_same(result[0], expected[0], backend)
+        assert_same(result[1, :, :own], expected[1, :, :own], backend)
+
+
+def test_offsets_beyond_32_bits(backend, device):
+    """The second batch entry starts 2^31 + 64 elements behind the first; the pages in between are never touched."""
+    if device.type != "cpu":
+        pytest.skip(f"memory of {device} is not allocated page by page")
+    memory = torch.empty(2**31 + 4096, dtype=BFLOAT16)
+    q, k, v = (memory[at:].as_strided((2, 10, 1, 32), (2**31 + 64, 32, 32, 1)) for at in (0, 640, 1280))
+    require(backend, q, k, v)
+    inputs = make(Case(seqlen_q=10, seqlen_k=10, num_heads=1, dtype=BFLOAT16), device)
+    for near, far in zip(inputs.tensors(), (q, k, v), strict=True):
+        far.copy_(near)
+    far = Inputs(q, k, v, inputs.dout, inputs.options)
+    for result, expected in zip(run(far, backend), run(inputs, backend), strict=True):
+        assert_same(result, expected, backend)
+
+
+def test_the_number_of_threads_changes_no_bit(backend, device):
+    if backend == "reference":
+        pytest.skip("reference: torch promises no order of summation")
+    inputs = make(Case(seqlen_q=200, seqlen_k=300, num_heads=6, num_kv_heads=2, mask="documents"), device)
+    require(backend, *inputs.tensors(), **inputs.options)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(run(inputs, backend))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for result, expected in zip(other, results[0], strict=True):
+            assert torch.equal(result, expected)
+
+
+def test_two_threads_at_once(backend, device):
+    inputs = [make(Case(seqlen_q=150, seqlen_k=150, seed=seed), device) for seed in range(2)]
+    require(backend, *inputs[0].tensors(), **inputs[0].options)
+    expected = [run(each, backend) for each in inputs]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        rounds = [pool.submit(run, inputs[index % 2], backend) for index in range(12)]
+        for index, future in enumerate(rounds):
+            for result, other in zip(future.result(timeout=60), expected[index % 2], strict=True):
+                assert_same(result, other, backend)
+
+
+def test_forked_child(backend, device):
+    """A forked data loader inherits a process whose OpenMP workers are gone."""
+    if device.type != "cpu" or not hasattr(os, "fork"):
+        pytest.skip(f"no fork with tensors on {device}")
+    if backend == "reference":
+        pytest.skip("reference: torch's own operators hang in the child of a process that used its threads")
+    inputs = make(Case(seqlen_q=150, seqlen_k=150), device)
+    require(backend, *inputs.tensors(), **inputs.options)
+    expected = attention(*inputs.tensors(), **inputs.options, backend=backend)  # starts the workers of this process
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        out = attention(*inputs.tensors(), **inputs.options, backend=backend)
+        os.write(write, out.numpy().tobytes()[:1000])
+        os._exit(0)
+    os.close(write)
+    try:
+        assert os.read(read, 1000) == expected.numpy().tobytes()[:1000]
+    finally:
+        os.close(read)
+        os.waitpid(child, 0)
+
+
+ISA_PROGRAM = """
+import sys
+import pytest
+cases = "test_matches_the_reference and (head_dim or layout or seqlen_q=97 or seqlen_q=5) or test_logit_bound"
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", sys.argv[1], "-k", f"cpu and ({cases})"]))
+"""
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa, device):
+    if _select.extension is None:
+        pytest.skip(_select.extension_error)
+    if isa not in _select.extension.cpu_isas() or isa == _select.extension.cpu_isa():
+        pytest.skip(f"{isa}: it is the one under test already, or this machine has not got it")
+    result = subprocess.run(
+        [sys.executable, "-c", ISA_PROGRAM, __file__],
+        env={**os.environ, "ANDROMEDA_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+
+
+# ---- torch ----------------------------------------------------------------------------------------------------------
+
+
+def operator_arguments(inputs, backend):
+    options = inputs.options
+    return (
+        *(t.detach() for t in inputs.tensors()),
+        options.get("alibi_slopes"),
+        options.get("logit_bound"),
+        options.get("key_start"),
+        options["causal"],
+        0.3,
+        backend,
+    )
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_opcheck(layout, backend, device):
+    inputs = make(Case(seqlen_q=6, seqlen_k=9, head_dim=8, mask="documents", layout=layout), device)
+    require(backend, *inputs.tensors(), **inputs.options)
+    arguments = operator_arguments(inputs, backend)
+    torch.library.opcheck(op.FORWARD, arguments)
+    torch.library.opcheck(op.BACKWARD, (inputs.dout, *arguments[:3], *op.FORWARD(*arguments), *arguments[3:]))
+
+
+def test_compiles_into_one_graph(backend, device):
+    inputs = make(Case(mask="documents", layout="transposed"), device)
+    require(backend, *inputs.tensors(), **inputs.options)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda q, k, v: attention(2 * q, k, v, **inputs.options, return_lse=True, backend=backend),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    leaves = [t.detach().requires_grad_() for t in inputs.tensors()]
+    out, lse = compiled(*leaves)
+    gradients = torch.autograd.grad(out, leaves, inputs.dout)
+    expected = run(change(inputs, q=2 * inputs.q), backend)
+    assert not lse.requires_grad
+    for result, other in zip((out.detach(), lse, gradients[0] / 2, *gradients[1:]), expected, strict=True):
+        assert_same(result, other, backend)
+
+
+def test_exports_without_the_choice_of_a_backend(device):
+    class Layer(torch.nn.Module):
+        def forward(self, q, k, v):
+            return attention(q, k, v, causal=True)
+
+    inputs = make(Case(alibi="none"), device)
+    program = torch.export.export(Layer(), inputs.tensors())
+    assert "auto" in program.graph_module.code
+    torch.testing.assert_close(program.module()(*inputs.tensors()), attention(*inputs.tensors(), causal=True))
+
+
+def test_functional_gradient(backend, device):
+    inputs = make(Case(seqlen_q=20, seqlen_k=20), device)
+    require(backend, *inputs.tensors(), **inputs.options)
+
+    def loss(q, k, v):
+        return (attention(q, k, v, **inputs.options, backend=backend) * inputs.dout).sum()
+
+    gradients = torch.func.grad(loss, argnums=(0, 1, 2))(*inputs.tensors())
+    for result, expected in zip(gradients, run(inputs, backend)[2:], strict=True):
+        assert_same(result, expected, backend)
+
+
+def test_second_derivatives_and_tangents_are_refused(backend, device):
+    inputs = make(Case(seqlen_q=5, seqlen_k=5), device)
+    require(backend, *inputs.tensors(), **inputs.options)
+    q, k, v = inputs.tensors()
+    leaf = q.clone().requires_grad_()
+    out = attention(leaf, k, v, backend=backend)
+    (dq,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+    with pytest.raises((RuntimeError, NotImplementedError)):  # dropped silently, the tangent would be zero
+        torch.func.jvp(lambda q: attention(q, k, v, backend=backend), (q,), (q,))
+
+
+def test_expanded_output_gradient(backend, device):
+    """out.sum().backward() hands over one number with strides of 0."""
+    inputs = make(Case(), device)
+    require(backend, *inputs.tensors(), **inputs.options)
+    expected = run(change(inputs, dout=torch.ones_like(inputs.dout)), backend)
+    leaves = [t.requires_grad_() for t in inputs.tensors()]
+    attention(*leaves, **inputs.options, backend=backend).sum().backward()
+    for leaf, gradient in zip(leaves, expected[2:], strict=True):
+        assert_same(leaf.grad, gradient, backend)
+
+
+def test_expanded_inputs_sum_their_gradients(backend, device):
+    inputs = make(Case(batch=3), device)
+    require(backend, *inputs.tensors(), **inputs.options)
+    shared = inputs.k[:1].clone().requires_grad_()
+    out = attention(inputs.q, shared.expand(3, -1, -1, -1), inputs.v, **inputs.options, backend=backend)
+    out.backward(inputs.dout)
+    expected = run(change(inputs, k=inputs.k[:1].expand(3, -1, -1, -1).clone()), backend)[3].sum(0, keepdim=True)
+    assert_near(shared.grad, expected)
+
+
+def test_only_the_log_sum_exp_used(backend, device):
+    inputs = make(Case(), device)
+    require(backend, *inputs.tensors(), **inputs.options)
+    leaf = inputs.q.requires_grad_()
+    out, lse = attention(leaf, inputs.k, inputs.v, return_lse=True, backend=backend)
+    assert out.requires_grad and not lse.requires_grad
+
+
+def test_autocast(backend, device):
+    inputs = make(Case(alibi="all"), device)
+    require(backend, *inputs.tensors(), **inputs.options)
+    leaves = [inputs.q.requires_grad_(), inputs.k.to(BFLOAT16).requires_grad_(), inputs.v.requires_grad_()]
+    with torch.autocast(device.type, dtype=BFLOAT16):
+        out = attention(*leaves, **inputs.options, backend=backend)
+        out.backward(inputs.dout.to(BFLOAT16))
+    cast = Inputs(*(t.detach().to(BFLOAT16) for t in (*inputs.tensors(), inputs.dout)), inputs.options)
+    expected = run(cast, backend)
+    assert_same(out.detach(), expected[0], backend)
+    for leaf, gradient in zip(leaves, expected[2:], strict=True):
+        assert_same(leaf.grad, gradient.to(leaf.dtype), backend)
+
+
+def test_autocast_leaves_float64_alone(device):
+    inputs = make(Case(dtype=torch.float64), device)
+    with torch.autocast(device.type, dtype=BFLOAT16):
+        out = attention(*inputs.tensors(), **inputs.options)
+    torch.testing.assert_close(out, attention(*inputs.tensors(), **inputs.options), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "seqlen_q, seqlen_k, causal, pairs",
+    [(4, 6, False, 24), (4, 6, True, 18), (6, 4, True, 10), (1, 9, True, 9), (5, 5, True, 15)],
+)
+def test_flop_counter(seqlen_q, seqlen_k, causal, pairs, device):
+    inputs = make(Case(seqlen_q=seqlen_q, seqlen_k=seqlen_k, causal=causal), device)
+    leaves = [t.requires_grad_() for t in inputs.tensors()]
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        attention(*leaves, **inputs.options).sum().backward()
+    per_product = 2 * 2 * 3 * 32 * pairs  # multiply and add, batch, heads, head_dim
+    counts = counter.get_flop_counts()["Global"]
+    assert counts[torch.ops.andromeda.attention_forward] == 2 * per_product
+    assert counts[torch.ops.andromeda.attention_backward] == 5 * per_product
+
+
+def test_meta_tensors():
+    inputs = make(Case(dtype=BFLOAT16, mask="window"), torch.device("meta"))
+    out, lse, *gradients = run(inputs, None)
+    assert out.device.type == "meta" and out.shape == inputs.q.shape and out.dtype == BFLOAT16
+    assert lse.shape == (2, 3, 50) and lse.dtype == FLOAT32
+    assert [g.shape for g in gradients] == [t.shape for t in inputs.tensors()]
+
+
+def test_selective_checkpointing_runs_the_forward_kernel_once(device):
+    from torch.utils import checkpoint
+
+    calls = []
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls.append(function)
+            return function(*args, **(kwargs or {}))
+
+    def policy(context, function, *args, **kwargs):
+        wanted = checkpoint.CheckpointPolicy
+        return wanted.MUST_SAVE if function is op.FORWARD else wanted.PREFER_RECOMPUTE
+
+    inputs = make(Case(), device)
+    leaves = [t.requires_grad_() for t in inputs.tensors()]
+    with Count():
+        out = checkpoint.checkpoint(
+            lambda q, k, v: attention(q.sin(), k, v, **inputs.options).sin(),
+            *leaves,
+            use_reentrant=False,
+            context_fn=lambda: checkpoint.create_selective_checkpoint_contexts(policy),
+        )
+        out.sum().backward()
+    assert calls.count(op.FORWARD) == 1 and calls.count(op.BACKWARD) == 1
+
+
+# ---- wrong calls ----------------------------------------------------------------------------------------------------
+
+
+def tensor(*shape, dtype=FLOAT32, **options):
+    return torch.zeros(shape, dtype=dtype, **options)
+
+
+Q, K = tensor(2, 5, 4, 8), tensor(2, 7, 2, 8)
+WRONG = {
+    "no tensor": ((None, K, K), {}, TypeError, "q must be a tensor, got NoneType"),
+    "rank": (
+        (Q, K[0], K),
+        {},
+        ValueError,
+        r"k must have 4 dimensions \(batch, seqlen_k, num_kv_heads, head_dim\), got shape \(7, 2, 8\)",
+    ),
+    "batch": ((Q, K[:1], K), {}, ValueError, r"k.shape\[0\] \(batch\) must equal q.shape\[0\], got 1 and 2"),
+    "value batch": ((Q, K, K[:1]), {}, ValueError, r"v.shape\[0\] \(batch\) must equal q.shape\[0\], got 1 and 2"),
+    "key length": ((Q, K, K[:, :6]), {}, ValueError, r"v.shape\[1\] \(seqlen_k\) must equal k.shape\[1\], got 6 and 7"),
+    "key heads": ((Q, K, K[:, :, :1]), {}, ValueError, r"v.shape\[2\] \(num_kv_heads\) must equal k.shape\[2\]"),
+    "head multiple": (
+        (Q, tensor(2, 7, 3, 8), tensor(2, 7, 3, 8)),
+        {},
+        ValueError,
+        r"q.shape\[2\] \(num_heads\) must be a multiple of k.shape\[2\] \(num_kv_heads\), got 4 and 3",
+    ),
+    "no key head": ((Q, K[:, :, :0], K[:, :, :0]), {}, ValueError, "must be a multiple of .*, got 4 and 0"),
+    "head_dim": (
+        (Q, tensor(2, 7, 2, 9), tensor(2, 7, 2, 9)),
+        {},
+        ValueError,
+        r"k.shape\[3\] \(head_dim\) must equal q.shape\[3\], got 9 and 8",
+    ),
+    "no head_dim": (
+        (Q[..., :0], K[..., :0], K[..., :0]),
+        {},
+        ValueError,
+        r"q.shape\[3\] \(head_dim\) must be at least 1",
+    ),
+    "dtypes": (
+        (Q, K.half(), K.bfloat16()),
+        {},
+        TypeError,
+        "q, k, v must have one dtype, got float32, float16, bfloat16; cast them or use torch.autocast",
+    ),
+    "integers": (
+        (Q.int(), K.int(), K.int()),
+        {},
+        TypeError,
+        "q.dtype must be one of float32, float16, bfloat16, float64, got int32",
+    ),
+    "devices": ((Q, K.to("meta"), K), {}, ValueError, "q, k, v must be on one device, got cpu, meta, cpu"),
+    "stride": (
+        (Q, tensor(2, 7, 8, 2).transpose(2, 3), K),
+        {},
+        ValueError,
+        r"k must be dense in its last dimension \(head_dim\), got strides \(112, 16, 1, 2\); pass k.contiguous\(\)",
+    ),
+    "expanded width": ((tensor(2, 5, 4, 1).expand(2, 5, 4, 8), K, K), {}, ValueError, "pass q.contiguous"),
+    "slopes shape": (
+        (Q, K, K),
+        {"alibi_slopes": tensor(2)},
+        ValueError,
+        r"alibi_slopes must have shape \(num_heads,\) = \(4,\), got \(2,\)",
+    ),
+    "slopes dtype": (
+        (Q, K, K),
+        {"alibi_slopes": tensor(4, dtype=BFLOAT16)},
+        TypeError,
+        "alibi_slopes.dtype must be float32, got bfloat16",
+    ),
+    "slopes list": ((Q, K, K), {"alibi_slopes": [1.0] * 4}, TypeError, "alibi_slopes must be a tensor, got list"),
+    "slopes device": ((Q, K, K), {"alibi_slopes": tensor(4, device="meta")}, ValueError, "must be on one device"),
+    "slopes negative": (
+        (Q, K, K),
+        {"alibi_slopes": tensor(4) - 1},
+        ValueError,
+        r"alibi_slopes must be finite and >= 0, got values in \[-1.0, -1.0\]",
+    ),
+    "slopes infinite": ((Q, K, K), {"alibi_slopes": tensor(4) + math.inf}, ValueError, "must be finite and >= 0"),
+    "slopes nan": ((Q, K, K), {"alibi_slopes": tensor(4) + math.nan}, ValueError, "must be finite and >= 0"),
+    "slopes gradient": (
+        (Q, K, K),
+        {"alibi_slopes": tensor(4, requires_grad=True)},
+        ValueError,
+        r"alibi_slopes must not require a gradient, got requires_grad=True; pass alibi_slopes.detach\(\)",
+    ),
+    "bound shape": ((Q, K, K), {"logit_bound": tensor(1)}, ValueError, r"logit_bound must have shape \(num_heads,\)"),
+    "bound dtype": (
+        (Q, K, K),
+        {"logit_bound": tensor(4, dtype=torch.float64)},
+        TypeError,
+        "logit_bound.dtype must be float32, got float64",
+    ),
+    "start shape": (
+        (Q, K, K),
+        {"key_start": tensor(2, 7, dtype=torch.int32)},
+        ValueError,
+        r"key_start must have shape \(batch, seqlen_q\) = \(2, 5\), got \(2, 7\)",
+    ),
+    "start dtype": (
+        (Q, K, K),
+        {"key_start": tensor(2, 5, dtype=torch.int64)},
+        TypeError,
+        "key_start.dtype must be int32, got int64",
+    ),
+    "start falls": (
+        (Q, K, K),
+        {"key_start": torch.tensor([[0, 1, 1, 2, 2], [0, 0, 3, 1, 4]], dtype=torch.int32)},
+        ValueError,
+        r"key_start must not decrease along a row, got 3 followed by 1 at \[1, 3\]",
+    ),
+    "scale nan": ((Q, K, K), {"softmax_scale": math.nan}, ValueError, "softmax_scale must be finite, got nan"),
+    "scale tensor": ((Q, K, K), {"softmax_scale": tensor(1)}, TypeError, "softmax_scale must be a number, got Tensor"),
+    "backend": (
+        (Q, K, K),
+        {"backend": "flash"},
+        ValueError,
+        "backend must be None or one of 'cuda', 'triton', 'cpu', 'reference', got 'flash'",
+    ),
+}
+
+
+@pytest.mark.parametrize("call", WRONG)
+def test_wrong_calls(call):
+    arguments, options, error, message = WRONG[call]
+    with pytest.raises(error, match=f"^attention: .*{message}"):
+        attention(*arguments, **options)
+
+
+def test_misspelt_argument():
+    with pytest.raises(TypeError, match="alibi_slope"):
+        attention(Q, K, K, alibi_slope=None)
+
+
+def test_constants_may_require_gradients_where_none_are_made(device):
+    inputs = make(Case(), device)
+    inputs.options["alibi_slopes"].requires_grad_()
+    with torch.no_grad():
+        attention(*inputs.tensors(), **inputs.options)
+    inputs.options["alibi_slopes"].requires_grad_(False)
+    bound = torch.full((3,), 50.0, device=device, requires_grad=True)
+    leaf = inputs.q.requires_grad_()
+    attention(leaf, inputs.k, inputs.v, **inputs.options, logit_bound=bound).sum().backward()
+    assert bound.grad is None and leaf.grad is not None
+
+
+def test_out_of_memory_leaves_the_arguments_alone(backend, device):
+    """Every operand is small; only the result is larger than any machine."""
+    if device.type != "cpu":
+        pytest.skip(f"the sizes are meant for host memory, not {device}")
+    q = tensor(1, 1, 1, 64).expand(2**31 - 1, 2**20, 64, 64)
+    k = tensor(1, 1, 1, 64).expand(2**31 - 1, 1, 1, 64)
+    require(backend, q, k, k)
+    with pytest.raises(RuntimeError, match=r"(?i)memory|overflow|allocate"):
+        attention(q, k, k, backend=backend)
+    small = make(Case(), device)
+    check(small, backend)
+
+
+def test_backend_that_cannot_run_says_why(device):
+    q, k, v = make(Case(dtype=torch.float64), device).tensors()
+    with pytest.raises(NotImplementedError, match=r"(?s)attention: backend 'cpu' does not support this call.*cpu: "):
+        attention(q, k, v, backend="cpu")
+    assert op.unsupported("cpu", q, k, v)
+    assert op.unsupported("reference", q, k, v) == []
+
+
+def test_the_first_backend_that_can_is_chosen(device):
+    q, k, v = make(Case(alibi="none"), device).tensors()
+    able = [name for name in _select.BACKENDS if not op.unsupported(name, q, k, v)]
+    assert able[-1] == "reference"
+    assert torch.equal(attention(q, k, v), attention(q, k, v, backend=able[0]))
+
+
+@contextlib.contextmanager
+def _no_extension(monkeypatch):
+    monkeypatch.setattr(_select, "extension", None)
+    monkeypatch.setattr(_select, "extension_error", "not built")
+    yield
+
+
+def test_without_the_extension_the_reference_runs(device, monkeypatch):
+    inputs = make(Case(), device)
+    with _no_extension(monkeypatch):
+        check(inputs, None)
+        with pytest.raises(NotImplementedError, match="cpu: not built"):
+            attention(*inputs.tensors(), backend="cpu")

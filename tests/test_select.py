@@ -1,0 +1,146 @@
+"""Backend choice, the extension's absence, and what `andromeda info` reads."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from andromeda.ops import _select
+
+
+def reasons_of(table):
+    return lambda backend: table[backend]
+
+
+ALL_FAIL = {name: [f"no {name}"] for name in _select.BACKENDS}
+
+
+def test_the_first_backend_without_a_reason_is_chosen():
+    table = {**ALL_FAIL, "cpu": [], "reference": []}
+    assert _select.choose("attention", _select.AUTO, reasons_of(table)) == "cpu"
+
+
+def test_a_named_backend_is_not_replaced():
+    table = {**ALL_FAIL, "cpu": [], "reference": []}
+    assert _select.choose("attention", "reference", reasons_of(table)) == "reference"
+    with pytest.raises(NotImplementedError) as error:
+        _select.choose("attention", "cuda", reasons_of({**table, "cuda": ["too old", "too small"]}))
+    assert str(error.value) == (
+        "attention: backend 'cuda' does not support this call (these do: cpu, reference)\n    cuda: too old; too small"
+    )
+
+
+def test_when_none_can_run_each_says_why():
+    with pytest.raises(NotImplementedError) as error:
+        _select.choose("attention", _select.AUTO, reasons_of(ALL_FAIL))
+    assert str(error.value) == (
+        "attention: no backend supports this call\n"
+        "    cuda:      no cuda\n"
+        "    triton:    no triton\n"
+        "    cpu:       no cpu\n"
+        "    reference: no reference"
+    )
+
+
+def test_backend_argument():
+    assert _select.backend_argument("attention", None) == _select.AUTO
+    assert _select.backend_argument("attention", "cpu") == "cpu"
+    for wrong in ("auto", "CPU", ""):
+        with pytest.raises(ValueError, match="attention: backend must be None or one of 'cuda', 'triton', 'cpu'"):
+            _select.backend_argument("attention", wrong)
+
+
+@pytest.mark.parametrize(
+    "built_for, capability, runs",
+    [
+        (["80-real"], (8, 0), True),
+        (["80-real"], (8, 9), True),
+        (["80-real"], (9, 0), False),
+        (["80"], (12, 0), True),
+        (["86-real"], (8, 0), False),
+        (["90a-real"], (9, 0), True),
+        (["90a"], (10, 0), False),
+        (["80-real", "90a-real"], (9, 0), True),
+        (["80-virtual"], (7, 5), False),
+        (["100-real"], (10, 0), True),
+    ],
+)
+def test_architectures(built_for, capability, runs, monkeypatch):
+    class Extension:
+        @staticmethod
+        def build_info():
+            return {"cuda_architectures": built_for}
+
+    monkeypatch.setattr(_select, "extension", Extension)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    reasons = _select.cuda_unavailable.__wrapped__(torch.device("cuda"))  # not the remembered answer
+    name = ".".join(map(str, capability))
+    assert reasons == ([] if runs else [f"compute capability {name} (built for {', '.join(built_for)})"])
+
+
+def test_cuda_without_an_extension_or_kernels(monkeypatch):
+    monkeypatch.setattr(_select, "extension", None)
+    monkeypatch.setattr(_select, "extension_error", "not built")
+    assert _select.cuda_unavailable.__wrapped__(torch.device("cuda")) == ["not built"]
+
+    class Extension:
+        @staticmethod
+        def build_info():
+            return {"cuda_architectures": []}
+
+    monkeypatch.setattr(_select, "extension", Extension)
+    assert _select.cuda_unavailable.__wrapped__(torch.device("cuda")) == ["the extension was built without CUDA"]
+
+
+def test_report_lists_every_backend_of_every_operation():
+    report = _select.report()
+    assert set(report) == {"attention", "qk_norm_rotary"}
+    for reasons in report.values():
+        assert tuple(reasons) == _select.BACKENDS
+        assert reasons["reference"] == []
+        assert all(isinstance(reason, str) and reason for name in reasons for reason in reasons[name])
+
+
+IMPORT_WITH = """
+import importlib, sys
+real = importlib.import_module
+def import_module(name, package=None):
+    if name == "andromeda._C":
+        raise {error}
+    return real(name, package)
+importlib.import_module = import_module
+import torch
+from andromeda.ops import _select
+from andromeda.ops.attention import attention, unsupported
+q = torch.ones(1, 2, 1, 4)
+assert _select.extension is None
+assert attention(q, q, q).shape == q.shape
+print(unsupported("cpu", q, q, q)[0])
+"""
+
+
+def run_import_with(error):
+    return subprocess.run(
+        [sys.executable, "-c", IMPORT_WITH.format(error=error)], capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        ("ModuleNotFoundError('No module', name='andromeda._C')", "the extension andromeda._C is not built"),
+        ("ImportError('libfoo.so: wrong ELF class')", "cannot be loaded: libfoo.so: wrong ELF class"),
+    ],
+    ids=["missing", "broken"],
+)
+def test_without_a_working_extension_everything_imports_and_the_reference_runs(error, reason):
+    result = run_import_with(error)
+    assert result.returncode == 0, result.stderr
+    assert reason in result.stdout
+
+
+def test_a_wrong_instruction_set_is_an_error_not_a_fallback():
+    result = run_import_with("ImportError('ANDROMEDA_CPU_ISA must be one of baseline, avx2, got sse')")
+    assert result.returncode == 1
+    assert "RuntimeError: ANDROMEDA_CPU_ISA must be one of baseline, avx2, got sse" in result.stderr
