@@ -1,20 +1,15 @@
-"""`from Andromeda import Andromeda`: the names of the package `andromeda`, under the spelling of the API document.
+"""`from Andromeda import Andromeda`: the public names of the package `andromeda`, under the API document's spelling.
 
 This file is Andromeda.py and the package is the folder andromeda: no two files share a name even where the file system
 ignores case, and Python compares the case of what it imports there too (unless PYTHONCASEOK is set).
 """
 
-from andromeda import (
-    Andromeda,
-    AndromedaEmbedding,
-    AndromedaTokenizer,
-    AutoregressiveWrapper,
-    DatasetBuilder,
-    Decoder,
-    TransformerWrapper,
-    __version__,
-    attention,
-    qk_norm_rotary,
-)
+import andromeda
 
-__all__ = ["Andromeda"]
+__all__ = andromeda.__all__
+
+
+def __getattr__(name):
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(andromeda, name)

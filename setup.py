@@ -1,10 +1,11 @@
 """Hands CMakeLists.txt to CMake. Sources, flags and default architectures are there; the choices of a user are here.
 
-    ANDROMEDA_CUDA=auto|0|1   build the CUDA kernels: when an nvcc is found (default), never, or fail without one
-    TORCH_CUDA_ARCH_LIST      "8.0;9.0+PTX"; or CMAKE_CUDA_ARCHITECTURES, CUDAARCHS in CMake's spelling
-    MAX_JOBS                  compilers at a time
+ANDROMEDA_CUDA=auto|0|1   build the CUDA kernels: when an nvcc is found (default), never, or fail without one
+TORCH_CUDA_ARCH_LIST      "8.0;9.0+PTX"; or CMAKE_CUDA_ARCHITECTURES, CUDAARCHS in CMake's spelling
+MAX_JOBS                  compilers at a time
 """
 
+import fcntl
 import importlib
 import os
 import re
@@ -102,6 +103,12 @@ class CMakeBuild(build_ext):
         configure += [f"-DANDROMEDA_CUDA_ARCHITECTURES={cuda_architectures(os.environ)}"]
         configure += [f"-DCMAKE_CUDA_COMPILER={nvcc}"] if nvcc else []
 
+        tree.mkdir(parents=True, exist_ok=True)
+        with open(tree / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two builds in one tree would spoil ninja's records
+            self.build(ext, tree, configure, nvcc, jobs)
+
+    def build(self, ext, tree, configure, nvcc, jobs):
         # CMake looks for compilers and Python once. A tree made for others, or left by an interruption, starts anew.
         compilers = [os.environ.get(name, "") for name in ("CC", "CXX", "CXXFLAGS", "LDFLAGS", "CUDAHOSTCXX")]
         made_for = "\n".join([str(ROOT), sys.version, sys.base_prefix, nvcc or "no nvcc", *compilers])
@@ -111,7 +118,7 @@ class CMakeBuild(build_ext):
         stamp.unlink(missing_ok=True)
         self.call(configure, nvcc, jobs)
         stamp.write_text(made_for)
-        self.call([cmake, "--build", str(tree), "--parallel", str(jobs)], nvcc, jobs)
+        self.call([configure[0], "--build", str(tree), "--parallel", str(jobs)], nvcc, jobs)
 
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -122,10 +129,10 @@ class CMakeBuild(build_ext):
         if subprocess.run(command).returncode != 0:
             raise SystemExit(
                 "andromeda: the build failed, the reason stands above\n"
-                f"  C++: {os.environ.get('CXX') or 'found by CMake'}; CUDA: {nvcc or 'none'} (CXX and CUDACXX name others)\n"
-                "  without CUDA kernels:      ANDROMEDA_CUDA=0 pip install -v .\n"
-                f"  if memory ran out:         MAX_JOBS=1 pip install -v .   (this time {jobs})"
-            ) from None
+                f"  compilers (CXX, CUDACXX):  {os.environ.get('CXX') or 'as CMake found it'}, {nvcc or 'no CUDA'}\n"
+                "  to skip the CUDA kernels:  ANDROMEDA_CUDA=0 pip install -v .\n"
+                f"  if memory ran out:         MAX_JOBS=1 pip install -v .   (this time it was {jobs})"
+            )
 
     def copy_file(self, infile, outfile, **options):
         """Under a temporary name first: an interruption must not leave half a library."""

@@ -4,6 +4,7 @@ A saved model is a directory with `model.safetensors`, the parameters, and `andr
 constructor. Nothing is unpickled.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -40,7 +41,7 @@ def save(model, path) -> None:
     settings = {
         "format": FORMAT,
         "save_id": uuid.uuid4().hex,  # says which settings and weights belong together
-        "arguments": {name: getattr(model.config, name) for name in ModelConfig.__dataclass_fields__},
+        "arguments": dataclasses.asdict(model.config),
         "embedding_provider": f"{provider.__module__}.{provider.__qualname__}",
         "dtype": str(model.transformer.to_logits.weight.dtype).removeprefix("torch."),
     }
@@ -98,9 +99,11 @@ def load(model_class, path, device=None, dtype=None, embedding_provider=None):
         if of_weights.get("save_id") != settings.get("save_id"):
             settings = of_weights  # a save was interrupted after it had replaced the weights
     arguments = settings["arguments"]
-    if set(arguments) != set(ModelConfig.__dataclass_fields__):
-        odd = sorted(set(arguments) ^ set(ModelConfig.__dataclass_fields__))
-        raise ValueError(f"Andromeda.load: {path / SETTINGS} must hold each argument once, differs in {', '.join(odd)}")
+    odd = sorted(set(arguments) ^ {field.name for field in dataclasses.fields(ModelConfig)})
+    if odd:
+        raise ValueError(
+            f"Andromeda.load: {path / SETTINGS} must hold the arguments of Andromeda, differs in {', '.join(odd)}"
+        )
     default_provider = "andromeda.model.AndromedaEmbedding"
     if embedding_provider is not None:
         arguments = arguments | {"embedding_provider": _OnCpu(embedding_provider)}
@@ -112,7 +115,7 @@ def load(model_class, path, device=None, dtype=None, embedding_provider=None):
     with torch.device("meta"):
         model = model_class(**arguments)
     if embedding_provider is not None:
-        model.embedding_provider = embedding_provider
+        model.__dict__["embedding_provider"] = embedding_provider
     problems = _differences({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, shapes)
     if problems:
         raise ValueError(f"Andromeda.load: {path / WEIGHTS} does not fit its settings\n" + "\n".join(problems))
@@ -149,7 +152,7 @@ def _read_header(file: Path):
         length = int.from_bytes(head, "little")
         if len(head) < 8 or length > found - 8:
             raise ValueError(
-                f"Andromeda.load: {file} must be a whole safetensors file, got {found} bytes, which end within the header"
+                f"Andromeda.load: {file} must be a whole safetensors file, got {found} bytes that end within its header"
             )
         try:
             header = json.loads(stream.read(length))
@@ -161,7 +164,8 @@ def _read_header(file: Path):
         raise ValueError(f"Andromeda.load: {file} must hold {expected} bytes as its header says, found {found}")
     try:
         with safe_open(file, framework="pt") as opened:
-            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}, opened.metadata() or {}
+            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in header if name != "__metadata__"}
+            return shapes, opened.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"Andromeda.load: {file} must be a safetensors file: {error}") from error
 

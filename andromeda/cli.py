@@ -6,6 +6,7 @@ Everything that loads transformers or datasets is imported by the command that n
 
 import argparse
 import dataclasses
+import io
 import json
 import os
 import shlex
@@ -45,6 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     if rest and not arguments.passes_on:
         parser.error(f"unrecognized arguments: {' '.join(rest)} (see `andromeda {arguments.command} --help`)")
     arguments.rest = rest
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a sample may hold what the terminal cannot show
     debug = arguments.debug or os.environ.get("ANDROMEDA_DEBUG") == "1"
     try:
         return arguments.run(arguments) or 0
@@ -228,6 +232,7 @@ _DOC_MASK = "keep attention from looking beyond the start of a document"
 
 
 def _train_options(parser):
+    parser.usage = "andromeda train [ROWS] --out DIR [--steps N | --resume] [options]"
     parser.add_argument("data", nargs="?", metavar="ROWS", help="folder of build-dataset, or a text source as there")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="continue the interrupted run in DIR")
@@ -267,7 +272,11 @@ def _train_options(parser):
     )
 
     model = parser.add_argument_group("model", "Sizes and switches of `andromeda.Andromeda`.")
-    model.add_argument("--size", choices=SIZES, help="start from these sizes (default: small)")
+    model.add_argument(
+        "--size",
+        choices=SIZES,
+        help="sizes to start from: 0.7, 72, 577 and 2200 million parameters without the vocabulary (default: small)",
+    )
     for field in dataclasses.fields(ModelConfig):
         flag = f"--{field.name.replace('_', '-')}"
         if field.type is bool:
@@ -277,9 +286,20 @@ def _train_options(parser):
 
 
 def _train(arguments) -> int:
+    folder = Path(arguments.out)
+    again = f"andromeda train --out {shlex.quote(str(folder))} --resume"
+    try:
+        return _train_in(folder, arguments, again)
+    except KeyboardInterrupt:
+        if not (folder / _OPTIONS_FILE).is_file():
+            raise
+        say(f"andromeda: interrupted; this continues from the last checkpoint:\n    {again}")
+        return INTERRUPTED
+
+
+def _train_in(folder: Path, arguments, again: str) -> int:
     from andromeda.training import TrainSettings, evaluate, train
 
-    folder = Path(arguments.out)
     first = int(os.environ.get("RANK", "0")) == 0  # of the processes that torchrun started, one writes and speaks
     options = _train_choices(arguments, folder, first)
     try:
@@ -302,11 +322,13 @@ def _train(arguments) -> int:
         write_json(folder / _OPTIONS_FILE, {"andromeda": __version__, "options": options})
     if first:
         say(f"training {parameter_count(model):,} parameters on {len(rows):,} rows of {rows.seq_len:,} tokens")
-    result = train(model, rows, settings, eval_dataset=held_out, tokenizer=tokenizer, resume=arguments.resume)
+    # A run that did not come to its first checkpoint begins anew, which is just as exact.
+    resume = arguments.resume and any(folder.glob("checkpoint-*"))
+    result = train(model, rows, settings, eval_dataset=held_out, tokenizer=tokenizer, resume=resume)
     if not first:
         return 0
     if result.interrupted:
-        return _interrupted(result, f"andromeda train --out {shlex.quote(str(folder))} --resume")
+        return _interrupted(result, again)
     figures = {"training": {name: value for name, value in dataclasses.asdict(result).items() if name != "history"}}
     print(f"steps        {result.steps:,}" + (f", loss {result.loss:.4f}" if result.loss is not None else ""))
     if result.seconds:
@@ -332,6 +354,9 @@ _FREE_ON_RESUME = ("log_every", "save_every", "eval_every", "sample_every", "sam
 def _train_choices(arguments, folder: Path, first: bool) -> dict:
     """The options of the run: those given, and on --resume those it was started with."""
     given = {name: value for name, value in vars(arguments).items() if name not in _NOT_OPTIONS and value is not None}
+    for name in ("data", "eval_data", "tokenizer", "start"):
+        if name in given and Path(given[name]).exists():
+            given[name] = str(Path(given[name]).resolve())  # a run may be resumed from another folder
     if arguments.rest:
         given["trainer"] = _trainer_options(arguments.rest)
     record = folder / _OPTIONS_FILE
@@ -509,7 +534,9 @@ models with different tokenizers.
 def _eval_options(parser):
     parser.add_argument("checkpoint", metavar="MODEL", help="folder of a saved model, a checkpoint or a run")
     parser.add_argument("data", metavar="ROWS", help="folder of build-dataset, or a text source as there")
-    parser.add_argument("--seq-len", type=int, default=1024, metavar="N", help="row length, when ROWS is a text source")
+    parser.add_argument(
+        "--seq-len", type=int, metavar="N", help="row length, when ROWS is a text source (default: the model's window)"
+    )
     parser.add_argument("--doc-mask", action=argparse.BooleanOptionalAction, default=True, help=_DOC_MASK)
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows per forward pass")
     parser.add_argument("--max-rows", type=int, metavar="N", help="look at the first N rows only")
@@ -522,8 +549,9 @@ def _evaluate(arguments) -> int:
 
     folder = find_model(arguments.checkpoint)
     tokenizer = tokenizer_of(folder, arguments.tokenizer)
-    rows = open_rows(arguments.data, tokenizer=tokenizer, seq_len=arguments.seq_len, doc_mask=arguments.doc_mask)
     model = load_model(folder, arguments.device, arguments.dtype)
+    seq_len = arguments.seq_len or model.config.max_position_embeddings
+    rows = open_rows(arguments.data, tokenizer=tokenizer, seq_len=seq_len, doc_mask=arguments.doc_mask)
     evaluation = evaluate(
         model,
         rows,

@@ -72,7 +72,7 @@ class DecoderConfig:
         if kind is bool:
             if not isinstance(value, bool):
                 raise TypeError(f"{self.owner}: {name} must be True or False, got {value!r}")
-        elif (isinstance(value, bool) or not isinstance(value, int)) and not (kind != int and value is None):
+        elif isinstance(value, bool) or not isinstance(value, kind):  # int, or int | None
             choice = "an int" if kind is int else "an int or None"
             raise TypeError(f"{self.owner}: {name} must be {choice}, got {value!r} ({type(value).__name__})")
 
@@ -114,7 +114,7 @@ class DecoderConfig:
         """Initialisation gain of DeepNorm (SPEC 7)."""
         return (8 * self.depth) ** -0.25
 
-    @property
+    @functools.cached_property
     def alibi_slopes(self) -> tuple[float, ...] | None:
         """A slope per head, 0 where a head has no bias (SPEC 5.4); None when none has."""
         biased = self.heads if self.alibi_num_heads is None else self.alibi_num_heads
@@ -152,10 +152,15 @@ def alibi_slopes(num_heads: int) -> tuple[float, ...]:
     return tuple(slopes)
 
 
-@torch.compiler.assume_constant_result
-@functools.lru_cache(maxsize=64)
 def constant(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
     """The values in float32. No buffer: a buffer would be rounded together with the model by `.bfloat16()`."""
+    if torch.compiler.is_compiling():  # becomes a constant of the compiled program
+        return torch.tensor(values, dtype=torch.float32, device=device)
+    return _cached_constant(values, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _cached_constant(values, device):
     with torch.inference_mode(False):  # made once, also used where gradients are recorded
         return torch.tensor(values, dtype=torch.float32, device=device)
 

@@ -37,6 +37,11 @@ METADATA_FILE = "metadata.json"
 STALE_SECONDS = 60  # a directory this young may belong to a builder that has not locked it yet
 IGNORED_LABEL = -100
 
+_METADATA_KEYS = {
+    *("seq_len", "packing", "dtype", "rows", "rows_per_batch", "data_bytes", "statistics"),
+    *("vocab_size", "eos_token_id", "pad_token_id", "tokenizer_hash"),
+}
+
 _log = logging.getLogger(__name__)
 
 
@@ -224,7 +229,7 @@ class DatasetBuilder:
                 with contextlib.closing(tokenization.map(packing.document_batches(texts))) as results:
                     for batch, ids, lengths in results:
                         if not statistics["tokens"]:
-                            self._check_space(source, sum(map(len, batch)), len(ids), writer.dtype)
+                            self._check_space(source, batch, len(ids), writer.dtype)
                         packer.add(ids, lengths)
                         documents = sum(map(bool, lengths))
                         statistics["documents"] += documents
@@ -295,13 +300,15 @@ class DatasetBuilder:
         if counts["tokens"] != counts["rows"] * self.seq_len - counts["padding"] + counts["remainder"]:
             raise RuntimeError(f"DatasetBuilder: the count of tokens does not add up, please report this: {counts}")
 
-    def _check_space(self, source: Source, chars: int, tokens: int, dtype: str) -> None:
+    def _check_space(self, source: Source, batch: list[str], tokens: int, dtype: str) -> None:
         """Compare the free space with what the whole source will need if it is like its first batch."""
-        size = source.size()
-        if size is None or not chars:
+        size = source.size(self.text_column)
+        if size is None:
             return
         copies = 2 if self.packing == "bfd" else 1
-        self._needed_bytes = int(size * tokens / chars) * np.dtype(dtype).itemsize * copies
+        self._needed_bytes = (
+            int(size * tokens / sum(len(text.encode()) for text in batch)) * np.dtype(dtype).itemsize * copies
+        )
         if self._needed_bytes > shutil.disk_usage(self.cache_dir).free:
             raise self._no_space()
 
@@ -439,9 +446,11 @@ def document_starts(ids: np.ndarray, eos_token_id: int) -> np.ndarray:
     Returns:
         (rows, seq_len) int32, non-decreasing along a row: the `key_start` of `attention`.
     """
-    starts = np.zeros(ids.shape, dtype=np.int32)
-    np.multiply(ids[:, :-1] == eos_token_id, np.arange(1, ids.shape[1], dtype=np.int32), out=starts[:, 1:])
-    return np.maximum.accumulate(starts, axis=1, out=starts)
+    is_start = np.ones(ids.shape, dtype=bool)
+    np.equal(ids[:, :-1], eos_token_id, out=is_start[:, 1:])
+    starts = np.flatnonzero(is_start)  # of documents, in all rows one after the other
+    lengths = np.diff(starts, append=ids.size)
+    return np.repeat((starts % ids.shape[1]).astype(np.int32), lengths).reshape(ids.shape)
 
 
 def default_cache_dir() -> Path:
@@ -467,6 +476,8 @@ def _read_metadata(path: Path) -> dict:
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         found = metadata.get("format") if isinstance(metadata, dict) else metadata
         raise ValueError(f"PackedDataset: {path / METADATA_FILE} must have format {FORMAT}, got {found!r}")
+    if missing := _METADATA_KEYS - metadata.keys():
+        raise ValueError(f"PackedDataset: {path / METADATA_FILE} must have {', '.join(sorted(missing))}, got none")
     if size != metadata["data_bytes"]:
         raise ValueError(f"PackedDataset: {path / DATA_FILE} must have {metadata['data_bytes']} bytes, got {size}")
     return metadata

@@ -42,8 +42,8 @@ class Source:
         """Changes with the documents; None if only reading them all would tell."""
         raise NotImplementedError
 
-    def size(self) -> int | None:
-        """About how many bytes of text there are."""
+    def size(self, text_column: str | None) -> int | None:
+        """About how many bytes of text there are; None if that is not known."""
         raise NotImplementedError
 
     def num_documents(self) -> int | None:
@@ -124,17 +124,19 @@ class _Rows(Source):
     def fingerprint(self) -> str:
         return f"dataset {self._dataset._fingerprint}"
 
-    def size(self) -> int | None:
-        total = sum(column.nbytes for column in self._dataset.data.columns)
-        rows = len(self._dataset.data)
-        return total * len(self._dataset) // rows if rows else None
+    def size(self, text_column: str | None) -> int | None:
+        table = self._dataset.data  # all rows, the dataset may have chosen some of them
+        return table.column(self._column(text_column)).nbytes * len(self._dataset) // len(table) if len(table) else None
 
     def num_documents(self) -> int:
         return len(self._dataset)
 
-    def documents(self, text_column, errors, statistics) -> Iterator[Document]:
+    def _column(self, text_column: str | None) -> str:
         columns = {name: _feature_kind(feature) for name, feature in self._dataset.features.items()}
-        column = _choose_column(columns, text_column, self.name)
+        return _choose_column(columns, text_column, self.name)
+
+    def documents(self, text_column, errors, statistics) -> Iterator[Document]:
+        column = self._column(text_column)
         table = self._dataset.select_columns([column]).with_format("arrow")
         row = 0
         for batch in table.iter(batch_size=MAX_BATCH_DOCUMENTS):
@@ -153,7 +155,7 @@ class _Stream(Source):
     def fingerprint(self) -> None:
         return None
 
-    def size(self) -> None:
+    def size(self, text_column: str | None) -> None:
         return None
 
     def num_documents(self) -> None:
@@ -216,10 +218,10 @@ class _Files(Source):
         stats = [(str(path.absolute()), path.stat()) for path in self._files]
         return json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
 
-    def size(self) -> int:
+    def size(self, text_column: str | None) -> int:
         def text_bytes(path: Path) -> int:
-            packed = path.suffix.lower() in COMPRESSED_SUFFIXES or _kind(path) == ".parquet"
-            return path.stat().st_size * (4 if packed else 1)  # text packs to about a quarter
+            packed = path.suffix.lower() in COMPRESSED_SUFFIXES  # text, to about a quarter
+            return path.stat().st_size * (4 if packed else 1)
 
         return sum(map(text_bytes, self._files))
 

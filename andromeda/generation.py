@@ -1,9 +1,9 @@
 """Cached calls and sampling (SPEC 10): `Cache`, `generate` and the filters `top_k`, `top_p`, `min_p`.
 
-    cache = Cache()
-    with torch.no_grad():
-        model(prompt, cache=cache)          # any split of a sequence into calls
-        logits = model(token, cache=cache)  # gives the logits of one call on the whole of it
+cache = Cache()
+with torch.no_grad():
+    model(prompt, cache=cache)          # any split of a sequence into calls
+    logits = model(token, cache=cache)  # gives the logits of one call on the whole of it
 """
 
 import contextlib
@@ -125,7 +125,7 @@ class KeyValueStore:
     def append(self, k: torch.Tensor, v: torch.Tensor, stored: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Write rows behind the first `stored` live ones; returns all live keys and values, as views."""
         if stored > 0 and k.dtype != self.keys.dtype:
-            raise TypeError(f"Cache: the model must compute in the dtype of earlier calls, {self.keys.dtype}, got {k.dtype}")
+            raise TypeError(f"Cache: keys must have the dtype of earlier calls, {self.keys.dtype}, got {k.dtype}")
         needed = stored + k.shape[1]
         if self.keys is None or self.keys.shape[0] != k.shape[0] or self.start + needed > self.keys.shape[1]:
             # Once rows are forgotten, every token moves `start`: without slack every token would copy them all.

@@ -7,8 +7,8 @@
            x ------------------------------+                      Sublayer, 2 * depth times,
            |                               |                      attention and feed-forward in turn:
         norm (pre-norm only)               |
-           |                               |                        deepnorm=False   x + fn(shift(norm(x)))
-        token_shift                        |                        deepnorm=True    norm(alpha * rho * x + fn(shift(x)))
+           |                               |                        pre-norm: x + fn(shift(norm(x)))
+        token_shift                        |                        DeepNorm: norm(alpha * rho * x + fn(shift(x)))
            |                               | * alpha * rho (DeepNorm only)
         Attention:   to_q, to_k, to_v -> qk_norm_rotary -> attention -> to_out
         FeedForward: proj_in -> gelu -> proj_out
@@ -46,6 +46,11 @@ _LOSS_BLOCK_LOGITS = 2**22  # the loss holds float32 copies of this many logits 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics and sums (SPEC 5.6)."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def segment_length(dtype: torch.dtype) -> int:
+    """Positions that share an xPos origin, at most half as many away: factors up to 2**3.6 in float16, 2**14.5 else."""
+    return 2048 if dtype == torch.float16 else 8192
 
 
 class Linear(nn.Linear):
@@ -188,7 +193,7 @@ class Attention(nn.Module):
         segment * length ... (segment + 1) * length - 1.
         """
         n = q.shape[1]
-        length = 2048 if q.dtype == torch.float16 else 8192
+        length = segment_length(q.dtype)
         start = 0
         while start < n:
             segment = (position + start) // length
@@ -301,7 +306,7 @@ class Decoder(nn.Module):
         batch, n, _ = x.shape
         key_start = read_key_start("Decoder", key_start, batch, n, x.device)
         if cache is not None:
-            if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
+            if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
                 raise ValueError(
                     "Decoder: cache must be None where gradients are recorded, got a Cache; call the model under "
                     "torch.no_grad(), or pass the whole sequence without a cache to train on it"
@@ -347,7 +352,7 @@ class TransformerWrapper(nn.Module):
         max_seq_len: int,
         attn_layers: Decoder,
         use_abs_pos_emb: bool = False,
-        embedding_provider=AndromedaEmbedding(),  # noqa: B008: it holds no state
+        embedding_provider=AndromedaEmbedding(),  # noqa: B008 - it holds no state
     ):
         super().__init__()
         if not isinstance(attn_layers, Decoder):
@@ -378,7 +383,7 @@ class TransformerWrapper(nn.Module):
     @property
     def device(self) -> torch.device:
         """The device of the parameters."""
-        return self.to_logits.weight.device
+        return next(self.parameters()).device
 
     def forward(self, tokens, *, key_start=None, cache=None, logits_to_keep=0) -> torch.Tensor:
         """Logits of the next token after each token.
@@ -452,9 +457,7 @@ class AutoregressiveWrapper(nn.Module):
         tokens: as for `TransformerWrapper.forward`, and `ignore_index` where a token shall not be predicted.
         key_start: as there. The first token of a packed document is predicted from the document before: ignore it.
         """
-        tokens = read_tokens(
-            "Andromeda", tokens, self.net.num_tokens, self.net.device, ignore_index=self.ignore_index
-        )
+        tokens = read_tokens("Andromeda", tokens, self.net.num_tokens, self.net.device, ignore_index=self.ignore_index)
         if tokens.shape[1] < 2:
             raise ValueError("Andromeda: tokens must hold at least 2 tokens per row for a loss, got 1")
         key_start = read_key_start("Andromeda", key_start, *tokens.shape, self.net.device)
@@ -474,8 +477,8 @@ def cross_entropy(logits, targets, *, ignore_index=-100, count=None) -> torch.Te
     Args:
         logits: (rows, num_tokens).
         targets: (rows,) int64.
-        count: default the number of these targets, which gives their mean (NaN for none); a number or scalar tensor when
-            several calls share one mean, as in gradient accumulation.
+        count: default the number of these targets, which gives their mean (NaN for none); a number or scalar tensor
+            when several calls share one mean, as in gradient accumulation.
 
     Returns:
         Scalar, float32 or float64.
@@ -498,17 +501,17 @@ class _CrossEntropy(torch.autograd.Function):
         wide = _wide(logits.dtype)
         lse = torch.cat([block.to(wide).logsumexp(-1) for block in logits.split(rows)])
         losses = lse - logits.gather(1, targets[:, None])[:, 0]
-        weights = counted / (counted.sum() if count is None else count)  # no target at all: NaN
+        weights = counted.to(wide) / (counted.sum() if count is None else count)  # no target at all: NaN
         ctx.save_for_backward(logits, targets, lse, weights)
         ctx.rows = rows
-        return (losses.masked_fill(~counted, 0) * weights.to(wide)).sum()
+        return (losses.masked_fill(~counted, 0) * weights).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dloss):
         logits, targets, lse, weights = ctx.saved_tensors
         dlogits = torch.empty_like(logits)
-        blocks = (tensor.split(ctx.rows) for tensor in (dlogits, logits, targets, lse, (weights * dloss).to(lse)))
+        blocks = (tensor.split(ctx.rows) for tensor in (dlogits, logits, targets, lse, weights * dloss))
         for dblock, block, target, block_lse, weight in zip(*blocks, strict=True):
             probability = (block - block_lse[:, None]).exp_()
             probability.scatter_add_(1, target[:, None], probability.new_full((len(target), 1), -1.0))
@@ -519,8 +522,8 @@ class _CrossEntropy(torch.autograd.Function):
 class Andromeda(nn.Module):
     """Decoder-only language model: multi-query attention with ALiBi, rotary xPos and QK norm, DeepNorm, token shift.
 
-    `model.transformer` is the `TransformerWrapper` with all parameters, `model.decoder` the `AutoregressiveWrapper` around
-    it. `model.config` holds the arguments, which `andromeda.config` describes.
+    `model.transformer` is the `TransformerWrapper` with all parameters, `model.decoder` the `AutoregressiveWrapper`
+    around it. `model.config` holds the arguments, which `andromeda.config` describes.
 
     Args:
         embedding_provider: object whose `get_embedding(num_tokens, dim)` makes the embedding module (SPEC 2).
@@ -548,7 +551,7 @@ class Andromeda(nn.Module):
         qk_norm=True,
         attn_qk_norm=True,
         attn_qk_norm_dim_scale=True,
-        embedding_provider=AndromedaEmbedding(),  # noqa: B008: it holds no state
+        embedding_provider=AndromedaEmbedding(),  # noqa: B008 - it holds no state
     ):
         super().__init__()
         self.config = ModelConfig(
@@ -570,7 +573,6 @@ class Andromeda(nn.Module):
             attn_qk_norm=attn_qk_norm,
             attn_qk_norm_dim_scale=attn_qk_norm_dim_scale,
         )
-        self.embedding_provider = embedding_provider
         self.transformer = TransformerWrapper(
             num_tokens=num_tokens,
             max_seq_len=max_seq_len,
@@ -578,7 +580,9 @@ class Andromeda(nn.Module):
             use_abs_pos_emb=use_abs_pos_emb,
             embedding_provider=embedding_provider,
         )
-        # Not registered as a child: its parameters are those of `transformer`, which are listed once.
+        # Not registered as children: a provider may be a module itself, and the parameters of the wrapper are those of
+        # `transformer`, which are listed once.
+        self.__dict__["embedding_provider"] = embedding_provider
         self.__dict__["decoder"] = AutoregressiveWrapper(self.transformer)
 
     def forward(self, text_tokens, return_loss=False, *, key_start=None, cache=None, logits_to_keep=0):

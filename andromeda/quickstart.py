@@ -33,10 +33,12 @@ from andromeda.runs import (
 
 _RECORD = "quickstart.json"
 _HELD_OUT_EVERY = 20  # one file in so many is kept for the evaluation
-_CORPUS_BYTES_PER_MINUTE = 8_000_000  # a short training needs no long preparation
-_TRAINING = {"batch_size": 8, "learning_rate": 3e-3, "weight_decay": 0.05, "log_every": 5, "keep": 1}
+_CORPUS_BYTES_PER_MINUTE = 4_000_000  # a short training needs no long preparation
+# Measured on equal CPU time: small steps at a high rate learn most in so short a time (2.02 bits per byte with 8 rows
+# and 3e-3, 1.82 with 4 rows and 6e-3, 1.91 with 1.2e-2).
+_TRAINING = {"batch_size": 4, "learning_rate": 6e-3, "weight_decay": 0.05, "log_every": 10, "keep": 1}
 _SEQ_LEN = 256
-_VOCABULARY = 4096
+_VOCABULARY = 2048
 _PROMPT = "def "
 
 
@@ -251,13 +253,13 @@ def _seconds_per_step(model_arguments: dict, rows, device: str | None) -> float:
 
 def _summary(out: Path, state: dict, result, evaluation, parameters: int, device) -> str:
     minutes, seconds = divmod(round(state["seconds"]), 60)
-    first = "" if state["first_loss"] is None else f"loss {state['first_loss']:.2f} -> {result.loss:.2f}"
+    first = "" if state["first_loss"] is None else f", loss {state['first_loss']:.2f} -> {result.loss:.2f}"
     folder = shlex.quote(str(out))
     lines = [
         f"Andromeda quickstart, done in {minutes}:{seconds:02}",
         f"  corpus       {state['corpus']['bytes'] / 1e6:.1f} MB of Python in {state['corpus']['files']} files",
         f"  model        {parameters:,} parameters on {device}",
-        f"  training     {result.steps:,} steps, {result.tokens:,} tokens, {result.tokens_per_second:,.0f} tokens/s, {first}",
+        f"  training     {result.steps:,} steps, {result.tokens:,} tokens at {result.tokens_per_second:,.0f}/s{first}",
         f"  held out     loss {evaluation.loss:.3f}, perplexity {evaluation.perplexity:.1f}, "
         f"{evaluation.bits_per_byte:.3f} bits per byte over {evaluation.tokens:,} tokens",
         "  reloaded     same logits, bit for bit",
@@ -269,6 +271,6 @@ def _summary(out: Path, state: dict, result, evaluation, parameters: int, device
         "What to do next:",
         f"  andromeda generate {folder}/run --prompt 'class Parser' --tokens 200",
         f"  andromeda eval {folder}/run {folder}/rows/heldout",
-        f"  andromeda train {folder}/rows/train --out longer --size tiny --steps 5000 --learning-rate 3e-3",
+        f"  andromeda train {folder}/rows/train --out longer --size tiny --steps 20000 --batch-size 4 --learning-rate 6e-3",
     ]
     return "\n".join(lines)

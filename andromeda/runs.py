@@ -14,7 +14,7 @@ from pathlib import Path
 
 # Sizes to start from; every constructor argument has an option of its own on top.
 SIZES = {
-    "tiny": {"dim": 192, "depth": 4, "heads": 6, "dim_head": 32, "alibi_num_heads": 3},
+    "tiny": {"dim": 128, "depth": 4, "heads": 4, "dim_head": 32, "alibi_num_heads": 2},
     "small": {"dim": 768, "depth": 12, "heads": 12, "dim_head": 64, "alibi_num_heads": 6},
     "medium": {"dim": 1536, "depth": 24, "heads": 12, "dim_head": 128, "alibi_num_heads": 6},
     "full": {},
@@ -48,7 +48,7 @@ def write_json(path: Path, value):
 
 @contextlib.contextmanager
 def whole_folder(target: Path):
-    """A folder to write into that becomes `target`, replacing one that is there, when the block ends without an error."""
+    """A folder to write into; becomes `target`, replacing one that is there, if the block ends without an error."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -90,6 +90,7 @@ def find_model(path: str) -> Path:
 
 def load_model(folder: Path, device: str | None, dtype: str | None):
     import torch
+    from huggingface_hub.errors import StrictDataclassError
 
     from andromeda import Andromeda
     from andromeda.huggingface import AndromedaForCausalLM
@@ -99,8 +100,11 @@ def load_model(folder: Path, device: str | None, dtype: str | None):
     dtype = getattr(torch, dtype or "float32")
     if (folder / "andromeda.json").is_file():
         return AndromedaForCausalLM.from_andromeda(Andromeda.load(folder, device=device, dtype=dtype)).eval()
-    with _transformers_quietly():
-        return AndromedaForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    try:
+        with _transformers_quietly():
+            return AndromedaForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    except StrictDataclassError as error:
+        raise ValueError(f"{folder / 'config.json'} describes no model: {error}") from error
 
 
 @contextlib.contextmanager
@@ -134,6 +138,8 @@ def tokenizer_of(folder: Path, override: str | None):
     for candidate in (folder, folder / "tokenizer"):
         if (candidate / "tokenizer.json").is_file():
             return load_tokenizer(candidate)
+    if not folder.exists():
+        raise UsageError(f"{folder} does not exist (the name of a data set on the hub needs --tokenizer)")
     raise UsageError(f"{folder} has no tokenizer.json: say which tokenizer with --tokenizer")
 
 

@@ -2,17 +2,17 @@
 
 What is added to Trainer:
 
-* checkpoints that are whole or absent: written under `.partial/`, flushed, listed in a manifest and renamed. A run that is
-  killed at any moment leaves only whole `checkpoint-<step>` folders, and those are the only ones ever resumed from. The
-  trained model is saved as `model/` in the same way;
-* a resumed run does what an uninterrupted one would have done, bit for bit on a CPU, or refuses: every checkpoint carries
-  the settings and a fingerprint of the data that its continuation needs;
+* checkpoints that are whole or absent: written under `.partial/`, flushed, listed in a manifest and renamed. A run that
+  is killed at any moment leaves only whole `checkpoint-<step>` folders, and those are the only ones ever resumed from.
+  The trained model is saved as `model/` in the same way;
+* a resumed run does what an uninterrupted one would have done, bit for bit on a CPU, or refuses: every checkpoint
+  carries the settings and a fingerprint of the data that its continuation needs;
 * a first Ctrl-C (or SIGTERM) finishes the step, saves a checkpoint and stops; a second one stops at once;
 * a progress line (loss, tokens/s, time left, and model flops utilisation where the peak of the device is known), and a
   sample text every `sample_every` steps.
 
-Everything of Trainer that is not named in `TrainSettings` is reached through `TrainSettings.trainer`: distributed training
-is `torchrun` with `{"fsdp": True}`, nothing of it is made here.
+Everything of Trainer that is not named in `TrainSettings` is reached through `TrainSettings.trainer`: distributed
+training is `torchrun` with `{"fsdp": True}`, nothing of it is made here.
 """
 
 import contextlib
@@ -44,8 +44,8 @@ MODEL = "model"  # folder of the trained model in the output folder
 _PARTIAL = ".partial"  # folder of what is being written
 _MANIFEST_FORMAT = 1
 
-# Dense bfloat16 peak of a device in TFLOP/s, without sparsity, from the vendors' data sheets; the first key found in the
-# device's name counts, so the more special name comes first.
+# Dense bfloat16 peak of a device in TFLOP/s, without sparsity, from the vendors' data sheets; the first key found in
+# the device's name counts, so the more special name comes first.
 _PEAK_TFLOPS = {
     "H200": 989.4,
     "H100 PCIe": 756.0,
@@ -82,8 +82,8 @@ class TrainSettings:
         seed: order of the rows.
         bf16: autocast to bfloat16. Default: on a CUDA device that has it, not on a CPU.
         device: None for the best there is, or "cpu".
-        log_every, save_every, eval_every, sample_every: steps between progress figures, checkpoints, evaluations and sample
-            texts; 0 is never (the last step always saves).
+        log_every, save_every, eval_every, sample_every: steps between progress figures, checkpoints, evaluations and
+            sample texts; 0 is never (the last step always saves).
         keep: how many checkpoints stay on disk.
         sample_prompt: what the sample texts continue.
         num_workers: processes that load rows; 0 loads them in this one, which is enough for packed rows.
@@ -242,7 +242,7 @@ def train(model, dataset, settings: TrainSettings, *, eval_dataset=None, tokeniz
         settings: how to train.
         eval_dataset: rows for `settings.eval_every`.
         tokenizer: saved into every checkpoint and needed for sample texts; `AndromedaTokenizer` or one of transformers.
-        resume: continue from the newest whole checkpoint of `settings.output_dir`. Nothing to continue from is an error.
+        resume: continue from the newest whole checkpoint in `settings.output_dir`; without one it is an error.
 
     Raises:
         ValueError: the output folder already holds checkpoints and `resume` is off, or holds none and it is on; the
@@ -259,12 +259,21 @@ def train(model, dataset, settings: TrainSettings, *, eval_dataset=None, tokeniz
     rows = settings.batch_size * settings.gradient_accumulation * arguments.world_size
     if len(dataset) < rows:
         raise ValueError(f"train: dataset must have at least the {rows} rows of one step, got {len(dataset)}")
-    identity = {"settings": settings.decisive(), "data": _fingerprint(dataset), "processes": arguments.world_size}
+    if isinstance(model, Andromeda):
+        model = AndromedaForCausalLM.from_andromeda(model)
+    if tokenizer is not None:  # `generate` of a saved model ends where this tokenizer says
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            for holder in (model.config, model.generation_config):
+                setattr(holder, name, getattr(tokenizer, name))
+    identity = {
+        "settings": settings.decisive(),
+        "model": model.config.to_arguments(),
+        "data": _fingerprint(dataset),
+        "processes": {"number": arguments.world_size},
+    }
     if checkpoint is not None:
         _check_identity(checkpoint, identity)
 
-    if isinstance(model, Andromeda):
-        model = AndromedaForCausalLM.from_andromeda(model)
     progress = _Progress(settings, tokenizer)
     with _quiet(), _StopSignals(active=arguments.world_size == 1) as stop:
         trainer = _Trainer(
@@ -399,19 +408,17 @@ def _check_identity(checkpoint: Path, identity: dict):
     """Refuse to continue a run as another one, naming every difference."""
     stored = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["run"]
     wanted = json.loads(json.dumps(identity))  # tuples become lists, as in the file
-    flat_stored, flat_wanted = ({**run["settings"], **_named("data", run)} for run in (stored, wanted))
-    flat_stored["processes"], flat_wanted["processes"] = stored["processes"], wanted["processes"]
-    names = sorted(set(flat_stored) | set(flat_wanted))
-    different = [name for name in names if flat_stored.get(name) != flat_wanted.get(name)]
+    was, now = (
+        {f"{part} {name}": value for part, values in run.items() for name, value in values.items()}
+        for run in (stored, wanted)
+    )
+    different = [name for name in {**was, **now} if was.get(name) != now.get(name)]
     if different:
-        lines = [f"\n    {name}: was {flat_stored.get(name)!r}, is {flat_wanted.get(name)!r}" for name in different]
+        lines = [f"\n    {name}: was {was.get(name)!r}, is {now.get(name)!r}" for name in different]
         raise ValueError(
-            f"train: settings and data must be those of {checkpoint.name} to resume it exactly, these differ:{''.join(lines)}"
+            f"train: settings and data must be those of {checkpoint.name} to resume it exactly, these differ:"
+            + "".join(lines)
         )
-
-
-def _named(part: str, run: dict) -> dict:
-    return {f"{part} {name}": value for name, value in run[part].items()}
 
 
 def _flush(path: Path):
@@ -482,6 +489,9 @@ class _Trainer(Trainer):
     def save_whole_model(self):
         """Save the model and its tokenizer in the output folder as `model/`: whole or absent, unsharded if it was."""
         partial = Path(self.args.output_dir, _PARTIAL, MODEL)
+        if self.args.should_save:
+            shutil.rmtree(partial.parent, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
         if self.is_fsdp_enabled:
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         self.save_model(str(partial))
@@ -516,8 +526,8 @@ class _Trainer(Trainer):
 class _StopSignals:
     """While active, the first SIGINT or SIGTERM is noted in `received`; the second acts as it always would.
 
-    Only in the main thread, where Python lets handlers be set, and only for one process: several would have to agree on the
-    step at which they stop.
+    Only in the main thread, where Python lets handlers be set, and only for one process: several would have to agree on
+    the step at which they stop.
     """
 
     def __init__(self, active: bool):
@@ -545,7 +555,7 @@ class _StopSignals:
 
 
 class _StopCallback(TrainerCallback):
-    """Ends the run with a checkpoint after the step in which a signal arrived."""
+    """Ends the run with a checkpoint after the step in which a signal arrived; logs the last step of any run."""
 
     def __init__(self, stop: _StopSignals):
         self.stop = stop
@@ -553,6 +563,8 @@ class _StopCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.stop.received:
             control.should_save = control.should_training_stop = True
+        if control.should_training_stop:
+            control.should_log = True  # the last figure belongs to the last step
 
 
 @contextlib.contextmanager
@@ -579,8 +591,8 @@ def _quiet():
 def training_flops_per_token(model: AndromedaForCausalLM, seqlen: int) -> int:
     """Floating point operations of one token, forward and backward, without recomputation.
 
-    6 per parameter that multiplies (a multiplication and an addition, three times; the token table only looks up) and, for
-    each layer, 6 * num_heads * head_dim * seqlen for the scores and the weighted sum under the causal mask.
+    6 per parameter that multiplies (a multiplication and an addition, three times; the token table only looks up) and,
+    for each layer, 6 * num_heads * head_dim * seqlen for the scores and the weighted sum under the causal mask.
     """
     config = model.config
     table = sum(parameter.numel() for parameter in model.get_input_embeddings().parameters())
@@ -607,6 +619,7 @@ class _Progress(TrainerCallback):
         self.loss = None
         self.tokens = 0  # of this call, over all processes
         self.seconds = 0.0  # of this call's steps, without evaluations, samples and checkpoints
+        self.mark = 0.0  # when the step began: rows are loaded after it, evaluations and checkpoints made before it
         self.flops_per_token = None
         self.peak = None
 
@@ -616,7 +629,7 @@ class _Progress(TrainerCallback):
         seqlen = train_dataloader.dataset[0]["input_ids"].shape[-1]
         if isinstance(model, AndromedaForCausalLM):  # a sharded model cannot count its own parameters
             self.flops_per_token = training_flops_per_token(model, seqlen)
-        peak = peak_flops(args.device) if self._bf16(args) else None
+        peak = peak_flops(args.device) if args.bf16 or args.fp16 else None
         self.peak = None if peak is None else peak * args.world_size
         if state.is_world_process_zero:
             self.bar = tqdm(
@@ -627,16 +640,16 @@ class _Progress(TrainerCallback):
                 disable=not sys.stderr.isatty(),
                 file=sys.stderr,
             )
+        self.mark = time.perf_counter()
 
-    @staticmethod
-    def _bf16(args) -> bool:
-        return args.bf16 or args.fp16
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.mark = time.perf_counter()
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.step_started = time.perf_counter()
+    def on_save(self, args, state, control, **kwargs):
+        self.mark = time.perf_counter()
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.seconds += time.perf_counter() - self.step_started
+        self.seconds += time.perf_counter() - self.mark
         self.tokens = state.num_input_tokens_seen - self.begin_tokens
         if self.bar is not None:
             self.bar.set_postfix_str(self._figures(), refresh=False)
@@ -644,6 +657,7 @@ class _Progress(TrainerCallback):
             every = self.settings.sample_every
             if every and state.global_step % every == 0 and args.world_size == 1:
                 self._show_sample(model, state.global_step)
+        self.mark = time.perf_counter()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.bar is None or not logs:
@@ -772,7 +786,7 @@ def evaluate(model, dataset, *, tokenizer=None, batch_size=8, max_rows=None, pro
 
 
 def token_bytes(tokenizer) -> torch.Tensor | None:
-    """Bytes of text of each token id, int64 (len(tokenizer),), special tokens 0; None unless the tokenizer is byte-level.
+    """Bytes of text of each token id, int64 (len(tokenizer),), special tokens 0; None unless it is byte-level.
 
     A byte-level vocabulary writes one character per byte, so the length of an entry is the number of its bytes; tokens
     added later are written as themselves.

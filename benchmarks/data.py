@@ -2,12 +2,12 @@
 
     python benchmarks/data.py [--megabytes 20] [--processes 1 2] [--rounds 7] [--quick] [--json F] [--plot F]
 
-The text is the source of Python's standard library, repeated or cut to the size asked for, one document per file, in one
-jsonl file; the tokenizer is a byte-level BPE trained on it. "andromeda" rows time all of `DatasetBuilder.build_dataset`:
-reading the file, tokenising, packing, writing to the disk with fsync, opening. "tokenizers" rows time only
-`encode_batch_fast` on the same batches, already in memory, with as many processes, already started; they are what `ratio`
-compares with: the tokenizer's time divided by the row's, in the same round. One process is not one thread: the tokenizer
-uses all cores by itself.
+The text is the source of Python's standard library, repeated or cut to the size asked for, one document per file, in
+one jsonl file; the tokenizer is a byte-level BPE trained on it. "andromeda" rows time all of
+`DatasetBuilder.build_dataset`: reading the file, tokenising, packing, writing to the disk with fsync, opening.
+"tokenizers" rows time only `encode_batch_fast` on the same batches, already in memory, with as many processes, already
+started; they are what `ratio` compares with: the tokenizer's time divided by the row's, in the same round. One process
+is not one thread: the tokenizer uses all cores by itself.
 """
 
 from __future__ import annotations
@@ -171,13 +171,14 @@ def run(folder: Path, args: argparse.Namespace) -> tuple[list[dict], list[str]]:
         )
         notes.append(f"{kind}: {reading['items'].median_ms * 1e3 / len(dataset):.1f} us to read an item.")
 
+    shape = f"{size / 1e6:.0f} MB, {tokens / 1e6:.2f} M tokens, vocab {len(tokenizer)}, rows {args.seq_len}"
     rows = []
     for name, measured in timings.items():
         rows.append(
             {
                 "op": "data",
                 "pass": "tokenize" if name == baselines[name] else "build",
-                "shape": f"{size / 1e6:.0f} MB, {tokens / 1e6:.2f} M tokens, vocab {len(tokenizer)}, rows {args.seq_len}",
+                "shape": shape,
                 "dtype": "uint16",
                 "device": "cpu",
                 "backend": name,

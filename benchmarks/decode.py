@@ -16,6 +16,8 @@ import report
 import timing
 import torch
 
+from andromeda.generation import Cache
+
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -38,7 +40,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def run(context: int, args: argparse.Namespace) -> list[dict]:
     ours, other = model_benchmark.build_pair(args, context + 64)
     tokens = torch.randint(args.num_tokens, (1, context), device=args.device)
-    cache = ours.new_cache(batch=1)
+    cache = Cache(capacity=context + 64)
 
     with torch.no_grad():
         ours(tokens, cache=cache)

@@ -4,6 +4,8 @@ This is the one file that knows both vocabularies: sizes are called as every tra
 that other models do not have keep the names of the constructor.
 """
 
+from typing import ClassVar
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -48,11 +50,12 @@ class AndromedaConfig(PreTrainedConfig):
         use_cache: return a cache from `forward`, unless it is told otherwise.
 
     Raises:
-        ValueError: sizes that no model has (SPEC 1), with the constructor's name for the argument.
+        huggingface_hub.errors.StrictDataclassError: a value of the wrong type, or sizes that no model has (SPEC 1),
+            with the constructor's name for the argument.
     """
 
     model_type = "andromeda"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
     vocab_size: int = 50304
     max_position_embeddings: int = 8192
@@ -88,7 +91,7 @@ class AndromedaConfig(PreTrainedConfig):
             )
         if self.tie_word_embeddings:
             raise ValueError(
-                "AndromedaConfig: tie_word_embeddings must be False, got True (SPEC 2: the output projection is its own)"
+                "AndromedaConfig: tie_word_embeddings must be False, got True (SPEC 2: the projection is its own)"
             )
         ModelConfig(**self.to_arguments())
 

@@ -61,7 +61,7 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_andromeda(cls, model: Andromeda, **options) -> "AndromedaForCausalLM":
-        """The same model with this interface; the parameters are shared. options: see `AndromedaConfig.from_arguments`."""
+        """The same model with this interface, sharing its parameters. options: see `AndromedaConfig.from_arguments`."""
         config = AndromedaConfig.from_arguments(dataclasses.asdict(model.config), **options)
         return cls(config, transformer=model.transformer).train(model.training)
 
@@ -122,7 +122,7 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
                 cache. Other masks are refused.
             past_key_values: the cache that an earlier call returned; it is extended.
             labels: int64 (batch, seqlen), not shifted: position t is predicted at t - 1; -100 is not trained on.
-            use_cache: return a cache. Default: `config.use_cache` where no gradient is recorded and no labels are given.
+            use_cache: return a cache. Default: `config.use_cache` where no gradient is recorded and labels are absent.
             logits_to_keep: logits of so many last tokens only; 0 is all.
             key_start: (batch, seqlen) int32, in place of a mask; see `TransformerWrapper.forward`.
             num_items_in_batch: what the sum of the losses is divided by, when several batches share one mean (gradient
@@ -247,8 +247,8 @@ def _read_mask(mask, input_ids, cache) -> tuple[torch.Tensor | None, bool]:
     if torch.equal(visible, token < real):
         return None, False
     raise ValueError(
-        "AndromedaForCausalLM: attention_mask must be zeros followed by ones in each row (padding on the left), or ones "
-        "followed by zeros; for packed documents pass key_start"
+        "AndromedaForCausalLM: attention_mask must be zeros and then ones in each row (padding on the left), or ones "
+        "and then zeros; for packed documents pass key_start"
     )
 
 

@@ -39,9 +39,7 @@ def check_dtypes(op: str, **tensors: torch.Tensor) -> None:
             )
     if len({tensor.dtype for tensor in tensors.values()}) > 1:
         found = ", ".join(_name(tensor.dtype) for tensor in tensors.values())
-        raise TypeError(
-            f"{op}: {', '.join(tensors)} must have one dtype, got {found}; cast them or use torch.autocast"
-        )
+        raise TypeError(f"{op}: {', '.join(tensors)} must have one dtype, got {found}; cast them or use torch.autocast")
 
 
 def check_devices(op: str, **tensors: torch.Tensor | None) -> None:

@@ -77,7 +77,7 @@ def attention(
     device = q.device.type
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
+        q, k, v = (t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (q, k, v))
     _check_arguments(q, k, v, alibi_slopes, logit_bound, key_start)
     if softmax_scale is None:
         softmax_scale = q.shape[3] ** -0.5

@@ -61,13 +61,12 @@ inline std::int64_t integer(pybind11::handle value) {
   throw pybind11::type_error("expected " + requirement + ", got " + std::string(pybind11::str(got)));
 }
 
-inline TensorView read_tensor(pybind11::handle tensor) {
+inline TensorView read_attributes(pybind11::handle tensor) {
   const TorchNames& torch = TorchNames::get();
-  if (!PyObject_HasAttr(tensor.ptr(), torch.data_ptr.ptr()) || !PyObject_HasAttr(tensor.ptr(), torch.stride.ptr())) {
-    refuse("a torch.Tensor", tensor.is_none() ? tensor : pybind11::type::handle_of(tensor));
-  }
-
   TensorView view;
+  view.data = PyLong_AsVoidPtr(call(tensor, torch.data_ptr).ptr());
+  if (PyErr_Occurred() != nullptr) throw pybind11::error_already_set();
+
   const auto dtype = attribute(tensor, torch.dtype);
   if (dtype.is(torch.float32)) {
     view.dtype = DType::kFloat32;
@@ -104,12 +103,19 @@ inline TensorView read_tensor(pybind11::handle tensor) {
     empty = empty || view.shape[dim] == 0;
   }
 
-  view.data = PyLong_AsVoidPtr(call(tensor, torch.data_ptr).ptr());
-  if (PyErr_Occurred() != nullptr) throw pybind11::error_already_set();
   if (view.data == nullptr && !empty) {
-    refuse("a tensor that has memory", pybind11::type::handle_of(tensor));  // fake, meta, or freed by resize_
+    refuse("a tensor that has memory", pybind11::type::handle_of(tensor));  // fake, or freed by resize_
   }
   return view;
+}
+
+inline TensorView read_tensor(pybind11::handle tensor) {
+  try {
+    return read_attributes(tensor);
+  } catch (pybind11::error_already_set& error) {
+    if (!error.matches(PyExc_AttributeError)) throw;
+  }
+  refuse("a torch.Tensor", tensor.is_none() ? tensor : pybind11::type::handle_of(tensor));
 }
 
 }  // namespace andromeda::bindings

@@ -1,0 +1,329 @@
+"""andromeda._C called directly: how tensors are read, what is refused before memory is touched, threads."""
+
+import math
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from andromeda import _C
+
+
+def attention_call(batch=2, seqlen_q=3, seqlen_k=5, num_heads=4, num_kv_heads=2, head_dim=16, dtype=torch.float32):
+    """All arguments of a correct attention_forward."""
+    q = torch.randn(batch, seqlen_q, num_heads, head_dim).to(dtype)
+    k, v = torch.randn(2, batch, seqlen_k, num_kv_heads, head_dim).to(dtype)
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "alibi_slopes": None,
+        "logit_bound": None,
+        "key_start": None,
+        "out": torch.full_like(q, math.nan),
+        "softmax_lse": torch.full((batch, num_heads, seqlen_q), math.nan),
+        "causal": False,
+        "softmax_scale": 0.25,
+        "num_threads": 1,
+    }
+
+
+def attention_backward_call(**shape):
+    call = attention_call(**shape)
+    _C.attention_forward(**call)
+    gradients = {f"d{name}": torch.full_like(call[name], math.nan) for name in ("q", "k", "v")}
+    return call | {"dout": torch.randn_like(call["out"])} | gradients
+
+
+def rotary_call(batch=2, seqlen_q=3, seqlen_k=5, num_heads=4, num_kv_heads=2, head_dim=16, rotary_dim=8):
+    """All arguments of a correct qk_norm_rotary_forward."""
+    q, k = torch.randn(batch, seqlen_q, num_heads, head_dim), torch.randn(batch, seqlen_k, num_kv_heads, head_dim)
+    return {
+        "q": q,
+        "k": k,
+        "q_scale": torch.randn(num_heads, head_dim),
+        "k_scale": torch.randn(num_kv_heads, head_dim),
+        "q_table": torch.randn(seqlen_q, rotary_dim),
+        "k_table": torch.randn(seqlen_k, rotary_dim),
+        "q_out": torch.full_like(q, math.nan),
+        "k_out": torch.full_like(k, math.nan),
+        "normalize": True,
+        "num_threads": 1,
+        "stream": 0,
+    }
+
+
+def rotary_backward_call(num_partials=3, **shape):
+    call = rotary_call(**shape)
+    q, k = call["q"], call["k"]
+    del call["q_out"], call["k_out"]
+    return call | {
+        "dq_out": torch.randn_like(q),
+        "dk_out": torch.randn_like(k),
+        "dq": torch.full_like(q, math.nan),
+        "dk": torch.full_like(k, math.nan),
+        "dq_scale_partial": torch.full((num_partials, *q.shape[2:]), math.nan),
+        "dk_scale_partial": torch.full((num_partials, *k.shape[2:]), math.nan),
+    }
+
+
+CALLS = {
+    "attention_forward": (attention_call, ("out", "softmax_lse")),
+    "attention_backward": (attention_backward_call, ("dq", "dk", "dv")),
+    "qk_norm_rotary_forward": (rotary_call, ("q_out", "k_out")),
+    "qk_norm_rotary_backward": (rotary_backward_call, ("dq", "dk", "dq_scale_partial", "dk_scale_partial")),
+}
+every_function = pytest.mark.parametrize("name", CALLS)
+
+
+@every_function
+def test_writes_all_of_its_outputs(name):
+    make, outputs = CALLS[name]
+    call = make()
+    assert getattr(_C, name)(**call) is None
+    for output in outputs:
+        assert call[output].isfinite().all()
+
+
+@every_function
+@pytest.mark.parametrize(
+    "empty",
+    [
+        {"batch": 0},
+        {"seqlen_q": 0},
+        {"seqlen_k": 0},
+        {"seqlen_q": 0, "seqlen_k": 0},
+        {"num_heads": 0},
+        {"num_heads": 0, "num_kv_heads": 0},
+        {"head_dim": 0, "rotary_dim": 0},
+    ],
+    ids=str,
+)
+def test_empty_tensors(name, empty):
+    make, outputs = CALLS[name]
+    if "rotary" not in name:
+        empty = {key: size for key, size in empty.items() if key != "rotary_dim"}
+    call = make(**empty)
+    getattr(_C, name)(**call)
+    for output in outputs:
+        assert not call[output].isnan().any()
+
+
+@every_function
+def test_arguments_are_keywords(name):
+    make, _ = CALLS[name]
+    call, function = make(), getattr(_C, name)
+    with pytest.raises(
+        TypeError, match=r"incompatible function arguments(.|\n)*\(\*, q: torch.Tensor, k: torch.Tensor"
+    ):
+        function(*call.values())
+    for argument in call:
+        with pytest.raises(TypeError, match="incompatible function arguments"):
+            function(**{key: value for key, value in call.items() if key != argument})
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        function(**call, dropout=0.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "got"),
+    [
+        (3, "<class 'int'>"),
+        (None, "None"),
+        ([[1.0]], "<class 'list'>"),
+        (torch.zeros(2, 3, 4, 16).numpy(), "<class 'numpy.ndarray'>"),
+    ],
+    ids=["int", "none", "list", "numpy"],
+)
+def test_refuses_what_is_no_tensor(value, got):
+    with pytest.raises(TypeError, match=f"expected a torch.Tensor, got {got}"):
+        _C.attention_forward(**attention_call() | {"q": value})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.bool, torch.complex64], ids=str)
+def test_refuses_other_dtypes(dtype):
+    with pytest.raises(TypeError, match=f"dtype float32, float16, bfloat16 or int32, got {dtype}"):
+        _C.attention_forward(**attention_call() | {"v": torch.zeros(2, 5, 2, 16, dtype=dtype)})
+
+
+def test_refuses_more_than_four_dimensions():
+    with pytest.raises(TypeError, match=r"at most 4 dimensions, got torch.Size\(\[1, 1, 1, 1, 1\]\)"):
+        _C.attention_forward(**attention_call() | {"k": torch.zeros(1, 1, 1, 1, 1)})
+
+
+def test_refuses_tensors_without_memory():
+    call = attention_call()
+    with pytest.raises(TypeError, match="on a cpu or cuda device, got meta"):
+        _C.attention_forward(**call | {"q": call["q"].to("meta")})
+    freed = torch.zeros(2, 3, 4, 16)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises((TypeError, RuntimeError), match=r"memory|storage"):
+        _C.attention_forward(**call | {"q": freed})
+    with pytest.raises(RuntimeError, match="storage"):
+        _C.attention_forward(**call | {"q": call["q"].to_sparse()})
+
+
+@every_function
+def test_every_tensor_is_checked_for_shape_and_dtype(name):
+    make, _ = CALLS[name]
+    call = make()
+    if "attention" in name:
+        call |= {
+            "alibi_slopes": torch.zeros(4),
+            "logit_bound": torch.zeros(4),
+            "key_start": torch.zeros(2, 3, dtype=torch.int32),
+        }
+    for argument, value in call.items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        longer = value.new_zeros(*value.shape[:-1], value.shape[-1] + 1)
+        with pytest.raises(ValueError, match=rf"^{name}: .* must .*, got "):
+            getattr(_C, name)(**call | {argument: longer})
+        other = torch.float16 if value.dtype != torch.float16 else torch.float32
+        with pytest.raises(TypeError, match=rf"^{name}: \w+ must be \w+, got \w+$"):
+            getattr(_C, name)(**call | {argument: value.to(other)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda call: {"k": call["k"][:, :, 0]}, r"k must have 4 dimensions, got shape \(2, 5, 16\)"),
+        (lambda call: {"out": call["out"][:1]}, r"out must have shape \(2, 3, 4, 16\), got \(1, 3, 4, 16\)"),
+        (lambda call: {"q": call["q"].mT.contiguous().mT}, r"q must be dense in its last dimension, got stride 4"),
+        (lambda call: {"alibi_slopes": torch.zeros(8)[::2]}, r"alibi_slopes must be contiguous, got strides \(2,\)"),
+        (lambda call: {"softmax_lse": torch.zeros(2, 3, 4).mT}, r"softmax_lse must be contiguous"),
+        (lambda call: {"num_threads": 0}, r"num_threads must be at least 1, got 0"),
+        (
+            lambda call: dict.fromkeys(("k", "v"), torch.zeros(2, 5, 3, 16)),
+            r"q.shape\[2\] \(num_heads\) must be a multiple of k.shape\[2\] \(num_kv_heads\), got 4 and 3",
+        ),
+    ],
+    ids=["dimensions", "batch", "strides", "sliced-slopes", "transposed-lse", "threads", "heads"],
+)
+def test_attention_refuses(change, message):
+    call = attention_call()
+    with pytest.raises(ValueError, match=f"^attention_forward: {message}"):
+        _C.attention_forward(**call | change(call))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k_table": None}, "q_table and k_table must both be given or both be None, got one of them"),
+        (
+            dict.fromkeys(("q_table", "k_table"), torch.zeros(3, 18)),
+            r"rotary_dim\) must be even and at most head_dim=16",
+        ),
+        (dict.fromkeys(("q_table", "k_table"), torch.zeros(3, 7)), r"rotary_dim\) must be even and .*, got 7"),
+        (
+            {"dk_scale_partial": torch.zeros(2, 2, 16)},
+            r"dk_scale_partial must have shape \(3, 2, 16\), got \(2, 2, 16\)",
+        ),
+        ({"dq_scale_partial": torch.zeros(0, 4, 16)}, "dq_scale_partial must have at least one partial sum"),
+        ({"num_threads": -1}, "num_threads must be at least 1, got -1"),
+    ],
+    ids=["one-table", "wide-table", "odd-table", "partials", "no-partials", "threads"],
+)
+def test_qk_norm_rotary_refuses(change, message):
+    with pytest.raises(ValueError, match=f"^qk_norm_rotary_backward: .*{message}"):
+        _C.qk_norm_rotary_backward(**rotary_backward_call() | change)
+
+
+def test_a_dimension_beyond_int_is_refused():
+    wide = torch.zeros(1, 1, 1, 1).expand(1, 2**31, 1, 1)
+    call = attention_call(batch=1, seqlen_q=1, num_heads=1, num_kv_heads=1, head_dim=1)
+    with pytest.raises(ValueError, match=r"k must have fewer than 2\^31 elements in dimension 1, got 2147483648"):
+        _C.attention_forward(**call | {"k": wide, "v": wide})
+
+
+def test_optional_tensors():
+    call = rotary_call()
+    _C.qk_norm_rotary_forward(**call | dict.fromkeys(("q_scale", "k_scale", "q_table", "k_table")))
+    norms = torch.linalg.vector_norm(call["q_out"], dim=-1)
+    torch.testing.assert_close(norms, torch.ones_like(norms))
+
+    call, biased = attention_call(), attention_call()
+    biased |= {name: call[name] for name in ("q", "k", "v")} | {"alibi_slopes": torch.zeros(4)}
+    _C.attention_forward(**call)
+    _C.attention_forward(**biased)
+    torch.testing.assert_close(call["out"], biased["out"])
+
+
+def test_strides_are_read():
+    call, strided = attention_call(), attention_call()
+    _C.attention_forward(**call)
+    for name in ("q", "k", "v"):
+        batch, seqlen, heads, head_dim = call[name].shape
+        padded = torch.full((seqlen + 1, batch, heads + 2, head_dim + 3), math.nan)
+        strided[name] = padded[1:, :, 1:-1, :-3].transpose(0, 1).copy_(call[name])
+    _C.attention_forward(**strided)
+    assert torch.equal(call["out"], strided["out"])
+
+
+def test_a_parameter_and_a_subclass_are_tensors():
+    call = attention_call()
+    call["q"] = torch.nn.Parameter(call["q"])
+    call["k"] = call["k"].as_subclass(type("Named", (torch.Tensor,), {}))
+    _C.attention_forward(**call)
+    assert call["out"].isfinite().all()
+
+
+def test_calls_leave_no_references():
+    """A tensor held by the extension would be memory lost."""
+    call = attention_call()
+    before = [sys.getrefcount(value) for value in call.values()]
+    for _ in range(10):
+        _C.attention_forward(**call)
+        with pytest.raises(ValueError, match="num_threads"):
+            _C.attention_forward(**call | {"num_threads": 0})
+    assert [sys.getrefcount(value) for value in call.values()] == before
+
+
+def test_the_gil_is_released():
+    """While one thread is inside the kernel another one gets to run Python code: it never stands still for long."""
+    call = attention_call(batch=1, seqlen_q=4096, seqlen_k=4096, num_heads=8, num_kv_heads=1, head_dim=64)
+    duration = []
+
+    def run():
+        start = time.perf_counter()
+        _C.attention_forward(**call)
+        duration.append(time.perf_counter() - start)
+
+    worker = threading.Thread(target=run)
+    last, longest_pause = time.perf_counter(), 0.0
+    worker.start()
+    while not duration:
+        now = time.perf_counter()
+        last, longest_pause = now, max(longest_pause, now - last)
+    worker.join()
+    longest_pause = max(longest_pause, time.perf_counter() - last)
+    assert longest_pause < 0.5 * duration[0]
+
+
+def test_two_threads_at_once():
+    calls = [attention_call(seqlen_q=65, seqlen_k=129) for _ in range(4)]
+    expected = []
+    for call in calls:
+        _C.attention_forward(**call)
+        expected.append(call["out"].clone())
+        call["out"].fill_(math.nan)
+
+    def run(call):
+        for _ in range(20):
+            _C.attention_forward(**call)
+
+    threads = [threading.Thread(target=run, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for call, out in zip(calls, expected, strict=True):
+        assert torch.equal(call["out"], out)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+def test_attention_names_what_runs_on_cuda():
+    call = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in attention_call().items()}
+    with pytest.raises(NotImplementedError, match=r"no CUDA kernel in this version.*backend='reference'"):
+        _C.attention_forward(**call)

@@ -1,0 +1,400 @@
+"""AndromedaConfig and AndromedaForCausalLM: the same model, with the interface of transformers."""
+
+import json
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from andromeda import Andromeda
+from andromeda.config import ModelConfig
+from andromeda.generation import Cache
+from andromeda.huggingface import AndromedaConfig, AndromedaForCausalLM
+
+SIZES = {"num_tokens": 61, "max_seq_len": 64, "dim": 32, "depth": 2, "dim_head": 16, "heads": 4, "alibi_num_heads": 2}
+VARIANTS = {
+    "defaults": {},
+    "pre-norm": {"deepnorm": False},
+    "own key heads": {"attn_one_kv_head": False, "qk_norm": False},
+    "absolute positions": {"use_abs_pos_emb": True, "rotary_xpos": False, "shift_tokens": 2},
+}
+
+
+def small_model(**options) -> Andromeda:
+    """A model whose gains and scales are not at their initial constants, so that none can be forgotten unseen."""
+    torch.manual_seed(1)
+    model = Andromeda(**{**SIZES, **options})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    return model.eval()
+
+
+@pytest.fixture(params=VARIANTS, ids=str)
+def pair(request):
+    """The same parameters with both interfaces."""
+    model = small_model(**VARIANTS[request.param])
+    return model, AndromedaForCausalLM.from_andromeda(model)
+
+
+def tokens(batch=2, seqlen=11):
+    return torch.randint(1, SIZES["num_tokens"], (batch, seqlen))
+
+
+def left_padded(rows):
+    """Rows of different lengths as (input_ids, attention_mask), padded on the left with token 0."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+# ---- config
+
+
+def test_config_defaults_are_those_of_the_constructor():
+    assert ModelConfig(**AndromedaConfig().to_arguments()) == ModelConfig()
+
+
+def test_config_translates_every_argument_there_and_back():
+    arguments = {**SIZES, "deepnorm": False, "attn_one_kv_head": False, "shift_tokens": 0, "alibi_num_heads": None}
+    full = ModelConfig(**arguments)
+    config = AndromedaConfig.from_arguments({name: getattr(full, name) for name in full.__dataclass_fields__})
+    assert config.num_key_value_heads == config.num_attention_heads == 4
+    assert ModelConfig(**config.to_arguments()) == full
+
+
+def test_config_file_round_trip(tmp_path):
+    config = AndromedaConfig(hidden_size=48, num_attention_heads=2, alibi_num_heads=1, head_dim=8, eos_token_id=3)
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is AndromedaConfig
+    assert loaded.to_arguments() == config.to_arguments()
+    assert loaded.eos_token_id == 3
+
+
+@pytest.mark.parametrize(
+    "wrong, text",
+    [
+        ({"hidden_size": 0}, "dim must be at least 1"),
+        ({"head_dim": 30}, "dim_head must be a multiple of 4"),
+        ({"alibi_num_heads": 25}, "alibi_num_heads must be None or between 0 and heads = 24"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads must be 1 or num_attention_heads"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings must be False"),
+        ({"hidden_size": "wide"}, "hidden_size"),
+        ({"deepnorm": 1.5}, "deepnorm"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_config_refuses_what_no_model_has(wrong, text):
+    with pytest.raises(StrictDataclassError, match=text):
+        AndromedaConfig(**wrong)
+
+
+# ---- the same model
+
+
+def test_logits_and_loss_are_those_of_andromeda(pair):
+    model, wrapped = pair
+    ids = tokens()
+    labels = ids.clone()
+    labels[0, 3:6] = -100
+    out = wrapped(ids, labels=ids)
+    assert torch.equal(out.logits, model(ids))
+    torch.testing.assert_close(out.loss, model(ids, return_loss=True), atol=2e-6, rtol=0)
+    expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(wrapped(ids, labels=labels).loss, expected, atol=2e-6, rtol=0)
+
+
+def test_gradients_are_those_of_andromeda():
+    model = small_model()
+    wrapped = AndromedaForCausalLM.from_andromeda(model)
+    ids = tokens()
+    expected = torch.autograd.grad(model(ids, return_loss=True), list(model.parameters()))
+    found = torch.autograd.grad(wrapped(ids, labels=ids).loss, list(wrapped.parameters()))
+    for theirs, ours in zip(expected, found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+def test_conversion_shares_parameters_under_the_same_names(pair):
+    model, wrapped = pair
+    back = wrapped.to_andromeda()
+    for other in (wrapped, back):
+        assert list(other.state_dict()) == list(model.state_dict())
+        for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+            assert ours is theirs
+    assert back.decoder.net is back.transformer is model.transformer
+    assert back.config == model.config
+
+
+def test_there_are_no_buffers(pair):
+    assert list(pair[1].buffers()) == []
+
+
+def test_a_new_model_has_the_initial_distribution():
+    """transformers would draw linear weights with std 0.02 over what the modules have drawn themselves."""
+    torch.manual_seed(0)
+    model = AndromedaForCausalLM(AndromedaConfig(hidden_size=64, num_hidden_layers=1, vocab_size=512))
+    assert model.transformer.token_emb.weight.std().item() == pytest.approx((2 / 64) ** 0.5, rel=0.05)
+    assert model.transformer.to_logits.weight.abs().max().item() == pytest.approx(1 / 8, rel=0.01)
+
+
+def test_logits_to_keep(pair):
+    ids = tokens()
+    assert torch.equal(pair[1](ids, logits_to_keep=3).logits, pair[1](ids).logits[:, -3:])
+
+
+def test_key_start_reaches_the_model(pair):
+    model, wrapped = pair
+    ids = tokens()
+    key_start = torch.tensor([[0] * 4 + [4] * 7, [0] * 11], dtype=torch.int32)
+    assert torch.equal(wrapped(ids, key_start=key_start).logits, model(ids, key_start=key_start))
+
+
+def test_return_dict_false_gives_a_tuple():
+    wrapped = AndromedaForCausalLM.from_andromeda(small_model())
+    ids = tokens()
+    loss, logits = wrapped(ids, labels=ids, return_dict=False)
+    assert loss.ndim == 0 and logits.shape == (2, 11, 61)
+
+
+# ---- gradient accumulation
+
+
+def test_num_items_in_batch_makes_the_losses_of_parts_add_up():
+    wrapped = AndromedaForCausalLM.from_andromeda(small_model())
+    ids = tokens(batch=4)
+    labels = ids.clone()
+    labels[0, 1:] = -100  # a row without any target: alone its mean would be NaN
+    labels[1, 2:8] = -100
+    count = (labels[:, 1:] != -100).sum()
+    whole = wrapped(ids, labels=labels).loss
+    parts = [wrapped(ids[i : i + 1], labels=labels[i : i + 1], num_items_in_batch=count).loss for i in range(4)]
+    assert parts[0].item() == 0
+    torch.testing.assert_close(sum(parts), whole, atol=1e-6, rtol=1e-6)
+    expected = torch.autograd.grad(whole, list(wrapped.parameters()))
+    found = torch.autograd.grad(sum(parts), list(wrapped.parameters()))
+    for theirs, ours in zip(expected, found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+# ---- masks
+
+
+@torch.no_grad()
+def test_left_padding_gives_each_row_what_it_gives_alone(pair):
+    rows = [[5, 9, 2, 33, 7], [12], [3, 4, 5, 6, 7, 8, 9]]
+    ids, mask = left_padded(rows)
+    logits = pair[1](ids, attention_mask=mask).logits
+    for row, found in zip(rows, logits, strict=True):
+        alone = pair[1](torch.tensor([row])).logits[0]
+        torch.testing.assert_close(found[-len(row) :], alone, atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_right_padding_needs_no_mask():
+    wrapped = AndromedaForCausalLM.from_andromeda(small_model())
+    ids = tokens(batch=1)
+    padded = torch.cat((ids, torch.zeros(1, 3, dtype=torch.int64)), dim=1)
+    mask = torch.tensor([[1] * 11 + [0] * 3])
+    out = wrapped(padded, attention_mask=mask)
+    torch.testing.assert_close(out.logits[:, :11], wrapped(ids).logits, atol=2e-5, rtol=0)
+    assert out.past_key_values is None
+    with pytest.raises(ValueError, match="padding on the left where a cache is used"):
+        wrapped(padded, attention_mask=mask, use_cache=True)
+
+
+@pytest.mark.parametrize(
+    "mask, text",
+    [
+        ([[1, 0, 1, 1]], "zeros and then ones"),
+        ([[1, 1, 1]], r"must have shape .* = \(1, 4\), got \(1, 3\)"),
+        ([[[[1, 1, 1, 1]]]], "must have shape"),
+    ],
+    ids=["hole", "short", "four dimensions"],
+)
+def test_other_masks_are_refused(mask, text):
+    wrapped = AndromedaForCausalLM.from_andromeda(small_model())
+    with pytest.raises(ValueError, match=text):
+        wrapped(torch.tensor([[1, 2, 3, 4]]), attention_mask=torch.tensor(mask))
+
+
+@pytest.mark.parametrize(
+    "arguments, error, text",
+    [
+        ({"output_attentions": True}, ValueError, "output_attentions must be False"),
+        ({"past_key_values": DynamicCache()}, TypeError, "must be a cache that this model returned, got DynamicCache"),
+        ({"labels": torch.ones(1, 4, dtype=torch.int64), "logits_to_keep": 1}, ValueError, "left out with labels"),
+        ({"labels": torch.full((1, 4), 61)}, ValueError, "labels must be below the vocabulary size 61"),
+        ({"labels": torch.ones(1, 3, dtype=torch.int64)}, ValueError, "labels must have the shape of input_ids"),
+        (
+            {"attention_mask": torch.ones(1, 4), "key_start": torch.zeros(1, 4, dtype=torch.int32)},
+            ValueError,
+            "must not both be given",
+        ),
+        ({"position_ids": torch.arange(4)}, TypeError, "position_ids"),
+    ],
+    ids=["attentions", "foreign cache", "labels and part", "label range", "label shape", "mask twice", "unknown name"],
+)
+def test_forward_refuses(arguments, error, text):
+    wrapped = AndromedaForCausalLM.from_andromeda(small_model())
+    with pytest.raises(error, match=text):
+        wrapped(torch.tensor([[1, 2, 3, 4]]), **arguments)
+
+
+# ---- cache and generation
+
+
+@torch.no_grad()
+def test_a_cache_continues_the_sequence(pair):
+    ids = tokens(seqlen=12)
+    whole = pair[1](ids).logits
+    first = pair[1](ids[:, :5], use_cache=True)
+    second = pair[1](ids[:, 5:], past_key_values=first.past_key_values)
+    torch.testing.assert_close(torch.cat((first.logits, second.logits), dim=1), whole, atol=2e-5, rtol=0)
+    assert second.past_key_values.get_seq_length() == 12
+
+
+def test_training_makes_no_cache():
+    wrapped = AndromedaForCausalLM.from_andromeda(small_model())
+    assert wrapped(tokens()).past_key_values is None
+    with torch.no_grad():
+        assert isinstance(wrapped(tokens()).past_key_values, Cache)
+        assert wrapped(tokens(), use_cache=False).past_key_values is None
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no cache"])
+def test_greedy_is_that_of_andromeda(pair, use_cache):
+    model, wrapped = pair
+    rows = [[5, 9, 2, 33, 7], [12, 3], [3, 4, 5, 6, 7, 8, 9]]
+    expected = model.generate(rows, 9, temperature=0)
+    ids, mask = left_padded(rows)
+    found = wrapped.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False, use_cache=use_cache)
+    assert torch.equal(found[:, ids.shape[1] :], expected)
+    alone = wrapped.generate(torch.tensor(rows[:1]), max_new_tokens=9, do_sample=False, use_cache=use_cache)
+    assert torch.equal(alone[:, 5:], expected[:1])
+
+
+def test_beam_search_reorders_the_cache():
+    wrapped = AndromedaForCausalLM.from_andromeda(small_model())
+    ids, mask = left_padded([[5, 9, 2, 33, 7], [12, 3]])
+    found = [
+        wrapped.generate(ids, attention_mask=mask, max_new_tokens=8, num_beams=4, do_sample=False, use_cache=use_cache)
+        for use_cache in (True, False)
+    ]
+    assert torch.equal(*found)
+    greedy = wrapped.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    assert not torch.equal(found[0], greedy)  # otherwise nothing had to be reordered
+
+
+def test_sampling_does_not_depend_on_the_cache():
+    wrapped = AndromedaForCausalLM.from_andromeda(small_model())
+    found = []
+    for use_cache in (True, False):
+        torch.manual_seed(3)
+        found.append(wrapped.generate(tokens(1, 4) * 0 + 7, max_new_tokens=12, do_sample=True, use_cache=use_cache))
+    assert torch.equal(*found)
+
+
+def test_generation_stops_at_the_end_token():
+    wrapped = AndromedaForCausalLM.from_andromeda(small_model())
+    ids = torch.tensor([[5, 9, 2]])
+    third = wrapped.generate(ids, max_new_tokens=3, do_sample=False)[0, -1].item()
+    stopped = wrapped.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=third, pad_token_id=0)
+    assert stopped.shape[1] <= 6 and stopped[0, -1].item() == third
+
+
+# ---- files
+
+
+def test_save_and_load_are_exact(pair, tmp_path):
+    pair[1].save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is AndromedaForCausalLM
+    for (name, ours), (other, theirs) in zip(loaded.state_dict().items(), pair[1].state_dict().items(), strict=True):
+        assert name == other and torch.equal(ours, theirs)
+    ids = tokens()
+    assert torch.equal(loaded(ids).logits, pair[1](ids).logits)
+
+
+def test_load_in_bfloat16(tmp_path):
+    wrapped = AndromedaForCausalLM.from_andromeda(small_model())
+    wrapped.save_pretrained(tmp_path)
+    loaded = AndromedaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    ids = tokens()
+    difference = (loaded(ids).logits.float() - wrapped(ids).logits).abs()
+    assert difference.max() < 5e-2 and difference.mean() < 1e-2  # SPEC 15
+
+
+def damage(folder, change):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        (lambda state: state.pop("transformer.to_logits.weight"), "missing: transformer.to_logits.weight"),
+        (lambda state: state.update(extra=torch.zeros(2)), "unexpected: extra"),
+    ],
+    ids=["missing", "unexpected"],
+)
+def test_loading_names_what_does_not_fit(tmp_path, change, text):
+    AndromedaForCausalLM.from_andromeda(small_model()).save_pretrained(tmp_path)
+    damage(tmp_path, change)
+    with pytest.raises(ValueError, match=text):
+        AndromedaForCausalLM.from_pretrained(tmp_path)
+
+
+def test_loading_a_truncated_file(tmp_path):
+    AndromedaForCausalLM.from_andromeda(small_model()).save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="whole safetensors file"):
+        AndromedaForCausalLM.from_pretrained(tmp_path)
+
+
+def test_saved_config_is_readable_json(tmp_path):
+    AndromedaForCausalLM.from_andromeda(small_model()).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["model_type"] == "andromeda" and saved["architectures"] == ["AndromedaForCausalLM"]
+
+
+def test_a_foreign_embedding_is_not_saved(tmp_path):
+    class Doubled(torch.nn.Embedding):
+        def forward(self, ids):
+            return 2 * super().forward(ids)
+
+    class Provider:
+        def get_embedding(self, num_tokens, dim):
+            return Doubled(num_tokens, dim)
+
+    wrapped = AndromedaForCausalLM.from_andromeda(small_model(embedding_provider=Provider()))
+    with pytest.raises(ValueError, match="embedding_provider must be the default"):
+        wrapped.save_pretrained(tmp_path)
+
+
+# ---- other services of transformers
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    wrapped = AndromedaForCausalLM.from_andromeda(small_model()).train()
+    ids = tokens()
+    expected = torch.autograd.grad(wrapped(ids, labels=ids).loss, list(wrapped.parameters()))
+    wrapped.activation_checkpointing_enable()
+    assert wrapped.transformer.attn_layers.gradient_checkpointing
+    found = torch.autograd.grad(wrapped(ids, labels=ids).loss, list(wrapped.parameters()))
+    for theirs, ours in zip(expected, found, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_resized_vocabulary_is_known_to_the_modules():
+    wrapped = AndromedaForCausalLM.from_andromeda(small_model())
+    wrapped.resize_token_embeddings(70)
+    assert wrapped(torch.tensor([[69, 1]])).logits.shape == (1, 2, 70)
+    assert wrapped.to_andromeda().config.num_tokens == 70

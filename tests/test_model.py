@@ -1,0 +1,434 @@
+"""The model against golden data, against x-transformers, and against itself (SPEC 2-9, 11, 13, 15)."""
+
+import itertools
+import json
+
+import golden
+import oracle
+import pytest
+import torch
+from torch.nn import functional
+
+import andromeda.model
+from andromeda import Andromeda, AndromedaEmbedding, AutoregressiveWrapper, Decoder, TransformerWrapper
+from andromeda.checkpoint import x_transformers_names
+
+# SPEC 15: dtype -> limits of the largest difference in logits, loss and gradients.
+LIMITS = {torch.float64: (1e-10, 1e-10, 1e-10), torch.float32: (2e-5, 2e-6, 1e-6)}
+
+
+def small(**arguments) -> Andromeda:
+    return Andromeda(**(oracle.SMALL | arguments))
+
+
+def golden_model(name: str, dtype: torch.dtype) -> tuple[Andromeda, dict, dict]:
+    description, tensors = golden.load(name)
+    model = Andromeda(**description["andromeda_kwargs"])
+    prefix = "weights/"
+    model.load_x_transformers({key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)})
+    return model.to(dtype), description, tensors
+
+
+def largest(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a.double() - b.double()).abs().max().item()
+
+
+# ---- golden data
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("name", golden.CASES)
+def test_golden(name, dtype):
+    model, description, tensors = golden_model(name, dtype)
+    logits_limit, loss_limit, gradient_limit = LIMITS[dtype]
+    assert largest(model(tensors["tokens"]), tensors["logits_f64"]) <= logits_limit
+    loss = model(tensors["loss_tokens"], return_loss=True)
+    assert abs(loss.item() - tensors["loss_f64"].item()) <= loss_limit
+    loss.backward()
+    parameters, names = dict(model.named_parameters()), x_transformers_names(model)
+    assert len(description["gradients"]) == 4
+    for key in description["gradients"]:
+        assert largest(parameters[names[key]].grad, tensors[f"grads_f64/{key}"]) <= gradient_limit, key
+
+
+@pytest.mark.parametrize("name", golden.CASES)
+def test_golden_bfloat16(name):
+    model, description, tensors = golden_model(name, torch.bfloat16)
+    error = (model(tensors["tokens"]).double() - tensors["logits_f64"]).abs()
+    assert error.max() <= 5e-2 and error.mean() <= 1e-2
+    loss = model(tensors["loss_tokens"], return_loss=True)
+    assert abs(loss.item() - tensors["loss_f64"].item()) <= 1e-2
+    loss.backward()
+    parameters, names = dict(model.named_parameters()), x_transformers_names(model)
+    for key in description["gradients"]:
+        expected = tensors[f"grads_f64/{key}"]
+        assert largest(parameters[names[key]].grad, expected) <= 5e-2 * expected.abs().max().item(), key
+
+
+def test_golden_cases():
+    """The cases above are those of the index, so that a new one is not overlooked."""
+    index = json.loads((golden.folder() / "index.json").read_text())
+    assert [case["name"] for case in index] == list(golden.CASES)
+
+
+# ---- the oracle
+
+
+def combinations() -> list[dict]:
+    """Every combination of the switches, with sizes that cycle through awkward values."""
+    switches = ["use_abs_pos_emb", "alibi_pos_bias", "rotary_xpos", "deepnorm", "attn_one_kv_head", "norm"]
+    switches.append("attn_qk_norm_dim_scale")
+    sizes = itertools.cycle(
+        dict(heads=heads, alibi_num_heads=alibi, dim=dim, dim_head=width, depth=depth, shift_tokens=shift, length=n)
+        for heads, alibi, dim, width, depth, shift, n in (
+            (2, 1, 24, 8, 1, 1, 17), (3, 3, 20, 8, 2, 0, 5), (1, 1, 24, 16, 1, 2, 2), (5, 3, 25, 8, 1, 1, 33),
+            (4, None, 24, 12, 2, 3, 9), (6, 3, 30, 8, 1, 0, 24), (3, 0, 22, 32, 1, 2, 40), (2, 2, 16, 20, 3, 1, 3),
+            (1, 0, 9, 8, 1, 1, 12), (4, 3, 31, 8, 1, 3, 31), (6, 5, 24, 16, 1, 1, 19),
+        )
+    )  # fmt: skip
+    result = []
+    for index, values in enumerate(itertools.product((True, False), repeat=len(switches))):
+        flags = dict(zip(switches, values, strict=True))
+        norm = flags.pop("norm")
+        # Either of the two switches turns the normalisation off (13.1).
+        flags |= dict(qk_norm=norm or index % 3 == 0, attn_qk_norm=norm or index % 3 == 1)
+        for attn_flash in (True, False):
+            result.append(flags | next(sizes) | dict(attn_flash=attn_flash))
+    return result
+
+
+COMBINATIONS = combinations()
+
+
+def test_enough_combinations():
+    distinct = {tuple(sorted(case.items(), key=str)) for case in map(str_keys, COMBINATIONS)}
+    assert len(distinct) == len(COMBINATIONS) >= 200
+
+
+def str_keys(case: dict) -> dict:
+    return {key: str(value) for key, value in case.items()}
+
+
+@pytest.mark.parametrize("index", range(len(COMBINATIONS)))
+def test_oracle(index):
+    case = dict(COMBINATIONS[index])
+    length = case.pop("length")
+    torch.manual_seed(index)
+    theirs = oracle.build_oracle(case)
+    oracle.perturb(theirs)
+    ours = small(**case)
+    ours.load_x_transformers(theirs.state_dict())
+    ours, theirs = ours.double(), oracle.widen(theirs, case)
+    tokens = torch.randint(oracle.SMALL["num_tokens"], (1 + index % 3, length))
+    assert largest(ours(tokens), theirs.net(tokens)) <= 1e-10
+    labels = tokens.masked_fill(torch.rand(tokens.shape) < 0.2, -100)
+    labels[:, -1] = tokens[:, -1]
+    our_loss, their_loss = ours(labels, return_loss=True), theirs(labels)
+    assert abs(our_loss.item() - their_loss.item()) <= 1e-10
+    our_loss.backward()
+    their_loss.backward()
+    for name, own, other in oracle.parameter_pairs(ours, theirs):
+        gradient = torch.zeros_like(other) if other.grad is None else other.grad
+        own_gradient = torch.zeros_like(own) if own.grad is None else own.grad
+        assert largest(own_gradient, gradient) <= 1e-10, name
+
+
+def test_length_matches_oracle_beyond_tiles():
+    """Long enough for windows, several tiles and both kinds of heads on the compiled kernels, in float32."""
+    case = dict(dim=32, dim_head=16, heads=4, alibi_num_heads=2, depth=1, max_seq_len=900)
+    theirs = oracle.build_oracle(case)
+    oracle.perturb(theirs)
+    ours = small(**case)
+    ours.load_x_transformers(theirs.state_dict())
+    tokens = torch.randint(oracle.SMALL["num_tokens"], (1, 900))
+    exact = oracle.widen(theirs, case)
+    expected = exact.net(tokens)
+    assert largest(ours(tokens), expected) <= 2e-5 * max(1.0, expected.abs().max().item())
+    ours(tokens, return_loss=True).backward()
+    exact(tokens).backward()
+    for name, own, other in oracle.parameter_pairs(ours, exact):
+        assert largest(own.grad, other.grad) <= 1e-5 * max(0.1, other.grad.abs().max().item()), name
+
+
+# ---- laws
+
+
+FLAGS = {
+    "defaults": {},
+    "prenorm": dict(deepnorm=False),
+    "plain": dict(alibi_pos_bias=False, rotary_xpos=False, qk_norm=False, shift_tokens=0),
+    "multi_head": dict(attn_one_kv_head=False, attn_qk_norm_dim_scale=False, shift_tokens=2),
+    "absolute": dict(use_abs_pos_emb=True),
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+def test_later_tokens_change_nothing_before(flags):
+    model = small(**flags, depth=2).double()
+    tokens = torch.randint(23, (2, 20))
+    changed = tokens.clone()
+    changed[:, 12:] = (changed[:, 12:] + 1) % 23
+    assert torch.equal(model(tokens)[:, :12], model(changed)[:, :12])
+
+
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+def test_documents_are_separate(flags):
+    """key_start hides earlier documents in attention and token shift, and restarts absolute positions."""
+    model = small(**flags, depth=2).double()
+    tokens = torch.randint(23, (1, 21))
+    ends = (0, 8, 9, 21)
+    start = torch.cat([torch.full((1, end - begin), begin) for begin, end in itertools.pairwise(ends)], dim=1)
+    packed = model(tokens, key_start=start.int())
+    apart = torch.cat([model(tokens[:, begin:end]) for begin, end in itertools.pairwise(ends)], dim=1)
+    assert largest(packed, apart) <= 1e-12
+    loss = model(tokens, return_loss=True, key_start=start)
+    assert abs(loss - functional.cross_entropy(apart[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())) <= 1e-12
+
+
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+def test_left_padding_equals_the_row_alone(flags):
+    model = small(**flags, depth=2).double()
+    row = torch.randint(23, (1, 13))
+    padded = torch.cat((torch.randint(23, (1, 7)), row), dim=1)
+    out = model(padded, key_start=torch.full((1, 20), 7, dtype=torch.int32))
+    assert largest(out[:, 7:], model(row)) <= 1e-12
+
+
+def test_attn_flash_is_only_a_switch():
+    model = small(depth=2, heads=4, alibi_num_heads=2)
+    plain = small(depth=2, heads=4, alibi_num_heads=2, attn_flash=False)
+    plain.load_state_dict(model.state_dict())
+    tokens = torch.randint(23, (2, 150))
+    assert largest(model(tokens), plain(tokens)) <= 2e-5
+
+
+@pytest.mark.parametrize("segment", (16, 64))
+def test_segments_of_positions(segment, monkeypatch):
+    """Sequences longer than an xPos segment: each segment of queries has its own origin (SPEC 16.1)."""
+    model = small(depth=2).double()
+    tokens = torch.randint(23, (2, 150))
+    whole = model(tokens)
+    monkeypatch.setattr(andromeda.model, "segment_length", lambda dtype: segment)
+    assert largest(model(tokens), whole) <= 1e-10
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_long_half_precision(dtype):
+    """Positions, slopes and tables stay exact: at 5000 tokens bfloat16 integers would be off by 16."""
+    model = small(dim=32, dim_head=16).to(dtype)
+    exact = small(dim=32, dim_head=16).double()
+    exact.load_state_dict(model.state_dict())
+    tokens = torch.randint(23, (1, 5000))
+    with torch.no_grad():
+        error = (model(tokens).double() - exact(tokens)).abs()
+    assert error.max() <= 5e-2 and error.mean() <= 1e-2
+
+
+def test_training_mode_changes_nothing():
+    model = small()
+    tokens = torch.randint(23, (1, 9))
+    assert torch.equal(model.train()(tokens), model.eval()(tokens))
+
+
+def test_input_forms_agree():
+    model = small()
+    tokens = torch.randint(23, (1, 9))
+    expected = model(tokens)
+    assert expected.shape == (1, 9, 23)
+    for form in (tokens[0], tokens.tolist(), tokens[0].tolist()):
+        assert torch.equal(model(form), expected)
+
+
+# ---- structure, initialisation
+
+
+def test_each_parameter_once():
+    model = small()
+    names = list(model.state_dict())
+    assert len(names) == len(set(names)) == len(list(model.parameters()))
+    assert model.decoder.net is model.transformer
+    assert isinstance(model.transformer, TransformerWrapper) and isinstance(model.decoder, AutoregressiveWrapper)
+
+
+def test_default_parameter_count():
+    with torch.device("meta"):
+        model = Andromeda()
+    assert sum(parameter.numel() for parameter in model.parameters()) == 2_460_405_760
+
+
+def test_composition():
+    """The wrappers compose as users of x-transformers expect."""
+    decoder = Decoder(dim=24, depth=1, heads=2, dim_head=8, alibi_num_heads=1)
+    net = TransformerWrapper(num_tokens=23, max_seq_len=48, attn_layers=decoder)
+    wrapper = AutoregressiveWrapper(net, ignore_index=-100, pad_value=0)
+    tokens = torch.randint(23, (2, 9))
+    assert net(tokens).shape == (2, 9, 23)
+    assert wrapper(tokens).shape == ()
+    assert wrapper.generate(tokens, 3).shape == (2, 3)
+
+
+def test_embedding_provider():
+    class Provider:
+        def get_embedding(self, num_tokens, dim):
+            table = torch.nn.Embedding(num_tokens, dim)
+            torch.nn.init.constant_(table.weight, 0.25)
+            return table
+
+    model = Andromeda(**oracle.SMALL, embedding_provider=Provider())
+    assert (model.transformer.token_emb.weight == 0.25).all()
+    assert model([1, 2, 3]).shape == (1, 3, 23)
+
+
+def test_default_provider_is_stateless():
+    first, second = small(), small()
+    assert first.transformer.token_emb.weight.data_ptr() != second.transformer.token_emb.weight.data_ptr()
+    assert not vars(AndromedaEmbedding())
+
+
+def test_provider_of_the_wrong_width():
+    class Provider:
+        def get_embedding(self, num_tokens, dim):
+            return torch.nn.Embedding(num_tokens, dim + 1)
+
+    with pytest.raises(ValueError, match=r"embedding_provider.*\(1, 3, 24\).*\(1, 3, 25\)"):
+        Andromeda(**oracle.SMALL, embedding_provider=Provider())([1, 2, 3])
+
+
+def moments(weight: torch.Tensor) -> tuple[float, float]:
+    return weight.mean().item(), weight.std().item()
+
+
+@pytest.mark.parametrize("deepnorm", (True, False))
+def test_initialisation(deepnorm):
+    """SPEC 11, by the first two moments and the range; six standard errors leave no room for chance."""
+    torch.manual_seed(1)
+    dim, depth, dim_head, heads = 128, 2, 32, 4
+    model = Andromeda(num_tokens=512, max_seq_len=64, dim=dim, depth=depth, dim_head=dim_head, heads=heads,
+                      alibi_num_heads=2, deepnorm=deepnorm, use_abs_pos_emb=True)  # fmt: skip
+    beta = (8 * depth) ** -0.25
+    ours, names = model.state_dict(), x_transformers_names(model)
+
+    def check(key, std, bound=None):
+        weight = ours[names[key]].double()
+        mean, spread = moments(weight)
+        error = 6 / weight.numel() ** 0.5
+        assert abs(mean) <= std * error, key
+        assert abs(spread / std - 1) <= error, key
+        if bound is not None:
+            assert weight.abs().max() <= bound, key
+
+    check("token_emb.emb.weight", (2 / dim) ** 0.5)
+    check("pos_emb.emb.weight", 1.0)
+    check("to_logits.weight", (3 * dim) ** -0.5, dim**-0.5)
+    maps = {
+        "attn_layers.layers.0.1.fn.to_q.weight": (dim, heads * dim_head, 1.0),
+        "attn_layers.layers.0.1.fn.to_k.weight": (dim, dim_head, 1.0),
+        "attn_layers.layers.0.1.fn.to_v.weight": (dim, dim_head, beta),
+        "attn_layers.layers.0.1.fn.to_out.weight": (heads * dim_head, dim, beta),
+        "attn_layers.layers.1.1.fn.ff.0.0.weight": (dim, 4 * dim, beta),
+        "attn_layers.layers.1.1.fn.ff.2.weight": (4 * dim, dim, beta),
+    }
+    for key, (fan_in, fan_out, gain) in maps.items():
+        if deepnorm:
+            check(key, gain * (2 / (fan_in + fan_out)) ** 0.5)
+        else:
+            check(key, (3 * fan_in) ** -0.5, fan_in**-0.5)
+    for key, fan_in in (
+        ("attn_layers.layers.1.1.fn.ff.0.0.bias", dim),
+        ("attn_layers.layers.1.1.fn.ff.2.bias", 4 * dim),
+    ):
+        bias = ours[names[key]]
+        if deepnorm:
+            assert (bias == 0).all()
+        else:
+            check(key, (3 * fan_in) ** -0.5, fan_in**-0.5)
+    for key, name in names.items():
+        if key.endswith("gamma"):
+            assert (ours[name] == 0).all()
+        elif key.endswith("residual_scale"):
+            assert (ours[name] == 1).all()
+        elif "qk_norm" in key:
+            torch.testing.assert_close(ours[name], torch.full_like(ours[name], dim_head**0.25))
+
+
+# ---- loss
+
+
+def test_loss_ignores_labels():
+    model = small().double()
+    tokens = torch.randint(23, (2, 12))
+    labels = tokens.clone()
+    labels[0, 3] = labels[1, 7:] = -100
+    logits = model(labels.masked_fill(labels == -100, 0))[:, :-1]
+    expected = functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    assert abs(model(labels, return_loss=True) - expected) <= 1e-12
+
+
+def test_loss_in_blocks(monkeypatch):
+    """Blocks of rows change neither the loss nor its gradient."""
+    logits = torch.randn(37, 11, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(11, (37,))
+    targets[::5] = -100
+    expected = functional.cross_entropy(logits, targets)
+    (gradient,) = torch.autograd.grad(expected, logits)
+    monkeypatch.setattr(andromeda.model, "_LOSS_BLOCK_LOGITS", 4 * 11)
+    loss = andromeda.model.cross_entropy(logits, targets)
+    assert abs(loss - expected) <= 1e-12
+    assert largest(torch.autograd.grad(loss, logits)[0], gradient) <= 1e-15
+
+
+def test_loss_is_wide():
+    model = small().bfloat16()
+    assert model(torch.randint(23, (1, 9)), return_loss=True).dtype == torch.float32
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    ("tokens", "error", "match"),
+    [
+        ([], ValueError, "at least"),
+        ([[]], ValueError, "at least"),
+        ([[1, 2], [3]], ValueError, "length"),
+        ([1, 23], ValueError, "23"),
+        ([1, -1], ValueError, "-1"),
+        ([1.5, 2.0], TypeError, "int"),
+        ([True, False], TypeError, "int"),
+        ("abc", TypeError, "str"),
+        (torch.zeros(1, 3), TypeError, "float32"),
+        (torch.zeros(1, 2, 3, dtype=torch.int64), ValueError, "dimension|shape"),
+        (torch.zeros(1, 0, dtype=torch.int64), ValueError, "at least"),
+        (torch.tensor([[0, 99]]), ValueError, "99"),
+    ],
+    ids=["empty", "empty_row", "ragged", "too_large", "negative", "floats", "bools", "text", "float_tensor",
+         "three_dimensions", "no_tokens", "tensor_too_large"],
+)  # fmt: skip
+def test_wrong_tokens(tokens, error, match):
+    with pytest.raises(error, match=match):
+        small()(tokens)
+
+
+def test_wrong_calls():
+    model = small()
+    with pytest.raises(TypeError, match="attention_mask"):
+        model([1, 2, 3], attention_mask=None)
+    with pytest.raises(TypeError, match="alibi_heads"):
+        Andromeda(alibi_heads=2)
+    with pytest.raises(ValueError, match="at least 2"):
+        model([1], return_loss=True)
+    with pytest.raises(ValueError, match="23"):
+        model(torch.tensor([[1, 2, 40]]), return_loss=True)
+    with pytest.raises(ValueError, match="key_start"):
+        model([1, 2, 3], key_start=torch.zeros(1, 2, dtype=torch.int32))
+
+
+def test_absolute_table_ends():
+    model = small(use_abs_pos_emb=True, max_seq_len=8)
+    model(list(range(8)))
+    with pytest.raises(ValueError, match=r"max_seq_len=8.*position 8"):
+        model(list(range(9)))
+
+
+def test_length_is_free_without_a_table():
+    assert small(max_seq_len=8)([[1] * 50]).shape == (1, 50, 23)
