@@ -87,6 +87,8 @@ class Cache:
         history = self._shift_rows.get(layer)
         if history is None:
             history = h.new_zeros(h.shape[0], count, h.shape[2])
+        if history.dtype != h.dtype:
+            raise TypeError(f"Cache: the model must have the dtype of earlier calls, {history.dtype}, got {h.dtype}")
         self._next_shift_rows[layer] = torch.cat((history, h[:, -count:]), dim=1)[:, -count:]
         return history
 
@@ -125,7 +127,7 @@ class KeyValueStore:
     def append(self, k: torch.Tensor, v: torch.Tensor, stored: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Write rows behind the first `stored` live ones; returns all live keys and values, as views."""
         if stored > 0 and k.dtype != self.keys.dtype:
-            raise TypeError(f"Cache: keys must have the dtype of earlier calls, {self.keys.dtype}, got {k.dtype}")
+            raise TypeError(f"Cache: the model must have the dtype of earlier calls, {self.keys.dtype}, got {k.dtype}")
         needed = stored + k.shape[1]
         if self.keys is None or self.keys.shape[0] != k.shape[0] or self.start + needed > self.keys.shape[1]:
             # Once rows are forgotten, every token moves `start`: without slack every token would copy them all.

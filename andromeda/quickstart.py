@@ -271,6 +271,7 @@ def _summary(out: Path, state: dict, result, evaluation, parameters: int, device
         "What to do next:",
         f"  andromeda generate {folder}/run --prompt 'class Parser' --tokens 200",
         f"  andromeda eval {folder}/run {folder}/rows/heldout",
-        f"  andromeda train {folder}/rows/train --out longer --size tiny --steps 20000 --batch-size 4 --learning-rate 6e-3",
+        f"  andromeda train {folder}/rows/train --out longer --size tiny --steps 20000 --batch-size 4"
+        " --learning-rate 6e-3",
     ]
     return "\n".join(lines)

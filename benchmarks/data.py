@@ -91,6 +91,7 @@ class TokenizerProcesses:
                 stdout=subprocess.PIPE,
                 text=True,
                 env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+                start_new_session=True,  # as the workers of the builder: Linux shares a busy machine out by sessions
             )
             for index in range(count)
         ]

@@ -6,7 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
+
+from andromeda import Andromeda
 
 CASES = (
     "p01_all_defaults",
@@ -38,3 +41,17 @@ def folder() -> Path:
 def load(name: str) -> tuple[dict, dict]:
     """The description and the tensors of a case."""
     return json.loads((folder() / f"{name}.json").read_text()), load_file(folder() / f"{name}.safetensors")
+
+
+def model(name: str, dtype: torch.dtype) -> tuple[Andromeda, dict, dict]:
+    """The model of a case with its weights, the description and the tensors."""
+    description, tensors = load(name)
+    made = Andromeda(**description["andromeda_kwargs"])
+    made.load_x_transformers(weights(tensors))
+    return made.to(dtype), description, tensors
+
+
+def weights(tensors: dict) -> dict[str, torch.Tensor]:
+    """The state dict of x-transformers among the tensors of a case."""
+    prefix = "weights/"
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from andromeda import Andromeda, Decoder
-from andromeda.config import DecoderConfig, ModelConfig, alibi_slopes, constant, read_key_start, read_rows, read_tokens
+from andromeda.config import ModelConfig, alibi_slopes, constant, read_key_start, read_rows, read_tokens
 
 CPU = torch.device("cpu")
 SIZES = ("num_tokens", "max_seq_len", "dim", "depth", "dim_head", "heads")
@@ -133,7 +133,7 @@ def test_misspelt_keywords(call):
 
 
 def test_the_decoder_names_itself():
-    with pytest.raises(ValueError, match="^Decoder: heads must be at least 1, got 0$"):
+    with pytest.raises(ValueError, match=r"^Decoder: heads must be at least 1, got 0$"):
         Decoder(dim=24, depth=1, heads=0)
 
 

@@ -1,348 +1,768 @@
-"""Cached calls and sampling (SPEC 10): the cache equals one call for any split, `generate` does what it says."""
+"""Cached calls, sampling and filters (SPEC 10, 13.8-13.10)."""
 
+import itertools
 import math
 
 import golden
+import hypothesis
 import oracle
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_model import golden_model, largest, small
 
 import andromeda.model
-from andromeda.generation import Cache, generate, min_p, top_k, top_p
+from andromeda import Andromeda
+from andromeda.generation import Cache, min_p, top_k, top_p
 
-MODEL_FLAGS = st.fixed_dictionaries(
-    {
-        "use_abs_pos_emb": st.booleans(),
-        "alibi_pos_bias": st.booleans(),
-        "rotary_xpos": st.booleans(),
-        "deepnorm": st.booleans(),
-        "shift_tokens": st.integers(0, 3),
-        "attn_one_kv_head": st.booleans(),
-        "qk_norm": st.booleans(),
-        "attn_qk_norm_dim_scale": st.booleans(),
-        "heads": st.integers(1, 3),
-        "alibi_num_heads": st.sampled_from([None, 0, 1]),
-        "depth": st.integers(1, 2),
-    }
-)
+V = oracle.SMALL["num_tokens"]
+INF = math.inf
+
+# Largest difference between cached and whole calls. The golden decode rows are float64 results rounded to float32, or
+# those of the oracle in float32, whose own error is below 1e-6.
+SPLIT = 1e-10
+DECODE = {torch.float64: 1e-6, torch.float32: 2e-5, torch.bfloat16: 5e-2}
 
 
-def split_calls(model, tokens, lengths, key_start=None) -> torch.Tensor:
-    """Logits of consecutive cached calls of the given lengths."""
-    cache, logits, begin = Cache(), [], 0
+def build(seed=0, **arguments) -> Andromeda:
+    """A float64 model whose parameters are all off their initial values."""
+    torch.manual_seed(seed)
+    model = Andromeda(**(oracle.SMALL | arguments)).double()
+    oracle.perturb(model)
+    return model
+
+
+def largest(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a.double() - b.double()).abs().max().item()
+
+
+@torch.no_grad()
+def in_pieces(model, tokens, lengths, key_start=None) -> torch.Tensor:
+    """Logits of consecutive calls on pieces of these lengths, concatenated."""
+    cache = Cache()
+    logits, start = [], 0
     for length in lengths:
-        end = begin + length
-        start = None if key_start is None else key_start[:, begin:end]
-        with torch.no_grad():
-            logits.append(model(tokens[:, begin:end], cache=cache, key_start=start))
-        begin = end
-    assert begin == tokens.shape[1] == cache.position
+        piece = None if key_start is None else key_start[:, start : start + length]
+        logits.append(model(tokens[:, start : start + length], cache=cache, key_start=piece))
+        start += length
+        assert cache.position == cache.length == start
+    assert start == tokens.shape[1]
     return torch.cat(logits, dim=1)
 
 
-# ---- the cache
+FLAGS = {
+    "defaults": {},
+    "prenorm": dict(deepnorm=False, depth=2),
+    "plain": dict(alibi_pos_bias=False, rotary_xpos=False, qk_norm=False, shift_tokens=0),
+    "no_shift": dict(shift_tokens=0, heads=3, alibi_num_heads=3),
+    "multi_head": dict(attn_one_kv_head=False, attn_qk_norm_dim_scale=False, shift_tokens=2),
+    "absolute": dict(use_abs_pos_emb=True),
+    "shift_three": dict(shift_tokens=3, depth=2, dim=25),
+}
+with_flags = pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+
+switches = st.fixed_dictionaries(
+    dict(max_seq_len=st.just(60))
+    | dict.fromkeys(
+        ("use_abs_pos_emb", "alibi_pos_bias", "rotary_xpos", "deepnorm", "attn_one_kv_head", "qk_norm", "attn_flash",
+         "attn_qk_norm_dim_scale"),
+        st.booleans(),
+    )
+    | dict(shift_tokens=st.integers(0, 3), depth=st.integers(1, 2), alibi_num_heads=st.sampled_from((0, 1, 3, None)))
+)  # fmt: skip
+splits = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 
 
-@settings(max_examples=60)
-@given(flags=MODEL_FLAGS, lengths=st.lists(st.integers(1, 9), min_size=1, max_size=8), seed=st.integers(0, 99))
-def test_any_split_equals_one_call(flags, lengths, seed):
-    torch.manual_seed(seed)
-    model = small(**flags, max_seq_len=80).double()
-    oracle.perturb(model)
-    tokens = torch.randint(23, (2, sum(lengths)))
-    assert largest(split_calls(model, tokens, lengths), model(tokens)) <= 1e-10
+# ---- golden data
 
 
-@settings(max_examples=30)
-@given(flags=MODEL_FLAGS, lengths=st.lists(st.integers(1, 6), min_size=2, max_size=6), seed=st.integers(0, 99))
-def test_any_split_of_padded_rows(flags, lengths, seed):
-    """Left-padded rows in one batch, prefilled and continued in any pieces, each equal to the row alone."""
-    torch.manual_seed(seed)
-    model = small(**flags, max_seq_len=80).double()
-    oracle.perturb(model)
-    n = sum(lengths)
-    padding = [0, seed % lengths[0]]
-    tokens = torch.randint(23, (2, n))
-    key_start = torch.tensor(padding, dtype=torch.int32)[:, None].expand(2, n)
-    logits = split_calls(model, tokens, lengths, key_start)
-    for row, pad in enumerate(padding):
-        assert largest(logits[row, pad:], model(tokens[row : row + 1, pad:])[0]) <= 1e-10
-
-
-@settings(max_examples=15)
-@given(lengths=st.lists(st.integers(1, 40), min_size=2, max_size=6), length=st.sampled_from([16, 23]))
-def test_any_split_across_segments(lengths, length):
-    """The stored keys follow the xPos origin from segment to segment."""
-    with pytest.MonkeyPatch.context() as patch:
-        model = small(depth=2).double()
-        oracle.perturb(model)
-        tokens = torch.randint(23, (2, sum(lengths)))
-        whole = model(tokens)
-        patch.setattr(andromeda.model, "segment_length", lambda dtype: length)
-        assert largest(split_calls(model, tokens, lengths), whole) <= 1e-10
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_split_in_working_precision(dtype):
-    model = small(depth=2, dim=32, dim_head=16).to(dtype)
-    exact = small(depth=2, dim=32, dim_head=16).double()
-    exact.load_state_dict(model.state_dict())
-    tokens = torch.randint(23, (2, 300))
-    error = (split_calls(model, tokens, [200, 1, 1, 97, 1]).double() - exact(tokens)).abs()
-    limits = (2e-5, 2e-5) if dtype == torch.float32 else (5e-2, 1e-2)
-    assert error.max() <= limits[0] and error.mean() <= limits[1]
-
-
+@pytest.mark.parametrize("dtype", DECODE, ids=str)
 @pytest.mark.parametrize("name", golden.CASES)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_golden_decode(name, dtype):
-    model, description, tensors = golden_model(name, dtype)
-    tokens, prefill = tensors["tokens"], description["decode"]["prefill"]
-    # The stored rows are float64 results rounded to float32, or the oracle's own cache in float32.
-    limit = 2e-5 if dtype == torch.float32 else 1e-6
-    lengths = [prefill] + [1] * (tokens.shape[1] - prefill)
-    logits = split_calls(model, tokens, lengths)
-    assert largest(logits[:, -tensors["decode/logits"].shape[1] :], tensors["decode/logits"]) <= limit
-    assert largest(logits, model(tokens)) <= (2e-5 if dtype == torch.float32 else 1e-10)
+    """A prompt, then one token at a time."""
+    model, description, tensors = golden.model(name, dtype)
+    prefill, steps = description["decode"]["prefill"], description["decode"]["steps"]
+    logits = in_pieces(model, tensors["tokens"], (prefill, *[1] * steps))
+    error = (logits[:, prefill:].double() - tensors["decode/logits"].double()).abs()
+    assert error.max() <= DECODE[dtype]
+    if dtype == torch.float64:
+        assert largest(logits, tensors["logits_f64"]) <= SPLIT
 
 
+@pytest.mark.parametrize("cache_kv", (True, False), ids=("cached", "recomputed"))
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
 @pytest.mark.parametrize("name", golden.CASES)
-@pytest.mark.parametrize("cache_kv", [True, False])
-def test_golden_greedy(name, cache_kv):
-    model, description, tensors = golden_model(name, torch.float32)
-    expected = tensors["greedy/tokens"]
+def test_golden_greedy(name, dtype, cache_kv):
+    model, description, tensors = golden.model(name, dtype)
     prompt = tensors["tokens"][:, : description["greedy"]["prompt_len"]]
-    assert torch.equal(model.generate(prompt, expected.shape[1], temperature=0, cache_kv=cache_kv), expected)
+    expected = tensors["greedy/tokens"]
+    new = model.generate(prompt, expected.shape[1], temperature=0, cache_kv=cache_kv)
+    assert torch.equal(new, expected)
 
 
+@pytest.mark.parametrize(
+    ("tensor", "function", "arguments"),
+    [("top_k_default", top_k, {}), ("top_k_5", top_k, {"k": 5}), ("top_p_0.9", top_p, {}), ("min_p_0.1", min_p, {})],
+    ids=("top_k_default", "top_k_5", "top_p", "min_p"),
+)
 @pytest.mark.parametrize("name", golden.CASES)
-def test_golden_filters(name):
+def test_golden_filters(name, tensor, function, arguments):
     _, tensors = golden.load(name)
-    last = tensors["logits"][:, -1]
-    assert torch.equal(top_k(last), tensors["filters/top_k_default"])
-    assert torch.equal(top_k(last, k=5), tensors["filters/top_k_5"])
-    assert torch.equal(top_p(last, thres=0.9), tensors["filters/top_p_0.9"])
-    assert torch.equal(min_p(last, min_p=0.1), tensors["filters/min_p_0.1"])
+    assert torch.equal(function(tensors["logits"][:, -1], **arguments), tensors[f"filters/{tensor}"])
 
 
-def test_reorder_moves_every_piece_of_state():
-    model = small(depth=2, shift_tokens=2).double()
-    tokens = torch.randint(23, (3, 9))
-    order = torch.tensor([2, 0, 0, 1])
+# ---- any split of a sequence is one call
+
+
+@hypothesis.given(flags=switches, lengths=splits, batch=st.integers(1, 3), seed=st.integers(0, 99))
+@hypothesis.settings(max_examples=60)
+def test_any_split(flags, lengths, batch, seed):
+    model = build(seed, heads=3, **flags)
+    tokens = torch.randint(V, (batch, sum(lengths)))
+    assert largest(in_pieces(model, tokens, lengths), model(tokens)) <= SPLIT
+
+
+@hypothesis.given(flags=switches, lengths=splits, padding=st.lists(st.integers(0, 20), min_size=1, max_size=3))
+@hypothesis.settings(max_examples=40)
+def test_any_split_with_left_padding(flags, lengths, padding):
+    """Each row gives what it gives alone, whatever the padded ids are and wherever the calls begin."""
+    model = build(heads=3, **flags)
+    total = sum(lengths)
+    padding = torch.tensor(padding).clamp_max(total - 1)
+    tokens = torch.randint(V, (len(padding), total))
+    key_start = padding[:, None].expand(-1, total).to(torch.int32)
+    logits = in_pieces(model, tokens, lengths, key_start)
+    for row, padded in enumerate(padding.tolist()):
+        assert largest(logits[row, padded:], model(tokens[row, padded:])[0]) <= SPLIT
+
+
+@with_flags
+def test_padding_is_passed_once(flags):
+    """Later calls go on with the key_start of the prompt."""
+    model = build(**flags)
+    tokens = torch.randint(V, (2, 12))
+    key_start = torch.tensor([[0], [4]], dtype=torch.int32)
     cache = Cache()
     with torch.no_grad():
-        model(tokens[:, :6], cache=cache, key_start=torch.tensor([[0], [2], [3]], dtype=torch.int32).expand(3, 6))
-        cache.reorder(order)
-        out = model(tokens[order, 6:], cache=cache)
-    start = torch.tensor([[0], [2], [3]], dtype=torch.int32).expand(3, 9)
-    assert largest(out, model(tokens, key_start=start)[order, 6:]) <= 1e-12
+        model(tokens[:, :7], cache=cache, key_start=key_start.expand(2, 7))
+        logits = torch.cat([model(tokens[:, t : t + 1], cache=cache) for t in range(7, 12)], dim=1)
+    assert largest(logits[0], model(tokens[0])[0, 7:]) <= SPLIT
+    assert largest(logits[1], model(tokens[1, 4:])[0, 3:]) <= SPLIT
 
 
-def test_failed_call_leaves_the_cache():
-    model = small(depth=2).double()
-    tokens = torch.randint(23, (1, 9))
+@with_flags
+@pytest.mark.parametrize("lengths", ((9, 9, 9), (1, 25, 1), (20, 1, 6)), ids=str)
+def test_packed_documents_in_pieces(flags, lengths):
+    model = build(**flags)
+    tokens = torch.randint(V, (1, 27))
+    ends = (0, 8, 10, 27)
+    key_start = torch.cat([torch.full((1, b - a), a, dtype=torch.int32) for a, b in itertools.pairwise(ends)], dim=1)
+    apart = torch.cat([model(tokens[:, a:b]) for a, b in itertools.pairwise(ends)], dim=1)
+    assert largest(in_pieces(model, tokens, lengths, key_start), apart) <= SPLIT
+
+
+@pytest.mark.parametrize("flags", (FLAGS["defaults"], FLAGS["prenorm"], FLAGS["multi_head"]), ids=str)
+@pytest.mark.parametrize(
+    "lengths", ((50, 50), (15, 1, 1, 1, 82), (16, 84), (1,) * 100, (70, 1, 29)), ids=lambda lengths: str(lengths[:6])
+)
+def test_segments_of_positions(flags, lengths, monkeypatch):
+    """Calls that begin, end and lie across the places where the xPos origin moves."""
+    model = build(**flags)
+    tokens = torch.randint(V, (2, 100))
+    whole = model(tokens)
+    monkeypatch.setattr(andromeda.model, "segment_length", lambda dtype: 16)
+    assert largest(in_pieces(model, tokens, lengths), whole) <= SPLIT
+
+
+def test_segments_with_left_padding(monkeypatch):
+    model = build()
+    tokens = torch.randint(V, (1, 60))
+    alone = model(tokens[:, 23:])
+    monkeypatch.setattr(andromeda.model, "segment_length", lambda dtype: 16)
+    key_start = torch.full((1, 60), 23, dtype=torch.int32)
+    for lengths in ((60,), (20, 20, 20), (30, *[1] * 30)):
+        assert largest(in_pieces(model, tokens, lengths, key_start)[:, 23:], alone) <= SPLIT
+
+
+def test_far_keys_underflow_harmlessly():
+    """In float32, beyond the real segment length: cached keys are rescaled where the whole call rotates anew."""
+    torch.manual_seed(0)
+    model = Andromeda(**(oracle.SMALL | dict(dim=16, alibi_pos_bias=False, shift_tokens=0)))
+    oracle.perturb(model)
+    tokens = torch.randint(V, (1, 8300))
+    with torch.no_grad():
+        whole = model(tokens, logits_to_keep=150)
+        cache = Cache()
+        model(tokens[:, :8150], cache=cache, logits_to_keep=1)
+        pieces = [model(tokens[:, t : t + 30], cache=cache) for t in range(8150, 8300, 30)]
+        exact = model.double()(tokens, logits_to_keep=150)
+    assert largest(torch.cat(pieces, dim=1), exact) <= 2e-5
+    assert largest(whole, exact) <= 2e-5
+
+
+# ---- reordering
+
+
+@hypothesis.given(flags=switches, index=st.lists(st.integers(0, 2), min_size=1, max_size=4))
+@hypothesis.settings(max_examples=25)
+def test_reorder(flags, index):
+    """Keys, values, shift rows and padding move together; the batch may grow and shrink."""
+    model = build(heads=3, **flags)
+    tokens, more = torch.randint(V, (3, 9)), torch.randint(V, (len(index), 5))
+    padding = torch.tensor([0, 2, 5], dtype=torch.int32)
+    index = torch.tensor(index)
     cache = Cache()
     with torch.no_grad():
-        model(tokens[:, :5], cache=cache)
-        with pytest.raises(ValueError, match="batch"):
-            model(tokens[:, 5:].repeat(2, 1), cache=cache)
-        with pytest.raises(ValueError, match="vocabulary"):
-            model([[99]], cache=cache)
-        out = model(tokens[:, 5:], cache=cache)
-    assert largest(out, model(tokens)[:, 5:]) <= 1e-12
+        model(tokens, cache=cache, key_start=padding[:, None].expand(3, 9))
+        cache.reorder(index)
+        logits = torch.cat([model(more[:, :1], cache=cache), model(more[:, 1:], cache=cache)], dim=1)
+    for row, source in enumerate(index.tolist()):
+        alone = torch.cat((tokens[source, padding[source] :], more[row]))
+        assert largest(logits[row], model(alone)[0, -5:]) <= SPLIT
 
 
-def test_cache_refuses_gradients():
-    with pytest.raises(ValueError, match=r"cache must be None where gradients are recorded.*no_grad"):
-        small()([1, 2], cache=Cache())
+def test_reorder_before_the_first_call():
+    cache = Cache()
+    cache.reorder(torch.tensor([0, 0]))
+    assert cache.position == 0
+
+
+# ---- the window
+
+
+@with_flags
+def test_keep_last_hides_older_keys(flags):
+    """After keep_last(w) a query sees w earlier tokens and itself: the whole call with such a sliding window.
+
+    One attention layer, because deeper ones keep what older tokens left in younger ones (SPEC 10.4).
+    """
+    flags = flags | dict(depth=1, use_abs_pos_emb=False, shift_tokens=0)
+    model = build(**flags)
+    tokens, window = torch.randint(V, (2, 40)), 7
+    cache = Cache()
+    logits = []
+    with torch.no_grad():
+        for t in range(40):
+            cache.keep_last(window - 1)
+            logits.append(model(tokens[:, t : t + 1], cache=cache))
+    assert (cache.position, cache.length) == (40, window)
+    key_start = (torch.arange(40, dtype=torch.int32) - window + 1).clamp_min(0).expand(2, 40)
+    assert largest(torch.cat(logits, dim=1), model(tokens, key_start=key_start)) <= SPLIT
+
+
+@pytest.mark.parametrize("segment", (16, 8192))
+def test_the_window_moves_across_segments(segment, monkeypatch):
+    """Forgetting keys while origins move changes nothing but what is forgotten."""
+    monkeypatch.setattr(andromeda.model, "segment_length", lambda dtype: segment)
+    model = build(shift_tokens=0)
+    tokens = torch.randint(V, (1, 90))
+    ends = (0, 11, 12, 13, 31, 33, 50, 90)
+    cache, logits = Cache(), []
+    with torch.no_grad():
+        for start, stop in itertools.pairwise(ends):
+            cache.keep_last(9)
+            logits.append(model(tokens[:, start:stop], cache=cache))
+    begin = torch.cat([torch.full((1, b - a), max(0, a - 9)) for a, b in itertools.pairwise(ends)], dim=1)
+    # All queries of a piece see the nine tokens before it.
+    assert largest(torch.cat(logits, dim=1), model(tokens, key_start=begin)) <= SPLIT
+
+
+def test_memory_of_a_window_is_bounded():
+    """A cache that forgets does not grow, and forgetting more than there is is nothing."""
+    model = build(shift_tokens=2)
+    cache = Cache(capacity=10)
+    cache.keep_last(3)
+    with torch.no_grad():
+        for _ in range(200):
+            cache.keep_last(9)
+            model([[1]], cache=cache)
+    assert (cache.position, cache.length) == (200, 10)
+    stored = sum(store.keys.numel() + store.values.numel() for store in cache._attention.values())
+    assert stored <= 2 * 20 * 8  # two tensors of at most twice the window, one key head of width 8
+
+
+# ---- what a cache refuses
+
+
+def test_a_failed_call_changes_nothing():
+    model = build(use_abs_pos_emb=True, max_seq_len=12)
+    tokens = torch.randint(V, (1, 12))
+    cache = Cache()
+    with torch.no_grad():
+        model(tokens[:, :8], cache=cache)
+        with pytest.raises(ValueError, match=r"max_seq_len=12.*position 12"):
+            model(tokens[:, :5], cache=cache)
+        with pytest.raises(ValueError, match=f"got {V}"):
+            model([[V]], cache=cache)
+        assert cache.position == 8
+        rest = model(tokens[:, 8:], cache=cache)
+    assert largest(rest, model(tokens)[:, 8:]) <= SPLIT
+
+
+@pytest.mark.parametrize("segment", (8, 8192))
+def test_an_interrupted_call_changes_nothing(segment, monkeypatch):
+    """The last sub-layer fails after the first has written keys and shift rows, and moved the xPos origin."""
+
+    def fail(module, arguments):
+        raise MemoryError("out of memory")
+
+    model = build(depth=2, shift_tokens=2)
+    tokens = torch.randint(V, (1, 20))
+    whole = model(tokens)
+    monkeypatch.setattr(andromeda.model, "segment_length", lambda dtype: segment)
+    cache = Cache()
+    with torch.no_grad():
+        model(tokens[:, :8], cache=cache)
+        failure = model.transformer.attn_layers.layers[3].fn.register_forward_pre_hook(fail)
+        with pytest.raises(MemoryError):
+            model(torch.randint(V, (1, 9)), cache=cache)
+        failure.remove()
+        rest = [model(tokens[:, 8:9], cache=cache), model(tokens[:, 9:], cache=cache)]
+    assert largest(torch.cat(rest, dim=1), whole[:, 8:]) <= SPLIT
+
+
+def test_another_batch_is_refused():
+    model = build()
+    cache = Cache()
+    with torch.no_grad():
+        model([[1, 2]], cache=cache)
+        with pytest.raises(ValueError, match=r"^Cache: batch must .* 1, got 2$"):
+            model([[1], [2]], cache=cache)
+
+
+@pytest.mark.parametrize("shift_tokens", (0, 1))
+def test_another_dtype_is_refused(shift_tokens):
+    model = build(shift_tokens=shift_tokens)
+    cache = Cache()
+    with torch.no_grad():
+        model([[1, 2]], cache=cache)
+        with pytest.raises(TypeError, match=r"^Cache: .*dtype of earlier calls, torch\.float64, got torch\.float32$"):
+            model.float()([[1]], cache=cache)
+
+
+def test_training_with_a_cache_is_refused():
+    model = build()
+    with pytest.raises(ValueError, match=r"cache must be None where gradients are recorded"):
+        model([[1, 2]], cache=Cache())
+    with pytest.raises(ValueError, match=r"cache and logits_to_keep must be left out with return_loss=True"):
+        model([[1, 2]], return_loss=True, cache=Cache())
+    model.requires_grad_(False)
+    assert not model([[1, 2]], cache=Cache()).requires_grad
+
+
+def test_caches_work_in_and_out_of_inference_mode():
+    model = build()
+    cache = Cache()
+    tokens = torch.randint(V, (1, 9))
+    with torch.inference_mode():
+        model(tokens[:, :4], cache=cache)
+    with torch.no_grad():
+        rest = model(tokens[:, 4:], cache=cache)
+    assert largest(rest, model(tokens)[:, 4:]) <= SPLIT
+
+
+def test_logits_to_keep():
+    model = build()
+    tokens = torch.randint(V, (2, 9))
+    assert torch.equal(model(tokens, logits_to_keep=2), model(tokens)[:, -2:])
 
 
 # ---- generate
 
 
-def greedy(model, row, count, window) -> list[int]:
-    """Arg-max continuation by the plain forward pass on the last `window` tokens."""
-    row = list(row)
-    for _ in range(count):
-        row.append(int(model([row[-window:]])[0, -1].argmax()))
-    return row[-count:]
+def greedy(model, prompt: list[int], steps: int, window: int | None = None) -> list[int]:
+    """Arg-max of recomputing everything for each token."""
+    tokens = list(prompt)
+    for _ in range(steps):
+        seen = tokens if window is None else tokens[-window:]
+        tokens.append(model(seen)[0, -1].argmax().item())
+    return tokens[len(prompt) :]
 
 
-@pytest.mark.parametrize("use_abs_pos_emb", [False, True])
-def test_greedy_is_recomputation(use_abs_pos_emb):
-    model = small(depth=2, use_abs_pos_emb=use_abs_pos_emb).double()
-    prompt = torch.randint(23, (7,))
-    expected = greedy(model, prompt.tolist(), 12, 48)
-    assert model.generate(prompt, 12, temperature=0).tolist() == expected
-    assert model.generate(prompt.tolist(), 12, temperature=0, cache_kv=False).tolist() == expected
+@with_flags
+@pytest.mark.parametrize("cache_kv", (True, False), ids=("cached", "recomputed"))
+def test_greedy(flags, cache_kv):
+    model = build(**flags)
+    prompts = torch.randint(V, (3, 6))
+    new = model.generate(prompts, 12, temperature=0, cache_kv=cache_kv)
+    assert new.dtype == torch.int64 and new.tolist() == [greedy(model, row, 12) for row in prompts.tolist()]
 
 
-def test_rows_of_different_lengths_equal_rows_alone():
-    model = small(depth=2).double()
-    rows = [[1, 2, 3, 4, 5, 6], [7], [8, 9, 10]]
-    out = model.generate(rows, 10, temperature=0)
-    assert out.shape == (3, 10)
-    for row, continuation in zip(rows, out, strict=True):
-        assert torch.equal(model.generate(row, 10, temperature=0), continuation)
-    padded = torch.tensor([[1, 2, 3, 4, 5, 6], [0, 0, 0, 0, 0, 7], [0, 0, 0, 8, 9, 10]])
-    assert torch.equal(model.generate(padded, 10, temperature=0, prompt_lengths=[6, 1, 3]), out)
+@with_flags
+@pytest.mark.parametrize("cache_kv", (True, False), ids=("cached", "recomputed"))
+def test_unequal_prompts(flags, cache_kv):
+    """Each row gives what it gives alone."""
+    model = build(**flags)
+    prompts = [[3], [5, 1, 4, 1, 5, 9, 2], [2, 6, 5]]
+    new = model.generate(prompts, 10, temperature=0, cache_kv=cache_kv)
+    assert new.tolist() == [greedy(model, row, 10) for row in prompts]
 
 
-def test_window_without_cache_is_exact():
-    model = small(max_seq_len=6).double()
-    prompt = torch.randint(23, (9,))
-    assert model.generate(prompt, 8, temperature=0, cache_kv=False).tolist() == greedy(model, prompt.tolist(), 8, 6)
+def test_unequal_prompts_as_a_tensor():
+    model = build()
+    padded = torch.tensor([[9, 9, 9, 3], [5, 1, 4, 1]])
+    for lengths in ([1, 4], torch.tensor([1, 4])):
+        new = model.generate(padded, 8, temperature=0, prompt_lengths=lengths)
+        assert new.tolist() == [greedy(model, [3], 8), greedy(model, [5, 1, 4, 1], 8)]
 
 
-def test_window_with_cache_drops_the_oldest():
-    """One layer: dropped keys are the only difference, and a window of M keys sees M - 1 stored ones and its own."""
-    model = small(max_seq_len=6, shift_tokens=0, depth=1).double()
-    prompt = torch.randint(23, (4,))
-    assert torch.equal(
-        model.generate(prompt, 14, temperature=0), model.generate(prompt, 14, temperature=0, cache_kv=False)
-    )
+@pytest.mark.parametrize(("prompt_length", "steps"), ((5, 20), (14, 6)), ids=("slides", "long_prompt"))
+def test_the_window_of_generate(prompt_length, steps):
+    """Without a cache each step sees the last max_seq_len tokens; a cached run agrees until it drops some."""
+    model = build(max_seq_len=8, depth=2)
+    prompt = torch.randint(V, (prompt_length,)).tolist()
+    expected = greedy(model, prompt, steps, window=8)
+    assert model.generate(prompt, steps, temperature=0, cache_kv=False).tolist() == expected
+    inside = max(1, 8 - prompt_length + 1)
+    assert model.generate(prompt, steps, temperature=0).tolist()[:inside] == expected[:inside]
+    free = model.generate(prompt, steps, temperature=0, restrict_to_max_seq_len=False).tolist()
+    assert free == greedy(model, prompt, steps)
 
 
-def test_beyond_the_window_when_unrestricted():
-    model = small(max_seq_len=6).double()
-    prompt = torch.randint(23, (4,))
-    out = model.generate(prompt, 12, temperature=0, restrict_to_max_seq_len=False)
-    assert out.tolist() == greedy(model, prompt.tolist(), 12, 100)
+@pytest.mark.parametrize("prompt_length", (3, 8, 20))
+def test_the_window_of_a_cached_run(prompt_length):
+    """Step by step with the oldest keys dropped once max_seq_len - 1 are stored (SPEC 10.4)."""
+    model = build(max_seq_len=8, depth=2)
+    prompt = torch.randint(V, (2, prompt_length))
+    new = model.generate(prompt, 25, temperature=0)
+    cache, expected = Cache(), []
+    with torch.no_grad():
+        fed = prompt[:, -8:]
+        for _ in range(25):
+            cache.keep_last(7)
+            fed = model(fed, cache=cache)[:, -1:].argmax(-1)
+            expected.append(fed)
+    assert torch.equal(new, torch.cat(expected, dim=1))
+
+
+def test_unequal_prompts_longer_than_the_window():
+    model = build(max_seq_len=8)
+    prompts = [torch.randint(V, (length,)).tolist() for length in (3, 7, 12, 20)]
+    new = model.generate(prompts, 6, temperature=0, cache_kv=False)
+    for row, prompt in zip(new.tolist(), prompts, strict=True):
+        assert row == greedy(model, prompt, 6, window=8)
+
+
+@pytest.mark.parametrize("form", ("list", "tuple", "tensor"))
+def test_one_dimensional_prompts(form):
+    model = build()
+    prompt = {"list": [3, 1, 4], "tuple": (3, 1, 4), "tensor": torch.tensor([3, 1, 4])}[form]
+    assert model.generate(prompt, 7, temperature=0).tolist() == greedy(model, [3, 1, 4], 7)
+
+
+def test_nothing_to_generate():
+    assert build().generate([1, 2], 0).shape == (0,)
+    assert build().generate([[1, 2], [3, 4]], 0).shape == (2, 0)
+
+
+def scripted(model, rows, monkeypatch):
+    """Make the model 'prefer' the tokens of `rows` (one list per batch row), step after step."""
+    steps = iter(zip(*rows, strict=True))
+    forward = type(model.transformer).forward
+
+    def predict(self, tokens, **options):
+        logits = forward(self, tokens, **options).zero_()
+        for row, token in enumerate(next(steps)):
+            logits[row, -1, token] = 50.0
+        return logits
+
+    monkeypatch.setattr(type(model.transformer), "forward", predict)
+
+
+@pytest.mark.parametrize("temperature", (0, 1.0))
+def test_eos(temperature, monkeypatch):
+    """The first one stays, what follows is padding; the run stops when all rows have ended."""
+    model = build()
+    scripted(model, [[5, 7, 7, 9, 1, 1], [4, 4, 4, 7, 8, 8]], monkeypatch)
+    new = model.generate([[7, 1], [2, 7]], 6, eos_token=7, temperature=temperature, filter_kwargs={"k": 1})
+    assert new.tolist() == [[5, 7, 0, 0], [4, 4, 4, 7]]
+
+
+def test_eos_in_the_prompt_does_not_stop(monkeypatch):
+    model = build()
+    scripted(model, [[5, 6, 7, 8]], monkeypatch)
+    assert model.generate([7, 7, 7], 4, eos_token=7, temperature=0).tolist() == [5, 6, 7]
+
+
+def test_eos_may_be_the_padding_id(monkeypatch):
+    model = build()
+    scripted(model, [[5, 0, 3, 3], [4, 4, 4, 4]], monkeypatch)
+    assert model.generate([[0, 1], [2, 0]], 4, eos_token=0, temperature=0).tolist() == [[5, 0, 0, 0], [4, 4, 4, 4]]
+
+
+def test_eos_that_never_comes():
+    model = build()
+    expected = greedy(model, [1], 6)
+    absent = next(token for token in range(V) if token not in expected)
+    assert model.generate([1], 6, eos_token=absent, temperature=0).tolist() == expected
+
+
+def test_samples_are_repeatable():
+    model = build()
+    prompts = torch.randint(V, (2, 4))
+
+    def sample(seed):
+        torch.manual_seed(seed)
+        return model.generate(prompts, 30).tolist()
+
+    assert sample(1) == sample(1) != sample(2)
+    with_generator = [model.generate(prompts, 30, generator=torch.Generator().manual_seed(5)) for _ in range(2)]
+    assert torch.equal(*with_generator)
+
+
+def test_cached_samples_are_those_of_recomputation():
+    model = build()
+    runs = []
+    for cache_kv in (True, False):
+        torch.manual_seed(3)
+        runs.append(model.generate([[1, 2, 3], [4, 5, 6]], 20, cache_kv=cache_kv).tolist())
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("temperature", (0.5, 1, 2.0))
+def test_the_distribution_of_samples(temperature):
+    """Frequencies of a first token against softmax(filter(logits) / temperature): six standard errors."""
+    model = build(1)
+    count = 20_000
+    new = model.generate(torch.tensor([[1, 2, 3]]).expand(count, 3), 1, temperature=temperature,
+                         filter_kwargs={"k": 6})  # fmt: skip
+    frequency = torch.bincount(new[:, 0], minlength=V) / count
+    expected = (top_k(model([1, 2, 3])[:, -1], k=6) / temperature).softmax(-1)[0]
+    assert (frequency[expected == 0] == 0).all() and (expected > 0).sum() == 6
+    error = (expected * (1 - expected) / count).sqrt()
+    assert ((frequency - expected).abs() <= 6 * error).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"), [("top_k", {"k": 1}), ("top_p", {"thres": 0}), ("min_p", {"min_p": 1.0})], ids=str
+)
+def test_filters_by_name(name, arguments):
+    """At their narrowest all of them are greedy."""
+    model = build()
+    new = model.generate([1, 2], 10, filter_logits_fn=name, filter_kwargs=arguments)
+    assert new.tolist() == greedy(model, [1, 2], 10)
+
+
+def test_the_default_filter_is_top_k_of_a_tenth():
+    model = build()
+    allowed = top_k(model([1, 2, 3])[:, -1], k=3)[0].isfinite()  # ceil(0.1 * 23)
+    new = model.generate([[1, 2, 3]] * 200, 1)[:, 0]
+    assert set(new.tolist()) == set(allowed.nonzero()[:, 0].tolist())
+
+
+def test_a_filter_of_ones_own_sees_logits_before_the_temperature():
+    model = build()
+    seen = []
+
+    def only(logits, token):
+        seen.append(logits)
+        return torch.full_like(logits, -INF).index_fill(1, torch.tensor([token]), 0.0)
+
+    new = model.generate([[1, 2, 3]], 1, temperature=0.25, filter_logits_fn=only, filter_kwargs={"token": 11})
+    assert new.tolist() == [[11]]
+    assert largest(seen[0], model([1, 2, 3])[:, -1]) <= SPLIT
+
+
+def test_temperature_zero_ignores_filters():
+    def refuse(logits):
+        raise AssertionError("called")
+
+    build().generate([1], 3, temperature=0, filter_logits_fn=refuse)
+
+
+@pytest.mark.parametrize("temperature", (1e-300, 1e-9, 1e9))
+def test_extreme_temperatures(temperature):
+    model = build()
+    new = model.generate([1, 2], 10, temperature=temperature, filter_kwargs={"k": V})
+    assert ((new >= 0) & (new < V)).all()
+    if temperature < 1:
+        assert new.tolist() == greedy(model, [1, 2], 10)
+
+
+def test_tokens_are_announced():
+    heard = []
+    new = build().generate([[1], [2]], 5, temperature=0, on_token=lambda tokens: heard.append(tokens.clone()))
+    assert torch.equal(torch.stack(heard, dim=1), new)
+
+
+def test_the_filter_arguments_are_left_alone():
+    arguments = {"k": 2}
+    build().generate([1], 2, filter_kwargs=arguments)
+    assert arguments == {"k": 2}
+
+
+def test_prompts_are_left_alone():
+    prompts = torch.tensor([[1, 2, 3]])
+    build().generate(prompts, 4)
+    assert prompts.tolist() == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize("fails", (False, True), ids=("returns", "raises"))
+def test_the_mode_is_restored(fails):
+    model = build()
+    model.train()
+    model.transformer.attn_layers.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    seen = []
+
+    def watch(logits):
+        seen.append((model.transformer.training, torch.is_grad_enabled()))
+        if fails:
+            raise RuntimeError("from the filter")
+        return logits
+
+    if fails:
+        with pytest.raises(RuntimeError, match="from the filter"):
+            model.generate([1], 2, filter_logits_fn=watch)
+    else:
+        model.generate([1], 2, filter_logits_fn=watch)
+    assert set(seen) == {(False, False)}
+    assert [module.training for module in model.modules()] == modes and torch.is_grad_enabled()
 
 
 def test_absolute_positions_end():
-    model = small(max_seq_len=8, use_abs_pos_emb=True)
-    assert model.generate([1, 2, 3], 6, temperature=0).shape == (6,)
-    with pytest.raises(ValueError, match=r"max_seq_len=8.*cache_kv=False"):
-        model.generate([1, 2, 3], 7, temperature=0)
-    assert model.generate([1, 2, 3], 20, temperature=0, cache_kv=False).shape == (20,)
+    model = build(use_abs_pos_emb=True, max_seq_len=8)
+    assert model.generate([1] * 5, 4, temperature=0).shape == (4,)
+    with pytest.raises(
+        ValueError, match=r"^generate: seq_len must .*max_seq_len=8.*prompt of 5 and seq_len=5.*cache_kv=False"
+    ):
+        model.generate([1] * 5, 5)
+    with pytest.raises(ValueError, match=r"seq_len=5.*restrict_to_max_seq_len=True"):
+        model.generate([1] * 5, 5, cache_kv=False, restrict_to_max_seq_len=False)
+    prompt = torch.randint(V, (5,)).tolist()
+    assert model.generate(prompt, 12, temperature=0, cache_kv=False).tolist() == greedy(model, prompt, 12, window=8)
 
 
-def test_eos_ends_rows():
-    model = small().double()
-    tokens = torch.randint(23, (4, 5))
-    free = model.generate(tokens, 12, temperature=0)
-    eos = int(free[0, 3])
-    out = model.generate(tokens, 12, temperature=0, eos_token=eos)
-    for row, expected in zip(out.tolist(), free.tolist(), strict=True):
-        if eos in expected:
-            end = expected.index(eos) + 1
-            expected = expected[:end] + [0] * (12 - end)
-        assert row == expected[: len(row)] and not any(expected[len(row) :])
+SIX = torch.ones(2, 3, dtype=torch.int64)
+WRONG = {
+    "seq_len_negative": (dict(seq_len=-1), ValueError, "seq_len must not be negative, got -1"),
+    "seq_len_float": (dict(seq_len=2.5), TypeError, "seq_len must be an int, got 2.5"),
+    "seq_len_bool": (dict(seq_len=True), TypeError, "seq_len must be an int, got True"),
+    "temperature_negative": (dict(temperature=-0.5), ValueError, "temperature must be .*, got -0.5"),
+    "temperature_infinite": (dict(temperature=INF), ValueError, "temperature must be .*, got inf"),
+    "temperature_nan": (dict(temperature=math.nan), ValueError, "temperature must be .*, got nan"),
+    "temperature_text": (dict(temperature="hot"), TypeError, "temperature must be a number, got 'hot'"),
+    "filter_unknown": (dict(filter_logits_fn="top_a"), ValueError, "filter_logits_fn must be 'top_k'.*got 'top_a'"),
+    "filter_number": (dict(filter_logits_fn=3), TypeError, "filter_logits_fn must be .*got 3"),
+    "eos_too_large": (dict(eos_token=V), ValueError, f"eos_token must be .*{V}, got {V}"),
+    "eos_negative": (dict(eos_token=-1), ValueError, "eos_token must not be negative, got -1"),
+    "eos_float": (dict(eos_token=1.0), TypeError, "eos_token must be an int, got 1.0"),
+    "prompt_empty": (dict(prompts=[]), ValueError, "at least one token"),
+    "prompt_row_empty": (dict(prompts=[[1], []]), ValueError, "at least one token.* row 1"),
+    "prompt_too_large": (dict(prompts=[[1], [2, V]]), ValueError, f"got {V} at row 1, position 1"),
+    "prompt_text": (dict(prompts="hello"), TypeError, "got str"),
+    "prompt_floats": (dict(prompts=torch.ones(1, 2)), TypeError, "got float32"),
+    "lengths_for_lists": (dict(prompts=[[1], [2]], prompt_lengths=[1, 1]), ValueError, "prompt_lengths must be None"),
+    "lengths_short": (dict(prompts=SIX, prompt_lengths=[1]), ValueError, "2 ints, one per row"),
+    "lengths_zero": (dict(prompts=SIX, prompt_lengths=[0, 3]), ValueError, r"1 and 3, got \[0, 3\]"),
+    "lengths_long": (dict(prompts=SIX, prompt_lengths=[2, 4]), ValueError, r"1 and 3, got \[2, 4\]"),
+}  # fmt: skip
 
 
-def test_eos_in_the_prompt_does_not_stop():
-    """SPEC 13.8: only generated tokens count."""
-    model = small().double()
-    free = model.generate([5, 6, 7], 6, temperature=0)
-    eos = next(token for token in range(23) if token not in free.tolist())
-    assert torch.equal(model.generate([eos, 6, 7], 6, temperature=0, eos_token=eos)[:1],
-                       model.generate([eos, 6, 7], 6, temperature=0)[:1])  # fmt: skip
-    assert model.generate([eos, 6, 7], 6, temperature=0, eos_token=eos).shape[0] > 1
+@pytest.mark.parametrize(("arguments", "error", "match"), WRONG.values(), ids=WRONG)
+def test_wrong_arguments(arguments, error, match):
+    with pytest.raises(error, match=f"^generate: .*{match}"):
+        build().generate(**(dict(prompts=[1, 2], seq_len=2) | arguments))
 
 
-def test_sampling_is_repeatable_and_filtered():
-    model = small()
-    prompt = torch.randint(23, (2, 5))
-    draws = [model.generate(prompt, 6, generator=torch.Generator().manual_seed(3)) for _ in range(2)]
-    assert torch.equal(*draws)
-    one = model.generate(prompt, 6, filter_logits_fn="top_k", filter_kwargs={"k": 1})
-    assert torch.equal(one, model.generate(prompt, 6, temperature=0))
-    assert torch.equal(model.generate(prompt, 6, temperature=1e-6), one)
-    custom = model.generate(
-        prompt, 6, filter_logits_fn=lambda logits, keep: top_k(logits, keep), filter_kwargs={"keep": 1}
-    )
-    assert torch.equal(custom, one)
+def test_misspelt_keywords():
+    with pytest.raises(TypeError, match="temprature"):
+        build().generate([1], 2, temprature=1.0)
+    with pytest.raises(TypeError, match="kk"):
+        build().generate([1], 2, filter_kwargs={"kk": 1})
 
 
-def test_sampling_follows_the_distribution():
-    """The filter sees logits, the temperature comes after it; frequencies of 4000 draws within five deviations."""
-    model = small()
-    prompt = torch.tensor([[4, 5]]).repeat(4000, 1)
-    draws = model.generate(prompt, 1, temperature=0.7, filter_kwargs={"k": 6})[:, 0]
-    logits = top_k(model(prompt[:1])[:, -1], k=6)[0]
-    expected = (logits / 0.7).softmax(-1).double()
-    observed = torch.bincount(draws, minlength=23) / 4000
-    assert ((observed - expected).abs() <= 5 * (expected * (1 - expected) / 4000).sqrt()).all()
+# ---- filters, against their definitions (SPEC 10.3)
 
 
-def test_mode_is_restored():
-    model = small().train()
-    model.generate([1, 2], 2)
-    assert all(module.training for module in model.modules())
-
-    def fail(logits):
-        raise RuntimeError("filter failed")
-
-    with pytest.raises(RuntimeError, match="filter failed"):
-        model.generate([1, 2], 2, filter_logits_fn=fail)
-    assert all(module.training for module in model.modules())
+def kept(filtered: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Which entries are left; the others must be -inf, and these as they were."""
+    left = filtered != -INF
+    assert torch.equal(filtered[left], logits[left])
+    return left
 
 
-def test_streaming_and_nothing():
-    model = small()
-    seen = []
-    out = model.generate([1, 2], 4, temperature=0, on_token=lambda new: seen.append(int(new)))
-    assert seen == out.tolist()
-    assert model.generate([[1, 2]], 0).shape == (1, 0)
-    assert torch.equal(generate(model.transformer, [1, 2], 4, temperature=0), out)
+@hypothesis.given(num_tokens=st.integers(1, 40), k=st.none() | st.integers(1, 60), seed=st.integers(0, 999))
+def test_top_k(num_tokens, k, seed):
+    torch.manual_seed(seed)
+    logits = torch.randn(3, num_tokens)
+    left = kept(top_k(logits) if k is None else top_k(logits, k=k), logits)
+    count = min(num_tokens, math.ceil(0.1 * num_tokens) if k is None else k)
+    assert (left.sum(1) == count).all()
+    for row, mask in zip(logits, left, strict=True):
+        assert mask.all() or row[mask].min() >= row[~mask].max()
+
+
+def test_top_k_keeps_k_of_equal_logits():
+    assert kept(top_k(torch.zeros(2, 9), k=4), torch.zeros(2, 9)).sum(1).tolist() == [4, 4]
+    assert kept(top_k(torch.zeros(1, 20), frac_num_tokens=0.5), torch.zeros(1, 20)).sum() == 10
+
+
+@hypothesis.given(num_tokens=st.integers(1, 40), thres=st.floats(0, 1), seed=st.integers(0, 999))
+def test_top_p(num_tokens, thres, seed):
+    """An entry goes when the probability of those before it already exceeds thres; sums in exact order, float64."""
+    torch.manual_seed(seed)
+    logits = 3 * torch.randn(3, num_tokens, dtype=torch.float64)
+    left = kept(top_p(logits, thres=thres), logits)
+    for row, mask in zip(logits, left, strict=True):
+        before = 0.0
+        probability = row.softmax(0)
+        for index in row.argsort(descending=True).tolist():
+            if abs(before - thres) > 1e-12:
+                assert mask[index] == (before == 0 or before <= thres)
+            before += probability[index].item()
+
+
+def test_top_p_at_its_ends():
+    logits = torch.tensor([[1.0, 3.0, 2.0], [0.0, 0.0, 0.0]])
+    assert kept(top_p(logits, thres=0), logits).sum(1).tolist() == [1, 1]
+    assert kept(top_p(logits, thres=0), logits)[0].tolist() == [False, True, False]
+    assert kept(top_p(logits, thres=1), logits).all()
+    spread = torch.tensor([[50.0, 0.0, 0.0]])
+    assert kept(top_p(spread, thres=0.9), spread).tolist() == [[True, False, False]]
+    # Halves and quarters are exact: 1/2 is not more than thres, 3/4 is.
+    exact = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
+    assert kept(top_p(exact, thres=0.6), exact).tolist() == [[True, True, False, False]]
+
+
+@hypothesis.given(num_tokens=st.integers(1, 40), least=st.floats(0, 1), seed=st.integers(0, 999))
+def test_min_p(num_tokens, least, seed):
+    torch.manual_seed(seed)
+    logits = 3 * torch.randn(3, num_tokens, dtype=torch.float64)
+    left = kept(min_p(logits, min_p=least), logits)
+    relative = (logits - logits.amax(1, keepdim=True)).exp()
+    clear = (relative - least).abs() > 1e-12
+    assert torch.equal(left[clear], (relative >= least)[clear])
+    assert left.gather(1, logits.argmax(1, keepdim=True)).all()
+
+
+def test_min_p_at_its_ends():
+    logits = torch.tensor([[1.0, 3.0, 3.0, -90.0]])
+    assert kept(min_p(logits, min_p=0), logits).all()
+    assert kept(min_p(logits, min_p=1), logits).tolist() == [[False, True, True, False]]
+
+
+@pytest.mark.parametrize("function", (top_k, top_p, min_p))
+def test_filters_leave_their_argument_alone(function):
+    logits = torch.randn(2, 30)
+    before = logits.clone()
+    function(logits)
+    assert torch.equal(logits, before)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "match"),
+    ("function", "arguments", "match"),
     [
-        (dict(seq_len=-1), ValueError, "seq_len"),
-        (dict(seq_len=2.0), TypeError, "seq_len"),
-        (dict(temperature=-1), ValueError, "temperature"),
-        (dict(temperature=math.nan), ValueError, "temperature"),
-        (dict(temperature="hot"), TypeError, "temperature"),
-        (dict(filter_logits_fn="top_q"), ValueError, "'top_k', 'top_p', 'min_p'"),
-        (dict(filter_logits_fn=3), TypeError, "filter_logits_fn"),
-        (dict(eos_token=23), ValueError, "vocabulary size 23"),
-        (dict(eos_token="x"), TypeError, "eos_token"),
-        (dict(prompts=[]), ValueError, "at least one token"),
-        (dict(prompts=[[1], []]), ValueError, "empty row 1"),
-        (dict(prompts=[40]), ValueError, "40"),
-        (dict(prompts=torch.tensor([[1, 2]]), prompt_lengths=[3]), ValueError, "prompt_lengths"),
-        (dict(unknown=1), TypeError, "unknown"),
+        (top_k, {"k": 0}, "top_k: k must be .*got 0"),
+        (top_k, {"k": 2.5}, "top_k: k must be .*got 2.5"),
+        (top_k, {"frac_num_tokens": 0}, "top_k: frac_num_tokens must be .*got 0"),
+        (top_k, {"frac_num_tokens": 1.5}, "top_k: frac_num_tokens must be .*got 1.5"),
+        (top_p, {"thres": -0.1}, "top_p: thres must be .*got -0.1"),
+        (top_p, {"thres": 1.1}, "top_p: thres must be .*got 1.1"),
+        (min_p, {"min_p": 1.1}, "min_p: min_p must be .*got 1.1"),
+        (min_p, {"min_p": math.nan}, "min_p: min_p must be .*got nan"),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+    ids=str,
 )
-def test_wrong_calls(arguments, error, match):
-    with pytest.raises(error, match=match):
-        small().generate(**({"prompts": [1, 2], "seq_len": 2} | arguments))
-
-
-# ---- filters
-
-
-def test_top_k_keeps_the_largest():
-    logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]])
-    assert top_k(logits, k=2).tolist() == [[-math.inf, 3.0, 2.0, -math.inf]]
-    assert torch.equal(top_k(logits, k=9), logits)
-    assert top_k(torch.zeros(1, 25)).isfinite().sum() == 3  # ceil(0.1 * 25), ties cut to the count
-
-
-def test_top_p_keeps_until_the_threshold_is_exceeded():
-    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    assert top_p(logits, thres=0.6).isfinite().tolist() == [[True, True, False, False]]
-    assert top_p(logits, thres=0.0).isfinite().tolist() == [[True, False, False, False]]
-    assert top_p(logits, thres=1.0).isfinite().all()
-
-
-def test_min_p_is_relative_to_the_largest():
-    logits = torch.tensor([[0.6, 0.3, 0.1]]).log()
-    assert min_p(logits, min_p=0.4).isfinite().tolist() == [[True, True, False]]
-    assert min_p(logits, min_p=0.0).isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("function", "arguments"), [(top_k, dict(k=0)), (top_k, dict(frac_num_tokens=0.0)), (top_p, dict(thres=2)),
-                                (min_p, dict(min_p=-1))]
-)  # fmt: skip
-def test_filters_refuse(function, arguments):
-    with pytest.raises(ValueError, match=next(iter(arguments))):
-        function(torch.zeros(1, 4), **arguments)
+def test_wrong_filter_arguments(function, arguments, match):
+    with pytest.raises(ValueError, match=f"^{match}"):
+        function(torch.randn(1, 9), **arguments)

@@ -2,15 +2,13 @@
 //
 //   dispatch_dtype<StorageTypes>(params.dtype, [&](auto dtype) {
 //     using T = typename decltype(dtype)::type;
-//     dispatch_bool(params.causal, [&](auto causal) { launch<T, causal()>(params); });
+//     launch<T>(params);
 //   });
 //
-// Templates over the caller's own types only, and no std::string: see "instruction sets" in csrc/README.md.
+// Templates over the caller's own types only, and no std::string: see "Instruction sets" in csrc/README.md.
 #pragma once
 
-#include <cstdio>
 #include <stdexcept>
-#include <type_traits>
 
 #include "andromeda/tensor_view.h"
 
@@ -31,30 +29,10 @@ void dispatch_dtype(DType dtype, const Function& function) {
       return function(TypeTag<typename Types::Float16>{});
     case DType::kBFloat16:
       return function(TypeTag<typename Types::BFloat16>{});
-    default:
-      throw std::invalid_argument("dtype must be one of {float32, float16, bfloat16}");
+    case DType::kInt32:
+      break;
   }
-}
-
-template <typename Function>
-void dispatch_bool(bool value, const Function& function) {
-  value ? function(std::true_type{}) : function(std::false_type{});
-}
-
-// dispatch_int<32, 64, 128>("head_dim", params.head_dim, [&](auto head_dim) { launch<head_dim()>(params); });
-template <int... kValues, typename Function>
-void dispatch_int(const char* name, int value, const Function& function) {
-  const bool known = ((value == kValues && (function(std::integral_constant<int, kValues>{}), true)) || ...);
-  if (known) return;
-  char message[256];
-  int length = std::snprintf(message, sizeof message, "%s must be one of {", name);
-  const char* separator = "";
-  for (const int choice : {kValues...}) {
-    length += std::snprintf(message + length, sizeof message - length, "%s%d", separator, choice);
-    separator = ", ";
-  }
-  std::snprintf(message + length, sizeof message - length, "}, got %d", value);
-  throw std::invalid_argument(message);
+  throw std::invalid_argument("dtype must be one of {float32, float16, bfloat16}, got int32");
 }
 
 }  // namespace andromeda
