@@ -95,9 +95,9 @@ class Tokenization:
     def __init__(self, tokenizer_json: str, eos_token_id: int, num_processes: int):
         self._workers: list[_Worker] = []
         if num_processes == 1:
-            # One thread, while the caller reads, packs and writes. With two, batches are tokenised side by side and
-            # fight for the tokenizer's word cache: 10 % more processor time per token.
-            self._num_threads = 1
+            # Two threads: one batch becomes arrays, which takes the interpreter, and the last documents of it keep one
+            # core busy, while the tokenizer is at work on the next. 0.97 of the tokenizer's own rate, one thread 0.88.
+            self._num_threads = 2
             self._encode: Callable = Encoder(tokenizer_json, eos_token_id)
         else:
             self._num_threads = num_processes
