@@ -1,17 +1,26 @@
 """Attention with ALiBi on half of the heads: this library beside what torch and other packages offer.
 
-    python benchmarks/attn.py [--device cpu|cuda] [--dtype float32] [--seqlen 2048 8192]
+    python benchmarks/attn.py [--device cpu|cuda] [--dtype float32 bfloat16] [--seqlen 2048 8192] [--keys 8192 65536]
                               [--pass forward backward decode] [--quick] [--json F] [--plot F]
+    python benchmarks/attn.py --long 131072 [--heads 24]   # one forward and backward pass: time and memory
 
 Same tensors, same process, interleaved rounds. Results are compared before anything is timed. `ratio` is the baseline's
 time divided by the row's: above 1 is faster. `tflops` counts causal work that a backend may skip (benchmarks/cases.py).
+
+Each section also times what the machine can do. `of_matmul` is the row's tflops divided by those of torch's float32
+product of two 2048 x 2048 matrices, whatever the dtype of the section. `of_copy` (decode) is the row's gbps, which
+counts K, V, q and out once, divided by those of torch's `copy_` of a buffer as large as K and V together; the copy
+counts every byte twice, once read and once written, although attention only reads. Both are medians over the rounds.
+On a CPU and at the default shape the bars of benchmarks/bars.py follow the table.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 
+import bars
 import cases
 import report
 import timing
@@ -20,14 +29,17 @@ import torch
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Largest difference between two ways to compute an output of magnitude about 1, checked before timing.
 AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+MATMUL_SIDE = 2048
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    report.add_device_argument(parser)
     parser.add_argument("--dtype", choices=DTYPES, nargs="+")
-    parser.add_argument("--seqlen", type=int, nargs="+")
+    parser.add_argument("--seqlen", type=int, nargs="+", help="queries and keys of forward and backward")
+    parser.add_argument("--keys", type=int, nargs="+", help="keys of decode, which has one query")
     parser.add_argument("--pass", dest="steps", choices=("forward", "backward", "decode"), nargs="+")
+    parser.add_argument("--long", type=int, metavar="SEQLEN", help="instead: time and memory of one pass")
     parser.add_argument("--heads", type=int, default=24)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--batch", type=int, default=1)
@@ -36,22 +48,30 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     report.add_arguments(parser)
     args = parser.parse_args(argv)
     args.seqlen = args.seqlen or ([256] if args.quick else [2048, 8192])
+    args.keys = args.keys or ([256] if args.quick else [8192, 65536])
     args.steps = args.steps or ["forward", "backward", "decode"]
-    args.dtype = args.dtype or (["float32"] if args.device == "cpu" else ["bfloat16"])
+    if args.dtype is None and args.device == "cuda":
+        args.dtype = ["bfloat16"]
+    elif args.dtype is None:
+        args.dtype = ["float32"] if args.long else ["float32", "bfloat16"]
     if args.quick:
         args.rounds = 2
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU here; --device cpu runs the CPU kernels")
-    if min(args.seqlen) < 1 or args.rounds < 2:
-        parser.error("--seqlen must be at least 1 and --rounds at least 2")
+    if min(*args.seqlen, *args.keys, 1 if args.long is None else args.long) < 1 or args.rounds < 2:
+        parser.error("--seqlen, --keys and --long must be at least 1 and --rounds at least 2")
     return args
 
 
-def prepare(case: cases.AttentionCase) -> tuple[dict, list[str]]:
+def make_case(step: str, seqlen: int, dtype: str, args: argparse.Namespace) -> cases.AttentionCase:
+    return cases.AttentionCase(
+        step, seqlen, args.batch, args.heads, 1, args.head_dim, args.heads // 2, DTYPES[dtype], args.device
+    )
+
+
+def prepare(case: cases.AttentionCase, *, quick: bool) -> tuple[dict, list[str]]:
     """A function to time per contender that can run the case; what could not run, and why."""
     inputs = cases.AttentionInputs(case)
     functions, notes, expected = {}, [], None
-    for contender in cases.contenders(case):
+    for contender in cases.contenders(case, compiled=not quick):
         try:
             forward = contender.build(inputs)
             out = forward()
@@ -64,7 +84,8 @@ def prepare(case: cases.AttentionCase) -> tuple[dict, list[str]]:
 
                 function()
         except (RuntimeError, NotImplementedError, ValueError, torch.OutOfMemoryError) as error:
-            notes.append(f"{contender.name} did not run {case.step} {case.shape}: {str(error).splitlines()[0]}")
+            failed = f"{contender.name} did not run {case.step} {case.shape} {case.dtype}"
+            notes.append(f"{failed}: {str(error).splitlines()[0]}")
             continue
         if contender.exact:
             expected = out.detach() if expected is None else expected
@@ -75,54 +96,125 @@ def prepare(case: cases.AttentionCase) -> tuple[dict, list[str]]:
     return functions, notes
 
 
+def yardsticks(case: cases.AttentionCase) -> dict:
+    """What the machine can do, to be timed in the same rounds: functions by name."""
+    left, right = (torch.randn(MATMUL_SIDE, MATMUL_SIDE, device=case.device) for _ in range(2))
+    found = {bars.MATMUL: lambda: left @ right}
+    if case.step == "decode":
+        source = torch.ones(case.cache_elements, dtype=case.dtype, device=case.device)
+        target = torch.empty_like(source)
+        found[bars.COPY] = lambda: target.copy_(source)
+    return found
+
+
 def run(case: cases.AttentionCase, args: argparse.Namespace) -> tuple[list[dict], list[str]]:
     with torch.set_grad_enabled(case.step == "backward"):
-        functions, notes = prepare(case)
-        side = 256 if args.quick else 2048
-        left, right = (torch.randn(side, side, device=case.device, dtype=case.dtype) for _ in range(2))
-        functions[f"matmul {side}^3"] = lambda: left @ right
+        functions, notes = prepare(case, quick=args.quick)
+        functions |= yardsticks(case)
         timings = timing.measure(functions, device=case.device, rounds=args.rounds, budget_s=60)
         memory = {name: timing.peak_memory_mb(function, case.device) for name, function in functions.items()}
+    # Floating point operations and bytes of one call; everything that is not named here is attention.
+    product, copied = 2.0 * MATMUL_SIDE**3, 2.0 * case.cache_elements * case.dtype.itemsize
+    work = {bars.MATMUL: (product, None), bars.COPY: (None, copied)}
+    operations = {bars.MATMUL: "matmul", bars.COPY: "copy"}
     rows = []
-    baseline = timings.get(args.baseline)
     for name, measured in timings.items():
-        product = name.startswith("matmul")
-        flops = 2.0 * side**3 if product else case.flops
-        row = {
-            "op": "matmul" if product else "attention",
-            "pass": case.step,
-            "shape": case.shape,
-            "dtype": str(case.dtype).removeprefix("torch."),
-            "device": case.device,
-            "backend": name,
-            "median_ms": measured.median_ms,
-            "p20_ms": measured.p20_ms,
-            "p80_ms": measured.p80_ms,
-            "tflops": flops / measured.median_ms / 1e9,
-            "gbps": None if product else case.bytes / measured.median_ms / 1e6,
-            "ratio": None if product or baseline is None else timing.paired_ratio(baseline, measured)[0],
-            "peak_memory_mb": memory[name],
-        }
+        flops, bytes_moved = work.get(name, (case.flops, case.bytes))
+        spreads = {}
+        if name not in work:
+            columns = {
+                "ratio": (args.baseline, 1.0),
+                "of_matmul": (bars.MATMUL, case.flops / product),
+                "of_copy": (bars.COPY, case.bytes / copied),
+            }
+            spreads = {
+                column: timing.paired_ratio(timings[other], measured, scale)
+                for column, (other, scale) in columns.items()
+                if other in timings
+            }
+        row = report.make_row(
+            measured,
+            op=operations.get(name, "attention"),
+            step=case.step,
+            shape=case.shape,
+            dtype=str(case.dtype).removeprefix("torch."),
+            device=case.device,
+            backend=name,
+            flops=flops,
+            bytes_moved=bytes_moved,
+            spreads=spreads,
+            peak_memory_mb=memory[name],
+        )
         rows.append(row)
     return rows, notes
 
 
+def run_long(case: cases.AttentionCase) -> list[dict]:
+    """One forward and one backward pass with windows, with no warm-up. `workspace_mb` is the peak of a pass minus the
+    tensors it leaves behind: out and softmax_lse; dq, dk and dv."""
+    inputs = cases.AttentionInputs(case)
+    leaves = (inputs.q, inputs.k, inputs.v)
+    attend = cases.andromeda(inputs, windows=True)
+    results: dict[str, tuple[torch.Tensor, ...]] = {}
+
+    def forward() -> None:
+        results["forward"] = (attend(),)
+
+    def backward() -> None:
+        results["backward"] = torch.autograd.grad(results["forward"], leaves, inputs.dout)
+
+    rows = []
+    for step, function in (("forward", forward), ("backward", backward)):
+        this = dataclasses.replace(case, step=step)
+        measured, peak = timing.measure_once(function, case.device)
+        if not all(tensor.sum(dtype=torch.float32).isfinite() for tensor in results[step]):
+            sys.exit(f"attn.py: {step} {case.shape} gave values that are not finite")
+        kept = sum(tensor.nbytes for tensor in results[step])
+        if step == "forward":
+            kept += 4 * case.batch * case.num_heads * case.seqlen  # softmax_lse, float32, saved for the backward pass
+        row = report.make_row(
+            measured,
+            op="attention",
+            step=step,
+            shape=case.shape,
+            dtype=str(case.dtype).removeprefix("torch."),
+            device=case.device,
+            backend=bars.WINDOWS,
+            flops=this.flops,
+            bytes_moved=this.bytes,
+            peak_memory_mb=peak,
+            workspace_mb=None if peak is None else peak - kept / 2**20,
+        )
+        rows.append(row)
+    return rows
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    title = f"Causal attention, ALiBi on {args.heads // 2} of {args.heads} heads, one key head"
     rows = []
+    if args.long:
+        for dtype in args.dtype:
+            case = make_case("backward", args.long, dtype, args)
+            print(f"forward and backward {case.shape} {dtype} ...", file=sys.stderr)
+            rows += run_long(case)
+        notes = ["Each pass ran once, with windows and without a warm-up."]
+        report.finish(args, rows, device=args.device, title=title, notes=notes, bars=bars.evaluate_long(rows))
+        return
     notes = [f"Ratios refer to `{args.baseline}`. `sdpa, no bias` computes less than asked: it is there for its speed."]
+    if args.quick:
+        notes.append("--quick leaves out flex_attention: compiling it takes longer than everything else.")
     for dtype in args.dtype:
         for step in args.steps:
-            for seqlen in args.seqlen:
-                case = cases.AttentionCase(
-                    step, seqlen, args.batch, args.heads, 1, args.head_dim, args.heads // 2, DTYPES[dtype], args.device
-                )
+            for seqlen in args.keys if step == "decode" else args.seqlen:
+                case = make_case(step, seqlen, dtype, args)
                 print(f"{step} {case.shape} {dtype} ...", file=sys.stderr)
                 new_rows, new_notes = run(case, args)
                 rows += new_rows
                 notes += new_notes
-    title = f"Causal attention, ALiBi on {args.heads // 2} of {args.heads} heads, one key head"
-    report.finish(args, rows, device=args.device, title=title, notes=notes)
+    default_shape = (args.device, args.batch, args.heads, args.head_dim) == ("cpu", 1, 24, 128)
+    lines = bars.evaluate(rows) if default_shape else None
+    report.finish(args, rows, device=args.device, title=title, notes=notes, bars=lines)
 
 
 if __name__ == "__main__":

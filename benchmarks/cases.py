@@ -50,6 +50,11 @@ class AttentionCase:
         times = 4 if self.step == "backward" else 2  # q, out, k, v; backward: dq, dout, dk, dv too
         return times * (queries + keys) * self.dtype.itemsize
 
+    @property
+    def cache_elements(self) -> int:
+        """Numbers in K and V together."""
+        return 2 * self.batch * self.seqlen * self.num_kv_heads * self.head_dim
+
 
 class AttentionInputs:
     def __init__(self, case: AttentionCase):
@@ -125,6 +130,9 @@ def flex(inputs: AttentionInputs) -> Forward:
     mask = create_block_mask(
         lambda b, h, query, key: query + shift >= key, None, None, case.seqlen_q, case.seqlen, device=case.device
     )
+    # After a second length torch.compile makes programs for any length: slower ones, and the one for a single query is
+    # not valid C++ (torch 2.13). It also gives up after eight programs. Each case therefore starts afresh.
+    torch.compiler.reset()
     compiled = torch.compile(flex_attention)
 
     def forward() -> torch.Tensor:
@@ -154,7 +162,8 @@ class Contender:
     exact: bool = True  # computes the case's function; False: without the bias, for its speed only
 
 
-def contenders(case: AttentionCase) -> list[Contender]:
+def contenders(case: AttentionCase, *, compiled: bool = True) -> list[Contender]:
+    """Those that could run the case; without the ones that need a compiler unless `compiled`."""
     found = [
         Contender("andromeda", lambda inputs: andromeda(inputs, windows=True)),
         Contender("andromeda, no windows", lambda inputs: andromeda(inputs, windows=False)),
@@ -162,7 +171,7 @@ def contenders(case: AttentionCase) -> list[Contender]:
         Contender("sdpa, no bias", lambda inputs: sdpa(inputs, biased=False), exact=False),
     ]
     # On a CPU, FlexAttention is compiled for inference only.
-    if not (case.device == "cpu" and case.step == "backward"):
+    if compiled and not (case.device == "cpu" and case.step == "backward"):
         found.append(Contender("flex_attention", flex))
     if case.device == "cuda" and importlib.util.find_spec("flash_attn"):
         found.append(Contender("flash_attn", flash_attn))

@@ -21,15 +21,8 @@ from andromeda.generation import Cache
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--context", type=int, nargs="+")
-    parser.add_argument("--dim", type=int, default=512)
-    parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--dim-head", type=int, default=64)
-    parser.add_argument("--num-tokens", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=7)
-    report.add_arguments(parser)
+    model_benchmark.add_model_arguments(parser)
     args = parser.parse_args(argv)
     args.context = args.context or ([128] if args.quick else [512, 4096])
     if args.quick:
@@ -44,32 +37,31 @@ def run(context: int, args: argparse.Namespace) -> list[dict]:
 
     with torch.no_grad():
         ours(tokens, cache=cache)
+
+        def cached_step() -> torch.Tensor:
+            cache.keep_last(context - 1)  # every step attends to `context` keys, however many were timed before
+            return ours(tokens[:, -1:], cache=cache)
+
         functions = {
-            "andromeda, cached step": torch.no_grad()(lambda: ours(tokens[:, -1:], cache=cache)),
+            "andromeda, cached step": torch.no_grad()(cached_step),
             "andromeda, recomputed": torch.no_grad()(lambda: ours(tokens)),
             model_benchmark.BASELINE: torch.no_grad()(lambda: other.net(tokens)),
         }
         timings = timing.measure(functions, device=args.device, rounds=args.rounds, budget_s=60)
-    rows = []
-    for name, measured in timings.items():
-        row = {
-            "op": "model",
-            "pass": "decode",
-            "shape": f"context {context} dim{args.dim} depth{args.depth} h{args.heads}/1 d{args.dim_head}",
-            "dtype": "float32",
-            "device": args.device,
-            "backend": name,
-            "median_ms": measured.median_ms,
-            "p20_ms": measured.p20_ms,
-            "p80_ms": measured.p80_ms,
-            "tflops": None,
-            "gbps": None,
-            "tokens_per_s": 1e3 / measured.median_ms,
-            "ratio": timing.paired_ratio(timings[model_benchmark.BASELINE], measured)[0],
-            "peak_memory_mb": None,
-        }
-        rows.append(row)
-    return rows
+    return [
+        report.make_row(
+            measured,
+            op="model",
+            step="decode",
+            shape=f"context {context} dim{args.dim} depth{args.depth} h{args.heads}/1 d{args.dim_head}",
+            dtype="float32",
+            device=args.device,
+            backend=name,
+            tokens=1,
+            spreads={"ratio": timing.paired_ratio(timings[model_benchmark.BASELINE], measured)},
+        )
+        for name, measured in timings.items()
+    ]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -21,11 +21,9 @@ import andromeda
 BASELINE = "x-transformers"
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seqlen", type=int, nargs="+")
-    parser.add_argument("--pass", dest="steps", choices=("forward", "training"), nargs="+")
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The device and the shape of the two models; how much is measured, shown and written."""
+    report.add_device_argument(parser)
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--heads", type=int, default=8)
@@ -33,13 +31,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=7)
     report.add_arguments(parser)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seqlen", type=int, nargs="+")
+    parser.add_argument("--pass", dest="steps", choices=("forward", "training"), nargs="+")
+    add_model_arguments(parser)
     args = parser.parse_args(argv)
     args.seqlen = args.seqlen or ([256] if args.quick else [4096])
     args.steps = args.steps or ["forward", "training"]
     if args.quick:
         args.rounds = 2
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU here")
     return args
 
 
@@ -92,28 +95,21 @@ def run(step: str, seqlen: int, args: argparse.Namespace) -> list[dict]:
     timings = timing.measure(functions, device=args.device, rounds=args.rounds, budget_s=90)
     memory = {name: timing.peak_memory_mb(function, args.device) for name, function in functions.items()}
     shape = f"b1 n{seqlen} dim{args.dim} depth{args.depth} h{args.heads}/1 d{args.dim_head} v{args.num_tokens}"
-    rows = []
-    for name, measured in timings.items():
-        ratio, low, high = timing.paired_ratio(timings[BASELINE], measured)
-        row = {
-            "op": "model",
-            "pass": step,
-            "shape": shape,
-            "dtype": "float32",
-            "device": args.device,
-            "backend": name,
-            "median_ms": measured.median_ms,
-            "p20_ms": measured.p20_ms,
-            "p80_ms": measured.p80_ms,
-            "tflops": None,
-            "gbps": None,
-            "tokens_per_s": seqlen / measured.median_ms * 1e3,
-            "ratio": ratio,
-            "ratio_range": [low, high],
-            "peak_memory_mb": memory[name],
-        }
-        rows.append(row)
-    return rows
+    return [
+        report.make_row(
+            measured,
+            op="model",
+            step=step,
+            shape=shape,
+            dtype="float32",
+            device=args.device,
+            backend=name,
+            tokens=seqlen,
+            spreads={"ratio": timing.paired_ratio(timings[BASELINE], measured)},
+            peak_memory_mb=memory[name],
+        )
+        for name, measured in timings.items()
+    ]
 
 
 def training_step(model: torch.nn.Module, loss_of):

@@ -14,14 +14,65 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from timing import Timing
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 COLUMNS = (
     "op", "pass", "shape", "dtype", "device", "backend", "median_ms", "p20_ms", "p80_ms",
-    "tflops", "gbps", "tokens_per_s", "ratio", "peak_memory_mb",
+    "tflops", "gbps", "tokens_per_s", "ratio", "of_matmul", "of_copy", "peak_memory_mb", "workspace_mb",
 )  # fmt: skip
+BAR_COLUMNS = ("what", "bar", "measured", "rounds", "verdict")
+Spread = tuple[float, float, float]  # median, lowest and highest of the rounds
+
+
+def make_row(
+    measured: Timing,
+    *,
+    op: str,
+    step: str,
+    shape: str,
+    dtype: str,
+    device: str,
+    backend: str,
+    flops: float | None = None,
+    bytes_moved: float | None = None,
+    tokens: int | None = None,
+    spreads: dict[str, Spread] | None = None,
+    peak_memory_mb: float | None = None,
+    **more: object,
+) -> dict:
+    """One row of the table and of the JSON file.
+
+    flops, bytes_moved, tokens: the work of one call; the row shows it per second.
+    spreads: columns that are compared round by round; NAME becomes `NAME` (the median) and `NAME_range` (JSON only).
+    more: further columns as they are.
+    """
+    seconds = measured.median_ms / 1e3
+    row = {
+        "op": op,
+        "pass": step,
+        "shape": shape,
+        "dtype": dtype,
+        "device": device,
+        "backend": backend,
+        "median_ms": measured.median_ms,
+        "p20_ms": measured.p20_ms,
+        "p80_ms": measured.p80_ms,
+        "tflops": None if flops is None else flops / seconds / 1e12,
+        "gbps": None if bytes_moved is None else bytes_moved / seconds / 1e9,
+        "tokens_per_s": None if tokens is None else tokens / seconds,
+        "ratio": None,
+        "peak_memory_mb": peak_memory_mb,
+    }
+    for name, (median, low, high) in (spreads or {}).items():
+        row[name] = median
+        row[f"{name}_range"] = [low, high]
+    return {**row, **more, "samples_ms": [round(sample, 6) for sample in measured.samples_ms]}
 
 
 def commit() -> str:
@@ -71,6 +122,8 @@ def format_cell(value: object) -> str:
         return "-"
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    if isinstance(value, list):  # lowest and highest
+        return " to ".join(map(format_cell, value))
     return str(value)
 
 
@@ -105,9 +158,12 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-def write_json(path: str | os.PathLike, rows: list[dict], facts: dict, notes: list[str]) -> None:
+def write_json(
+    path: str | os.PathLike, rows: list[dict], facts: dict, notes: list[str], extra: dict | None = None
+) -> None:
     rows = [{**row, "commit": facts["commit"]} for row in rows]
-    write_text(Path(path), json.dumps({"environment": facts, "notes": notes, "rows": rows}, indent=1) + "\n")
+    data = {"environment": facts, "notes": notes, **(extra or {}), "rows": rows}
+    write_text(Path(path), json.dumps(data, indent=1) + "\n")
 
 
 def write_plot(path: str | os.PathLike, rows: list[dict], title: str) -> None:
@@ -119,7 +175,8 @@ def write_plot(path: str | os.PathLike, rows: list[dict], title: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    timed = [row for row in rows if row.get("median_ms") is not None]
+    # Products and copies do other work: beside a decode step of 2 ms a product of 50 ms hides everything.
+    timed = [row for row in rows if row.get("median_ms") is not None and row["op"] not in ("matmul", "copy")]
     groups: dict[tuple[str, str, str], list[dict]] = {}
     for row in timed:
         groups.setdefault((row["pass"], row["shape"], row["dtype"]), []).append(row)
@@ -152,22 +209,48 @@ def write_plot(path: str | os.PathLike, rows: list[dict], title: str) -> None:
     plt.close(figure)
 
 
+def usable_device(name: str) -> str:
+    """The type of `--device`: a GPU must be there."""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("torch sees no GPU here; --device cpu runs the CPU kernels")
+    return name
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    import torch
+
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=usable_device, choices=("cpu", "cuda"), default=default)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes and few repetitions: does it run?")
     parser.add_argument("--json", metavar="FILE", help="write rows, versions and commit")
     parser.add_argument("--plot", metavar="FILE", help="write a bar chart (.png, .svg, .pdf)")
 
 
-def finish(args: argparse.Namespace, rows: list[dict], *, device: str, title: str, notes: list[str]) -> None:
-    """Print the table and the notes; write what was asked for."""
+def finish(
+    args: argparse.Namespace,
+    rows: list[dict],
+    *,
+    device: str,
+    title: str,
+    notes: list[str],
+    bars: list[dict] | None = None,
+) -> None:
+    """Print the table, the notes and the bars (bars.py); write what was asked for."""
     facts = environment(device)
     print(table(rows))
     for note in notes:
         print(note)
+    if bars:
+        print(table(bars, BAR_COLUMNS))
     where = facts.get("gpu", facts["processor"])
     print(f"{where}, {facts['threads']} threads, {facts['cpu_isa']}, torch {facts['torch']}, commit {facts['commit']}")
     if args.json:
-        write_json(args.json, rows, facts, notes)
+        write_json(args.json, rows, facts, notes, {"bars": bars} if bars else None)
     if args.plot:
         write_plot(args.plot, rows, f"{title} - {where}")
 
@@ -181,6 +264,8 @@ def update_readme(readme: Path = ROOT / "README.md") -> None:
         data = json.loads((RESULTS / f"{name}.json").read_text())
         facts = data["environment"]
         lines = [table(data["rows"], tuple(columns) or COLUMNS), "", *data["notes"]]
+        if data.get("bars"):
+            lines += ["", table(data["bars"], BAR_COLUMNS), ""]
         where = facts.get("gpu", facts["processor"])
         lines.append(
             f"Measured with `{facts['command']}` on {where}, {facts['threads']} threads, torch {facts['torch']}, "

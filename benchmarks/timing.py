@@ -1,11 +1,12 @@
 """Times and memory of several functions in one process: one after the other in every round, so that a slow moment of
-the machine hits all of them."""
+the machine hits all of them. The order rotates from round to round, so that none always follows the same other one."""
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
 import gc
+import math
 import statistics
 import sys
 import time
@@ -14,6 +15,8 @@ from collections.abc import Callable
 import torch
 
 L2_FLUSH_BYTES = 256 << 20  # larger than any second-level cache of a GPU
+MIN_SAMPLE_MS = 20.0  # a call of 1 ms alone would time the caches that the function before it left behind
+WARM_UP_MS = 1000.0
 
 
 @dataclasses.dataclass
@@ -42,7 +45,8 @@ class Timing:
 
 def _time_once(function: Callable[[], object], device: str, flush: torch.Tensor | None) -> float:
     if device == "cuda":
-        flush.zero_()
+        if flush is not None:
+            flush.zero_()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         function()
@@ -54,34 +58,62 @@ def _time_once(function: Callable[[], object], device: str, flush: torch.Tensor 
     return (time.perf_counter() - begin) * 1e3
 
 
+def _warm_up(function: Callable[[], object], device: str, flush: torch.Tensor | None) -> int:
+    """How many calls make one sample. The first call may build things, so the second decides unless calls are slow."""
+    elapsed = _time_once(function, device, flush)
+    if elapsed < WARM_UP_MS:
+        elapsed = min(elapsed, _time_once(function, device, flush))
+    return max(1, math.ceil(MIN_SAMPLE_MS / max(elapsed, 1e-3)))
+
+
+def _sample(function: Callable[[], object], calls: int, device: str, flush: torch.Tensor | None) -> float:
+    """Mean milliseconds of `calls` calls in a row."""
+    if device == "cuda":  # the events leave out the flush before each call
+        return statistics.fmean(_time_once(function, device, flush) for _ in range(calls))
+    begin = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - begin) * 1e3 / calls
+
+
 def measure(
     functions: dict[str, Callable[[], object]], *, device: str, rounds: int, budget_s: float
 ) -> dict[str, Timing]:
-    """Median, 20th and 80th percentile per function.
+    """Times of each function; sample number i of all of them comes from the same round.
 
-    One warm-up call each, then rounds until there are `rounds` samples or the budget is spent (at least two rounds).
+    One or two warm-up calls each, then rounds until there are `rounds` samples or the budget is spent (at least two
+    rounds). A sample is the mean of as many calls as take about 20 ms, one call when it takes longer; the number is
+    fixed after the warm-up. Something slow to build (torch.compile) should have been called before.
     """
     flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
-    for function in functions.values():
-        _time_once(function, device, flush)
+    calls = {name: _warm_up(function, device, flush) for name, function in functions.items()}
     samples: dict[str, list[float]] = {name: [] for name in functions}
+    names = list(functions)
     begin = time.perf_counter()
     for done in range(rounds):
         if done >= 2 and time.perf_counter() - begin > budget_s:
             break
-        for name, function in functions.items():
-            samples[name].append(_time_once(function, device, flush))
+        first = done % max(len(names), 1)
+        for name in names[first:] + names[:first]:
+            samples[name].append(_sample(functions[name], calls[name], device, flush))
     return {name: Timing(values) for name, values in samples.items()}
 
 
-def paired_ratio(numerator: Timing, denominator: Timing) -> tuple[float, float, float]:
-    """Median, smallest and largest ratio of two functions over the rounds they ran in together."""
-    ratios = [a / b for a, b in zip(numerator.samples_ms, denominator.samples_ms, strict=True)]
+def measure_once(function: Callable[[], object], device: str) -> tuple[Timing, float | None]:
+    """Time and peak memory (see `peak_memory_mb`) of one single call, for calls that take minutes."""
+    samples: list[float] = []
+    peak = peak_memory_mb(lambda: samples.append(_time_once(function, device, None)), device)
+    return Timing(samples), peak
+
+
+def paired_ratio(numerator: Timing, denominator: Timing, scale: float = 1.0) -> tuple[float, float, float]:
+    """Median, smallest and largest of `scale` x the ratio of two functions over the rounds they ran in together."""
+    ratios = [scale * a / b for a, b in zip(numerator.samples_ms, denominator.samples_ms, strict=True)]
     return statistics.median(ratios), min(ratios), max(ratios)
 
 
 def peak_memory_mb(function: Callable[[], object], device: str) -> float | None:
-    """Memory in use at the worst moment of one call, beyond what was in use before it; None where that is not known."""
+    """MiB in use at the worst moment of one call, beyond what was in use before it; None where that is not known."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()

@@ -109,7 +109,9 @@ def test_no_code_is_shared_between_instruction_sets():
             ["nm", "-C", "--defined-only", path], capture_output=True, text=True, check=True
         ).stdout
         weak = [line[19:] for line in listing.splitlines() if line[17] in "WVu"]
-        merged = [name for name in weak if f"andromeda::cpu::{isa}::" not in name and not name.startswith("DW.ref.")]
+        # What compilers add for exceptions: a pointer, and Clang's call of std::terminate. Neither has vector code.
+        own = (f"andromeda::cpu::{isa}::", "DW.ref.", "__clang_call_terminate")
+        merged = [name for name in weak if not any(part in name for part in own)]
         assert not merged, f"{path.name} ({isa}) defines {merged}"
 
 

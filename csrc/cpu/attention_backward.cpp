@@ -1,18 +1,20 @@
 // attention, backward (SPEC 16.3): one pass, five products for every visible (query tile, key tile).
 //
 //   delta  = sum over channels of dout * out                         once per query row
-//   for every block of kBlockTiles key tiles of one key head:        one task, one thread
-//     for every query head of the group, every query tile that sees the block:
-//       for every key tile of the block:
-//         p  = 2^(q k^T + bias - lse)       recomputed
-//         ds = p * (dout v^T - delta)
-//         dv += p^T dout,  dk += ds^T q     in the task's own memory
-//         dq += ds k                        handed from task to task, see Turns
+//   for every key tile, for a share of the query heads:              one task, one thread
+//     for every head of the share, every query tile that sees the key tile:
+//       p  = 2^(q k^T + bias - lse)       recomputed
+//       ds = p * (dout v^T - delta)
+//       dv += p^T dout,  dk += ds^T q     float32 sums of this tile and share
+//       dq += ds k                        handed from task to task, see Turns
 //
-// Every sum has a fixed order, whatever the number of threads: dk and dv belong to one task, dq receives its blocks of
-// keys from left to right. dk and dv of one key head are never expanded to its query heads. Memory beyond the tensors:
-// 4 * seqlen_q * head_dim bytes per query head for dq in float32, 12 * seqlen_k * head_dim per key head for packed keys
-// and values (both padded to tiles), and one set of tiles per thread.
+// Every sum has a fixed order, whatever the number of threads: dk and dv of a share belong to one task at a time, dq
+// receives its keys from left to right. dk and dv of one key head are never expanded to its query heads: the heads are
+// cut into few shares, and only where there are too few key tiles to occupy many threads.
+//
+// Memory beyond the tensors, in float32: keys twice and values once per key head, dk and dv once per share, and dq of
+// as many heads as fit into kMostDq bytes; longer sequences take their heads in several turns. Plus one set of tiles
+// per thread.
 #include <atomic>
 #include <thread>
 
@@ -22,11 +24,13 @@
 namespace andromeda::cpu::ANDROMEDA_ISA {
 namespace {
 
-constexpr int kBlockTiles = 2;  // 192 keys: dk, dv, and the packed keys of a block stay in the second-level cache
+constexpr std::int64_t kMostDq = std::int64_t{128} << 20;
+constexpr double kLog2EDouble = 1.4426950408889634;
+constexpr int kManyTasks = 64;  // enough for any number of threads
 
-// The order in which tasks add to a query tile's dq: a task waits until the tiles before its own have been added. Tasks
-// are handed out in that order and visit query tiles in the same order, so whoever is waited for is always running, one
-// step ahead.
+// The order in which tasks add to a query tile's dq: a task waits until the key tiles before its own have been added.
+// Tasks are handed out in that order and visit query tiles in the same order, so whoever is waited for is always
+// running, one step ahead.
 class Turns {
  public:
   explicit Turns(std::int64_t count) : turns_(new std::atomic<std::int32_t>[count]) {
@@ -45,221 +49,321 @@ class Turns {
   std::atomic<std::int32_t>* turns_;
 };
 
-template <typename T>
-const T* row_of(const void* tensor, const SeqStrides& stride, std::int64_t batch, std::int64_t seq, std::int64_t head) {
-  return static_cast<const T*>(tensor) + batch * stride.batch + seq * stride.seq + head * stride.head;
-}
-
-template <typename T>
-T* row_of(void* tensor, const SeqStrides& stride, std::int64_t batch, std::int64_t seq, std::int64_t head) {
-  return static_cast<T*>(tensor) + batch * stride.batch + seq * stride.seq + head * stride.head;
-}
-
-// Sizes that everything below needs.
-struct Shape {
-  explicit Shape(const AttentionParams& params)
+// How the work is cut. Everything follows from the shape.
+struct Plan {
+  explicit Plan(const AttentionParams& params)
       : head_dim(params.head_dim),
-        num_panels(static_cast<int>(ceil_div(params.head_dim, kCols))),
+        stride(row_stride(params.head_dim)),
         group(params.num_heads / params.num_kv_heads),
         kv_heads(static_cast<std::int64_t>(params.batch) * params.num_kv_heads),
         heads(static_cast<std::int64_t>(params.batch) * params.num_heads),
         query_tiles(ceil_div(params.seqlen_q, kTileQ)),
         key_tiles(ceil_div(params.seqlen_k, kTileK)),
-        blocks(ceil_div(key_tiles, kBlockTiles)),
-        key_panels(std::int64_t{kTileK} * num_panels * kCols),
-        query_panels(std::int64_t{kTileQ} * num_panels * kCols) {}
-  int head_dim, num_panels, group;
-  std::int64_t kv_heads, heads, query_tiles, key_tiles, blocks;
-  std::int64_t key_panels, query_panels;  // floats of one tile packed by panels
+        dq_size(query_tiles * kTileQ * stride),
+        key_size(key_tiles * kTileK * stride),
+        heads_at_once(larger(1, smaller(kMostDq / 4 / larger(dq_size, 1), group))),
+        kv_at_once(heads_at_once < group ? 1 : larger(1, smaller(kMostDq / 4 / larger(dq_size * group, 1), kv_heads))),
+        shares(larger(1, smaller(kManyTasks / larger(kv_at_once * key_tiles, 1), heads_at_once))) {}
+  int head_dim;
+  std::int64_t stride;
+  std::int64_t group, kv_heads, heads;  // kv_heads and heads count batches too
+  std::int64_t query_tiles, key_tiles;
+  std::int64_t dq_size, key_size;  // floats of one head's dq, and of one key head's dk or dv
+  std::int64_t heads_at_once, kv_at_once, shares;
 };
 
-// What one thread works on.
-struct BlockTile {
-  explicit BlockTile(const Shape& shape)
-      : queries(kTileQ * shape.head_dim),
-        douts(kTileQ * shape.head_dim),
-        query_panels(shape.query_panels),
-        dout_panels(shape.query_panels),
+// Keys and values of the key heads in work.
+struct PackedKeys {
+  explicit PackedKeys(const Plan& plan)
+      : columns_size(kTileK * plan.head_dim),
+        panels_size(kTileK * round_up(plan.head_dim, kCols)),
+        key_columns(plan.kv_at_once * plan.key_tiles * columns_size),
+        value_columns(plan.kv_at_once * plan.key_tiles * columns_size),
+        key_panels(plan.kv_at_once * plan.key_tiles * panels_size) {}
+  std::int64_t columns_size, panels_size;
+  Buffer key_columns;    // for q k^T
+  Buffer value_columns;  // for dout v^T
+  Buffer key_panels;     // for ds k
+};
+
+// What one thread works on: a tile of query rows against a tile of keys.
+struct QueryTile {
+  explicit QueryTile(const Plan& plan)
+      : stride(plan.stride),
+        queries(kTileQ * stride),
+        douts(kTileQ * stride),
         p(kTileQ * kTileK),
-        ds(kTileQ * kTileK),
-        dk(kBlockTiles * shape.key_panels),
-        dv(kBlockTiles * shape.key_panels),
-        row(shape.num_panels * kCols) {}
-  Buffer queries, douts;             // left operands of q k^T and dout v^T
-  Buffer query_panels, dout_panels;  // right operands of ds^T q and p^T dout
-  Buffer p, ds, dk, dv, row;
+        ds(kTileQ * kTileK) {}
+  std::int64_t stride;  // of queries and douts
+  Buffer queries, douts, p, ds;
   Row rows[kTileQ];
-  float lse[kTileQ], delta[kTileQ];  // lse in base 2
-  int num_rows;
+  RowBlock blocks[kBlocks];
+  double lse[kTileQ];  // in base 2
+  float delta[kTileQ];
+  int num_rows, num_blocks;
+  int rows_of(int block) const { return static_cast<int>(smaller(kRows, num_rows - block * kRows)); }
 };
 
-// One row of scores and of dout v^T becomes one row of p and of ds, in place.
-inline void differentiate_row(float* scores, float* dweights, const Row& row, float slope, float lse, float delta,
-                              std::int64_t key) {
+template <typename T>
+void load_rows(const AttentionBackwardParams& backward_params, const Head& head, std::int64_t batch, std::int64_t a,
+               std::int64_t query, const float* delta, QueryTile& tile) {
+  const AttentionParams& params = backward_params.forward;
+  const auto q_row = [&](std::int64_t i) { return row_of<T>(params.q, params.q_stride, batch, i, a); };
+  const auto dout_row = [&](std::int64_t i) {
+    return row_of<T>(backward_params.dout, backward_params.dout_stride, batch, i, a);
+  };
+  const float* lse = params.softmax_lse + (batch * params.num_heads + a) * params.seqlen_q + query;
+  tile.num_rows = static_cast<int>(smaller(kTileQ, params.seqlen_q - query));
+  tile.num_blocks = static_cast<int>(ceil_div(tile.num_rows, kRows));
+  const std::int64_t padding = round_up(tile.num_rows, kRows) - tile.num_rows;
+  clear(tile.queries.get() + tile.num_rows * tile.stride, padding * tile.stride);
+  clear(tile.douts.get() + tile.num_rows * tile.stride, padding * tile.stride);
+  for (int block = 0; block < tile.num_blocks; ++block) tile.blocks[block] = kNoRows;
+  for (int r = 0; r < tile.num_rows; ++r) {
+    const Row row = tile.rows[r] = describe_row(params, head, batch, query + r);
+    tile.blocks[r / kRows].include(row, head.slope != 0.0f);
+    tile.lse[r] = row.empty() ? 0.0 : lse[r] * kLog2EDouble;  // infinite for an empty row; every weight of it is masked
+    tile.delta[r] = delta[r];
+    read_row(q_row(query + r), params.head_dim, params.softmax_scale * kLog2E, tile.queries.get() + r * tile.stride);
+    read_row(dout_row(query + r), params.head_dim, 1.0f, tile.douts.get() + r * tile.stride);
+  }
+  // The next tile's rows, which lie too far apart for the hardware to foresee them, come while this one is computed.
+  for (std::int64_t i = query + kTileQ; i < smaller(query + 2 * kTileQ, params.seqlen_q); ++i) {
+    prefetch(q_row(i), params.head_dim);
+    prefetch(dout_row(i), params.head_dim);
+  }
+}
+
+// (kTileQ x kTileK) = rows (kTileQ x head_dim) * columns.
+void multiply_columns(const QueryTile& tile, const float* rows, const float* columns, float* scores, std::int64_t key,
+                      int num_keys, int head_dim) {
+  for (int column = 0; column < num_keys; column += kCols) {
+    for (int block = 0; block < tile.num_blocks; ++block) {
+      const Range seen = tile.blocks[block].columns(key, num_keys);
+      if (column < seen.begin || column >= seen.end) continue;
+      multiply_rows<Order::kByRows, Result::kSet>(
+          rows + block * kRows * tile.stride, tile.stride, columns + column * head_dim, kCols,
+          scores + block * kRows * kTileK + column, kTileK, tile.rows_of(block), head_dim);
+    }
+  }
+}
+
+// sums (kTileK x head_dim) += weights^T (kTileK x kTileQ) * rows (kTileQ x head_dim).
+void add_transposed(const QueryTile& tile, const float* weights, const float* rows, float* sums, std::int64_t key,
+                    int num_keys, int head_dim) {
+  for (int channel = 0; channel < head_dim; channel += kCols) {
+    for (int column = 0; column < num_keys; column += kRows) {
+      Range blocks{0, 0};  // of rows that see one of the keys
+      for (int block = 0; block < tile.num_blocks; ++block) {
+        const Range seen = tile.blocks[block].columns(key, num_keys);
+        if (seen.begin < column + kRows && seen.end > column) blocks.include(block, block + 1);
+      }
+      if (blocks.empty()) continue;
+      const std::int64_t begin = blocks.begin * kRows, end = smaller(blocks.end * kRows, tile.num_rows);
+      multiply_rows<Order::kByColumns, Result::kAdd>(
+          weights + begin * kTileK + column, kTileK, rows + begin * tile.stride + channel, tile.stride,
+          sums + column * tile.stride + channel, tile.stride, static_cast<int>(smaller(kRows, num_keys - column)),
+          static_cast<int>(end - begin));
+    }
+  }
+}
+
+// dq (kTileQ x head_dim) += ds (kTileQ x kTileK) * keys (kTileK x head_dim).
+void add_dq(const QueryTile& tile, const float* key_panels, float* dq, std::int64_t key, int num_keys, int head_dim) {
+  for (int channel = 0; channel < head_dim; channel += kCols) {
+    for (int block = 0; block < tile.num_blocks; ++block) {
+      const Range seen = tile.blocks[block].columns(key, num_keys);
+      if (seen.empty()) continue;
+      multiply_rows<Order::kByRows, Result::kAdd>(tile.ds.get() + block * kRows * kTileK + seen.begin, kTileK,
+                                                  key_panels + (channel / kCols * kTileK + seen.begin) * kCols, kCols,
+                                                  dq + block * kRows * tile.stride + channel, tile.stride,
+                                                  tile.rows_of(block), static_cast<int>(seen.end - seen.begin));
+    }
+  }
+}
+
+// One row of scores and of dout v^T becomes one row of p and of ds, in place. Columns outside [begin, end) become 0.
+// kPlain: every key is visible, and the bias, if any, is linear in the key.
+template <bool kPlain, bool kBiased>
+inline void differentiate_row(float* scores, float* dweights, const Row& row, float slope, double lse2, float delta,
+                              std::int64_t key, int begin, int end) {
+  // In two parts: half an ulp of a log-sum-exp of 8 would be an error of 8 round-offs in every weight of the row.
+  const float whole = static_cast<float>(std::rint(lse2)), rest = static_cast<float>(lse2 - whole);
   const IntVec lanes = lane_index();
   const Vec distance = __builtin_convertvector(lanes, Vec) + static_cast<float>(key - row.position);
-  const int first = static_cast<int>(larger(smaller(row.first - key, kTileK), 0));
-  const int end = static_cast<int>(larger(smaller(row.end - key, kTileK), 0));
-  const bool masked = first > 0 || end < kTileK;
-#pragma GCC unroll 24
-  for (int c = 0; c < kTileK / kLanes; ++c) {
-    const Vec offset = distance + static_cast<float>(c * kLanes);
-    const Vec minus_abs = offset > 0.0f ? -offset : offset;
-    Vec p = exp2(load(scores + c * kLanes) + (slope * minus_abs - lse));
-    Vec ds = p * (load(dweights + c * kLanes) - delta);
-    if (masked) {
-      const IntVec index = lanes + c * kLanes;
-      const IntVec visible = (index >= first) & (index < end);
-      p = select(visible, p, Vec{});
-      ds = select(visible, ds, Vec{});
+  const int first_seen = static_cast<int>(smaller(larger(row.first - key, 0), kTileK));
+  const int end_seen = static_cast<int>(larger(smaller(row.end - key, kTileK), 0));
+#pragma GCC unroll 4
+  for (int column = begin; column < end; column += kLanes) {
+    Vec x = load(scores + column);
+    const Vec offset = distance + static_cast<float>(column);
+    if (kBiased) x += slope * (kPlain ? offset : (offset > 0.0f ? -offset : offset));
+    Vec p = exp2(x - rest, -whole);
+    Vec ds = p * (load(dweights + column) - delta);
+    if (!kPlain) {
+      const IntVec index = lanes + column;
+      const IntVec seen = (index >= first_seen) & (index < end_seen);
+      p = select(seen, p, Vec{});
+      ds = select(seen, ds, Vec{});
     }
-    store(scores + c * kLanes, p);
-    store(dweights + c * kLanes, ds);
+    store(scores + column, p);
+    store(dweights + column, ds);
+  }
+}
+
+void differentiate(const QueryTile& tile, float slope, std::int64_t key, int num_keys) {
+  for (int block = 0; block < tile.num_blocks; ++block) {
+    const Range seen = tile.blocks[block].columns(key, num_keys);
+    const bool plain = tile.blocks[block].is_plain(key);
+    const int begin = static_cast<int>(seen.begin), end = static_cast<int>(round_up(seen.end, kLanes));
+    for (int r = block * kRows; r < block * kRows + tile.rows_of(block); ++r) {
+      float* p = tile.p.get() + r * kTileK;
+      float* ds = tile.ds.get() + r * kTileK;
+      const auto differentiate = plain ? slope == 0.0f ? differentiate_row<true, false> : differentiate_row<true, true>
+                                 : slope == 0.0f ? differentiate_row<false, false>
+                                                 : differentiate_row<false, true>;
+      differentiate(p, ds, tile.rows[r], slope, tile.lse[r], tile.delta[r], key, begin, end);
+      if (plain) continue;
+      for (float* weights : {p, ds}) {
+        clear(weights, begin);
+        clear(weights + end, kTileK - end);
+      }
+    }
   }
 }
 
 template <typename T>
 void backward(const AttentionBackwardParams& backward_params, int num_threads) {
   const AttentionParams& params = backward_params.forward;
-  const Shape shape(params);
-  const int head_dim = shape.head_dim, num_panels = shape.num_panels;
-
-  // Keys by columns for q k^T and by panels for ds k; values by columns for dout v^T.
-  const Buffer key_columns(shape.kv_heads * shape.key_tiles * kTileK * head_dim);
-  const Buffer value_columns(shape.kv_heads * shape.key_tiles * kTileK * head_dim);
-  const Buffer key_panels(shape.kv_heads * shape.key_tiles * shape.key_panels);
-  parallel_for(num_threads, shape.kv_heads * shape.key_tiles, [&](std::int64_t task) {
-    const std::int64_t batch = task / shape.key_tiles / params.num_kv_heads;
-    const std::int64_t head = task / shape.key_tiles % params.num_kv_heads;
-    const Buffer row(num_panels * kCols);
-    for (int i = 0; i < kTileK; ++i) {
-      const std::int64_t key = task % shape.key_tiles * kTileK + i;
-      const bool exists = key < params.seqlen_k;
-      clear(row.get(), num_panels * kCols);
-      if (exists) read_row(row_of<T>(params.k, params.k_stride, batch, key, head), head_dim, 1.0f, row.get());
-      place_in_columns(row.get(), i, head_dim, key_columns.get() + task * kTileK * head_dim);
-      place_in_panels(row.get(), i, kTileK, num_panels, key_panels.get() + task * shape.key_panels);
-      if (exists) read_row(row_of<T>(params.v, params.v_stride, batch, key, head), head_dim, 1.0f, row.get());
-      place_in_columns(row.get(), i, head_dim, value_columns.get() + task * kTileK * head_dim);
-    }
-  });
+  const Plan plan(params);
+  const int head_dim = plan.head_dim;
 
   // delta, and which key tiles each query tile sees: (batch * head, query tile).
-  const Buffer delta(shape.heads * params.seqlen_q);
-  const Buffer range_memory(shape.heads * shape.query_tiles * (sizeof(TileRange) / sizeof(float)));
-  TileRange* ranges = reinterpret_cast<TileRange*>(range_memory.get());
-  const Buffer dq_panels(shape.heads * shape.query_tiles * shape.query_panels);
-  parallel_for(num_threads, shape.heads * shape.query_tiles, [&](std::int64_t task) {
-    const int batch = static_cast<int>(task / shape.query_tiles / params.num_heads);
-    const int head = static_cast<int>(task / shape.query_tiles % params.num_heads);
-    const std::int64_t query = task % shape.query_tiles * kTileQ;
-    const std::int64_t count = smaller(kTileQ, params.seqlen_q - query);
-    ranges[task] = visible_tiles(params, describe_head(params, head), batch, query, count);
-    const Buffer row(2 * num_panels * kCols);
+  const Buffer delta(plan.heads * params.seqlen_q);
+  const Buffer range_memory(plan.heads * plan.query_tiles * (sizeof(Range) / sizeof(float)));
+  Range* ranges = reinterpret_cast<Range*>(range_memory.get());
+  parallel_for(num_threads, plan.heads * plan.query_tiles, [&](std::int64_t task) {
+    const std::int64_t batch = task / plan.query_tiles / params.num_heads;
+    const std::int64_t head = task / plan.query_tiles % params.num_heads;
+    const Head description = describe_head(params, static_cast<int>(head));
+    const std::int64_t query = task % plan.query_tiles * kTileQ;
+    Range seen{0, 0};
+    const Buffer row(2 * plan.stride);
     float* out = row.get();
-    float* dout = row.get() + num_panels * kCols;
-    for (std::int64_t i = query; i < query + count; ++i) {
+    float* dout = row.get() + plan.stride;
+    for (std::int64_t i = query; i < smaller(query + kTileQ, params.seqlen_q); ++i) {
+      const Row described = describe_row(params, description, batch, i);
+      seen.include(described.first, described.end);
       read_row(row_of<T>(params.out, params.out_stride, batch, i, head), head_dim, 1.0f, out);
       read_row(row_of<T>(backward_params.dout, backward_params.dout_stride, batch, i, head), head_dim, 1.0f, dout);
       Vec sum{};
-      for (int channel = 0; channel < num_panels * kCols; channel += kLanes)
-        sum += load(out + channel) * load(dout + channel);
-      delta.get()[task / shape.query_tiles * params.seqlen_q + i] = reduce_add(sum);
+      for (int channel = 0; channel < head_dim; channel += kLanes) sum += load(out + channel) * load(dout + channel);
+      delta.get()[task / plan.query_tiles * params.seqlen_q + i] = reduce_add(sum);
     }
-    if (ranges[task].begin >= ranges[task].end)
-      clear(dq_panels.get() + task * shape.query_panels, shape.query_panels);  // nobody will add to it
+    ranges[task] = seen.empty() ? seen : Range{seen.begin / kTileK, ceil_div(seen.end, kTileK)};
   });
 
-  Turns turns(shape.heads * shape.query_tiles);
-  Scratch<BlockTile> scratch(num_threads, shape);
-  parallel_for(num_threads, shape.kv_heads * shape.blocks, [&](std::int64_t task, int worker) {
-    BlockTile& tile = scratch[worker];
-    const std::int64_t kv_head = task / shape.blocks, block = task % shape.blocks;  // kv_head counts batches too
-    const int batch = static_cast<int>(kv_head / params.num_kv_heads);
-    const int first_head = static_cast<int>(kv_head % params.num_kv_heads) * shape.group;
-    const std::int64_t block_begin = block * kBlockTiles;
-    const std::int64_t block_end = smaller(block_begin + kBlockTiles, shape.key_tiles);
-    clear(tile.dk.get(), kBlockTiles * shape.key_panels);
-    clear(tile.dv.get(), kBlockTiles * shape.key_panels);
-
-    for (int head = first_head; head < first_head + shape.group; ++head) {
-      const Head description = describe_head(params, head);
-      const std::int64_t head_index = static_cast<std::int64_t>(batch) * params.num_heads + head;
-      for (std::int64_t query_tile = 0; query_tile < shape.query_tiles; ++query_tile) {
-        const std::int64_t index = head_index * shape.query_tiles + query_tile;
-        const TileRange range = ranges[index];
-        const std::int64_t begin = larger(range.begin, block_begin), end = smaller(range.end, block_end);
-        if (begin >= end) continue;
-
-        const std::int64_t query = query_tile * kTileQ;
-        tile.num_rows = static_cast<int>(smaller(kTileQ, params.seqlen_q - query));
-        const int padded_rows = static_cast<int>(round_up(tile.num_rows, kRows));
-        if (padded_rows > tile.num_rows) {
-          clear(tile.queries.get() + (padded_rows - kRows) * head_dim, kRows * head_dim);
-          clear(tile.douts.get() + (padded_rows - kRows) * head_dim, kRows * head_dim);
-        }
-        for (int r = 0; r < tile.num_rows; ++r) {
-          tile.rows[r] = describe_row(params, batch, query + r);
-          tile.lse[r] = params.softmax_lse[head_index * params.seqlen_q + query + r] * kLog2E;
-          tile.delta[r] = delta.get()[head_index * params.seqlen_q + query + r];
-          // A row that sees nothing has an infinite lse; every weight of it is masked.
-          if (tile.rows[r].first >= tile.rows[r].end) tile.lse[r] = 0.0f;
-          const T* q = row_of<T>(params.q, params.q_stride, batch, query + r, head);
-          read_row(q, head_dim, params.softmax_scale * kLog2E, tile.row.get());
-          place_in_rows(tile.row.get(), r, head_dim, tile.queries.get());
-          read_row(q, head_dim, params.softmax_scale, tile.row.get());
-          place_in_panels(tile.row.get(), r, kTileQ, num_panels, tile.query_panels.get());
-          read_row(row_of<T>(backward_params.dout, backward_params.dout_stride, batch, query + r, head), head_dim, 1.0f,
-                   tile.row.get());
-          place_in_rows(tile.row.get(), r, head_dim, tile.douts.get());
-          place_in_panels(tile.row.get(), r, kTileQ, num_panels, tile.dout_panels.get());
-        }
-
-        float* dq = dq_panels.get() + index * shape.query_panels;
-        for (std::int64_t t = begin; t < end; ++t) {
-          const std::int64_t packed = kv_head * shape.key_tiles + t;
-          const int num_keys = static_cast<int>(smaller(kTileK, params.seqlen_k - t * kTileK));
-          multiply_scores(tile.queries.get(), key_columns.get() + packed * kTileK * head_dim, tile.p.get(),
-                          tile.num_rows, num_keys, head_dim);
-          multiply_scores(tile.douts.get(), value_columns.get() + packed * kTileK * head_dim, tile.ds.get(),
-                          tile.num_rows, num_keys, head_dim);
-          for (int r = 0; r < tile.num_rows; ++r)
-            differentiate_row(tile.p.get() + r * kTileK, tile.ds.get() + r * kTileK, tile.rows[r], description.slope,
-                              tile.lse[r], tile.delta[r], t * kTileK);
-          const std::int64_t offset = (t - block_begin) * shape.key_panels;
-          multiply_transposed(tile.p.get(), tile.dout_panels.get(), tile.dv.get() + offset, tile.num_rows, num_keys,
-                              num_panels);
-          multiply_transposed(tile.ds.get(), tile.query_panels.get(), tile.dk.get() + offset, tile.num_rows, num_keys,
-                              num_panels);
-          if (t == begin) {
-            turns.wait(index, static_cast<std::int32_t>(block - range.begin / kBlockTiles));
-            if (t == range.begin) clear(dq, shape.query_panels);
-          }
-          multiply_values(tile.ds.get(), key_panels.get() + packed * shape.key_panels, dq, tile.num_rows, num_keys,
-                          num_panels);
-        }
-        turns.pass(index);
+  const PackedKeys packed(plan);
+  const Buffer dk(plan.kv_at_once * plan.shares * plan.key_size), dv(plan.kv_at_once * plan.shares * plan.key_size);
+  const Buffer dq(plan.kv_at_once * plan.heads_at_once * plan.dq_size);
+  const Scratch<QueryTile> scratch(num_threads, plan);
+  for (std::int64_t first_kv = 0; first_kv < plan.kv_heads; first_kv += plan.kv_at_once) {
+    const std::int64_t kv_count = smaller(plan.kv_at_once, plan.kv_heads - first_kv);
+    parallel_for(num_threads, kv_count * plan.key_tiles, [&](std::int64_t task) {
+      const std::int64_t kv_head = first_kv + task / plan.key_tiles, key = task % plan.key_tiles * kTileK;
+      const std::int64_t batch = kv_head / params.num_kv_heads, head = kv_head % params.num_kv_heads;
+      const int num_keys = static_cast<int>(smaller(kTileK, params.seqlen_k - key));
+      const T* k = row_of<T>(params.k, params.k_stride, batch, key, head);
+      const T* v = row_of<T>(params.v, params.v_stride, batch, key, head);
+      for (int column = 0; column < num_keys; column += kCols) {
+        const int rows = static_cast<int>(smaller(kCols, num_keys - column));
+        const std::int64_t offset = task * packed.columns_size + column * head_dim;
+        pack_columns(k + column * params.k_stride.seq, params.k_stride.seq, rows, head_dim,
+                     packed.key_columns.get() + offset);
+        pack_columns(v + column * params.v_stride.seq, params.v_stride.seq, rows, head_dim,
+                     packed.value_columns.get() + offset);
       }
+      for (int channel = 0; channel < head_dim; channel += kCols)
+        pack_panel(k + channel, params.k_stride.seq, num_keys, static_cast<int>(smaller(kCols, head_dim - channel)),
+                   packed.key_panels.get() + task * packed.panels_size + channel * kTileK);
+    });
+
+    for (std::int64_t first_head = 0; first_head < plan.group; first_head += plan.heads_at_once) {
+      const std::int64_t head_count = smaller(plan.heads_at_once, plan.group - first_head);
+      // Of query head `member` of the `kv`-th key head in work.
+      const auto head_of = [&](std::int64_t kv, std::int64_t member) {
+        return (first_kv + kv) * plan.group + first_head + member;  // counts batches too
+      };
+      Turns turns(kv_count * head_count * plan.query_tiles);
+      const std::int64_t columns = kv_count * plan.shares;
+      parallel_for(num_threads, columns * plan.key_tiles, [&](std::int64_t task, int worker) {
+        QueryTile& tile = scratch[worker];
+        const std::int64_t column = task % columns, key_tile = task / columns, key = key_tile * kTileK;
+        const std::int64_t kv = column / plan.shares, share = column % plan.shares;
+        const std::int64_t pack = kv * plan.key_tiles + key_tile;
+        const int num_keys = static_cast<int>(smaller(kTileK, params.seqlen_k - key));
+        float* dk_tile = dk.get() + column * plan.key_size + key * plan.stride;
+        float* dv_tile = dv.get() + column * plan.key_size + key * plan.stride;
+        if (first_head == 0) {
+          clear(dk_tile, kTileK * plan.stride);
+          clear(dv_tile, kTileK * plan.stride);
+        }
+        for (std::int64_t member = head_count * share / plan.shares; member < head_count * (share + 1) / plan.shares;
+             ++member) {
+          const std::int64_t head = head_of(kv, member), batch = head / params.num_heads;
+          const Head description = describe_head(params, static_cast<int>(head % params.num_heads));
+          for (std::int64_t query_tile = 0; query_tile < plan.query_tiles; ++query_tile) {
+            const Range range = ranges[head * plan.query_tiles + query_tile];
+            if (key_tile < range.begin || key_tile >= range.end) continue;
+            const std::int64_t query = query_tile * kTileQ;
+            load_rows<T>(backward_params, description, batch, head % params.num_heads, query,
+                         delta.get() + head * params.seqlen_q + query, tile);
+            multiply_columns(tile, tile.queries.get(), packed.key_columns.get() + pack * packed.columns_size,
+                             tile.p.get(), key, num_keys, head_dim);
+            multiply_columns(tile, tile.douts.get(), packed.value_columns.get() + pack * packed.columns_size,
+                             tile.ds.get(), key, num_keys, head_dim);
+            differentiate(tile, description.slope, key, num_keys);
+            add_transposed(tile, tile.p.get(), tile.douts.get(), dv_tile, key, num_keys, head_dim);
+            add_transposed(tile, tile.ds.get(), tile.queries.get(), dk_tile, key, num_keys, head_dim);
+            const std::int64_t index = (kv * head_count + member) * plan.query_tiles + query_tile;
+            float* dq_tile = dq.get() + (kv * plan.heads_at_once + member) * plan.dq_size + query * plan.stride;
+            turns.wait(index, static_cast<std::int32_t>(key_tile - range.begin));
+            if (key_tile == range.begin) clear(dq_tile, kTileQ * plan.stride);
+            add_dq(tile, packed.key_panels.get() + pack * packed.panels_size, dq_tile, key, num_keys, head_dim);
+            turns.pass(index);
+          }
+        }
+      });
+
+      parallel_for(num_threads, kv_count * head_count * plan.query_tiles, [&](std::int64_t task) {
+        const std::int64_t kv = task / plan.query_tiles / head_count, member = task / plan.query_tiles % head_count;
+        const std::int64_t query = task % plan.query_tiles * kTileQ, head = head_of(kv, member);
+        float* dq_tile = dq.get() + (kv * plan.heads_at_once + member) * plan.dq_size + query * plan.stride;
+        if (ranges[head * plan.query_tiles + query / kTileQ].empty()) clear(dq_tile, kTileQ * plan.stride);
+        for (std::int64_t i = query; i < smaller(query + kTileQ, params.seqlen_q); ++i)
+          write_row(dq_tile + (i - query) * plan.stride, head_dim, params.softmax_scale,
+                    row_of<T>(backward_params.dq, backward_params.dq_stride, head / params.num_heads, i,
+                              head % params.num_heads));
+      });
     }
 
-    for (std::int64_t key = block_begin * kTileK; key < smaller(block_end * kTileK, params.seqlen_k); ++key) {
-      const std::int64_t tile_offset = (key / kTileK - block_begin) * shape.key_panels;
-      const std::int64_t row = key % kTileK, kv = kv_head % params.num_kv_heads;
-      write_row(tile.dk.get() + tile_offset, row, kTileK, head_dim, 1.0f,
-                row_of<T>(backward_params.dk, backward_params.dk_stride, batch, key, kv));
-      write_row(tile.dv.get() + tile_offset, row, kTileK, head_dim, 1.0f,
-                row_of<T>(backward_params.dv, backward_params.dv_stride, batch, key, kv));
-    }
-  });
-
-  parallel_for(num_threads, shape.heads * shape.query_tiles, [&](std::int64_t task) {
-    const std::int64_t batch = task / shape.query_tiles / params.num_heads;
-    const std::int64_t head = task / shape.query_tiles % params.num_heads;
-    const std::int64_t query = task % shape.query_tiles * kTileQ;
-    for (std::int64_t i = query; i < smaller(query + kTileQ, params.seqlen_q); ++i)
-      write_row(dq_panels.get() + task * shape.query_panels, i - query, kTileQ, head_dim, params.softmax_scale,
-                row_of<T>(backward_params.dq, backward_params.dq_stride, batch, i, head));
-  });
+    parallel_for(num_threads, kv_count * params.seqlen_k, [&](std::int64_t task) {
+      const std::int64_t kv = task / params.seqlen_k, key = task % params.seqlen_k;
+      const std::int64_t batch = (first_kv + kv) / params.num_kv_heads, head = (first_kv + kv) % params.num_kv_heads;
+      for (const Buffer* sums : {&dk, &dv}) {
+        float* row = sums->get() + kv * plan.shares * plan.key_size + key * plan.stride;
+        for (std::int64_t share = 1; share < plan.shares; ++share)
+          for (int channel = 0; channel < head_dim; channel += kLanes)
+            store(row + channel, load(row + channel) + load(row + share * plan.key_size + channel));
+      }
+      const std::int64_t offset = kv * plan.shares * plan.key_size + key * plan.stride;
+      // The queries carry the factor log2(e).
+      write_row(dk.get() + offset, head_dim, kLn2,
+                row_of<T>(backward_params.dk, backward_params.dk_stride, batch, key, head));
+      write_row(dv.get() + offset, head_dim, 1.0f,
+                row_of<T>(backward_params.dv, backward_params.dv_stride, batch, key, head));
+    });
+  }
 }
 
 }  // namespace

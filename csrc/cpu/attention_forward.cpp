@@ -1,132 +1,311 @@
 // attention, forward (SPEC 5.4-5.6; the contract is in include/andromeda/attention.h).
 //
-//   for every tile of kTileQ query rows:                    one task, one thread
-//     for key tiles from the diagonal outwards:             only those that visible_tiles() allows
+//   for every tile of up to kTileQ query rows, for every part of its keys:     one task, one thread
+//     for tiles of kTileK keys from the diagonal outwards:                     only keys that some row sees
 //       scores  = q k^T                                     registers: kRows x kCols
-//       weights = 2^(scores + bias - reference)             in place; reference = running maximum, or 0 when bounded
+//       weights = 2^(scores + bias - reference)             in place; reference: an upper bound, or a running maximum
 //       out    += weights v
-//     out /= sum of weights
+//   out /= sum of weights                                   over the parts, by their references
 //
 // A tile's rows are consecutive queries of one head; when there are fewer than kTileQ queries, of several heads that
-// share a key head, so that a short continuation reads each key once for all of them. Keys and values are packed
-// once per key head and shared by its query heads. Memory beyond the tensors: 8 * seqlen_k * head_dim bytes per key
-// head (padded to tiles) plus one set of tiles per thread. Flops: 4 * head_dim per visible (query, key) pair.
+// share a key head, so that a short continuation reads each key once for all of them. Then few tiles are left, and the
+// keys are cut into parts to occupy all threads: how many follows from the shape alone, so the result does not depend
+// on the number of threads.
+//
+// With a bound on a row's logits its softmax needs no running maximum: weights relative to the bound are at most 1, and
+// large enough while the bound is small (gpu_kernels 1.3). The bound is the caller's, or |q| times the longest key so
+// far (Cauchy-Schwarz), which reading the operands gives for nothing.
+//
+// Keys by columns and values by panels of channels, both float32, are what the products read. Where several query tiles
+// share them they are made once: 8 * seqlen_k * head_dim bytes per key head beyond the tensors. Where one tile reads
+// each key once (decoding) every task makes its own panel by panel, and they never leave the first-level cache. Flops:
+// 4 * head_dim per visible (query, key) pair.
 #include "attention_tile.h"
 #include "parallel.h"
 
 namespace andromeda::cpu::ANDROMEDA_ISA {
 namespace {
 
+// A row's own weight, or any visible one without a bias, is at least 2^-(2 * 38) relative to the bound: 24 bits above
+// what exp2() takes for 0.
+constexpr float kLargestBound = 38.0f;
 constexpr float kNegative = -1e30f;  // a finite "minus infinity": a row's first visible key takes it to weight 0
+constexpr int kManyTasks = 64;       // enough for any number of threads; fewer tiles than this are cut by their keys
+constexpr int kFewestTiles = 2;      // of keys in a part: merging costs two passes over the output
 
-// Keys by columns and values by panels, tile after tile, for every (batch, key head).
-struct PackedKeys {
-  PackedKeys(const AttentionParams& params)
-      : head_dim(params.head_dim),
-        num_panels(static_cast<int>(ceil_div(params.head_dim, kCols))),
-        num_tiles(ceil_div(params.seqlen_k, kTileK)),
-        keys(static_cast<std::int64_t>(params.batch) * params.num_kv_heads * num_tiles * kTileK * head_dim),
-        values(static_cast<std::int64_t>(params.batch) * params.num_kv_heads * num_tiles * kTileK * num_panels *
-               kCols) {}
-
-  float* key_tile(std::int64_t kv_head, std::int64_t tile) const {
-    return keys.get() + (kv_head * num_tiles + tile) * kTileK * head_dim;
-  }
-  float* value_tile(std::int64_t kv_head, std::int64_t tile) const {
-    return values.get() + (kv_head * num_tiles + tile) * kTileK * num_panels * kCols;
-  }
-
-  int head_dim, num_panels;
-  std::int64_t num_tiles;
-  Buffer keys, values;
+// How the work is cut. Everything follows from the shape.
+struct Plan {
+  explicit Plan(const AttentionParams& params)
+      : group(params.num_heads / params.num_kv_heads),
+        heads_per_tile(static_cast<int>(larger(1, smaller(group, kTileQ / params.seqlen_q)))),
+        queries_per_tile(kTileQ / heads_per_tile),
+        head_tiles(ceil_div(group, heads_per_tile)),
+        query_tiles(ceil_div(params.seqlen_q, queries_per_tile)),
+        kv_heads(static_cast<std::int64_t>(params.batch) * params.num_kv_heads),
+        key_tiles(ceil_div(params.seqlen_k, kTileK)),
+        tiles(kv_heads * head_tiles * query_tiles),
+        parts(larger(1, smaller(kManyTasks / tiles, key_tiles / kFewestTiles))),
+        shared_keys(head_tiles * query_tiles > 1) {}
+  int group, heads_per_tile, queries_per_tile;
+  std::int64_t head_tiles, query_tiles, kv_heads, key_tiles, tiles, parts;  // kv_heads counts batches too
+  bool shared_keys;
 };
 
+// The panels of one tile of keys: from memory that several query tiles share, or made on the spot, in a buffer that
+// stays in the first-level cache, when there is one query tile to read them.
 template <typename T>
-void pack_keys(const AttentionParams& params, const PackedKeys& packed, int num_threads) {
-  const std::int64_t num_tasks = static_cast<std::int64_t>(params.batch) * params.num_kv_heads * packed.num_tiles;
-  parallel_for(num_threads, num_tasks, [&](std::int64_t task) {
-    const std::int64_t kv_head = task / packed.num_tiles, tile = task % packed.num_tiles;  // kv_head counts batches too
+struct KeyTile {
+  KeyTile(const AttentionParams& params, std::int64_t kv_head, std::int64_t tile)
+      : head_dim(params.head_dim),
+        num_keys(static_cast<int>(smaller(kTileK, params.seqlen_k - tile * kTileK))),
+        k_stride(params.k_stride.seq),
+        v_stride(params.v_stride.seq) {
     const std::int64_t batch = kv_head / params.num_kv_heads, head = kv_head % params.num_kv_heads;
-    const Buffer row(packed.num_panels * kCols);
-    for (int i = 0; i < kTileK; ++i) {
-      const std::int64_t key = tile * kTileK + i;
-      const int width = key < params.seqlen_k ? params.head_dim : 0;  // zeros behind the end
-      read_row(static_cast<const T*>(params.k) + batch * params.k_stride.batch + key * params.k_stride.seq +
-                   head * params.k_stride.head,
-               width, 1.0f, row.get());
-      if (width == 0) clear(row.get(), packed.num_panels * kCols);
-      place_in_columns(row.get(), i, params.head_dim, packed.key_tile(kv_head, tile));
-      if (width != 0)
-        read_row(static_cast<const T*>(params.v) + batch * params.v_stride.batch + key * params.v_stride.seq +
-                     head * params.v_stride.head,
-                 width, 1.0f, row.get());
-      place_in_panels(row.get(), i, kTileK, packed.num_panels, packed.value_tile(kv_head, tile));
-    }
-  });
+    k = row_of<T>(params.k, params.k_stride, batch, tile * kTileK, head);
+    v = row_of<T>(params.v, params.v_stride, batch, tile * kTileK, head);
+  }
+  void pack_keys(int column, float* panel) const {
+    const int rows = static_cast<int>(smaller(kCols, num_keys - column));
+    pack_columns(k + column * k_stride, k_stride, rows, head_dim, panel);
+  }
+  void pack_values(int channel, float* panel) const {
+    const int width = static_cast<int>(smaller(kCols, head_dim - channel));
+    pack_panel(v + channel, v_stride, num_keys, width, panel);
+  }
+  // (head_dim, kCols): the columns of kCols keys.
+  const float* keys(int column) const {
+    if (buffer == nullptr) return columns + column * head_dim;
+    pack_keys(column, buffer);
+    return buffer;
+  }
+  // (kTileK, kCols): kCols channels of the values.
+  const float* values(int channel) const {
+    if (buffer == nullptr) return panels + channel * kTileK;
+    pack_values(channel, buffer);
+    return buffer;
+  }
+
+  int head_dim, num_keys;
+  std::int64_t k_stride, v_stride;
+  const T *k, *v;
+  const float *columns = nullptr, *panels = nullptr;
+  float* buffer = nullptr;
+};
+
+// The lengths of a tile's keys, from their columns.
+void measure_keys(const float* columns, int num_keys, int head_dim, float* lengths) {
+  for (int key = 0; key < num_keys; key += kLanes) {
+    const float* panel = columns + key / kCols * kCols * head_dim + key % kCols;
+    Vec squares{};
+    for (int channel = 0; channel < head_dim; ++channel)
+      squares += load(panel + channel * kCols) * load(panel + channel * kCols);
+    for (int i = 0; i < kLanes && key + i < num_keys; ++i) lengths[key + i] = std::sqrt(squares[i]);
+  }
 }
 
-// What one thread works on: a tile of query rows.
-struct QueryTile {
-  QueryTile(int head_dim, int num_panels)
-      : queries(kTileQ * head_dim),
-        weights(kTileQ * kTileK),
-        out(num_panels * kTileQ * kCols),
-        sums(kTileQ * kLanes),
-        row(num_panels * kCols) {}
+// All keys and values, tile after tile, for every (batch, key head); empty when tasks pack their own.
+class PackedKeys {
+ public:
+  PackedKeys(const AttentionParams& params, const Plan& plan)
+      : key_tiles_(plan.key_tiles),
+        columns_size_(std::int64_t{kTileK} * params.head_dim),
+        values_size_(kTileK * round_up(params.head_dim, kCols)),
+        columns_(plan.shared_keys ? plan.kv_heads * plan.key_tiles * columns_size_ : 0),
+        values_(plan.shared_keys ? plan.kv_heads * plan.key_tiles * values_size_ : 0),
+        lengths_(plan.shared_keys ? plan.kv_heads * plan.key_tiles * kTileK : 0) {}
 
-  Buffer queries, weights, out, sums, row;
-  Row rows[kTileQ];
-  Head heads[kTileQ];
-  float maxima[kTileQ];
-  int num_rows;
-  // Over the rows that see any key: where a tile of keys is visible to all of them, and needs no mask.
-  std::int64_t last_first, first_end, first_position;
-  bool bounded, biased;
+  template <typename T>
+  void fill(const AttentionParams& params, const Plan& plan, int num_threads) const {
+    parallel_for(num_threads, plan.kv_heads * plan.key_tiles, [&](std::int64_t task) {
+      const std::int64_t kv_head = task / plan.key_tiles, tile = task % plan.key_tiles;
+      const KeyTile<T> keys(params, kv_head, tile);
+      float* packed = columns(kv_head, tile);
+      for (int column = 0; column < keys.num_keys; column += kCols)
+        keys.pack_keys(column, packed + column * keys.head_dim);
+      for (int channel = 0; channel < keys.head_dim; channel += kCols)
+        keys.pack_values(channel, values(kv_head, tile) + channel * kTileK);
+      measure_keys(packed, keys.num_keys, keys.head_dim, lengths_.get() + task * kTileK);
+    });
+    // Of all keys up to each one: a causal row's bound must not depend on later keys. A NaN is passed over: the rows
+    // that see it are NaN anyway.
+    for (std::int64_t kv_head = 0; kv_head < plan.kv_heads; ++kv_head) {
+      float* lengths = lengths_.get() + kv_head * plan.key_tiles * kTileK;
+      for (std::int64_t key = 1; key < params.seqlen_k; ++key)
+        lengths[key] = lengths[key] > lengths[key - 1] ? lengths[key] : lengths[key - 1];
+    }
+  }
+  float* columns(std::int64_t kv_head, std::int64_t tile) const {
+    return columns_.get() + (kv_head * key_tiles_ + tile) * columns_size_;
+  }
+  float* values(std::int64_t kv_head, std::int64_t tile) const {
+    return values_.get() + (kv_head * key_tiles_ + tile) * values_size_;
+  }
+  // No key before `end` is longer.
+  float longest(std::int64_t kv_head, std::int64_t end) const {
+    return lengths_.get()[kv_head * key_tiles_ * kTileK + end - 1];
+  }
+
+ private:
+  std::int64_t key_tiles_, columns_size_, values_size_;
+  Buffer columns_, values_, lengths_;
 };
 
-// The softmax of one row and kTileK keys starting at `key`: scores become weights in place, their sum is added to
-// `sum`. Returns the factor that brings earlier sums and outputs to the new maximum.
+// What one thread works on: a tile of query rows, and a tile of keys where those are not shared.
+struct QueryTile {
+  explicit QueryTile(const AttentionParams& params)
+      : stride(row_stride(params.head_dim)),
+        queries(kTileQ * stride),
+        weights(kTileQ * kTileK),
+        out(kTileQ * stride),
+        sums(kTileQ * kLanes),
+        panel(kCols * larger(kTileK, params.head_dim)) {}
+
+  std::int64_t stride;  // of queries and out
+  Buffer queries, weights, out, sums, panel;
+  Row rows[kTileQ];
+  Head heads[kTileQ];
+  bool bounded[kTileQ];
+  float references[kTileQ];  // whole numbers: a bound on the row's logits, or on those so far
+  RowBlock blocks[kBlocks];
+  int num_rows, num_blocks;
+  int rows_of(int block) const { return static_cast<int>(smaller(kRows, num_rows - block * kRows)); }
+};
+
+// Row r is query `query + r / heads` of head `head + r % heads`.
+struct TileIndex {
+  std::int64_t batch, kv_head, query, queries;  // kv_head counts batches too
+  int head, heads;
+  std::int64_t query_of(int r) const { return query + r / heads; }
+  int head_of(int r) const { return head + r % heads; }
+};
+
+TileIndex locate(const AttentionParams& params, const Plan& plan, std::int64_t index) {
+  // The last queries see the most keys: longest tasks first, so that no thread is left with one at the end.
+  const std::int64_t columns = plan.kv_heads * plan.head_tiles, column = index % columns;
+  TileIndex tile;
+  tile.query = (plan.query_tiles - 1 - index / columns) * plan.queries_per_tile;
+  tile.queries = smaller(plan.queries_per_tile, params.seqlen_q - tile.query);
+  tile.kv_head = column / plan.head_tiles;
+  tile.batch = tile.kv_head / params.num_kv_heads;
+  const int first = static_cast<int>(column % plan.head_tiles) * plan.heads_per_tile;
+  tile.head = static_cast<int>(tile.kv_head % params.num_kv_heads) * plan.group + first;
+  tile.heads = static_cast<int>(smaller(plan.heads_per_tile, plan.group - first));
+  return tile;
+}
+
+float length(const float* row, int width) {
+  Vec squares{};
+  for (int channel = 0; channel < width; channel += kLanes) squares += load(row + channel) * load(row + channel);
+  return std::sqrt(reduce_add(squares));
+}
+
+// Reads the queries and says which keys they see.
+template <typename T>
+Range load_queries(const AttentionParams& params, const Plan& plan, const PackedKeys& packed, const TileIndex& index,
+                   QueryTile& tile) {
+  Range seen{0, 0};
+  tile.num_rows = static_cast<int>(index.queries) * index.heads;
+  tile.num_blocks = static_cast<int>(ceil_div(tile.num_rows, kRows));
+  // Rows lie far apart, so the hardware does not foresee them; those of out come while the products run.
+  const auto query_row = [&](int r) {
+    return row_of<T>(params.q, params.q_stride, index.batch, index.query_of(r), index.head_of(r));
+  };
+  for (int r = 0; r < tile.num_rows; ++r) prefetch(query_row(r), params.head_dim);
+  const std::int64_t padded_rows = round_up(tile.num_rows, kRows);
+  clear(tile.out.get(), padded_rows * tile.stride);
+  clear(tile.sums.get(), padded_rows * kLanes);
+  clear(tile.queries.get() + tile.num_rows * tile.stride, (padded_rows - tile.num_rows) * tile.stride);
+  for (int block = 0; block < tile.num_blocks; ++block) tile.blocks[block] = kNoRows;
+  for (int r = 0; r < index.heads; ++r) tile.heads[r] = describe_head(params, index.head_of(r));
+  for (int r = 0; r < tile.num_rows; ++r) {
+    const Head& head = tile.heads[r] = tile.heads[r % index.heads];
+    const Row row = tile.rows[r] = describe_row(params, head, index.batch, index.query_of(r));
+    const bool biased = head.slope != 0.0f;
+    tile.blocks[r / kRows].include(row, biased);
+    seen.include(row.first, row.end);
+    float* query = tile.queries.get() + r * tile.stride;
+    read_row(query_row(r), params.head_dim, params.softmax_scale * kLog2E, query);
+    float bound = head.bound;
+    if (params.logit_bound == nullptr && plan.shared_keys && !row.empty())
+      bound = length(query, params.head_dim) * packed.longest(index.kv_head, row.end);
+    tile.bounded[r] = bound <= kLargestBound && (!biased || row.sees_itself());  // false for NaN
+    tile.references[r] = tile.bounded[r] ? std::ceil(bound) : kNegative;
+  }
+  return seen;
+}
+
+template <typename T>
+void multiply_scores(const QueryTile& tile, const KeyTile<T>& keys, std::int64_t key, Foresight& next) {
+  for (int column = 0; column < keys.num_keys; column += kCols) {
+    const float* panel = nullptr;
+    for (int block = 0; block < tile.num_blocks; ++block) {
+      const Range columns = tile.blocks[block].columns(key, keys.num_keys);
+      if (column < columns.begin || column >= columns.end) continue;
+      if (panel == nullptr) panel = keys.keys(column);
+      multiply_rows<Order::kByRows, Result::kSet>(tile.queries.get() + block * kRows * tile.stride, tile.stride, panel,
+                                                  kCols, tile.weights.get() + block * kRows * kTileK + column, kTileK,
+                                                  tile.rows_of(block), keys.head_dim, next.take(keys.head_dim, panel));
+    }
+  }
+}
+
+template <typename T>
+void multiply_values(const QueryTile& tile, const KeyTile<T>& keys, std::int64_t key, Foresight& next) {
+  for (int channel = 0; channel < keys.head_dim; channel += kCols) {
+    const float* panel = nullptr;
+    for (int block = 0; block < tile.num_blocks; ++block) {
+      const Range columns = tile.blocks[block].columns(key, keys.num_keys);
+      if (columns.empty()) continue;
+      if (panel == nullptr) panel = keys.values(channel);
+      const int depth = static_cast<int>(columns.end - columns.begin);
+      multiply_rows<Order::kByRows, Result::kAdd>(tile.weights.get() + block * kRows * kTileK + columns.begin, kTileK,
+                                                  panel + columns.begin * kCols, kCols,
+                                                  tile.out.get() + block * kRows * tile.stride + channel, tile.stride,
+                                                  tile.rows_of(block), depth, next.take(depth, panel));
+    }
+  }
+}
+
+// The softmax of one row and the keys [begin, end) of a tile that starts at `key`: scores become weights in place,
+// their sum is added to `sum`. Returns the factor that brings earlier sums and outputs to the new maximum.
 //
-// kPlain: every key is visible and lies at or left of the row's position, so the bias is linear in the key.
-template <bool kPlain, bool kBounded>
-inline float soften_row(float* scores, const Row& row, float slope, std::int64_t key, float* maximum, float* sum) {
-  constexpr int kVecs = kTileK / kLanes;
+// kPlain: the whole tile, every key is visible, and the bias, if any, is linear in the key.
+template <bool kPlain, bool kBounded, bool kBiased>
+inline float soften_row(float* scores, const Row& row, float slope, std::int64_t key, Range columns, float* reference,
+                        float* sum) {
+  const int begin = kPlain ? 0 : static_cast<int>(columns.begin), end = kPlain ? kTileK : static_cast<int>(columns.end);
   const IntVec lanes = lane_index();
   const Vec distance = __builtin_convertvector(lanes, Vec) + static_cast<float>(key - row.position);  // j - i, exact
-  const int first = static_cast<int>(larger(row.first - key, 0));
-  const int end = static_cast<int>(smaller(row.end - key, kTileK));
-  Vec x[kVecs];
-#pragma GCC unroll 24
-  for (int c = 0; c < kVecs; ++c) {
-    const Vec offset = distance + static_cast<float>(c * kLanes);
-    const Vec minus_abs = kPlain ? offset : (offset > 0.0f ? -offset : offset);
-    x[c] = load(scores + c * kLanes) + slope * minus_abs;
-    if (!kPlain) {
-      const IntVec index = lanes + c * kLanes;
-      x[c] = select((index >= first) & (index < end), x[c], broadcast(kNegative));
-    }
-  }
+  const int first_seen = static_cast<int>(smaller(larger(row.first - key, 0), kTileK));
+  const int end_seen = static_cast<int>(larger(smaller(row.end - key, kTileK), 0));
+  const auto seen = [&](int column) { return (lanes + column >= first_seen) & (lanes + column < end_seen); };
+  const auto score = [&](int column) {
+    Vec x = load(scores + column);
+    const Vec offset = distance + static_cast<float>(column);
+    if (kBiased) x += slope * (kPlain ? offset : (offset > 0.0f ? -offset : offset));
+    return kPlain ? x : select(seen(column), x, broadcast(kNegative));
+  };
+  constexpr bool kVanishing = !(kPlain && kBounded && !kBiased);  // twice the bound is less than 100
   float rescale = 1.0f;
   if (!kBounded) {
-    Vec largest = x[0];
-#pragma GCC unroll 24
-    for (int c = 1; c < kVecs; ++c) largest = max(largest, x[c]);
-    const float new_maximum = std::fmax(*maximum, reduce_max(largest));
-    rescale = new_maximum == *maximum ? 1.0f : exp2(broadcast(*maximum - new_maximum))[0];
-    *maximum = new_maximum;
-#pragma GCC unroll 24
-    for (int c = 0; c < kVecs; ++c) x[c] -= new_maximum;
+    Vec largest = broadcast(kNegative);
+#pragma GCC unroll 4
+    for (int column = begin; column < end; column += kLanes) {
+      const Vec x = score(column);
+      store(scores + column, x);
+      largest = max(largest, x);
+    }
+    const float maximum = std::fmax(*reference, std::ceil(reduce_max(largest)));
+    rescale = maximum == *reference ? 1.0f : exp2(*reference - maximum);
+    *reference = maximum;
   }
   Vec total = load(sum) * rescale;
-#pragma GCC unroll 24
-  for (int c = 0; c < kVecs; ++c) {
-    Vec weight = exp2(x[c]);
-    if (!kPlain) {
-      // A masked weight is 0 whatever the score: a row that has seen no key yet has its maximum at the mask value.
-      const IntVec index = lanes + c * kLanes;
-      weight = select((index >= first) & (index < end), weight, Vec{});
-    }
-    store(scores + c * kLanes, weight);
+#pragma GCC unroll 4
+  for (int column = begin; column < end; column += kLanes) {
+    Vec weight = exp2<kVanishing>(kBounded ? score(column) : load(scores + column), -*reference);
+    // A masked weight is 0 whatever the score: a row that has seen no key yet has its maximum at the mask value.
+    if (!kPlain) weight = select(seen(column), weight, Vec{});
+    store(scores + column, weight);
     total += weight;
   }
   store(sum, total);
@@ -134,131 +313,145 @@ inline float soften_row(float* scores, const Row& row, float slope, std::int64_t
 }
 
 template <bool kPlain, bool kBounded>
-void soften_tile(QueryTile& tile, std::int64_t key, int num_panels) {
-  for (int r = 0; r < tile.num_rows; ++r) {
+void soften_block(QueryTile& tile, int block, std::int64_t key, Range columns) {
+  const int begin = block * kRows, end = begin + tile.rows_of(block);
+  for (int r = begin; r < end; ++r) {
+    if (tile.bounded[r] != kBounded) continue;
+    float* scores = tile.weights.get() + r * kTileK;
+    float* sum = tile.sums.get() + r * kLanes;
+    const float slope = tile.heads[r].slope;
+    float* reference = &tile.references[r];
     const float rescale =
-        soften_row<kPlain, kBounded>(tile.weights.get() + r * kTileK, tile.rows[r], tile.heads[r].slope, key,
-                                     &tile.maxima[r], tile.sums.get() + r * kLanes);
+        slope == 0.0f ? soften_row<kPlain, kBounded, false>(scores, tile.rows[r], slope, key, columns, reference, sum)
+                      : soften_row<kPlain, kBounded, true>(scores, tile.rows[r], slope, key, columns, reference, sum);
     if (kBounded || rescale == 1.0f) continue;
-    for (int panel = 0; panel < num_panels; ++panel) {
-      float* out = tile.out.get() + (panel * kTileQ + r) * kCols;
-      store(out, load(out) * rescale);
-      store(out + kLanes, load(out + kLanes) * rescale);
-    }
+    float* out = tile.out.get() + r * tile.stride;
+    for (int channel = 0; channel < tile.stride; channel += kLanes) store(out + channel, load(out + channel) * rescale);
   }
 }
 
-void soften(QueryTile& tile, std::int64_t key, int num_panels) {
-  const bool plain = tile.last_first <= key && tile.first_end >= key + kTileK &&
-                     (!tile.biased || tile.first_position >= key + kTileK - 1);
-  if (plain) {
-    tile.bounded ? soften_tile<true, true>(tile, key, num_panels) : soften_tile<true, false>(tile, key, num_panels);
-  } else {
-    tile.bounded ? soften_tile<false, true>(tile, key, num_panels) : soften_tile<false, false>(tile, key, num_panels);
-  }
-}
-
-// Rows query-major: row r is query `query + r / heads`, head `head + r % heads`.
-template <typename T>
-TileRange load_queries(const AttentionParams& params, int batch, int head, int heads, std::int64_t query,
-                       std::int64_t queries, QueryTile& tile) {
-  TileRange range{params.seqlen_k, 0};
-  for (int a = 0; a < heads; ++a) {
-    const Head description = describe_head(params, head + a);
-    const TileRange visible = visible_tiles(params, description, batch, query, queries);
-    if (visible.begin < visible.end) {
-      range.begin = smaller(range.begin, visible.begin);
-      range.end = larger(range.end, visible.end);
-    }
-    for (std::int64_t i = 0; i < queries; ++i) tile.heads[i * heads + a] = description;
-  }
-  tile.num_rows = static_cast<int>(queries * heads);
-  tile.last_first = 0;
-  tile.first_end = tile.first_position = kUnlimited;
-  tile.bounded = true;
-  tile.biased = false;
-  const int padded_rows = static_cast<int>(round_up(tile.num_rows, kRows));
-  clear(tile.queries.get(), padded_rows * params.head_dim);
-  clear(tile.out.get(), static_cast<int>(ceil_div(params.head_dim, kCols)) * kTileQ * kCols);
-  clear(tile.sums.get(), kTileQ * kLanes);
-  for (int r = 0; r < tile.num_rows; ++r) {
-    const std::int64_t i = query + r / heads;
-    const Row row = tile.rows[r] = describe_row(params, batch, i);
-    tile.maxima[r] = kNegative;
-    if (row.first < row.end) {
-      tile.last_first = larger(tile.last_first, row.first);
-      tile.first_end = smaller(tile.first_end, row.end);
-      tile.first_position = smaller(tile.first_position, row.position);
-      tile.biased |= tile.heads[r].slope != 0.0f;
-      tile.bounded &= tile.heads[r].bounded && (tile.heads[r].slope == 0.0f || row.sees_itself());
+void soften(QueryTile& tile, std::int64_t key, int num_keys) {
+  for (int block = 0; block < tile.num_blocks; ++block) {
+    const Range columns = tile.blocks[block].columns(key, num_keys);
+    if (columns.empty()) continue;
+    if (tile.blocks[block].is_plain(key)) {
+      soften_block<true, true>(tile, block, key, columns);
+      soften_block<true, false>(tile, block, key, columns);
     } else {
-      tile.first_end = 0;  // a row that sees nothing: every tile needs the mask
+      soften_block<false, true>(tile, block, key, columns);
+      soften_block<false, false>(tile, block, key, columns);
     }
-    read_row(static_cast<const T*>(params.q) + batch * params.q_stride.batch + i * params.q_stride.seq +
-                 (head + r % heads) * params.q_stride.head,
-             params.head_dim, params.softmax_scale * kLog2E, tile.row.get());
-    place_in_rows(tile.row.get(), r, params.head_dim, tile.queries.get());
   }
-  return range;
 }
 
+// One row's result: out / sum, and its log-sum-exp.
 template <typename T>
-void store_outputs(const AttentionParams& params, int batch, int head, int heads, std::int64_t query, int num_panels,
-                   const QueryTile& tile) {
-  for (int r = 0; r < tile.num_rows; ++r) {
-    const std::int64_t i = query + r / heads;
-    const int a = head + r % heads;
-    const float sum = reduce_add(load(tile.sums.get() + r * kLanes));
-    const bool empty = tile.rows[r].first >= tile.rows[r].end;
-    const float inverse = empty ? 0.0f : 1.0f / sum;
-    T* out = static_cast<T*>(params.out) + batch * params.out_stride.batch + i * params.out_stride.seq +
-             a * params.out_stride.head;
-    // The weights of a row that sees nothing are all 0, but 0 * NaN of a value row would not be.
-    if (empty)
-      for (int panel = 0; panel < num_panels; ++panel) clear(tile.out.get() + (panel * kTileQ + r) * kCols, kCols);
-    write_row(tile.out.get(), r, kTileQ, params.head_dim, inverse, out);
-    const float reference = tile.bounded ? 0.0f : tile.maxima[r];
-    params.softmax_lse[(static_cast<std::int64_t>(batch) * params.num_heads + a) * params.seqlen_q + i] =
-        empty ? -HUGE_VALF : kLn2 * (reference + std::log2(sum));
+void store_row(const AttentionParams& params, const TileIndex& index, int r, bool empty, float reference, float sum,
+               float* row) {
+  T* out = row_of<T>(params.out, params.out_stride, index.batch, index.query_of(r), index.head_of(r));
+  // The weights of a row that sees nothing are all 0, but 0 * NaN of a value row would not be.
+  if (empty) clear(row, row_stride(params.head_dim));
+  write_row(row, params.head_dim, empty ? 0.0f : 1.0f / sum, out);
+  const std::int64_t head = index.batch * params.num_heads + index.head_of(r);
+  params.softmax_lse[head * params.seqlen_q + index.query_of(r)] =
+      empty ? -HUGE_VALF
+            : static_cast<float>((reference + std::log2(static_cast<double>(sum))) * 0.69314718055994530942);
+}
+
+// What a part of the keys gives for a tile of rows: out, not yet divided, and per row reference and sum.
+struct Partials {
+  Partials(const AttentionParams& params, const Plan& plan)
+      : stride(row_stride(params.head_dim)),
+        rows(plan.heads_per_tile * plan.queries_per_tile),
+        parts(plan.parts),
+        memory(plan.parts > 1 ? plan.tiles * plan.parts * rows * stride : 0) {}
+  // The last kLanes numbers of a row are padding: reference and sum lie there.
+  float* row(std::int64_t tile, std::int64_t part, int r) const {
+    return memory.get() + ((tile * parts + part) * rows + r) * stride;
   }
+  std::int64_t stride, rows, parts;
+  Buffer memory;
+};
+
+template <typename T>
+void merge_parts(const AttentionParams& params, const Plan& plan, const Partials& partials, int num_threads) {
+  parallel_for(num_threads, plan.tiles, [&](std::int64_t task) {
+    const TileIndex index = locate(params, plan, task);
+    const std::int64_t last = partials.stride - kLanes;
+    const Buffer out(partials.stride);
+    for (int r = 0; r < index.queries * index.heads; ++r) {
+      const Head head = describe_head(params, index.head_of(r));
+      const bool empty = describe_row(params, head, index.batch, index.query_of(r)).empty();
+      float maximum = kNegative, sum = 0.0f;
+      for (std::int64_t part = 0; part < plan.parts; ++part)
+        maximum = std::fmax(maximum, partials.row(task, part, r)[last]);
+      clear(out.get(), partials.stride);
+      for (std::int64_t part = 0; part < plan.parts; ++part) {
+        const float* row = partials.row(task, part, r);
+        const float factor = exp2(row[last] - maximum);
+        if (factor == 0.0f) continue;  // no visible key in this part
+        sum += factor * row[last + 1];
+        for (std::int64_t channel = 0; channel < last; channel += kLanes)
+          store(out.get() + channel, load(out.get() + channel) + factor * load(row + channel));
+      }
+      store_row<T>(params, index, r, empty, maximum, sum, out.get());
+    }
+  });
 }
 
 template <typename T>
 void forward(const AttentionParams& params, int num_threads) {
-  const PackedKeys packed(params);
-  pack_keys<T>(params, packed, num_threads);
-
-  const int group = params.num_heads / params.num_kv_heads;
-  const int heads_per_tile = static_cast<int>(larger(1, smaller(group, kTileQ / params.seqlen_q)));
-  const int queries_per_tile = kTileQ / heads_per_tile;
-  const std::int64_t head_tiles = ceil_div(group, heads_per_tile);
-  const std::int64_t query_tiles = ceil_div(params.seqlen_q, queries_per_tile);
-  const std::int64_t columns = static_cast<std::int64_t>(params.batch) * params.num_kv_heads * head_tiles;
-
-  Scratch<QueryTile> scratch(num_threads, params.head_dim, packed.num_panels);
-  parallel_for(num_threads, columns * query_tiles, [&](std::int64_t task, int worker) {
+  const Plan plan(params);
+  const PackedKeys packed(params, plan);
+  if (plan.shared_keys) packed.fill<T>(params, plan, num_threads);
+  const Partials partials(params, plan);
+  const Scratch<QueryTile> scratch(num_threads, params);
+  parallel_for(num_threads, plan.tiles * plan.parts, [&](std::int64_t task, int worker) {
     QueryTile& tile = scratch[worker];
-    // The last queries see the most keys: longest tasks first, so that no thread is left with one at the end.
-    const std::int64_t query = (query_tiles - 1 - task / columns) * queries_per_tile;
-    const std::int64_t column = task % columns;
-    const std::int64_t kv_head = column / head_tiles;  // counts batches too
-    const int batch = static_cast<int>(kv_head / params.num_kv_heads);
-    const int first_head = static_cast<int>(column % head_tiles) * heads_per_tile;
-    const int heads = static_cast<int>(smaller(heads_per_tile, group - first_head));
-    const int head = static_cast<int>(kv_head % params.num_kv_heads) * group + first_head;
-    const std::int64_t queries = smaller(queries_per_tile, params.seqlen_q - query);
+    const std::int64_t part = task % plan.parts;
+    const TileIndex index = locate(params, plan, task / plan.parts);
+    const Range seen = load_queries<T>(params, plan, packed, index, tile);
+    for (int r = 0; plan.parts == 1 && r < tile.num_rows; ++r)
+      prefetch_for_writing(row_of<T>(params.out, params.out_stride, index.batch, index.query_of(r), index.head_of(r)),
+                           params.head_dim);
 
-    const TileRange range = load_queries<T>(params, batch, head, heads, query, queries, tile);
-    for (std::int64_t t = range.end - 1; t >= range.begin; --t) {
-      const int num_keys = static_cast<int>(smaller(kTileK, params.seqlen_k - t * kTileK));
-      multiply_scores(tile.queries.get(), packed.key_tile(kv_head, t), tile.weights.get(), tile.num_rows, num_keys,
-                      params.head_dim);
-      soften(tile, t * kTileK, packed.num_panels);
-      multiply_values(tile.weights.get(), packed.value_tile(kv_head, t), tile.out.get(), tile.num_rows, num_keys,
-                      packed.num_panels);
+    const std::int64_t first = seen.begin / kTileK, count = ceil_div(seen.end, kTileK) - first;
+    const std::int64_t begin = first + count * part / plan.parts, end = first + count * (part + 1) / plan.parts;
+    for (std::int64_t t = end - 1; t >= begin; --t) {
+      const std::int64_t key = t * kTileK;
+      KeyTile<T> keys(params, index.kv_head, t);
+      Foresight next_keys, next_values;
+      if (plan.shared_keys) {
+        keys.columns = packed.columns(index.kv_head, t);
+        keys.panels = packed.values(index.kv_head, t);
+      } else {
+        keys.buffer = tile.panel.get();
+        if (t > begin) {
+          const KeyTile<T> next(params, index.kv_head, t - 1);
+          next_keys = Foresight(next.k, next.k_stride, kTileK, params.head_dim);
+          next_values = Foresight(next.v, next.v_stride, kTileK, params.head_dim);
+        }
+      }
+      multiply_scores(tile, keys, key, next_values);
+      soften(tile, key, keys.num_keys);
+      multiply_values(tile, keys, key, next_keys);
     }
-    store_outputs<T>(params, batch, head, heads, query, packed.num_panels, tile);
+
+    for (int r = 0; r < tile.num_rows; ++r) {
+      float* row = tile.out.get() + r * tile.stride;
+      const float sum = reduce_add(load(tile.sums.get() + r * kLanes));
+      if (plan.parts == 1) {
+        store_row<T>(params, index, r, tile.rows[r].empty(), tile.references[r], sum, row);
+        continue;
+      }
+      const std::int64_t last = tile.stride - kLanes;
+      float* target = partials.row(task / plan.parts, part, r);
+      for (std::int64_t channel = 0; channel < last; channel += kLanes) store(target + channel, load(row + channel));
+      target[last] = tile.references[r];
+      target[last + 1] = sum;
+    }
   });
+  if (plan.parts > 1) merge_parts<T>(params, plan, partials, num_threads);
 }
 
 }  // namespace

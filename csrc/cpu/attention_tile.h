@@ -1,272 +1,152 @@
-// The parts that attention_forward.cpp and attention_backward.cpp share: which keys a query row sees, packed operands,
-// and the register-blocked product that everything is built from.
-//
-//                 kTileK keys                A product computes kRows x kCols outputs in registers:
-//            +-------------------+             a: element (row, step) at a[row * kRowStride + step * kStepStride],
-//   kTileQ   |  scores, then     |                read one at a time and broadcast
-//   queries  |  probabilities    |             b: a panel, kCols consecutive columns for every step
-//            +-------------------+           Panels make both streams contiguous, whatever the tensor's strides.
+// What attention_forward.cpp and attention_backward.cpp share: which keys a query row sees, tiles of query rows, and
+// the exponential.
 //
 // Logits are in base 2 inside a kernel: softmax_scale * log2(e) is folded into q, log2(e) into the slopes.
 #pragma once
 
 #include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <new>
+#include <type_traits>
 
 #include "andromeda/attention.h"
-#include "simd.h"
+#include "matrix.h"
 
 namespace andromeda::cpu::ANDROMEDA_ISA {
 
-#if defined(__AVX512F__) || defined(__aarch64__)
-inline constexpr int kRows = 12;  // 24 accumulators, 2 vectors of b, 1 of a: 27 of 32 registers
-#else
-inline constexpr int kRows = 6;  // 12 accumulators: 15 of 16 registers
-#endif
-inline constexpr int kCols = 2 * kLanes;
-
 inline constexpr int kTileQ = 96;
-inline constexpr int kTileK = 96;
+inline constexpr int kTileK = 192;  // deep enough that reading and writing the output around a product is lost in it
+inline constexpr int kBlocks = kTileQ / kRows;  // blocks of kRows query rows in a tile
 static_assert(kTileQ % kRows == 0 && kTileK % kRows == 0, "tiles are whole register blocks");
 static_assert(kTileK % kCols == 0, "a tile of scores is whole panels");
 
 inline constexpr float kLog2E = 1.44269504088896340736f;
 inline constexpr float kLn2 = 0.69314718055994530942f;
 
-inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
-inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-inline std::int64_t larger(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
-
-// Uninitialised floats, aligned to a cache line.
-class Buffer {
- public:
-  explicit Buffer(std::int64_t count)
-      : data_(static_cast<float*>(std::aligned_alloc(64, round_up(larger(count, 1) * sizeof(float), 64)))) {
-    if (data_ == nullptr) throw std::bad_alloc();
-  }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { std::free(data_); }
-  float* get() const { return data_; }
-
- private:
-  float* data_;
-};
-
-inline void clear(float* x, std::int64_t count) { std::memset(x, 0, count * sizeof(float)); }
-
-// One T per thread, made by the constructor that takes the other arguments.
-template <typename T>
-class Scratch {
- public:
-  template <typename... Args>
-  explicit Scratch(int num_threads, const Args&... args)
-      : items_(static_cast<T*>(std::aligned_alloc(64, round_up(larger(num_threads, 1) * sizeof(T), 64)))) {
-    if (items_ == nullptr) throw std::bad_alloc();
-    try {
-      for (; count_ < larger(num_threads, 1); ++count_) new (items_ + count_) T(args...);
-    } catch (...) {
-      destroy();
-      throw;
-    }
-  }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { destroy(); }
-  T& operator[](int worker) const { return items_[worker]; }
-
- private:
-  void destroy() {
-    while (count_ > 0) items_[--count_].~T();
-    std::free(items_);
-  }
-  T* items_;
-  int count_ = 0;
-};
-
-// ---- products -------------------------------------------------------------------------------------------------------
-
-// c (kRows x kCols, row stride kRowC) = or += a (kRows x depth) * panel b (depth x kCols).
-template <int kRowStride, int kStepStride, int kRowC, bool kAccumulate>
-inline void multiply_block(const float* a, const float* b, float* c, int depth) {
-  Vec sum[kRows][2];
-#pragma GCC unroll 12
-  for (int row = 0; row < kRows; ++row) {
-    sum[row][0] = kAccumulate ? load(c + row * kRowC) : Vec{};
-    sum[row][1] = kAccumulate ? load(c + row * kRowC + kLanes) : Vec{};
-  }
-  for (int step = 0; step < depth; ++step, a += kStepStride, b += kCols) {
-    const Vec b0 = load(b), b1 = load(b + kLanes);
-#pragma GCC unroll 12
-    for (int row = 0; row < kRows; ++row) {
-      const Vec x = broadcast(a[row * kRowStride]);
-      sum[row][0] += x * b0;
-      sum[row][1] += x * b1;
-    }
-  }
-#pragma GCC unroll 12
-  for (int row = 0; row < kRows; ++row) {
-    store(c + row * kRowC, sum[row][0]);
-    store(c + row * kRowC + kLanes, sum[row][1]);
-  }
-}
-
-// Scores: tile (kTileQ x kTileK) = rows packed by pack_rows (.. x head_dim) * keys packed by pack_columns.
-inline void multiply_scores(const float* rows, const float* columns, float* tile, int num_rows, int num_keys,
-                            int head_dim) {
-  for (int key = 0; key < num_keys; key += kCols)
-    for (int row = 0; row < num_rows; row += kRows)
-      multiply_block<1, kRows, kTileK, false>(rows + row * head_dim, columns + key * head_dim,
-                                              tile + row * kTileK + key, head_dim);
-}
-
-// out (kTileQ x head_dim panels) += tile (kTileQ x kTileK) * values packed by pack_panels.
-inline void multiply_values(const float* tile, const float* panels, float* out, int num_rows, int num_keys,
-                            int num_panels) {
-  for (int panel = 0; panel < num_panels; ++panel)
-    for (int row = 0; row < num_rows; row += kRows)
-      multiply_block<kTileK, 1, kCols, true>(tile + row * kTileK, panels + panel * kTileK * kCols,
-                                             out + (panel * kTileQ + row) * kCols, num_keys);
-}
-
-// out (kTileK x head_dim panels) += transposed tile (kTileK x kTileQ) * queries packed by pack_panels.
-inline void multiply_transposed(const float* tile, const float* panels, float* out, int num_rows, int num_keys,
-                                int num_panels) {
-  for (int panel = 0; panel < num_panels; ++panel)
-    for (int key = 0; key < num_keys; key += kRows)
-      multiply_block<1, kTileK, kCols, true>(tile + key, panels + panel * kTileQ * kCols,
-                                             out + (panel * kTileK + key) * kCols, num_rows);
-}
-
-// ---- packing: any dtype and strides in, zero-padded float32 out -----------------------------------------------------
-
-// One row of head_dim numbers as float32, zero up to a multiple of kCols.
-template <typename T>
-inline void read_row(const T* x, int head_dim, float factor, float* row) {
-  int channel = 0;
-  for (; channel + kLanes <= head_dim; channel += kLanes) store(row + channel, load(x + channel) * factor);
-  if (channel < head_dim) {
-    store(row + channel, load_first(x + channel, head_dim - channel) * factor);
-    channel += kLanes;
-  }
-  for (const int end = static_cast<int>(round_up(head_dim, kCols)); channel < end; channel += kLanes)
-    store(row + channel, Vec{});
-}
-
-// The left operand of a product over channels: blocks of kRows rows, (head_dim, kRows) each.
-inline void place_in_rows(const float* row, int index, int head_dim, float* packed) {
-  float* block = packed + (index / kRows) * kRows * head_dim + index % kRows;
-  for (int channel = 0; channel < head_dim; ++channel) block[channel * kRows] = row[channel];
-}
-
-// The right operand of a product over channels: panels of kCols rows, (head_dim, kCols) each.
-inline void place_in_columns(const float* row, int index, int head_dim, float* packed) {
-  float* panel = packed + (index / kCols) * kCols * head_dim + index % kCols;
-  for (int channel = 0; channel < head_dim; ++channel) panel[channel * kCols] = row[channel];
-}
-
-// The right operand of a product over rows: panels of kCols channels, (tile_rows, kCols) each.
-inline void place_in_panels(const float* row, int index, int tile_rows, int num_panels, float* packed) {
-  for (int panel = 0; panel < num_panels; ++panel) {
-    float* target = packed + (panel * tile_rows + index) * kCols;
-    store(target, load(row + panel * kCols));
-    store(target + kLanes, load(row + panel * kCols + kLanes));
-  }
-}
-
-// One row of a matrix in panels, back into a tensor.
-template <typename T>
-inline void write_row(const float* panels, std::int64_t index, int tile_rows, int head_dim, float factor, T* x) {
-  for (int channel = 0; channel < head_dim; channel += kLanes) {
-    const Vec value = load(panels + (channel / kCols * tile_rows + index) * kCols + channel % kCols) * factor;
-    const int count = static_cast<int>(smaller(kLanes, head_dim - channel));
-    count == kLanes ? store(x + channel, value) : store_first(x + channel, value, count);
-  }
-}
-
 // ---- exponential ----------------------------------------------------------------------------------------------------
 
-// 2^x, relative error below 2e-7. Everything below 2^-100 becomes exactly 0: relative to a row's largest weight it is
-// beyond float32, and its products would be denormal numbers, which cost a hundred cycles each. A NaN stays a NaN.
-inline Vec exp2(Vec x) {
+// 2^(x + exponent), relative error below 1e-7. `exponent` is a whole number: it joins the whole part of x, so that a
+// large one costs x no digits. Results below 2^-100 become exactly 0: relative to a row's largest weight they are
+// beyond float32, and their products would be denormal numbers, which cost a hundred cycles each. A NaN stays a NaN.
+//
+// Without kVanishing the result is known to lie above 2^-100.
+template <bool kVanishing = true>
+inline Vec exp2(Vec x, float exponent) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(x) in the low bits
-  x = x < -100.0f ? broadcast(-127.0f) : x;
-  const Vec shifted = x + kRound;
-  const Vec fraction = x - (shifted - kRound);  // in [-0.5, 0.5]
-  Vec p = broadcast(1.5403530393381608e-4f);
-  p = p * fraction + 1.3333558146428443e-3f;
-  p = p * fraction + 9.6181291076284772e-3f;
-  p = p * fraction + 5.5504108664821580e-2f;
-  p = p * fraction + 2.4022650695910071e-1f;
-  p = p * fraction + 6.9314718055994531e-1f;
+#if defined(__AVX512F__)
+  const Vec rounded = (x + kRound) - kRound;
+#else
+  const Vec sum = x + exponent, shifted = sum + kRound;
+  const Vec rounded = (shifted - kRound) - exponent;
+#endif
+  const Vec fraction = x - rounded;  // in [-0.5, 0.5]
+  // Least largest relative error among polynomials with p(0) = 1: 2e-9, and 8e-8 with float32's roundings. One degree
+  // less would save one operation of fourteen and double the error.
+  Vec p = broadcast(1.5353362e-4f);
+  p = p * fraction + 1.33988745e-3f;
+  p = p * fraction + 9.61843736e-3f;
+  p = p * fraction + 5.55033247e-2f;
+  p = p * fraction + 2.40226479e-1f;
+  p = p * fraction + 6.93147203e-1f;
   p = p * fraction + 1.0f;
-  // The exponent field of 2^round(x); for round(x) = -127 it is 0, and so is the float.
-  return p * (Vec)(((IntVec)shifted + 127) << 23);
+#if defined(__AVX512F__)
+  // One instruction multiplies by 2^(rounded + exponent) and clears what is too small: not-less-than keeps a NaN.
+  const __m512 power = (__m512)(rounded + exponent);
+  if (!kVanishing) return (Vec)_mm512_scalef_ps((__m512)p, power);
+  const __mmask16 keep = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-100.0f - exponent), _CMP_NLT_UQ);
+  return (Vec)_mm512_maskz_scalef_ps(keep, (__m512)p, power);
+#else
+  const Vec result = p * (Vec)(((IntVec)shifted + 127) << 23);  // the exponent field of the power
+  return kVanishing ? select(sum < -100.0f, Vec{}, result) : result;
+#endif
 }
+
+// 2^x of one number.
+inline float exp2(float x) { return exp2<true>(broadcast(x), 0.0f)[0]; }
 
 // ---- which keys a row sees ------------------------------------------------------------------------------------------
 
-// A head's constants. `window`: keys at this distance or farther together hold less than 2^-24 of a row's softmax
-// (gpu_kernels 1.5: exp(2 bound - slope * distance), a geometric sum against the row's own key).
+// A head's constants, in base 2. `window`: keys at this distance or farther together hold less than 2^-24 of a row's
+// softmax (gpu_kernels 1.5: exp(2 bound - slope * distance), a geometric sum against the row's own key).
 struct Head {
-  float slope;          // base 2
+  float slope;
+  float bound;          // on |logit| before the bias; infinite when unknown
   std::int64_t window;  // in tokens; kUnlimited without a bound or a bias
-  bool bounded;         // the softmax needs no running maximum: |logit| <= kLargestBound
 };
 
 inline constexpr std::int64_t kUnlimited = std::int64_t{1} << 40;
-inline constexpr float kLargestBound = 40.0f;  // gpu_kernels 1.3: keeps every weight and sum inside float32
 
 inline Head describe_head(const AttentionParams& params, int head) {
   const float slope = params.alibi_slopes == nullptr ? 0.0f : params.alibi_slopes[head];
-  Head result{slope * kLog2E, kUnlimited, false};
+  Head result{slope * kLog2E, HUGE_VALF, kUnlimited};
   if (params.logit_bound == nullptr) return result;
-  const double bound = params.logit_bound[head];
-  result.bounded = bound <= kLargestBound;  // false for NaN
-  const double window = std::ceil((2.0 * bound + 24.0 * 0.69314718055994530942) / slope);
+  result.bound = params.logit_bound[head] * kLog2E;
+  const double window = std::ceil((2.0 * params.logit_bound[head] + 24.0 * 0.69314718055994530942) / slope);
   if (slope > 0.0f && window < static_cast<double>(kUnlimited)) result.window = static_cast<std::int64_t>(window);
   return result;
 }
 
-// One query row: it sees keys first <= j < end, and `position` is the key it is aligned with.
+// One query row of one head: it sees keys first <= j < end, and `position` is the key it is aligned with. The window is
+// applied here and nowhere else: forward, backward and any split of the keys compute the same function.
 struct Row {
   std::int64_t position, first, end;
+  bool empty() const { return first >= end; }
   // Whether the row's own key is visible: then its weight bounds the softmax sum from below, which both the window and
   // the softmax without a running maximum rely on. Without a bias any visible key does as well.
   bool sees_itself() const { return first <= position && position < end; }
 };
 
-inline Row describe_row(const AttentionParams& params, int batch, std::int64_t query) {
+inline Row describe_row(const AttentionParams& params, const Head& head, std::int64_t batch, std::int64_t query) {
   Row row;
   row.position = query + params.seqlen_k - params.seqlen_q;
-  const std::int64_t start =
-      params.key_start == nullptr ? 0 : params.key_start[static_cast<std::int64_t>(batch) * params.seqlen_q + query];
-  row.first = larger(start, 0);
+  row.first = params.key_start == nullptr ? 0 : larger(params.key_start[batch * params.seqlen_q + query], 0);
   row.end = params.causal ? smaller(row.position + 1, params.seqlen_k) : params.seqlen_k;
+  if (row.sees_itself()) {
+    row.first = larger(row.first, row.position - head.window + 1);
+    row.end = smaller(row.end, row.position + head.window);
+  }
   return row;
 }
 
-// Keys that one head's rows [query, query + count) need, as tiles [begin, end) of kTileK keys. Forward and backward
-// both ask here, so that the gradient is that of the computed function.
-struct TileRange {
+template <typename T>
+const T* row_of(const void* tensor, const SeqStrides& stride, std::int64_t batch, std::int64_t seq, std::int64_t head) {
+  return static_cast<const T*>(tensor) + batch * stride.batch + seq * stride.seq + head * stride.head;
+}
+
+template <typename T>
+T* row_of(void* tensor, const SeqStrides& stride, std::int64_t batch, std::int64_t seq, std::int64_t head) {
+  return static_cast<T*>(tensor) + batch * stride.batch + seq * stride.seq + head * stride.head;
+}
+
+// ---- tiles of query rows --------------------------------------------------------------------------------------------
+
+// Consecutive keys [begin, end); empty is {0, 0}.
+struct Range {
   std::int64_t begin, end;
+  bool empty() const { return begin >= end; }
+  void include(std::int64_t first, std::int64_t last) {
+    if (first >= last) return;
+    *this = empty() ? Range{first, last} : Range{smaller(begin, first), larger(end, last)};
+  }
 };
 
-inline TileRange visible_tiles(const AttentionParams& params, const Head& head, int batch, std::int64_t query,
-                               std::int64_t count) {
-  std::int64_t first = params.seqlen_k, end = 0;
-  for (std::int64_t i = query; i < query + count; ++i) {
-    const Row row = describe_row(params, batch, i);
-    if (row.first >= row.end) continue;
-    const std::int64_t window = row.sees_itself() ? head.window : kUnlimited;
-    first = smaller(first, larger(row.first, row.position - window + 1));
-    end = larger(end, smaller(row.end, row.position + window));
+// kRows rows that a product computes at once: what they have in common decides which keys they skip, and which tiles
+// need no mask.
+struct RowBlock {
+  Range seen;   // keys that some row sees
+  Range plain;  // keys that every row sees, and, if it has a bias, at or left of its position: the bias is linear there
+
+  void include(const Row& row, bool biased) {
+    const Range mine{row.first, biased ? smaller(row.end, row.position + 1) : row.end};
+    seen.include(row.first, row.end);
+    plain = {larger(plain.begin, mine.begin), row.empty() ? 0 : smaller(plain.end, mine.end)};
   }
-  if (first >= end) return {0, 0};
-  return {first / kTileK, ceil_div(end, kTileK)};
-}
+  // The part of a tile of num_keys keys from `key` on that the products must compute: whole panels on the left.
+  Range columns(std::int64_t key, int num_keys) const {
+    const std::int64_t begin = larger(seen.begin - key, 0) / kCols * kCols, end = smaller(seen.end - key, num_keys);
+    return begin < end ? Range{begin, end} : Range{0, 0};
+  }
+  bool is_plain(std::int64_t key) const { return plain.begin <= key && key + kTileK <= plain.end; }
+};
+
+inline constexpr RowBlock kNoRows{{0, 0}, {0, kUnlimited}};
 
 }  // namespace andromeda::cpu::ANDROMEDA_ISA

@@ -7,9 +7,12 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace andromeda::cpu::ANDROMEDA_ISA {
@@ -58,6 +61,9 @@ inline Vec load(const Float16* p) {
   return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(__F16C__)
   return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__aarch64__)
+  // GCC 12 has no _Float16 here.
+  return (Vec)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const std::uint16_t*>(p))));
 #else
   Vec v;
   for (int lane = 0; lane < kLanes; ++lane) {
@@ -87,6 +93,8 @@ inline void store(Float16* p, Vec v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  vst1_u16(reinterpret_cast<std::uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
 #else
   for (int lane = 0; lane < kLanes; ++lane) {
     const _Float16 h = static_cast<_Float16>(v[lane]);
@@ -95,12 +103,27 @@ inline void store(Float16* p, Vec v) {
 #endif
 }
 
+// Asks for `count` numbers to be brought into the caches, to be read or to be written.
+template <typename T>
+inline void prefetch(const T* p, int count) {
+  for (int i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(p + i, 0, 2);
+}
+template <typename T>
+inline void prefetch_for_writing(T* p, int count) {
+  for (int i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(p + i, 1, 2);
+}
+
 // The first `count` lanes; the others read as 0 and are not touched in memory.
 template <typename T>
 inline Vec load_first(const T* p, int count) {
   T buffer[kLanes] = {};
   std::memcpy(buffer, p, count * sizeof(T));
   return load(buffer);
+}
+
+template <typename T>
+inline Vec load_some(const T* p, std::int64_t count) {
+  return count >= kLanes ? load(p) : load_first(p, static_cast<int>(count));
 }
 
 template <typename T>
@@ -119,17 +142,58 @@ inline IntVec lane_index() {
 }
 
 // Lane i of the result is lane (i ^ kDistance) of v.
+template <int kDistance, int... kLane>
+inline Vec exchange(Vec v, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(v, v, (kLane ^ kDistance)...);
+}
+
 template <int kDistance>
 inline Vec exchange(Vec v) {
-  constexpr int x = kDistance;
-  if constexpr (kLanes == 16) {
-    return __builtin_shufflevector(v, v, 0 ^ x, 1 ^ x, 2 ^ x, 3 ^ x, 4 ^ x, 5 ^ x, 6 ^ x, 7 ^ x, 8 ^ x, 9 ^ x, 10 ^ x,
-                                   11 ^ x, 12 ^ x, 13 ^ x, 14 ^ x, 15 ^ x);
-  } else if constexpr (kLanes == 8) {
-    return __builtin_shufflevector(v, v, 0 ^ x, 1 ^ x, 2 ^ x, 3 ^ x, 4 ^ x, 5 ^ x, 6 ^ x, 7 ^ x);
-  } else {
-    return __builtin_shufflevector(v, v, 0 ^ x, 1 ^ x, 2 ^ x, 3 ^ x);
-  }
+  return exchange<kDistance>(v, std::make_integer_sequence<int, kLanes>{});
+}
+
+// Lanes with bit kDistance clear from a and, shifted up, from b; with kUpper those with the bit set, a's shifted down.
+template <int kDistance, bool kUpper, int... kLane>
+inline Vec merge(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(
+      a, b, ((kLane & kDistance ? kLanes + kLane - kDistance : kLane) + (kUpper ? kDistance : 0))...);
+}
+
+// Four vectors as matrices of four columns side by side, each transposed: lane 4 q + j of rows[i] becomes lane 4 q + i
+// of rows[j].
+inline void transpose_quads(Vec (&rows)[4]) {
+  constexpr auto kAll = std::make_integer_sequence<int, kLanes>{};
+  const Vec a = merge<1, false>(rows[0], rows[1], kAll), b = merge<1, true>(rows[0], rows[1], kAll);
+  const Vec c = merge<1, false>(rows[2], rows[3], kAll), d = merge<1, true>(rows[2], rows[3], kAll);
+  rows[0] = merge<2, false>(a, c, kAll);
+  rows[1] = merge<2, false>(b, d, kAll);
+  rows[2] = merge<2, true>(a, c, kAll);
+  rows[3] = merge<2, true>(b, d, kAll);
+}
+
+// Lanes 4 q ... 4 q + 3 from 16 bytes at p + q * stride bytes.
+inline Vec gather_quads(const void* p, std::int64_t stride) {
+#if defined(__AVX__)
+  const auto quad = [=](int q) {
+    return _mm_loadu_ps(reinterpret_cast<const float*>(static_cast<const char*>(p) + q * stride));
+  };
+#endif
+#if defined(__AVX512F__)
+  const __m512 a = _mm512_insertf32x4(_mm512_castps128_ps512(quad(0)), quad(1), 1);
+  return (Vec)_mm512_insertf32x4(_mm512_insertf32x4(a, quad(2), 2), quad(3), 3);
+#elif defined(__AVX__)
+  return (Vec)_mm256_insertf128_ps(_mm256_castps128_ps256(quad(0)), quad(1), 1);
+#else
+  static_cast<void>(stride);
+  return load(static_cast<const float*>(p));
+#endif
+}
+
+// kLanes rows of four numbers, `stride` bytes apart, become four vectors: number i of every row.
+inline void load_columns(const void* p, std::int64_t stride, Vec (&columns)[4]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) columns[i] = gather_quads(static_cast<const char*>(p) + i * stride, 4 * stride);
+  transpose_quads(columns);
 }
 
 // Sums and maxima over the lanes by a fixed butterfly.

@@ -1,0 +1,121 @@
+"""The speeds and the memory that the CPU kernels are meant to reach, held against the rows of a run.
+
+A bar is met when the median of the rounds reaches it. All bars are for the default shape of attn.py (one sequence, 24
+heads, one key head, head_dim 128) on a CPU; what the right side of a comparison is was timed in the same rounds as the
+left side, except where float32 is compared with bfloat16: there both refer to the float32 matrix product of their own
+rounds, and the spread is the widest that the two allow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import cases
+import timing
+
+MATMUL = "matmul 2048^3 float32"  # torch's own product: what this machine's arithmetic gives
+COPY = "memory copy"
+FLOAT32 = "float32"  # the same row of the same pass in float32
+WINDOWS = "andromeda"  # with a logit bound, which permits windows
+NO_WINDOWS = "andromeda, no windows"
+
+LONG_WORKSPACE_MB = 1000.0  # of a pass over 131 072 tokens, beyond its inputs and results
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    step: str
+    dtype: str
+    seqlen: int
+    backend: str
+    at_least: float
+    against: str  # MATMUL, COPY: share of that rate; FLOAT32: times that share; a contender: times its speed
+
+    @property
+    def what(self) -> str:
+        return f"{self.step} {self.seqlen} {self.dtype}, {self.backend}"
+
+    @property
+    def requirement(self) -> str:
+        rate = " rate" if self.against in (MATMUL, COPY, FLOAT32) else ""
+        return f">= {self.at_least:g} x {self.against}{rate}"
+
+
+BARS = (
+    *(
+        Bar("forward", "float32", seqlen, NO_WINDOWS, at_least, against)
+        for seqlen in (2048, 8192)
+        for at_least, against in ((0.95, MATMUL), (2.0, "flex_attention"), (1.5, "sdpa, no bias"))
+    ),
+    Bar("forward", "float32", 8192, WINDOWS, 1.35, NO_WINDOWS),
+    *(
+        Bar("forward", "bfloat16", seqlen, NO_WINDOWS, at_least, against)
+        for seqlen in (2048, 8192)
+        for at_least, against in ((1.6, FLOAT32), (3.0, "flex_attention"))
+    ),
+    *(
+        Bar("backward", "float32", seqlen, NO_WINDOWS, at_least, against)
+        for seqlen in (2048, 8192)
+        for at_least, against in ((0.8, MATMUL), (2.5, "sdpa, bias tensor"))
+    ),
+    *(
+        Bar("decode", dtype, seqlen, backend, 0.8, COPY)
+        for dtype in ("float32", "bfloat16")
+        for seqlen in (8192, 65536)
+        for backend in (WINDOWS, NO_WINDOWS)
+    ),
+)
+
+
+def evaluate(rows: list[dict], bars: tuple[Bar, ...] = BARS) -> list[dict]:
+    """Every bar as a dict of report.BAR_COLUMNS: a line to print and an entry of the JSON file."""
+    by_key = {(row["pass"], row["shape"], row["dtype"], row["backend"]): row for row in rows}
+
+    def find(bar: Bar, dtype: str, backend: str) -> dict | None:
+        return by_key.get((bar.step, cases.AttentionCase(bar.step, bar.seqlen).shape, dtype, backend))
+
+    def share(row: dict, column: str) -> tuple[float, float, float] | None:
+        return None if row.get(column) is None else (row[column], *row[f"{column}_range"])
+
+    def figure(bar: Bar) -> tuple[float, float, float] | None:
+        row = find(bar, bar.dtype, bar.backend)
+        if row is None:
+            return None
+        if bar.against in (MATMUL, COPY):
+            return share(row, "of_matmul" if bar.against == MATMUL else "of_copy")
+        if bar.against == FLOAT32:
+            base = find(bar, "float32", bar.backend)
+            own, other = share(row, "of_matmul"), None if base is None else share(base, "of_matmul")
+            return own and other and (own[0] / other[0], own[1] / other[2], own[2] / other[1])
+        other = find(bar, bar.dtype, bar.against)
+        if other is None:
+            return None
+        return timing.paired_ratio(timing.Timing(other["samples_ms"]), timing.Timing(row["samples_ms"]))
+
+    lines = []
+    for bar in bars:
+        spread = figure(bar)
+        lines.append(_line(bar.what, bar.requirement, spread, spread is not None and spread[0] >= bar.at_least))
+    return lines
+
+
+def evaluate_long(rows: list[dict]) -> list[dict]:
+    """The bar on memory for rows that carry `workspace_mb`."""
+    lines = []
+    for row in rows:
+        used = row["workspace_mb"]
+        what = f"{row['pass']} {row['shape']} {row['dtype']}, {row['backend']}: MiB beyond inputs and results"
+        met = used is not None and used < LONG_WORKSPACE_MB
+        lines.append(_line(what, f"< {LONG_WORKSPACE_MB:g}", None if used is None else (used,), met))
+    return lines
+
+
+def _line(what: str, requirement: str, spread: tuple[float, ...] | None, met: bool) -> dict:
+    """spread: median, lowest and highest of the rounds; one number when there were none."""
+    return {
+        "what": what,
+        "bar": requirement,
+        "measured": None if spread is None else spread[0],
+        "rounds": list(spread[1:]) if spread and len(spread) > 1 else None,
+        "verdict": "not measured" if spread is None else "met" if met else "missed",
+    }

@@ -1,0 +1,188 @@
+"""What the benchmarks compute from samples: calls per sample, ratios round by round, rows, bars."""
+
+import importlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="the benchmarks are not part of this copy")
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Import a file of the folder by name, as a command started there does."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module
+
+
+def test_every_function_follows_every_other_one_in_turn(load, monkeypatch):
+    timing = load("timing")
+    monkeypatch.setattr(timing, "MIN_SAMPLE_MS", 0.0)  # one call per sample
+    order = []
+    functions = {name: lambda name=name: order.append(name) for name in "abc"}
+    timings = timing.measure(functions, device="cpu", rounds=4, budget_s=60)
+    assert "".join(order) == "aabbcc" + "abc" + "bca" + "cab" + "abc"
+    assert all(len(measured.samples_ms) == 4 for measured in timings.values())
+
+
+def test_short_calls_share_a_sample(load, monkeypatch):
+    timing = load("timing")
+    now, calls = [0.0], {"first call slow": 0, "long": 0, "very long": 0}
+
+    def call(name, seconds):
+        calls[name] += 1
+        now[0] += 0.5 if calls[name] == 1 and name == "first call slow" else seconds
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    functions = {
+        "first call slow": lambda: call("first call slow", 0.003),
+        "long": lambda: call("long", 0.025),
+        "very long": lambda: call("very long", 2.0),
+    }
+    timings = timing.measure(functions, device="cpu", rounds=3, budget_s=60)
+    assert calls == {"first call slow": 2 + 3 * 7, "long": 2 + 3, "very long": 1 + 3}  # warm-up and three samples
+    assert timings["first call slow"].samples_ms == pytest.approx([3.0] * 3)  # of a call, not of a sample
+    assert timings["long"].samples_ms == pytest.approx([25.0] * 3)
+
+    timings = timing.measure(functions, device="cpu", rounds=50, budget_s=0.0)
+    assert [len(measured.samples_ms) for measured in timings.values()] == [2, 2, 2]  # rounds there must be
+
+
+def test_ratios_pair_the_rounds(load):
+    timing = load("timing")
+    slow, fast = timing.Timing([4.0, 40.0, 9.0]), timing.Timing([2.0, 20.0, 3.0])
+    assert timing.paired_ratio(slow, fast) == (2.0, 2.0, 3.0)
+    assert timing.paired_ratio(slow, fast, 0.5) == (1.0, 1.0, 1.5)
+    with pytest.raises(ValueError):
+        timing.paired_ratio(slow, timing.Timing([1.0]))
+
+
+def test_peak_memory_counts_what_a_call_frees_again(load):
+    timing = load("timing")
+
+    def function():
+        torch.ones(64 << 20, dtype=torch.uint8)
+
+    peak = timing.peak_memory_mb(function, "cpu")
+    if peak is None:
+        pytest.skip("this system does not tell the high-water mark of the memory")
+    assert 60 < peak < 100
+    measured, peak = timing.measure_once(function, "cpu")
+    assert 60 < peak < 100
+    assert len(measured.samples_ms) == 1
+
+
+def make_row(load, backend, samples, *, step="forward", shape="b1 n2048 h24/1 d128", dtype="float32", **more):
+    return load("report").make_row(
+        load("timing").Timing(samples),
+        op="attention",
+        step=step,
+        shape=shape,
+        dtype=dtype,
+        device="cpu",
+        backend=backend,
+        **more,
+    )
+
+
+def test_row(load):
+    row = make_row(
+        load, "a", [2.0, 1.0, 4.0], flops=2e9, bytes_moved=4e6, tokens=10, spreads={"ratio": (2.0, 1.5, 3.0)}, more=1
+    )
+    assert row["median_ms"] == 2.0
+    assert (row["tflops"], row["gbps"], row["tokens_per_s"]) == pytest.approx((1.0, 2.0, 5000.0))
+    assert (row["ratio"], row["ratio_range"], row["more"]) == (2.0, [1.5, 3.0], 1)
+    assert row["samples_ms"] == [2.0, 1.0, 4.0]
+    assert make_row(load, "a", [1.0])["ratio"] is None
+
+
+def test_json_carries_the_bars(load, tmp_path):
+    report = load("report")
+    path = tmp_path / "r.json"
+    report.write_json(path, [make_row(load, "a", [1.0])], {"commit": "c"}, ["note"], {"bars": [{"verdict": "met"}]})
+    data = json.loads(path.read_text())
+    assert (data["notes"], data["bars"], data["rows"][0]["commit"]) == (["note"], [{"verdict": "met"}], "c")
+
+
+def only(load, rows, **bar):
+    """The line of one bar."""
+    bars = load("bars")
+    fields = {"step": "forward", "dtype": "float32", "seqlen": 2048, "backend": bars.NO_WINDOWS, "at_least": 2.0}
+    [line] = bars.evaluate(rows, (bars.Bar(**{**fields, **bar}),))
+    return line
+
+
+@pytest.mark.parametrize("at_least, verdict", [(2.0, "met"), (2.01, "missed")])
+def test_bar_against_a_contender(load, at_least, verdict):
+    rows = [make_row(load, "andromeda, no windows", [1.0, 2.0, 1.0]), make_row(load, "flex_attention", [2.0, 4.0, 5.0])]
+    line = only(load, rows, against="flex_attention", at_least=at_least)
+    assert (line["measured"], line["rounds"], line["verdict"]) == (2.0, [2.0, 5.0], verdict)
+
+
+def test_bar_against_the_machine(load):
+    bars = load("bars")
+    spread = {"of_copy": (0.9, 0.7, 1.0)}
+    row = make_row(load, bars.WINDOWS, [1.0], step="decode", shape="b1 n8192 h24/1 d128", spreads=spread)
+    line = only(load, [row], step="decode", seqlen=8192, backend=bars.WINDOWS, against=bars.COPY, at_least=0.8)
+    assert (line["measured"], line["rounds"], line["verdict"]) == (0.9, [0.7, 1.0], "met")
+
+
+def test_bar_of_bfloat16_against_float32_takes_the_widest_spread(load):
+    bars = load("bars")
+    rows = [
+        make_row(load, bars.NO_WINDOWS, [1.0], spreads={"of_matmul": (0.8, 0.5, 1.0)}),
+        make_row(load, bars.NO_WINDOWS, [1.0], dtype="bfloat16", spreads={"of_matmul": (1.6, 1.5, 2.0)}),
+    ]
+    line = only(load, rows, dtype="bfloat16", against=bars.FLOAT32, at_least=1.9)
+    assert (line["measured"], line["rounds"], line["verdict"]) == (2.0, [1.5, 4.0], "met")
+    assert only(load, rows[1:], dtype="bfloat16", against=bars.FLOAT32)["verdict"] == "not measured"
+
+
+def test_bars_without_rows(load):
+    lines = load("bars").evaluate([make_row(load, "andromeda", [1.0], shape="b2 n2048 h24/1 d128")])
+    assert {line["verdict"] for line in lines} == {"not measured"}
+    assert len({(line["what"], line["bar"]) for line in lines}) == len(lines)
+
+
+def test_bars_name_rows_that_exist(load):
+    """A misspelt contender would read "not measured" for ever."""
+    bars, cases = load("bars"), load("cases")
+    for bar in bars.BARS:
+        case = cases.AttentionCase(bar.step, bar.seqlen)
+        names = {contender.name for contender in cases.contenders(case)} | {bars.MATMUL, bars.COPY, bars.FLOAT32}
+        assert {bar.backend, bar.against} <= names
+
+
+@pytest.mark.parametrize("used, verdict", [(999.0, "met"), (1000.0, "missed"), (None, "not measured")])
+def test_bar_on_memory(load, used, verdict):
+    [line] = load("bars").evaluate_long([make_row(load, "andromeda", [1.0], workspace_mb=used)])
+    assert (line["measured"], line["verdict"]) == (used, verdict)
+
+
+@pytest.mark.parametrize("command", ["attn", "decode", "model"])
+def test_a_gpu_that_is_not_there_is_refused(load, command, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    module = load(command)
+    with pytest.raises(SystemExit):
+        module.parse(["--device", "cuda"])
+    assert "torch sees no GPU here" in capsys.readouterr().err
+    assert module.parse([]).device == "cpu"
+
+
+def test_attention_command_prints_and_writes(load, capsys, tmp_path):
+    path = tmp_path / "attn.json"
+    arguments = ["--device", "cpu", "--dtype", "float32", "--pass", "decode", "--keys", "64", "--quick"]
+    load("attn").main([*arguments, "--json", str(path)])
+    printed = capsys.readouterr().out
+    data = json.loads(path.read_text())
+    row = next(row for row in data["rows"] if row["backend"] == "andromeda")
+    copy = next(row for row in data["rows"] if row["backend"] == "memory copy")
+    assert row["of_copy_range"][0] <= row["of_copy"] <= row["of_copy_range"][1]
+    assert copy["gbps"] == pytest.approx(2 * (2 * 64 * 128 * 4) / copy["median_ms"] / 1e6)
+    assert "of_matmul" in printed
+    assert "not measured" in printed
+    assert len(data["bars"]) == len(load("bars").BARS)
