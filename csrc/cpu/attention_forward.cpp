@@ -78,12 +78,14 @@ struct KeyTile {
     pack_keys(column, buffer);
     return buffer;
   }
-  // (kTileK, kCols): kCols channels of the values.
+  // (kTileK, kCols): kCols channels of the values. Without other readers than one query tile they are best read where
+  // they lie, if there are that many channels.
   const float* values(int channel) const {
     if (buffer == nullptr) return panels + channel * kTileK;
     pack_values(channel, buffer);
     return buffer;
   }
+  bool values_in_place(int channel) const { return buffer != nullptr && channel + kCols <= head_dim; }
 
   int head_dim, num_keys;
   std::int64_t k_stride, v_stride;
@@ -251,17 +253,22 @@ void multiply_scores(const QueryTile& tile, const KeyTile<T>& keys, std::int64_t
 
 template <typename T>
 void multiply_values(const QueryTile& tile, const KeyTile<T>& keys, std::int64_t key, Foresight& next) {
-  for (int channel = 0; channel < keys.head_dim; channel += kCols) {
-    const float* panel = nullptr;
+  const auto multiply = [&](int channel, const auto* values, std::int64_t stride) {
     for (int block = 0; block < tile.num_blocks; ++block) {
       const Range columns = tile.blocks[block].columns(key, keys.num_keys);
       if (columns.empty()) continue;
-      if (panel == nullptr) panel = keys.values(channel);
       const int depth = static_cast<int>(columns.end - columns.begin);
       multiply_rows<Order::kByRows, Result::kAdd>(tile.weights.get() + block * kRows * kTileK + columns.begin, kTileK,
-                                                  panel + columns.begin * kCols, kCols,
+                                                  values + columns.begin * stride, stride,
                                                   tile.out.get() + block * kRows * tile.stride + channel, tile.stride,
-                                                  tile.rows_of(block), depth, next.take(depth, panel));
+                                                  tile.rows_of(block), depth, next.take(depth, values));
+    }
+  };
+  for (int channel = 0; channel < keys.head_dim; channel += kCols) {
+    if (keys.values_in_place(channel)) {
+      multiply(channel, keys.v + channel, keys.v_stride);
+    } else {
+      multiply(channel, keys.values(channel), kCols);
     }
   }
 }

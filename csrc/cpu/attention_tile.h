@@ -80,7 +80,8 @@ inline Head describe_head(const AttentionParams& params, int head) {
   if (params.logit_bound == nullptr) return result;
   result.bound = params.logit_bound[head] * kLog2E;
   const double window = std::ceil((2.0 * params.logit_bound[head] + 24.0 * 0.69314718055994530942) / slope);
-  if (slope > 0.0f && window < static_cast<double>(kUnlimited)) result.window = static_cast<std::int64_t>(window);
+  if (slope > 0.0f && window < static_cast<double>(kUnlimited))
+    result.window = larger(static_cast<std::int64_t>(window), 1);
   return result;
 }
 

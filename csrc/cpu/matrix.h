@@ -4,10 +4,10 @@
 //   c (rows x kCols)  =  or  +=  a (rows x depth)  *  b (depth x kCols)
 //
 //   a   read one number at a time and broadcast, so it may lie by rows or, transposed, by columns
-//   b   kCols consecutive numbers per step: a row of a row-major matrix, or a panel that pack_columns made
+//   b   kCols consecutive numbers per step: of a row of a tensor or matrix, or of a panel made by the functions below
 //   c   kRows x kCols numbers in registers; every vector of b is used kRows times, every number of a twice
 //
-// All strides are run-time numbers, in floats. Rows in scratch memory are row_stride() apart: a multiple of the page
+// All strides are run-time numbers, in elements. Rows in scratch memory are row_stride() apart: a multiple of the page
 // size, or of the stride between sets of a cache, would make the rows evict each other.
 #pragma once
 
@@ -113,8 +113,8 @@ class Foresight {
     pieces_ = 1;
   }
   // What a product of so many steps can ask for; `idle` is memory at hand, for when nothing is left.
-  Ahead take(int steps, const float* idle) {
-    if (piece_ >= pieces_) return {reinterpret_cast<const char*>(idle), 0};
+  Ahead take(int steps, const void* idle) {
+    if (piece_ >= pieces_) return {static_cast<const char*>(idle), 0};
     const Ahead ahead{base_ + row_ * stride_ + piece_ * kPiece, stride_};
     row_ += steps;
     if (row_ >= rows_) {
@@ -132,10 +132,10 @@ class Foresight {
 };
 
 // Not inlined: one copy of each variant serves every product, and the compiler allocates its registers in peace.
-template <int kBlockRows, Order kOrder, Result kResult>
-__attribute__((noinline)) void multiply_block(const float* a, std::int64_t a_stride, const float* b,
-                                              std::int64_t b_stride, float* c, std::int64_t c_stride, int depth,
-                                              Ahead ahead) {
+// B is how b is stored: numbers of half precision are converted in registers.
+template <int kBlockRows, Order kOrder, Result kResult, typename B>
+__attribute__((noinline)) void multiply_block(const float* a, std::int64_t a_stride, const B* b, std::int64_t b_stride,
+                                              float* c, std::int64_t c_stride, int depth, Ahead ahead) {
   Vec sum[kBlockRows][2] = {};
   // Four pointers of three rows each: an address is then a base plus 0, 1 or 2 strides, which x86 computes in the load.
   const float* rows[4] = {a, a + 3 * a_stride, a + 6 * a_stride, a + 9 * a_stride};
@@ -164,20 +164,20 @@ __attribute__((noinline)) void multiply_block(const float* a, std::int64_t a_str
 }
 
 // As many rows as asked for, up to kRows; rounded up to a multiple of kFewRows, which a and c must have room for.
-template <Order kOrder, Result kResult>
-inline void multiply_rows(const float* a, std::int64_t a_stride, const float* b, std::int64_t b_stride, float* c,
+template <Order kOrder, Result kResult, typename B>
+inline void multiply_rows(const float* a, std::int64_t a_stride, const B* b, std::int64_t b_stride, float* c,
                           std::int64_t c_stride, int rows, int depth, Ahead ahead) {
   if (rows > 2 * kFewRows) {
-    multiply_block<kRows, kOrder, kResult>(a, a_stride, b, b_stride, c, c_stride, depth, ahead);
+    multiply_block<kRows, kOrder, kResult, B>(a, a_stride, b, b_stride, c, c_stride, depth, ahead);
     return;
   }
   for (int row = 0; row < rows; row += kFewRows)
-    multiply_block<kFewRows, kOrder, kResult>(a + row * (kOrder == Order::kByRows ? a_stride : 1), a_stride, b,
-                                              b_stride, c + row * c_stride, c_stride, depth, ahead);
+    multiply_block<kFewRows, kOrder, kResult, B>(a + row * (kOrder == Order::kByRows ? a_stride : 1), a_stride, b,
+                                                 b_stride, c + row * c_stride, c_stride, depth, ahead);
 }
 
-template <Order kOrder, Result kResult>
-inline void multiply_rows(const float* a, std::int64_t a_stride, const float* b, std::int64_t b_stride, float* c,
+template <Order kOrder, Result kResult, typename B>
+inline void multiply_rows(const float* a, std::int64_t a_stride, const B* b, std::int64_t b_stride, float* c,
                           std::int64_t c_stride, int rows, int depth) {
   const Ahead nothing{reinterpret_cast<const char*>(b), 0};
   multiply_rows<kOrder, kResult>(a, a_stride, b, b_stride, c, c_stride, rows, depth, nothing);
