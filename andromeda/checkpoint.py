@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from andromeda import files
 from andromeda.config import ModelConfig
 
 WEIGHTS = "model.safetensors"
@@ -52,23 +53,14 @@ def save(model, path) -> None:
         new.mkdir()
         save_file(state, new / WEIGHTS, metadata={"format": "pt", "andromeda": text})
         (new / SETTINGS).write_text(text + "\n", encoding="utf-8")
-        for written in (new / WEIGHTS, new / SETTINGS, new):
-            _flush(written)
+        files.flush_tree(new)
         if path.is_dir():
             os.replace(new / WEIGHTS, path / WEIGHTS)
             os.replace(new / SETTINGS, path / SETTINGS)
-            _flush(path)
+            files.flush(path)
         else:
             os.rename(new, path)
-        _flush(path.parent)
-
-
-def _flush(path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        files.flush(path.parent)
 
 
 def load(model_class, path, device=None, dtype=None, embedding_provider=None):

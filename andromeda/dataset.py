@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from andromeda import packing
+from andromeda import files, packing
 from andromeda.documents import Source, clean, open_source
 from andromeda.tokenizer import AndromedaTokenizer
 
@@ -277,10 +277,8 @@ class DatasetBuilder:
             "tokenizer_hash": settings.hash,
             "statistics": counts,
         }
-        with open(directory / METADATA_FILE, "w", encoding="utf-8") as file:
-            json.dump(metadata, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        (directory / METADATA_FILE).write_text(json.dumps(metadata, indent=1), encoding="utf-8")
+        files.flush_tree(directory)
         summary = f"packed {source.name}: " + ", ".join(f"{value} {name}" for name, value in counts.items() if value)
         _log.info(summary)
         if not bar.disable:
@@ -549,11 +547,7 @@ def _install(temporary: Path, path: Path) -> None:
             os.rename(path, trash / "replaced")
     else:
         raise OSError(errno.EEXIST, "DatasetBuilder: other processes keep replacing the data set", str(path))
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    files.flush(path.parent)
 
 
 def _is_complete(path: Path) -> bool:

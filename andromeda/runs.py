@@ -1,16 +1,14 @@
-"""What the commands share: model sizes, and the folders they read and write (rows, models, tokenizers, JSON files).
-
-What is written appears whole or not at all: under a temporary name in the same folder, then renamed.
-"""
+"""What the commands share: model sizes, and the folders they read and write (rows, models, tokenizers, JSON files)."""
 
 import contextlib
 import json
 import os
-import shutil
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
+
+from andromeda.files import whole_folder
+from andromeda.files import write_json as write_json  # for the commands
 
 # Sizes to start from; every constructor argument has an option of its own on top.
 SIZES = {
@@ -28,37 +26,6 @@ class UsageError(Exception):
 def say(text: str = ""):
     """A message, to stderr: stdout is for results."""
     print(text, file=sys.stderr, flush=True)
-
-
-def write_json(path: Path, value):
-    """Write JSON under a temporary name in the same folder, flush it to the disk, rename it: whole or absent."""
-    path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-@contextlib.contextmanager
-def whole_folder(target: Path):
-    """A folder to write into; becomes `target`, replacing one that is there, if the block ends without an error."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)  # mkdtemp makes it private
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_json(path: Path) -> dict:

@@ -36,6 +36,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
+from andromeda import files
 from andromeda.huggingface import AndromedaForCausalLM
 from andromeda.model import Andromeda
 
@@ -378,11 +379,11 @@ def _defects(path: Path) -> list[str]:
     manifest = path / MANIFEST
     if not manifest.is_file():
         return [f"{MANIFEST} is missing"]
-    files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-    found = {name: (path / name).stat().st_size if (path / name).is_file() else None for name in files}
+    sizes = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+    found = {name: (path / name).stat().st_size if (path / name).is_file() else None for name in sizes}
     return [
         f"{name}: {size} bytes expected, {'none' if found[name] is None else found[name]} found"
-        for name, size in files.items()
+        for name, size in sizes.items()
         if found[name] != size
     ]
 
@@ -419,15 +420,6 @@ def _check_identity(checkpoint: Path, identity: dict):
             f"train: settings and data must be those of {checkpoint.name} to resume it exactly, these differ:"
             + "".join(lines)
         )
-
-
-def _flush(path: Path):
-    """fsync a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class _Trainer(Trainer):
@@ -474,12 +466,12 @@ class _Trainer(Trainer):
             if self.state.best_model_checkpoint and _PARTIAL in Path(self.state.best_model_checkpoint).parts:
                 self.state.best_model_checkpoint = str(whole)
                 self.state.save_to_json(str(partial / "trainer_state.json"))
-            files = sorted(path for path in partial.rglob("*") if path.is_file())
+            written = sorted(path for path in partial.rglob("*") if path.is_file())
             manifest = {
                 "format": _MANIFEST_FORMAT,
                 "step": self.state.global_step,
                 "run": self.identity,
-                "files": {path.relative_to(partial).as_posix(): path.stat().st_size for path in files},
+                "files": {path.relative_to(partial).as_posix(): path.stat().st_size for path in written},
             }
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
             self._install(partial, whole)
@@ -501,13 +493,9 @@ class _Trainer(Trainer):
 
     @staticmethod
     def _install(partial: Path, target: Path):
-        """Flush all that is in `partial` to the disk, then give it its name."""
-        for path in [*partial.rglob("*"), partial]:
-            _flush(path)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
-        _flush(target.parent)
-        partial.parent.rmdir()
+        """Give what was written its name."""
+        files.replace_folder(partial, target)
+        shutil.rmtree(partial.parent, ignore_errors=True)
 
     def _drop_old(self, folder: Path):
         """Keep the newest whole checkpoints; half ones that something else left behind do not count, and stay."""

@@ -1,7 +1,9 @@
-"""Shared settings. `--device cuda` runs the same tests on a GPU; `--hypothesis-profile nightly` looks longer."""
+"""Shared settings. `--device cuda` tests on a GPU; `--hypothesis-profile nightly` (or `exhaustive`) looks longer."""
 
+import functools
 import os
 from collections import Counter
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -11,6 +13,7 @@ from andromeda.ops import _select
 
 hypothesis.settings.register_profile("quick", max_examples=12, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("nightly", max_examples=500, deadline=None, print_blob=True)
+hypothesis.settings.register_profile("exhaustive", max_examples=10_000, deadline=None, print_blob=True)
 hypothesis.settings.load_profile("quick")
 
 
@@ -31,20 +34,91 @@ def device(pytestconfig):
     return torch.device(pytestconfig.getoption("--device"))
 
 
-@pytest.fixture(scope="session", params=_select.BACKENDS)
-def backend(request):
-    """Every backend in turn. A test asks the operation's `unsupported` and skips with its reasons."""
-    return request.param
-
-
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
 
 
+@functools.cache
+def without_use(operation, device):
+    """The backends that run no call of `operation` on tensors of `device`, whatever the dtype: name -> reasons.
+
+    "cpu" is never one of them on the CPU: a missing extension must be seen in every test.
+    """
+    reports = [_select.report(device, dtype)[operation] for dtype in (torch.float32, torch.float16, torch.bfloat16)]
+    kept = ("cpu", "reference") if torch.device(device).type == "cpu" else ("reference",)
+    return {
+        name: reports[0][name]
+        for name in _select.BACKENDS
+        if name not in kept and all(report[name] for report in reports)
+    }
+
+
+left_out = {}  # backend -> operation -> reasons
+
+
+def pytest_generate_tests(metafunc):
+    """`backend`: in tests/test_<operation>.py, each backend that runs the operation on the device under test.
+
+    A test asks the operation's `unsupported` about its own call and skips with the reasons.
+    """
+    if "backend" in metafunc.fixturenames:
+        operation = metafunc.module.__name__.removeprefix("test_")
+        without = without_use(operation, metafunc.config.getoption("--device"))
+        for name, reasons in without.items():
+            left_out.setdefault(name, {})[operation] = reasons
+        able = [name for name in _select.BACKENDS if name not in without]
+        metafunc.parametrize("backend", able, scope="session")
+
+
 def pytest_terminal_summary(terminalreporter):
     skipped = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.getreports("skipped"))
-    if skipped:
+    if skipped or left_out:
         terminalreporter.section("not run here, and why")
+        for name, operations in left_out.items():
+            why = "; ".join(f"{operation}: {', '.join(reasons)}" for operation, reasons in operations.items())
+            terminalreporter.line(f"  all x {name}: {why}")
         for reason, count in skipped.most_common():
             terminalreporter.line(f"{count:5} x {reason}")
+
+
+class DiskLog:
+    """What this process has synced and renamed, in order."""
+
+    def __init__(self):
+        self.events = []  # ("sync", path) or ("rename", path, new path)
+
+    def assert_durable(self, target):
+        """`target` and all in it were synced before they got this name, and the folder above after that."""
+        last = max(i for i, event in enumerate(self.events) if event[0] == "rename" and event[2] == target)
+        new = self.events[last][1]
+        below = [path.relative_to(target) for path in target.rglob("*")] if target.is_dir() else []
+        synced = {event[1] for event in self.events[:last] if event[0] == "sync"}
+        unsynced = {new, *(new / path for path in below)} - synced
+        assert not unsynced, f"renamed to {target} before they were synced: {unsynced}"
+        assert ("sync", target.parent) in self.events[last:], f"the new name {target} was not synced"
+
+
+@pytest.fixture
+def disk_log(monkeypatch):
+    """A `DiskLog` of what the test does; needs /proc to name what is synced."""
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("no /proc to read the names of open files from")
+    log = DiskLog()
+    fsync, rename, replace = os.fsync, os.rename, os.replace
+
+    def logged_fsync(descriptor):
+        fsync(descriptor)
+        log.events.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
+
+    def logged(move):
+        def move_and_log(source, target):
+            move(source, target)
+            log.events.append(("rename", Path(source), Path(target)))
+
+        return move_and_log
+
+    monkeypatch.setattr(os, "fsync", logged_fsync)
+    monkeypatch.setattr(os, "rename", logged(rename))
+    monkeypatch.setattr(os, "replace", logged(replace))
+    return log

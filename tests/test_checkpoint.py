@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from test_model import largest, small
 
 import andromeda.checkpoint
+import andromeda.files
 from andromeda import Andromeda
 from andromeda.checkpoint import SETTINGS, WEIGHTS, x_transformers_names
 
@@ -55,17 +56,25 @@ def test_load_into_another_dtype(tmp_path):
 def test_crash_while_saving_keeps_the_old_one(tmp_path, monkeypatch):
     old, new = small(), small()
     old.save(tmp_path / "model")
-    for victim in ("save_file", "_flush"):
+    for module, victim in ((andromeda.checkpoint, "save_file"), (andromeda.files, "flush")):
         with monkeypatch.context() as patch:
 
             def crash(*args, **kwargs):
                 raise KeyboardInterrupt
 
-            patch.setattr(andromeda.checkpoint, victim, crash)
+            patch.setattr(module, victim, crash)
             with pytest.raises(KeyboardInterrupt):
                 new.save(tmp_path / "model")
         assert_unchanged(Andromeda.load(tmp_path / "model"), snapshot(old))
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_save_is_on_the_disk(tmp_path, disk_log):
+    small().save(tmp_path / "model")
+    disk_log.assert_durable(tmp_path / "model")
+    small().save(tmp_path / "model")
+    for name in (WEIGHTS, SETTINGS):
+        disk_log.assert_durable(tmp_path / "model" / name)
 
 
 def test_crash_between_the_two_files(tmp_path, monkeypatch):

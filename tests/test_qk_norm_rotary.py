@@ -536,12 +536,16 @@ def test_func_grad(backend, tensors_for):
         torch.testing.assert_close(gradient, ref)
 
 
-def test_second_derivative_is_refused(backend, tensors_for):
-    q, k, *_ = tensors_for(PLAIN)
-    q.requires_grad_()
-    (dq,) = torch.autograd.grad(qk_norm_rotary(q, k, backend=backend)[0].square().sum(), q, create_graph=True)
+def test_second_derivatives_and_tangents_are_refused(backend, tensors_for):
+    q, k, q_scale, _ = tensors_for(PLAIN)
+    leaf = q.clone().requires_grad_()
+    (dq,) = torch.autograd.grad(qk_norm_rotary(leaf, k, backend=backend)[0].square().sum(), leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dq.sum().backward()
+    with pytest.raises((RuntimeError, NotImplementedError)):  # dropped silently, the tangent would be zero
+        torch.func.jvp(lambda q: qk_norm_rotary(q, k, backend=backend), (q,), (q,))
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.func.jvp(lambda scale: qk_norm_rotary(q, k, q_scale=scale, backend=backend), (q_scale,), (q_scale,))
 
 
 def test_only_what_is_asked_for_gets_a_gradient(backend, tensors_for):

@@ -1,32 +1,10 @@
-"""Folders and files that appear whole or not at all; where commands look for models."""
+"""Where commands look for models, and what they make of folders that hold none."""
 
 import json
 
 import pytest
 
 from andromeda import runs
-
-
-def test_write_json_replaces_whole(tmp_path):
-    target = tmp_path / "figures.json"
-    runs.write_json(target, {"loss": 1.5})
-    with pytest.raises(TypeError):
-        runs.write_json(target, {"loss": object()})
-    assert json.loads(target.read_text()) == {"loss": 1.5}
-    assert list(tmp_path.iterdir()) == [target]
-
-
-def test_a_folder_appears_only_when_it_is_complete(tmp_path):
-    target = tmp_path / "deep" / "rows"
-    with pytest.raises(KeyboardInterrupt), runs.whole_folder(target) as folder:
-        (folder / "half").write_text("")
-        raise KeyboardInterrupt
-    assert list(target.parent.iterdir()) == []
-    for name in ("first", "second"):
-        with runs.whole_folder(target) as folder:
-            (folder / name).write_text("")
-    assert [path.name for path in target.iterdir()] == ["second"]
-    assert target.stat().st_mode & 0o777 == 0o755
 
 
 @pytest.mark.parametrize("inside", [".", "model"])

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import conftest
 import pytest
 import torch
 
@@ -100,6 +101,57 @@ def test_report_lists_every_backend_of_every_operation():
         assert tuple(reasons) == _select.BACKENDS
         assert reasons["reference"] == []
         assert all(isinstance(reason, str) and reason for name in reasons for reason in reasons[name])
+
+
+def test_report_is_of_the_dtype_asked_for():
+    report = _select.report("cpu", torch.float64)
+    for reasons in report.values():
+        assert any("float64" in reason for reason in reasons["cpu"]) or _select.extension is None
+        assert reasons["reference"] == []
+
+
+def test_needs_function():
+    plain, leaf = torch.ones(1), torch.ones(1, requires_grad=True)
+    assert _select.needs_function(None, plain, leaf)
+    assert not _select.needs_function(None, plain)
+    with torch.no_grad():
+        assert not _select.needs_function(leaf)
+        with torch.autograd.forward_ad.dual_level():
+            assert _select.needs_function(None)
+
+
+# ---- the fixture `backend` of conftest.py
+
+
+@pytest.fixture
+def reports(monkeypatch):
+    """Sets what `report` says: (device, dtype) -> reasons of each backend, the same for every operation."""
+    conftest.without_use.cache_clear()
+    yield lambda table: monkeypatch.setattr(
+        _select, "report", lambda device, dtype: {"attention": {**ALL_FAIL, **table(device, dtype)}}
+    )
+    conftest.without_use.cache_clear()
+
+
+@pytest.mark.parametrize("operation", ["attention", "qk_norm_rotary"])
+def test_on_the_cpu_no_test_loses_its_backends(operation, monkeypatch):
+    left_out = set(conftest.without_use(operation, "cpu"))
+    assert not left_out & {"cpu", "reference"}
+    monkeypatch.setattr(_select, "extension", None)
+    monkeypatch.setattr(_select, "extension_error", "not built")
+    assert set(conftest.without_use.__wrapped__(operation, "cpu")) == {"cuda", "triton"}
+
+
+def test_a_backend_with_no_use_is_left_out_with_its_reasons(reports):
+    reports(lambda device, dtype: {"cpu": [], "reference": []})
+    assert conftest.without_use("attention", "cpu") == {"cuda": ["no cuda"], "triton": ["no triton"]}
+    reports(lambda device, dtype: {"cuda": [], "reference": []})
+    assert conftest.without_use("attention", "cuda:1") == {"triton": ["no triton"], "cpu": ["no cpu"]}
+
+
+def test_one_dtype_that_runs_is_use_enough(reports):
+    reports(lambda device, dtype: {"reference": [], **({"cuda": []} if dtype == torch.bfloat16 else {})})
+    assert "cuda" not in conftest.without_use("attention", "cuda")
 
 
 IMPORT_WITH = """

@@ -18,8 +18,8 @@ CSRC = ROOT / "csrc"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 CPP_SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh", ".in"))
 
-# A layer may import itself and the layers before it; `data` only itself, and it is used by the last two alone.
-LAYERS = ("reference", "ops", "model", "huggingface", "training", "commands")
+# A layer may import itself and the layers before it; `data` only itself and `files`, and the last two alone use it.
+LAYERS = ("files", "reference", "ops", "model", "huggingface", "training", "commands")
 LAYER_OF = {
     **dict.fromkeys(("config", "generation", "checkpoint", "model"), "model"),
     **dict.fromkeys(("packing", "tokenizer", "documents", "dataset"), "data"),
@@ -60,7 +60,7 @@ def may_import(layer, target):
     if target == "_C":
         return layer == "ops"
     if "data" in (layer, target):
-        return layer == target or layer in ("training", "commands")
+        return layer == target or target == "files" or layer in ("training", "commands")
     return LAYERS.index(target) <= LAYERS.index(layer)
 
 

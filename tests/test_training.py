@@ -199,6 +199,14 @@ def test_a_run_killed_while_it_writes_a_checkpoint(tmp_path, monkeypatch, uninte
     assert not (tmp_path / ".partial").exists()
 
 
+def test_what_a_run_leaves_is_on_the_disk(tmp_path, disk_log):
+    train(new_model(), Rows(), settings(tmp_path, keep=9))
+    written = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert {path.name for path in written} == {"model", "checkpoint-2", "checkpoint-4", "checkpoint-6", "checkpoint-8"}
+    for path in written:
+        disk_log.assert_durable(path)
+
+
 @pytest.mark.parametrize(
     "damage",
     [

@@ -115,15 +115,26 @@ def current_stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-def report(device: str | None = None) -> dict[str, dict[str, list[str]]]:
+def needs_function(*tensors: torch.Tensor | None) -> bool:
+    """Whether a call must go through the operation's autograd Function instead of straight to its operator.
+
+    It must where a gradient may be asked for, and in forward mode: an operator without a rule for tangents drops them
+    silently, the Function refuses them.
+    """
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def report(device: str | None = None, dtype: torch.dtype = torch.float32) -> dict[str, dict[str, list[str]]]:
     """Per operation and backend the reasons why it would not run a typical call on this machine.
 
-    The first backend of an operation with an empty list is the one that would run. The call is float32, on `device`
+    The first backend of an operation with an empty list is the one that would run. The call is of `dtype`, on `device`
     (default: the GPU if there is one), with 24 heads of width 128 and one key head.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    q, k = torch.empty(1, 16, 24, 128, device=device), torch.empty(1, 16, 1, 128, device=device)
+    q, k = (torch.empty(1, 16, heads, 128, device=device, dtype=dtype) for heads in (24, 1))
     calls = {"attention": (q, k, k), "qk_norm_rotary": (q, k)}
     modules = {op: importlib.import_module(f"andromeda.ops.{op}") for op in calls}
     return {op: {name: modules[op].unsupported(name, *calls[op]) for name in BACKENDS} for op in calls}

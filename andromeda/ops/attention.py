@@ -87,9 +87,7 @@ def attention(
         logit_bound = logit_bound.detach()
     arguments = q, k, v, alibi_slopes, logit_bound, key_start
     options = bool(causal), softmax_scale, _select.backend_argument("attention", backend)
-    # An operator without a rule for tangents drops them silently; the Function refuses them.
-    forward_mode = torch.autograd.forward_ad._current_level >= 0
-    if forward_mode or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+    if _select.needs_function(q, k, v):
         out, softmax_lse = _Attention.apply(*arguments, *options)
     else:
         out, softmax_lse = FORWARD(*arguments, *options)

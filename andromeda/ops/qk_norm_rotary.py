@@ -85,7 +85,7 @@ def qk_norm_rotary(
     k_scale = None if k_scale is None else k_scale.to(compute_dtype)
     tensors = q, k, q_scale, k_scale
     options = normalize, rotary_dim, xpos, position, origin, _select.backend_argument(NAME, backend)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if _select.needs_function(*tensors):
         return _QkNormRotary.apply(*tensors, *options)
     return FORWARD(*tensors, *options)
 
