@@ -17,6 +17,7 @@ from pathlib import Path
 
 from andromeda import __version__
 from andromeda.config import ModelConfig
+from andromeda.files import write_json
 from andromeda.runs import (
     SIZES,
     UsageError,
@@ -32,7 +33,6 @@ from andromeda.runs import (
     say,
     texts_of,
     tokenizer_of,
-    write_json,
 )
 
 INTERRUPTED = 130

@@ -82,15 +82,22 @@ class Cache:
         """The keys and values of an attention sub-layer."""
         return self._attention.setdefault(layer, KeyValueStore(self.capacity))
 
-    def exchange_shift_rows(self, layer: int, h: torch.Tensor, count: int) -> torch.Tensor:
-        """The last `count` rows of the shift input before `h` (batch, seqlen, dim), which gives those for later."""
-        history = self._shift_rows.get(layer)
-        if history is None:
-            history = h.new_zeros(h.shape[0], count, h.shape[2])
-        if history.dtype != h.dtype:
-            raise TypeError(f"Cache: the model must have the dtype of earlier calls, {history.dtype}, got {h.dtype}")
-        self._next_shift_rows[layer] = torch.cat((history, h[:, -count:]), dim=1)[:, -count:]
-        return history
+    def shift_rows(self, layer: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """The rows of a sub-layer's shift input before this call, (batch, shift_tokens, dim); None stands for zeros."""
+        rows = self._shift_rows.get(layer)
+        if rows is not None and rows.dtype != dtype:
+            raise TypeError(f"Cache: the model must have the dtype of earlier calls, {rows.dtype}, got {dtype}")
+        return rows
+
+    def keep_shift_rows(self, layer: int, h: torch.Tensor, count: int) -> None:
+        """Keep the last `count` rows of the shift input `h`, (batch, seqlen, dim), for the next call."""
+        surplus = h.shape[1] - count
+        if surplus < 0:
+            before = self._shift_rows.get(layer)
+            before = h.new_zeros(h.shape[0], count, h.shape[2]) if before is None else before
+            h = torch.cat((before[:, surplus:], h), dim=1)
+        # A copy, if need be, so that the whole of `h` does not stay alive.
+        self._next_shift_rows[layer] = h[:, surplus:].clone() if surplus > 0 else h
 
 
 class KeyValueStore:

@@ -24,7 +24,8 @@
         cross-entropy with the next tokens                        AutoregressiveWrapper
 
 Tensors are (batch, n, dim), those of heads (batch, n, num_heads, head_dim): the output of a projection is viewed, never
-transposed or copied.
+transposed or copied. What lies between two maps, residual, norm and token shift, is one pass over memory
+(`token_shift_norm`): with DeepNorm a sub-layer ends with it and hands the next one its input, already shifted.
 """
 
 import dataclasses
@@ -39,8 +40,10 @@ from andromeda import checkpoint, generation
 from andromeda.config import DecoderConfig, ModelConfig, constant, read_key_start, read_tokens
 from andromeda.ops.attention import attention
 from andromeda.ops.qk_norm_rotary import qk_norm_rotary
+from andromeda.ops.token_shift_norm import token_shift_norm
 
 _LOSS_BLOCK_LOGITS = 2**22  # the loss holds float32 copies of this many logits at once, 16 MiB
+_HIDDEN_BLOCK = 2**21  # without gradients feed-forward holds this many hidden numbers at once, 8 MiB of float32
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -91,31 +94,9 @@ class LayerNorm(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # In half precision 1 + gamma would lose the small gammas: the whole row is computed wide and rounded once.
-        gain = 1 + self.gamma.to(_wide(self.gamma.dtype))
-        return functional.layer_norm(x.to(_wide(x.dtype)), gain.shape, gain).to(x.dtype)
-
-
-def token_shift(h, shift, history=None, hidden=()):
-    """Delay segment k of the channels by k tokens, k = 0 ... shift (SPEC 4).
-
-    Args:
-        h: (batch, n, dim).
-        history: (batch, shift, dim), the rows before h; default zeros.
-        hidden: for each delay 1 ... shift a bool (batch, n, 1): where the delayed row belongs to something else.
-    """
-    if shift == 0:
-        return h
-    batch, n, dim = h.shape
-    width = dim // (shift + 1)
-    segments = [h[..., :width]]
-    for delay in range(1, shift + 1):
-        channels = slice(delay * width, (delay + 1) * width)
-        before = h.new_zeros(batch, delay, width) if history is None else history[:, shift - delay :, channels]
-        segment = torch.cat((before[:, :n], h[:, : max(n - delay, 0), channels]), dim=1)
-        segments.append(segment.masked_fill(hidden[delay - 1], 0) if hidden else segment)
-    return torch.cat((*segments, h[..., (shift + 1) * width :]), dim=-1)
+    def forward(self, x: torch.Tensor, **options) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm of x and its token shift; options: of `token_shift_norm`, among them the residual."""
+        return token_shift_norm(x, gamma=self.gamma, **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,14 +105,14 @@ class Call:
 
     Attributes:
         position: of the first new token in its sequence.
-        key_start: (batch, n) int32, counted in the keys that attention is handed, or None.
-        hidden: for `token_shift`.
+        key_start: (batch, n) int32, counted in the sequence, or None.
+        first_key: the same, counted in the keys that attention is handed.
         cache: `generation.Cache` or None.
     """
 
     position: int = 0
     key_start: torch.Tensor | None = None
-    hidden: tuple[torch.Tensor, ...] = ()
+    first_key: torch.Tensor | None = None
     cache: generation.Cache | None = None
 
 
@@ -179,7 +160,7 @@ class Attention(nn.Module):
                 softmax_scale=self.config.softmax_scale,
                 alibi_slopes=self._constant(self.config.alibi_slopes, q.device),
                 logit_bound=bound,
-                key_start=None if call.key_start is None else call.key_start[:, start:stop],
+                key_start=None if call.first_key is None else call.first_key[:, start:stop],
                 backend=self._backend,
             )
             outs.append(out)
@@ -259,6 +240,16 @@ class FeedForward(nn.Module):
         self.proj_out = Linear(4 * config.dim, config.dim, bias=True, gain=gain)
 
     def forward(self, h: torch.Tensor, call: Call) -> torch.Tensor:
+        rows = max(1, _HIDDEN_BLOCK // (4 * h.shape[-1]))
+        whole = torch.is_grad_enabled() or h.device.type != "cpu" or torch.compiler.is_compiling()
+        if whole or h.shape[0] * h.shape[1] <= rows:
+            return self._rows(h)
+        # Blocks stay in the cache, and their memory is used again: a page fault per 4 KiB of the whole hidden tensor,
+        # which malloc returns to the system each time, costs as much as the GELU.
+        blocks = [self._rows(block) for block in h.flatten(0, 1).split(rows)]
+        return torch.cat(blocks).unflatten(0, h.shape[:2])
+
+    def _rows(self, h: torch.Tensor) -> torch.Tensor:
         return self.proj_out(functional.gelu(self.proj_in(h)))
 
 
@@ -272,17 +263,30 @@ class Sublayer(nn.Module):
         self.fn = FeedForward(config) if index % 2 else Attention(config, index)
         self.residual_scale = nn.Parameter(torch.ones(config.dim)) if config.deepnorm else None
 
-    def forward(self, x: torch.Tensor, call: Call) -> torch.Tensor:
-        h = x if self.config.deepnorm else self.norm(x)
-        shift, history = self.config.shift_tokens, None
-        if call.cache is not None and shift > 0:
-            history = call.cache.exchange_shift_rows(self.index, h, shift)
-        out = self.fn(token_shift(h, shift, history, call.hidden), call)
+    def forward(self, x: torch.Tensor, shifted: torch.Tensor | None, call: Call):
+        """The stream x and, where the sub-layer before has made it already, its token shift; returns both anew."""
         if not self.config.deepnorm:
-            return x + out
-        wide = _wide(x.dtype)
-        scale = self.config.alpha * self.residual_scale.to(wide)
-        return self.norm(torch.addcmul(out.to(wide), x.to(wide), scale)).to(x.dtype)  # alpha * rho * x + out
+            _, shifted = self._shift(self.norm, x, self.index, call)
+            return x + self.fn(shifted, call), None
+        if shifted is None:
+            _, shifted = self._shift(token_shift_norm, x, self.index, call)
+        out = self.fn(shifted, call).to(x.dtype)  # under autocast the stream keeps its precision
+        residual = {"residual": x, "residual_scale": self.residual_scale, "alpha": self.config.alpha}
+        if self.index + 1 == 2 * self.config.depth:
+            return self.norm(out, **residual)[0], None
+        return self._shift(self.norm, out, self.index + 1, call, **residual)
+
+    def _shift(self, function, x, index, call, **residual):
+        """`function`, a form of `token_shift_norm`, with the token shift of sub-layer `index`."""
+        shift = self.config.shift_tokens
+        cache = call.cache if shift > 0 else None
+        history = None if cache is None else cache.shift_rows(index, x.dtype)
+        y, shifted = function(
+            x, shift=shift, history=history, key_start=call.key_start, position=call.position, **residual
+        )
+        if cache is not None:
+            cache.keep_shift_rows(index, y, shift)
+        return y, shifted
 
 
 class Decoder(nn.Module):
@@ -304,6 +308,7 @@ class Decoder(nn.Module):
     def forward(self, x: torch.Tensor, *, key_start=None, cache=None) -> torch.Tensor:
         """key_start, cache: see `TransformerWrapper.forward`."""
         batch, n, _ = x.shape
+        x = x if x.stride(-1) == 1 else x.contiguous()  # an embedding of one's own may give any strides
         key_start = read_key_start("Decoder", key_start, batch, n, x.device)
         if cache is not None:
             if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
@@ -312,26 +317,25 @@ class Decoder(nn.Module):
                     "torch.no_grad(), or pass the whole sequence without a cache to train on it"
                 )
             key_start = cache.begin(batch, n, key_start)
-        call = self._call(key_start, cache, n)
+        call = self._call(key_start, cache)
+        shifted = None
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
-                x = self._gradient_checkpointing_func(layer, x, call)
+                x, _ = self._gradient_checkpointing_func(layer, x, None, call)  # shifted would be kept beside x
             else:
-                x = layer(x, call)
+                x, shifted = layer(x, shifted, call)
         if cache is not None:
             cache.commit(batch, n, key_start)
-        return x if self.final_norm is None else self.final_norm(x)
+        return x if self.final_norm is None else self.final_norm(x)[0]
 
-    def _call(self, key_start, cache, n) -> Call:
-        position = 0 if cache is None else cache.position
-        hidden = ()
-        if key_start is not None:
-            token = torch.arange(position, position + n, device=key_start.device)
-            delays = range(1, self.config.shift_tokens + 1)
-            hidden = tuple((token - delay < key_start).unsqueeze(-1) for delay in delays)
-            if cache is not None and cache.position > cache.length:  # the first stored key is no longer key 0
-                key_start = (key_start - (cache.position - cache.length)).clamp_min(0)
-        return Call(position, key_start, hidden, cache)
+    @staticmethod
+    def _call(key_start, cache) -> Call:
+        if cache is None:
+            return Call(0, key_start, key_start)
+        first_key = key_start
+        if key_start is not None and cache.position > cache.length:  # the first stored key is no longer key 0
+            first_key = (key_start - (cache.position - cache.length)).clamp_min(0)
+        return Call(cache.position, key_start, first_key, cache)
 
 
 class TransformerWrapper(nn.Module):
@@ -513,9 +517,12 @@ class _CrossEntropy(torch.autograd.Function):
         dlogits = torch.empty_like(logits)
         blocks = (tensor.split(ctx.rows) for tensor in (dlogits, logits, targets, lse, weights * dloss))
         for dblock, block, target, block_lse, weight in zip(*blocks, strict=True):
-            probability = (block - block_lse[:, None]).exp_()
+            probability = dblock if dblock.dtype == block_lse.dtype else block_lse.new_empty(block.shape)
+            torch.sub(block, block_lse[:, None], out=probability).exp_()
             probability.scatter_add_(1, target[:, None], probability.new_full((len(target), 1), -1.0))
-            dblock.copy_(probability.mul_(weight[:, None]))
+            probability.mul_(weight[:, None])
+            if probability is not dblock:
+                dblock.copy_(probability)
         return dlogits, None, None, None
 
 

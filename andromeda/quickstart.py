@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from andromeda import __version__
+from andromeda.files import whole_folder, write_json
 from andromeda.runs import (
     SIZES,
     UsageError,
@@ -28,8 +29,6 @@ from andromeda.runs import (
     round_up,
     say,
     texts_of,
-    whole_folder,
-    write_json,
 )
 
 _RECORD = "quickstart.json"

@@ -8,7 +8,6 @@ from collections import Counter
 from pathlib import Path
 
 from andromeda.files import whole_folder
-from andromeda.files import write_json as write_json  # for the commands
 
 # Sizes to start from; every constructor argument has an option of its own on top.
 SIZES = {

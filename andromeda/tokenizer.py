@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from andromeda import files
+
 if TYPE_CHECKING:
     import tokenizers
     import torch
@@ -145,7 +147,7 @@ class AndromedaTokenizer:
     def save(self, path: str | os.PathLike) -> None:
         """Write the tokenizer to the directory `path`; `AndromedaTokenizer(path)` reads it back.
 
-        Every file is written under a temporary name and renamed.
+        Every file is written under a temporary name, synced and renamed.
         """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
@@ -153,9 +155,9 @@ class AndromedaTokenizer:
             self.tokenizer.save_pretrained(temporary)
             # tokenizer.json is what `AndromedaTokenizer(path)` looks for, so it comes last.
             for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == "tokenizer.json"):
-                with open(file, "rb") as written:
-                    os.fsync(written.fileno())
+                files.flush(file)
                 os.replace(file, path / file.name)
+        files.flush(path)
 
     @classmethod
     def train(

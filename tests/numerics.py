@@ -42,7 +42,8 @@ def assert_rows_close(out, ref, dtype, *, kind="output", magnitude=None, logit_r
 
     kind: "output", "heavy" for the output of heavy-tailed values, or "gradient".
     magnitude: for gradients, the sums of the absolute values of the terms of `ref` (`CANCELLED`).
-    logit_range: the largest |logit|. A float32 logit is off by a few u times its size, and its weight by that factor.
+    logit_range: the largest size of what a logit is summed from. A float32 logit is off by a few u times that, and its
+        weight by that factor.
     absolute: for gradients, an error that is allowed whatever the row, such as that of weights treated as 0.
     """
     assert out.dtype == dtype, f"{out.dtype} instead of {dtype}"

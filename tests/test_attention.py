@@ -160,14 +160,22 @@ SKIPPED = 2.0**-24  # what `logit_bound` permits it to leave out of a row
 
 
 def logit_range(inputs, lse, softmax_scale):
-    """The largest sum of |score| and |bias| among the pairs whose weight is not negligible."""
+    """The largest sum of |q| |k| over the channels, |bias| and |log-sum-exp| among the pairs whose weight counts.
+
+    It is what the rounding errors of a float32 exponent are relative to: a dot product errs by the size of its terms,
+    not of its sum, and the backward pass subtracts a log-sum-exp that was rounded to float32.
+    """
     options = {"alibi_slopes": None, "key_start": None, "first_query": None, "logit_bound": None, **inputs.options}
     options.pop("logit_bound")
     q, k = inputs.q.double(), inputs.k.double()
     logits, hidden = reference._logits(q, k, softmax_scale=softmax_scale, **options)
     scores, _ = reference._logits(q, k, softmax_scale=softmax_scale, **{**options, "alibi_slopes": None})
     carries = (logits > lse.unflatten(1, (k.shape[2], -1))[..., None] + math.log(NEGLIGIBLE)) & ~hidden
-    sizes = (scores.abs() + (logits - scores).abs())[carries]
+    terms, _ = reference._logits(
+        q.abs(), k.abs(), softmax_scale=abs(softmax_scale), **{**options, "alibi_slopes": None}
+    )
+    row = lse.unflatten(1, (k.shape[2], -1))[..., None].abs()
+    sizes = (terms + (logits - scores).abs() + row)[carries]
     return sizes.max().item() if sizes.numel() > 0 else 0.0
 
 
@@ -367,6 +375,14 @@ def test_logit_bounds_of_heads_that_share_a_tile(backend, device):
     inputs.q = inputs.q * factor[:, None]
     inputs.options["logit_bound"] = inputs.options["logit_bound"] * factor
     check(inputs, backend)
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 3, 6])
+def test_gradients_of_more_heads_than_fit_at_once(num_kv_heads, backend, device):
+    """The CPU kernel keeps dq in float32 of as many heads as fit into 128 MiB: here of two."""
+    inputs = make(Case(1, 250_000, 5, num_heads=6, num_kv_heads=num_kv_heads, head_dim=4, causal=False), device)
+    require(backend, *inputs.tensors(), **inputs.options)
+    check(inputs, backend, values="tall")
 
 
 # ---- random cases ---------------------------------------------------------------------------------------------------

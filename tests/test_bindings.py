@@ -69,11 +69,49 @@ def rotary_backward_call(num_partials=3, **shape):
     }
 
 
+def token_shift_call(batch=2, seqlen=3, dim=16, shift=1):
+    """All arguments of a correct token_shift_norm_forward."""
+    x, residual = torch.randn(2, batch, seqlen, dim)
+    return {
+        "x": x,
+        "residual": residual,
+        "residual_scale": torch.randn(dim),
+        "gamma": torch.randn(dim),
+        "history": torch.randn(batch, shift, dim),
+        "key_start": torch.zeros(batch, seqlen, dtype=torch.int32),
+        "y": torch.full_like(x, math.nan),
+        "shifted": torch.full_like(x, math.nan),
+        "alpha": 1.5,
+        "shift": shift,
+        "position": 0,
+        "num_threads": 1,
+    }
+
+
+def token_shift_backward_call(num_partials=3, **shape):
+    call = token_shift_call(**shape)
+    x, dim = call["x"], call["gamma"].shape
+    del call["y"], call["shifted"], call["history"]
+    return call | {
+        "dy": torch.randn_like(x),
+        "dshifted": torch.randn_like(x),
+        "dx": torch.full_like(x, math.nan),
+        "dresidual": torch.full_like(x, math.nan),
+        "dresidual_scale_partial": torch.full((num_partials, *dim), math.nan),
+        "dgamma_partial": torch.full((num_partials, *dim), math.nan),
+    }
+
+
 CALLS = {
     "attention_forward": (attention_call, ("out", "softmax_lse")),
     "attention_backward": (attention_backward_call, ("dq", "dk", "dv")),
     "qk_norm_rotary_forward": (rotary_call, ("q_out", "k_out")),
     "qk_norm_rotary_backward": (rotary_backward_call, ("dq", "dk", "dq_scale_partial", "dk_scale_partial")),
+    "token_shift_norm_forward": (token_shift_call, ("y", "shifted")),
+    "token_shift_norm_backward": (
+        token_shift_backward_call,
+        ("dx", "dresidual", "dresidual_scale_partial", "dgamma_partial"),
+    ),
 }
 every_function = pytest.mark.parametrize("name", CALLS)
 
@@ -87,7 +125,7 @@ def test_writes_all_of_its_outputs(name):
         assert call[output].isfinite().all()
 
 
-@every_function
+@pytest.mark.parametrize("name", [name for name in CALLS if "token_shift" not in name])
 @pytest.mark.parametrize(
     "empty",
     [
@@ -111,12 +149,22 @@ def test_empty_tensors(name, empty):
         assert not call[output].isnan().any()
 
 
+@pytest.mark.parametrize("name", [name for name in CALLS if "token_shift" in name])
+@pytest.mark.parametrize("empty", [{"batch": 0}, {"seqlen": 0}, {"shift": 0}], ids=str)
+def test_empty_rows(name, empty):
+    make, outputs = CALLS[name]
+    call = make(**empty)
+    getattr(_C, name)(**call)
+    for output in outputs:
+        assert not call[output].isnan().any()
+
+
 @every_function
 def test_arguments_are_keywords(name):
     make, _ = CALLS[name]
     call, function = make(), getattr(_C, name)
     with pytest.raises(
-        TypeError, match=r"incompatible function arguments(.|\n)*\(\*, q: torch.Tensor, k: torch.Tensor"
+        TypeError, match=r"incompatible function arguments(.|\n)*\(\*, (q: torch.Tensor, k|x: torch.Tensor, residual): "
     ):
         function(*call.values())
     for argument in call:
@@ -228,6 +276,39 @@ def test_attention_refuses(change, message):
 def test_qk_norm_rotary_refuses(change, message):
     with pytest.raises(ValueError, match=f"^qk_norm_rotary_backward: .*{message}"):
         _C.qk_norm_rotary_backward(**rotary_backward_call() | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 3, 4, 16)}, r"x must have 3 dimensions, got shape \(2, 3, 4, 16\)"),
+        ({"residual": torch.zeros(2, 16, 3).mT}, r"residual must be dense in its last dimension, got stride 3"),
+        ({"key_start": torch.zeros(3, 2, dtype=torch.int32).T}, r"key_start must be contiguous, got strides \(1, 2\)"),
+        ({"shift": 16}, r"shift must be at least 0 and less than dim=16, got 16"),
+        ({"shift": -1}, r"shift must be at least 0 and less than dim=16, got -1"),
+        ({"residual": None}, r"residual and dresidual must both be given or both be None, got one of them"),
+        ({"dgamma_partial": torch.zeros(2, 16)}, r"dgamma_partial must have shape \(3, 16\), got \(2, 16\)"),
+        (
+            {"dresidual_scale_partial": torch.zeros(0, 16)},
+            r"dresidual_scale_partial must have at least one partial sum",
+        ),
+        ({"num_threads": 0}, "num_threads must be at least 1, got 0"),
+    ],
+    ids=[
+        "dimensions",
+        "strides",
+        "key-start",
+        "shift",
+        "negative-shift",
+        "one-residual",
+        "partials",
+        "none",
+        "threads",
+    ],
+)
+def test_token_shift_norm_refuses(change, message):
+    with pytest.raises(ValueError, match=f"^token_shift_norm_backward: {message}"):
+        _C.token_shift_norm_backward(**token_shift_backward_call() | change)
 
 
 def test_a_dimension_beyond_int_is_refused():

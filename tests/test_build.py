@@ -67,9 +67,15 @@ def test_each_instruction_set_runs(isa):
     code = """
 import torch, andromeda
 from andromeda import _C
+from andromeda.ops.token_shift_norm import token_shift_norm
 q, k, v = torch.randn(3, 2, 70, 4, 24)
+x, gamma = torch.randn(2, 70, 90), torch.randn(90)
 outputs = [
-    (*andromeda.qk_norm_rotary(q, k, rotary_dim=12, backend=name), andromeda.attention(q, k, v, backend=name))
+    (
+        *andromeda.qk_norm_rotary(q, k, rotary_dim=12, backend=name),
+        andromeda.attention(q, k, v, backend=name),
+        *token_shift_norm(x, gamma=gamma, residual=x, shift=3, backend=name),
+    )
     for name in ("cpu", "reference")
 ]
 for cpu, reference in zip(*outputs):

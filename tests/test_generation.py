@@ -88,6 +88,27 @@ def test_golden_decode(name, dtype):
         assert largest(logits, tensors["logits_f64"]) <= SPLIT
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+def test_half_precision(flags, dtype):
+    """Cached calls and greedy generation in half precision, against the wide model with the same weights (SPEC 15)."""
+    model = build(**{"depth": 2, "dim_head": 16} | flags).to(dtype)
+    exact = Andromeda(**(oracle.SMALL | {"depth": 2, "dim_head": 16} | flags)).double()
+    exact.load_state_dict(model.state_dict())
+    tokens = torch.randint(V, (2, 30))
+    error = (in_pieces(model, tokens, (13, 1, 1, 4, *[1] * 11)).double() - exact(tokens)).abs()
+    assert error.max() <= 5e-2 and error.mean() <= 1e-2
+
+    lengths, padded = (7, 12), torch.randint(V, (2, 12))
+    for cache_kv in (True, False):
+        new = model.generate(padded, 14, temperature=0, cache_kv=cache_kv, prompt_lengths=lengths)
+        for row, length, continuation in zip(padded, lengths, new, strict=True):
+            logits = exact(torch.cat((row[12 - length :], continuation)))[0, length - 1 : -1]
+            chosen = logits.gather(1, continuation[:, None])[:, 0]
+            # Each of the two logits that were compared may be off by the limit.
+            assert (logits.amax(1) - chosen).max() <= 2 * 5e-2
+
+
 @pytest.mark.parametrize("cache_kv", (True, False), ids=("cached", "recomputed"))
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
 @pytest.mark.parametrize("name", golden.CASES)

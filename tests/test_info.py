@@ -18,7 +18,7 @@ def test_info_as_a_process():
     facts = json.loads(done.stdout)
     assert facts["packages"]["torch"] == importlib.metadata.version("torch")
     assert facts["packages"]["transformers"] == importlib.metadata.version("transformers")
-    assert set(facts["operations"]) == {"attention", "qk_norm_rotary"}
+    assert set(facts["operations"]) == {"attention", "qk_norm_rotary", "token_shift_norm"}
     for runs in facts["operations"].values():
         assert runs["cpu"]["runs"] in ("cpu", "reference")
         assert runs["cpu"]["reasons"]["cuda"] != []
@@ -34,6 +34,7 @@ def test_info_table(capsys):
         "torch",
         "attention on cpu:",
         "qk_norm_rotary on cpu:",
+        "token_shift_norm on cpu:",
         "reference",
     ):
         assert part in shown

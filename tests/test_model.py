@@ -224,6 +224,100 @@ def test_long_half_precision(dtype):
     assert error.max() <= 5e-2 and error.mean() <= 1e-2
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+def test_half_precision(flags, dtype):
+    """A model in half precision is the wide model with its weights, up to SPEC 15; the loss and gradients too."""
+    arguments = dict(depth=2, dim=48, heads=4, dim_head=16, alibi_num_heads=2) | flags
+    model, exact = small(**arguments), small(**arguments).double()
+    oracle.perturb(model)
+    model = model.to(dtype)
+    exact.load_state_dict(model.state_dict())
+    tokens = torch.randint(23, (2, 40))
+    start = torch.tensor([[0] * 40, [0] * 15 + [15] * 25], dtype=torch.int32)
+    for key_start in (None, start):
+        logits, expected = model(tokens, key_start=key_start), exact(tokens, key_start=key_start)
+        error = (logits.double() - expected).abs()
+        assert logits.dtype == dtype
+        assert error.max() <= 5e-2 and error.mean() <= 1e-2
+    loss, expected = model(tokens, return_loss=True), exact(tokens, return_loss=True)
+    assert loss.dtype == torch.float32 and abs(loss.item() - expected.item()) <= 1e-2
+    loss.backward()
+    expected.backward()
+    for (name, own), other in zip(model.named_parameters(), exact.parameters(), strict=True):
+        assert largest(own.grad, other.grad) <= 5e-2 * other.grad.abs().max().item(), name
+
+
+def test_autocast_keeps_the_residual_stream_wide():
+    """Under autocast the projections are in bfloat16; embeddings, residuals and norms stay in float32."""
+    model = small(depth=2)
+    exact = small(depth=2).double()
+    exact.load_state_dict(model.state_dict())
+    tokens = torch.randint(23, (2, 40))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        features = model.transformer.features(tokens)
+        loss = model(tokens, return_loss=True)
+    assert features.dtype == torch.float32
+    assert largest(features, exact.transformer.features(tokens)) <= 5e-2
+    loss.backward()
+    expected = exact(tokens, return_loss=True)
+    assert abs(loss.item() - expected.item()) <= 1e-2
+    expected.backward()
+    for (name, own), other in zip(model.named_parameters(), exact.parameters(), strict=True):
+        assert own.grad.dtype == torch.float32
+        assert largest(own.grad, other.grad) <= 5e-2 * other.grad.abs().max().item(), name
+
+
+@pytest.mark.parametrize("reentrant", (False, True), ids=("plain", "reentrant"))
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+def test_activation_checkpointing_changes_nothing(flags, reentrant):
+    model = small(**flags, depth=2).double().train()
+    tokens = torch.randint(23, (2, 20))
+    expected = torch.autograd.grad(model(tokens, return_loss=True), list(model.parameters()))
+    layers = model.transformer.attn_layers
+    layers.gradient_checkpointing = True
+    calls = []
+
+    def checkpoint(function, *arguments):
+        calls.append(function)
+        return torch.utils.checkpoint.checkpoint(function, *arguments, use_reentrant=reentrant)
+
+    layers._gradient_checkpointing_func = checkpoint
+    model(tokens, return_loss=True).backward()
+    assert calls == list(layers.layers)
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+
+
+@pytest.mark.parametrize("rows", (1, 7, 40))
+def test_feed_forward_in_blocks(rows, monkeypatch):
+    """Without gradients the hidden numbers of few rows are held at once; the batch is one long list of rows."""
+    model = small(depth=2).double()
+    tokens = torch.randint(23, (2, 20))
+    whole = model(tokens)
+    monkeypatch.setattr(andromeda.model, "_HIDDEN_BLOCK", rows * 4 * 24 + 5)
+    seen = []
+    model.transformer.attn_layers.layers[1].fn.proj_in.register_forward_hook(lambda *call: seen.append(call[2].shape))
+    with torch.no_grad():
+        assert largest(model(tokens), whole) <= 1e-13
+    assert sum(shape[:-1].numel() for shape in seen) == 40 and max(shape[:-1].numel() for shape in seen) == rows
+    seen.clear()
+    model(tokens)
+    assert seen == [(2, 20, 96)]
+
+
+def test_embedding_of_any_strides():
+    class Transposed(torch.nn.Embedding):
+        def forward(self, tokens):
+            return super().forward(tokens).mT.contiguous().mT
+
+    model = small(embedding_provider=type("Provider", (), {"get_embedding": staticmethod(Transposed)})())
+    plain = small()
+    plain.load_state_dict(model.state_dict())
+    tokens = torch.randint(23, (2, 9))
+    assert torch.equal(model(tokens), plain(tokens))
+
+
 def test_training_mode_changes_nothing():
     model = small()
     tokens = torch.randint(23, (1, 9))

@@ -596,13 +596,13 @@ def test_table_cache_serves_every_mode(backend, tensors_for):
     options = {"rotary_dim": 32, "xpos": True, "backend": backend}
     module._cached_tables.cache_clear()
     with torch.inference_mode():
-        qk_norm_rotary(q, k, position=1, **options)
+        qk_norm_rotary(q, k, position=100, **options)
     with FakeTensorMode() as mode:
-        qk_norm_rotary(mode.from_tensor(q), mode.from_tensor(k), position=2, **options)
-    torch.func.grad(lambda q: qk_norm_rotary(q, k, position=3, **options)[0].sum())(q)
+        qk_norm_rotary(mode.from_tensor(q), mode.from_tensor(k), position=200, **options)
+    torch.func.grad(lambda q: qk_norm_rotary(q, k, position=300, **options)[0].sum())(q)
     with torch.device("meta"):
-        qk_norm_rotary(q, k, position=4, **options)
-    for position in (1, 2, 3, 4):
+        qk_norm_rotary(q, k, position=400, **options)
+    for position in (100, 200, 300, 400):
         leaf = q.detach().requires_grad_()
         q_out, _ = qk_norm_rotary(leaf, k, position=position, **options)
         exact, _ = reference.qk_norm_rotary(q.double(), k.double(), rotary_dim=32, xpos=True, position=position)
@@ -618,6 +618,19 @@ def test_layers_share_the_tables(backend, tensors_for):
     for _ in range(5):
         qk_norm_rotary(q, k, backend=backend, **PLAIN.options())
     assert module._cached_tables.cache_info().misses == 1
+
+
+def test_decoding_makes_tables_rarely(backend, tensors_for):
+    q, k, *_ = tensors_for(Case("", seqlen_q=1, seqlen_k=1))
+    module._cached_tables.cache_clear()
+    for position in range(900, 1030):
+        q_out, k_out = qk_norm_rotary(q, k, rotary_dim=32, xpos=True, position=position, origin=500, backend=backend)
+        exact = reference.qk_norm_rotary(
+            q.double(), k.double(), rotary_dim=32, xpos=True, position=position, origin=500
+        )
+        for out, ref in zip((q_out, k_out), exact, strict=True):
+            assert_rows_close(out, ref, torch.float32)
+    assert module._cached_tables.cache_info().misses == 3  # positions 896 ..., 960 ..., 1024 ...
 
 
 def test_flops_are_counted():

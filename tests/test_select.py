@@ -96,7 +96,7 @@ def test_cuda_without_an_extension_or_kernels(monkeypatch):
 
 def test_report_lists_every_backend_of_every_operation():
     report = _select.report()
-    assert set(report) == {"attention", "qk_norm_rotary"}
+    assert set(report) == {"attention", "qk_norm_rotary", "token_shift_norm"}
     for reasons in report.values():
         assert tuple(reasons) == _select.BACKENDS
         assert reasons["reference"] == []

@@ -93,6 +93,6 @@ def check_finite_number(op: str, name: str, value: float) -> float:
     """The value as a float."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # math.isfinite would end a graph that is traced with symbolic numbers
         raise ValueError(f"{op}: {name} must be finite, got {value}")
     return float(value)

@@ -135,6 +135,6 @@ def report(device: str | None = None, dtype: torch.dtype = torch.float32) -> dic
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     q, k = (torch.empty(1, 16, heads, 128, device=device, dtype=dtype) for heads in (24, 1))
-    calls = {"attention": (q, k, k), "qk_norm_rotary": (q, k)}
+    calls = {"attention": (q, k, k), "qk_norm_rotary": (q, k), "token_shift_norm": (q[:, :, 0],)}
     modules = {op: importlib.import_module(f"andromeda.ops.{op}") for op in calls}
     return {op: {name: modules[op].unsupported(name, *calls[op]) for name in BACKENDS} for op in calls}

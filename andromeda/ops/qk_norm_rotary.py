@@ -22,6 +22,8 @@ _CUDA_MAX_HEAD_DIM = 512  # kMaxHeadDim in csrc/cuda/qk_norm_rotary.cuh
 _MAX_PARTIALS = {"cpu": 64, "cuda": 512}
 _MIN_TOKENS_PER_PARTIAL = 16
 
+_TABLE_BLOCK = 64  # tables hold whole blocks of positions: token by token, every 64th call makes new ones
+
 
 def qk_norm_rotary(
     q,
@@ -247,15 +249,23 @@ def _tables(q, k, rotary_dim, xpos, position, origin):
     and the cache never meets a fake or a traced tensor.
     """
     stream = _select.current_stream(q.device)
-    dtype = _compute_dtype(q)
-    tables = _cached_tables(q.shape[1], k.shape[1], rotary_dim, xpos, position, origin, dtype, q.device, stream)
+    end = position + k.shape[1]
+    last = -(-end // _TABLE_BLOCK) * _TABLE_BLOCK
+    seqlens = q.shape[1], k.shape[1]
+    # The last position of every table is `last`; what lies after `end` is cut off again.
+    rows = (last - (end - seqlen) // _TABLE_BLOCK * _TABLE_BLOCK for seqlen in seqlens)
+    made = _cached_tables(*rows, rotary_dim, xpos, last, origin, _compute_dtype(q), q.device, stream)
+    surplus = last - end
+    tables = (
+        table[len(table) - surplus - seqlen : len(table) - surplus] for table, seqlen in zip(made, seqlens, strict=True)
+    )
     return *tables, stream
 
 
 @functools.lru_cache(maxsize=16)  # all layers of a forward and backward pass ask for the same few tables
-def _cached_tables(seqlen_q, seqlen_k, rotary_dim, xpos, position, origin, dtype, device, stream):
+def _cached_tables(rows_q, rows_k, rotary_dim, xpos, end, origin, dtype, device, stream):
     # Memory is reused in the order of the stream it was allocated on: each stream has tables of its own.
-    tables = reference.rotary_tables(seqlen_q, seqlen_k, rotary_dim, xpos, position, origin)
+    tables = reference.rotary_tables(rows_q, rows_k, rotary_dim, xpos, end - rows_k, origin)
     return tuple(table.to(device=device, dtype=dtype) for table in tables)
 
 

@@ -8,6 +8,7 @@ namespace andromeda::bindings {
 
 void bind_attention(pybind11::module_& m);
 void bind_qk_norm_rotary(pybind11::module_& m);
+void bind_token_shift_norm(pybind11::module_& m);
 
 pybind11::dict build_info();  // build_info.cpp.in
 

@@ -48,8 +48,9 @@ inline bool is_empty(const TensorView& view) {
 // One call under check. Its first tensor decides the dtype and device of the others.
 class Call {
  public:
-  Call(const char* operation, const TensorView& leader) : operation_(operation), leader_(leader) {
-    if (leader.dtype == DType::kInt32) type_error("q", "be of a floating dtype", "int32");
+  Call(const char* operation, const TensorView& leader, const char* leader_name = "q")
+      : operation_(operation), leader_(leader), leader_name_(leader_name) {
+    if (leader.dtype == DType::kInt32) type_error(leader_name, "be of a floating dtype", "int32");
   }
 
   [[noreturn]] void value_error(const char* name, const std::string& requirement, const std::string& got) const {
@@ -69,6 +70,15 @@ class Call {
     }
   }
 
+  void cpu_only() const {
+    if (leader_.device == Device::kCpu) return;
+    pybind11::set_error(PyExc_NotImplementedError,
+                        (name() + ": no CUDA kernel in this version, the tensors must be on the cpu, got " +
+                         describe(leader_) + "; backend='reference' runs there")
+                            .c_str());
+    throw pybind11::error_already_set();
+  }
+
   void threads(int num_threads) const {
     if (num_threads < 1) value_error("num_threads", "be at least 1", std::to_string(num_threads));
   }
@@ -84,10 +94,15 @@ class Call {
   // (batch, seqlen, num_heads, head_dim) with any strides but the last, of the leader's dtype.
   SeqStrides activations(const char* name, const TensorView& view, std::initializer_list<std::int64_t> shape) const {
     require(name, view, shape, leader_.dtype);
-    if (view.shape[3] > 1 && view.stride[3] != 1 && !is_empty(view)) {
-      value_error(name, "be dense in its last dimension", "stride " + std::to_string(view.stride[3]));
-    }
+    dense(name, view);
     return {view.stride[0], view.stride[1], view.stride[2]};
+  }
+
+  // (batch, seqlen, dim), likewise.
+  RowStrides rows(const char* name, const TensorView& view, std::initializer_list<std::int64_t> shape) const {
+    require(name, view, shape, leader_.dtype);
+    dense(name, view);
+    return {view.stride[0], view.stride[1]};
   }
 
   // A contiguous tensor of float or int32; T says which.
@@ -111,6 +126,13 @@ class Call {
   }
 
  private:
+  void dense(const char* name, const TensorView& view) const {
+    const int last = view.ndim - 1;
+    if (view.shape[last] > 1 && view.stride[last] != 1 && !is_empty(view)) {
+      value_error(name, "be dense in its last dimension", "stride " + std::to_string(view.stride[last]));
+    }
+  }
+
   std::string message(const char* name, const std::string& requirement, const std::string& got) const {
     return std::string(operation_) + ": " + name + " must " + requirement + ", got " + got;
   }
@@ -124,12 +146,13 @@ class Call {
     }
     if (view.dtype != dtype) type_error(name, "be " + describe(dtype), describe(view.dtype));
     if (view.device != leader_.device || view.device_index != leader_.device_index) {
-      value_error(name, "be on " + describe(leader_) + " like q", describe(view));
+      value_error(name, "be on " + describe(leader_) + " like " + leader_name_, describe(view));
     }
   }
 
   const char* operation_;
   const TensorView& leader_;
+  const char* leader_name_;
 };
 
 }  // namespace andromeda::bindings

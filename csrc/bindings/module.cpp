@@ -10,4 +10,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isas", &andromeda::cpu::cpu_isas, "Instruction sets this machine can run, lowest first.");
   andromeda::bindings::bind_attention(m);
   andromeda::bindings::bind_qk_norm_rotary(m);
+  andromeda::bindings::bind_token_shift_norm(m);
 }

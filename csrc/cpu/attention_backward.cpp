@@ -273,6 +273,11 @@ void backward(const AttentionBackwardParams& backward_params, int num_threads) {
       const std::int64_t kv_head = first_kv + task / plan.key_tiles, key = task % plan.key_tiles * kTileK;
       const std::int64_t batch = kv_head / params.num_kv_heads, head = kv_head % params.num_kv_heads;
       const int num_keys = static_cast<int>(smaller(kTileK, params.seqlen_k - key));
+      for (std::int64_t share = 0; share < plan.shares; ++share) {
+        const std::int64_t offset = (task / plan.key_tiles * plan.shares + share) * plan.key_size + key * plan.stride;
+        clear(dk.get() + offset, kTileK * plan.stride);
+        clear(dv.get() + offset, kTileK * plan.stride);
+      }
       const T* k = row_of<T>(params.k, params.k_stride, batch, key, head);
       const T* v = row_of<T>(params.v, params.v_stride, batch, key, head);
       for (int column = 0; column < num_keys; column += kCols) {
@@ -304,10 +309,6 @@ void backward(const AttentionBackwardParams& backward_params, int num_threads) {
         const int num_keys = static_cast<int>(smaller(kTileK, params.seqlen_k - key));
         float* dk_tile = dk.get() + column * plan.key_size + key * plan.stride;
         float* dv_tile = dv.get() + column * plan.key_size + key * plan.stride;
-        if (first_head == 0) {
-          clear(dk_tile, kTileK * plan.stride);
-          clear(dv_tile, kTileK * plan.stride);
-        }
         for (std::int64_t member = head_count * share / plan.shares; member < head_count * (share + 1) / plan.shares;
              ++member) {
           const std::int64_t head = head_of(kv, member), batch = head / params.num_heads;

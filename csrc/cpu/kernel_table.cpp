@@ -10,6 +10,8 @@ void attention_forward(const AttentionParams& params, int num_threads);
 void attention_backward(const AttentionBackwardParams& params, int num_threads);
 void qk_norm_rotary_forward(const QkNormRotaryParams& params, int num_threads);
 void qk_norm_rotary_backward(const QkNormRotaryBackwardParams& params, int num_threads);
+void token_shift_norm_forward(const TokenShiftNormParams& params, int num_threads);
+void token_shift_norm_backward(const TokenShiftNormBackwardParams& params, int num_threads);
 
 extern const KernelTable kernel_table;
 const KernelTable kernel_table = {
@@ -18,6 +20,8 @@ const KernelTable kernel_table = {
     attention_backward,
     qk_norm_rotary_forward,
     qk_norm_rotary_backward,
+    token_shift_norm_forward,
+    token_shift_norm_backward,
 };
 
 }  // namespace andromeda::cpu::ANDROMEDA_ISA

@@ -5,6 +5,7 @@
 
 #include "andromeda/attention.h"
 #include "andromeda/qk_norm_rotary.h"
+#include "andromeda/token_shift_norm.h"
 
 namespace andromeda::cpu {
 
@@ -14,6 +15,8 @@ struct KernelTable {
   decltype(&cpu::attention_backward) attention_backward;
   decltype(&cpu::qk_norm_rotary_forward) qk_norm_rotary_forward;
   decltype(&cpu::qk_norm_rotary_backward) qk_norm_rotary_backward;
+  decltype(&cpu::token_shift_norm_forward) token_shift_norm_forward;
+  decltype(&cpu::token_shift_norm_backward) token_shift_norm_backward;
 };
 
 }  // namespace andromeda::cpu

@@ -16,7 +16,7 @@
 #include <new>
 #include <type_traits>
 
-#include "simd.h"
+#include "rows.h"
 
 namespace andromeda::cpu::ANDROMEDA_ISA {
 
@@ -167,6 +167,10 @@ __attribute__((noinline)) void multiply_block(const float* a, std::int64_t a_str
 template <Order kOrder, Result kResult, typename B>
 inline void multiply_rows(const float* a, std::int64_t a_stride, const B* b, std::int64_t b_stride, float* c,
                           std::int64_t c_stride, int rows, int depth, Ahead ahead) {
+  if (depth == 0) {  // heads without channels; the loop of multiply_block runs at least once
+    for (int row = 0; kResult == Result::kSet && row < rows; ++row) clear(c + row * c_stride, kCols);
+    return;
+  }
   if (rows > 2 * kFewRows) {
     multiply_block<kRows, kOrder, kResult, B>(a, a_stride, b, b_stride, c, c_stride, depth, ahead);
     return;
@@ -235,7 +239,7 @@ inline void pack_columns(const T* x, std::int64_t stride, int rows, int width, f
         clear(copy, kLanes * kChunk);
         for (int row = 0; row < smaller(count, kLanes); ++row)
           for (int i = 0; i < channels; i += kLanes)
-            store(copy + row * kChunk + i, load_some(source + row * stride + i, channels - i));
+            store(copy + row * kChunk + i, load_up_to(source + row * stride + i, channels - i));
         numbers = copy;
         bytes = kChunk * sizeof(float);
       }
@@ -263,8 +267,8 @@ inline void pack_panel(const T* x, std::int64_t stride, int rows, int width, flo
     return;
   }
   for (int row = 0; row < rows; ++row, x += stride, panel += kCols) {
-    store(panel, load_some(x, width));
-    store(panel + kLanes, width > kLanes ? load_some(x + kLanes, width - kLanes) : Vec{});
+    store(panel, load_up_to(x, width));
+    store(panel + kLanes, width > kLanes ? load_up_to(x + kLanes, width - kLanes) : Vec{});
   }
 }
 

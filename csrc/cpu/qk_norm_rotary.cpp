@@ -15,35 +15,13 @@
 #include <stdexcept>
 
 #include "parallel.h"
-#include "simd.h"
+#include "rows.h"
 
 namespace andromeda::cpu::ANDROMEDA_ISA {
 namespace {
 
 constexpr float kNormFloor = 1e-12f;
 constexpr std::int64_t kTaskElements = 1 << 15;  // below this a thread costs more than it saves
-
-template <typename T>
-inline Vec load_up_to(const T* p, int count) {
-  return count < kLanes ? load_first(p, count) : load(p);
-}
-
-template <typename T>
-inline void store_up_to(T* p, Vec v, int count) {
-  if (count < kLanes) {
-    store_first(p, v, count);
-  } else {
-    store(p, v);
-  }
-}
-
-// body(channel, count) for each vector of a row. `count` is a constant in all but the last call.
-template <typename Body>
-inline void for_each_vector(int head_dim, const Body& body) {
-  int channel = 0;
-  for (; channel + kLanes <= head_dim; channel += kLanes) body(channel, kLanes);
-  if (channel < head_dim) body(channel, head_dim - channel);
-}
 
 enum class Direction { kForward, kTransposed };
 
@@ -85,13 +63,13 @@ template <typename T>
 inline void forward_row(const T* x, const float* scale, const float* table, T* out, const RowShape& row) {
   Vec squares{};
   if (row.normalize) {
-    for_each_vector(row.head_dim, [&](int channel, int count) __attribute__((always_inline)) {
+    for_each_vector(0, row.head_dim, [&](int channel, int count) __attribute__((always_inline)) {
       const Vec value = load_up_to(x + channel, count);
       squares += value * value;
     });
   }
   const Vec inverse = broadcast(divisor_of(reduce_add(squares), row.normalize).inverse);
-  for_each_vector(row.head_dim, [&](int channel, int count) __attribute__((always_inline)) {
+  for_each_vector(0, row.head_dim, [&](int channel, int count) __attribute__((always_inline)) {
     Vec value = load_up_to(x + channel, count) * inverse;
     if (scale != nullptr) value *= load_up_to(scale + channel, count);
     store_up_to(out + channel, rotate<Direction::kForward>(value, table, channel, row.rotary_dim), count);
@@ -112,7 +90,7 @@ inline void backward_row(const T* x, const float* scale, const float* table, con
   // Pass 1: ||x||^2 and <x, e>.
   Vec squares{}, products{};
   if (row.normalize) {
-    for_each_vector(row.head_dim, [&](int channel, int count) __attribute__((always_inline)) {
+    for_each_vector(0, row.head_dim, [&](int channel, int count) __attribute__((always_inline)) {
       const Vec value = load_up_to(x + channel, count);
       squares += value * value;
       products += value * gradient(unscaled_gradient(channel, count), channel, count);
@@ -124,7 +102,7 @@ inline void backward_row(const T* x, const float* scale, const float* table, con
   const Vec along = broadcast(divisor.depends_on_x ? reduce_add(products) * divisor.inverse : 0.0f);  // <x_hat, e>
 
   // Pass 2: both gradients.
-  for_each_vector(row.head_dim, [&](int channel, int count) __attribute__((always_inline)) {
+  for_each_vector(0, row.head_dim, [&](int channel, int count) __attribute__((always_inline)) {
     const Vec unscaled = unscaled_gradient(channel, count);
     const Vec e = gradient(unscaled, channel, count);
     const Vec x_hat = load_up_to(x + channel, count) * inverse;

@@ -77,4 +77,12 @@ void qk_norm_rotary_backward(const QkNormRotaryBackwardParams& params, int num_t
   selected().qk_norm_rotary_backward(params, num_threads);
 }
 
+void token_shift_norm_forward(const TokenShiftNormParams& params, int num_threads) {
+  selected().token_shift_norm_forward(params, num_threads);
+}
+
+void token_shift_norm_backward(const TokenShiftNormBackwardParams& params, int num_threads) {
+  selected().token_shift_norm_backward(params, num_threads);
+}
+
 }  // namespace andromeda::cpu

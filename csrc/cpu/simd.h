@@ -122,11 +122,6 @@ inline Vec load_first(const T* p, int count) {
 }
 
 template <typename T>
-inline Vec load_some(const T* p, std::int64_t count) {
-  return count >= kLanes ? load(p) : load_first(p, static_cast<int>(count));
-}
-
-template <typename T>
 inline void store_first(T* p, Vec v, int count) {
   T buffer[kLanes];
   store(buffer, v);

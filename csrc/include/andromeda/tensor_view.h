@@ -27,4 +27,9 @@ struct SeqStrides {
   std::int64_t batch, seq, head;  // in elements
 };
 
+// Likewise of a (batch, seqlen, dim) tensor.
+struct RowStrides {
+  std::int64_t batch, seq;  // in elements
+};
+
 }  // namespace andromeda

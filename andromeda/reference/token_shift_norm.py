@@ -1,0 +1,96 @@
+"""The meaning of `token_shift_norm` in plain torch (SPEC 3, 4, 7): residual, layer norm and token shift."""
+
+import torch
+
+EPSILON = 1e-5
+
+
+def token_shift_norm(
+    x,
+    *,
+    gamma=None,
+    residual=None,
+    residual_scale=None,
+    alpha=1.0,
+    shift=0,
+    history=None,
+    key_start=None,
+    position=0,
+):
+    """See `andromeda.ops.token_shift_norm`. Everything is computed in the dtype of x."""
+    u = norm_input(x, residual, residual_scale, alpha)
+    y = u if gamma is None else torch.layer_norm(u, gamma.shape, 1 + gamma, eps=EPSILON)
+    return y, token_shift(y, shift, history, key_start, position)
+
+
+def norm_input(x, residual, residual_scale, alpha):
+    if residual is None:
+        return x
+    return x + residual * (alpha if residual_scale is None else alpha * residual_scale)
+
+
+def token_shift(y, shift, history=None, key_start=None, position=0):
+    """Delay segment k of the channels by k tokens, k = 0 ... shift (SPEC 4)."""
+    if shift == 0:
+        return y
+    batch, seqlen, dim = y.shape
+    segments = []
+    for delay, channels in _segments(dim, shift):
+        if delay == 0:
+            segments.append(y[..., channels])
+            continue
+        before = y.new_zeros(batch, shift, dim) if history is None else history
+        segment = torch.cat((before[:, shift - delay :, channels], y[..., channels]), dim=1)[:, :seqlen]
+        segments.append(segment if key_start is None else segment.masked_fill(_hidden(key_start, position, delay), 0))
+    return torch.cat(segments, dim=-1)
+
+
+def token_shift_transposed(dshifted, shift, key_start=None, position=0):
+    """The gradient of y from that of `token_shift`: segment k moves k tokens back."""
+    seqlen, dim = dshifted.shape[1:]
+    dy = torch.zeros_like(dshifted)
+    for delay, channels in _segments(dim, shift):
+        segment = dshifted[..., channels]
+        if delay > 0 and key_start is not None:
+            segment = segment.masked_fill(_hidden(key_start, position, delay), 0)
+        dy[:, : max(seqlen - delay, 0), channels] = segment[:, delay:]
+    return dy
+
+
+def token_shift_norm_backward(
+    dy, dshifted, x, *, gamma, residual, residual_scale, alpha, shift, key_start=None, position=0
+):
+    """Gradients of x, residual, residual_scale and gamma as a formula (SPEC 16.3); None for what was not given.
+
+    dy, dshifted: None for 0, but not both.
+    """
+    du = dy
+    if dshifted is not None:
+        du = token_shift_transposed(dshifted, shift, key_start, position)
+        du = du if dy is None else du + dy
+    dgamma = dresidual = dresidual_scale = None
+    if gamma is not None:
+        u = norm_input(x, residual, residual_scale, alpha)
+        gain = 1 + gamma
+        _, mean, inverse = torch.native_layer_norm(u, gain.shape, gain, None, EPSILON)
+        du, dgamma, _ = torch.ops.aten.native_layer_norm_backward(
+            du, u, gain.shape, mean, inverse, gain, None, [True, True, False]
+        )
+    if residual is not None:
+        dresidual = du * (alpha if residual_scale is None else alpha * residual_scale)
+        dresidual_scale = None if residual_scale is None else alpha * (du * residual).sum(dim=(0, 1))
+    return du, dresidual, dresidual_scale, dgamma
+
+
+def _segments(dim, shift):
+    """(delay, channels) of each segment, then of the channels that are left over."""
+    width = dim // (shift + 1)
+    for delay in range(shift + 1):
+        yield delay, slice(delay * width, (delay + 1) * width)
+    yield 0, slice((shift + 1) * width, dim)
+
+
+def _hidden(key_start, position, delay):
+    """(batch, seqlen, 1): where the row `delay` tokens before belongs to something else."""
+    token = torch.arange(position, position + key_start.shape[1], device=key_start.device)
+    return (token - delay < key_start).unsqueeze(-1)
