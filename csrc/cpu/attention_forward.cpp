@@ -431,6 +431,9 @@ void forward(const AttentionParams& params, int num_threads) {
       if (plan.shared_keys) {
         keys.columns = packed.columns(index.kv_head, t);
         keys.panels = packed.values(index.kv_head, t);
+        const int width = params.head_dim;
+        next_values = Foresight(keys.panels, width, kTileK, width);
+        if (t > begin) next_keys = Foresight(packed.columns(index.kv_head, t - 1), width, kTileK, width);
       } else {
         keys.buffer = tile.panel.get();
         if (t > begin) {
