@@ -264,8 +264,8 @@ def update_readme(readme: Path = ROOT / "README.md") -> None:
         data = json.loads((RESULTS / f"{name}.json").read_text())
         facts = data["environment"]
         lines = [table(data["rows"], tuple(columns) or COLUMNS), "", *data["notes"]]
-        if data.get("bars"):
-            lines += ["", table(data["bars"], BAR_COLUMNS), ""]
+        if bars := [bar for bar in data.get("bars", ()) if bar["measured"] is not None]:
+            lines += ["", table(bars, BAR_COLUMNS), ""]
         where = facts.get("gpu", facts["processor"])
         lines.append(
             f"Measured with `{facts['command']}` on {where}, {facts['threads']} threads, torch {facts['torch']}, "
