@@ -15,13 +15,7 @@ AttentionParams pack(const Call& call, const TensorView& q, const TensorView& k,
                      const OptionalTensor& alibi_slopes, const OptionalTensor& logit_bound,
                      const OptionalTensor& key_start, const TensorView& out, const TensorView& softmax_lse, bool causal,
                      float softmax_scale, int num_threads) {
-  if (q.device != Device::kCpu) {
-    py::set_error(PyExc_NotImplementedError,
-                  (call.name() + ": no CUDA kernel in this version, the tensors must be on the cpu, got " +
-                   describe(q) + "; backend='reference' runs there")
-                      .c_str());
-    throw py::error_already_set();
-  }
+  call.cpu_only();
   call.threads(num_threads);
   call.dimensions("q", q, 4);
   call.dimensions("k", k, 4);
