@@ -447,9 +447,9 @@ def test_random_cases(backend, device, case, bound, adversarial):
     hypothesis.assume(case.dtype != FLOAT16 or case.values != "heavy")  # exact gradients beyond 65504
     inputs = make(case, device) if bound is None else bounded(case, bound, device, adversarial)
     require(backend, *inputs.tensors(), **inputs.options)
-    # The rules for rows of ordinary inputs are about many different ones. With two visible keys dq is a difference of two
-    # numbers, as exact as the rounded output that the backward pass reads. Equal scores repeat a row, and with it one
-    # rounding error; large ones cancel its gradients down to the rounding of the saved output.
+    # The rules for rows of ordinary inputs are about many different ones. With two visible keys dq is a difference of
+    # two numbers, as exact as the rounded output that the backward pass reads. Equal scores repeat a row, and with it
+    # one rounding error; large ones cancel its gradients down to the rounding of the saved output.
     many = min(inputs.q[..., 0].numel(), seen_keys(inputs)) >= numerics.MEDIAN_NEEDS_ROWS
     ordinary = case.values == "normal" and bound is None
     check(inputs, backend, values="heavy" if not ordinary else "normal" if many else "few rows")
