@@ -28,7 +28,6 @@ inline constexpr int kRows = 6;  // 12 accumulators: 15 of 16 registers
 inline constexpr int kFewRows = kRows / 3;  // what is left over is computed by blocks of this many rows
 inline constexpr int kCols = 2 * kLanes;
 
-inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
 inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 inline std::int64_t larger(std::int64_t a, std::int64_t b) { return a > b ? a : b; }

@@ -166,8 +166,6 @@ struct Runs {
   std::int64_t last(std::int64_t run) const { return first(run + 1); }
 };
 
-inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 inline std::int64_t num_tokens(const QkNormRotaryOperand& operand, int batch) {
   return static_cast<std::int64_t>(batch) * operand.seqlen;
 }

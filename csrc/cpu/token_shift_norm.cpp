@@ -204,8 +204,6 @@ void backward_token(const TokenShiftNormBackwardParams& params, const Token& tok
   });
 }
 
-inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 inline std::int64_t num_tokens(const TokenShiftNormParams& params) {
   return static_cast<std::int64_t>(params.batch) * params.seqlen;
 }
