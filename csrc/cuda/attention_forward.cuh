@@ -78,7 +78,7 @@ struct ForwardBlock {
 struct ForwardAgreement {
   Row rows[kForwardQueries];
   int begin[kForwardWarps], end[kForwardWarps];  // keys that a warp's rows see, the window taken off
-  bool all_see_themselves[kForwardWarps];
+  int all_see_themselves[kForwardWarps];
 };
 
 // The row's largest score so far becomes its reference; what was summed against the old one is rescaled. A row that
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
   for (int i = 0; i < kForwardWarps; ++i) {
     begin = min(begin, agreement.begin[i]);
     end = max(end, agreement.end[i]);
-    is_bounded = is_bounded && agreement.all_see_themselves[i];
+    is_bounded = is_bounded && agreement.all_see_themselves[i] != 0;
   }
   is_bounded = head.bound <= kMaxBound<T> && (head.slope == 0.0f || is_bounded);
   const int first_tile = begin / kForwardKeys;
