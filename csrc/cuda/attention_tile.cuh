@@ -79,12 +79,20 @@ __device__ inline void load_tile(std::uint32_t tile, const Rows<const T>& rows, 
   const int channels = rows.head_dim - chunk * kChunkWidth<T>;
   int row = static_cast<int>(threadIdx.x) / kChunks;
   if (rows.in_chunks) {
-    const T* source = rows.data + (first + row) * rows.stride + chunk * kChunkWidth<T>;
+    // A lane whose channels do not exist reads nothing; its address stays inside the row all the same.
+    const T* source = rows.data + (first + row) * rows.stride + (channels > 0 ? chunk * kChunkWidth<T> : 0);
+    const int bytes = channels > 0 ? kChunkBytes : 0;
+    if (first >= 0 && first + kRows <= rows.count) {
 #pragma unroll
-    for (int i = 0; i < kRows / kRowStep; ++i, row += kRowStep) {
-      const bool inside = channels > 0 && static_cast<unsigned>(first + row) < static_cast<unsigned>(rows.count);
-      cp_async(tile + chunk_offset<kRows>(row, chunk), inside ? source : rows.data, inside ? kChunkBytes : 0);
-      source += kRowStep * rows.stride;
+      for (int i = 0; i < kRows / kRowStep; ++i, row += kRowStep, source += kRowStep * rows.stride) {
+        cp_async(tile + chunk_offset<kRows>(row, chunk), source, bytes);
+      }
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < kRows / kRowStep; ++i, row += kRowStep, source += kRowStep * rows.stride) {
+        const bool inside = static_cast<unsigned>(first + row) < static_cast<unsigned>(rows.count);
+        cp_async(tile + chunk_offset<kRows>(row, chunk), inside ? source : rows.data, inside ? bytes : 0);
+      }
     }
   } else {
 #pragma unroll 1
