@@ -7,8 +7,8 @@
     emu.assert_clean(); emu.launches[-1].grid; out.cpu()
 
 Whole operations run with the fixture `emulated` of conftest.py: `attention(q, k, v, backend="cuda")` on CPU tensors.
-PTX of any origin: `emu.run_ptx(text, "kernel", grid, block, (q, out, 17, 0.5))`. The first use builds (build.py); without
-nvcc an `Emulator` skips the test, and fails it where CI=true.
+PTX of any origin: `emu.run_ptx(text, "kernel", grid, block, (q, out, 17, 0.5))`. The first use builds (build.py);
+without nvcc an `Emulator` skips the test, and fails it where CI=true.
 """
 
 import ctypes
@@ -145,20 +145,26 @@ class Emulator:
             (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
         self.extension, self._host = build.load()
         self.launches, self.reports, self.calls = [], [], []
+        self._depth = 0
 
     def __enter__(self):
         self._lock.acquire()
         try:
-            self._set_up()
+            if self._depth == 0:
+                self._set_up()
         except BaseException:
             self._lock.release()
             raise
+        self._depth += 1
         return self
 
     def __exit__(self, *_):
-        self.launches += self._host.take_launches()
-        self.reports += self._host.take_reports()
-        self.calls += self._host.take_calls()
+        self._depth -= 1
+        if self._depth == 0:
+            self._host.check_no_error_left()
+            self.launches += self._host.take_launches()
+            self.reports += self._host.take_reports()
+            self.calls += self._host.take_calls()
         self._lock.release()
 
     def _set_up(self):
@@ -220,6 +226,10 @@ class Emulator:
         """
         code = _parse(self._host, text, kernel)
         parameters = bytearray()
+        if len(arguments) != len(code.parameters):
+            raise ValueError(
+                f"emulator: {kernel} has {len(code.parameters)} parameters, got {len(arguments)} arguments"
+            )
         for argument, (offset, size) in zip(arguments, code.parameters, strict=True):
             parameters += bytes(offset - len(parameters)) + _pack(argument, size)
         sizes = ((value,) if isinstance(value, int) else tuple(value) for value in (grid, block))

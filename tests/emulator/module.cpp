@@ -1,4 +1,5 @@
 // The Python module _emulator, which lives in the same library as the emulated _C: memory, the pretended driver, PTX.
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -9,6 +10,7 @@
 #include "cudart.h"
 #include "machine.h"
 #include "memory.h"
+#include "subject.h"
 
 namespace py = pybind11;
 using namespace emulator;
@@ -66,6 +68,100 @@ void run_code(const Code& code, const std::vector<unsigned>& grid, const std::ve
 
 void set_device(int device) {
   if (cudaSetDevice(device) != cudaSuccess) throw py::value_error(cudaGetErrorString(cudaGetLastError()));
+}
+
+// "cudaSuccess", or name and text of an error as a product's message would give them.
+std::string describe(cudaError_t error) {
+  if (error == cudaSuccess) return cudaGetErrorName(error);
+  return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
+}
+
+dim3 cuda_dim3(const Dim3& size) { return dim3(size.x, size.y, size.z); }
+
+// Questions and requests to the runtime, for test_host.py.
+void bind_subject(py::module_ m) {
+  using py::arg;
+  m.def(
+      "launch",
+      [](std::uintptr_t out, std::uintptr_t in, int count, float factor, const std::vector<unsigned>& grid,
+         const std::vector<unsigned>& block, int shared_bytes, int allowed_shared_bytes, std::uintptr_t stream,
+         int cluster) {
+        return describe(launch_subject({reinterpret_cast<float*>(out), reinterpret_cast<const float*>(in), count,
+                                        factor, cuda_dim3(dim3_of(grid)), cuda_dim3(dim3_of(block)), shared_bytes,
+                                        allowed_shared_bytes, reinterpret_cast<cudaStream_t>(stream), cluster}));
+      },
+      py::kw_only(), arg("out"), arg("input"), arg("count"), arg("factor") = 1.0f,
+      arg("grid") = std::vector<unsigned>{1}, arg("block") = std::vector<unsigned>{kSubjectThreads},
+      arg("shared_bytes") = 0, arg("allowed_shared_bytes") = -1, arg("stream") = 0, arg("cluster") = 0);
+  m.def("last_errors", [] {
+    const auto peeked = cudaPeekAtLastError(), first = cudaGetLastError(), second = cudaGetLastError();
+    return std::vector<std::string>{cudaGetErrorName(peeked), cudaGetErrorName(first), cudaGetErrorName(second)};
+  });
+  m.def("blocks_per_multiprocessor", [](int threads, std::size_t shared_bytes) {
+    int blocks = 0;
+    const cudaError_t error =
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, subject_function(), threads, shared_bytes);
+    if (error != cudaSuccess) throw std::runtime_error(describe(error));
+    return blocks;
+  });
+  m.def("function_attributes", [] {
+    cudaFuncAttributes attributes;
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, subject_function());
+    if (error != cudaSuccess) throw std::runtime_error(describe(error));
+    return py::make_tuple(attributes.sharedSizeBytes, attributes.maxThreadsPerBlock, attributes.binaryVersion);
+  });
+  m.def("device_attribute", [](int attribute) {
+    int value = 0;
+    const cudaError_t error = cudaDeviceGetAttribute(&value, static_cast<cudaDeviceAttr>(attribute), 0);
+    if (error != cudaSuccess) throw std::runtime_error(describe(error));
+    return value;
+  });
+  m.def("pointer_attributes", [](std::uintptr_t address) {
+    cudaPointerAttributes attributes;
+    cudaPointerGetAttributes(&attributes, reinterpret_cast<void*>(address));
+    return py::make_tuple(attributes.type == cudaMemoryTypeDevice, attributes.device);
+  });
+  m.def("memset", [](std::uintptr_t address, int value, std::size_t bytes) {
+    return describe(cudaMemsetAsync(reinterpret_cast<void*>(address), value, bytes, nullptr));
+  });
+  m.def("memcpy", [](std::uintptr_t target, std::uintptr_t source, std::size_t bytes) {
+    return describe(cudaMemcpyAsync(reinterpret_cast<void*>(target), reinterpret_cast<void*>(source), bytes,
+                                    cudaMemcpyDeviceToDevice, nullptr));
+  });
+  m.def("synchronize", [] { return describe(cudaStreamSynchronize(nullptr)); });
+  m.def("malloc_and_free", [] {
+    void* pointer = nullptr;
+    cudaError_t error = cudaMalloc(&pointer, 16);
+    if (error == cudaSuccess) error = cudaFree(pointer);
+    return describe(error);
+  });
+  m.def("is_capturing", [] {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    cudaStreamIsCapturing(nullptr, &status);
+    return status == cudaStreamCaptureStatusActive;
+  });
+  // The result of encoding a float tensor of `columns` x `rows` for tiles of 16 x 8, as the launchers of sm_90 do it.
+  m.def("encode_tensor_map", [](std::uintptr_t address, std::uint64_t columns, std::uint64_t rows) {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult status;
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &status);
+    if (status != cudaDriverEntryPointSuccess) throw std::runtime_error("no entry point");
+    const cuuint64_t sizes[] = {columns, rows}, strides[] = {columns * sizeof(float)};
+    const cuuint32_t box[] = {16, 8}, element_strides[] = {1, 1};
+    CUtensorMap map;
+    return static_cast<int>(reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry)(
+        &map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 2, reinterpret_cast<void*>(address), sizes, strides, box,
+        element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_NONE,
+        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
+  });
+}
+
+// An error that a launcher has reported but not taken is found by whoever asks next, and blamed on them.
+void check_no_error_left() {
+  const cudaError_t error = cudaGetLastError();
+  if (error == cudaSuccess) return;
+  driver().reports.push_back(
+      {"error-left", describe(error) + ": cudaGetLastError() would give it to the next call", 0});
 }
 
 template <typename T>
@@ -157,11 +253,13 @@ PYBIND11_MODULE(_emulator, m) {
     driver().capturing = capturing;
     set_device(current_device);
   });
+  m.def("check_no_error_left", &check_no_error_left);
   m.def("take_launches", [] { return take(driver().launches); });
   m.def("take_reports", [] { return take(driver().reports); });
   m.def("take_calls", [] { return take(driver().calls); });
 
   py::class_<Code>(m, "Code", "One kernel of a PTX text").def_property_readonly("parameters", &parameters);
   m.def("parse", &parse);
+  bind_subject(m.def_submodule("subject"));
   m.def("run", &run_code);
 }
