@@ -1,4 +1,4 @@
-"""The host side of the emulator: memory, the strict CUDA runtime, launch records, and qk_norm_rotary from end to end."""
+"""The host side of the emulator: memory, the strict CUDA runtime, records of launches; qk_norm_rotary as a whole."""
 
 import math
 
@@ -341,8 +341,8 @@ def test_an_error_names_kernel_shape_and_architectures(emu):
     emu.settings.device = Device(7, 5, 40, 64, 64, 1024, 16)
     with pytest.raises(
         RuntimeError,
-        match=r"(?s)^qk_norm_rotary_forward: cudaGetLastError\(\) returned cudaErrorNoKernelImageForDevice, emulated: no "
-        r"PTX of .* for compute capability 7\.5, there is: 8\.0, for \d+ blocks of 128 threads and 0 bytes of dynamic "
+        match=r"(?s)^qk_norm_rotary_forward: cudaGetLastError\(\) returned cudaErrorNoKernelImageForDevice, emulated: "
+        r"no PTX of .* for compute capability 7\.5, there is: 8\.0, for \d+ blocks of 128 threads and 0 bytes of dynamic "
         r"shared memory on device 0, of compute capability 7\.5 \(kernels are built for .*8\.0.*\)",
     ):
         EmulatedExtension(emu).qk_norm_rotary_forward(**binding_call())
@@ -354,7 +354,7 @@ def test_empty_tensors_launch_nothing(emu):
     assert emu.launches == []
 
 
-# ---- qk_norm_rotary from end to end, judged by its own tests ----------------------------------------------------------
+# ---- qk_norm_rotary from end to end, judged by its own tests --------------------------------------------------------
 
 
 def tensors_for(case, dtype=torch.float32, seed=0):
