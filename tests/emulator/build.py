@@ -87,8 +87,7 @@ def _build():
 
     tree.mkdir(parents=True, exist_ok=True)
     with _locked(tree):
-        # The tools that a tree of an isolated build names are gone with the build. Other options stay as they are.
-        options = _options(ninja, _setup_py().find_nvcc(os.environ) if tree == OWN_TREE else None)
+        options = _options(ninja, new=tree == OWN_TREE)
         commands = [[cmake, "--build", str(tree), "--target", "emulated", "--parallel", str(jobs)]]
         if not cache.items() >= options.items() or not os.path.exists(cache.get("CMAKE_COMMAND", "")):
             given = [f"-D{name}={value}" for name, value in options.items()]
@@ -113,7 +112,9 @@ def _run(command):
     return f"emulator: {shlex.join(command)} failed:\n{''.join(lines)[-8000:]}"
 
 
-def _options(ninja, nvcc):
+def _options(ninja, *, new):
+    """What CMake must be told. The tools that a tree of an isolated build names are gone with that build; its other
+    options stay as they are, so that the kernels are not compiled again. A new tree gets those of an installation."""
     import pybind11
 
     options = {
@@ -121,7 +122,10 @@ def _options(ninja, nvcc):
         "pybind11_DIR": pybind11.get_cmake_dir(),
         "Python_EXECUTABLE": sys.executable,
     }
-    return options | {"CMAKE_CUDA_COMPILER": nvcc} if nvcc else options
+    if new:
+        options["CMAKE_CUDA_COMPILER"] = _setup_py().find_nvcc(os.environ)
+        options["ANDROMEDA_CUDA_ARCHITECTURES"] = _setup_py().cuda_architectures(os.environ)
+    return options
 
 
 def _cache_of(tree):

@@ -342,8 +342,8 @@ def test_an_error_names_kernel_shape_and_architectures(emu):
     with pytest.raises(
         RuntimeError,
         match=r"(?s)^qk_norm_rotary_forward: cudaGetLastError\(\) returned cudaErrorNoKernelImageForDevice, emulated: "
-        r"no PTX of .* for compute capability 7\.5, there is: 8\.0, for \d+ blocks of 128 threads and 0 bytes of dynamic "
-        r"shared memory on device 0, of compute capability 7\.5 \(kernels are built for .*8\.0.*\)",
+        r"no PTX of .* for compute capability 7\.5, there is: 8\.0, for \d+ blocks of 128 threads and 0 bytes of "
+        r"dynamic shared memory on device 0, of compute capability 7\.5 \(kernels are built for .*8\.0.*\)",
     ):
         EmulatedExtension(emu).qk_norm_rotary_forward(**binding_call())
 
