@@ -21,6 +21,13 @@
 #include "tma.h"
 
 namespace emulator {
+
+// Weak until tensor maps are there.
+__attribute__((weak)) std::string encode_tensor_map(void*, int, int, void*, const std::uint64_t*, const std::uint64_t*,
+                                                    const std::uint32_t*, const std::uint32_t*, int) {
+  return "the emulator has no tensor maps yet";
+}
+
 namespace {
 
 constexpr std::size_t kDefaultShared = 48 * 1024;  // of a block that asked for nothing special
