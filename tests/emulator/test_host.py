@@ -384,10 +384,25 @@ def test_qk_norm_rotary_in_another_order(emulated):
         operation.test_backward("cuda", tensors_for, operation.PLAIN, torch.bfloat16)
 
 
+def sliced_tensors_for(case, dtype=torch.float32, seed=0):
+    """The operands as slices of larger tensors of NaN, at an odd offset: their rows do not lie in chunks."""
+    tensors = case.tensors(dtype, seed=seed)
+    for index in range(2):
+        batch, seqlen, heads, head_dim = tensors[index].shape
+        surrounding = torch.full((batch, seqlen + 3, heads + 2, head_dim + 13), math.nan, dtype=dtype)
+        view = surrounding[:, 2:-1, 1:-1, 5:-8].copy_(tensors[index])
+        tensors = (*tensors[:index], view, *tensors[index + 1 :])
+    return tensors
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=operation.name_of)
-def test_qk_norm_rotary_strided(emulated, dtype):
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name in ("model", "cached", "head_dim_2")], ids=operation.name_of
+)
+def test_qk_norm_rotary_strided(emulated, case, dtype):
     with nan_filled():
-        operation.test_strides_do_not_matter("cuda", tensors_for, dtype)
+        operation.test_forward("cuda", sliced_tensors_for, case, dtype)
+        operation.test_backward("cuda", sliced_tensors_for, case, dtype)
 
 
 @pytest.mark.parametrize("name", DEVICES)
