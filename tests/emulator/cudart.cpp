@@ -350,6 +350,8 @@ void PtxLibrary::read() {
 }
 
 std::shared_ptr<const Kernel> PtxLibrary::find(const std::string& entry, int major, int minor) {
+  const auto replacement = replaced_.find(entry);
+  if (replacement != replaced_.end()) return replacement->second;
   if (!is_read_) read();
   const auto newness = [](const File& file) { return 100 * file.major + 10 * file.minor + file.exact; };
   File* best = nullptr;
@@ -364,6 +366,14 @@ std::shared_ptr<const Kernel> PtxLibrary::find(const std::string& entry, int maj
     best->text.clear();
   }
   return best->kernels[entry];
+}
+
+void PtxLibrary::replace(const std::string& entry, std::shared_ptr<const Kernel> kernel) {
+  if (kernel == nullptr) {
+    replaced_.erase(entry);
+  } else {
+    replaced_[entry] = std::move(kernel);
+  }
 }
 
 std::string PtxLibrary::architectures_of(const std::string& entry) {
