@@ -36,7 +36,7 @@ inline void check_attention(const AttentionParams& params, const char* kernel) {
     refuse("head_dim must be between 1 and " + std::to_string(kMaxAttentionHeadDim) + " on CUDA, got " +
            std::to_string(params.head_dim));
   }
-  if (params.num_kv_heads < 1 || params.num_heads % params.num_kv_heads != 0) {
+  if (params.num_heads > 0 && (params.num_kv_heads < 1 || params.num_heads % params.num_kv_heads != 0)) {
     refuse("num_heads must be a multiple of num_kv_heads, got " + std::to_string(params.num_heads) + " and " +
            std::to_string(params.num_kv_heads));
   }

@@ -79,12 +79,20 @@ __device__ inline void load_tile(std::uint32_t tile, const Rows<const T>& rows, 
   const int channels = rows.head_dim - chunk * kChunkWidth<T>;
   int row = static_cast<int>(threadIdx.x) / kChunks;
   if (rows.in_chunks) {
-    const T* source = rows.data + (first + row) * rows.stride + chunk * kChunkWidth<T>;
+    // A lane whose channels do not exist reads nothing; its address stays inside the row all the same.
+    const T* source = rows.data + (first + row) * rows.stride + (channels > 0 ? chunk * kChunkWidth<T> : 0);
+    const int bytes = channels > 0 ? kChunkBytes : 0;
+    if (first >= 0 && first + kRows <= rows.count) {
 #pragma unroll
-    for (int i = 0; i < kRows / kRowStep; ++i, row += kRowStep) {
-      const bool inside = channels > 0 && static_cast<unsigned>(first + row) < static_cast<unsigned>(rows.count);
-      cp_async(tile + chunk_offset<kRows>(row, chunk), inside ? source : rows.data, inside ? kChunkBytes : 0);
-      source += kRowStep * rows.stride;
+      for (int i = 0; i < kRows / kRowStep; ++i, row += kRowStep, source += kRowStep * rows.stride) {
+        cp_async(tile + chunk_offset<kRows>(row, chunk), source, bytes);
+      }
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < kRows / kRowStep; ++i, row += kRowStep, source += kRowStep * rows.stride) {
+        const bool inside = static_cast<unsigned>(first + row) < static_cast<unsigned>(rows.count);
+        cp_async(tile + chunk_offset<kRows>(row, chunk), inside ? source : rows.data, inside ? bytes : 0);
+      }
     }
   } else {
 #pragma unroll 1
@@ -300,8 +308,8 @@ struct Reach {
 // first row r of group 0, and `key` the key of its first column.
 //
 // Left of the diagonal both rows share one value, -slope * (position + 8 - key): adding a constant to a row leaves its
-// softmax unchanged, and for row r the constant is -8 slope. `kLowered` below undoes it in the log-sum-exp. A reference
-// shared by more rows would underflow: 127 rows of slope 0.7 are 130 bits.
+// softmax unchanged, and for row r the constant is -8 slope. `lowered_by` below undoes it in the log-sum-exp. A
+// reference shared by more rows would underflow: 127 rows of slope 0.7 are 130 bits.
 template <int kGroups, int kTiles>
 __device__ inline void seed_bias(float (&scores)[kGroups][kTiles][4], float raw_slope, int position, int key,
                                  bool left_of_diagonal) {
@@ -333,7 +341,7 @@ __device__ inline void seed_bias(float (&scores)[kGroups][kTiles][4], float raw_
 }
 
 // By how many rows the bias of row r (half 0) and r + 8 (half 1) was taken too far away.
-inline constexpr float kLowered[2] = {8.0f, 0.0f};
+__device__ constexpr float lowered_by(int half) { return half == 0 ? 8.0f : 0.0f; }
 
 // Hides, after the product, what a row does not see: a NaN in a hidden key must not survive. `rows` are those of the
 // block's tile in shared memory, from the warp's first row on.
