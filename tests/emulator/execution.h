@@ -188,8 +188,9 @@ class Execution {
   std::vector<std::uint8_t> local;    // body.local_bytes for every thread
   std::array<Barrier, 16> barriers;
   std::map<std::uint32_t, Mbarrier> mbarriers;  // by offset
-  std::vector<CopyGroups> copies;               // of every thread
-  std::vector<BulkGroups> bulk;                 // of every thread
+  int num_mbarriers = 0;
+  std::vector<CopyGroups> copies;  // of every thread
+  std::vector<BulkGroups> bulk;    // of every thread
   std::vector<std::shared_ptr<BulkCopy>> in_flight;
   std::vector<Warp> warps;
   std::vector<WarpgroupTrace> warpgroups;

@@ -352,6 +352,7 @@ void Execution::start_block(std::int64_t index) {
   local.assign(std::size_t{code.body.local_bytes} * num_threads, 0xff);
   barriers.fill(Barrier());
   mbarriers.clear();
+  num_mbarriers = 0;
   copies.assign(num_threads, CopyGroups());
   bulk.assign(num_threads, BulkGroups());
   in_flight.clear();

@@ -232,7 +232,7 @@ void finish_group(Execution& x, const WgmmaState::Group& group) {
     if (--state.registers[number].operand_of == 0) --state.in_flight;
   }
   if (!x.check || group.shared_reads.empty()) return;
-  const Access agent = x.clocks.next_agent();
+  const Access agent = x.clocks.next_of_warp(x.warp->index);
   for (const auto& [offset, bytes] : group.shared_reads) x.shared_shadow.finish_read(agent, offset, bytes);
   x.for_each_lane([&](int lane) { x.clocks.join_agent(x.clocks.row(x.thread_of(lane)), agent); });
 }
