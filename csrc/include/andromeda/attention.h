@@ -8,6 +8,8 @@
 
 #include "andromeda/tensor_view.h"
 
+struct CUstream_st;  // what cudaStream_t names: declaring it keeps CUDA headers out of this one
+
 namespace andromeda {
 
 struct AttentionParams {
@@ -39,5 +41,28 @@ namespace cpu {
 void attention_forward(const AttentionParams& params, int num_threads);
 void attention_backward(const AttentionBackwardParams& params, int num_threads);
 }  // namespace cpu
+
+// Scratch memory of one CUDA call: C++ allocates nothing. The sizes depend on shapes and on the current device.
+struct AttentionWorkspace {
+  float* values;          // (num_values,), any contents
+  std::int32_t* tickets;  // (num_tickets,), zero before the first call; every call leaves them zero
+  std::int64_t num_values, num_tickets;
+};
+
+namespace cuda {
+// Sizes, with null pointers; of `params` the pointers, strides and the scale are not read.
+AttentionWorkspace attention_forward_workspace(const AttentionParams& params);
+AttentionWorkspace attention_backward_workspace(const AttentionParams& params);
+
+// head_dim up to kMaxAttentionHeadDim, float16 and bfloat16, softmax_scale at least kMinSoftmaxScale. The tensors'
+// device must be the current one.
+void attention_forward(const AttentionParams& params, const AttentionWorkspace& workspace, CUstream_st* stream);
+void attention_backward(const AttentionBackwardParams& params, const AttentionWorkspace& workspace,
+                        CUstream_st* stream);
+
+inline constexpr int kMaxAttentionHeadDim = 128;
+// A bias is divided by the scale before it joins the scores.
+inline constexpr float kMinSoftmaxScale = 0x1p-60f;
+}  // namespace cuda
 
 }  // namespace andromeda
