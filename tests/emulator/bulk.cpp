@@ -372,7 +372,7 @@ Step wait_for_bulk(Execution& x, const Instruction& i) {
     for (std::size_t index = 0; index + keep < groups.size(); ++index) {
       BulkGroups::Group& group = groups[index];
       for (const BulkStore& store : group.stores) {
-        x.move(*store.copy);
+        x.move(store.copy);
         if (x.check && !group.read)
           x.shared_shadow.finish_read(x.shared_shadow.access_of(store.site), store.offset, store.bytes);
         if (x.check && !i.option[1]) store.publish(x);

@@ -22,8 +22,8 @@ std::uint32_t number_of(const Operand& reg) { return reg.place / kRowBytes; }
 
 // All lanes of the four warps of an aligned warpgroup; here at least all lanes of the warp.
 bool whole_warp(Execution& x, const Instruction& i) {
-  if (!x.gather(i, kAllLanes, "divergence")) return false;
-  if (x.mask != kAllLanes) x.report("divergence", i, "wgmma needs all 32 lanes of the warp");
+  if (!x.gather_warp(i)) return false;
+  if (x.warp->launched != kAllLanes) x.report("divergence", i, "wgmma needs all 32 lanes of the warp");
   return true;
 }
 
