@@ -86,19 +86,23 @@ struct ForwardPlace {
   }
 };
 
-// What the block agrees on before its loop. In shared memory, because the loop has no register left for it.
-struct ForwardAgreement {
+// What the block agrees on before its loop, and sums of the unrounded weights: in shared memory, because the loop has
+// no register left for it.
+struct ForwardShared {
   Row rows[kForwardQueries];
   Reach reach[kForwardWarps];  // of a warp's rows
   int all_see_themselves[kForwardWarps];
-  int first_key, is_bounded;  // to be read after the loop's first barrier
+  int first_key, is_bounded;                           // to be read after the loop's first barrier
+  alignas(16) ForwardRowValues sums[kForwardThreads];  // of the columns of each lane, which alone uses its own
+
+  __device__ ForwardRowValues& own_sum() { return sums[read_thread_index()]; }
 };
 
 // Moves the references to the rows' largest scores so far, and what was summed against the old ones with them.
 template <int kTiles>
 __device__ inline void move_references(ForwardRowValues& reference, float (&out)[kForwardGroups][kTiles][4],
-                                       float (&rounded_sum)[4], ForwardRowValues& sum, const ForwardScores& scores,
-                                       float scale2) {
+                                       float (&rounded_sum)[kForwardGroups][4], ForwardRowValues& sum,
+                                       const ForwardScores& scores, float scale2) {
   ForwardRowValues factor;
   bool moved = false;
 #pragma unroll
@@ -124,9 +128,9 @@ __device__ inline void move_references(ForwardRowValues& reference, float (&out)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       sum[group][half] *= factor[group][half];
-      rounded_sum[2 * half + group] *= factor[group][half];
 #pragma unroll
       for (int i = 2 * half; i < 2 * half + 2; ++i) {
+        rounded_sum[group][i] *= factor[group][half];
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) out[group][n][i] *= factor[group][half];
       }
@@ -169,7 +173,7 @@ template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
     attention_forward_kernel(const AttentionParams params, const ForwardPlan plan) {
   extern __shared__ __align__(kTileAlignment) unsigned char shared[];
-  __shared__ ForwardAgreement agreement;
+  __shared__ ForwardShared common;
   const std::uint32_t q_tile = shared_address(shared);
   const std::uint32_t k_tile = q_tile + kTileBytes<kForwardQueries, kHeadDim>;
   const std::uint32_t v_tile = k_tile + kTileBytes<kForwardKeys, kHeadDim>;
@@ -190,40 +194,41 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
   const bool exists = own_query < params.seqlen_q;
   const Reach reach = Reach::of(own_row, exists, head.window).of_warp();
   const bool sees_itself = __all_sync(kWholeWarp, !exists || own_row.empty() || own_row.sees_itself());
-  agreement.rows[threadIdx.x] = own_row;
+  common.rows[threadIdx.x] = own_row;
   if (const int warp = threadIdx.x / kWarpLanes; threadIdx.x % kWarpLanes == 0) {
-    agreement.reach[warp] = reach;
-    agreement.all_see_themselves[warp] = sees_itself;
+    common.reach[warp] = reach;
+    common.all_see_themselves[warp] = sees_itself;
   }
-  __syncthreads();  // the agreement is complete
+  __syncthreads();  // all warps have written theirs
   int begin = kUnlimited, end = 0;
   bool is_bounded = true;  // own keys alone keep a biased row's weights in range
 #pragma unroll
   for (int i = 0; i < kForwardWarps; ++i) {
-    begin = min(begin, agreement.reach[i].begin);
-    end = max(end, agreement.reach[i].end);
-    is_bounded = is_bounded && agreement.all_see_themselves[i] != 0;
+    begin = min(begin, common.reach[i].begin);
+    end = max(end, common.reach[i].end);
+    is_bounded = is_bounded && common.all_see_themselves[i] != 0;
   }
   is_bounded = head.bound <= kMaxBound<T> && (head.slope == 0.0f || is_bounded);
   const int first_key = begin / kForwardKeys * kForwardKeys;
   const int last_key = uniform((end - 1) / kForwardKeys * kForwardKeys);
   if (threadIdx.x == 0) {
-    agreement.first_key = first_key;
-    agreement.is_bounded = is_bounded;
+    common.first_key = first_key;
+    common.is_bounded = is_bounded;
   }
 
   // The bias and the references in units of <q, k>. With a bound the reference undoes seed_bias's lowering of rows g,
   // so that a weight is that of the true logit.
   const float raw_slope = head.slope / params.softmax_scale;
-  ForwardRowValues reference, sum;
-  float rounded_sum[4] = {};
+  ForwardRowValues reference;
+  ForwardRowValues& sum_so_far = common.own_sum();
+  float rounded_sum[kForwardGroups][4] = {};
   float out[kForwardGroups][kHeadDim / 8][4] = {};
 #pragma unroll
   for (int group = 0; group < kForwardGroups; ++group) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       reference[group][half] = is_bounded ? -lowered_by(half) * raw_slope : -__int_as_float(0x7f800000);
-      sum[group][half] = 0.0f;
+      sum_so_far[group][half] = 0.0f;
     }
   }
 
@@ -249,44 +254,42 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
         ForwardScores scores;
         seed_bias(scores, raw_slope, warp_position + place.row, key + place.column, left_of_diagonal);
         multiply_transposed<T, kHeadDim, kForwardQueries, kForwardKeys>(scores, q_tile, place.warp_row, k_tile);
-        const Reach& all = agreement.reach[place.warp_row / kForwardWarpRows];
-        if (!all.is_plain(key, kForwardKeys)) hide(scores, agreement.rows + place.warp_row, key + place.column);
-        if (!agreement.is_bounded) move_references(reference, out, rounded_sum, sum, scores, plan.scale2);
-        take_weights<T>(weights, sum, scores, reference, plan.scale2);
+        const Reach& all = common.reach[place.warp_row / kForwardWarpRows];
+        if (!all.is_plain(key, kForwardKeys)) hide(scores, common.rows + place.warp_row, key + place.column);
+        if (!common.is_bounded) move_references(reference, out, rounded_sum, common.own_sum(), scores, plan.scale2);
+        take_weights<T>(weights, common.own_sum(), scores, reference, plan.scale2);
       }
 
       cp_async_wait<0>();
       __syncthreads();  // V has arrived for all; all have read K
-      if (key > agreement.first_key) {
+      if (key > common.first_key) {
         load_tile<kForwardKeys, kHeadDim, kForwardThreads>(k_tile, k, key - kForwardKeys);
         cp_async_commit();
       }
       if (touched) {
-        const int row = ForwardPlace::read().row;
 #pragma unroll
         for (int step = 0; step < kForwardKeys / 16; ++step) {
 #pragma unroll
           for (int group = 0; group < kForwardGroups; ++group) {
-            const std::uint32_t ones = row % 2 == group ? kPairOfOnes<T> : 0;
-            mma<T>(rounded_sum, weights[step][group], ones, ones);
+            mma<T>(rounded_sum[group], weights[step][group], kPairOfOnes<T>, kPairOfOnes<T>);
           }
           multiply_step<T, kHeadDim, kForwardKeys>(out, weights[step], v_tile, step);
         }
       }
       key -= kForwardKeys;
-    } while (key >= agreement.first_key);
+    } while (key >= common.first_key);
   }
 
-  // `sum` holds the lane's columns; the four lanes of a row add theirs.
   const ForwardPlace place = ForwardPlace::read();
   const int first_query = block.query + place.warp_row;
+  ForwardRowValues& sum = common.own_sum();
   ForwardRowValues factor;
 #pragma unroll
   for (int group = 0; group < kForwardGroups; ++group) {
-    sum_over_group(sum[group], 2);
+    sum_over_group(sum[group], 2);  // the four lanes of a row have different columns
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float divisor = rounded_sum[2 * half + group];
+      const float divisor = rounded_sum[group][2 * half];  // all its columns are equal
       factor[group][half] = divisor == 0.0f ? 0.0f : 1.0f / divisor;
       const int query = first_query + group * 16 + half * 8 + place.row;
       if (place.column == 0 && query < params.seqlen_q) {
