@@ -1,4 +1,4 @@
-"""The emulator finds what it says it finds: every kernel of defects.cu with its defect is reported, without is clean."""
+"""The emulator finds what it promises: every kernel of defects.cu is reported with its defect, and clean without."""
 
 import functools
 import re
