@@ -243,6 +243,15 @@ struct FindHighest {
   }
 };
 
+// How far the highest bit is from the top: what the shift to bring it there needs.
+struct ShiftToHighest {
+  template <typename T>
+  std::uint32_t operator()(T value) const {
+    const std::uint32_t position = FindHighest()(value);
+    return position == ~0u ? position : 8 * sizeof(T) - 1 - position;
+  }
+};
+
 // ---- operations on floating-point numbers
 
 struct FusedMultiplyAdd {

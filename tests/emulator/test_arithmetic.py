@@ -175,6 +175,7 @@ INTEGER = [
     ("brev.b32 %d4, %a4", "u32", ("u32",), lambda a: int(f"{a:032b}"[::-1], 2)),
     ("bfind.u32 %d4, %a4", "u32", ("u32",), lambda a: a.bit_length() - 1),
     ("bfind.s32 %d4, %a4", "u32", ("s32",), lambda a: (a if a >= 0 else ~a).bit_length() - 1),
+    ("bfind.shiftamt.u32 %d4, %a4", "u32", ("u32",), lambda a: 32 - a.bit_length() if a else -1),
     ("lop3.b32 %d4, %a4, %b4, %c4, 0xca", "u32", ("u32",) * 3, lambda a, b, c: (a & b) | (~a & c)),
     ("lop3.b32 %d4, %a4, %b4, %c4, 0x96", "u32", ("u32",) * 3, lambda a, b, c: a ^ b ^ c),
     ("cvt.s64.s32 %d8, %a4", "s64", ("s32",), lambda a: a),

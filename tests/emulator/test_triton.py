@@ -1,5 +1,7 @@
 """Kernels that Triton compiles without a GPU run in the emulator: a second opinion on layouts and opcodes."""
 
+import math
+
 import pytest
 import torch
 
@@ -55,11 +57,11 @@ def compiled(kernel, signature, constants, architecture, **options):
 
 
 def launch(emu, program, name, grid, arguments):
+    """Run it. What Triton leaves out on Hopper is allowed: a proxy fence between cp.async and wgmma."""
     # Two more parameters than the kernel names: scratch memory of the launch and of profiling.
-    emu.run_ptx(
-        program.asm["ptx"], name, grid, 32 * program.metadata.num_warps, (*arguments, 0, 0), program.metadata.shared
-    )
-    emu.assert_clean()
+    parameters, metadata = (*arguments, 0, 0), program.metadata
+    emu.run_ptx(program.asm["ptx"], name, grid, 32 * metadata.num_warps, parameters, metadata.shared)
+    assert [report for report in emu.reports if report.kind != "proxy" or "wgmma" not in report.text] == []
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
@@ -87,14 +89,8 @@ def test_attention(architecture, schedule):
     out = emu.empty(q.shape, q.dtype, name="out")
     given = [emu.tensor(tensor, name=name) for tensor, name in ((q, "q"), (k, "k"), (v, "v"))]
     grid = -(-seqlen // BLOCK)
-    launch(
-        emu,
-        program,
-        "attention_kernel",
-        grid,
-        (out, *given, seqlen, head_dim**-0.5 / torch.log(torch.tensor(2.0)).item()),
-    )
+    launch(emu, program, "attention_kernel", grid, (out, *given, seqlen, head_dim**-0.5 / math.log(2)))
     exact = (q.double() @ k.double().T * head_dim**-0.5).softmax(1) @ v.double()
     error = (out.cpu().double() - exact).norm(dim=1) / exact.norm(dim=1)
-    assert error.median() < 0.58 * 2**-8 * 2
-    assert error.max() < 1.25 * 2**-8 * 2
+    assert error.median() < 0.58 * 2**-8
+    assert error.max() < 1.25 * 2**-8
