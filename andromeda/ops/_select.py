@@ -13,6 +13,11 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # in order of preference
+DEVICE_TYPES = {
+    "cuda": "cuda",
+    "triton": "cuda",
+    "cpu": "cpu",
+}  # of the tensors that a backend takes; the reference: any
 AUTO = "auto"  # what an operator receives for backend=None: it chooses when it runs, not when it is traced
 
 LIB = torch.library.Library("andromeda", "DEF")
@@ -113,6 +118,25 @@ def _runs_on(architecture: str, major: int, minor: int) -> bool:
 def current_stream(device: torch.device) -> int:
     """The cudaStream_t on which torch works on this device, as a number; 0 for the CPU."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+_tickets = {}  # (device, stream) -> counters
+
+
+def tickets(device: torch.device, count: int) -> torch.Tensor | None:
+    """`count` counters of a kernel whose last block combines the others' results: int32 zeros, None for a count of 0.
+
+    Every launch leaves them zero, so the launches of one stream, which follow each other, share them, and none of them
+    needs a launch of its own. A captured graph runs beside any stream and brings its own.
+    """
+    if count == 0:
+        return None
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    place = device, current_stream(device)
+    if place not in _tickets or _tickets[place].numel() < count:
+        _tickets[place] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
+    return _tickets[place][:count]
 
 
 def needs_function(*tensors: torch.Tensor | None) -> bool:

@@ -300,8 +300,8 @@ struct Reach {
 // first row r of group 0, and `key` the key of its first column.
 //
 // Left of the diagonal both rows share one value, -slope * (position + 8 - key): adding a constant to a row leaves its
-// softmax unchanged, and for row r the constant is -8 slope. `kLowered` below undoes it in the log-sum-exp. A reference
-// shared by more rows would underflow: 127 rows of slope 0.7 are 130 bits.
+// softmax unchanged, and for row r the constant is -8 slope. `lowered_by` below undoes it in the log-sum-exp. A
+// reference shared by more rows would underflow: 127 rows of slope 0.7 are 130 bits.
 template <int kGroups, int kTiles>
 __device__ inline void seed_bias(float (&scores)[kGroups][kTiles][4], float raw_slope, int position, int key,
                                  bool left_of_diagonal) {
@@ -333,7 +333,7 @@ __device__ inline void seed_bias(float (&scores)[kGroups][kTiles][4], float raw_
 }
 
 // By how many rows the bias of row r (half 0) and r + 8 (half 1) was taken too far away.
-inline constexpr float kLowered[2] = {8.0f, 0.0f};
+__device__ constexpr float lowered_by(int half) { return half == 0 ? 8.0f : 0.0f; }
 
 // Hides, after the product, what a row does not see: a NaN in a hidden key must not survive. `rows` are those of the
 // block's tile in shared memory, from the warp's first row on.
