@@ -150,14 +150,21 @@ def needs_function(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def report(device: str | None = None, dtype: torch.dtype = torch.float32) -> dict[str, dict[str, list[str]]]:
+def usual_dtype(device: str) -> torch.dtype:
+    """What models are run in on a device: the dtype of the calls that `report` is about."""
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+
+
+def report(device: str | None = None, dtype: torch.dtype | None = None) -> dict[str, dict[str, list[str]]]:
     """Per operation and backend the reasons why it would not run a typical call on this machine.
 
-    The first backend of an operation with an empty list is the one that would run. The call is of `dtype`, on `device`
-    (default: the GPU if there is one), with 24 heads of width 128 and one key head.
+    The first backend of an operation with an empty list is the one that would run. The call is of `dtype` (default:
+    `usual_dtype`), on `device` (default: the GPU if there is one), with 24 heads of width 128 and one key head.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype is None:
+        dtype = usual_dtype(device)
     q, k = (torch.empty(1, 16, heads, 128, device=device, dtype=dtype) for heads in (24, 1))
     calls = {"attention": (q, k, k), "qk_norm_rotary": (q, k), "token_shift_norm": (q[:, :, 0],)}
     modules = {op: importlib.import_module(f"andromeda.ops.{op}") for op in calls}

@@ -247,33 +247,33 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
 
 // ---- dk, dv ---------------------------------------------------------------------------------------------------------
 
-// The query tiles of a share's heads that touch the keys of a block, head by head. The reaches of 32 tiles are read at
-// once, one per lane; the state is the same in all lanes and warps.
-struct Visits {
-  int key, num_keys;               // of the block
-  int head, heads_end, head_step;  // of the share
-  int first_chunk, chunk;          // tiles; first_chunk is a multiple of 32
-  unsigned touched, plain;         // tiles of the chunk that are still to be visited; that need no mask
+// Walks over the query tiles of a share's heads that touch the keys of a block, head by head. The reaches of 32 tiles
+// are read at once, one per lane; the state is the same in all lanes and warps.
+struct Visit {
+  int head, tile;
+  unsigned touched, plain;  // of the 32 tiles around `tile`: those that are still to be visited; that need no mask
 
-  struct Visit {
-    int head, tile;  // head < 0: none is left
-    bool plain;
-  };
+  __device__ bool is_plain() const { return (plain >> (tile % kWarpLanes) & 1) != 0; }
 
-  __device__ Visit next(const Reach* reaches, int num_tiles) {  // `reaches` of the batch entry
+  // On to the next tile, or to a head that is not one of the share. `reaches` are those of the batch entry.
+  __device__ void advance(const Reach* reaches, int num_tiles, int first_tile, int head_step, int heads_end, int key,
+                          int num_keys) {
+    int chunk = tile / kWarpLanes * kWarpLanes;
     while (touched == 0) {
       chunk += kWarpLanes;
-      if (chunk >= num_tiles) chunk = first_chunk, head += head_step;
-      if (head >= heads_end) return {-1, 0, true};
-      const int tile = chunk + static_cast<int>(threadIdx.x) % kWarpLanes;
+      if (chunk >= num_tiles) {
+        chunk = first_tile;
+        head += head_step;
+        if (head >= heads_end) return;
+      }
+      const int lane_tile = chunk + static_cast<int>(threadIdx.x) % kWarpLanes;
       Reach reach{kUnlimited, 0, 0, kUnlimited};
-      if (tile < num_tiles) reach = reaches[static_cast<std::int64_t>(head) * num_tiles + tile];
+      if (lane_tile < num_tiles) reach = reaches[static_cast<std::int64_t>(head) * num_tiles + lane_tile];
       touched = __ballot_sync(kWholeWarp, reach.touches(key, num_keys));
       plain = __ballot_sync(kWholeWarp, reach.is_plain(key, num_keys));
     }
-    const int bit = __ffs(touched) - 1;
+    tile = chunk + __ffs(touched) - 1;
     touched &= touched - 1;
-    return {head, chunk + bit, (plain >> bit & 1) != 0};
   }
 };
 
@@ -306,10 +306,14 @@ __device__ inline void hide_keys(float (&exponents)[kBackwardTile / 8][4], const
   const int column = static_cast<int>(threadIdx.x) % 4 * 2;
 #pragma unroll
   for (int n = 0; n < kBackwardTile / 8; ++n) {
+    const int2 first = *reinterpret_cast<const int2*>(tile.first + 8 * n + column);
+    const int2 end = *reinterpret_cast<const int2*>(tile.end + 8 * n + column);
+    const int first_of[2] = {first.x, first.y}, end_of[2] = {end.x, end.y};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int query = 8 * n + column + i % 2, row_key = key + i / 2 * 8;
-      if (row_key < tile.first[query] || row_key >= tile.end[query]) exponents[n][i] = -__int_as_float(0x7f800000);
+      const int row_key = key + i / 2 * 8;
+      const bool hidden = row_key < first_of[i % 2] || row_key >= end_of[i % 2];
+      if (hidden) exponents[n][i] = -__int_as_float(0x7f800000);
     }
   }
 }
@@ -364,19 +368,13 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
   const std::int64_t tiles_before = static_cast<std::int64_t>(batch) * forward.num_heads * plan.num_query_tiles;
   const Reach* reaches = plan.reaches + tiles_before;
   // Under a causal mask no query before position `key` sees the block.
-  const int first_tile = forward.causal ? max(key - offset, 0) / kTile : 0;
-  const int first_chunk = first_tile / kWarpLanes * kWarpLanes;
-  Visits visits{key,
-                min(kTile, forward.seqlen_k - key),
-                kv_head * group + share,
-                (kv_head + 1) * group,
-                plan.num_shares,
-                first_chunk,
-                first_chunk - kWarpLanes,
-                0,
-                0};
-
-  const auto load_queries = [&](const Visits::Visit& visit) {
+  const int first_tile = forward.causal ? max(key - offset, 0) / kTile / kWarpLanes * kWarpLanes : 0;
+  const int num_keys = min(kTile, forward.seqlen_k - key), heads_end = (kv_head + 1) * group;
+  Visit visit{kv_head * group + share - plan.num_shares, plan.num_query_tiles, 0, 0};  // before the first one
+  const auto advance = [&] {
+    visit.advance(reaches, plan.num_query_tiles, first_tile, plan.num_shares, heads_end, key, num_keys);
+  };
+  const auto load_queries = [&] {
     load_tile<kTile, kHeadDim, kBackwardThreads>(q_tile,
                                                  rows_of<const T>(forward.q, forward.q_stride, batch, visit.head,
                                                                   forward.seqlen_q, forward.head_dim, plan.in_chunks),
@@ -395,11 +393,11 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
   const int warp_row = static_cast<int>(threadIdx.x) / kWarpLanes * 16;
   const int lane_key = key + warp_row + lane / 4;
   float dk[1][kHeadDim / 8][4] = {}, dv[1][kHeadDim / 8][4] = {};
-  Visits::Visit visit = visits.next(reaches, plan.num_query_tiles);
-  if (visit.head >= 0) load_queries(visit);
+  advance();
+  if (visit.head < heads_end) load_queries();
   cp_async_commit();
 #pragma unroll 1
-  while (visit.head >= 0) {
+  while (visit.head < heads_end) {
     cp_async_wait<0>();
     __syncthreads();  // q and `tile` (at first also k and v) are there; everyone has finished with the dout before
     load_tile<kTile, kHeadDim, kBackwardThreads>(dout_tile,
@@ -412,7 +410,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
     float weights[1][kTiles][4] = {};
     multiply_transposed<T, kHeadDim, kTile, kTile, 1>(weights, k_tile, warp_row, q_tile);
     weigh(weights[0], tile, plan.scale2, slope2, lane_key - position, forward.causal || key + kTile - 1 <= position);
-    if (!visit.plain) hide_keys(weights[0], tile, lane_key);
+    if (!visit.is_plain()) hide_keys(weights[0], tile, lane_key);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
@@ -433,20 +431,21 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
 #pragma unroll
       for (int i = 0; i < 4; ++i) ds[0][n][i] *= weights[0][n][i];
     }
-    std::uint32_t operand[1][4];
+    std::uint32_t operand[1][4], weight_operands[kTile / 16][1][4];
+#pragma unroll
+    for (int step = 0; step < kTile / 16; ++step) pack_operand<T>(weight_operands[step][0], weights[0], step);
 #pragma unroll
     for (int step = 0; step < kTile / 16; ++step) {
       pack_operand<T>(operand[0], ds[0], step);
       multiply_step<T, kHeadDim, kTile, 1>(dk, operand, q_tile, step);
     }
-    visit = visits.next(reaches, plan.num_query_tiles);
+    advance();
     __syncthreads();  // everyone has finished with q and `tile`
-    if (visit.head >= 0) load_queries(visit);
+    if (visit.head < heads_end) load_queries();
     cp_async_commit();
 #pragma unroll
     for (int step = 0; step < kTile / 16; ++step) {
-      pack_operand<T>(operand[0], weights[0], step);
-      multiply_step<T, kHeadDim, kTile, 1>(dv, operand, dout_tile, step);
+      multiply_step<T, kHeadDim, kTile, 1>(dv, weight_operands[step], dout_tile, step);
     }
   }
 
@@ -474,22 +473,24 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
 
 inline constexpr int kSumThreads = 256;
 
-// One thread adds one chunk of channels of dk or dv, the shares in ascending order, and rounds once.
+// One thread adds one chunk of channels of dk or dv, the shares in ascending order, and rounds once. There are few
+// keys, or there would be one share: their chunks are counted in an int.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kSumThreads)
     attention_backward_sum_kernel(const __grid_constant__ AttentionBackwardParams params,
                                   const __grid_constant__ BackwardPlan plan) {
   constexpr int kChunks = kHeadDim / kChunkWidth<T>;  // of a row
   const AttentionParams& forward = params.forward;
-  const std::int64_t num_chunks =
-      static_cast<std::int64_t>(forward.batch) * forward.seqlen_k * forward.num_kv_heads * kChunks;  // of dk or dv
-  const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * kSumThreads + threadIdx.x;
-  const int channel = static_cast<int>(index % kChunks) * kChunkWidth<T>;
+  const int num_chunks = forward.batch * forward.seqlen_k * forward.num_kv_heads * kChunks;  // of dk or dv
+  const int index = blockIdx.x * kSumThreads + threadIdx.x;
+  const int channel = index % kChunks * kChunkWidth<T>;
   const int channels = forward.head_dim - channel;
   if (index >= 2 * num_chunks || channels <= 0) return;
   float sums[kChunkWidth<T>] = {};
+#pragma unroll 2
   for (int share = 0; share < plan.num_shares; ++share) {
-    const float4* source = reinterpret_cast<const float4*>(plan.partials) + (2 * share * num_chunks + index) * 2;
+    const float4* source = reinterpret_cast<const float4*>(plan.partials) +
+                           (static_cast<std::int64_t>(2 * share) * num_chunks + index) * 2;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float4 four = __ldcs(source + i);
@@ -500,10 +501,10 @@ __global__ void __launch_bounds__(kSumThreads)
     }
   }
   const bool is_dk = index < num_chunks;
-  std::int64_t row = (is_dk ? index : index - num_chunks) / kChunks;
-  const int kv_head = static_cast<int>(row % forward.num_kv_heads);
-  row /= forward.num_kv_heads;
-  const int key = static_cast<int>(row % forward.seqlen_k), batch = static_cast<int>(row / forward.seqlen_k);
+  const int row = (is_dk ? index : index - num_chunks) / kChunks;
+  const int kv_head = row % forward.num_kv_heads;
+  const int key = row / forward.num_kv_heads % forward.seqlen_k;
+  const int batch = row / forward.num_kv_heads / forward.seqlen_k;
   const float factor = is_dk ? forward.softmax_scale : 1.0f;
   Chunk<T> rounded;
 #pragma unroll

@@ -56,6 +56,7 @@ struct ForwardPlan {
 };
 
 using ForwardScores = Accumulator<kForwardGroups, kForwardKeys / 8>;
+using ForwardWeights = std::uint32_t[kForwardKeys / 16][kForwardGroups][4];  // a step of 16 keys is one operand
 using ForwardRowValues = float[kForwardGroups][2];  // of rows g ([0]) and g + 8 ([1]) of each group
 
 // Which part of the problem a block owns. The slow index is the query tile, the last one first: under a causal mask it
@@ -81,29 +82,27 @@ struct ForwardAgreement {
   int all_see_themselves[kForwardWarps];
 };
 
-// The row's largest score so far becomes its reference; what was summed against the old one is rescaled. A row that
-// has not seen a key keeps its start, and its sums are zero.
+// Moves the references to the rows' largest scores so far, and what was summed against the old ones with them.
 template <int kTiles>
-__device__ inline void move_reference(ForwardRowValues& reference, ForwardRowValues& largest,
-                                      float (&out)[kForwardGroups][kTiles][4], float (&rounded_sum)[kForwardGroups][4],
-                                      ForwardRowValues& sum, const ForwardScores& scores, float scale2) {
+__device__ inline void move_references(ForwardRowValues& reference, float (&out)[kForwardGroups][kTiles][4],
+                                       float (&rounded_sum)[kForwardGroups][4], ForwardRowValues& sum,
+                                       const ForwardScores& scores, float scale2) {
   ForwardRowValues factor;
   bool moved = false;
 #pragma unroll
   for (int group = 0; group < kForwardGroups; ++group) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float score = largest[group][half];
+      float largest = reference[group][half];
 #pragma unroll
       for (int n = 0; n < kForwardKeys / 8; ++n) {
-        score = fmaxf(score, fmaxf(scores[group][n][2 * half], scores[group][n][2 * half + 1]));
+        largest = fmaxf(largest, fmaxf(scores[group][n][2 * half], scores[group][n][2 * half + 1]));
       }
-      score = fmaxf(score, __shfl_xor_sync(kWholeWarp, score, 1));
-      score = fmaxf(score, __shfl_xor_sync(kWholeWarp, score, 2));
-      const bool moves = score > largest[group][half];  // false while both are -inf
-      factor[group][half] = moves ? exp2_approx((largest[group][half] - score) * scale2) : 1.0f;
-      if (moves) reference[group][half] = score * scale2;
-      largest[group][half] = score;
+      largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, 1));
+      largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, 2));
+      const bool moves = largest > reference[group][half];  // false while both are -inf
+      factor[group][half] = moves ? exp2_approx((reference[group][half] - largest) * scale2) : 1.0f;
+      reference[group][half] = largest;
       moved |= moves;
     }
   }
@@ -123,20 +122,31 @@ __device__ inline void move_reference(ForwardRowValues& reference, ForwardRowVal
   }
 }
 
-// Scores become weights. The sum of a tile is formed apart: a long row would lose the last bits of small addends.
-__device__ inline void take_weights(ForwardScores& scores, ForwardRowValues& sum, const ForwardRowValues& reference,
-                                    float scale2) {
+// The reference as an exponent of 2. A row that has not seen a key has none, and only scores of -inf: any will do.
+__device__ inline float exponent_of(float reference, float scale2) {
+  return reference == -__int_as_float(0x7f800000) ? 0.0f : reference * scale2;
+}
+
+// Scores become weights, packed as operands. The sum of a tile is formed apart: a long row would lose the last bits of
+// small addends.
+template <typename T>
+__device__ inline void take_weights(ForwardWeights& weights, ForwardRowValues& sum, ForwardScores& scores,
+                                    const ForwardRowValues& reference, float scale2) {
 #pragma unroll
   for (int group = 0; group < kForwardGroups; ++group) {
+    const float exponent[2] = {exponent_of(reference[group][0], scale2), exponent_of(reference[group][1], scale2)};
     float of_tile[2] = {0.0f, 0.0f};
 #pragma unroll
-    for (int n = 0; n < kForwardKeys / 8; ++n) {
+    for (int step = 0; step < kForwardKeys / 16; ++step) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float& score = scores[group][n][i];
-        score = exp2_approx(fmaf(score, scale2, -reference[group][i / 2]));
-        of_tile[i / 2] += score;
+      for (int n = 2 * step; n < 2 * step + 2; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          scores[group][n][i] = exp2_approx(fmaf(scores[group][n][i], scale2, -exponent[i / 2]));
+          of_tile[i / 2] += scores[group][n][i];
+        }
       }
+      pack_operand<T>(weights[step][group], scores[group], step);
     }
     sum[group][0] += of_tile[0];
     sum[group][1] += of_tile[1];
@@ -191,19 +201,18 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
   const int first_tile = begin / kForwardKeys;
   const int num_tiles = begin < end ? (end + kForwardKeys - 1) / kForwardKeys - first_tile : 0;
 
-  // The position of the lane's first row, the bias in units of <q, k>, and the reference: with a bound it undoes
-  // seed_bias's lowering of rows g, so that a weight is that of the true logit.
+  // The position of the lane's first row, the bias and the references in units of <q, k>. With a bound the
+  // reference undoes seed_bias's lowering of rows g, so that a weight is that of the true logit.
   const int position = first_query + (lane >> 2) + (params.seqlen_k - params.seqlen_q);
   const float raw_slope = head.slope / params.softmax_scale;
-  ForwardRowValues reference, largest, sum;
+  ForwardRowValues reference, sum;
   float rounded_sum[kForwardGroups][4] = {};
   float out[kForwardGroups][kHeadDim / 8][4] = {};
 #pragma unroll
   for (int group = 0; group < kForwardGroups; ++group) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      reference[group][half] = -lowered_by(half) * head.slope * kLog2E;
-      largest[group][half] = -__int_as_float(0x7f800000);
+      reference[group][half] = is_bounded ? -lowered_by(half) * raw_slope : -__int_as_float(0x7f800000);
       sum[group][half] = 0.0f;
     }
   }
@@ -218,7 +227,7 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
     const int key = tile * kForwardKeys;
     const int lane_key = key + 2 * (lane & 3);
     const bool touched = reach.touches(key, kForwardKeys);  // the same in all lanes
-    ForwardScores scores;
+    ForwardWeights weights;
 
     cp_async_wait<0>();
     __syncthreads();  // K (and Q) have arrived for all; all have read the V before
@@ -228,11 +237,12 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
       // With a causal mask what lies right of the diagonal is hidden, and without a bias both forms are zero.
       const bool left_of_diagonal = params.causal || head.slope == 0.0f ||
                                     key + kForwardKeys <= first_query + params.seqlen_k - params.seqlen_q + 1;
+      ForwardScores scores;
       seed_bias(scores, raw_slope, position, lane_key, left_of_diagonal);
       multiply_transposed<T, kHeadDim, kForwardQueries, kForwardKeys>(scores, q_tile, warp_row, k_tile);
       if (!reach.is_plain(key, kForwardKeys)) hide(scores, agreement.rows + warp_row, lane_key);
-      if (!is_bounded) move_reference(reference, largest, out, rounded_sum, sum, scores, plan.scale2);
-      take_weights(scores, sum, reference, plan.scale2);
+      if (!is_bounded) move_references(reference, out, rounded_sum, sum, scores, plan.scale2);
+      take_weights<T>(weights, sum, scores, reference, plan.scale2);
     }
 
     cp_async_wait<0>();
@@ -244,13 +254,11 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
     if (touched) {
 #pragma unroll
       for (int step = 0; step < kForwardKeys / 16; ++step) {
-        std::uint32_t weights[kForwardGroups][4];
 #pragma unroll
         for (int group = 0; group < kForwardGroups; ++group) {
-          pack_operand<T>(weights[group], scores[group], step);
-          mma<T>(rounded_sum[group], weights[group], kPairOfOnes<T>, kPairOfOnes<T>);
+          mma<T>(rounded_sum[group], weights[step][group], kPairOfOnes<T>, kPairOfOnes<T>);
         }
-        multiply_step<T, kHeadDim, kForwardKeys>(out, weights, v_tile, step);
+        multiply_step<T, kHeadDim, kForwardKeys>(out, weights[step], v_tile, step);
       }
     }
   }
@@ -266,7 +274,8 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
       factor[group][half] = divisor == 0.0f ? 0.0f : 1.0f / divisor;
       const int query = first_query + group * 16 + half * 8 + (lane >> 2);
       if ((lane & 3) == 0 && query < params.seqlen_q) {
-        const float log2_sum = reference[group][half] + log2f(sum[group][half]);  // -inf without a visible key
+        const float log2_sum =
+            exponent_of(reference[group][half], plan.scale2) + log2f(sum[group][half]);  // -inf without a visible key
         const std::int64_t row = static_cast<std::int64_t>(block.batch) * params.num_heads + block.head;
         params.softmax_lse[row * params.seqlen_q + query] = fmaf(kLn2, log2_sum, lowered_by(half) * head.slope);
       }

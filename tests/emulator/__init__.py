@@ -11,6 +11,7 @@ PTX of any origin: `emu.run_ptx(text, "kernel", grid, block, (q, out, 17, 0.5))`
 without nvcc an `Emulator` skips the test, and fails it where CI=true.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -235,6 +236,19 @@ class Emulator:
         sizes = ((value,) if isinstance(value, int) else tuple(value) for value in (grid, block))
         with self:
             self._host.run(code, *sizes, shared, bytes(parameters))
+
+    def ptx_texts(self):
+        """The PTX files of the build, from which launches take their kernels."""
+        return [path.read_text() for path in build.ptx_files()]
+
+    @contextlib.contextmanager
+    def replaced(self, entry, text):
+        """Inside, launches of the kernel `entry` (its mangled name) run that of another PTX text."""
+        self._host.replace_kernel(entry, self._host.parse(text, entry))
+        try:
+            yield
+        finally:
+            self._host.replace_kernel(entry, None)
 
     def assert_clean(self):
         """Fail with everything that was found wrong so far."""

@@ -70,8 +70,14 @@ def load():
         spec.loader.exec_module(module)
         modules.append(module)
     extension, host = modules
-    host.set_ptx_files((tree / "emulated" / "ptx_files.txt").read_text().split())
+    host.set_ptx_files([str(path) for path in ptx_files()])
     return extension, host
+
+
+def ptx_files():
+    """The PTX of every kernel, after a build."""
+    tree, _ = _build()
+    return [Path(line) for line in (tree / "emulated" / "ptx_files.txt").read_text().splitlines()]
 
 
 @functools.cache

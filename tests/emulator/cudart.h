@@ -39,6 +39,8 @@ class PtxLibrary {
   void set_files(std::vector<std::string> paths);
   // The kernel for the newest architecture that a device of this compute capability runs, or nullptr.
   std::shared_ptr<const Kernel> find(const std::string& entry, int major, int minor);
+  // From now on `find` gives this kernel for the name; nullptr ends that.
+  void replace(const std::string& entry, std::shared_ptr<const Kernel> kernel);
   // "8.0, 9.0a": what there is of a kernel.
   std::string architectures_of(const std::string& entry);
 
@@ -52,6 +54,7 @@ class PtxLibrary {
   void read();
 
   std::vector<File> files_;
+  std::map<std::string, std::shared_ptr<const Kernel>> replaced_;
   bool is_read_ = false;
 };
 

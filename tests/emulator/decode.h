@@ -72,6 +72,7 @@ bool decode_arithmetic(Decoder& decoder);
 bool decode_data_movement(Decoder& decoder);
 bool decode_synchronisation(Decoder& decoder);
 bool decode_matrix(Decoder& decoder);
+bool decode_bulk_copy(Decoder& decoder);
 bool decode_hopper(Decoder& decoder);
 
 }  // namespace emulator

@@ -86,6 +86,7 @@ struct Warp {
   std::uint32_t sleeping = 0;  // for the phase of an mbarrier, at their program counter
   bool parked = false;         // in a barrier of the block
   bool forced = false;         // the lanes that are waited for cannot come
+  bool timed_out = false;      // the next wait for a phase returns false
   PhaseWait phase_wait[kLanes];
   WgmmaState wgmma;
 };
@@ -157,6 +158,9 @@ class Execution {
   // Checks an access and returns where it goes, or nullptr if it may not happen. `value`: what a write will write.
   std::uint8_t* access(const Site& site, Space space, std::uint64_t address, int bytes, Kind kind,
                        const void* value = nullptr);
+  // The same for bytes of global memory that a copy engine touches: any number, no alignment. A write that is in flight
+  // is not published by a fence.
+  bool access_range(const Site& site, std::uint8_t* address, int bytes, Kind kind, bool in_flight = false);
   const Buffer* find_buffer(const std::uint8_t* address);
   bool is_shared(std::uint64_t generic) const { return generic - shared_window < kMaxShared; }
   // Shared address (an offset) of an operand in .shared or generic space.
@@ -165,7 +169,7 @@ class Execution {
   // ---- synchronisation
   void complete_barrier(int id);
   void wake_phase_waiters();
-  void finish_copy(std::size_t index);  // one of in_flight
+  void move(BulkCopy& copy);  // once
 
   const Code& code;
   const Dim3 grid, block;
@@ -186,28 +190,33 @@ class Execution {
   std::map<std::uint32_t, Mbarrier> mbarriers;  // by offset
   std::vector<CopyGroups> copies;               // of every thread
   std::vector<BulkGroups> bulk;                 // of every thread
-  std::vector<std::unique_ptr<BulkCopy>> in_flight;
+  std::vector<std::shared_ptr<BulkCopy>> in_flight;
   std::vector<Warp> warps;
   std::vector<WarpgroupTrace> warpgroups;
   std::mt19937_64 random;
-  bool fatal = false;  // the block cannot go on
+  bool fatal = false;          // the block cannot go on
+  std::uint64_t activity = 0;  // counts what other threads may wait for: arrivals, copies, exits
 
  private:
   void start_block(std::int64_t index);
   void run_block();
   void run_warp(Warp& warp);
   void finish_block();
-  // hopper.cpp: the rules about registers of a wgmma in flight; what may not be left when a block ends.
+  // wgmma.cpp: the rules about registers of a wgmma in flight; what may not be left when a block ends.
   void track_registers(const Instruction& instruction);
-  void finish_hopper(const Statement* last);
+  void finish_asynchronous(const Statement* last);
   static bool anything_runs(const Warp& warp) {
     return !warp.parked && (warp.alive & ~warp.waiting & ~warp.sleeping) != 0;
   }
   bool force_waiting();
+  bool time_out();
+  void move_one(std::size_t index);
   void report_deadlock();
   std::string outside(const std::uint8_t* address, int bytes) const;
 
   const Buffer* last_buffer_ = nullptr;
+  std::uint64_t activity_at_time_out_ = 0;
+  int idle_time_outs_ = 0;
 };
 
 }  // namespace emulator

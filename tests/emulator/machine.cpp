@@ -48,6 +48,10 @@ std::uint8_t* shared_window_memory() {
   return memory;
 }
 
+std::string exited_text(int id) {
+  return "barrier " + std::to_string(id) + " of the whole block: this warp exits without it";
+}
+
 std::string size_of(const Buffer& buffer) { return buffer.name + " (" + std::to_string(buffer.bytes) + " bytes)"; }
 
 }  // namespace
@@ -173,6 +177,27 @@ std::uint8_t* Execution::access(const Site& site, Space space, std::uint64_t add
   return pointer;
 }
 
+bool Execution::access_range(const Site& site, std::uint8_t* address, int bytes, Kind kind, bool in_flight) {
+  ++counters.global_accesses;
+  const std::string what = "bulk copy of " + std::to_string(bytes) + " bytes";
+  const Buffer* buffer = find_buffer(address);
+  if (buffer == nullptr || address + bytes > buffer->begin + buffer->bytes) {
+    reporter.add("out-of-bounds", site, what + outside(address, bytes));
+    return false;
+  }
+  if (kind != Kind::kRead && !buffer->writable) {
+    reporter.add("read-only", site, what + " into " + size_of(*buffer) + ", which must not be written");
+    return false;
+  }
+  if (!check) return true;
+  if (kind == Kind::kRead) {
+    global_shadow.read(site, address, bytes, *buffer);
+  } else {
+    global_shadow.write(site, address, bytes, *buffer, kind == Kind::kAtomic, in_flight);
+  }
+  return true;
+}
+
 std::uint32_t Execution::shared_offset(const Instruction& instruction, const Operand& address, int lane) {
   const std::uint64_t value = address_of(address, lane);
   return static_cast<std::uint32_t>(instruction.space == Space::kGeneric ? value - shared_window : value);
@@ -282,6 +307,7 @@ void Execution::run_warp(Warp& running) {
         }
       } else if (instruction.flow == Instruction::Flow::kExit) {
         running.alive &= ~executing;
+        ++activity;
         running.waiting = 0;  // who waited for these lanes looks again
         set_pc(group, pc + 1);
         break;
@@ -393,12 +419,13 @@ void Execution::run_block() {
         for (int id = 0; id < static_cast<int>(barriers.size()); ++id) {
           Barrier& barrier = barriers[id];
           if (!barrier.whole_block || barrier.arrived == 0) continue;
+          reporter.add("barrier", {each.index * kLanes, barrier.statement}, exited_text(id));
           barrier.expected = kLanes * static_cast<int>(live);
           if (barrier.arrived >= barrier.expected) complete_barrier(id);
         }
       }
       if (settings.schedule == Schedule::kRandom) {
-        if (!in_flight.empty() && random() % 8 == 0) finish_copy(random() % in_flight.size());
+        if (!in_flight.empty() && random() % 8 == 0) move_one(random() % in_flight.size());
         break;
       }
     }
@@ -409,18 +436,41 @@ void Execution::run_block() {
     }
     if (progress) continue;
     if (!in_flight.empty()) {
-      finish_copy(settings.schedule == Schedule::kFifo ? 0 : random() % in_flight.size());
-    } else if (!force_waiting()) {
+      move_one(settings.schedule == Schedule::kFifo ? 0 : random() % in_flight.size());
+    } else if (!force_waiting() && !time_out()) {
       if (alive()) report_deadlock();
       return;
     }
   }
 }
 
-void Execution::finish_copy(std::size_t index) {
-  const std::unique_ptr<BulkCopy> copy = std::move(in_flight[index]);
+void Execution::move(BulkCopy& copy) {
+  if (copy.moved) return;
+  copy.moved = true;
+  ++activity;
+  copy.move(*this);
+}
+
+void Execution::move_one(std::size_t index) {
+  const std::shared_ptr<BulkCopy> copy = std::move(in_flight[index]);
   in_flight.erase(in_flight.begin() + index);
-  copy->finish(*this);
+  move(*copy);
+}
+
+// A wait for a phase may return false after a while. A block that does nothing but wait again is stuck.
+bool Execution::time_out() {
+  constexpr int kPatience = 3;
+  idle_time_outs_ = activity == activity_at_time_out_ ? idle_time_outs_ + 1 : 0;
+  activity_at_time_out_ = activity;
+  if (idle_time_outs_ >= kPatience) return false;
+  bool any = false;
+  for (Warp& each : warps) {
+    if (each.sleeping == 0) continue;
+    each.sleeping = 0;
+    each.timed_out = true;
+    any = true;
+  }
+  return any;
 }
 
 void Execution::report_deadlock() {
@@ -464,7 +514,8 @@ void Execution::finish_block() {
                                                                 [](const auto& g) { return !g.empty(); });
     if (pending) reporter.add("leak", {thread, last}, "the thread exits with cp.async in flight");
   }
-  finish_hopper(last);
+  finish_asynchronous(last);
+  while (!in_flight.empty()) move_one(0);  // stores whose result nobody waited for
 }
 
 std::vector<Report> Execution::run() {

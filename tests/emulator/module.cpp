@@ -4,8 +4,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
+#include <memory>
+#include <optional>
 #include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "cudart.h"
 #include "machine.h"
@@ -201,10 +204,7 @@ PYBIND11_MODULE(_emulator, m) {
       .def_readonly("kind", &Report::kind)
       .def_readonly("text", &Report::text)
       .def_readonly("line", &Report::line)
-      .def("__repr__", [](const Report& report) {
-        return "[" + report.kind + "] " + report.text +
-               (report.line > 0 ? " (line " + std::to_string(report.line) + ")" : "");
-      });
+      .def("__repr__", [](const Report& report) { return "[" + report.kind + "] " + report.text; });
 
   py::class_<Counters>(m, "Counters")
       .def_readonly("instructions", &Counters::instructions)
@@ -260,6 +260,9 @@ PYBIND11_MODULE(_emulator, m) {
 
   py::class_<Code>(m, "Code", "One kernel of a PTX text").def_property_readonly("parameters", &parameters);
   m.def("parse", &parse);
+  m.def("replace_kernel", [](const std::string& entry, const std::optional<Code>& code) {
+    driver().ptx.replace(entry, code.has_value() ? code->kernel : nullptr);
+  });
   bind_subject(m.def_submodule("subject"));
   m.def("run", &run_code);
 }

@@ -78,9 +78,14 @@ std::string SharedShadow::describe(const Access& access) const {
 }
 
 void SharedShadow::remember_read(Cell& cell, const Access& access) {
-  // Whoever writes after this reader also writes after every read that this reader is ordered after.
+  // Whoever writes after this reader also writes after every read that this reader is ordered after. Agents have no
+  // order of their own; a later read by the same one replaces the earlier.
+  const auto replaces = [&](const Access& read) {
+    if (static_cast<int>(access.thread) >= clocks_.threads()) return read.thread == access.thread;
+    return clocks_.happened_before(read, access.thread);
+  };
   for (int i = 0; i < cell.num_reads; ++i) {
-    if (!clocks_.happened_before(cell.reads[i], access.thread)) continue;
+    if (!replaces(cell.reads[i])) continue;
     cell.reads[i] = access;
     return;
   }
@@ -91,7 +96,7 @@ void SharedShadow::remember_read(Cell& cell, const Access& access) {
   cell.more_reads = true;
   std::vector<Access>& more = more_reads_[&cell];
   for (Access& read : more) {
-    if (!clocks_.happened_before(read, access.thread)) continue;
+    if (!replaces(read)) continue;
     read = access;
     return;
   }
@@ -216,12 +221,11 @@ void SharedShadow::begin_read(const Site& site, std::uint32_t offset, int bytes)
   for (std::uint32_t byte = offset & ~1u; byte < offset + bytes; byte += 2) ++cell(byte).reads_in_flight;
 }
 
-void SharedShadow::finish_read(const Site& site, std::uint32_t offset, int bytes) {
-  const Access access = access_of(site);
+void SharedShadow::finish_read(const Access& by, std::uint32_t offset, int bytes) {
   for (std::uint32_t byte = offset & ~1u; byte < offset + bytes; byte += 2) {
     Cell& cell = this->cell(byte);
     if (cell.reads_in_flight != 0) --cell.reads_in_flight;
-    remember_read(cell, access);
+    remember_read(cell, by);
   }
 }
 
@@ -290,7 +294,8 @@ void GlobalShadow::read(const Site& site, const std::uint8_t* address, int bytes
   }
 }
 
-void GlobalShadow::write(const Site& site, const std::uint8_t* address, int bytes, const Buffer& buffer, bool atomic) {
+void GlobalShadow::write(const Site& site, const std::uint8_t* address, int bytes, const Buffer& buffer, bool atomic,
+                         bool in_flight) {
   if (bytes == 1) return;  // a cell is two bytes: neighbours may belong to different blocks
   for (const std::uint8_t* byte = address; byte < address + bytes; byte += 2) {
     Cell& cell = page_at(byte, true)->cells[reinterpret_cast<std::size_t>(byte) % kPageBytes / 2];
@@ -300,7 +305,8 @@ void GlobalShadow::write(const Site& site, const std::uint8_t* address, int byte
                     describe(byte, buffer) + ": also written by block " + std::to_string(cell.block_plus_one - 1) +
                         " thread " + std::to_string(cell.thread) + " without a fence and an atomic between");
     }
-    cell = {block_ + 1, clocks_.now(site.thread), static_cast<std::uint16_t>(site.thread), atomic};
+    const std::uint32_t clock = in_flight ? ~0u : clocks_.now(site.thread);
+    cell = {block_ + 1, clock, static_cast<std::uint16_t>(site.thread), atomic};
   }
 }
 

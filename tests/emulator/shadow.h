@@ -92,7 +92,7 @@ class SharedShadow {
   void finish_copy(const Access& by, std::uint32_t offset, int bytes, Proxy proxy);
   // A read that goes on after its instruction (wgmma, bulk store): nobody may write the cells until it has finished.
   void begin_read(const Site& site, std::uint32_t offset, int bytes);
-  void finish_read(const Site& site, std::uint32_t offset, int bytes);
+  void finish_read(const Access& by, std::uint32_t offset, int bytes);
 
   void mark_mbarrier(std::uint32_t offset, bool live);
   // Is the initialisation of an mbarrier visible to this thread, and to copies?
@@ -137,7 +137,8 @@ class GlobalShadow {
 
   void enter_block(std::uint32_t block);
   void read(const Site& site, const std::uint8_t* address, int bytes, const Buffer& buffer);
-  void write(const Site& site, const std::uint8_t* address, int bytes, const Buffer& buffer, bool atomic);
+  void write(const Site& site, const std::uint8_t* address, int bytes, const Buffer& buffer, bool atomic,
+             bool in_flight = false);
   // An atomic operation, or a store with release or a load with acquire semantics, on the word at this address.
   void synchronise(int thread, const std::uint8_t* address);
 

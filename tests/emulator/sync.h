@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <functional>
+#include <memory>
 #include <vector>
 
 #include "shadow.h"
@@ -16,8 +18,8 @@ struct Instruction;
 // bar.sync and bar.arrive with an id. Warps arrive as a whole; who waits goes on when `expected` threads have arrived,
 // ordered after all of them.
 struct Barrier {
-  int expected = 0;          // threads; meaningless while nobody has arrived
-  bool whole_block = false;  // no count given: every warp that has not exited
+  int expected = 0;  // threads; meaningless while nobody has arrived
+  bool whole_block = false;
   int arrived = 0;
   struct Waiter {
     int warp;
@@ -38,6 +40,13 @@ struct Mbarrier {
   std::int64_t pending_bytes = 0;
   std::vector<std::uint32_t> arrived;   // joined clocks, of the phase that is filling
   std::vector<std::uint32_t> released;  // of all completed phases
+
+  void complete_if_done() {
+    if (pending != 0 || pending_bytes != 0) return;
+    phase ^= 1;
+    pending = count;
+    released = arrived;  // clocks only grow: earlier phases are included
+  }
 };
 
 struct PhaseWait {
@@ -55,20 +64,27 @@ struct CopyGroups {
   std::deque<std::vector<Copy>> groups;
 };
 
-// Bulk stores of one thread, which read shared memory until a wait.
-struct BulkGroups {
-  struct Read {
-    std::uint32_t offset;
-    int bytes;
-  };
-  std::vector<Read> open;
-  std::deque<std::vector<Read>> groups;
+// A bulk copy on its way: `move` moves the data, at a moment that the scheduler picks, once.
+struct BulkCopy {
+  std::function<void(Execution&)> move;
+  bool moved = false;
 };
 
-// A bulk copy into shared memory, on its way.
-struct BulkCopy {
-  virtual ~BulkCopy() = default;
-  virtual void finish(Execution& execution) = 0;
+// A bulk store reads shared memory until its thread has waited for it.
+struct BulkStore {
+  std::shared_ptr<BulkCopy> copy;
+  Site site;
+  std::uint32_t offset;  // in shared memory
+  int bytes;
+  std::function<void(Execution&)> publish;  // after a wait for the writes: they count as made by the thread
+};
+struct BulkGroups {
+  struct Group {
+    std::vector<BulkStore> stores;
+    bool read = false;  // wait_group.read has seen it
+  };
+  std::vector<BulkStore> open;
+  std::deque<Group> groups;
 };
 
 }  // namespace emulator

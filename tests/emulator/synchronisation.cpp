@@ -31,8 +31,12 @@ Step barrier(Execution& x, const Instruction& i) {
              "barrier " + std::to_string(id) + " for " + std::to_string(expected) + " threads of a block of " +
                  std::to_string(x.num_threads));
   }
+  if (whole_block && live_warps < x.num_warps) {
+    x.report("barrier", i, "barrier " + std::to_string(id) + " of the whole block: some warps have exited before it");
+  }
   Barrier& barrier = x.barriers[id];
   ++x.counters.barriers;
+  ++x.activity;
   if (barrier.arrived == 0) {
     barrier = Barrier();
     barrier.expected = expected;

@@ -1,6 +1,7 @@
 """The host side of the emulator: memory, the strict CUDA runtime, records of launches; qk_norm_rotary as a whole."""
 
 import math
+import re
 
 import pytest
 import test_qk_norm_rotary as operation
@@ -271,6 +272,19 @@ def test_run_ptx(emu):
         emu.run_ptx(KERNEL_PTX, "fill", 1, 64, (out, 1, 1.0, bytes(4)))
 
 
+def test_a_kernel_of_the_build_is_replaced(emu, subject):
+    (text,) = (text for text in emu.ptx_texts() if "scale_subject_kernel" in text)
+    assert text.count("bar.sync") == 1
+    without_barrier = "\n".join(line for line in text.splitlines() if "bar.sync" not in line)
+    entry = re.search(r"\.entry (\w*scale_subject_kernel\w*)", text).group(1)
+    with emu.replaced(entry, without_barrier):
+        subject()
+    assert {report.kind for report in emu.reports} == {"race-raw"}
+    emu.reports.clear()
+    subject()
+    emu.assert_clean()
+
+
 # ---- without a compiler ---------------------------------------------------------------------------------------------
 
 
@@ -384,10 +398,65 @@ def test_qk_norm_rotary_in_another_order(emulated):
         operation.test_backward("cuda", tensors_for, operation.PLAIN, torch.bfloat16)
 
 
+def sliced_tensors_for(case, dtype=torch.float32, seed=0):
+    """The operands as slices of larger tensors of NaN, at an odd offset: their rows do not lie in chunks."""
+    tensors = case.tensors(dtype, seed=seed)
+    for index in range(2):
+        batch, seqlen, heads, head_dim = tensors[index].shape
+        surrounding = torch.full((batch, seqlen + 3, heads + 2, head_dim + 13), math.nan, dtype=dtype)
+        view = surrounding[:, 2:-1, 1:-1, 5:-8].copy_(tensors[index])
+        tensors = (*tensors[:index], view, *tensors[index + 1 :])
+    return tensors
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=operation.name_of)
-def test_qk_norm_rotary_strided(emulated, dtype):
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name in ("model", "cached", "head_dim_2")], ids=operation.name_of
+)
+def test_qk_norm_rotary_strided(emulated, case, dtype):
     with nan_filled():
-        operation.test_strides_do_not_matter("cuda", tensors_for, dtype)
+        operation.test_forward("cuda", sliced_tensors_for, case, dtype)
+        operation.test_backward("cuda", sliced_tensors_for, case, dtype)
+
+
+def law_name(value):
+    return value.__name__.removeprefix("test_") if callable(value) else str(value)
+
+
+LAWS = [
+    (operation.test_norm_has_a_floor,),
+    (operation.test_a_bad_number_stays_in_its_row, math.nan),
+    (operation.test_a_bad_number_stays_in_its_row, math.inf),
+    (operation.test_strided_gradients,),
+    (operation.test_scores_do_not_depend_on_the_first_position, torch.bfloat16),
+    (operation.test_positive_factors_vanish_under_the_norm,),
+    (operation.test_gradient_under_the_norm_is_orthogonal,),
+    (operation.test_batch_entries_and_heads_are_independent,),
+    (operation.test_no_new_queries,),
+    (operation.test_two_runs_agree,),
+    (operation.test_opcheck, True),
+    (operation.test_opcheck, False),
+    (operation.test_func_grad,),
+    (operation.test_only_what_is_asked_for_gets_a_gradient,),
+    (operation.test_scales_may_have_the_dtype_of_the_model,),
+]
+
+
+@pytest.mark.parametrize(("law", "arguments"), [(law, rest) for law, *rest in LAWS], ids=law_name)
+def test_laws_of_qk_norm_rotary(emulated, law, arguments):
+    law("cuda", tensors_for, *arguments)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3, 16), (2, 0, 3, 16), (2, 5, 0, 16)], ids=str)
+def test_qk_norm_rotary_of_nothing(emulated, shape):
+    operation.test_empty("cuda", "cpu", shape)
+    # Without tokens the gradients of the scales are still to be written: zeros. Without heads there are none.
+    assert len(emulated.launches) == (0 if shape[2] == 0 else 1)
+
+
+def test_two_threads_share_an_emulator(emulated):
+    emulated.settings.check = False
+    operation.test_two_callers_at_once("cuda", tensors_for)
 
 
 @pytest.mark.parametrize("name", DEVICES)
