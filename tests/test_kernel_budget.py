@@ -47,10 +47,11 @@ def missing(reason):
 
 
 def places(folder):
-    """Where NVIDIA's programs (bin) or headers (include) may be: in the CUDA toolkit, in Triton's wheel."""
+    """Where NVIDIA's programs (bin) or headers (include) may be: in the toolkit, its wheels, Triton's wheel."""
     homes = [os.environ.get("CUDA_HOME") or "/usr/local/cuda", *sorted(Path("/usr/local").glob("cuda-*"))]
-    if triton := importlib.util.find_spec("triton"):
-        homes.append(Path(triton.origin).parent / "backends" / "nvidia")
+    for package, below in (("nvidia", "cu*"), ("triton", "backends/nvidia")):
+        if spec := importlib.util.find_spec(package):
+            homes += [home for place in spec.submodule_search_locations for home in sorted(Path(place).glob(below))]
     return [Path(home) / folder for home in homes]
 
 
@@ -62,7 +63,7 @@ def find_cuobjdump():
     return None
 
 
-NO_CUOBJDUMP = "no cuobjdump with nvdisasm beside it: install triton, or the CUDA toolkit with both"
+NO_CUOBJDUMP = "no cuobjdump with nvdisasm beside it: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
 
 
 def output_of(*command, **options):
@@ -265,7 +266,7 @@ def occupancy(tmp_path_factory):
     compiler = shutil.which("g++") or shutil.which("clang++") or missing("no C++ compiler on the path")
     folder = next((folder for folder in places("include") if (folder / "cuda_occupancy.h").exists()), None)
     if folder is None:
-        missing("no cuda_occupancy.h: install triton or the CUDA toolkit")
+        missing("no cuda_occupancy.h: install triton, or the headers of the CUDA toolkit")
     program = tmp_path_factory.mktemp("occupancy") / "occupancy"
     output_of(compiler, "-std=c++17", "-isystem", folder, TESTS / "occupancy.cpp", "-o", program)
     return lambda lines: [int(number) for number in output_of(program, input="\n".join(lines)).split()]
