@@ -25,9 +25,11 @@ def gather_info() -> dict:
         "operations": {},
     }
     for device in ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",):
+        dtype = str(_select.usual_dtype(device)).removeprefix("torch.")
         for operation, reasons in _select.report(device).items():
             chosen = next((name for name, why in reasons.items() if not why), None)
-            facts["operations"].setdefault(operation, {})[device] = {"runs": chosen, "reasons": reasons}
+            run = {"dtype": dtype, "runs": chosen, "reasons": reasons}
+            facts["operations"].setdefault(operation, {})[device] = run
     return facts
 
 
@@ -116,7 +118,7 @@ def info_table(facts: dict) -> str:
     width = max(map(len, names), default=0)
     for operation, devices in facts["operations"].items():
         for device, run in devices.items():
-            lines.append(f"{operation} on {device}: {run['runs'] or 'nothing'} runs")
+            lines.append(f"{operation} on {device}, {run['dtype']}: {run['runs'] or 'nothing'} runs")
             for name, reasons in run["reasons"].items():
                 mark = ">" if name == run["runs"] else " "
                 lines.append(f"  {mark} {name:{width}}  {'; '.join(reasons) or 'available'}")

@@ -2,6 +2,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "andromeda/attention.h"
 #include "andromeda/qk_norm_rotary.h"
 
 namespace andromeda::cuda {
@@ -14,6 +15,18 @@ namespace {
 }
 
 }  // namespace
+
+AttentionWorkspace attention_forward_workspace(const AttentionParams&) { unavailable("attention_forward"); }
+
+AttentionWorkspace attention_backward_workspace(const AttentionParams&) { unavailable("attention_backward"); }
+
+void attention_forward(const AttentionParams&, const AttentionWorkspace&, CUstream_st*) {
+  unavailable("attention_forward");
+}
+
+void attention_backward(const AttentionBackwardParams&, const AttentionWorkspace&, CUstream_st*) {
+  unavailable("attention_backward");
+}
 
 void qk_norm_rotary_forward(const QkNormRotaryParams&, CUstream_st*) { unavailable("qk_norm_rotary_forward"); }
 

@@ -5,9 +5,11 @@ import os
 from collections import Counter
 from pathlib import Path
 
+import emulator.build
 import hypothesis
 import pytest
 import torch
+from emulator import EmulatedExtension, Emulator
 
 from andromeda.ops import _select
 
@@ -27,6 +29,12 @@ def pytest_configure(config):
     if device.type == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError(f"--device {device}: torch finds no CUDA device")
 
+    def announce(text):
+        with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print(f"\n{text}", flush=True)
+
+    emulator.build.announce = announce
+
 
 @pytest.fixture(scope="session")
 def device(pytestconfig):
@@ -37,6 +45,20 @@ def device(pytestconfig):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def emulated(request, monkeypatch):
+    """The `Emulator` on which backend="cuda" runs in this test, with CPU tensors.
+
+    Operator, binding and launcher are the real ones, and every call must be clean. Change `emulated.settings` between
+    calls, or give them: `parametrize("emulated", [{"schedule": "random", "seed": 7}], indirect=True)`.
+    """
+    emulator = Emulator(**getattr(request, "param", {}))
+    monkeypatch.setattr(_select, "extension", EmulatedExtension(emulator))
+    monkeypatch.setattr(_select, "cuda_unavailable", lambda device: [])
+    monkeypatch.setattr(_select, "DEVICE_TYPES", {"cuda": "cpu", "triton": "no device", "cpu": "no device"})
+    return emulator
 
 
 @functools.cache

@@ -32,9 +32,9 @@ def test_info_table(capsys):
         "Extension",
         "Devices",
         "torch",
-        "attention on cpu:",
-        "qk_norm_rotary on cpu:",
-        "token_shift_norm on cpu:",
+        "attention on cpu, float32:",
+        "qk_norm_rotary on cpu, float32:",
+        "token_shift_norm on cpu, float32:",
         "reference",
     ):
         assert part in shown
@@ -47,4 +47,4 @@ def test_info_without_the_extension(capsys, monkeypatch):
     monkeypatch.setattr(_select, "extension_error", "not built, for the test")
     assert main(["info"]) == 0
     shown = capsys.readouterr().out
-    assert "not built, for the test" in shown and "attention on cpu: reference runs" in shown
+    assert "not built, for the test" in shown and "attention on cpu, float32: reference runs" in shown

@@ -13,6 +13,11 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # in order of preference
+DEVICE_TYPES = {
+    "cuda": "cuda",
+    "triton": "cuda",
+    "cpu": "cpu",
+}  # of the tensors that a backend takes; the reference: any
 AUTO = "auto"  # what an operator receives for backend=None: it chooses when it runs, not when it is traced
 
 LIB = torch.library.Library("andromeda", "DEF")
@@ -115,6 +120,25 @@ def current_stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
+_tickets = {}  # (device, stream) -> counters
+
+
+def tickets(device: torch.device, count: int) -> torch.Tensor | None:
+    """`count` counters of a kernel whose last block combines the others' results: int32 zeros, None for a count of 0.
+
+    Every launch leaves them zero, so the launches of one stream, which follow each other, share them, and none of them
+    needs a launch of its own. A captured graph runs beside any stream and brings its own.
+    """
+    if count == 0:
+        return None
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    place = device, current_stream(device)
+    if place not in _tickets or _tickets[place].numel() < count:
+        _tickets[place] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
+    return _tickets[place][:count]
+
+
 def needs_function(*tensors: torch.Tensor | None) -> bool:
     """Whether a call must go through the operation's autograd Function instead of straight to its operator.
 
@@ -126,14 +150,21 @@ def needs_function(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def report(device: str | None = None, dtype: torch.dtype = torch.float32) -> dict[str, dict[str, list[str]]]:
+def usual_dtype(device: str) -> torch.dtype:
+    """What models are run in on a device: the dtype of the calls that `report` is about."""
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+
+
+def report(device: str | None = None, dtype: torch.dtype | None = None) -> dict[str, dict[str, list[str]]]:
     """Per operation and backend the reasons why it would not run a typical call on this machine.
 
-    The first backend of an operation with an empty list is the one that would run. The call is of `dtype`, on `device`
-    (default: the GPU if there is one), with 24 heads of width 128 and one key head.
+    The first backend of an operation with an empty list is the one that would run. The call is of `dtype` (default:
+    `usual_dtype`), on `device` (default: the GPU if there is one), with 24 heads of width 128 and one key head.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype is None:
+        dtype = usual_dtype(device)
     q, k = (torch.empty(1, 16, heads, 128, device=device, dtype=dtype) for heads in (24, 1))
     calls = {"attention": (q, k, k), "qk_norm_rotary": (q, k), "token_shift_norm": (q[:, :, 0],)}
     modules = {op: importlib.import_module(f"andromeda.ops.{op}") for op in calls}

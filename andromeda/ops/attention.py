@@ -5,7 +5,12 @@ import torch
 from andromeda.ops import _checks, _select
 from andromeda.reference import attention as reference
 
-_CPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = {
+    "cpu": (torch.float32, torch.float16, torch.bfloat16),
+    "cuda": (torch.float16, torch.bfloat16),  # tensor cores; float32 would lose digits there and takes the reference
+}
+_CUDA_MAX_HEAD_DIM = 128  # kMaxAttentionHeadDim in csrc/include/andromeda/attention.h
+_CUDA_MIN_SOFTMAX_SCALE = 2.0**-60  # kMinSoftmaxScale
 _REFERENCE_BLOCK_LOGITS = 2**24  # the reference holds this many logits at once, 64 MiB of float32
 
 
@@ -30,7 +35,8 @@ def attention(
     The last dimension must be dense, the other strides are free; nothing is copied.
 
     Args:
-        q: (batch, seqlen_q, num_heads, head_dim), float32, float16, bfloat16; float64 takes the reference.
+        q: (batch, seqlen_q, num_heads, head_dim), float32, float16, bfloat16; float64 takes the reference, and on a
+            GPU float32 does too: its kernels multiply in half precision.
         k, v: (batch, seqlen_k, num_kv_heads, head_dim), dtype and device of q. num_heads must be a multiple of
             num_kv_heads, consecutive heads share a key head; 1 is multi-query attention. Under autocast q, k, v are
             cast to its dtype first (float64 is not).
@@ -94,22 +100,34 @@ def attention(
     return (out, softmax_lse) if return_lse else out
 
 
-def unsupported(backend, q, k, v, *, alibi_slopes=None, logit_bound=None, key_start=None) -> list[str]:
+def unsupported(
+    backend, q, k, v, *, softmax_scale=None, alibi_slopes=None, logit_bound=None, key_start=None
+) -> list[str]:
     """Why `backend` cannot run `attention` on these (correct) arguments here; empty when it can."""
     if backend == "reference":
         return []
-    if backend != "cpu":
-        return [f"no {'CUDA' if backend == 'cuda' else 'Triton'} kernel in this version"]
+    if backend == "triton":
+        return ["no Triton kernel in this version"]
     if _select.extension is None:
         return [_select.extension_error]
     reasons = []
-    if q.device.type != "cpu":
+    if q.device.type != _select.DEVICE_TYPES[backend]:
         reasons.append(f"tensors on {q.device}")
-    if q.dtype not in _CPU_DTYPES:
-        reasons.append(f"dtype {str(q.dtype).removeprefix('torch.')} (built for float32, float16, bfloat16)")
+    if q.dtype not in _DTYPES[backend]:
+        reasons.append(f"dtype {_name(q.dtype)} (built for {', '.join(map(_name, _DTYPES[backend]))})")
     if max(*q.shape, *k.shape) >= 2**31:
         reasons.append(f"a dimension of q {tuple(q.shape)} or k {tuple(k.shape)} above 2**31 - 1")
+    if backend == "cuda":
+        reasons += _select.cuda_unavailable(q.device)
+        if q.shape[3] > _CUDA_MAX_HEAD_DIM:
+            reasons.append(f"head_dim={q.shape[3]} (built for 1 to {_CUDA_MAX_HEAD_DIM})")
+        if softmax_scale is not None and softmax_scale < _CUDA_MIN_SOFTMAX_SCALE:
+            reasons.append(f"softmax_scale={softmax_scale} (built for at least 2**-60; -q has the opposite scale)")
     return reasons
+
+
+def _name(dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _check_arguments(q, k, v, alibi_slopes, logit_bound, key_start) -> None:
@@ -153,57 +171,88 @@ def _check_values(alibi_slopes, key_start) -> None:
 def _forward(q, k, v, alibi_slopes, logit_bound, key_start, causal, softmax_scale, backend):
     if q.device.type == "cpu":
         _check_values(alibi_slopes, key_start)
-    backend = _select.choose("attention", backend, lambda name: unsupported(name, q, k, v))
+    backend = _choose(backend, q, k, v, softmax_scale)
     out, softmax_lse = _fake_forward(q, k, v, alibi_slopes, logit_bound, key_start, causal, softmax_scale, backend)
     if out.numel() == 0 or k.shape[1] == 0:
         out.zero_()
         softmax_lse.fill_(float("-inf"))
-    elif backend == "cpu":
-        _select.extension.attention_forward(
-            q=q,
-            k=k,
-            v=v,
-            alibi_slopes=_dense(alibi_slopes),
-            logit_bound=_dense(logit_bound),
-            key_start=_dense(key_start),
-            out=out,
-            softmax_lse=softmax_lse,
-            causal=causal,
-            softmax_scale=softmax_scale,
-            num_threads=torch.get_num_threads(),
-        )
+    elif backend in ("cpu", "cuda"):
+        with torch.cuda.device_of(q):
+            _select.extension.attention_forward(
+                q=q,
+                k=k,
+                v=v,
+                alibi_slopes=_dense(alibi_slopes),
+                logit_bound=_dense(logit_bound),
+                key_start=_dense(key_start),
+                out=out,
+                softmax_lse=softmax_lse,
+                causal=causal,
+                softmax_scale=softmax_scale,
+                **_resources("forward", backend, q, k, causal),
+            )
     else:
         _reference_forward(q, k, v, alibi_slopes, key_start, causal, softmax_scale, out, softmax_lse)
     return out, softmax_lse
 
 
 def _backward(dout, q, k, v, out, softmax_lse, alibi_slopes, logit_bound, key_start, causal, softmax_scale, backend):
-    backend = _select.choose("attention", backend, lambda name: unsupported(name, q, k, v))
+    backend = _choose(backend, q, k, v, softmax_scale)
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     if out.numel() == 0 or k.shape[1] == 0:
         for gradient in (dq, dk, dv):
             gradient.zero_()
-    elif backend == "cpu":
-        _select.extension.attention_backward(
-            q=q,
-            k=k,
-            v=v,
-            alibi_slopes=_dense(alibi_slopes),
-            logit_bound=_dense(logit_bound),
-            key_start=_dense(key_start),
-            out=out,
-            softmax_lse=softmax_lse,
-            causal=causal,
-            softmax_scale=softmax_scale,
-            dout=dout,
-            dq=dq,
-            dk=dk,
-            dv=dv,
-            num_threads=torch.get_num_threads(),
-        )
+    elif backend in ("cpu", "cuda"):
+        with torch.cuda.device_of(q):
+            _select.extension.attention_backward(
+                q=q,
+                k=k,
+                v=v,
+                alibi_slopes=_dense(alibi_slopes),
+                logit_bound=_dense(logit_bound),
+                key_start=_dense(key_start),
+                out=out,
+                softmax_lse=softmax_lse,
+                causal=causal,
+                softmax_scale=softmax_scale,
+                dout=dout,
+                dq=dq,
+                dk=dk,
+                dv=dv,
+                **_resources("backward", backend, q, k, causal),
+            )
     else:
         _reference_backward(dout, q, k, v, out, softmax_lse, alibi_slopes, key_start, causal, softmax_scale, dq, dk, dv)
     return dq, dk, dv
+
+
+def _choose(backend, q, k, v, softmax_scale):
+    return _select.choose("attention", backend, lambda name: unsupported(name, q, k, v, softmax_scale=softmax_scale))
+
+
+def _resources(direction, backend, q, k, causal):
+    """What a compiled kernel works with besides its tensors: threads on the CPU; memory and a stream on a GPU."""
+    resources = {
+        "num_threads": torch.get_num_threads(),
+        "workspace": None,
+        "tickets": None,
+        "stream": _select.current_stream(q.device),
+    }
+    if backend == "cuda":
+        batch, seqlen_q, num_heads, head_dim = q.shape
+        num_values, num_tickets = getattr(_select.extension, f"attention_{direction}_workspace")(
+            batch=batch,
+            seqlen_q=seqlen_q,
+            seqlen_k=k.shape[1],
+            num_heads=num_heads,
+            num_kv_heads=k.shape[2],
+            head_dim=head_dim,
+            causal=causal,
+        )
+        if num_values > 0:
+            resources["workspace"] = q.new_empty(num_values, dtype=torch.float32)
+        resources["tickets"] = _select.tickets(q.device, num_tickets)
+    return resources
 
 
 def _dense(tensor):

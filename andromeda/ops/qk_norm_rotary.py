@@ -101,7 +101,7 @@ def unsupported(backend, q, k) -> list[str]:
     if _select.extension is None:
         return [_select.extension_error]
     reasons = []
-    if q.device.type != backend:
+    if q.device.type != _select.DEVICE_TYPES[backend]:
         reasons.append(f"tensors on {q.device}")
     if q.dtype == torch.float64:
         reasons.append("dtype float64 (built for float32, float16, bfloat16)")

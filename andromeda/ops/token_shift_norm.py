@@ -93,7 +93,7 @@ def unsupported(backend, x) -> list[str]:
     if _select.extension is None:
         return [_select.extension_error]
     reasons = []
-    if x.device.type != "cpu":
+    if x.device.type != _select.DEVICE_TYPES[backend]:
         reasons.append(f"tensors on {x.device}")
     if x.dtype == torch.float64:
         reasons.append("dtype float64 (built for float32, float16, bfloat16)")

@@ -11,11 +11,25 @@ namespace {
 namespace py = pybind11;
 using OptionalTensor = std::optional<TensorView>;
 
+AttentionWorkspace pack_workspace(const Call& call, const OptionalTensor& values, const OptionalTensor& tickets) {
+  AttentionWorkspace workspace{};
+  if (values.has_value()) {
+    call.dimensions("workspace", *values, 1);
+    workspace.num_values = values->shape[0];
+    workspace.values = call.contiguous<float>("workspace", *values, {workspace.num_values});
+  }
+  if (tickets.has_value()) {
+    call.dimensions("tickets", *tickets, 1);
+    workspace.num_tickets = tickets->shape[0];
+    workspace.tickets = call.contiguous<std::int32_t>("tickets", *tickets, {workspace.num_tickets});
+  }
+  return workspace;
+}
+
 AttentionParams pack(const Call& call, const TensorView& q, const TensorView& k, const TensorView& v,
                      const OptionalTensor& alibi_slopes, const OptionalTensor& logit_bound,
                      const OptionalTensor& key_start, const TensorView& out, const TensorView& softmax_lse, bool causal,
                      float softmax_scale, int num_threads) {
-  call.cpu_only();
   call.threads(num_threads);
   call.dimensions("q", q, 4);
   call.dimensions("k", k, 4);
@@ -52,23 +66,31 @@ AttentionParams pack(const Call& call, const TensorView& q, const TensorView& k,
 
 void forward(const TensorView& q, const TensorView& k, const TensorView& v, const OptionalTensor& alibi_slopes,
              const OptionalTensor& logit_bound, const OptionalTensor& key_start, const TensorView& out,
-             const TensorView& softmax_lse, bool causal, float softmax_scale, int num_threads) {
+             const TensorView& softmax_lse, bool causal, float softmax_scale, int num_threads,
+             const OptionalTensor& workspace, const OptionalTensor& tickets, std::uintptr_t stream) {
   const Call call("attention_forward", q);
   const AttentionParams params =
       pack(call, q, k, v, alibi_slopes, logit_bound, key_start, out, softmax_lse, causal, softmax_scale, num_threads);
+  const AttentionWorkspace memory = pack_workspace(call, workspace, tickets);
   if (is_empty(softmax_lse)) return;
   const py::gil_scoped_release release;
-  cpu::attention_forward(params, num_threads);
+  if (q.device == Device::kCpu) {
+    cpu::attention_forward(params, num_threads);
+  } else {
+    cuda::attention_forward(params, memory, as_stream(stream));
+  }
 }
 
 void backward(const TensorView& q, const TensorView& k, const TensorView& v, const OptionalTensor& alibi_slopes,
               const OptionalTensor& logit_bound, const OptionalTensor& key_start, const TensorView& out,
               const TensorView& softmax_lse, bool causal, float softmax_scale, const TensorView& dout,
-              const TensorView& dq, const TensorView& dk, const TensorView& dv, int num_threads) {
+              const TensorView& dq, const TensorView& dk, const TensorView& dv, int num_threads,
+              const OptionalTensor& workspace, const OptionalTensor& tickets, std::uintptr_t stream) {
   const Call call("attention_backward", q);
   AttentionBackwardParams params;
   params.forward =
       pack(call, q, k, v, alibi_slopes, logit_bound, key_start, out, softmax_lse, causal, softmax_scale, num_threads);
+  const AttentionWorkspace memory = pack_workspace(call, workspace, tickets);
   const auto shape_q = {q.shape[0], q.shape[1], q.shape[2], q.shape[3]};
   const auto shape_k = {k.shape[0], k.shape[1], k.shape[2], k.shape[3]};
   params.dout_stride = call.activations("dout", dout, shape_q);
@@ -81,7 +103,28 @@ void backward(const TensorView& q, const TensorView& k, const TensorView& v, con
   params.dv = dv.data;
   if (is_empty(dq) && is_empty(dk)) return;  // without queries dk and dv are still to be written: zero
   const py::gil_scoped_release release;
-  cpu::attention_backward(params, num_threads);
+  if (q.device == Device::kCpu) {
+    cpu::attention_backward(params, num_threads);
+  } else {
+    cuda::attention_backward(params, memory, as_stream(stream));
+  }
+}
+
+// (num_values, num_tickets) of a CUDA call of these shapes on the current device.
+template <AttentionWorkspace (*kSizes)(const AttentionParams&)>
+std::pair<std::int64_t, std::int64_t> workspace(int batch, int seqlen_q, int seqlen_k, int num_heads, int num_kv_heads,
+                                                int head_dim, bool causal) {
+  AttentionParams params{};
+  params.batch = batch;
+  params.seqlen_q = seqlen_q;
+  params.seqlen_k = seqlen_k;
+  params.num_heads = num_heads;
+  params.num_kv_heads = num_kv_heads;
+  params.head_dim = head_dim;
+  params.causal = causal;
+  params.dtype = DType::kBFloat16;  // the sizes are those of every dtype with kernels
+  const AttentionWorkspace sizes = kSizes(params);
+  return {sizes.num_values, sizes.num_tickets};
 }
 
 }  // namespace
@@ -90,11 +133,19 @@ void bind_attention(py::module_& m) {
   using py::arg;
   m.def("attention_forward", &forward, "csrc/include/andromeda/attention.h. Writes out and softmax_lse.", py::kw_only(),
         arg("q"), arg("k"), arg("v"), arg("alibi_slopes"), arg("logit_bound"), arg("key_start"), arg("out"),
-        arg("softmax_lse"), arg("causal"), arg("softmax_scale"), arg("num_threads"));
+        arg("softmax_lse"), arg("causal"), arg("softmax_scale"), arg("num_threads"), arg("workspace"), arg("tickets"),
+        arg("stream"));
   m.def("attention_backward", &backward, "csrc/include/andromeda/attention.h. Writes dq, dk and dv.", py::kw_only(),
         arg("q"), arg("k"), arg("v"), arg("alibi_slopes"), arg("logit_bound"), arg("key_start"), arg("out"),
         arg("softmax_lse"), arg("causal"), arg("softmax_scale"), arg("dout"), arg("dq"), arg("dk"), arg("dv"),
-        arg("num_threads"));
+        arg("num_threads"), arg("workspace"), arg("tickets"), arg("stream"));
+  const auto bind_workspace = [&m](const char* name, auto function) {
+    m.def(name, function, "Scratch memory of a CUDA call on the current device: floats, and counters that are zero.",
+          py::kw_only(), arg("batch"), arg("seqlen_q"), arg("seqlen_k"), arg("num_heads"), arg("num_kv_heads"),
+          arg("head_dim"), arg("causal"));
+  };
+  bind_workspace("attention_forward_workspace", &workspace<cuda::attention_forward_workspace>);
+  bind_workspace("attention_backward_workspace", &workspace<cuda::attention_backward_workspace>);
 }
 
 }  // namespace andromeda::bindings

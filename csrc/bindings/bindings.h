@@ -4,7 +4,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdint>
+
+struct CUstream_st;  // what cudaStream_t names
+
 namespace andromeda::bindings {
+
+// A stream as torch gives it.
+inline CUstream_st* as_stream(std::uintptr_t stream) { return reinterpret_cast<CUstream_st*>(stream); }
 
 void bind_attention(pybind11::module_& m);
 void bind_qk_norm_rotary(pybind11::module_& m);

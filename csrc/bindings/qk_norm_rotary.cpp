@@ -46,8 +46,6 @@ int rotary_dim_of(const Call& call, const TensorView& q, const OptionalTensor& q
   return call.size("q_table", *q_table, 1);
 }
 
-CUstream_st* as_stream(std::uintptr_t stream) { return reinterpret_cast<CUstream_st*>(stream); }
-
 void forward(const TensorView& q, const TensorView& k, const OptionalTensor& q_scale, const OptionalTensor& k_scale,
              const OptionalTensor& q_table, const OptionalTensor& k_table, const TensorView& q_out,
              const TensorView& k_out, bool normalize, int num_threads, std::uintptr_t stream) {

@@ -9,7 +9,8 @@
 //   row 2             2  3  0  1  6  7  4  5        all 32 banks once.
 //   ...
 //
-// Every address a lane uses has r % 8 == lane % 8, so the step from one pair of chunks to the next is one xor.
+// Every address a lane uses has r % 8 == lane % 8, so the step from one pair of chunks to the next is one xor of the
+// lane's offset; rows, panels and tiles are constants that the instruction adds.
 //
 // Scores are kept in units of <q, k>: the bias is divided by softmax_scale, and 2^(score * scale2) with
 // scale2 = softmax_scale * log2(e) is the weight. log-sum-exps inside a kernel are in base 2.
@@ -79,12 +80,20 @@ __device__ inline void load_tile(std::uint32_t tile, const Rows<const T>& rows, 
   const int channels = rows.head_dim - chunk * kChunkWidth<T>;
   int row = static_cast<int>(threadIdx.x) / kChunks;
   if (rows.in_chunks) {
-    const T* source = rows.data + (first + row) * rows.stride + chunk * kChunkWidth<T>;
+    // A lane whose channels do not exist reads nothing; its address stays inside the row all the same.
+    const T* source = rows.data + (first + row) * rows.stride + (channels > 0 ? chunk * kChunkWidth<T> : 0);
+    const int bytes = channels > 0 ? kChunkBytes : 0;
+    if (first >= 0 && first + kRows <= rows.count) {
 #pragma unroll
-    for (int i = 0; i < kRows / kRowStep; ++i, row += kRowStep) {
-      const bool inside = channels > 0 && static_cast<unsigned>(first + row) < static_cast<unsigned>(rows.count);
-      cp_async(tile + chunk_offset<kRows>(row, chunk), inside ? source : rows.data, inside ? kChunkBytes : 0);
-      source += kRowStep * rows.stride;
+      for (int i = 0; i < kRows / kRowStep; ++i, row += kRowStep, source += kRowStep * rows.stride) {
+        cp_async(tile + chunk_offset<kRows>(row, chunk), source, bytes);
+      }
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < kRows / kRowStep; ++i, row += kRowStep, source += kRowStep * rows.stride) {
+        const bool inside = static_cast<unsigned>(first + row) < static_cast<unsigned>(rows.count);
+        cp_async(tile + chunk_offset<kRows>(row, chunk), inside ? source : rows.data, inside ? bytes : 0);
+      }
     }
   } else {
 #pragma unroll 1
@@ -110,22 +119,22 @@ template <typename T, int kHeadDim, int kRowsA, int kRowsB, int kGroups>
 __device__ inline void multiply_transposed(float (&scores)[kGroups][kRowsB / 8][4], std::uint32_t a, int a_row,
                                            std::uint32_t b) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
-  const std::uint32_t a_base = a + chunk_offset<kRowsA>(a_row + (lane & 15), lane >> 4);
-  const std::uint32_t b_base = b + chunk_offset<kRowsB>((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
+  const std::uint32_t a_lane = chunk_offset<kRowsA>(a_row + (lane & 15), lane >> 4);
+  const std::uint32_t b_lane = chunk_offset<kRowsB>((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
 #pragma unroll
   for (int step = 0; step < kHeadDim / 16; ++step) {
     const std::uint32_t in_panel = (step & 3) << 5;
-    const std::uint32_t a_panel = (step >> 2) * (kRowsA * kPanelRowBytes);
-    const std::uint32_t b_panel = (step >> 2) * (kRowsB * kPanelRowBytes);
+    const std::uint32_t a_step = a + (a_lane ^ in_panel) + (step >> 2) * (kRowsA * kPanelRowBytes);
+    const std::uint32_t b_step = b + (b_lane ^ in_panel) + (step >> 2) * (kRowsB * kPanelRowBytes);
     std::uint32_t fragment[kGroups][4];
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
-      ldmatrix(fragment[group], ((a_base + group * (16 * kPanelRowBytes)) ^ in_panel) + a_panel);
+      ldmatrix(fragment[group], a_step + group * (16 * kPanelRowBytes));
     }
 #pragma unroll
     for (int n = 0; n < kRowsB / 16; ++n) {
       std::uint32_t columns[4];
-      ldmatrix(columns, ((b_base + n * (16 * kPanelRowBytes)) ^ in_panel) + b_panel);
+      ldmatrix(columns, b_step + n * (16 * kPanelRowBytes));
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
         mma<T>(scores[group][2 * n], fragment[group], columns[0], columns[1]);
@@ -141,11 +150,12 @@ template <typename T, int kHeadDim, int kRowsB, int kGroups>
 __device__ inline void multiply_step(float (&result)[kGroups][kHeadDim / 8][4], const std::uint32_t (&a)[kGroups][4],
                                      std::uint32_t b, int step) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
-  const std::uint32_t b_base = b + step * (16 * kPanelRowBytes) + chunk_offset<kRowsB>(lane & 15, lane >> 4);
+  const std::uint32_t b_lane = chunk_offset<kRowsB>(lane & 15, lane >> 4);
 #pragma unroll
   for (int n = 0; n < kHeadDim / 16; ++n) {
     std::uint32_t columns[4];
-    ldmatrix_transposed(columns, (b_base ^ ((n & 3) << 5)) + (n >> 2) * (kRowsB * kPanelRowBytes));
+    ldmatrix_transposed(
+        columns, b + (b_lane ^ ((n & 3) << 5)) + (step * 16 * kPanelRowBytes + (n >> 2) * (kRowsB * kPanelRowBytes)));
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
       mma<T>(result[group][2 * n], a[group], columns[0], columns[1]);
@@ -300,8 +310,8 @@ struct Reach {
 // first row r of group 0, and `key` the key of its first column.
 //
 // Left of the diagonal both rows share one value, -slope * (position + 8 - key): adding a constant to a row leaves its
-// softmax unchanged, and for row r the constant is -8 slope. `kLowered` below undoes it in the log-sum-exp. A reference
-// shared by more rows would underflow: 127 rows of slope 0.7 are 130 bits.
+// softmax unchanged, and for row r the constant is -8 slope. `lowered_by` below undoes it in the log-sum-exp. A
+// reference shared by more rows would underflow: 127 rows of slope 0.7 are 130 bits.
 template <int kGroups, int kTiles>
 __device__ inline void seed_bias(float (&scores)[kGroups][kTiles][4], float raw_slope, int position, int key,
                                  bool left_of_diagonal) {
@@ -333,7 +343,7 @@ __device__ inline void seed_bias(float (&scores)[kGroups][kTiles][4], float raw_
 }
 
 // By how many rows the bias of row r (half 0) and r + 8 (half 1) was taken too far away.
-inline constexpr float kLowered[2] = {8.0f, 0.0f};
+__device__ constexpr float lowered_by(int half) { return half == 0 ? 8.0f : 0.0f; }
 
 // Hides, after the product, what a row does not see: a NaN in a hidden key must not survive. `rows` are those of the
 // block's tile in shared memory, from the warp's first row on.

@@ -1,0 +1,131 @@
+// attention, backward, on the GPU: checks, the workspace, the shares of the query heads, dispatch and launches. The
+// kernels are in attention_backward.cuh.
+//
+// The tensors' device must be the current one. Nothing is allocated and nothing waits: the launches can be captured.
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "attention_backward.cuh"
+#include "attention_launch.h"
+
+namespace andromeda::cuda {
+namespace {
+
+constexpr const char* kName = "attention_backward";
+// Blocks per multiprocessor that the dk, dv kernel wants: two are resident at a time, and since their work differs
+// (masks, windows), two rounds of them even it out.
+constexpr int kBlocksPerMultiprocessor = 4;
+
+int built_head_dim(const AttentionParams& params) { return params.head_dim <= 64 ? 64 : kMaxAttentionHeadDim; }
+
+std::int64_t num_key_tiles(const AttentionParams& params) { return ceil_div(params.seqlen_k, kBackwardTile); }
+
+// Into how many equal shares the query heads of a key head are cut: the smallest divisor that fills the device.
+int num_shares_of(const AttentionParams& params) {
+  const Launch launch{kName, 0, kBackwardThreads, 0};
+  int device = 0, num_multiprocessors = 0;
+  ANDROMEDA_CUDA_CHECK(cudaGetDevice(&device), launch);
+  ANDROMEDA_CUDA_CHECK(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device), launch);
+  const std::int64_t wanted = static_cast<std::int64_t>(num_multiprocessors) * kBlocksPerMultiprocessor;
+  const std::int64_t num_blocks = num_key_tiles(params) * params.batch * params.num_kv_heads;
+  const int group = params.num_heads / params.num_kv_heads;
+  if (num_blocks == 0 || group == 0) return 1;
+  int num_shares = 1;
+  while (num_shares < group && (group % num_shares != 0 || num_shares * num_blocks < wanted)) ++num_shares;
+  return num_shares;
+}
+
+// Where everything lies in the workspace, in floats: tiles, partials, reaches.
+struct Layout {
+  std::int64_t partials, reaches, size;
+  int num_query_tiles, num_shares;
+};
+
+Layout lay_out(const AttentionParams& params) {
+  static_assert(sizeof(QueryTile) % kChunkBytes == 0, "the partials that follow are read in chunks");
+  Layout layout{};
+  layout.num_query_tiles = static_cast<int>(ceil_div(params.seqlen_q, kBackwardTile));
+  layout.num_shares = num_shares_of(params);
+  const std::int64_t num_tiles = static_cast<std::int64_t>(params.batch) * params.num_heads * layout.num_query_tiles;
+  const std::int64_t num_values = static_cast<std::int64_t>(params.batch) * params.seqlen_k * params.num_kv_heads *
+                                  built_head_dim(params);  // of dk or dv
+  layout.partials = num_tiles * static_cast<std::int64_t>(sizeof(QueryTile) / sizeof(float));
+  layout.reaches = layout.partials + (layout.num_shares == 1 ? 0 : 2 * layout.num_shares * num_values);
+  layout.size = layout.reaches + num_tiles * static_cast<std::int64_t>(sizeof(Reach) / sizeof(float));
+  return layout;
+}
+
+BackwardPlan plan_of(const AttentionBackwardParams& params, const AttentionWorkspace& workspace) {
+  const AttentionParams& forward = params.forward;
+  const Layout layout = lay_out(forward);
+  if (workspace.num_values < layout.size) {
+    throw std::invalid_argument(std::string(kName) + ": the workspace must hold " + std::to_string(layout.size) +
+                                " values, got " + std::to_string(workspace.num_values));
+  }
+  if (reinterpret_cast<std::uintptr_t>(workspace.values) % kChunkBytes != 0) {
+    throw std::invalid_argument(std::string(kName) + ": the workspace must start at a multiple of 16 bytes");
+  }
+  BackwardPlan plan{};
+  plan.tiles = reinterpret_cast<QueryTile*>(workspace.values);
+  plan.partials = workspace.values + layout.partials;
+  plan.reaches = reinterpret_cast<Reach*>(workspace.values + layout.reaches);
+  plan.num_query_tiles = layout.num_query_tiles;
+  plan.num_shares = layout.num_shares;
+  plan.scale2 = scale2_of(forward);
+  const auto fits = [&](const void* data, const SeqStrides& stride, int seqlen, int num_heads) {
+    return in_chunks(data, stride, forward.batch, seqlen, num_heads);
+  };
+  plan.in_chunks = in_chunks(forward) && fits(params.dout, params.dout_stride, forward.seqlen_q, forward.num_heads) &&
+                   fits(params.dq, params.dq_stride, forward.seqlen_q, forward.num_heads) &&
+                   fits(params.dk, params.dk_stride, forward.seqlen_k, forward.num_kv_heads) &&
+                   fits(params.dv, params.dv_stride, forward.seqlen_k, forward.num_kv_heads);
+  return plan;
+}
+
+using Kernel = void(AttentionBackwardParams, BackwardPlan);
+
+void launch(Kernel* kernel, const char* name, std::int64_t num_blocks, int num_threads, int shared_bytes,
+            const AttentionBackwardParams& params, const BackwardPlan& plan, CUstream_st* stream) {
+  if (num_blocks == 0) return;
+  const Launch launch{name, checked_grid(params.forward, name, num_blocks), static_cast<unsigned>(num_threads),
+                      static_cast<std::size_t>(shared_bytes)};
+  allow_shared_bytes(kernel, launch);
+  kernel<<<launch.num_blocks, launch.num_threads, launch.shared_bytes, stream>>>(params, plan);
+  ANDROMEDA_CUDA_CHECK(cudaGetLastError(), launch);
+}
+
+template <typename T, int kHeadDim>
+void launch_all(const AttentionBackwardParams& params, const BackwardPlan& plan, CUstream_st* stream) {
+  const AttentionParams& forward = params.forward;
+  const std::int64_t heads = static_cast<std::int64_t>(forward.batch) * forward.num_heads;
+  const std::int64_t kv_heads = static_cast<std::int64_t>(forward.batch) * forward.num_kv_heads;
+  constexpr int kSharedBytes = kBackwardSharedBytes<kHeadDim>;
+  launch(attention_backward_dq_kernel<T, kHeadDim>, "attention_backward_dq", heads * plan.num_query_tiles,
+         kBackwardThreads, kSharedBytes, params, plan, stream);
+  launch(attention_backward_dkdv_kernel<T, kHeadDim>, "attention_backward_dkdv",
+         kv_heads * num_key_tiles(forward) * plan.num_shares, kBackwardThreads, kSharedBytes, params, plan, stream);
+  if (plan.num_shares == 1) return;
+  const std::int64_t num_chunks = 2 * kv_heads * forward.seqlen_k * (kHeadDim / kChunkWidth<T>);
+  launch(attention_backward_sum_kernel<T, kHeadDim>, "attention_backward_sum", ceil_div(num_chunks, kSumThreads),
+         kSumThreads, 0, params, plan, stream);
+}
+
+}  // namespace
+
+AttentionWorkspace attention_backward_workspace(const AttentionParams& params) {
+  check_attention(params, kName);
+  return {nullptr, nullptr, lay_out(params).size, 0};
+}
+
+void attention_backward(const AttentionBackwardParams& params, const AttentionWorkspace& workspace,
+                        CUstream_st* stream) {
+  check_attention(params.forward, kName);
+  check_softmax_scale(params.forward, kName);
+  const BackwardPlan plan = plan_of(params, workspace);
+  dispatch_attention(params.forward, [&](auto dtype, auto head_dim) {
+    launch_all<typename decltype(dtype)::type, head_dim()>(params, plan, stream);
+  });
+}
+
+}  // namespace andromeda::cuda

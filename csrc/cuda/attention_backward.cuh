@@ -1,0 +1,528 @@
+// attention, backward (SPEC 16.3): three kernels without atomics. Every sum has one owner and a fixed order.
+//
+//   P  = 2^(scale2 * (q k^T + bias) - lse)      recomputed; log-sum-exps in base 2
+//   dP = dout v^T,   delta = <dout, out>,   dS = P * (dP - delta)
+//   dq = softmax_scale * dS k,   dk = softmax_scale * dS^T q,   dv = P^T dout
+//
+// dq kernel: a block owns 64 queries of one head, a warp 16 of them, and walks over the tiles of 64 keys that they see.
+//
+//                 keys --->                      shared: q, dout resident; k, v one buffer each
+//            +----+----+----+----+               registers: dq, S, dP
+//   queries  |    |    |    |    |  -> dq
+//            +----+----+----+----+
+//
+//   Its products are ordered so that each buffer is refilled while the other one is in use: dP (v), then S and dq (k).
+//   For the next kernel it leaves what a query row needs beside q and dout (`QueryTile`), and which keys a tile of
+//   queries touches (`Reach`).
+//
+// dk, dv kernel: a block owns 64 keys of one key head, a warp 16 of them, and walks over the tiles of 64 queries that
+// see them, of all query heads of the key head or of a share of those.
+//
+//                 queries of head 0, of head 1 ...      shared: k, v resident; q, dout one buffer each
+//            +----+----+----+----+----+----+            registers: dk, dv, P^T, dS^T
+//   keys     |    |    |    |    |    |    |  -> dk, dv
+//            +----+----+----+----+----+----+
+//
+//   Keys are the rows here, so that the products P^T and dS^T are the A operands of the next ones without an exchange.
+//   Order: S (q), dP (dout), dk (q), dv (dout).
+//
+// sum kernel: where one key head has too few key tiles to fill the device, its query heads are cut into shares. Each
+// leaves its dk and dv in float32, this kernel adds them.
+//
+// head_dim   shared memory        registers per thread, sm_80    per pair of tiles, flops
+//   64       32 KiB + 1.1 KiB     dq: 163, dk dv: 168            2 * 64 * 64 *  64 * (3 + 4)
+//   128      64 KiB + 1.1 KiB     dq: 218, dk dv: 255            2 * 64 * 64 * 128 * (3 + 4)
+//
+// One pass would need 5 products instead of 7, and either atomics or an order to add to dq.
+#pragma once
+
+#include "attention_tile.cuh"
+
+namespace andromeda::cuda {
+
+inline constexpr int kBackwardThreads = 128;
+inline constexpr int kBackwardWarps = kBackwardThreads / kWarpLanes;
+inline constexpr int kBackwardTile = 64;  // queries or keys; a warp owns 16
+static_assert(kBackwardTile == 16 * kBackwardWarps);
+
+template <int kHeadDim>
+inline constexpr int kBackwardSharedBytes = 4 * kTileBytes<kBackwardTile, kHeadDim>;
+
+// What shared memory (64 KiB for a head_dim of 128) and registers (at most 255 or 168) have in common on 8.0 and 9.0.
+template <int kHeadDim>
+inline constexpr int kBackwardBlocksPerSm = kHeadDim == 128 ? 2 : 3;
+
+// A tile of query rows for the dk, dv kernel, one KiB in the workspace and in shared memory. Rows that see no key or do
+// not exist have an infinite lse, so that their weights are 0.
+struct QueryTile {
+  float lse[kBackwardTile];                      // base 2, plus slope2 * (row in the tile): see `weigh`
+  float minus_delta[kBackwardTile];              // -<dout, out>
+  int first[kBackwardTile], end[kBackwardTile];  // keys that the row sees
+};
+
+struct BackwardPlan {
+  Reach* reaches;       // (batch, num_heads, num_query_tiles)
+  QueryTile* tiles;     // (batch, num_heads, num_query_tiles)
+  float* partials;      // (num_shares, 2: dk and dv, batch, seqlen_k, num_kv_heads, built head_dim); one share: unused
+  int num_query_tiles;  // of a head
+  int num_shares;       // of the query heads of one key head; share s has the heads s, s + num_shares ...
+  float scale2;
+  bool in_chunks;
+};
+
+// A head of a (batch, seqlen, num_heads, head_dim) tensor. U is T or const T.
+template <typename U>
+__device__ inline Rows<U> rows_of(const void* data, const SeqStrides& stride, int batch, int head, int seqlen,
+                                  int head_dim, bool in_chunks) {
+  U* first = static_cast<U*>(const_cast<void*>(data)) + batch * stride.batch + head * stride.head;
+  return {first, stride.seq, seqlen, head_dim, in_chunks};
+}
+
+// ---- dq -------------------------------------------------------------------------------------------------------------
+
+template <typename T>
+__device__ inline Chunk<T> load_shared(std::uint32_t address) {
+  uint4 words;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "r"(address)
+               : "memory");
+  Chunk<T> chunk;
+  memcpy(&chunk, &words, sizeof chunk);
+  return chunk;
+}
+
+// The reach of two sets of rows together.
+__device__ inline Reach join(const Reach& a, const Reach& b) {
+  return {min(a.begin, b.begin), max(a.end, b.end), max(a.plain_begin, b.plain_begin), min(a.plain_end, b.plain_end)};
+}
+
+// <a, b> of row `row`, in the two lanes that are 16 apart: each adds one half of the channels.
+template <typename T, int kHeadDim>
+__device__ inline float multiply_rows(std::uint32_t a, std::uint32_t b, int row, int half) {
+  constexpr int kChunks = kHeadDim / kChunkWidth<T> / 2;
+  float sum = 0.0f;
+#pragma unroll 2
+  for (int i = 0; i < kChunks; ++i) {
+    const std::uint32_t offset = chunk_offset<kBackwardTile>(row, half * kChunks + i);
+    const Chunk<T> x = load_shared<T>(a + offset), y = load_shared<T>(b + offset);
+#pragma unroll
+    for (int j = 0; j < Chunk<T>::kPairs; ++j) {
+      const float2 left = to_floats(x.pairs[j]), right = to_floats(y.pairs[j]);
+      sum = fmaf(left.x, right.x, sum);
+      sum = fmaf(left.y, right.y, sum);
+    }
+  }
+  return sum + __shfl_xor_sync(kWholeWarp, sum, 16);
+}
+
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDim>)
+    attention_backward_dq_kernel(const __grid_constant__ AttentionBackwardParams params,
+                                 const __grid_constant__ BackwardPlan plan) {
+  constexpr int kTile = kBackwardTile;
+  constexpr int kTiles = kTile / 8;  // of an accumulator
+  extern __shared__ __align__(kTileAlignment) unsigned char shared[];
+  __shared__ Row rows[kTile];
+  __shared__ Reach reaches[kBackwardWarps];
+  const std::uint32_t q_tile = shared_address(shared);
+  const std::uint32_t dout_tile = q_tile + kTileBytes<kTile, kHeadDim>;
+  const std::uint32_t k_tile = dout_tile + kTileBytes<kTile, kHeadDim>;
+  const std::uint32_t v_tile = k_tile + kTileBytes<kTile, kHeadDim>;
+
+  // Longest first: the last queries see most keys under a causal mask, and heads without a bias usually come last.
+  const AttentionParams& forward = params.forward;
+  unsigned block = blockIdx.x;
+  const int batch = block % forward.batch;
+  block /= forward.batch;
+  const int head = forward.num_heads - 1 - block % forward.num_heads;
+  const int tile = plan.num_query_tiles - 1 - block / forward.num_heads;
+  const int kv_head = head / (forward.num_heads / forward.num_kv_heads);
+  const int query = tile * kTile;
+  const auto of_queries = [&](const void* data, const SeqStrides& stride) {
+    return rows_of<const T>(data, stride, batch, head, forward.seqlen_q, forward.head_dim, plan.in_chunks);
+  };
+  const auto of_keys = [&](const void* data, const SeqStrides& stride) {
+    return rows_of<const T>(data, stride, batch, kv_head, forward.seqlen_k, forward.head_dim, plan.in_chunks);
+  };
+  const Rows<const T> k = of_keys(forward.k, forward.k_stride), v = of_keys(forward.v, forward.v_stride);
+  load_tile<kTile, kHeadDim, kBackwardThreads>(q_tile, of_queries(forward.q, forward.q_stride), query);
+  load_tile<kTile, kHeadDim, kBackwardThreads>(dout_tile, of_queries(params.dout, params.dout_stride), query);
+  load_tile<kTile, kHeadDim, kBackwardThreads>(k_tile, of_queries(forward.out, forward.out_stride), query);
+  cp_async_commit();
+
+  // Which keys the rows see. Lanes l and l + 16 describe the same row.
+  const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
+  const int warp_row = static_cast<int>(threadIdx.x) / kWarpLanes * 16;
+  const int own = warp_row + lane % 16;
+  const Head constants = describe_head(forward, head);
+  const float slope2 = constants.slope * kLog2E;
+  const Row row = describe_row(forward, batch, query + own);
+  const bool exists = query + own < forward.seqlen_q;
+  const Reach reach = Reach::of(row, exists, constants.window).of_warp();
+  if (lane < 16) rows[own] = row;
+  if (lane == 0) reaches[warp_row / 16] = reach;
+  const std::int64_t head_index = static_cast<std::int64_t>(batch) * forward.num_heads + head;
+  // A row that sees nothing has no lse. It is hidden everywhere: 0 keeps its exponents free of NaN.
+  const float lse =
+      exists && !row.empty() ? __ldg(forward.softmax_lse + head_index * forward.seqlen_q + query + own) : 0.0f;
+  const float lse2 = lse * kLog2E;
+  cp_async_wait<0>();
+  __syncthreads();  // rows, reaches and the tiles of q, dout and out (in the place of k) are complete
+  const float minus_delta = -multiply_rows<T, kHeadDim>(dout_tile, k_tile, own, lane / 16);
+  Reach all = reaches[0];
+#pragma unroll
+  for (int i = 1; i < kBackwardWarps; ++i) all = join(all, reaches[i]);
+
+  // For the dk, dv kernel.
+  const std::int64_t tile_index = head_index * plan.num_query_tiles + tile;
+  if (threadIdx.x == 0) plan.reaches[tile_index] = all;
+  if (lane < 16) {
+    QueryTile& target = plan.tiles[tile_index];
+    target.lse[own] = exists && !row.empty() ? fmaf(slope2, static_cast<float>(own), lse2) : __int_as_float(0x7f800000);
+    target.minus_delta[own] = minus_delta;
+    target.first[own] = row.first;
+    target.end[own] = row.end;
+  }
+
+  // A lane's two rows: g and g + 8 of the warp's.
+  const int group = lane >> 2, column = (lane & 3) * 2;
+  float lse_of[2], minus_delta_of[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    minus_delta_of[half] = __shfl_sync(kWholeWarp, minus_delta, group + 8 * half);
+    lse_of[half] = __shfl_sync(kWholeWarp, lse2, group + 8 * half) - lowered_by(half) * slope2;
+  }
+  const float raw_slope = constants.slope / forward.softmax_scale;
+  const int warp_position = query + warp_row + (forward.seqlen_k - forward.seqlen_q);
+
+  float dq[1][kHeadDim / 8][4] = {};
+  const int first_key = all.begin / kTile * kTile;
+  int key = all.begin < all.end ? (all.end - 1) / kTile * kTile : -kTile;
+  if (key >= first_key) load_tile<kTile, kHeadDim, kBackwardThreads>(v_tile, v, key);
+  cp_async_commit();
+#pragma unroll 1
+  for (; key >= first_key; key -= kTile) {
+    cp_async_wait<0>();
+    __syncthreads();  // v is there; everyone has finished with the k before (at first: with out, in its place)
+    load_tile<kTile, kHeadDim, kBackwardThreads>(k_tile, k, key);
+    cp_async_commit();
+    const bool touched = reach.touches(key, kTile);  // uniform in a warp
+    float ds[1][kTiles][4];
+    if (touched) {  // dP - delta
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) ds[0][n][i] = minus_delta_of[i / 2];
+      }
+      multiply_transposed<T, kHeadDim, kTile, kTile, 1>(ds, dout_tile, warp_row, v_tile);
+    }
+    cp_async_wait<0>();
+    __syncthreads();  // k is there; everyone has finished with v
+    if (key > first_key) load_tile<kTile, kHeadDim, kBackwardThreads>(v_tile, v, key - kTile);
+    cp_async_commit();
+    if (!touched) continue;
+    float scores[1][kTiles][4];
+    const bool left_of_diagonal = forward.causal || key + kTile - 1 <= warp_position;
+    seed_bias(scores, raw_slope, warp_position + group, key + column, left_of_diagonal);
+    multiply_transposed<T, kHeadDim, kTile, kTile, 1>(scores, q_tile, warp_row, k_tile);
+    if (!reach.is_plain(key, kTile)) hide(scores, rows + warp_row, key + column);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) ds[0][n][i] *= exp2_approx(fmaf(scores[0][n][i], plan.scale2, -lse_of[i / 2]));
+    }
+#pragma unroll
+    for (int step = 0; step < kTile / 16; ++step) {
+      std::uint32_t operand[1][4];
+      pack_operand<T>(operand[0], ds[0], step);
+      multiply_step<T, kHeadDim, kTile, 1>(dq, operand, k_tile, step);
+    }
+  }
+  const float factor[1][2] = {{forward.softmax_scale, forward.softmax_scale}};
+  const Rows<T> dq_rows =
+      rows_of<T>(params.dq, params.dq_stride, batch, head, forward.seqlen_q, forward.head_dim, plan.in_chunks);
+  store_rows<T, kHeadDim, kTile, 1>(dq_rows, query + warp_row, dq, factor, q_tile, warp_row);
+}
+
+// ---- dk, dv ---------------------------------------------------------------------------------------------------------
+
+// Walks over the query tiles of a share's heads that touch the keys of a block, head by head. The reaches of 32 tiles
+// are read at once, one per lane; the state is the same in all lanes and warps.
+struct Visit {
+  int head, tile;
+  unsigned touched, plain;  // of the 32 tiles around `tile`: those that are still to be visited; that need no mask
+
+  __device__ bool is_plain() const { return (plain >> (tile % kWarpLanes) & 1) != 0; }
+
+  // On to the next tile, or to a head that is not one of the share. `reaches` are those of the batch entry.
+  __device__ void advance(const Reach* reaches, int num_tiles, int first_tile, int head_step, int heads_end, int key,
+                          int num_keys) {
+    int chunk = tile / kWarpLanes * kWarpLanes;
+    while (touched == 0) {
+      chunk += kWarpLanes;
+      if (chunk >= num_tiles) {
+        chunk = first_tile;
+        head += head_step;
+        if (head >= heads_end) return;
+      }
+      const int lane_tile = chunk + static_cast<int>(threadIdx.x) % kWarpLanes;
+      Reach reach{kUnlimited, 0, 0, kUnlimited};
+      if (lane_tile < num_tiles) reach = reaches[static_cast<std::int64_t>(head) * num_tiles + lane_tile];
+      touched = __ballot_sync(kWholeWarp, reach.touches(key, num_keys));
+      plain = __ballot_sync(kWholeWarp, reach.is_plain(key, num_keys));
+    }
+    tile = chunk + __ffs(touched) - 1;
+    touched &= touched - 1;
+  }
+};
+
+// Scores to exponents of the weights. Rows are keys, `distance` = key of the lane's row g - position of the tile's
+// query 0; columns are queries.
+//
+// Left of the diagonal, -slope2 * (position - key) - lse is one difference, slope2 * distance - (lse + slope2 *
+// column), whose right side the dq kernel has prepared.
+__device__ inline void weigh(float (&scores)[kBackwardTile / 8][4], const QueryTile& tile, float scale2, float slope2,
+                             int distance, bool left_of_diagonal) {
+  const int column = static_cast<int>(threadIdx.x) % 4 * 2;
+#pragma unroll
+  for (int n = 0; n < kBackwardTile / 8; ++n) {
+    const float2 lse = *reinterpret_cast<const float2*>(tile.lse + 8 * n + column);
+    const float lse_of[2] = {lse.x, lse.y};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float row_distance = static_cast<float>(distance + i / 2 * 8);
+      const float query = static_cast<float>(column + 8 * n + i % 2);
+      const float exponent = left_of_diagonal
+                                 ? fmaf(slope2, row_distance, -lse_of[i % 2])
+                                 : fmaf(-slope2, fabsf(row_distance - query), fmaf(slope2, query, -lse_of[i % 2]));
+      scores[n][i] = fmaf(scores[n][i], scale2, exponent);
+    }
+  }
+}
+
+// Hides what the queries do not see; `key` is that of the lane's row g.
+__device__ inline void hide_keys(float (&exponents)[kBackwardTile / 8][4], const QueryTile& tile, int key) {
+  const int column = static_cast<int>(threadIdx.x) % 4 * 2;
+#pragma unroll
+  for (int n = 0; n < kBackwardTile / 8; ++n) {
+    const int2 first = *reinterpret_cast<const int2*>(tile.first + 8 * n + column);
+    const int2 end = *reinterpret_cast<const int2*>(tile.end + 8 * n + column);
+    const int first_of[2] = {first.x, first.y}, end_of[2] = {end.x, end.y};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row_key = key + i / 2 * 8;
+      const bool hidden = row_key < first_of[i % 2] || row_key >= end_of[i % 2];
+      if (hidden) exponents[n][i] = -__int_as_float(0x7f800000);
+    }
+  }
+}
+
+// Rows of a float32 partial result; `target` is its row 0, rows are kHeadDim wide.
+template <int kHeadDim>
+__device__ inline void store_partial(float* target, std::int64_t row_stride, int num_rows,
+                                     const float (&values)[1][kHeadDim / 8][4]) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = half * 8 + lane / 4;
+    if (row >= num_rows) continue;
+    float* row_data = target + row * row_stride + lane % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n) {
+      *reinterpret_cast<float2*>(row_data + 8 * n) = make_float2(values[0][n][2 * half], values[0][n][2 * half + 1]);
+    }
+  }
+}
+
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDim>)
+    attention_backward_dkdv_kernel(const __grid_constant__ AttentionBackwardParams params,
+                                   const __grid_constant__ BackwardPlan plan) {
+  constexpr int kTile = kBackwardTile;
+  constexpr int kTiles = kTile / 8;  // of an accumulator
+  extern __shared__ __align__(kTileAlignment) unsigned char shared[];
+  __shared__ __align__(kChunkBytes) QueryTile tile;
+  const std::uint32_t k_tile = shared_address(shared);
+  const std::uint32_t v_tile = k_tile + kTileBytes<kTile, kHeadDim>;
+  const std::uint32_t q_tile = v_tile + kTileBytes<kTile, kHeadDim>;
+  const std::uint32_t dout_tile = q_tile + kTileBytes<kTile, kHeadDim>;
+
+  // Longest first: under a causal mask the first keys are seen by most queries.
+  const AttentionParams& forward = params.forward;
+  unsigned block = blockIdx.x;
+  const int batch = block % forward.batch;
+  block /= forward.batch;
+  const int kv_head = block % forward.num_kv_heads;
+  block /= forward.num_kv_heads;
+  const int share = block % plan.num_shares;
+  const int key = block / plan.num_shares * kTile;
+  const int offset = forward.seqlen_k - forward.seqlen_q;  // position of query 0
+  const auto of_keys = [&](const void* data, const SeqStrides& stride) {
+    return rows_of<const T>(data, stride, batch, kv_head, forward.seqlen_k, forward.head_dim, plan.in_chunks);
+  };
+  load_tile<kTile, kHeadDim, kBackwardThreads>(k_tile, of_keys(forward.k, forward.k_stride), key);
+  load_tile<kTile, kHeadDim, kBackwardThreads>(v_tile, of_keys(forward.v, forward.v_stride), key);
+
+  const int group = forward.num_heads / forward.num_kv_heads;
+  const std::int64_t tiles_before = static_cast<std::int64_t>(batch) * forward.num_heads * plan.num_query_tiles;
+  const Reach* reaches = plan.reaches + tiles_before;
+  // Under a causal mask no query before position `key` sees the block.
+  const int first_tile = forward.causal ? max(key - offset, 0) / kTile / kWarpLanes * kWarpLanes : 0;
+  const int num_keys = min(kTile, forward.seqlen_k - key), heads_end = (kv_head + 1) * group;
+  Visit visit{kv_head * group + share - plan.num_shares, plan.num_query_tiles, 0, 0};  // before the first one
+  const auto advance = [&] {
+    visit.advance(reaches, plan.num_query_tiles, first_tile, plan.num_shares, heads_end, key, num_keys);
+  };
+  const auto load_queries = [&] {
+    load_tile<kTile, kHeadDim, kBackwardThreads>(q_tile,
+                                                 rows_of<const T>(forward.q, forward.q_stride, batch, visit.head,
+                                                                  forward.seqlen_q, forward.head_dim, plan.in_chunks),
+                                                 visit.tile * kTile);
+    constexpr int kChunks = sizeof(QueryTile) / kChunkBytes;
+    static_assert(sizeof(QueryTile) % kChunkBytes == 0 && kChunks <= kBackwardThreads);
+    if (static_cast<int>(threadIdx.x) < kChunks) {
+      const QueryTile* source =
+          plan.tiles + tiles_before + static_cast<std::int64_t>(visit.head) * plan.num_query_tiles + visit.tile;
+      cp_async(shared_address(&tile) + threadIdx.x * kChunkBytes, reinterpret_cast<const uint4*>(source) + threadIdx.x,
+               kChunkBytes);
+    }
+  };
+
+  const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
+  const int warp_row = static_cast<int>(threadIdx.x) / kWarpLanes * 16;
+  const int lane_key = key + warp_row + lane / 4;
+  float dk[1][kHeadDim / 8][4] = {}, dv[1][kHeadDim / 8][4] = {};
+  advance();
+  if (visit.head < heads_end) load_queries();
+  cp_async_commit();
+#pragma unroll 1
+  while (visit.head < heads_end) {
+    cp_async_wait<0>();
+    __syncthreads();  // q and `tile` (at first also k and v) are there; everyone has finished with the dout before
+    load_tile<kTile, kHeadDim, kBackwardThreads>(dout_tile,
+                                                 rows_of<const T>(params.dout, params.dout_stride, batch, visit.head,
+                                                                  forward.seqlen_q, forward.head_dim, plan.in_chunks),
+                                                 visit.tile * kTile);
+    cp_async_commit();
+    const float slope2 = forward.alibi_slopes == nullptr ? 0.0f : __ldg(forward.alibi_slopes + visit.head) * kLog2E;
+    const int position = visit.tile * kTile + offset;
+    float weights[1][kTiles][4] = {};
+    multiply_transposed<T, kHeadDim, kTile, kTile, 1>(weights, k_tile, warp_row, q_tile);
+    weigh(weights[0], tile, plan.scale2, slope2, lane_key - position, forward.causal || key + kTile - 1 <= position);
+    if (!visit.is_plain()) hide_keys(weights[0], tile, lane_key);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) weights[0][n][i] = exp2_approx(weights[0][n][i]);
+    }
+    float ds[1][kTiles][4];
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      const float2 minus_delta = *reinterpret_cast<const float2*>(tile.minus_delta + 8 * n + lane % 4 * 2);
+      ds[0][n][0] = ds[0][n][2] = minus_delta.x;
+      ds[0][n][1] = ds[0][n][3] = minus_delta.y;
+    }
+    cp_async_wait<0>();
+    __syncthreads();  // dout is there
+    multiply_transposed<T, kHeadDim, kTile, kTile, 1>(ds, v_tile, warp_row, dout_tile);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) ds[0][n][i] *= weights[0][n][i];
+    }
+    std::uint32_t operand[1][4], weight_operands[kTile / 16][1][4];
+#pragma unroll
+    for (int step = 0; step < kTile / 16; ++step) pack_operand<T>(weight_operands[step][0], weights[0], step);
+#pragma unroll
+    for (int step = 0; step < kTile / 16; ++step) {
+      pack_operand<T>(operand[0], ds[0], step);
+      multiply_step<T, kHeadDim, kTile, 1>(dk, operand, q_tile, step);
+    }
+    advance();
+    __syncthreads();  // everyone has finished with q and `tile`
+    if (visit.head < heads_end) load_queries();
+    cp_async_commit();
+#pragma unroll
+    for (int step = 0; step < kTile / 16; ++step) {
+      multiply_step<T, kHeadDim, kTile, 1>(dv, weight_operands[step], dout_tile, step);
+    }
+  }
+
+  cp_async_wait<0>();
+  __syncthreads();  // without any visit nobody has waited for k and v, which pass on the results
+  if (plan.num_shares == 1) {
+    const auto target = [&](void* data, const SeqStrides& stride) {
+      return rows_of<T>(data, stride, batch, kv_head, forward.seqlen_k, forward.head_dim, plan.in_chunks);
+    };
+    const float scale[1][2] = {{forward.softmax_scale, forward.softmax_scale}}, one[1][2] = {{1.0f, 1.0f}};
+    store_rows<T, kHeadDim, kTile, 1>(target(params.dk, params.dk_stride), key + warp_row, dk, scale, k_tile, warp_row);
+    store_rows<T, kHeadDim, kTile, 1>(target(params.dv, params.dv_stride), key + warp_row, dv, one, v_tile, warp_row);
+  } else {
+    const std::int64_t row_stride = static_cast<std::int64_t>(forward.num_kv_heads) * kHeadDim;
+    const std::int64_t size = row_stride * forward.batch * forward.seqlen_k;  // of dk or dv
+    float* rows = plan.partials + 2 * share * size +
+                  (static_cast<std::int64_t>(batch) * forward.seqlen_k + key + warp_row) * row_stride +
+                  kv_head * kHeadDim;
+    store_partial<kHeadDim>(rows, row_stride, forward.seqlen_k - key - warp_row, dk);
+    store_partial<kHeadDim>(rows + size, row_stride, forward.seqlen_k - key - warp_row, dv);
+  }
+}
+
+// ---- sums over shares -----------------------------------------------------------------------------------------------
+
+inline constexpr int kSumThreads = 256;
+
+// One thread adds one chunk of channels of dk or dv, the shares in ascending order, and rounds once. There are few
+// keys, or there would be one share: their chunks are counted in an int.
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(kSumThreads)
+    attention_backward_sum_kernel(const __grid_constant__ AttentionBackwardParams params,
+                                  const __grid_constant__ BackwardPlan plan) {
+  constexpr int kChunks = kHeadDim / kChunkWidth<T>;  // of a row
+  const AttentionParams& forward = params.forward;
+  const int num_chunks = forward.batch * forward.seqlen_k * forward.num_kv_heads * kChunks;  // of dk or dv
+  const int index = blockIdx.x * kSumThreads + threadIdx.x;
+  const int channel = index % kChunks * kChunkWidth<T>;
+  const int channels = forward.head_dim - channel;
+  if (index >= 2 * num_chunks || channels <= 0) return;
+  float sums[kChunkWidth<T>] = {};
+#pragma unroll 2
+  for (int share = 0; share < plan.num_shares; ++share) {
+    const float4* source = reinterpret_cast<const float4*>(plan.partials) +
+                           (static_cast<std::int64_t>(2 * share) * num_chunks + index) * 2;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float4 four = __ldcs(source + i);
+      sums[4 * i] += four.x;
+      sums[4 * i + 1] += four.y;
+      sums[4 * i + 2] += four.z;
+      sums[4 * i + 3] += four.w;
+    }
+  }
+  const bool is_dk = index < num_chunks;
+  const int row = (is_dk ? index : index - num_chunks) / kChunks;
+  const int kv_head = row % forward.num_kv_heads;
+  const int key = row / forward.num_kv_heads % forward.seqlen_k;
+  const int batch = row / forward.num_kv_heads / forward.seqlen_k;
+  const float factor = is_dk ? forward.softmax_scale : 1.0f;
+  Chunk<T> rounded;
+#pragma unroll
+  for (int i = 0; i < Chunk<T>::kPairs; ++i) {
+    rounded.pairs[i] = from_floats<T>(make_float2(sums[2 * i] * factor, sums[2 * i + 1] * factor));
+  }
+  const SeqStrides& stride = is_dk ? params.dk_stride : params.dv_stride;
+  T* target = static_cast<T*>(is_dk ? params.dk : params.dv) + batch * stride.batch + key * stride.seq +
+              kv_head * stride.head + channel;
+  if (plan.in_chunks) {
+    store<Access::kChunk>(target, rounded, channels);
+  } else {
+    const T* elements = reinterpret_cast<const T*>(&rounded);
+#pragma unroll
+    for (int i = 0; i < kChunkWidth<T>; ++i) {
+      if (i < channels) target[i] = elements[i];
+    }
+  }
+}
+
+}  // namespace andromeda::cuda

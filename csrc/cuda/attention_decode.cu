@@ -1,0 +1,183 @@
+// attention for few query rows on the GPU: when it is the better kernel, how many shares, workspace and launch. The
+// kernel is in attention_decode.cuh.
+//
+// Both choices follow from the shapes and the device alone, never from data: a captured graph stays valid. They take
+// the cheapest by a model whose unit is a step, the 64 keys and values (32 KiB) that a block takes at a time:
+//
+//   waves * (kBlockSteps + steps of a share)  +  for each level of combining: kLevelSteps + kPartialSteps * parts
+//
+// A step takes a block 1 to 2 us on a device that is full. Starting a block, its first access to memory and the
+// addition of its warps cost about as much as four steps; a level of combining (write, fence, ticket, read) about one,
+// and each partial result, up to 16 KiB from L2, an eighth. A wave that is not full counts as a whole one although its
+// blocks then run faster: the model prefers shares that come out even.
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "attention_decode.cuh"
+#include "attention_launch.h"
+
+namespace andromeda::cuda {
+namespace {
+
+constexpr char kKernel[] = "attention_decode";
+
+constexpr double kBlockSteps = 4.0;
+constexpr double kLevelSteps = 1.0;
+constexpr double kPartialSteps = 0.125;
+
+// Where the packed rows end that are worth a thought: so many are 128 tiles, and the prefill kernel fills a device too.
+constexpr int kMaxRows = 4096;
+constexpr int kPrefillRows = 128;  // of a block of the prefill kernel, all of one head
+
+// What is combined at once, from `count` shares to one result.
+template <typename Function>
+void for_each_level(std::int64_t count, const Function& function) {
+  while (count > 1) {
+    const std::int64_t groups = ceil_div(count, kFanIn);
+    function(count, groups);
+    count = groups;
+  }
+}
+
+std::int64_t num_rows_of(const AttentionParams& params) {
+  return static_cast<std::int64_t>(params.seqlen_q) * (params.num_heads / params.num_kv_heads);
+}
+
+int num_groups_of(std::int64_t num_rows) { return num_rows <= 16 ? 1 : 2; }
+
+// Blocks that run at the same time: two on each multiprocessor, by registers and on 8.0 and 9.0 by shared memory too.
+std::int64_t count_slots() {
+  const Launch launch{kKernel, 0, kDecodeThreads, 0};
+  int device = 0, num_multiprocessors = 0, shared_bytes = 0;
+  ANDROMEDA_CUDA_CHECK(cudaGetDevice(&device), launch);
+  ANDROMEDA_CUDA_CHECK(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device), launch);
+  ANDROMEDA_CUDA_CHECK(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
+                       launch);
+  constexpr int kBlockBytes = DecodeTiles<128, 2>::kBytes + 1024;  // the system takes 1 KiB per block
+  return static_cast<std::int64_t>(num_multiprocessors) * std::clamp(shared_bytes / kBlockBytes, 1, 2);
+}
+
+double cost_of(std::int64_t num_tiles, std::int64_t num_steps, std::int64_t num_shares, std::int64_t num_slots) {
+  const std::int64_t waves = ceil_div(num_tiles * num_shares, num_slots);
+  double cost = static_cast<double>(waves) * (kBlockSteps + static_cast<double>(ceil_div(num_steps, num_shares)));
+  for_each_level(num_shares, [&](std::int64_t parts, std::int64_t) {
+    cost += kLevelSteps + kPartialSteps * static_cast<double>(std::min<std::int64_t>(parts, kFanIn));
+  });
+  return cost;
+}
+
+struct Split {
+  std::int64_t num_tiles, num_row_tiles, num_shares;
+  std::int64_t num_partials, num_tickets;  // of a tile
+  double cost;
+};
+
+Split choose_split(const AttentionParams& params, std::int64_t num_slots) {
+  const std::int64_t num_rows = num_rows_of(params);
+  Split split{};
+  split.num_row_tiles = ceil_div(num_rows, 16 * num_groups_of(num_rows));
+  split.num_tiles = static_cast<std::int64_t>(params.batch) * params.num_kv_heads * split.num_row_tiles;
+  split.num_shares = 1;
+  if (split.num_tiles == 0) return split;
+  const std::int64_t num_steps = std::max<std::int64_t>(ceil_div(params.seqlen_k, kDecodeStep), 1);
+  split.cost = cost_of(split.num_tiles, num_steps, 1, num_slots);
+  // With many tiles a few shares still even out the last wave; with few tiles, as many as make one wave. Large numbers
+  // need not be tried one by one: each stands for the smallest that gives shares of the same length.
+  const std::int64_t max_shares = std::min(num_steps, std::max<std::int64_t>(kFanIn, num_slots / split.num_tiles));
+  for (std::int64_t candidate = 2; candidate <= max_shares; candidate += 1 + candidate / 16) {
+    const std::int64_t num_shares = ceil_div(num_steps, ceil_div(num_steps, candidate));
+    const double cost = cost_of(split.num_tiles, num_steps, num_shares, num_slots);
+    if (cost < split.cost) split.cost = cost, split.num_shares = num_shares;
+  }
+  for_each_level(split.num_shares, [&](std::int64_t parts, std::int64_t groups) {
+    split.num_partials += parts;
+    split.num_tickets += groups;
+  });
+  return split;
+}
+
+std::int64_t partial_floats(const AttentionParams& params) {
+  std::int64_t bytes = 0;
+  dispatch_attention(params, [&](auto, auto head_dim) {
+    bytes = num_groups_of(num_rows_of(params)) == 1 ? sizeof(Partial<16, head_dim()>) : sizeof(Partial<32, head_dim()>);
+  });
+  return bytes / static_cast<std::int64_t>(sizeof(float));
+}
+
+// Partial results are read four floats at a time.
+void check_workspace(const AttentionWorkspace& workspace, std::int64_t num_values, std::int64_t num_tickets) {
+  if (workspace.num_values < num_values || workspace.num_tickets < num_tickets ||
+      reinterpret_cast<std::uintptr_t>(workspace.values) % kChunkBytes != 0) {
+    throw std::invalid_argument(std::string(kKernel) + ": the workspace must have " + std::to_string(num_values) +
+                                " values, aligned to 16 bytes, and " + std::to_string(num_tickets) + " tickets, got " +
+                                std::to_string(workspace.num_values) + " and " + std::to_string(workspace.num_tickets) +
+                                "; size it on the device of the call");
+  }
+}
+
+template <typename T, int kHeadDim, int kGroups>
+void launch(const AttentionParams& params, const DecodePlan& plan, std::int64_t num_blocks, CUstream_st* stream) {
+  using Tiles = DecodeTiles<kHeadDim, kGroups>;
+  const auto kernel = &attention_decode_kernel<T, kHeadDim, kGroups>;
+  const Launch launch{kKernel, checked_grid(params, kKernel, num_blocks), kDecodeThreads, Tiles::kBytes};
+  allow_shared_bytes(kernel, launch);
+  kernel<<<launch.num_blocks, dim3(kWarpLanes, kDecodeWarps), launch.shared_bytes, stream>>>(params, plan);
+  ANDROMEDA_CUDA_CHECK(cudaGetLastError(), launch);
+}
+
+}  // namespace
+
+bool decode_is_better(const AttentionParams& params) {
+  const std::int64_t num_rows = num_rows_of(params);
+  if (num_rows > kMaxRows) return false;
+  const std::int64_t num_slots = count_slots();
+  // A step of the prefill kernel, 64 keys for 128 rows, is about as long: its products take the time that a step of
+  // this kernel needs for memory. But beyond 128 rows it reads a key less often, so the gain here must be a clear one.
+  const std::int64_t prefill_tiles =
+      static_cast<std::int64_t>(params.batch) * params.num_heads * ceil_div(params.seqlen_q, kPrefillRows);
+  const double prefill_cost = cost_of(prefill_tiles, ceil_div(params.seqlen_k, kDecodeStep), 1, num_slots);
+  return choose_split(params, num_slots).cost * (num_rows <= kPrefillRows ? 1.0 : 2.0) <= prefill_cost;
+}
+
+AttentionWorkspace attention_decode_workspace(const AttentionParams& params) {
+  check_attention(params, kKernel);
+  const Split split = choose_split(params, count_slots());
+  return {nullptr, nullptr, split.num_tiles * split.num_partials * partial_floats(params),
+          split.num_tiles * split.num_tickets};
+}
+
+void attention_decode(const AttentionParams& params, const AttentionWorkspace& workspace, CUstream_st* stream) {
+  check_attention(params, kKernel);
+  check_softmax_scale(params, kKernel);
+  const Split split = choose_split(params, count_slots());
+  if (split.num_tiles == 0) return;
+  check_workspace(workspace, split.num_tiles * split.num_partials * partial_floats(params),
+                  split.num_tiles * split.num_tickets);
+
+  DecodePlan plan{};
+  plan.values = workspace.values;
+  plan.tickets = reinterpret_cast<unsigned*>(workspace.tickets);
+  plan.num_rows = static_cast<int>(num_rows_of(params));
+  plan.group = params.num_heads / params.num_kv_heads;
+  plan.num_row_tiles = static_cast<int>(split.num_row_tiles);
+  plan.num_shares = static_cast<int>(split.num_shares);
+  plan.num_partials = static_cast<int>(split.num_partials);
+  plan.num_tickets = static_cast<int>(split.num_tickets);
+  plan.scale2 = scale2_of(params);
+  plan.inverse_scale = 1.0f / params.softmax_scale;
+  plan.in_chunks = in_chunks(params);
+
+  const std::int64_t num_blocks = split.num_tiles * split.num_shares;
+  dispatch_attention(params, [&](auto dtype, auto head_dim) {
+    using T = typename decltype(dtype)::type;
+    if (num_groups_of(num_rows_of(params)) == 1) {
+      launch<T, head_dim(), 1>(params, plan, num_blocks, stream);
+    } else {
+      launch<T, head_dim(), 2>(params, plan, num_blocks, stream);
+    }
+  });
+}
+
+}  // namespace andromeda::cuda

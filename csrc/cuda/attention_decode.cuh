@@ -1,0 +1,539 @@
+// attention (SPEC 5.4-5.6) for few query rows and many keys: decoding, short continuations.
+//
+//   out = softmax(softmax_scale * q k^T - alibi_slopes * |i - j|) v
+//
+// All query heads of a key head and all tokens are packed into the rows of one tile (row = token * group + head), so
+// that a key is read once for all of them. A block owns 16 or 32 rows of one (batch, key head) and a share of the keys;
+// its warps take slices of 16 keys in turn, each with a maximum, sum and output of its own:
+//
+//              steps of 64 keys, num_shares runs of them
+//             +----+----+----+----+----+----+----+----+--
+//   16 or 32  |w0  | w1 | w2 | w3 |w0  | w1 | w2 | w3 |       S = q k^T    rows x 16
+//     rows    |    |    |    |    |    |    |    |    |       out += P v   rows x head_dim, registers
+//             +----+----+----+----+----+----+----+----+--
+//
+// A slice's keys and values travel through a ring that belongs to the warp: no barrier of the block in the loop, and as
+// soon as the keys of a slice have been multiplied their place takes those of the slice kStages ahead.
+//
+//   shared memory, head_dim 128     queries 8 KiB, ring 4 warps x 2 stages x (4 KiB keys + 4 KiB values) = 64 KiB
+//   head_dim 64                     queries 4 KiB, ring 4 warps x 4 stages x (2 KiB keys + 2 KiB values) = 64 KiB
+//   registers, 32 rows, 128 wide    out 128, scores 16, their maxima, sums, slopes and positions 4 each
+//
+// About 4 * 32 rows FLOP per 2 bytes: a tenth of what the tensor cores can do while memory delivers. What counts is
+// bytes in flight, 64 KiB less one half-slice per warp and block, two blocks on an SM of 8.0 and 9.0. Latency times
+// bandwidth is 24 KiB per SM (gpu_kernels 6).
+//
+// The end. The four warps add their outputs through shared memory. With more than one share the block writes the sums
+// to the workspace and draws a ticket; of up to kFanIn shares the last to arrive adds them, always in the order of
+// their numbers, so that a result does not depend on timing. Groups of groups are added in the same way: a thousand
+// shares are three levels, and no block reads more than kFanIn partial results per level.
+//
+// The softmax is the one with a running maximum, in every call: its cost hides behind memory. The largest weight of a
+// row is then exactly 1, and the sum of the unrounded weights is a good enough divisor (gpu_kernels 1.3).
+//
+// Not supported: float32, head_dim above 128 (attention_launch.h).
+#pragma once
+
+#include <cstdint>
+
+#include "attention_tile.cuh"
+
+namespace andromeda::cuda {
+
+inline constexpr int kDecodeWarps = 4;
+inline constexpr int kDecodeThreads = kDecodeWarps * kWarpLanes;
+inline constexpr int kSlice = 16;                          // keys of a warp at a time: the depth of an mma
+inline constexpr int kDecodeStep = kDecodeWarps * kSlice;  // keys of a block at a time
+inline constexpr int kFanIn = 16;                          // partial results that one block adds
+
+// What the launcher decided, the same for all blocks.
+struct DecodePlan {
+  float* values;      // of the workspace: partial results, num_partials of a row tile together
+  unsigned* tickets;  // num_tickets of a row tile together, zero between calls
+  int num_rows;       // seqlen_q * group
+  int group;          // query heads of a key head
+  int num_row_tiles, num_shares, num_partials, num_tickets;
+  float scale2, inverse_scale;
+  bool in_chunks;
+};
+
+// What remains of a share: a level of the combination has one for each share, or for each group of the level before.
+template <int kRows, int kHeadDim>
+struct Partial {
+  float out[kRows * kHeadDim];  // sums of weights * values, relative to the maximum
+  float maximum[kRows];         // of the scores, base 2
+  float sum[kRows];             // of the weights
+};
+
+// Shared memory that is read element by element, behind the tiles.
+template <int kRows>
+struct DecodeShared {
+  Row rows[kRows];
+  float raw_slope[kRows];
+  float maximum[kFanIn][kRows], sum[kFanIn][kRows];  // of what is being added
+  float factor[kFanIn][kRows];                       // that takes each to the common maximum
+  float total_maximum[kRows], total_sum[kRows];
+  bool is_last;
+};
+
+template <int kHeadDim, int kGroups>
+struct DecodeTiles {
+  static constexpr int kRows = 16 * kGroups;
+  static constexpr int kQueryBytes = kTileBytes<kRows, kHeadDim>;
+  static constexpr int kSliceBytes = kTileBytes<kSlice, kHeadDim>;  // keys, or values
+  static constexpr int kStages = 256 / kHeadDim;
+  static constexpr int kRingBytes = kStages * 2 * kSliceBytes;  // of a warp
+  static constexpr int kTilesBytes = kQueryBytes + kDecodeWarps * kRingBytes;
+  static constexpr int kBytes = kTilesBytes + sizeof(DecodeShared<kRows>);
+  static_assert(kQueryBytes % kTileAlignment == 0 && kSliceBytes % kTileAlignment == 0);
+  static_assert(kBytes <= 99 * 1024, "8.6, 8.9 and 12.0 have no more");
+
+  // The outputs of the warps lie here when the tiles are done with. Eight floats more per row put the four rows that
+  // half a warp writes at once into different banks.
+  static constexpr int kOutPitch = kHeadDim + 8;
+  static_assert(kDecodeWarps * kRows * kOutPitch * static_cast<int>(sizeof(float)) <= kTilesBytes);
+};
+
+// ---- rows -----------------------------------------------------------------------------------------------------------
+
+// A packed row as a query of one head.
+struct PackedRow {
+  int query, head;
+  bool exists;
+};
+
+__device__ inline PackedRow unpack_row(const DecodePlan& plan, int kv_head, int packed) {
+  const int query = packed / plan.group;
+  return {query, kv_head * plan.group + (packed - query * plan.group), packed < plan.num_rows};
+}
+
+__device__ inline std::int64_t offset_of(const SeqStrides& stride, int batch, int seq, int head) {
+  return batch * stride.batch + seq * stride.seq + head * stride.head;
+}
+
+// Begins to copy the query rows of the block; rows and channels that do not exist become zero.
+template <int kHeadDim, int kRows, typename T>
+__device__ inline void load_queries(std::uint32_t tile, const AttentionParams& params, const DecodePlan& plan,
+                                    int batch, int kv_head, int first_row, int thread) {
+  constexpr int kChunks = kHeadDim / kChunkWidth<T>;
+  static_assert(kRows * kChunks % kDecodeThreads == 0);
+  const T* q = static_cast<const T*>(params.q);
+#pragma unroll 1
+  for (int i = thread; i < kRows * kChunks; i += kDecodeThreads) {
+    const int row = i / kChunks, chunk = i % kChunks;
+    const PackedRow packed = unpack_row(plan, kv_head, first_row + row);
+    const int channels = packed.exists ? params.head_dim - chunk * kChunkWidth<T> : 0;
+    const T* source = q;
+    if (channels > 0) {
+      source += offset_of(params.q_stride, batch, packed.query, packed.head) + chunk * kChunkWidth<T>;
+    }
+    const std::uint32_t target = tile + chunk_offset<kRows>(row, chunk);
+    if (plan.in_chunks) {
+      cp_async(target, source, channels > 0 ? kChunkBytes : 0);
+    } else {
+      const uint4 bits = load_elements(source, channels);
+      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(target), "r"(bits.x), "r"(bits.y), "r"(bits.z),
+                   "r"(bits.w)
+                   : "memory");
+    }
+  }
+}
+
+// Describes the block's rows, one per lane: writes them to `shared` (one warp does) and returns what they see.
+template <int kRows>
+__device__ inline Reach describe_rows(DecodeShared<kRows>* shared, const AttentionParams& params,
+                                      const DecodePlan& plan, int batch, int kv_head, int first_row, bool write) {
+  const int lane = static_cast<int>(threadIdx.x);
+  const PackedRow packed = unpack_row(plan, kv_head, first_row + lane);
+  const bool exists = lane < kRows && packed.exists;
+  Head head{0.0f, 0.0f, kUnlimited};
+  if (exists) head = describe_head(params, packed.head);
+  const Row row = describe_row(params, batch, exists ? packed.query : params.seqlen_q);
+  if (write && lane < kRows) {
+    shared->rows[lane] = row;
+    shared->raw_slope[lane] = head.slope * plan.inverse_scale;
+  }
+  return Reach::of(row, exists, head.window).of_warp();
+}
+
+// ---- one slice of a warp --------------------------------------------------------------------------------------------
+
+inline constexpr int kScoreTiles = kSlice / 8;
+
+// A lane's four rows (two without a second group): [group][half] is row 16 * group + 8 * half + lane / 4.
+template <int kGroups>
+struct LaneRows {
+  float raw_slope[kGroups][2];
+  int position[kGroups][2];
+  float maximum[kGroups][2];  // of the scores so far, base 2; -inf before the first visible key
+  float sum[kGroups][2];      // of the weights in this lane's columns
+};
+
+// Sets the accumulators to the bias. Rows have slopes of their own, so every score needs its own instruction pair, and
+// the form with |.| serves keys on either side. `key` is that of the lane's first column.
+template <int kGroups>
+__device__ inline void seed_bias(float (&scores)[kGroups][kScoreTiles][4], const LaneRows<kGroups>& rows, int key) {
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float distance = static_cast<float>(key - rows.position[group][half]);  // exact: formed in integers
+#pragma unroll
+      for (int n = 0; n < kScoreTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          scores[group][n][2 * half + i] =
+              -rows.raw_slope[group][half] * fabsf(distance + static_cast<float>(8 * n + i));
+        }
+      }
+    }
+  }
+}
+
+// A row without a visible key so far has no maximum: any finite one serves, its weights are 0.
+__device__ inline float reference_of(float maximum) { return maximum == -__int_as_float(0x7f800000) ? 0.0f : maximum; }
+
+// Scores become weights relative to the new maximum; what was summed before is brought to it.
+template <int kHeadDim, int kGroups>
+__device__ inline void update_softmax(float (&scores)[kGroups][kScoreTiles][4], LaneRows<kGroups>& rows,
+                                      float (&out)[kGroups][kHeadDim / 8][4], float scale2) {
+  float maximum[kGroups][2];
+  bool grew = false;
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float largest = fmaxf(scores[group][0][2 * half], scores[group][0][2 * half + 1]);
+#pragma unroll
+      for (int n = 1; n < kScoreTiles; ++n) {
+        largest = fmaxf(largest, fmaxf(scores[group][n][2 * half], scores[group][n][2 * half + 1]));
+      }
+      largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, 1));  // a row lies in four lanes
+      largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, 2));
+      maximum[group][half] = fmaxf(rows.maximum[group][half], largest * scale2);
+      grew |= maximum[group][half] > rows.maximum[group][half];
+    }
+  }
+  // Maxima grow often at first and seldom later: the output, most of the registers, is then left alone.
+  if (__any_sync(kWholeWarp, grew)) {
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float factor = exp2_approx(rows.maximum[group][half] - reference_of(maximum[group][half]));
+        rows.maximum[group][half] = maximum[group][half];
+        rows.sum[group][half] *= factor;
+#pragma unroll
+        for (int n = 0; n < kHeadDim / 8; ++n) {
+          out[group][n][2 * half] *= factor;
+          out[group][n][2 * half + 1] *= factor;
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float reference = reference_of(rows.maximum[group][half]);
+#pragma unroll
+      for (int n = 0; n < kScoreTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& score = scores[group][n][2 * half + i];
+          score = exp2_approx(fmaf(score, scale2, -reference));
+          rows.sum[group][half] += score;
+        }
+      }
+    }
+  }
+}
+
+// ---- adding partial results -----------------------------------------------------------------------------------------
+
+// A thread owns these four channels of a row, whatever is added: number `i` of kVectors.
+template <int kHeadDim>
+struct OwnVector {
+  int row, channel;
+  __device__ OwnVector(int thread, int i) {
+    const int vector = thread + i * kDecodeThreads;
+    row = vector / (kHeadDim / 4);
+    channel = vector % (kHeadDim / 4) * 4;
+  }
+};
+
+// From maxima and sums of `count` parts in shared memory: the totals, and the factor of each part. Barriers around it.
+template <int kRows>
+__device__ inline void combine_statistics(DecodeShared<kRows>* shared, int count, int thread) {
+  if (thread >= kRows) return;
+  float maximum = shared->maximum[0][thread];
+  for (int part = 1; part < count; ++part) maximum = fmaxf(maximum, shared->maximum[part][thread]);
+  const float reference = reference_of(maximum);
+  float sum = 0.0f;
+  for (int part = 0; part < count; ++part) {
+    const float factor = exp2_approx(shared->maximum[part][thread] - reference);
+    shared->factor[part][thread] = factor;
+    sum = fmaf(shared->sum[part][thread], factor, sum);
+  }
+  shared->total_maximum[thread] = maximum;
+  shared->total_sum[thread] = sum;
+}
+
+__device__ inline void add_scaled(float4& total, const float4& part, float factor) {
+  total.x = fmaf(part.x, factor, total.x);
+  total.y = fmaf(part.y, factor, total.y);
+  total.z = fmaf(part.z, factor, total.z);
+  total.w = fmaf(part.w, factor, total.w);
+}
+
+// The sum of the outputs of the warps, each in its rows of `staging`.
+template <int kHeadDim, int kGroups, int kVectors>
+__device__ inline void add_warps(float4 (&total)[kVectors], const DecodeShared<16 * kGroups>* shared,
+                                 const float* staging, int thread) {
+  using Tiles = DecodeTiles<kHeadDim, kGroups>;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const OwnVector<kHeadDim> own(thread, i);
+    total[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+    for (int warp = 0; warp < kDecodeWarps; ++warp) {
+      const float* part = staging + (warp * Tiles::kRows + own.row) * Tiles::kOutPitch + own.channel;
+      add_scaled(total[i], *reinterpret_cast<const float4*>(part), shared->factor[warp][own.row]);
+    }
+  }
+}
+
+template <int kRows, int kHeadDim, int kVectors>
+__device__ inline void write_partial(Partial<kRows, kHeadDim>* partial, const float4 (&total)[kVectors],
+                                     const DecodeShared<kRows>* shared, int rows, int thread) {
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const OwnVector<kHeadDim> own(thread, i);
+    if (own.row < rows) *reinterpret_cast<float4*>(partial->out + own.row * kHeadDim + own.channel) = total[i];
+  }
+  if (thread < kRows) {
+    partial->maximum[thread] = shared->total_maximum[thread];
+    partial->sum[thread] = shared->total_sum[thread];
+  }
+}
+
+// The sum of `count` partial results of other blocks: past L1, which may hold older values.
+template <int kRows, int kHeadDim, int kVectors>
+__device__ inline void add_partials(float4 (&total)[kVectors], DecodeShared<kRows>* shared,
+                                    const Partial<kRows, kHeadDim>* partials, int count, int rows, int thread) {
+  for (int i = thread; i < count * kRows; i += kDecodeThreads) {
+    shared->maximum[i / kRows][i % kRows] = __ldcg(partials[i / kRows].maximum + i % kRows);
+    shared->sum[i / kRows][i % kRows] = __ldcg(partials[i / kRows].sum + i % kRows);
+  }
+  __syncthreads();  // all statistics are there
+  combine_statistics(shared, count, thread);
+  __syncthreads();  // all factors are there
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) total[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 2
+  for (int part = 0; part < count; ++part) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const OwnVector<kHeadDim> own(thread, i);
+      if (own.row >= rows) continue;
+      const float* values = partials[part].out + own.row * kHeadDim + own.channel;
+      add_scaled(total[i], __ldcg(reinterpret_cast<const float4*>(values)), shared->factor[part][own.row]);
+    }
+  }
+}
+
+// Divides, rounds and writes the rows of the block, and their log-sum-exp.
+template <typename T, int kRows, int kHeadDim, int kVectors>
+__device__ inline void write_rows(const AttentionParams& params, const DecodePlan& plan, int batch, int kv_head,
+                                  int first_row, const float4 (&total)[kVectors], const DecodeShared<kRows>* shared,
+                                  int thread) {
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const OwnVector<kHeadDim> own(thread, i);
+    const PackedRow packed = unpack_row(plan, kv_head, first_row + own.row);
+    const int channels = params.head_dim - own.channel;
+    if (!packed.exists || channels <= 0) continue;
+    const float sum = shared->total_sum[own.row];
+    const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;  // 0: a row that sees no key; a NaN stays one
+    const uint2 bits = make_uint2(pack<T>(total[i].x * factor, total[i].y * factor),
+                                  pack<T>(total[i].z * factor, total[i].w * factor));
+    T* target =
+        static_cast<T*>(params.out) + offset_of(params.out_stride, batch, packed.query, packed.head) + own.channel;
+    if (plan.in_chunks) {
+      *reinterpret_cast<uint2*>(target) = bits;
+    } else {
+      const T* elements = reinterpret_cast<const T*>(&bits);
+#pragma unroll
+      for (int channel = 0; channel < 4; ++channel) {
+        if (channel < channels) target[channel] = elements[channel];
+      }
+    }
+  }
+  if (thread < kRows) {
+    const PackedRow packed = unpack_row(plan, kv_head, first_row + thread);
+    if (!packed.exists) return;
+    const std::int64_t head = static_cast<std::int64_t>(batch) * params.num_heads + packed.head;
+    params.softmax_lse[head * params.seqlen_q + packed.query] =
+        fmaf(shared->total_maximum[thread], kLn2, logf(shared->total_sum[thread]));
+  }
+}
+
+// ---- the kernel -----------------------------------------------------------------------------------------------------
+
+// Blocks of dim3(32, kDecodeWarps), so that threadIdx.x is the lane: load_tile then works for one warp. Row tiles of
+// the same keys are neighbours in the grid: the second reads what the first has brought to L2.
+template <typename T, int kHeadDim, int kGroups>
+__global__ void __launch_bounds__(kDecodeThreads, 2)
+    attention_decode_kernel(const __grid_constant__ AttentionParams params, const __grid_constant__ DecodePlan plan) {
+  using Tiles = DecodeTiles<kHeadDim, kGroups>;
+  constexpr int kRows = Tiles::kRows, kStages = Tiles::kStages;
+  extern __shared__ __align__(kTileAlignment) unsigned char shared_memory[];
+  auto* shared = reinterpret_cast<DecodeShared<kRows>*>(shared_memory + Tiles::kTilesBytes);
+  const int lane = static_cast<int>(threadIdx.x), warp = static_cast<int>(threadIdx.y);
+  const int thread = warp * kWarpLanes + lane;
+  const std::uint32_t queries = shared_address(shared_memory);
+  const std::uint32_t ring = queries + Tiles::kQueryBytes + warp * Tiles::kRingBytes;
+
+  int block = static_cast<int>(blockIdx.x);
+  const int row_tile = block % plan.num_row_tiles;
+  block /= plan.num_row_tiles;
+  const int share = block % plan.num_shares;
+  block /= plan.num_shares;
+  const int kv_head = block % params.num_kv_heads, batch = block / params.num_kv_heads;
+  const int first_row = row_tile * kRows;
+
+  // The rows, and which keys they see.
+  load_queries<kHeadDim, kRows, T>(queries, params, plan, batch, kv_head, first_row, thread);
+  cp_async_commit();
+  const Reach reach = describe_rows(shared, params, plan, batch, kv_head, first_row, warp == 0);
+
+  // This block's run of steps and this warp's slices of it: numbers 0 ... num_slices - 1, kDecodeStep keys apart.
+  const int begin = reach.begin / kSlice * kSlice;
+  const std::int64_t num_steps = reach.end > begin ? (reach.end - begin + kDecodeStep - 1) / kDecodeStep : 0;
+  const int first_step = static_cast<int>(num_steps * share / plan.num_shares);
+  const int end_step = static_cast<int>(num_steps * (share + 1) / plan.num_shares);
+  const int first_key = begin + first_step * kDecodeStep + warp * kSlice;
+  int num_slices = end_step - first_step;
+  if (num_slices > 0 && first_key + (num_slices - 1) * kDecodeStep >= reach.end) --num_slices;
+
+  const T* key_data = static_cast<const T*>(params.k) + offset_of(params.k_stride, batch, 0, kv_head);
+  const T* value_data = static_cast<const T*>(params.v) + offset_of(params.v_stride, batch, 0, kv_head);
+  const Rows<const T> keys{key_data, params.k_stride.seq, params.seqlen_k, params.head_dim, plan.in_chunks};
+  const Rows<const T> values{value_data, params.v_stride.seq, params.seqlen_k, params.head_dim, plan.in_chunks};
+  // Every call commits a group, an empty one past the end, so that a fixed number of younger groups says "arrived".
+  const auto load_slice = [&](const Rows<const T>& rows, int slice, std::uint32_t place) {
+    if (slice < num_slices) {
+      load_tile<kSlice, kHeadDim, kWarpLanes>(place, rows, first_key + slice * kDecodeStep);
+    }
+    cp_async_commit();
+  };
+  const auto keys_of = [&](int slice) { return ring + slice % kStages * (2 * Tiles::kSliceBytes); };
+  const auto values_of = [&](int slice) { return keys_of(slice) + Tiles::kSliceBytes; };
+  constexpr int kYounger = 2 * kStages - 1;
+#pragma unroll
+  for (int slice = 0; slice < kStages; ++slice) {
+    load_slice(keys, slice, keys_of(slice));
+    load_slice(values, slice, values_of(slice));
+  }
+  cp_async_wait<2 * kStages>();  // the queries
+  __syncthreads();               // everyone's, and the description of the rows
+
+  LaneRows<kGroups> rows;
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = group * 16 + half * 8 + (lane >> 2);
+      rows.raw_slope[group][half] = shared->raw_slope[row];
+      rows.position[group][half] = shared->rows[row].position;
+      rows.maximum[group][half] = -__int_as_float(0x7f800000);
+      rows.sum[group][half] = 0.0f;
+    }
+  }
+  float out[kGroups][kHeadDim / 8][4] = {};
+
+  for (int slice = 0; slice < num_slices; ++slice) {
+    const int key = first_key + slice * kDecodeStep;
+    const int lane_key = key + ((lane & 3) << 1);
+    float scores[kGroups][kScoreTiles][4];
+    seed_bias(scores, rows, lane_key);
+    cp_async_wait<kYounger>();
+    __syncwarp();  // the keys of all lanes have arrived
+    multiply_transposed<T, kHeadDim, kRows, kSlice>(scores, queries, 0, keys_of(slice));
+    __syncwarp();  // the keys have been read by all lanes
+    load_slice(keys, slice + kStages, keys_of(slice));
+
+    if (!reach.is_plain(key, kSlice)) hide(scores, shared->rows, lane_key);
+    update_softmax<kHeadDim>(scores, rows, out, plan.scale2);
+    std::uint32_t weights[kGroups][4];
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) pack_operand<T>(weights[group], scores[group], 0);
+
+    cp_async_wait<kYounger>();
+    __syncwarp();  // the values of all lanes have arrived
+    multiply_step<T, kHeadDim, kSlice>(out, weights, values_of(slice), 0);
+    __syncwarp();  // the values have been read by all lanes
+    load_slice(values, slice + kStages, values_of(slice));
+  }
+
+  // The warps' results become the block's.
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+    sum_over_group(rows.sum[group], 2);  // the four lanes of a row
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = group * 16 + half * 8 + (lane >> 2);
+      if ((lane & 3) == 0) {
+        shared->maximum[warp][row] = rows.maximum[group][half];
+        shared->sum[warp][row] = rows.sum[group][half];
+      }
+    }
+  }
+  __syncthreads();  // statistics are there; all warps have finished with queries and ring, which become staging
+  auto* staging = reinterpret_cast<float*>(shared_memory);
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = warp * kRows + group * 16 + half * 8 + (lane >> 2);
+      auto* target = reinterpret_cast<float2*>(staging + row * Tiles::kOutPitch + ((lane & 3) << 1));
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 8; ++n) {
+        target[n * 4] = make_float2(out[group][n][2 * half], out[group][n][2 * half + 1]);
+      }
+    }
+  }
+  combine_statistics(shared, kDecodeWarps, thread);
+  __syncthreads();  // outputs and factors are there
+  float4 total[kRows * kHeadDim / 4 / kDecodeThreads];
+  add_warps<kHeadDim, kGroups>(total, shared, staging, thread);
+
+  // The shares' results become the tile's, level by level.
+  const std::int64_t tile =
+      (static_cast<std::int64_t>(batch) * params.num_kv_heads + kv_head) * plan.num_row_tiles + row_tile;
+  auto* level = reinterpret_cast<Partial<kRows, kHeadDim>*>(plan.values) + tile * plan.num_partials;
+  unsigned* tickets = plan.tickets + tile * plan.num_tickets;
+  const int rows_here = min(plan.num_rows - first_row, kRows);
+  int index = share, count = plan.num_shares;
+  while (count > 1) {
+    write_partial(level + index, total, shared, rows_here, thread);
+    const int group = index / kFanIn, first = group * kFanIn, size = min(count - first, kFanIn);
+    __syncthreads();  // the whole block has written its part before the ticket says so
+    if (thread == 0) {
+      __threadfence();
+      // Counts to size - 1 and then wraps to 0: the next call finds the ticket as this one did.
+      shared->is_last = atomicInc(tickets + group, size - 1) == size - 1;
+    }
+    __syncthreads();
+    if (!shared->is_last) return;
+    __threadfence();  // the parts that the other tickets announced are read after this
+    add_partials(total, shared, level + first, size, rows_here, thread);
+    level += count;
+    index = group;
+    count = (count + kFanIn - 1) / kFanIn;
+    tickets += count;
+  }
+  write_rows<T, kRows, kHeadDim>(params, plan, batch, kv_head, first_row, total, shared, thread);
+}
+
+}  // namespace andromeda::cuda

@@ -1,0 +1,42 @@
+// Attention forward on the GPU: checks, the choice between its two kernels, and the launch of the one for many query
+// rows (attention_forward.cuh). The other is in attention_decode.cu.
+//
+// The tensors' device must be the current one. Nothing is allocated and nothing waits: a launch can be captured.
+#include "attention_forward.cuh"
+#include "attention_launch.h"
+
+namespace andromeda::cuda {
+namespace {
+
+constexpr const char* kName = "attention_forward";
+
+template <typename T, int kHeadDim>
+void launch(const AttentionParams& params, CUstream_st* stream) {
+  const std::int64_t query_tiles = ceil_div(params.seqlen_q, kForwardQueries);
+  const std::int64_t num_blocks = query_tiles * params.batch * params.num_heads;
+  if (num_blocks == 0) return;
+  const ForwardPlan plan = {scale2_of(params), static_cast<int>(query_tiles), in_chunks(params)};
+  const Launch launch = {kName, checked_grid(params, kName, num_blocks), kForwardThreads,
+                         kForwardSharedBytes<kHeadDim>};
+  const auto kernel = attention_forward_kernel<T, kHeadDim>;
+  allow_shared_bytes(kernel, launch);
+  kernel<<<launch.num_blocks, launch.num_threads, launch.shared_bytes, stream>>>(params, plan);
+  ANDROMEDA_CUDA_CHECK(cudaGetLastError(), launch);
+}
+
+}  // namespace
+
+AttentionWorkspace attention_forward_workspace(const AttentionParams& params) {
+  check_attention(params, kName);
+  return decode_is_better(params) ? attention_decode_workspace(params) : AttentionWorkspace{};
+}
+
+void attention_forward(const AttentionParams& params, const AttentionWorkspace& workspace, CUstream_st* stream) {
+  check_attention(params, kName);
+  check_softmax_scale(params, kName);
+  if (decode_is_better(params)) return attention_decode(params, workspace, stream);
+  dispatch_attention(
+      params, [&](auto dtype, auto head_dim) { launch<typename decltype(dtype)::type, head_dim()>(params, stream); });
+}
+
+}  // namespace andromeda::cuda

@@ -1,0 +1,288 @@
+// Attention forward for many query rows, on mma.sync (sm_80 and later): attention.h has the formula, SPEC 5.4-5.6.
+//
+// A block owns 128 query rows of one head, a warp 32 of them as two groups of 16; keys come in tiles of 64, from the
+// last visible one to the first:
+//
+//                    keys, 64 per tile                   registers of a lane          head_dim   64      128
+//                 <- processed leftwards                 output, float32                         64      128
+//               +-------+-------+-------+                scores, then weights, float32           64       64
+//     warp 0    | plain | plain | hide  |                sums, references                        16       16
+//     warp 1    | plain | plain | hide  |
+//     warp 2    | plain | plain | plain | hide           shared memory
+//     warp 3    | plain | plain | plain | hide           Q 128 rows, K 64, V 64                32 KiB   64 KiB
+//               +-------+-------+-------+                visible keys of each row             1.5 KiB  1.5 KiB
+//
+// With two groups a fragment of K or V read from shared memory serves two products. There is one buffer for K and one
+// for V: V arrives during Q K^T, the next K during P V, and the second block of a multiprocessor computes while this
+// one waits. Tiles that no row of a block sees, or that its bias makes negligible (Head::window), are not loaded; a
+// warp computes none that its own 32 rows do not see.
+//
+// Softmax: the weight of a score s is 2^(s * scale2 - reference). Where the head's logits have a small bound the
+// reference is a constant (bounded, gpu_kernels 1.3), otherwise the row's largest score so far (online). The output is
+// divided by the sum of the weights as rounded for the second product, so that the rounding of a dominant weight
+// cancels; that sum is one more column of the product. softmax_lse takes the sum of the unrounded weights.
+//
+// Cost: 4 * head_dim flops per visible pair. Q and out move once; K and V once per query tile, from L2 where the heads
+// that share them run together. float32 operations per score: 0.5 for the bias, 1 for the exponent, 1 for the sum, 0.5
+// to pack; online softmax 1 more.
+//
+// Not here: float32 operands, head_dim above 128, dropout.
+#pragma once
+
+#include "attention_tile.cuh"
+
+namespace andromeda::cuda {
+
+inline constexpr int kForwardWarps = 4;
+inline constexpr int kForwardThreads = kForwardWarps * kWarpLanes;
+inline constexpr int kForwardGroups = 2;                                  // of 16 rows, per warp
+inline constexpr int kForwardWarpRows = kForwardGroups * 16;              // one lane describes each
+inline constexpr int kForwardQueries = kForwardWarps * kForwardWarpRows;  // per block
+inline constexpr int kForwardKeys = 64;                                   // per tile
+static_assert(kForwardWarpRows == kWarpLanes);
+
+template <int kHeadDim>
+inline constexpr int kForwardSharedBytes =
+    kTileBytes<kForwardQueries, kHeadDim> + 2 * kTileBytes<kForwardKeys, kHeadDim>;
+
+// Registers allow two blocks per multiprocessor with head_dim 128, and three with 64.
+template <int kHeadDim>
+inline constexpr int kForwardMinBlocks = kHeadDim == 128 ? 2 : 3;
+
+struct ForwardPlan {
+  float scale2;     // softmax_scale * log2(e)
+  int query_tiles;  // per head
+  bool in_chunks;   // q, k, v and out
+};
+
+using ForwardScores = Accumulator<kForwardGroups, kForwardKeys / 8>;
+using ForwardWeights = std::uint32_t[kForwardKeys / 16][kForwardGroups][4];  // a step of 16 keys is one operand
+using ForwardRowValues = float[kForwardGroups][2];  // of rows g ([0]) and g + 8 ([1]) of each group
+
+// Which part of the problem a block owns. The slow index is the query tile, the last one first: under a causal mask it
+// sees most keys, and the blocks that end the launch are short. All heads, which share keys, run side by side; the last
+// ones first, since heads without a bias are last in this model family and have most to do.
+struct ForwardBlock {
+  int batch, head, query;
+
+  __device__ static ForwardBlock of_index(const AttentionParams& params, const ForwardPlan& plan) {
+    unsigned index = blockIdx.x;
+    const int head = params.num_heads - 1 - static_cast<int>(index % params.num_heads);
+    index /= params.num_heads;
+    const int batch = static_cast<int>(index % params.batch);
+    const int tile = plan.query_tiles - 1 - static_cast<int>(index / params.batch);
+    return {batch, head, tile * kForwardQueries};
+  }
+};
+
+// What the block agrees on before its loop; in shared memory.
+struct ForwardAgreement {
+  Row rows[kForwardQueries];
+  int begin[kForwardWarps], end[kForwardWarps];  // keys that a warp's rows see, the window taken off
+  int all_see_themselves[kForwardWarps];
+};
+
+// Moves the references to the rows' largest scores so far, and what was summed against the old ones with them.
+template <int kTiles>
+__device__ inline void move_references(ForwardRowValues& reference, float (&out)[kForwardGroups][kTiles][4],
+                                       float (&rounded_sum)[kForwardGroups][4], ForwardRowValues& sum,
+                                       const ForwardScores& scores, float scale2) {
+  ForwardRowValues factor;
+  bool moved = false;
+#pragma unroll
+  for (int group = 0; group < kForwardGroups; ++group) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float largest = reference[group][half];
+#pragma unroll
+      for (int n = 0; n < kForwardKeys / 8; ++n) {
+        largest = fmaxf(largest, fmaxf(scores[group][n][2 * half], scores[group][n][2 * half + 1]));
+      }
+      largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, 1));
+      largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, 2));
+      const bool moves = largest > reference[group][half];  // false while both are -inf
+      factor[group][half] = moves ? exp2_approx((reference[group][half] - largest) * scale2) : 1.0f;
+      reference[group][half] = largest;
+      moved |= moves;
+    }
+  }
+  if (!__any_sync(kWholeWarp, moved)) return;
+#pragma unroll
+  for (int group = 0; group < kForwardGroups; ++group) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      sum[group][half] *= factor[group][half];
+#pragma unroll
+      for (int i = 2 * half; i < 2 * half + 2; ++i) {
+        rounded_sum[group][i] *= factor[group][half];
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) out[group][n][i] *= factor[group][half];
+      }
+    }
+  }
+}
+
+// The reference as an exponent of 2. A row that has not seen a key has none, and only scores of -inf: any will do.
+__device__ inline float exponent_of(float reference, float scale2) {
+  return reference == -__int_as_float(0x7f800000) ? 0.0f : reference * scale2;
+}
+
+// Scores become weights, packed as operands. The sum of a tile is formed apart: a long row would lose the last bits of
+// small addends.
+template <typename T>
+__device__ inline void take_weights(ForwardWeights& weights, ForwardRowValues& sum, ForwardScores& scores,
+                                    const ForwardRowValues& reference, float scale2) {
+#pragma unroll
+  for (int group = 0; group < kForwardGroups; ++group) {
+    const float exponent[2] = {exponent_of(reference[group][0], scale2), exponent_of(reference[group][1], scale2)};
+    float of_tile[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int step = 0; step < kForwardKeys / 16; ++step) {
+#pragma unroll
+      for (int n = 2 * step; n < 2 * step + 2; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          scores[group][n][i] = exp2_approx(fmaf(scores[group][n][i], scale2, -exponent[i / 2]));
+          of_tile[i / 2] += scores[group][n][i];
+        }
+      }
+      pack_operand<T>(weights[step][group], scores[group], step);
+    }
+    sum[group][0] += of_tile[0];
+    sum[group][1] += of_tile[1];
+  }
+}
+
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
+    attention_forward_kernel(const AttentionParams params, const ForwardPlan plan) {
+  extern __shared__ __align__(kTileAlignment) unsigned char shared[];
+  __shared__ ForwardAgreement agreement;
+  const std::uint32_t q_tile = shared_address(shared);
+  const std::uint32_t k_tile = q_tile + kTileBytes<kForwardQueries, kHeadDim>;
+  const std::uint32_t v_tile = k_tile + kTileBytes<kForwardKeys, kHeadDim>;
+
+  const ForwardBlock block = ForwardBlock::of_index(params, plan);
+  const int kv_head = block.head / (params.num_heads / params.num_kv_heads);
+  const auto rows_of = [&](auto* data, const SeqStrides& stride, int head, int count) {
+    return Rows<std::remove_reference_t<decltype(*data)>>{data + block.batch * stride.batch + head * stride.head,
+                                                          stride.seq, count, params.head_dim, plan.in_chunks};
+  };
+  const auto q = rows_of(static_cast<const T*>(params.q), params.q_stride, block.head, params.seqlen_q);
+  const auto k = rows_of(static_cast<const T*>(params.k), params.k_stride, kv_head, params.seqlen_k);
+  const auto v = rows_of(static_cast<const T*>(params.v), params.v_stride, kv_head, params.seqlen_k);
+
+  // Which keys the rows see, one row per lane; then the block's range of tiles and its kind of softmax.
+  const Head head = describe_head(params, block.head);
+  const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
+  const int warp = static_cast<int>(threadIdx.x) / kWarpLanes;
+  const int warp_row = warp * kForwardWarpRows;
+  const int first_query = block.query + warp_row;  // of the warp
+  const Row own_row = describe_row(params, block.batch, first_query + lane);
+  const bool exists = first_query + lane < params.seqlen_q;
+  const Reach reach = Reach::of(own_row, exists, head.window).of_warp();
+  const bool sees_itself = __all_sync(kWholeWarp, !exists || own_row.empty() || own_row.sees_itself());
+  agreement.rows[threadIdx.x] = own_row;
+  if (lane == 0) {
+    agreement.begin[warp] = reach.begin;
+    agreement.end[warp] = reach.end;
+    agreement.all_see_themselves[warp] = sees_itself;
+  }
+  __syncthreads();  // the agreement is complete
+  int begin = kUnlimited, end = 0;
+  bool is_bounded = true;  // own keys alone keep a biased row's weights in range
+#pragma unroll
+  for (int i = 0; i < kForwardWarps; ++i) {
+    begin = min(begin, agreement.begin[i]);
+    end = max(end, agreement.end[i]);
+    is_bounded = is_bounded && agreement.all_see_themselves[i] != 0;
+  }
+  is_bounded = head.bound <= kMaxBound<T> && (head.slope == 0.0f || is_bounded);
+  const int first_tile = begin / kForwardKeys;
+  const int num_tiles = begin < end ? (end + kForwardKeys - 1) / kForwardKeys - first_tile : 0;
+
+  // The position of the lane's first row, the bias and the references in units of <q, k>. With a bound the
+  // reference undoes seed_bias's lowering of rows g, so that a weight is that of the true logit.
+  const int position = first_query + (lane >> 2) + (params.seqlen_k - params.seqlen_q);
+  const float raw_slope = head.slope / params.softmax_scale;
+  ForwardRowValues reference, sum;
+  float rounded_sum[kForwardGroups][4] = {};
+  float out[kForwardGroups][kHeadDim / 8][4] = {};
+#pragma unroll
+  for (int group = 0; group < kForwardGroups; ++group) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      reference[group][half] = is_bounded ? -lowered_by(half) * raw_slope : -__int_as_float(0x7f800000);
+      sum[group][half] = 0.0f;
+    }
+  }
+
+  if (num_tiles > 0) {
+    load_tile<kForwardQueries, kHeadDim, kForwardThreads>(q_tile, q, block.query);
+    load_tile<kForwardKeys, kHeadDim, kForwardThreads>(k_tile, k, (first_tile + num_tiles - 1) * kForwardKeys);
+    cp_async_commit();
+  }
+#pragma unroll 1
+  for (int tile = first_tile + num_tiles - 1; tile >= first_tile; --tile) {
+    const int key = tile * kForwardKeys;
+    const int lane_key = key + 2 * (lane & 3);
+    const bool touched = reach.touches(key, kForwardKeys);  // the same in all lanes
+    ForwardWeights weights;
+
+    cp_async_wait<0>();
+    __syncthreads();  // K (and Q) have arrived for all; all have read the V before
+    load_tile<kForwardKeys, kHeadDim, kForwardThreads>(v_tile, v, key);
+    cp_async_commit();
+    if (touched) {
+      // With a causal mask what lies right of the diagonal is hidden, and without a bias both forms are zero.
+      const bool left_of_diagonal = params.causal || head.slope == 0.0f ||
+                                    key + kForwardKeys <= first_query + params.seqlen_k - params.seqlen_q + 1;
+      ForwardScores scores;
+      seed_bias(scores, raw_slope, position, lane_key, left_of_diagonal);
+      multiply_transposed<T, kHeadDim, kForwardQueries, kForwardKeys>(scores, q_tile, warp_row, k_tile);
+      if (!reach.is_plain(key, kForwardKeys)) hide(scores, agreement.rows + warp_row, lane_key);
+      if (!is_bounded) move_references(reference, out, rounded_sum, sum, scores, plan.scale2);
+      take_weights<T>(weights, sum, scores, reference, plan.scale2);
+    }
+
+    cp_async_wait<0>();
+    __syncthreads();  // V has arrived for all; all have read K
+    if (tile > first_tile) {
+      load_tile<kForwardKeys, kHeadDim, kForwardThreads>(k_tile, k, key - kForwardKeys);
+      cp_async_commit();
+    }
+    if (touched) {
+#pragma unroll
+      for (int step = 0; step < kForwardKeys / 16; ++step) {
+#pragma unroll
+        for (int group = 0; group < kForwardGroups; ++group) {
+          mma<T>(rounded_sum[group], weights[step][group], kPairOfOnes<T>, kPairOfOnes<T>);
+        }
+        multiply_step<T, kHeadDim, kForwardKeys>(out, weights[step], v_tile, step);
+      }
+    }
+  }
+
+  // All columns of rounded_sum are equal. `sum` holds the lane's columns; the four lanes of a row add theirs.
+  ForwardRowValues factor;
+#pragma unroll
+  for (int group = 0; group < kForwardGroups; ++group) {
+    sum_over_group(sum[group], 2);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float divisor = rounded_sum[group][2 * half];
+      factor[group][half] = divisor == 0.0f ? 0.0f : 1.0f / divisor;
+      const int query = first_query + group * 16 + half * 8 + (lane >> 2);
+      if ((lane & 3) == 0 && query < params.seqlen_q) {
+        const float log2_sum =
+            exponent_of(reference[group][half], plan.scale2) + log2f(sum[group][half]);  // -inf without a visible key
+        const std::int64_t row = static_cast<std::int64_t>(block.batch) * params.num_heads + block.head;
+        params.softmax_lse[row * params.seqlen_q + query] = fmaf(kLn2, log2_sum, lowered_by(half) * head.slope);
+      }
+    }
+  }
+  const auto target = rows_of(static_cast<T*>(params.out), params.out_stride, block.head, params.seqlen_q);
+  store_rows<T, kHeadDim, kForwardQueries, kForwardGroups>(target, first_query, out, factor, q_tile, warp_row);
+}
+
+}  // namespace andromeda::cuda

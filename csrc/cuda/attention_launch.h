@@ -1,0 +1,122 @@
+// What the launchers of the attention kernels share: checks, alignment, grid and shared memory, the choice of a
+// variant, and the second kernel behind attention_forward. Host code only.
+#pragma once
+
+#include <climits>
+#include <cstdint>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "andromeda/attention.h"
+#include "andromeda/dispatch.h"
+#include "check.cuh"
+#include "load.cuh"
+
+namespace andromeda::cuda {
+
+// ---- the kernel for few query rows and many keys: attention_decode.cu ----------------------------------------------
+
+bool decode_is_better(const AttentionParams& params);  // reads what attention_forward_workspace may read
+AttentionWorkspace attention_decode_workspace(const AttentionParams& params);
+void attention_decode(const AttentionParams& params, const AttentionWorkspace& workspace, CUstream_st* stream);
+
+// ---- checks ---------------------------------------------------------------------------------------------------------
+
+// What protects memory and the kernels' arithmetic; Python has checked the meaning. `kernel` begins the messages.
+inline void check_attention(const AttentionParams& params, const char* kernel) {
+  const auto refuse = [&](const std::string& message) {
+    throw std::invalid_argument(std::string(kernel) + ": " + message);
+  };
+  if (params.dtype != DType::kFloat16 && params.dtype != DType::kBFloat16) {
+    refuse("dtype must be float16 or bfloat16 on CUDA; pass backend=\"reference\" for other types");
+  }
+  if (params.head_dim < 1 || params.head_dim > kMaxAttentionHeadDim) {
+    refuse("head_dim must be between 1 and " + std::to_string(kMaxAttentionHeadDim) + " on CUDA, got " +
+           std::to_string(params.head_dim));
+  }
+  if (params.num_heads > 0 && (params.num_kv_heads < 1 || params.num_heads % params.num_kv_heads != 0)) {
+    refuse("num_heads must be a multiple of num_kv_heads, got " + std::to_string(params.num_heads) + " and " +
+           std::to_string(params.num_kv_heads));
+  }
+}
+
+// Apart from the above, because a workspace is sized without the scale. Refuses NaN too.
+inline void check_softmax_scale(const AttentionParams& params, const char* kernel) {
+  if (!(params.softmax_scale >= kMinSoftmaxScale)) {
+    throw std::invalid_argument(std::string(kernel) + ": softmax_scale must be at least 2^-60 on CUDA, got " +
+                                std::to_string(params.softmax_scale));
+  }
+}
+
+// ---- alignment ------------------------------------------------------------------------------------------------------
+
+// Whether every row of a tensor of 16-bit elements starts at a multiple of 16 bytes. The stride of a dimension of size
+// 1 is never used.
+inline bool in_chunks(const void* data, const SeqStrides& stride, int batch, int seqlen, int num_heads) {
+  constexpr int kWidth = kChunkBytes / 2;
+  const auto fits = [](int size, std::int64_t step) { return size <= 1 || step % kWidth == 0; };
+  return reinterpret_cast<std::uintptr_t>(data) % kChunkBytes == 0 && fits(batch, stride.batch) &&
+         fits(seqlen, stride.seq) && fits(num_heads, stride.head);
+}
+
+// Whether q, k, v and out of a call can all be moved in chunks.
+inline bool in_chunks(const AttentionParams& params) {
+  const int batch = params.batch;
+  return params.head_dim % (kChunkBytes / 2) == 0 &&
+         in_chunks(params.q, params.q_stride, batch, params.seqlen_q, params.num_heads) &&
+         in_chunks(params.k, params.k_stride, batch, params.seqlen_k, params.num_kv_heads) &&
+         in_chunks(params.v, params.v_stride, batch, params.seqlen_k, params.num_kv_heads) &&
+         in_chunks(params.out, params.out_stride, batch, params.seqlen_q, params.num_heads);
+}
+
+// ---- launches -------------------------------------------------------------------------------------------------------
+
+inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// softmax_scale * log2(e), rounded once: 2^(score * scale2) is the weight of a score <q, k>.
+inline float scale2_of(const AttentionParams& params) {
+  return static_cast<float>(static_cast<double>(params.softmax_scale) * 1.4426950408889634074);
+}
+
+// The grid is one-dimensional: y and z end at 65 535.
+inline unsigned checked_grid(const AttentionParams& params, const char* kernel, std::int64_t num_blocks) {
+  if (num_blocks > INT_MAX) {
+    throw std::invalid_argument(
+        std::string(kernel) + ": batch=" + std::to_string(params.batch) +
+        ", seqlen_q=" + std::to_string(params.seqlen_q) + ", seqlen_k=" + std::to_string(params.seqlen_k) +
+        ", num_heads=" + std::to_string(params.num_heads) + " need " + std::to_string(num_blocks) +
+        " blocks, more than a grid can have (2147483647); pass a part of the batch at a time");
+  }
+  return static_cast<unsigned>(num_blocks);
+}
+
+// Above 48 KiB a kernel must be allowed its dynamic shared memory, on each device: cheap, so done before every launch.
+template <typename Kernel>
+void allow_shared_bytes(Kernel* kernel, const Launch& launch) {
+  ANDROMEDA_CUDA_CHECK(
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           static_cast<int>(launch.shared_bytes)),
+      launch);
+}
+
+// Calls function(TypeTag<T>, std::integral_constant<int, kHeadDim>) with what the kernels are built for: a head_dim
+// between is padded with zeros to the next one. After check_attention.
+template <typename Function>
+void dispatch_attention(const AttentionParams& params, const Function& function) {
+  const auto with_head_dim = [&](auto dtype) {
+    if (params.head_dim <= 64) {
+      function(dtype, std::integral_constant<int, 64>{});
+    } else {
+      function(dtype, std::integral_constant<int, kMaxAttentionHeadDim>{});
+    }
+  };
+  if (params.dtype == DType::kFloat16) {
+    with_head_dim(TypeTag<StorageTypes::Float16>{});
+  } else {
+    with_head_dim(TypeTag<StorageTypes::BFloat16>{});
+  }
+}
+
+}  // namespace andromeda::cuda

@@ -1,0 +1,324 @@
+"""CUDA kernels without a GPU: their PTX is interpreted on the CPU, and every rule of the machine is checked.
+
+    emu = Emulator(device="A100", schedule="random", seed=7)
+    q, out = emu.tensor(q_cpu, name="q"), emu.empty(q_cpu.shape, q_cpu.dtype, name="out")
+    with emu:
+        emu.extension.qk_norm_rotary_forward(q=q, ..., q_out=out, stream=0)  # the real binding and launcher
+    emu.assert_clean(); emu.launches[-1].grid; out.cpu()
+
+Whole operations run with the fixture `emulated` of conftest.py: `attention(q, k, v, backend="cuda")` on CPU tensors.
+PTX of any origin: `emu.run_ptx(text, "kernel", grid, block, (q, out, 17, 0.5))`. The first use builds (build.py);
+without nvcc an `Emulator` skips the test, and fails it where CI=true.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import os
+import struct
+import threading
+import weakref
+
+import pytest
+import torch
+
+from emulator import build
+from emulator.build import unavailable
+
+__all__ = ["DEVICES", "Device", "DeviceTensor", "EmulatedExtension", "Emulator", "unavailable"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What the pretended GPU answers; shared memory in KiB."""
+
+    major: int
+    minor: int
+    multiprocessors: int
+    shared_per_block: int
+    shared_per_multiprocessor: int
+    threads_per_multiprocessor: int
+    blocks_per_multiprocessor: int
+
+
+DEVICES = {
+    "A100": Device(8, 0, 108, 163, 164, 2048, 32),
+    "RTX 3090": Device(8, 6, 82, 99, 100, 1536, 16),
+    "L4": Device(8, 9, 58, 99, 100, 1536, 24),
+    "H200": Device(9, 0, 132, 227, 228, 2048, 32),
+}
+
+
+@dataclasses.dataclass
+class Settings:
+    """How launches run; may be changed between calls.
+
+    device: a name of `DEVICES`, or a `Device`.
+    schedule: order of blocks and warps: "fifo", "reverse" or "random" (with `seed`).
+    check: look for races, stray accesses and the like; without, only results, faster.
+    blocks: linear indices of the blocks to run; None runs all.
+    capturing: whether streams are being captured into a graph.
+    current_device: the CUDA device at the call, 0 or 1.
+    """
+
+    device: str | Device = "A100"
+    schedule: str = "fifo"
+    seed: int = 1
+    check: bool = True
+    blocks: tuple[int, ...] | None = None
+    capturing: bool = False
+    current_device: int = 0
+
+
+class DeviceTensor:
+    """A tensor in guarded memory that looks like one on a GPU to the bindings."""
+
+    is_cpu, is_cuda = False, True
+
+    def __init__(self, address, shape, strides, dtype, device_index=0):
+        self.shape, self.dtype = torch.Size(shape), dtype
+        self._address, self._strides, self._device_index = address, tuple(strides), device_index
+
+    def data_ptr(self):
+        return self._address
+
+    def stride(self):
+        return self._strides
+
+    def get_device(self):
+        return self._device_index
+
+    @property
+    def device(self):
+        return torch.device("cuda", self._device_index)
+
+    @property
+    def memory(self):
+        """The tensor itself for the host, without a copy: to read or write single elements of a huge one."""
+        return self._span().as_strided(self.shape, self._strides)
+
+    def cpu(self):
+        """A copy with the same strides."""
+        return self._span().clone().as_strided(self.shape, self._strides)
+
+    def _span(self):
+        """All memory from the first to the last element, gaps included."""
+        elements = _span_of(self.shape, self._strides)
+        if elements == 0:
+            return torch.empty(0, dtype=self.dtype)
+        buffer = (ctypes.c_char * (elements * self.dtype.itemsize)).from_address(self._address)
+        buffer.owner = self  # the memory is released with its last tensor
+        return torch.frombuffer(buffer, dtype=self.dtype)
+
+
+def _span_of(shape, strides):
+    """Elements between the first and the last one of a view, both included."""
+    if 0 in shape:
+        return 0
+    if min(strides, default=0) < 0:
+        raise ValueError(f"emulator: strides must not be negative, got {strides}")
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+def _contiguous_strides(shape):
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * max(size, 1))
+    return tuple(reversed(strides))[-len(shape) :] if shape else ()
+
+
+class Emulator:
+    """A pretended GPU with memory of its own. Keyword arguments are those of `Settings`.
+
+    extension: the bindings of `andromeda._C`, compiled from the same objects, on the pretended CUDA runtime. Call it
+        inside `with emu:`.
+    launches: each launch with its kernel, grid, block, shared_bytes, stream, error and counters.
+    reports: what was found wrong: kind, text and line of the kernel's source.
+    calls: allocations and synchronisations by the launchers, by name.
+    """
+
+    _lock = threading.RLock()  # one process has one pretended driver
+
+    def __init__(self, **settings):
+        self.settings = Settings(**settings)
+        if reason := unavailable():
+            (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+        self.extension, self._host = build.load()
+        self.launches, self.reports, self.calls = [], [], []
+        self._depth = 0
+
+    def __enter__(self):
+        self._lock.acquire()
+        try:
+            if self._depth == 0:
+                self._set_up()
+        except BaseException:
+            self._lock.release()
+            raise
+        self._depth += 1
+        return self
+
+    def __exit__(self, *_):
+        self._depth -= 1
+        if self._depth == 0:
+            self._host.check_no_error_left()
+            self.launches += self._host.take_launches()
+            self.reports += self._host.take_reports()
+            self.calls += self._host.take_calls()
+        self._lock.release()
+
+    def _set_up(self):
+        given = self.settings
+        pretended = DEVICES[given.device] if isinstance(given.device, str) else given.device
+        device, settings = self._host.Device(), self._host.Settings()
+        for field in dataclasses.fields(pretended):
+            kibibytes = field.name.startswith("shared")
+            setattr(device, field.name, getattr(pretended, field.name) * (1024 if kibibytes else 1))
+        settings.schedule = getattr(self._host.Schedule, given.schedule)
+        settings.seed, settings.check, settings.blocks = given.seed, given.check, list(given.blocks or ())
+        self._host.set_up(device, settings, given.capturing, given.current_device)
+
+    def tensor(self, source, *, name, writable=False, device_index=0):
+        """A copy of a CPU tensor with its strides and alignment. Gaps between its rows are part of the buffer."""
+        source = source.detach()
+        result = self._place(
+            source.shape,
+            source.stride(),
+            source.dtype,
+            device_index,
+            lambda size: self._host.allocate(
+                size, name, writable, source.storage_offset() * source.dtype.itemsize % 256
+            ),
+        )
+        result._span().copy_(source.as_strided((_span_of(source.shape, source.stride()),), (1,)))
+        return result
+
+    def empty(self, shape, dtype, *, name, strides=None, device_index=0):
+        """A tensor for results, filled with NaN (integers: with -1)."""
+        strides = _contiguous_strides(shape) if strides is None else strides
+        return self._place(shape, strides, dtype, device_index, lambda size: self._host.allocate(size, name, True, 0))
+
+    def sparse(self, shape, dtype, *, name, strides=None, writable=True):
+        """A tensor of zeros that takes memory only where it is touched, for shapes larger than the machine."""
+        strides = _contiguous_strides(shape) if strides is None else strides
+        return self._place(shape, strides, dtype, 0, lambda size: self._host.reserve(size, name, writable))
+
+    def _place(self, shape, strides, dtype, device_index, allocate):
+        size = _span_of(shape, strides) * dtype.itemsize
+        if size == 0:
+            return DeviceTensor(0, shape, strides, dtype, device_index)
+        with self._lock:
+            address = allocate(size)
+            if device_index != 0:
+                self._host.set_device_of(address, device_index)
+        result = DeviceTensor(address, shape, strides, dtype, device_index)
+        weakref.finalize(result, self._release, address).atexit = False
+        return result
+
+    def _release(self, address):
+        with self._lock:
+            self._host.release(address)
+
+    def run_ptx(self, text, kernel, grid, block, arguments, shared=0):
+        """Run one kernel of a PTX text.
+
+        arguments: one per parameter: a `DeviceTensor`, an int, a float, or bytes (also a ctypes value) of its size.
+        """
+        code = _parse(self._host, text, kernel)
+        parameters = bytearray()
+        if len(arguments) != len(code.parameters):
+            raise ValueError(
+                f"emulator: {kernel} has {len(code.parameters)} parameters, got {len(arguments)} arguments"
+            )
+        for argument, (offset, size) in zip(arguments, code.parameters, strict=True):
+            parameters += bytes(offset - len(parameters)) + _pack(argument, size)
+        sizes = ((value,) if isinstance(value, int) else tuple(value) for value in (grid, block))
+        with self:
+            self._host.run(code, *sizes, shared, bytes(parameters))
+
+    def ptx_texts(self):
+        """The PTX files of the build, from which launches take their kernels."""
+        return [path.read_text() for path in build.ptx_files()]
+
+    @contextlib.contextmanager
+    def replaced(self, entry, text):
+        """Inside, launches of the kernel `entry` (its mangled name) run that of another PTX text."""
+        self._host.replace_kernel(entry, self._host.parse(text, entry))
+        try:
+            yield
+        finally:
+            self._host.replace_kernel(entry, None)
+
+    def assert_clean(self):
+        """Fail with everything that was found wrong so far."""
+        if self.reports:
+            raise AssertionError("\n".join([f"emulator: {len(self.reports)} reports", *map(repr, self.reports)]))
+
+
+@functools.lru_cache(maxsize=64)
+def _parse(host, text, kernel):
+    return host.parse(text, kernel)
+
+
+def _pack(argument, size):
+    """The bytes of a kernel's argument."""
+    if isinstance(argument, DeviceTensor):
+        argument = argument.data_ptr()
+    if isinstance(argument, int):
+        return (argument % 2 ** (8 * size)).to_bytes(size, "little")
+    if isinstance(argument, float):
+        return struct.pack({4: "<f", 8: "<d"}[size], argument)
+    packed = bytes(argument)
+    if len(packed) != size:
+        raise ValueError(f"emulator: an argument of {size} bytes, got {len(packed)}")
+    return packed
+
+
+class EmulatedExtension:
+    """`andromeda._C` for CPU tensors: every call runs on an emulator, with copies of its tensors, and must be clean.
+
+    A tensor that the function does not write is read-only there. Writing between the elements of a strided result is
+    an error as well.
+    """
+
+    # Names of the tensors that functions write, in every operation.
+    _WRITTEN_ALWAYS = frozenset({"workspace", "tickets"})
+    _WRITTEN_FORWARD = frozenset({"out", "softmax_lse", "q_out", "k_out", "y", "shifted"})
+    _WRITTEN_BACKWARD = frozenset({"dq", "dk", "dv", "dx", "dresidual"})
+
+    def __init__(self, emulator):
+        self._emulator = emulator
+
+    def __getattr__(self, name):
+        value = getattr(self._emulator.extension, name)
+        return functools.partial(self._call, name, value) if callable(value) else value
+
+    def _is_written(self, function, tensor):
+        by_pass = self._WRITTEN_BACKWARD if function.endswith("_backward") else self._WRITTEN_FORWARD
+        return tensor in self._WRITTEN_ALWAYS or tensor in by_pass or tensor.endswith("_partial")
+
+    def _call(self, name, function, *args, **kwargs):
+        given = {key: value for key, value in kwargs.items() if isinstance(value, torch.Tensor)}
+        copies = {
+            key: self._emulator.tensor(value, name=key, writable=self._is_written(name, key))
+            for key, value in given.items()
+        }
+        with self._emulator:
+            result = function(*args, **kwargs | copies)
+        self._emulator.assert_clean()
+        for key, value in given.items():
+            if self._is_written(name, key):
+                _copy_back(copies[key], value, f"{name}: {key}")
+        return result
+
+
+def _copy_back(copy, target, name):
+    """The elements of `target` from the device; what lies between them must be as it was."""
+    target = target.detach()
+    target.copy_(copy.memory)
+    elements = _span_of(target.shape, target.stride())
+    if elements > target.numel():
+        before = target.as_strided((elements,), (1,)).contiguous().view(torch.uint8)
+        if not torch.equal(before, copy._span().view(torch.uint8)):
+            raise AssertionError(f"emulator: {name} was written between its elements")

@@ -1,0 +1,149 @@
+"""Builds the extension on the emulator, the target `emulated` of CMakeLists.txt, and loads it."""
+
+import contextlib
+import fcntl
+import functools
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+# The tree that an installation from this folder leaves behind has most objects already. Without one, or when it was
+# made without CUDA, a tree of our own.
+INSTALLED_TREE = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+OWN_TREE = ROOT / "build" / f"emulated-{sys.implementation.cache_tag}"
+
+announce = print  # what tells people that a build has begun; conftest.py has one that shows through pytest's capture
+
+
+@functools.cache
+def _setup_py():
+    """The functions of setup.py: where nvcc, cmake and ninja are. Loaded under another name, it builds nothing."""
+    spec = importlib.util.spec_from_file_location("andromeda_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why the emulated extension cannot be built here; None when it can."""
+    missing = [name for name in ("setuptools", "pybind11") if importlib.util.find_spec(name) is None]
+    if not missing:
+        missing = [program for program in _tools() if shutil.which(program) is None]
+    if missing:
+        return f"emulator: not installed: {', '.join(missing)} (pip install 'andromeda-kernels[test]')"
+    try:
+        nvcc = _setup_py().find_nvcc(os.environ)
+    except SystemExit as error:
+        return f"emulator: {error}"
+    if nvcc is None:
+        return "emulator: no nvcc to compile the kernels with (CUDACXX, CUDA_HOME, PATH; ANDROMEDA_CUDA must not be 0)"
+    return None
+
+
+def _tools():
+    program = _setup_py().program
+    return program("cmake", "CMAKE_BIN_DIR"), program("ninja", "BIN_DIR")
+
+
+@functools.cache
+def load():
+    """The emulated `_C` and the module `_emulator` beside it in the same library; builds what has changed.
+
+    Raises:
+        RuntimeError: the build failed; with what the compiler said.
+    """
+    tree, failure = _build()
+    if failure:
+        raise RuntimeError(failure)
+    library = tree / "emulated" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    modules = []
+    for name in ("_C", "_emulator"):
+        spec = importlib.util.spec_from_file_location(name, library)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        modules.append(module)
+    extension, host = modules
+    host.set_ptx_files([str(path) for path in ptx_files()])
+    return extension, host
+
+
+def ptx_files():
+    """The PTX of every kernel, after a build."""
+    tree, _ = _build()
+    return [Path(line) for line in (tree / "emulated" / "ptx_files.txt").read_text().splitlines()]
+
+
+@functools.cache
+def _build():
+    """The tree and the reason why it could not be built, if so: a failure is not tried again by every test."""
+    cmake, ninja = _tools()
+    installed = _cache_of(INSTALLED_TREE)
+    if (INSTALLED_TREE / "made_for.txt").exists() and installed.get("CMAKE_CUDA_COMPILER"):
+        tree, cache = INSTALLED_TREE, installed
+    else:
+        tree, cache = OWN_TREE, _cache_of(OWN_TREE)
+    jobs = _setup_py().job_count(os.environ, *_setup_py().machine())
+
+    tree.mkdir(parents=True, exist_ok=True)
+    with _locked(tree):
+        options = _options(ninja, new=tree == OWN_TREE)
+        commands = [[cmake, "--build", str(tree), "--target", "emulated", "--parallel", str(jobs)]]
+        if not cache.items() >= options.items() or not os.path.exists(cache.get("CMAKE_COMMAND", "")):
+            given = [f"-D{name}={value}" for name, value in options.items()]
+            commands.insert(0, [cmake, "-S", str(ROOT), "-B", str(tree), "-G", "Ninja", *given])
+        for command in commands:
+            if failure := _run(command):
+                return tree, failure
+    return tree, None
+
+
+def _run(command):
+    """Run a command of the build; what it said if it failed. Compilers at work are announced."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines, announced = [], False
+    for line in process.stdout:
+        lines.append(line)
+        if "Building" in line and not announced:
+            announce("emulator: building the extension and the PTX of its kernels")
+            announced = True
+    if process.wait() == 0:
+        return None
+    return f"emulator: {shlex.join(command)} failed:\n{''.join(lines)[-8000:]}"
+
+
+def _options(ninja, *, new):
+    """What CMake must be told. The tools that a tree of an isolated build names are gone with that build; its other
+    options stay as they are, so that the kernels are not compiled again. A new tree gets those of an installation."""
+    import pybind11
+
+    options = {
+        "CMAKE_MAKE_PROGRAM": ninja,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+        "Python_EXECUTABLE": sys.executable,
+    }
+    if new:
+        options["CMAKE_CUDA_COMPILER"] = _setup_py().find_nvcc(os.environ)
+        options["ANDROMEDA_CUDA_ARCHITECTURES"] = _setup_py().cuda_architectures(os.environ)
+    return options
+
+
+def _cache_of(tree):
+    """The variables of a CMake tree; none if it is not one."""
+    path = tree / "CMakeCache.txt"
+    lines = path.read_text().splitlines() if path.exists() else []
+    entries = (line.partition("=") for line in lines if not line.startswith(("#", "//")))
+    return {name.partition(":")[0]: value for name, separator, value in entries if separator}
+
+
+@contextlib.contextmanager
+def _locked(tree):
+    with open(tree / "lock", "w") as lock:  # the lock of setup.py: two builds in one tree would spoil ninja's records
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

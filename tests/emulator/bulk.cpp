@@ -1,0 +1,482 @@
+// mbarriers, and the copies of the bulk engine (TMA) that complete on them or in groups.
+//
+// A bulk copy is moved at a moment that the scheduler picks: in any order, at the latest when nothing else can run.
+// Into shared memory, its target is poisoned from the issue on; it then counts as written by an agent of its own, which
+// the phase of the mbarrier releases. Out of shared memory, its source may not be written until the issuing thread has
+// waited; wait_group.read ends the reading, and only wait_group makes the result known to the thread.
+#include <algorithm>
+
+#include "decode.h"
+#include "matrix.h"
+#include "numbers.h"
+#include "tma.h"
+
+namespace emulator {
+namespace {
+
+std::string byte_of(std::uint32_t offset) { return std::to_string(static_cast<std::int64_t>(offset) - kSharedStart); }
+
+// ---- mbarriers
+
+Mbarrier* find_mbarrier(Execution& x, const Site& site, std::uint32_t offset, bool used_by_copy) {
+  const auto found = x.mbarriers.find(offset);
+  if (found == x.mbarriers.end()) {
+    x.reporter.add("mbarrier", site, "no mbarrier is initialised in shared memory, byte " + byte_of(offset));
+    return nullptr;
+  }
+  if (x.check) x.shared_shadow.check_mbarrier(site, offset, used_by_copy);
+  return &found->second;
+}
+
+void complete_phase(Execution& x, Mbarrier& mbarrier) {
+  const std::uint32_t phase = mbarrier.phase;
+  mbarrier.complete_if_done();
+  if (mbarrier.phase != phase) x.wake_phase_waiters();
+}
+
+void arrive(Execution& x, const Site& site, std::uint32_t offset, Mbarrier& mbarrier, std::uint32_t count) {
+  ++x.activity;
+  if (mbarrier.pending < count) {
+    x.reporter.add("mbarrier", site,
+                   "mbarrier in byte " + byte_of(offset) + ": more arrivals in one phase than its count of " +
+                       std::to_string(mbarrier.count));
+    return;
+  }
+  if (x.check) {
+    x.clocks.join(mbarrier.arrived.data(), x.clocks.row(site.thread));
+    x.clocks.advance(site.thread);
+  }
+  mbarrier.pending -= count;
+  complete_phase(x, mbarrier);
+}
+
+// init [a], count
+Step init_mbarrier(Execution& x, const Instruction& i) {
+  x.for_each_lane([&](int lane) {
+    const Site site = x.site(i, lane);
+    const std::uint32_t offset = x.shared_offset(i, i.operands[0], lane);
+    const std::uint64_t ones = ~std::uint64_t{0};
+    if (x.mbarriers.count(offset) != 0) {
+      x.reporter.add("mbarrier", site, "initialised again in byte " + byte_of(offset) + " without mbarrier.inval");
+    }
+    if (x.access(site, Space::kShared, offset, 8, Kind::kWrite, &ones) == nullptr) return;
+    Mbarrier& mbarrier = x.mbarriers[offset] = Mbarrier();
+    mbarrier.count = mbarrier.pending = static_cast<std::uint32_t>(x.lane_bits(i.operands[1], lane));
+    mbarrier.arrived.assign(x.clocks.row_size(), 0);
+    mbarrier.released.assign(x.clocks.row_size(), 0);
+    if (mbarrier.count == 0) x.reporter.add("mbarrier", site, "initialised with a count of 0");
+    if (x.check) x.shared_shadow.mark_mbarrier(offset, true);
+  });
+  return Step::kNext;
+}
+
+Step invalidate_mbarrier(Execution& x, const Instruction& i) {
+  x.for_each_lane([&](int lane) {
+    const std::uint32_t offset = x.shared_offset(i, i.operands[0], lane);
+    if (find_mbarrier(x, x.site(i, lane), offset, false) == nullptr) return;
+    if (x.check) x.shared_shadow.mark_mbarrier(offset, false);
+    x.mbarriers.erase(offset);
+  });
+  return Step::kNext;
+}
+
+// arrive state, [a], count; arrive.expect_tx state, [a], bytes; expect_tx [a], bytes.
+// option: first operand, it arrives, it expects bytes. The state of a phase is its number.
+Step arrive_on_mbarrier(Execution& x, const Instruction& i) {
+  const std::size_t first = i.option[0];
+  const bool arrives = i.option[1], expects = i.option[2];
+  x.for_each_lane([&](int lane) {
+    const Site site = x.site(i, lane);
+    const std::uint32_t offset = x.shared_offset(i, i.operands[first], lane);
+    Mbarrier* mbarrier = find_mbarrier(x, site, offset, false);
+    if (mbarrier == nullptr) return;
+    const bool given = i.operands.size() > first + 1;
+    const auto number = given ? static_cast<std::uint32_t>(x.lane_bits(i.operands[first + 1], lane)) : 1u;
+    if (first == 1) x.set_lane_bits(i.operands[0], lane, mbarrier->phase);
+    if (expects) mbarrier->pending_bytes += number;
+    if (arrives) arrive(x, site, offset, *mbarrier, expects ? 1 : number);
+  });
+  return Step::kNext;
+}
+
+// try_wait p, [a], parity or state. A thread whose phase has not completed sleeps; it returns false when nothing else
+// in the block can go on, and at random under the random schedule: both are what a time limit does on a device.
+Step wait_for_phase(Execution& x, const Instruction& i) {
+  std::uint32_t done = 0, sleeping = 0;
+  const bool give_up = x.warp->timed_out || (x.settings.schedule == Schedule::kRandom && x.random() % 4 == 0);
+  x.for_each_lane([&](int lane) {
+    const Site site = x.site(i, lane);
+    const std::uint32_t offset = x.shared_offset(i, i.operands[1], lane);
+    const Mbarrier* mbarrier = find_mbarrier(x, site, offset, false);
+    if (mbarrier == nullptr) {
+      x.fatal = true;
+      return;
+    }
+    const auto parity = static_cast<std::uint32_t>(x.lane_bits(i.operands[2], lane) & 1);
+    if (mbarrier->phase != parity) {
+      done |= 1u << lane;
+      if (x.check) x.clocks.join(x.clocks.row(site.thread), mbarrier->released.data());
+    } else if (!give_up) {
+      sleeping |= 1u << lane;
+      x.warp->phase_wait[lane] = {offset, parity};
+    }
+  });
+  x.warp->timed_out = false;
+  if (sleeping != 0 && done == 0) {  // lanes that are done do not sleep: the others look again with them
+    x.warp->sleeping |= sleeping;
+    return Step::kStay;
+  }
+  x.set_predicate(i.operands[0], done);
+  return Step::kNext;
+}
+
+void decode_mbarrier(Decoder& d) {
+  const int action = d.take_one_of({"init", "inval", "arrive", "expect_tx", "try_wait", "test_wait"});
+  const bool expects = action == 3 || d.take("expect_tx"), parity = d.take("parity");
+  d.take_one_of({"acquire", "release", "relaxed"});
+  d.take_one_of({"cta", "cluster"});
+  d.instruction.space = d.take_space();
+  if (d.take_type() != Type::kB64) d.fail("only .b64 is supported");
+  switch (action) {
+    case 0:
+      d.address(0);
+      d.source(1, 4);
+      d.instruction.handler = &init_mbarrier;
+      return;
+    case 1:
+      d.address(0);
+      d.instruction.handler = &invalidate_mbarrier;
+      return;
+    case 2:
+    case 3: {
+      const std::size_t first = action == 2 && d.operand(0).kind != Operand::Kind::kAddress ? 1 : 0;
+      if (first == 1) d.source(0, 8);
+      d.address(first);
+      if (d.num_operands() > first + 1) d.source(first + 1, 4);
+      d.instruction.option = {static_cast<int>(first), action == 2, expects};
+      d.instruction.handler = &arrive_on_mbarrier;
+      return;
+    }
+    case 4:
+    case 5:
+      d.source(0, 0);
+      d.address(1);
+      d.source(2, parity ? 4 : 8);
+      if (d.num_operands() > 3) d.source(3, 4);  // a time limit
+      d.instruction.handler = &wait_for_phase;
+      return;
+    default:
+      d.fail("this form is not supported");
+  }
+}
+
+// ---- bulk copies
+
+// What one copy moves: rows of a tensor, or one run of bytes.
+struct Transfer {
+  TensorMap map;
+  std::int32_t coordinates[TensorMap::kMaxRank];
+  std::uint8_t* global;  // of a run
+  std::uint32_t shared, bytes;
+  bool tensor;
+
+  // visit(offset in shared memory, global address, bytes), in pieces that swizzling leaves together.
+  template <typename F>
+  void for_each_piece(F&& visit) const {
+    if (!tensor) return visit(shared, global, bytes);
+    for_each_row(map, coordinates, [&](const BoxRow& row) {
+      for (std::uint32_t done = 0; done < row.bytes;) {
+        const std::uint32_t at = row.offset + done, count = std::min(16 - at % 16, row.bytes - done);
+        visit(swizzled(shared + at, map.swizzle), row.global + done, count);
+        done += count;
+      }
+    });
+  }
+};
+
+// Operands of every form: [shared], [map, {c}] or [global], [mbarrier] or bytes.
+// option: rank (0: a run), operand of shared memory, of global memory, of the mbarrier, of the bytes, add
+enum BulkOption { kRank, kShared, kGlobal, kMbarrierOperand, kBytes, kAdd };
+
+// Reads the operands of the one lane that issues; false if the copy cannot be made.
+bool prepare(Execution& x, const Instruction& i, int lane, Kind kind, Transfer* transfer) {
+  const Site site = x.site(i, lane);
+  const Operand& global = i.operands[i.option[kGlobal]];
+  transfer->shared = x.shared_offset(i, i.operands[i.option[kShared]], lane);
+  transfer->tensor = i.option[kRank] != 0;
+  std::uint32_t alignment = 16;
+  if (transfer->tensor) {
+    const std::uint64_t address = x.address_of(global, lane);
+    if (address % 64 != 0) {
+      x.reporter.add("tma", site, "the tensor map lies at an address that is not a multiple of 64");
+      return false;
+    }
+    const std::uint8_t* map = x.access(site, Space::kGeneric, address, 16, Kind::kRead);
+    if (map == nullptr) return false;
+    std::memcpy(&transfer->map, map, sizeof transfer->map);
+    if (!transfer->map.valid() || transfer->map.rank != i.option[kRank]) {
+      x.reporter.add("tma", site, "the address does not hold a tensor map of this rank");
+      return false;
+    }
+    const std::vector<Operand>& coordinates = global.elements[1].elements;
+    for (std::size_t c = 0; c < coordinates.size(); ++c) {
+      transfer->coordinates[c] = static_cast<std::int32_t>(x.lane_bits(coordinates[c], lane));
+    }
+    transfer->bytes = transfer->map.box_bytes();
+    alignment = transfer->map.shared_alignment();
+  } else {
+    transfer->global = reinterpret_cast<std::uint8_t*>(x.address_of(global, lane));
+    transfer->bytes = static_cast<std::uint32_t>(x.lane_bits(i.operands[i.option[kBytes]], lane));
+    if (transfer->bytes % 16 != 0 || reinterpret_cast<std::uint64_t>(transfer->global) % 16 != 0) {
+      x.reporter.add(
+          "misaligned", site,
+          "a bulk copy of " + std::to_string(transfer->bytes) + " bytes: size and address must be multiples of 16");
+      return false;
+    }
+    if (transfer->bytes == 0) return false;
+  }
+  if (transfer->shared % alignment != 0) {
+    x.reporter.add("misaligned", site,
+                   "a bulk copy at byte " + byte_of(transfer->shared) + " of shared memory, must be a multiple of " +
+                       std::to_string(alignment));
+    return false;
+  }
+  if (!x.shared_shadow.contains(transfer->shared, transfer->bytes)) {
+    x.reporter.add("out-of-bounds", site,
+                   "a bulk copy of " + std::to_string(transfer->bytes) + " bytes at byte " + byte_of(transfer->shared) +
+                       " of the block's " + std::to_string(x.shared_bytes) + " bytes of shared memory");
+    return false;
+  }
+  // Extents of the buffers behind the map; a bulk copy has no alignment beyond its own.
+  bool inside = true;
+  transfer->for_each_piece([&](std::uint32_t, std::uint8_t* address, std::uint32_t bytes) {
+    inside = inside && x.access_range(site, address, static_cast<int>(bytes), kind, true);
+  });
+  return inside;
+}
+
+// One lane issues a bulk copy; more would issue it again.
+int issuing_lane(Execution& x, const Instruction& i) {
+  if ((x.mask & (x.mask - 1)) != 0) {
+    char lanes[16];
+    std::snprintf(lanes, sizeof lanes, "%08x", x.mask);
+    x.report("tma", i, std::string("a bulk copy is issued by more than one lane: ") + lanes);
+  }
+  return x.first_lane();
+}
+
+Step bulk_load(Execution& x, const Instruction& i) {
+  const int lane = issuing_lane(x, i);
+  const Site site = x.site(i, lane);
+  const std::uint32_t offset = x.shared_offset(i, i.operands[i.option[kMbarrierOperand]], lane);
+  Transfer transfer{};
+  if (find_mbarrier(x, site, offset, true) == nullptr || !prepare(x, i, lane, Kind::kRead, &transfer))
+    return Step::kNext;
+  if (x.check) x.shared_shadow.begin_copy(site, transfer.shared, static_cast<int>(transfer.bytes), Proxy::kAsync);
+  std::memset(x.shared + transfer.shared, 0xff, transfer.bytes);
+  auto copy = std::make_shared<BulkCopy>();
+  copy->move = [transfer, offset](Execution& at) {
+    std::memset(at.shared + transfer.shared, 0, transfer.bytes);  // what is outside of the tensor
+    transfer.for_each_piece([&](std::uint32_t target, const std::uint8_t* source, std::uint32_t bytes) {
+      std::memcpy(at.shared + target, source, bytes);
+    });
+    const Access agent = at.clocks.next_agent();
+    if (at.check) at.shared_shadow.finish_copy(agent, transfer.shared, static_cast<int>(transfer.bytes), Proxy::kAsync);
+    const auto found = at.mbarriers.find(offset);
+    if (found == at.mbarriers.end()) return;  // invalidated meanwhile; the copy counts as lost
+    Mbarrier& mbarrier = found->second;
+    if (at.check) at.clocks.join_agent(mbarrier.arrived.data(), agent);
+    mbarrier.pending_bytes -= transfer.bytes;
+    complete_phase(at, mbarrier);
+  };
+  x.in_flight.push_back(std::move(copy));
+  ++x.activity;
+  return Step::kNext;
+}
+
+template <typename T>
+void add_elements(std::uint8_t* target, const std::uint8_t* source, std::uint32_t bytes) {
+  for (std::uint32_t at = 0; at < bytes; at += sizeof(T)) {
+    T a, b;
+    std::memcpy(static_cast<void*>(&a), target + at, sizeof(T));
+    std::memcpy(static_cast<void*>(&b), source + at, sizeof(T));
+    const T sum = T(a + b);
+    std::memcpy(target + at, static_cast<const void*>(&sum), sizeof(T));
+  }
+}
+
+void add_typed(Type type, std::uint8_t* target, const std::uint8_t* source, std::uint32_t bytes) {
+  switch (type) {
+    case Type::kF16:
+      return add_elements<Half>(target, source, bytes);
+    case Type::kBF16:
+      return add_elements<BFloat>(target, source, bytes);
+    case Type::kF32:
+      return add_elements<float>(target, source, bytes);
+    default:
+      return add_elements<std::uint32_t>(target, source, bytes);
+  }
+}
+
+Step bulk_store(Execution& x, const Instruction& i) {
+  const int lane = issuing_lane(x, i);
+  const Site site = x.site(i, lane);
+  const bool add = i.option[kAdd];
+  const Type type = i.type;
+  Transfer transfer{};
+  if (!prepare(x, i, lane, add ? Kind::kAtomic : Kind::kWrite, &transfer)) return Step::kNext;
+  if (add && transfer.tensor && transfer.map.element_bytes != 4) {
+    x.reporter.add("tma", site,
+                   "a tensor map does not say here of which type its elements are: only float32 can be added");
+    return Step::kNext;
+  }
+  if (x.check) x.shared_shadow.begin_read(site, transfer.shared, static_cast<int>(transfer.bytes));
+  auto copy = std::make_shared<BulkCopy>();
+  copy->move = [transfer, add, type](Execution& at) {
+    transfer.for_each_piece([&](std::uint32_t source, std::uint8_t* target, std::uint32_t bytes) {
+      if (add) {
+        add_typed(type, target, at.shared + source, bytes);
+      } else {
+        std::memcpy(target, at.shared + source, bytes);
+      }
+    });
+  };
+  const auto publish = [transfer, add, site](Execution& at) {
+    transfer.for_each_piece([&](std::uint32_t, std::uint8_t* address, std::uint32_t bytes) {
+      at.access_range(site, address, static_cast<int>(bytes), add ? Kind::kAtomic : Kind::kWrite);
+    });
+  };
+  x.in_flight.push_back(copy);
+  x.bulk[site.thread].open.push_back({copy, site, transfer.shared, static_cast<int>(transfer.bytes), publish});
+  ++x.activity;
+  return Step::kNext;
+}
+
+Step commit_bulk(Execution& x, const Instruction&) {
+  x.for_each_lane([&](int lane) {
+    BulkGroups& bulk = x.bulk[x.thread_of(lane)];
+    BulkGroups::Group group;
+    group.stores = std::move(bulk.open);
+    bulk.open.clear();
+    bulk.groups.push_back(std::move(group));
+  });
+  return Step::kNext;
+}
+
+// option: groups that may stay in flight, only reading is waited for
+Step wait_for_bulk(Execution& x, const Instruction& i) {
+  x.for_each_lane([&](int lane) {
+    std::deque<BulkGroups::Group>& groups = x.bulk[x.thread_of(lane)].groups;
+    const std::size_t keep = i.option[0];
+    for (std::size_t index = 0; index + keep < groups.size(); ++index) {
+      BulkGroups::Group& group = groups[index];
+      for (const BulkStore& store : group.stores) {
+        x.move(*store.copy);
+        if (x.check && !group.read)
+          x.shared_shadow.finish_read(x.shared_shadow.access_of(store.site), store.offset, store.bytes);
+        if (x.check && !i.option[1]) store.publish(x);
+      }
+      group.read = true;
+    }
+    while (!i.option[1] && groups.size() > keep) groups.pop_front();
+  });
+  return Step::kNext;
+}
+
+Step do_nothing(Execution&, const Instruction&) { return Step::kNext; }
+
+void decode_bulk(Decoder& d) {
+  const bool reduce = d.take("reduce");
+  d.take("async");
+  d.take("bulk");
+  Instruction& instruction = d.instruction;
+  if (d.take("commit_group")) {
+    instruction.handler = &commit_bulk;
+    return;
+  }
+  if (d.take("wait_group")) {
+    if (d.operand(0).kind != Operand::Kind::kConstant) d.fail("the number of groups must be a constant");
+    instruction.option = {static_cast<int>(d.operand(0).value), d.take("read")};
+    instruction.handler = &wait_for_bulk;
+    return;
+  }
+  const bool prefetch = d.take("prefetch"), tensor = d.take("tensor");
+  const std::string rank = tensor ? d.take_prefixed("1d") + d.take_prefixed("2d") + d.take_prefixed("3d") +
+                                        d.take_prefixed("4d") + d.take_prefixed("5d")
+                                  : "";
+  if (tensor && rank.empty()) d.fail("a rank of 1 to 5 is needed");
+  if (!d.take_prefixed("im2col").empty() || !d.take_prefixed("multicast").empty()) d.fail("this form is not supported");
+  d.take("tile");
+  const bool hint = d.take("L2::cache_hint");
+  d.take_cache_hints();
+  if (prefetch) {
+    d.take("global");
+    instruction.operands.clear();
+    instruction.handler = &do_nothing;
+    return;
+  }
+  const std::vector<std::string>& modifiers = d.statement().modifiers;
+  const auto global = std::find(modifiers.begin(), modifiers.end(), "global");
+  const auto shared =
+      std::find_if(modifiers.begin(), modifiers.end(), [](const std::string& m) { return m.rfind("shared", 0) == 0; });
+  if (global == modifiers.end() || shared == modifiers.end())
+    d.fail("only copies between .global and .shared are supported");
+  const bool load = shared < global;
+  instruction.space = d.take_space();
+  d.take("global");
+  if (load ? !d.take("mbarrier::complete_tx::bytes") : !d.take("bulk_group"))
+    d.fail("this way to complete is not supported");
+  if (reduce && !d.take("add")) d.fail("only .add is supported");
+  d.take("noftz");
+  instruction.type = reduce && !tensor ? d.take_type() : Type::kF32;
+  const bool known_type = instruction.type == Type::kF32 || instruction.type == Type::kF16 ||
+                          instruction.type == Type::kBF16 || instruction.type == Type::kU32 ||
+                          instruction.type == Type::kS32;
+  if (!known_type) d.fail("this type is not supported");
+  const int target = 0, source = 1;
+  instruction.option[kRank] = tensor ? rank[0] - '0' : 0;
+  instruction.option[kShared] = load ? target : source;
+  instruction.option[kGlobal] = load ? source : target;
+  instruction.option[kBytes] = 2;
+  instruction.option[kMbarrierOperand] = tensor ? 2 : 3;
+  instruction.option[kAdd] = reduce;
+  d.address(0);
+  d.address(1);
+  if (tensor) {
+    std::vector<Operand>& parts = d.operand(instruction.option[kGlobal]).elements;
+    if (parts.size() != 2 || static_cast<int>(parts[1].elements.size()) != instruction.option[kRank]) {
+      d.fail("the number of coordinates does not fit the rank");
+    }
+    d.place(parts[1], 4);
+  } else {
+    d.source(2, 4);
+  }
+  if (load) d.address(instruction.option[kMbarrierOperand]);
+  if (hint) instruction.operands.pop_back();
+  instruction.handler = load ? &bulk_load : &bulk_store;
+}
+
+// mapa d, a, rank: the only block of the cluster has the address itself
+Step map_to_cluster(Execution& x, const Instruction& i) {
+  x.for_each_lane([&](int lane) { x.set_lane_bits(i.operands[0], lane, x.lane_bits(i.operands[1], lane)); });
+  return Step::kNext;
+}
+
+}  // namespace
+
+bool decode_bulk_copy(Decoder& d) {
+  if (d.is("mbarrier")) return decode_mbarrier(d), true;
+  if (d.is("cp")) return decode_bulk(d), true;
+  if (d.is("mapa")) {
+    d.take_space();
+    const int bytes = bytes_of(d.take_type());
+    d.source(0, bytes);
+    d.source(1, bytes);
+    d.source(2, 4);
+    d.instruction.handler = &map_to_cluster;
+    return true;
+  }
+  return false;
+}
+
+}  // namespace emulator

@@ -1,0 +1,652 @@
+// The CUDA runtime as far as compiled host code uses it, on a machine without a driver. Launches go to the emulator;
+// questions are answered for the pretended device.
+//
+// It is stricter than it must be, like a driver on a bad day: what any device might refuse is refused here, and the
+// text of an error says why. Errors behave like CUDA's: a call returns its error and leaves it for cudaGetLastError,
+// which gives it once. A function that is missing here fails the import of the library with its name.
+#include "cudart.h"
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+#include <cxxabi.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <sstream>
+#include <stdexcept>
+
+#include "memory.h"
+#include "tma.h"
+
+namespace emulator {
+
+// Weak until tensor maps are there.
+__attribute__((weak)) std::string encode_tensor_map(void*, int, int, void*, const std::uint64_t*, const std::uint64_t*,
+                                                    const std::uint32_t*, const std::uint32_t*, int) {
+  return "the emulator has no tensor maps yet";
+}
+
+namespace {
+
+constexpr std::size_t kDefaultShared = 48 * 1024;  // of a block that asked for nothing special
+constexpr std::size_t kReservedShared = 1024;      // of every block, for the system
+constexpr unsigned kMaxGridYZ = 65535;
+constexpr unsigned kMaxGridX = 2147483647;
+constexpr unsigned kMaxThreads = 1024;
+constexpr unsigned kMaxBlockZ = 64;
+
+// State of CUDA that belongs to a host thread.
+struct ThreadState {
+  struct Configuration {
+    dim3 grid, block;
+    std::size_t shared_bytes;
+    cudaStream_t stream;
+  };
+  cudaError_t last_error = cudaSuccess;
+  cudaError_t explained_error = cudaSuccess;  // what `explanation` is about
+  std::string explanation, error_text;
+  int device = 0;
+  std::vector<Configuration> configurations;  // of <<<...>>>, between its push and its pop
+};
+thread_local ThreadState thread_state;
+
+cudaError_t fail(cudaError_t error, const std::string& explanation) {
+  thread_state.last_error = thread_state.explained_error = error;
+  thread_state.explanation = explanation;
+  return error;
+}
+
+// What is known of a __global__ function of the host code, by the address of its stub.
+struct Function {
+  std::string entry;            // mangled name
+  std::size_t allowed_dynamic;  // cudaFuncAttributeMaxDynamicSharedMemorySize, 0 if it was never set
+};
+
+std::map<const void*, Function>& functions() {
+  static std::map<const void*, Function> functions;  // filled by constructors of other files: must exist before them
+  return functions;
+}
+
+std::string demangle(const std::string& name) {
+  int status = 0;
+  char* readable = abi::__cxa_demangle(name.c_str(), nullptr, nullptr, &status);
+  const std::string result = status == 0 ? readable : name;
+  std::free(readable);
+  return result;
+}
+
+std::string describe(const dim3& size) {
+  return std::to_string(size.x) + " x " + std::to_string(size.y) + " x " + std::to_string(size.z);
+}
+
+const char* name_of_error(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "cudaSuccess";
+    case cudaErrorInvalidValue:
+      return "cudaErrorInvalidValue";
+    case cudaErrorInvalidConfiguration:
+      return "cudaErrorInvalidConfiguration";
+    case cudaErrorInvalidDevice:
+      return "cudaErrorInvalidDevice";
+    case cudaErrorInvalidDeviceFunction:
+      return "cudaErrorInvalidDeviceFunction";
+    case cudaErrorNoKernelImageForDevice:
+      return "cudaErrorNoKernelImageForDevice";
+    case cudaErrorMemoryAllocation:
+      return "cudaErrorMemoryAllocation";
+    case cudaErrorLaunchFailure:
+      return "cudaErrorLaunchFailure";
+    case cudaErrorNotSupported:
+      return "cudaErrorNotSupported";
+    case cudaErrorStreamCaptureUnsupported:
+      return "cudaErrorStreamCaptureUnsupported";
+    default:
+      return "cudaErrorUnknown";
+  }
+}
+
+// The function and its kernel for the pretended device.
+cudaError_t look_up(const void* stub, Function*& function, std::shared_ptr<const Kernel>& kernel) {
+  const auto entry = functions().find(stub);
+  if (entry == functions().end()) return fail(cudaErrorInvalidDeviceFunction, "not a registered __global__ function");
+  function = &entry->second;
+  const Device& device = driver().device;
+  try {
+    kernel = driver().ptx.find(function->entry, device.major, device.minor);
+  } catch (const std::exception& error) {
+    return fail(cudaErrorNoKernelImageForDevice, error.what());
+  }
+  if (kernel == nullptr) {
+    return fail(cudaErrorNoKernelImageForDevice, "no PTX of " + function->entry + " for compute capability " +
+                                                     std::to_string(device.major) + "." + std::to_string(device.minor) +
+                                                     ", there is: " + driver().ptx.architectures_of(function->entry));
+  }
+  return cudaSuccess;
+}
+
+cudaError_t check_launch(const Function& function, const Kernel& kernel, const dim3& grid, const dim3& block,
+                         std::size_t dynamic) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > kMaxGridX || grid.y > kMaxGridYZ || grid.z > kMaxGridYZ) {
+    return fail(cudaErrorInvalidConfiguration, "a grid of " + describe(grid) + " blocks");
+  }
+  const std::uint64_t threads = std::uint64_t{block.x} * block.y * block.z;
+  if (threads == 0 || threads > kMaxThreads || block.z > kMaxBlockZ) {
+    return fail(cudaErrorInvalidConfiguration, "blocks of " + describe(block) + " threads");
+  }
+  if (threads > max_threads_of(kernel)) {
+    return fail(cudaErrorInvalidValue, std::to_string(threads) + " threads, __launch_bounds__ promised at most " +
+                                           std::to_string(max_threads_of(kernel)));
+  }
+  const std::size_t fixed = static_shared_of(kernel);
+  if (fixed + dynamic > std::max(kDefaultShared, fixed + function.allowed_dynamic)) {
+    return fail(cudaErrorInvalidValue,
+                std::to_string(dynamic) + " bytes of dynamic shared memory (and " + std::to_string(fixed) +
+                    " static), above 48 KiB and above cudaFuncAttributeMaxDynamicSharedMemorySize, which is " +
+                    std::to_string(function.allowed_dynamic));
+  }
+  // An attribute that was set for a larger device does not help on this one.
+  if (fixed + dynamic > static_cast<std::size_t>(driver().device.shared_per_block)) {
+    return fail(cudaErrorInvalidValue, std::to_string(fixed + dynamic) + " bytes of shared memory, the device has " +
+                                           std::to_string(driver().device.shared_per_block) + " for a block");
+  }
+  return cudaSuccess;
+}
+
+cudaError_t launch(const void* stub, const dim3& grid, const dim3& block, void** arguments, std::size_t dynamic,
+                   cudaStream_t stream) {
+  const auto known = functions().find(stub);
+  const std::string entry = known == functions().end() ? "unknown" : known->second.entry;
+  driver().launches.push_back({demangle(entry),
+                               entry,
+                               {grid.x, grid.y, grid.z},
+                               {block.x, block.y, block.z},
+                               dynamic,
+                               reinterpret_cast<std::uintptr_t>(stream),
+                               name_of_error(cudaSuccess)});
+  Launch& record = driver().launches.back();
+  const auto refused = [&](cudaError_t error) {
+    record.error = name_of_error(error);
+    return error;
+  };
+
+  Function* function = nullptr;
+  std::shared_ptr<const Kernel> kernel;
+  if (const cudaError_t error = look_up(stub, function, kernel)) return refused(error);
+  if (const cudaError_t error = check_launch(*function, *kernel, grid, block, dynamic)) return refused(error);
+
+  std::vector<std::uint8_t> parameters;
+  const std::vector<Parameter>& layout = parameters_of(*kernel);
+  for (std::size_t i = 0; i < layout.size(); ++i) {
+    parameters.resize(std::max(parameters.size(), layout[i].offset + layout[i].bytes));
+    std::memcpy(parameters.data() + layout[i].offset, arguments[i], layout[i].bytes);
+  }
+  try {
+    run_reported(*kernel, record.kernel, record.grid, record.block, dynamic, parameters, thread_state.device);
+  } catch (const std::exception& error) {
+    return refused(fail(cudaErrorLaunchFailure, std::string("the emulator stopped: ") + error.what()));
+  }
+  record.counters = last_counters();
+  return cudaSuccess;
+}
+
+// What a launcher must not do: it costs time, and spoils the capture of a graph.
+cudaError_t record_call(const char* name) {
+  driver().calls.push_back(name);
+  if (driver().capturing) return fail(cudaErrorStreamCaptureUnsupported, std::string(name) + " during a capture");
+  return cudaSuccess;
+}
+
+cudaError_t allocate(const char* name, void** pointer, std::size_t bytes) {
+  if (const cudaError_t error = record_call(name)) return error;
+  *pointer = global_memory().allocate(bytes, name, /*writable=*/true);
+  if (thread_state.device != 0) driver().device_of[*pointer] = thread_state.device;
+  return cudaSuccess;
+}
+
+cudaError_t release(const char* name, void* pointer) {
+  if (const cudaError_t error = record_call(name)) return error;
+  driver().device_of.erase(pointer);
+  if (pointer != nullptr) global_memory().release(pointer);
+  return cudaSuccess;
+}
+
+// Whether an operation of the runtime may touch [begin, begin + bytes). Memory of the host is not checked.
+void check_range(const char* name, const void* begin, std::size_t bytes, bool writes, bool must_be_device) {
+  const Buffer* buffer = global_memory().find(begin);
+  const auto report = [&](const char* kind, const std::string& text) {
+    driver().reports.push_back({kind, std::string(name) + ": " + text, 0});
+  };
+  if (buffer == nullptr) {
+    if (must_be_device && bytes > 0) report("out-of-bounds", "the address is in no buffer");
+    return;
+  }
+  const std::size_t offset = static_cast<const std::uint8_t*>(begin) - buffer->begin;
+  if (offset + bytes > buffer->bytes) {
+    report("out-of-bounds", "bytes " + std::to_string(offset) + " to " + std::to_string(offset + bytes) + " of \"" +
+                                buffer->name + "\", which has " + std::to_string(buffer->bytes));
+  }
+  if (writes && !buffer->writable) report("read-only", "writes \"" + buffer->name + "\"");
+}
+
+// cuTensorMapEncodeTiled of the driver.
+CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
+                      const cuuint64_t* sizes, const cuuint64_t* byte_strides, const cuuint32_t* box,
+                      const cuuint32_t* element_strides, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+                      CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
+  const auto refuse = [](const std::string& reason) {
+    driver().reports.push_back({"tma", "cuTensorMapEncodeTiled: " + reason, 0});
+    return CUDA_ERROR_INVALID_VALUE;
+  };
+  int element_bytes = 0, swizzle_bytes = 0;
+  switch (type) {
+    case CU_TENSOR_MAP_DATA_TYPE_UINT8:
+      element_bytes = 1;
+      break;
+    case CU_TENSOR_MAP_DATA_TYPE_UINT16:
+    case CU_TENSOR_MAP_DATA_TYPE_FLOAT16:
+    case CU_TENSOR_MAP_DATA_TYPE_BFLOAT16:
+      element_bytes = 2;
+      break;
+    case CU_TENSOR_MAP_DATA_TYPE_UINT32:
+    case CU_TENSOR_MAP_DATA_TYPE_INT32:
+    case CU_TENSOR_MAP_DATA_TYPE_FLOAT32:
+      element_bytes = 4;
+      break;
+    default:
+      return refuse("the emulator does not know data type " + std::to_string(static_cast<int>(type)));
+  }
+  switch (swizzle) {
+    case CU_TENSOR_MAP_SWIZZLE_NONE:
+      break;
+    case CU_TENSOR_MAP_SWIZZLE_32B:
+      swizzle_bytes = 32;
+      break;
+    case CU_TENSOR_MAP_SWIZZLE_64B:
+      swizzle_bytes = 64;
+      break;
+    case CU_TENSOR_MAP_SWIZZLE_128B:
+      swizzle_bytes = 128;
+      break;
+    default:
+      return refuse("the emulator does not know swizzle " + std::to_string(static_cast<int>(swizzle)));
+  }
+  if (interleave != CU_TENSOR_MAP_INTERLEAVE_NONE) return refuse("the emulator knows no interleaved layout");
+  if (fill != CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) return refuse("the emulator fills with zeros only");
+  if (driver().device.major < 9) return refuse("the device has no tensor maps (compute capability 9.0)");
+  const std::vector<std::uint64_t> extents(sizes, sizes + rank);
+  const std::vector<std::uint64_t> strides(byte_strides, byte_strides + (rank > 0 ? rank - 1 : 0));
+  const std::string reason = encode_tensor_map(map, element_bytes, static_cast<int>(rank), address, extents.data(),
+                                               strides.data(), box, element_strides, swizzle_bytes);
+  return reason.empty() ? CUDA_SUCCESS : refuse(reason);
+}
+
+cudaError_t driver_entry_point(const char* symbol, void** pointer, cudaDriverEntryPointQueryResult* status) {
+  const bool known = std::strcmp(symbol, "cuTensorMapEncodeTiled") == 0;
+  *pointer = known ? reinterpret_cast<void*>(&encode_tiled) : nullptr;
+  if (status != nullptr) *status = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+  return cudaSuccess;
+}
+
+}  // namespace
+
+Driver& driver() {
+  static Driver driver;
+  return driver;
+}
+
+void run_reported(const Kernel& kernel, const std::string& name, Dim3 grid, Dim3 block, std::size_t dynamic_shared,
+                  const std::vector<std::uint8_t>& parameters, int device_index) {
+  std::vector<Report>& reports = driver().reports;
+  for (std::size_t offset = 0; offset + sizeof(void*) <= parameters.size(); offset += sizeof(void*)) {
+    void* word = nullptr;
+    std::memcpy(&word, parameters.data() + offset, sizeof word);
+    const Buffer* buffer = global_memory().find(word);
+    if (buffer == nullptr) continue;
+    const auto elsewhere = driver().device_of.find(buffer->begin);
+    const int home = elsewhere == driver().device_of.end() ? 0 : elsewhere->second;
+    if (home != device_index) {
+      reports.push_back({"device",
+                         name + ": \"" + buffer->name + "\" is on device " + std::to_string(home) +
+                             ", the kernel was launched on device " + std::to_string(device_index),
+                         0});
+    }
+  }
+  for (Report& report : run(kernel, grid, block, dynamic_shared, parameters, driver().settings)) {
+    report.text = name + ": " + report.text;
+    reports.push_back(std::move(report));
+  }
+}
+
+void PtxLibrary::set_files(std::vector<std::string> paths) {
+  files_.clear();
+  is_read_ = false;
+  for (std::string& path : paths) files_.push_back({std::move(path)});
+}
+
+void PtxLibrary::read() {
+  for (File& file : files_) {
+    std::ifstream stream(file.path);
+    if (!stream) throw std::runtime_error("cannot read " + file.path);
+    std::stringstream content;
+    content << stream.rdbuf();
+    file.text = content.str();
+    const std::size_t target = file.text.find("\n.target sm_");
+    if (target == std::string::npos) throw std::runtime_error(file.path + " has no .target");
+    char* suffix = nullptr;
+    const long number = std::strtol(file.text.c_str() + target + std::strlen("\n.target sm_"), &suffix, 10);
+    file.major = static_cast<int>(number / 10);
+    file.minor = static_cast<int>(number % 10);
+    file.exact = *suffix == 'a';
+    const std::string keyword = ".entry ";
+    for (std::size_t at = 0; (at = file.text.find(keyword, at)) != std::string::npos;) {
+      at += keyword.size();
+      file.kernels[file.text.substr(at, file.text.find_first_of("( \t\r\n", at) - at)] = nullptr;
+    }
+  }
+  is_read_ = true;
+}
+
+std::shared_ptr<const Kernel> PtxLibrary::find(const std::string& entry, int major, int minor) {
+  const auto replacement = replaced_.find(entry);
+  if (replacement != replaced_.end()) return replacement->second;
+  if (!is_read_) read();
+  const auto newness = [](const File& file) { return 100 * file.major + 10 * file.minor + file.exact; };
+  File* best = nullptr;
+  for (File& file : files_) {
+    const bool runs =
+        file.exact ? file.major == major && file.minor == minor : 10 * file.major + file.minor <= 10 * major + minor;
+    if (runs && file.kernels.count(entry) > 0 && (best == nullptr || newness(file) > newness(*best))) best = &file;
+  }
+  if (best == nullptr) return nullptr;
+  if (best->kernels[entry] == nullptr) {
+    for (auto& kernel : parse_ptx(best->text)) best->kernels[name_of(*kernel)] = kernel;
+    best->text.clear();
+  }
+  return best->kernels[entry];
+}
+
+void PtxLibrary::replace(const std::string& entry, std::shared_ptr<const Kernel> kernel) {
+  if (kernel == nullptr) {
+    replaced_.erase(entry);
+  } else {
+    replaced_[entry] = std::move(kernel);
+  }
+}
+
+std::string PtxLibrary::architectures_of(const std::string& entry) {
+  std::string text;
+  for (const File& file : files_) {
+    if (file.kernels.count(entry) == 0) continue;
+    text += (text.empty() ? "" : ", ") + std::to_string(file.major) + "." + std::to_string(file.minor) +
+            (file.exact ? "a" : "");
+  }
+  return text.empty() ? "none" : text;
+}
+
+}  // namespace emulator
+
+using emulator::driver;
+using emulator::fail;
+using emulator::thread_state;
+
+// ---- what nvcc puts into the object files ---------------------------------------------------------------------------
+
+extern "C" {
+
+void** __cudaRegisterFatBinary(void* /*fat_binary*/) {
+  static void* handle = nullptr;  // the machine code is not used, so that one handle serves all
+  return &handle;
+}
+
+void __cudaRegisterFatBinaryEnd(void** /*handle*/) {}
+void __cudaUnregisterFatBinary(void** /*handle*/) {}
+char __cudaInitModule(void** /*handle*/) { return 0; }
+
+void __cudaRegisterFunction(void** /*handle*/, const char* stub, char* /*device_function*/, const char* name,
+                            int /*thread_limit*/, void*, void*, void*, void*, int*) {
+  emulator::functions()[stub] = {name, 0};
+}
+
+// Variables of a kernel's file have their initial values in its PTX. Host code cannot reach them: cudaMemcpyToSymbol is
+// not here.
+void __cudaRegisterVar(void** /*handle*/, char*, char*, const char*, int, std::size_t, int, int) {}
+
+unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, std::size_t shared_bytes, cudaStream_t stream) {
+  thread_state.configurations.push_back({grid, block, shared_bytes, stream});
+  return 0;
+}
+
+cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, std::size_t* shared_bytes, void* stream) {
+  const auto configuration = thread_state.configurations.back();
+  thread_state.configurations.pop_back();
+  *grid = configuration.grid;
+  *block = configuration.block;
+  *shared_bytes = configuration.shared_bytes;
+  *static_cast<cudaStream_t*>(stream) = configuration.stream;
+  return cudaSuccess;
+}
+
+cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* stub) {
+  *kernel = reinterpret_cast<cudaKernel_t>(const_cast<void*>(stub));
+  return cudaSuccess;
+}
+
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, std::size_t shared_bytes,
+                               cudaStream_t stream) {
+  return emulator::launch(kernel, grid, block, arguments, shared_bytes, stream);
+}
+
+// ---- launches -------------------------------------------------------------------------------------------------------
+
+cudaError_t cudaLaunchKernel(const void* stub, dim3 grid, dim3 block, void** arguments, std::size_t shared_bytes,
+                             cudaStream_t stream) {
+  return emulator::launch(stub, grid, block, arguments, shared_bytes, stream);
+}
+
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* stub, void** arguments) {
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config->attrs[i];
+    const auto& cluster = attribute.val.clusterDim;
+    // Kernels run one after the other here: one that may start early, or together with others, is right anyway.
+    const bool harmless =
+        attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization ||
+        attribute.id == cudaLaunchAttributePriority || attribute.id == cudaLaunchAttributeMemSyncDomain ||
+        (attribute.id == cudaLaunchAttributeClusterDimension && cluster.x * cluster.y * cluster.z == 1);
+    if (!harmless) {
+      return fail(cudaErrorNotSupported,
+                  "the emulator does not know launch attribute " + std::to_string(static_cast<int>(attribute.id)));
+    }
+  }
+  return emulator::launch(stub, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes, config->stream);
+}
+
+cudaError_t cudaFuncSetAttribute(const void* stub, cudaFuncAttribute attribute, int value) {
+  emulator::Function* function = nullptr;
+  std::shared_ptr<const emulator::Kernel> kernel;
+  if (const cudaError_t error = emulator::look_up(stub, function, kernel)) return error;
+  if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) return cudaSuccess;  // a hint about speed
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) {
+    return fail(cudaErrorInvalidValue, "the emulator does not know function attribute " + std::to_string(attribute));
+  }
+  const std::size_t fixed = emulator::static_shared_of(*kernel);
+  if (value < 0 || fixed + value > static_cast<std::size_t>(driver().device.shared_per_block)) {
+    return fail(cudaErrorInvalidValue, std::to_string(value) + " bytes of dynamic shared memory and " +
+                                           std::to_string(fixed) + " static ones, the device has " +
+                                           std::to_string(driver().device.shared_per_block) + " for a block");
+  }
+  function->allowed_dynamic = value;
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* stub) {
+  emulator::Function* function = nullptr;
+  std::shared_ptr<const emulator::Kernel> kernel;
+  if (const cudaError_t error = emulator::look_up(stub, function, kernel)) return error;
+  *attributes = {};
+  attributes->sharedSizeBytes = emulator::static_shared_of(*kernel);
+  attributes->maxThreadsPerBlock = static_cast<int>(emulator::max_threads_of(*kernel));
+  attributes->maxDynamicSharedSizeBytes = static_cast<int>(function->allowed_dynamic);
+  attributes->binaryVersion = 10 * driver().device.major + driver().device.minor;
+  return cudaSuccess;
+}
+
+// By threads, blocks and shared memory alone: PTX does not know how many registers a kernel needs.
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void* stub, int threads,
+                                                                   std::size_t dynamic, unsigned /*flags*/) {
+  emulator::Function* function = nullptr;
+  std::shared_ptr<const emulator::Kernel> kernel;
+  if (const cudaError_t error = emulator::look_up(stub, function, kernel)) return error;
+  if (const cudaError_t error = emulator::check_launch(*function, *kernel, dim3(1), dim3(threads), dynamic)) {
+    return error;
+  }
+  const emulator::Device& device = driver().device;
+  const std::size_t shared = emulator::static_shared_of(*kernel) + dynamic + emulator::kReservedShared;
+  *blocks = std::min({device.blocks_per_multiprocessor, device.threads_per_multiprocessor / threads,
+                      static_cast<int>(device.shared_per_multiprocessor / shared)});
+  return cudaSuccess;
+}
+
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* stub, int threads,
+                                                          std::size_t dynamic) {
+  return cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(blocks, stub, threads, dynamic, 0);
+}
+
+// ---- devices --------------------------------------------------------------------------------------------------------
+
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = emulator::Driver::kNumDevices;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = thread_state.device;
+  return cudaSuccess;
+}
+
+cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= emulator::Driver::kNumDevices) {
+    return fail(cudaErrorInvalidDevice,
+                "device " + std::to_string(device) + " of " + std::to_string(emulator::Driver::kNumDevices));
+  }
+  thread_state.device = device;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device_index) {
+  if (device_index < 0 || device_index >= emulator::Driver::kNumDevices) {
+    return fail(cudaErrorInvalidDevice, "device " + std::to_string(device_index));
+  }
+  const emulator::Device& device = driver().device;
+  const std::map<cudaDeviceAttr, int> values = {
+      {cudaDevAttrComputeCapabilityMajor, device.major},
+      {cudaDevAttrComputeCapabilityMinor, device.minor},
+      {cudaDevAttrMultiProcessorCount, device.multiprocessors},
+      {cudaDevAttrMaxSharedMemoryPerBlock, static_cast<int>(emulator::kDefaultShared)},
+      {cudaDevAttrMaxSharedMemoryPerBlockOptin, device.shared_per_block},
+      {cudaDevAttrMaxSharedMemoryPerMultiprocessor, device.shared_per_multiprocessor},
+      {cudaDevAttrReservedSharedMemoryPerBlock, static_cast<int>(emulator::kReservedShared)},
+      {cudaDevAttrMaxThreadsPerMultiProcessor, device.threads_per_multiprocessor},
+      {cudaDevAttrMaxBlocksPerMultiprocessor, device.blocks_per_multiprocessor},
+      {cudaDevAttrMaxThreadsPerBlock, static_cast<int>(emulator::kMaxThreads)},
+      {cudaDevAttrMaxGridDimX, static_cast<int>(emulator::kMaxGridX)},
+      {cudaDevAttrMaxGridDimY, static_cast<int>(emulator::kMaxGridYZ)},
+      {cudaDevAttrMaxGridDimZ, static_cast<int>(emulator::kMaxGridYZ)},
+      {cudaDevAttrMaxRegistersPerBlock, 65536},
+      {cudaDevAttrMaxRegistersPerMultiprocessor, 65536},
+      {cudaDevAttrWarpSize, 32},
+  };
+  const auto found = values.find(attribute);
+  if (found == values.end()) {
+    return fail(cudaErrorInvalidValue, "the emulator does not know device attribute " + std::to_string(attribute));
+  }
+  *value = found->second;
+  return cudaSuccess;
+}
+
+cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* pointer) {
+  *attributes = {};
+  attributes->device = -2;  // what CUDA says of memory that it does not know
+  const emulator::Buffer* buffer = emulator::global_memory().find(pointer);
+  if (buffer == nullptr) {
+    attributes->type = cudaMemoryTypeUnregistered;
+    attributes->hostPointer = const_cast<void*>(pointer);
+    return cudaSuccess;
+  }
+  const auto elsewhere = driver().device_of.find(buffer->begin);
+  attributes->type = cudaMemoryTypeDevice;
+  attributes->device = elsewhere == driver().device_of.end() ? 0 : elsewhere->second;
+  attributes->devicePointer = const_cast<void*>(pointer);
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** pointer, unsigned /*version*/,
+                                             unsigned long long /*flags*/, cudaDriverEntryPointQueryResult* status) {
+  return emulator::driver_entry_point(symbol, pointer, status);
+}
+
+// Gone from newer headers.
+cudaError_t cudaGetDriverEntryPoint(const char* symbol, void** pointer, unsigned long long /*flags*/,
+                                    cudaDriverEntryPointQueryResult* status) {
+  return emulator::driver_entry_point(symbol, pointer, status);
+}
+
+// ---- errors ---------------------------------------------------------------------------------------------------------
+
+cudaError_t cudaGetLastError() {
+  const cudaError_t error = thread_state.last_error;
+  thread_state.last_error = cudaSuccess;
+  return error;
+}
+
+cudaError_t cudaPeekAtLastError() { return thread_state.last_error; }
+
+const char* cudaGetErrorName(cudaError_t error) { return emulator::name_of_error(error); }
+
+const char* cudaGetErrorString(cudaError_t error) {
+  if (error == cudaSuccess) return "no error";
+  if (error != thread_state.explained_error) return "not explained: the emulator did not return this error last";
+  thread_state.error_text = "emulated: " + thread_state.explanation;
+  return thread_state.error_text.c_str();
+}
+
+// ---- memory and streams ---------------------------------------------------------------------------------------------
+
+cudaError_t cudaMemsetAsync(void* begin, int value, std::size_t bytes, cudaStream_t /*stream*/) {
+  const std::size_t before = driver().reports.size();
+  emulator::check_range("cudaMemsetAsync", begin, bytes, /*writes=*/true, /*must_be_device=*/true);
+  if (driver().reports.size() == before) std::memset(begin, value, bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemcpyAsync(void* target, const void* source, std::size_t bytes, cudaMemcpyKind kind,
+                            cudaStream_t /*stream*/) {
+  const bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
+  const bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
+  const std::size_t before = driver().reports.size();
+  emulator::check_range("cudaMemcpyAsync", target, bytes, /*writes=*/true, to_device);
+  emulator::check_range("cudaMemcpyAsync", source, bytes, /*writes=*/false, from_device);
+  if (driver().reports.size() == before) std::memmove(target, source, bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMalloc(void** pointer, std::size_t bytes) { return emulator::allocate("cudaMalloc", pointer, bytes); }
+cudaError_t cudaMallocAsync(void** pointer, std::size_t bytes, cudaStream_t /*stream*/) {
+  return emulator::allocate("cudaMallocAsync", pointer, bytes);
+}
+cudaError_t cudaFree(void* pointer) { return emulator::release("cudaFree", pointer); }
+cudaError_t cudaFreeAsync(void* pointer, cudaStream_t /*stream*/) {
+  return emulator::release("cudaFreeAsync", pointer);
+}
+cudaError_t cudaDeviceSynchronize() { return emulator::record_call("cudaDeviceSynchronize"); }
+cudaError_t cudaStreamSynchronize(cudaStream_t /*stream*/) { return emulator::record_call("cudaStreamSynchronize"); }
+cudaError_t cudaEventSynchronize(cudaEvent_t /*event*/) { return emulator::record_call("cudaEventSynchronize"); }
+
+cudaError_t cudaStreamIsCapturing(cudaStream_t /*stream*/, cudaStreamCaptureStatus* status) {
+  *status = driver().capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+
+}  // extern "C"

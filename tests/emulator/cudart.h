@@ -1,0 +1,82 @@
+// The pretended driver behind the CUDA runtime of cudart.cpp: the device, what was asked of it, and what went wrong.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "machine.h"
+
+namespace emulator {
+
+struct Device {
+  int major = 8, minor = 0;
+  int multiprocessors = 108;
+  int shared_per_block = 163 * 1024;           // largest that a kernel can ask for ("opt-in"), bytes
+  int shared_per_multiprocessor = 164 * 1024;  // bytes
+  int threads_per_multiprocessor = 2048;
+  int blocks_per_multiprocessor = 32;
+};
+
+// One request for a launch, also one that was refused.
+struct Launch {
+  std::string kernel;  // demangled, with its template arguments
+  std::string entry;   // mangled, as in PTX
+  Dim3 grid, block;
+  std::size_t shared_bytes;  // dynamic
+  std::uintptr_t stream;
+  std::string error;    // "cudaSuccess", or the name of the error
+  Counters counters{};  // of what ran
+};
+
+// Kernels by mangled name, from the PTX files of the build. A file is read when a name is first looked up, and parsed
+// when a kernel of it is first launched.
+class PtxLibrary {
+ public:
+  void set_files(std::vector<std::string> paths);
+  // The kernel for the newest architecture that a device of this compute capability runs, or nullptr.
+  std::shared_ptr<const Kernel> find(const std::string& entry, int major, int minor);
+  // From now on `find` gives this kernel for the name; nullptr ends that.
+  void replace(const std::string& entry, std::shared_ptr<const Kernel> kernel);
+  // "8.0, 9.0a": what there is of a kernel.
+  std::string architectures_of(const std::string& entry);
+
+ private:
+  struct File {
+    std::string path, text;
+    int major = 0, minor = 0;
+    bool exact = false;                                            // "sm_90a": no other architecture runs it
+    std::map<std::string, std::shared_ptr<const Kernel>> kernels;  // by entry; nullptr until parsed
+  };
+  void read();
+
+  std::vector<File> files_;
+  std::map<std::string, std::shared_ptr<const Kernel>> replaced_;
+  bool is_read_ = false;
+};
+
+// One process has one driver. Its user sets it up before a call and looks at the records after it.
+struct Driver {
+  static constexpr int kNumDevices = 2;  // alike; the second one is there to be the wrong one
+
+  Device device;
+  Settings settings;
+  PtxLibrary ptx;
+  bool capturing = false;                // every stream
+  std::map<const void*, int> device_of;  // beginnings of the buffers that are not on device 0
+  std::vector<Launch> launches;
+  std::vector<std::string> calls;  // allocations and synchronisations, by name
+  std::vector<Report> reports;
+};
+
+Driver& driver();
+
+// Runs a grid with the settings of the driver and appends to its reports. Refuses a pointer to memory of another device
+// than `device_index`.
+void run_reported(const Kernel& kernel, const std::string& name, Dim3 grid, Dim3 block, std::size_t dynamic_shared,
+                  const std::vector<std::uint8_t>& parameters, int device_index);
+
+}  // namespace emulator

@@ -1,0 +1,222 @@
+// A kernel while it runs: decoded instructions, the warps of one block, and the memory that they share.
+//
+// Blocks run one after the other. Within a block one warp runs at a time, until it has to wait. A warp always runs the
+// lanes with the lowest program counter, so that lanes which took different ways meet again. An instruction that needs
+// lanes which are not there yet waits for them; if they can no longer come, that is reported as a divergence.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <memory>
+#include <random>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "machine.h"
+#include "memory.h"
+#include "parser.h"
+#include "report.h"
+#include "shadow.h"
+#include "sync.h"
+#include "wgmma.h"
+
+namespace emulator {
+
+constexpr int kLanes = 32;
+constexpr std::uint32_t kAllLanes = 0xffffffff;
+constexpr std::size_t kMaxShared = 256 * 1024;
+
+class Execution;
+struct Instruction;
+
+// What a warp does after an instruction.
+enum class Step {
+  kNext,
+  kStay,   // wait, and execute the instruction again: the handler said for what
+  kLeave,  // wait, and go on behind the instruction
+};
+
+using Handler = Step (*)(Execution&, const Instruction&);
+
+enum class Space : std::uint8_t { kGeneric, kGlobal, kShared, kLocal, kConst, kParam };
+enum class Kind : std::uint8_t { kRead, kWrite, kAtomic };
+
+struct Instruction {
+  enum class Flow : std::uint8_t { kNormal, kBranch, kExit };
+  Handler handler = nullptr;
+  Flow flow = Flow::kNormal;
+  bool guarded = false;
+  bool guard_negated = false;
+  std::uint32_t guard = 0;
+  std::uint32_t target = 0;       // of a branch
+  std::vector<Operand> operands;  // constants have a place by now
+  const Statement* statement = nullptr;
+  // What memory and matrix instructions need besides their operands; each handler names what it uses.
+  Space space = Space::kGeneric;
+  Type type = Type::kNone;
+  std::array<int, 6> option = {};
+  // Registers by place, for the rules about registers of a wgmma in flight.
+  std::vector<std::uint32_t> reads, writes;
+};
+
+// A body ready to run. The register file of a warp is [registers | special registers | constants].
+struct Code {
+  Entry entry;
+  Body body;
+  std::vector<Instruction> instructions;
+  std::vector<std::uint8_t> register_file;  // as it is when a warp starts
+  std::uint32_t dynamic_shared = 0;         // where it starts
+  bool uses_wgmma = false;
+};
+
+std::unique_ptr<Code> decode(const Entry& entry);
+
+struct Warp {
+  int index = 0;
+  std::vector<std::uint8_t> storage;
+  std::uint8_t* registers = nullptr;  // within storage, aligned for vector loads
+  std::uint32_t pc[kLanes] = {};
+  std::uint32_t alive = 0;
+  std::uint32_t waiting = 0;   // for other lanes of the warp, at their program counter
+  std::uint32_t sleeping = 0;  // for the phase of an mbarrier, at their program counter
+  bool parked = false;         // in a barrier of the block
+  bool forced = false;         // the lanes that are waited for cannot come
+  bool timed_out = false;      // the next wait for a phase returns false
+  PhaseWait phase_wait[kLanes];
+  WgmmaState wgmma;
+};
+
+class Execution {
+ public:
+  Execution(const Code& code, Dim3 grid, Dim3 block, std::size_t dynamic_shared, std::size_t parameter_bytes,
+            const Settings& settings);
+  std::vector<Report> run();
+
+  // ---- the running instruction
+  Warp* warp = nullptr;
+  std::uint32_t mask = 0;  // lanes that execute it
+
+  template <typename T>
+  T* row(const Operand& operand) {
+    return reinterpret_cast<T*>(warp->registers + operand.place);
+  }
+  std::uint32_t predicate(const Operand& operand) {
+    const std::uint32_t word = *row<std::uint32_t>(operand);
+    return operand.negated ? ~word : word;
+  }
+  void set_predicate(const Operand& operand, std::uint32_t value) {
+    if (operand.kind == Operand::Kind::kNone) return;
+    std::uint32_t& word = *row<std::uint32_t>(operand);
+    word = (word & ~mask) | (value & mask);
+  }
+  // The results of the lanes that execute.
+  template <typename T>
+  void store(const Operand& operand, const T* values) {
+    if (operand.kind == Operand::Kind::kNone) return;
+    T* target = row<T>(operand);
+    if (mask == kAllLanes) {
+      std::memcpy(target, values, kLanes * sizeof(T));
+      return;
+    }
+    for (int lane = 0; lane < kLanes; ++lane) {
+      if (mask >> lane & 1) target[lane] = values[lane];
+    }
+  }
+  // One lane of a register of any width, as its low bytes, the rest zero.
+  std::uint64_t lane_bits(const Operand& operand, int lane) {
+    std::uint64_t bits = 0;
+    std::memcpy(&bits, warp->registers + operand.place + lane * operand.width, operand.width);
+    return bits;
+  }
+  void set_lane_bits(const Operand& operand, int lane, std::uint64_t bits) {
+    if (operand.kind == Operand::Kind::kNone) return;
+    std::memcpy(warp->registers + operand.place + lane * operand.width, &bits, operand.width);
+  }
+  template <typename F>
+  void for_each_lane(F&& f) {
+    for (std::uint32_t rest = mask; rest != 0; rest &= rest - 1) f(__builtin_ctz(rest));
+  }
+  int thread_of(int lane) const { return warp->index * kLanes + lane; }
+  Site site(const Instruction& instruction, int lane) const { return {thread_of(lane), instruction.statement}; }
+  int first_lane() const { return __builtin_ctz(mask); }
+  void report(const char* kind, const Instruction& instruction, const std::string& message) {
+    reporter.add(kind, site(instruction, first_lane()), message);
+  }
+  // Are the lanes of `needed` that are alive all here? If not, they are waited for (and the handler returns kStay), or
+  // reported as missing.
+  bool gather(const Instruction& instruction, std::uint32_t needed, const char* kind);
+
+  // ---- memory
+  std::uint64_t address_of(const Operand& address, int lane) {
+    return lane_bits(address.elements[0], lane) + address.value;
+  }
+  // Checks an access and returns where it goes, or nullptr if it may not happen. `value`: what a write will write.
+  std::uint8_t* access(const Site& site, Space space, std::uint64_t address, int bytes, Kind kind,
+                       const void* value = nullptr);
+  // The same for bytes of global memory that a copy engine touches: any number, no alignment. A write that is in flight
+  // is not published by a fence.
+  bool access_range(const Site& site, std::uint8_t* address, int bytes, Kind kind, bool in_flight = false);
+  const Buffer* find_buffer(const std::uint8_t* address);
+  bool is_shared(std::uint64_t generic) const { return generic - shared_window < kMaxShared; }
+  // Shared address (an offset) of an operand in .shared or generic space.
+  std::uint32_t shared_offset(const Instruction& instruction, const Operand& address, int lane);
+
+  // ---- synchronisation
+  void complete_barrier(int id);
+  void wake_phase_waiters();
+  void move(BulkCopy& copy);  // once
+
+  const Code& code;
+  const Dim3 grid, block;
+  const Settings& settings;
+  const bool check;
+  const int num_threads, num_warps;
+  const std::size_t shared_bytes, parameter_bytes;
+  Counters counters = {};
+
+  Clocks clocks;
+  Reporter reporter;
+  SharedShadow shared_shadow;
+  GlobalShadow global_shadow;
+  std::uint8_t* shared;               // shared[offset]
+  const std::uint64_t shared_window;  // generic address of offset 0
+  std::vector<std::uint8_t> local;    // body.local_bytes for every thread
+  std::array<Barrier, 16> barriers;
+  std::map<std::uint32_t, Mbarrier> mbarriers;  // by offset
+  std::vector<CopyGroups> copies;               // of every thread
+  std::vector<BulkGroups> bulk;                 // of every thread
+  std::vector<std::shared_ptr<BulkCopy>> in_flight;
+  std::vector<Warp> warps;
+  std::vector<WarpgroupTrace> warpgroups;
+  std::mt19937_64 random;
+  bool fatal = false;          // the block cannot go on
+  std::uint64_t activity = 0;  // counts what other threads may wait for: arrivals, copies, exits
+
+ private:
+  void start_block(std::int64_t index);
+  void run_block();
+  void run_warp(Warp& warp);
+  void finish_block();
+  // wgmma.cpp: the rules about registers of a wgmma in flight; what may not be left when a block ends.
+  void track_registers(const Instruction& instruction);
+  void finish_asynchronous(const Statement* last);
+  static bool anything_runs(const Warp& warp) {
+    return !warp.parked && (warp.alive & ~warp.waiting & ~warp.sleeping) != 0;
+  }
+  bool force_waiting();
+  bool time_out();
+  void move_one(std::size_t index);
+  void report_deadlock();
+  std::string outside(const std::uint8_t* address, int bytes) const;
+
+  const Buffer* last_buffer_ = nullptr;
+  std::uint64_t activity_at_time_out_ = 0;
+  int idle_time_outs_ = 0;
+};
+
+}  // namespace emulator

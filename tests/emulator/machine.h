@@ -1,0 +1,57 @@
+// The emulator as its users see it: PTX text in, kernels out; a kernel runs a grid on the CPU and says what was wrong.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace emulator {
+
+struct Dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+// The order of blocks, of the warps of a block, and of the completion of copies. Results must not depend on it.
+enum class Schedule { kFifo, kReverse, kRandom };
+
+struct Settings {
+  Schedule schedule = Schedule::kFifo;
+  std::uint64_t seed = 1;            // of kRandom
+  bool check = true;                 // shadow memory and synchronisation; off: results only, faster
+  int max_reports = 20;              // a report is given once per kind and instruction
+  std::vector<std::int64_t> blocks;  // linear indices of the blocks to run; empty: all
+};
+
+struct Report {
+  std::string kind;  // race-raw, out-of-bounds, deadlock ...: the list is in report.h
+  std::string text;  // block, thread, address, source line and the other party
+  int line;          // of the .cu source (from .loc), 0: unknown
+};
+
+struct Parameter {
+  std::size_t offset, bytes;  // within the kernel's parameter block
+};
+
+class Kernel;
+const std::string& name_of(const Kernel& kernel);
+const std::vector<Parameter>& parameters_of(const Kernel& kernel);
+std::size_t static_shared_of(const Kernel& kernel);
+std::size_t max_threads_of(const Kernel& kernel);  // .maxntid or .reqntid, or else 1024
+
+// Every .entry of the text. Throws std::runtime_error that names line and text of what it does not understand. Bodies
+// are decoded when a kernel is first run: one unsupported kernel does not spoil a file.
+std::vector<std::shared_ptr<const Kernel>> parse_ptx(const std::string& text);
+
+// Runs a grid to its end and returns what was found wrong. Throws std::runtime_error for an instruction that the
+// emulator does not know, with its text and line.
+std::vector<Report> run(const Kernel& kernel, Dim3 grid, Dim3 block, std::size_t dynamic_shared,
+                        const std::vector<std::uint8_t>& parameters, const Settings& settings);
+
+struct Counters {
+  std::uint64_t instructions, mma, wgmma, barriers, shared_accesses, global_accesses;  // per warp
+};
+Counters last_counters();  // of the last run
+
+}  // namespace emulator

@@ -1,0 +1,43 @@
+// What was found wrong: one report per kind and instruction, with the place in the source and both parties.
+//
+// Kinds: race-raw, race-war, race-waw (shared memory), async-race (a copy or wgmma in flight), uninitialised,
+// out-of-bounds, misaligned, read-only, divergence (part of a warp), barrier, deadlock, mbarrier, proxy (a fence
+// between ordinary and asynchronous accesses), wgmma, tma, block-race (global memory), leak (exit with copies in
+// flight), shuffle, trap.
+#pragma once
+
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "machine.h"
+#include "parser.h"
+
+namespace emulator {
+
+// Who does what: the thread (within its block) and the statement that it executes.
+struct Site {
+  int thread;
+  const Statement* statement;
+};
+
+class Reporter {
+ public:
+  Reporter(const Module& module, int limit) : module_(module), limit_(limit) {}
+
+  void enter_block(Dim3 block) { block_ = block; }
+  void add(const char* kind, const Site& site, const std::string& message);
+  // "attention.cu:120", or the line of the PTX where there is no line information.
+  std::string place_of(const Statement& statement) const;
+  std::vector<Report>& reports() { return reports_; }
+
+ private:
+  const Module& module_;
+  const std::size_t limit_;
+  Dim3 block_;
+  std::set<std::pair<std::string, const Statement*>> seen_;
+  std::vector<Report> reports_;
+};
+
+}  // namespace emulator

@@ -1,0 +1,180 @@
+// Happens-before: who may touch which byte of shared memory, and which blocks may meet in global memory.
+//
+// Clocks. Every thread counts its own steps of synchronisation, and keeps a row with the latest step of every other
+// thread that it is ordered after (a vector clock). An access is remembered as (thread, clock of that thread); it
+// happened before thread t if t's row has reached that clock. Edges come from barriers, warp barriers, completed phases
+// of an mbarrier and completed copies: each joins rows. Shuffles, votes and matrix instructions order nothing.
+//
+// A row has three sections of equal length. The first is the order itself. The second is the part of it that has passed
+// a proxy fence: what asynchronous copies and wgmma may rely on. The third is the part that has passed a fence at
+// device scope: what other blocks may rely on after an atomic. Joining whole rows carries all three along the same
+// edges.
+//
+// Copy engines take part as agents: columns behind the threads, one for each of the copies that are in flight.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "report.h"
+
+namespace emulator {
+
+// 8 bytes, because shared memory has five of them in every cell.
+struct Access {
+  std::uint32_t clock;
+  std::uint32_t thread : 11;
+  std::uint32_t statement : 21;
+};
+
+class Clocks {
+ public:
+  static constexpr int kAgents = 32;
+
+  void reset(int threads);
+  int threads() const { return threads_; }
+  std::size_t row_size() const { return 3 * columns_; }
+  std::uint32_t* row(int thread) { return &rows_[thread * row_size()]; }
+
+  std::uint32_t now(int thread) { return row(thread)[thread]; }
+  // What the thread did so far is released under the old clock; what it does next is not.
+  void advance(int thread) { ++row(thread)[thread]; }
+  void join(std::uint32_t* row, const std::uint32_t* other) const;
+  bool happened_before(const Access& access, int thread) { return access.clock <= row(thread)[access.thread]; }
+  bool fenced_for_copies(const Access& access, int thread) {
+    return access.clock <= row(thread)[columns_ + access.thread];
+  }
+  void fence_for_copies(int thread) { fence(thread, 1); }
+  void fence_for_device(int thread) { fence(thread, 2); }
+  const std::uint32_t* fenced_for_device(int thread) { return row(thread) + 2 * columns_; }
+  std::size_t columns() const { return columns_; }
+
+  // The next copy engine, one clock further on.
+  Access next_agent();
+  // Adds what the agent did to a row, as done through the asynchronous proxy and needing no fence.
+  void join_agent(std::uint32_t* row, const Access& agent) const;
+
+ private:
+  void fence(int thread, int section);
+
+  int threads_ = 0;
+  std::size_t columns_ = 0;
+  std::vector<std::uint32_t> rows_;
+  std::uint32_t agent_clock_[kAgents] = {};
+  int next_agent_ = 0;
+};
+
+enum class Proxy { kGeneric, kAsync };
+
+// One cell for every two bytes of shared memory: the last write, the reads since, and what is still in flight.
+class SharedShadow {
+ public:
+  SharedShadow(Clocks& clocks, Reporter& reporter) : clocks_(clocks), reporter_(reporter) {}
+
+  // Clears `bytes` of memory that starts at kSharedStart. Statements number accesses relative to `code`.
+  void reset(const std::uint8_t* memory, std::size_t bytes, const std::vector<Statement>* code);
+  bool contains(std::uint64_t offset, std::size_t bytes) const {
+    return offset >= kSharedStart && offset + bytes <= end_;
+  }
+
+  void read(const Site& site, std::uint32_t offset, int bytes, Proxy proxy = Proxy::kGeneric);
+  // `value`: what will be written; an equal value twice is no race.
+  void write(const Site& site, std::uint32_t offset, int bytes, const void* value);
+  // Atomic operations do not race with each other.
+  void atomic(const Site& site, std::uint32_t offset, int bytes);
+
+  // A copy into shared memory: nobody may touch the cells until it has finished, as the act of `by`.
+  void begin_copy(const Site& site, std::uint32_t offset, int bytes, Proxy proxy);
+  void finish_copy(const Access& by, std::uint32_t offset, int bytes, Proxy proxy);
+  // A read that goes on after its instruction (wgmma, bulk store): nobody may write the cells until it has finished.
+  void begin_read(const Site& site, std::uint32_t offset, int bytes);
+  void finish_read(const Access& by, std::uint32_t offset, int bytes);
+
+  void mark_mbarrier(std::uint32_t offset, bool live);
+  // Is the initialisation of an mbarrier visible to this thread, and to copies?
+  void check_mbarrier(const Site& site, std::uint32_t offset, bool used_by_copy);
+  Access access_of(const Site& site);
+
+ private:
+  enum State : std::uint8_t { kWritten = 1, kInFlight = 2, kByCopy = 4, kMbarrier = 8, kAtomic = 16 };
+  static constexpr int kReaders = 4;
+  struct Cell {
+    Access write;
+    Access reads[kReaders];
+    std::uint8_t state;
+    std::uint8_t num_reads;  // in `reads`
+    std::uint16_t reads_in_flight;
+    bool more_reads;  // in `more_reads_`
+  };
+
+  Cell& cell(std::uint32_t offset) { return cells_[(offset - kSharedStart) / 2]; }
+  void remember_read(Cell& cell, const Access& access);
+  void check_no_reader(const Site& site, std::uint32_t offset, const Cell& cell);
+  void check_write(const Site& site, std::uint32_t offset, const Cell& cell, bool same_value);
+  void forget_reads(Cell& cell);
+  std::string describe(const Access& access) const;
+  std::string at(std::uint32_t offset) const { return "shared memory, byte " + std::to_string(offset - kSharedStart); }
+
+  Clocks& clocks_;
+  Reporter& reporter_;
+  const std::vector<Statement>* code_ = nullptr;
+  const std::uint8_t* memory_ = nullptr;
+  std::size_t end_ = kSharedStart;
+  std::vector<Cell> cells_;
+  std::unordered_map<const Cell*, std::vector<Access>> more_reads_;  // when more than four threads read a cell
+};
+
+// What blocks of one launch write to global memory. A word written by another block may be read if the writer passed a
+// fence at device scope and then an atomic operation, and the reader comes after an atomic operation on the same word:
+// the pattern of "the last block reduces". Blocks run one after the other, so what an earlier block published is final.
+class GlobalShadow {
+ public:
+  GlobalShadow(Clocks& clocks, Reporter& reporter) : clocks_(clocks), reporter_(reporter) {}
+
+  void enter_block(std::uint32_t block);
+  void read(const Site& site, const std::uint8_t* address, int bytes, const Buffer& buffer);
+  void write(const Site& site, const std::uint8_t* address, int bytes, const Buffer& buffer, bool atomic,
+             bool in_flight = false);
+  // An atomic operation, or a store with release or a load with acquire semantics, on the word at this address.
+  void synchronise(int thread, const std::uint8_t* address);
+
+ private:
+  static constexpr std::size_t kPageBytes = 4096;
+  struct Cell {  // of two bytes
+    std::uint32_t block_plus_one;
+    std::uint32_t clock;
+    std::uint16_t thread;
+    bool atomic;
+  };
+  struct Page {
+    Cell cells[kPageBytes / 2];
+  };
+  struct Publication {
+    std::uint32_t block;
+    std::vector<std::uint32_t> clocks;
+  };
+  struct Acquisition {
+    const std::uint8_t* address;
+    std::uint32_t clock;
+    int thread;
+  };
+
+  Page* page_at(const std::uint8_t* address, bool create);
+  bool published(const Cell& cell, int reader, const std::uint8_t* address);
+  std::string describe(const std::uint8_t* address, const Buffer& buffer) const;
+
+  Clocks& clocks_;
+  Reporter& reporter_;
+  std::uint32_t block_ = 0;
+  std::unordered_map<std::size_t, std::unique_ptr<Page>> pages_;
+  std::size_t last_page_number_ = ~std::size_t{0};
+  Page* last_page_ = nullptr;
+  std::unordered_map<const std::uint8_t*, std::vector<Publication>> publications_;
+  std::vector<Acquisition> acquisitions_;  // of the running block
+};
+
+}  // namespace emulator

@@ -1,0 +1,90 @@
+// What threads wait for: barriers of the block, mbarriers, and groups of asynchronous copies.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "shadow.h"
+
+namespace emulator {
+
+class Execution;
+struct Instruction;
+
+// bar.sync and bar.arrive with an id. Warps arrive as a whole; who waits goes on when `expected` threads have arrived,
+// ordered after all of them.
+struct Barrier {
+  int expected = 0;  // threads; meaningless while nobody has arrived
+  bool whole_block = false;
+  int arrived = 0;
+  struct Waiter {
+    int warp;
+    const Instruction* instruction;
+    std::uint32_t mask;
+  };
+  std::vector<Waiter> waiting;
+  std::vector<std::uint32_t> row;  // joined clocks of those who arrived
+  // bar.red: how many predicates were true, of how many threads.
+  int true_predicates = 0, predicates = 0;
+  const Statement* statement = nullptr;  // of the first arrival
+};
+
+// An mbarrier: a phase completes when no arrivals and no bytes are pending. An arrival releases what the arriving
+// thread did, and nothing that other lanes did; who finds the phase completed is ordered after all arrivals.
+struct Mbarrier {
+  std::uint32_t count = 0, pending = 0, phase = 0;
+  std::int64_t pending_bytes = 0;
+  std::vector<std::uint32_t> arrived;   // joined clocks, of the phase that is filling
+  std::vector<std::uint32_t> released;  // of all completed phases
+
+  void complete_if_done() {
+    if (pending != 0 || pending_bytes != 0) return;
+    phase ^= 1;
+    pending = count;
+    released = arrived;  // clocks only grow: earlier phases are included
+  }
+};
+
+struct PhaseWait {
+  std::uint32_t mbarrier = 0, parity = 0;
+};
+
+// cp.async of one thread. Data arrive at the wait, never earlier: a kernel that reads too early sees what was there.
+struct CopyGroups {
+  struct Copy {
+    std::uint32_t target;
+    const std::uint8_t* source;
+    int bytes, source_bytes;  // the rest is zero-filled
+  };
+  std::vector<Copy> open;
+  std::deque<std::vector<Copy>> groups;
+};
+
+// A bulk copy on its way: `move` moves the data, at a moment that the scheduler picks, once.
+struct BulkCopy {
+  std::function<void(Execution&)> move;
+  bool moved = false;
+};
+
+// A bulk store reads shared memory until its thread has waited for it.
+struct BulkStore {
+  std::shared_ptr<BulkCopy> copy;
+  Site site;
+  std::uint32_t offset;  // in shared memory
+  int bytes;
+  std::function<void(Execution&)> publish;  // after a wait for the writes: they count as made by the thread
+};
+struct BulkGroups {
+  struct Group {
+    std::vector<BulkStore> stores;
+    bool read = false;  // wait_group.read has seen it
+  };
+  std::vector<BulkStore> open;
+  std::deque<Group> groups;
+};
+
+}  // namespace emulator

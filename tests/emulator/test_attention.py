@@ -1,0 +1,200 @@
+"""The CUDA kernels of attention, executed by the emulator with every check on: against the float64 reference and by the
+laws of tests/test_attention.py, through autograd, operator, binding and launcher.
+
+Without a GPU this is the only place where they run; with one, tests/test_attention.py runs them on it.
+"""
+
+import dataclasses
+import math
+
+import hypothesis
+import pytest
+import test_attention as whole
+import torch
+from test_attention import BFLOAT16, FLOAT16, Case, bounded, check, make
+
+from andromeda.ops.attention import attention
+
+HALF = (BFLOAT16, FLOAT16)
+# Cases are small: three heads that share a key head, with a steep slope, a flat one and none.
+SMALL = Case(batch=1, num_heads=3, head_dim=64, dtype=BFLOAT16)
+
+
+def small(**changes):
+    return dataclasses.replace(SMALL, **changes)
+
+
+def alternate(cases):
+    """Every second case in float16: both types see every kind of case, each case is run once."""
+    return [dataclasses.replace(case, dtype=HALF[index % 2]) for index, case in enumerate(cases)]
+
+
+# Tiles are 128 queries (forward), 64 queries and 64 keys.
+LENGTHS = [(n, n) for n in (1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 128, 129, 193, 257)]
+LENGTHS += [(1, 147), (2, 96), (5, 97), (113, 203), (203, 113), (257, 1), (100, 2), (130, 400)]
+HEADS = [(1, 1), (2, 1), (3, 3), (4, 2), (24, 1), (24, 4), (8, 8)]
+CASES = alternate([small(seqlen_q=n, seqlen_k=t, causal=causal) for n, t in LENGTHS for causal in (True, False)])
+# 17 tiles of keys: a pipeline that goes wrong only after several rounds.
+CASES += [small(seqlen_q=1025, seqlen_k=1025, num_heads=1, alibi="all"), small(seqlen_q=20, seqlen_k=1300, num_heads=1)]
+CASES += alternate(
+    [small(batch=2, seqlen_q=n, seqlen_k=99, num_heads=h, num_kv_heads=g) for n in (7, 99) for h, g in HEADS]
+)
+CASES += [
+    small(seqlen_q=70, seqlen_k=100, head_dim=d, dtype=dtype) for d in (4, 8, 20, 33, 64, 80, 96, 128) for dtype in HALF
+]
+CASES += alternate(
+    [
+        small(batch=2, seqlen_q=n, seqlen_k=130, alibi=alibi, causal=causal, mask=mask)
+        for mask in ("documents", "padding", "window", "ahead", "blind")
+        for n, alibi in ((60, "all"), (150, "none"))
+        for causal in (True, False)
+    ]
+)
+CASES += alternate(
+    [
+        small(batch=2, seqlen_q=70, seqlen_k=130, layout=layout, num_heads=4, num_kv_heads=2, head_dim=d)
+        for layout in ("transposed", "seqlen first", "slice", "offset", "expanded")
+        for d in (64, 128)
+    ]
+)
+# One query, or a few, packed with their heads into the rows of one tile; keys cut into shares.
+DECODE = alternate(
+    [
+        small(batch=2, seqlen_q=n, seqlen_k=t, num_heads=h, num_kv_heads=g, head_dim=d, mask=mask, alibi=alibi)
+        for n, t, h, g, d, mask, alibi in (
+            (1, 700, 24, 1, 128, "none", "some"),
+            (1, 700, 24, 1, 128, "none", "all"),
+            (1, 1500, 24, 1, 64, "padding", "some"),
+            (1, 900, 4, 4, 64, "none", "none"),
+            (1, 600, 8, 2, 128, "documents", "some"),
+            (2, 500, 24, 1, 64, "window", "all"),
+            (3, 333, 5, 1, 80, "none", "some"),
+            (4, 500, 32, 1, 64, "ahead", "some"),
+            (5, 400, 12, 3, 64, "blind", "all"),
+            (1, 65, 24, 1, 128, "none", "some"),
+        )
+    ]
+)
+DECODE += [
+    small(seqlen_q=2, seqlen_k=600, num_heads=6, causal=False, alibi="all"),
+    small(seqlen_q=1, seqlen_k=800, num_heads=6, layout="slice", dtype=FLOAT16),
+    small(batch=2, seqlen_q=1, seqlen_k=450, num_heads=6, layout="transposed"),
+]
+ODD_VALUES = alternate(
+    [
+        small(seqlen_q=n, seqlen_k=150, values=values, alibi=alibi)
+        for values in ("peaked", "flat", "huge key", "ties", "offset", "heavy")
+        for n, alibi in ((150, "none"), (40, "some"), (1, "some"))
+    ]
+)
+LONG = small(seqlen_q=400, seqlen_k=400, num_heads=3)
+BOUNDED = [
+    (LONG, 1.0),
+    (LONG, 10.0),
+    (LONG, 39.0),
+    (LONG, 60.0),  # above the limit: the softmax keeps a running maximum, the windows stay
+    (dataclasses.replace(LONG, dtype=FLOAT16), 1.0),
+    (dataclasses.replace(LONG, dtype=FLOAT16), 9.9),
+    (dataclasses.replace(LONG, dtype=FLOAT16), 30.0),
+    (dataclasses.replace(LONG, head_dim=128, alibi="all"), 5.0),
+    (dataclasses.replace(LONG, causal=False), 5.0),
+    (dataclasses.replace(LONG, causal=False, alibi="all"), 1.0),
+    (dataclasses.replace(LONG, seqlen_q=1, seqlen_k=1500), 8.0),
+    (dataclasses.replace(LONG, seqlen_q=1, seqlen_k=1500, alibi="all"), 1.0),
+    (dataclasses.replace(LONG, seqlen_q=150, seqlen_k=700, num_heads=4, num_kv_heads=2), 3.0),
+    (dataclasses.replace(LONG, seqlen_q=300, seqlen_k=120), 2.0),  # early rows have no key of their own
+    (dataclasses.replace(LONG, mask="documents"), 4.0),
+    (dataclasses.replace(LONG, mask="window"), 4.0),
+    (dataclasses.replace(LONG, mask="ahead", causal=False), 4.0),  # the row's own key is hidden: no window holds
+    (dataclasses.replace(LONG, mask="blind"), 4.0),
+    (dataclasses.replace(LONG, alibi="none"), 20.0),
+]
+ALL = [*CASES, *DECODE]
+
+
+def emulate(emulated, case):
+    """Another order of warps and copies for every case, the same for the same case."""
+    emulated.settings.schedule = ("fifo", "reverse", "random")[sum(map(ord, str(case))) % 3]
+
+
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_matches_the_reference(case, emulated):
+    emulate(emulated, case)
+    check(make(case, torch.device("cpu")), "cuda")
+
+
+@pytest.mark.parametrize("case", ODD_VALUES, ids=str)
+def test_odd_values(case, emulated):
+    emulate(emulated, case)
+    check(make(case, torch.device("cpu")), "cuda", values=case.values)
+
+
+@pytest.mark.parametrize("adversarial", [False, True], ids=["random", "adversarial"])
+@pytest.mark.parametrize("case, bound", BOUNDED, ids=str)
+def test_logit_bound(case, bound, adversarial, emulated):
+    emulate(emulated, case)
+    check(bounded(case, bound, torch.device("cpu"), adversarial), "cuda")
+
+
+@pytest.mark.parametrize("softmax_scale", [1, 0.05, 2.0**-20], ids=str)
+def test_softmax_scale_is_not_applied_to_the_bias(softmax_scale, emulated):
+    check(make(small(seqlen_q=20, seqlen_k=110, alibi="all"), torch.device("cpu")), "cuda", softmax_scale=softmax_scale)
+
+
+@pytest.mark.parametrize("softmax_scale", [0.0, -0.3, 2.0**-61])
+def test_a_scale_that_the_kernels_refuse_takes_another_backend(softmax_scale, emulated):
+    inputs = make(small(), torch.device("cpu"))
+    with pytest.raises(NotImplementedError, match=r"softmax_scale=.*built for at least 2\*\*-60"):
+        attention(*inputs.tensors(), softmax_scale=softmax_scale, backend="cuda")
+    check(inputs, None, softmax_scale=softmax_scale)
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 400])
+def test_windows_skip_far_keys(seqlen_q, emulated):
+    """Far keys and values are not read: NaN there stays out."""
+    case = small(seqlen_q=seqlen_q, seqlen_k=700, num_heads=1, alibi="all")  # slope 2**-0.5
+    inputs = bounded(case, 1.0, torch.device("cpu"))
+    expected = attention(*inputs.tensors(), **inputs.options, backend="cuda")
+    window = math.ceil((2 * inputs.options["logit_bound"].item() + 24 * math.log(2)) * 2**0.5)
+    unread = 700 - seqlen_q - window - 64  # whole tiles before the first query's window
+    inputs.k[:, :unread], inputs.v[:, :unread] = math.nan, math.nan
+    assert torch.equal(attention(*inputs.tensors(), **inputs.options, backend="cuda"), expected)
+
+
+# ---- laws -----------------------------------------------------------------------------------------------------------
+
+LAWS = {name: test.law for name, test in vars(whole).items() if hasattr(test, "law")}
+# A channel that carries the bias would have to hold slope * position exactly.
+NOT_IN_HALF_PRECISION = {"test_p8_alibi_is_a_bias_linear_in_the_key"}
+
+
+@pytest.mark.parametrize("name", sorted(LAWS.keys() - NOT_IN_HALF_PRECISION))
+def test_law(name, emulated):
+    test, fixed = LAWS[name]
+
+    @hypothesis.settings(max_examples=min(4, hypothesis.settings.default.max_examples))
+    @hypothesis.given(case=whole.cases(**{**fixed, "dtypes": HALF}))
+    def over_cases(case):
+        emulate(emulated, case)
+        test(case, make(case, torch.device("cpu")), "cuda")
+
+    over_cases()
+
+
+@pytest.mark.parametrize("case", whole.EMPTY, ids=str)
+def test_p18_empty_inputs(case, emulated):
+    whole.test_p18_empty_inputs(dataclasses.replace(case, dtype=BFLOAT16), "cuda", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "case", [small(seqlen_q=1, seqlen_k=900, num_heads=24), small(seqlen_q=200, seqlen_k=200)], ids=str
+)
+def test_schedules_change_no_bit(case, emulated):
+    """P17: whatever the order of warps, copies and blocks."""
+    inputs = make(case, torch.device("cpu"))
+    results = []
+    for schedule, seed in (("fifo", 0), ("reverse", 0), ("random", 1), ("random", 2)):
+        emulated.settings.schedule, emulated.settings.seed = schedule, seed
+        results.append(whole.run(inputs, "cuda"))
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
