@@ -9,6 +9,7 @@ kernel_budget.toml. What kernels use, of the library or of another file with obj
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import math
 import os
 import re
@@ -21,8 +22,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
+import torch
 
-from andromeda import _C
+from andromeda import _C, attention, qk_norm_rotary
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -287,6 +289,33 @@ def test_blocks_per_multiprocessor(kernels, occupancy, entry, architecture):
         blocks = occupancy([f"{use} {device}" for device in limits["min_blocks"]])
         for (device, least), number in zip(limits["min_blocks"].items(), blocks, strict=True):
             assert number >= max(least, 1), f"{name} on {device}: {use} (registers, threads, shared memory)"
+
+
+def every_variant():
+    """Calls that launch every kernel on an emulated A100, with as little work as possible."""
+    for dtype, head_dim in itertools.product((torch.float16, torch.bfloat16), (64, 128)):
+        q, k, v = torch.randn(3, 1, 8, 1, head_dim, dtype=dtype).requires_grad_().unbind()
+        attention(q, k, v, backend="cuda").sum().backward()
+        for num_heads in (16, 32):  # of one key head: rows of one tile, or of two
+            q, keys = torch.randn(1, 1, num_heads, head_dim, dtype=dtype), torch.randn(1, 512, 1, head_dim, dtype=dtype)
+            attention(q, keys, keys, backend="cuda")
+    for dtype, head_dim in itertools.product((torch.float32, torch.float16, torch.bfloat16), (6, 64, 512)):
+        q, k = torch.randn(2, 1, 2, 1, head_dim, dtype=dtype).requires_grad_().unbind()
+        qk_norm_rotary(q, k, rotary_dim=4, backend="cuda")[0].sum().backward()
+
+
+def test_launches_are_as_in_the_budget(emulated):
+    """Threads and dynamic shared memory are not in object code; the numbers in kernel_budget.toml must be true."""
+    every_variant()
+    launched = set()
+    for launch in emulated.launches:
+        name = readable(launch.kernel)
+        entry = next((entry for entry in BUDGET if fnmatchcase(name, entry)), None)
+        assert entry, f"{name} has no entry in kernel_budget.toml"
+        assert math.prod(launch.block) == BUDGET[entry]["threads"], name
+        assert launch.shared_bytes <= BUDGET[entry]["shared"], name
+        launched.add(entry)
+    assert launched == set(BUDGET), "entries whose kernels were not launched"
 
 
 # ---- what stops the build -------------------------------------------------------------------------------------------
