@@ -27,7 +27,7 @@ constexpr double kBlockSteps = 4.0;
 constexpr double kLevelSteps = 1.0;
 constexpr double kPartialSteps = 0.125;
 
-// Where the packed rows end that are worth a thought: so many are 128 tiles, and the prefill kernel fills a device too.
+// With more packed rows the prefill kernel has blocks enough.
 constexpr int kMaxRows = 4096;
 constexpr int kPrefillRows = 128;  // of a block of the prefill kernel, all of one head
 

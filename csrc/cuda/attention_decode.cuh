@@ -19,9 +19,9 @@
 //   head_dim 64                     queries 4 KiB, ring 4 warps x 4 stages x (2 KiB keys + 2 KiB values) = 64 KiB
 //   registers, 32 rows, 128 wide    out 128, scores 16, their maxima, sums, slopes and positions 4 each
 //
-// About 4 * 32 rows FLOP per 2 bytes: a tenth of what the tensor cores can do while memory delivers. What counts is
-// bytes in flight, 64 KiB less one half-slice per warp and block, two blocks on an SM of 8.0 and 9.0. Latency times
-// bandwidth is 24 KiB per SM (gpu_kernels 6).
+// 32 FLOP for each byte that is read: a fifth of what the tensor cores can do meanwhile. What counts is bytes in
+// flight, latency times bandwidth: 24 KiB per SM (gpu_kernels 6). A block has 48 to 64 KiB on the way, and two blocks
+// fit on an SM of 8.0 and 9.0, one where shared memory ends at 100 KiB.
 //
 // The end. The four warps add their outputs through shared memory. With more than one share the block writes the sums
 // to the workspace and draws a ticket; of up to kFanIn shares the last to arrive adds them, always in the order of
@@ -172,7 +172,7 @@ struct LaneRows {
 // Sets the accumulators to the bias. Rows have slopes of their own, so every score needs its own instruction pair, and
 // the form with |.| serves keys on either side. `key` is that of the lane's first column.
 template <int kGroups>
-__device__ inline void seed_bias(float (&scores)[kGroups][kScoreTiles][4], const LaneRows<kGroups>& rows, int key) {
+__device__ inline void seed_row_bias(float (&scores)[kGroups][kScoreTiles][4], const LaneRows<kGroups>& rows, int key) {
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {
 #pragma unroll
@@ -409,12 +409,13 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
 
   // This block's run of steps and this warp's slices of it: numbers 0 ... num_slices - 1, kDecodeStep keys apart.
   const int begin = reach.begin / kSlice * kSlice;
-  const std::int64_t num_steps = reach.end > begin ? (reach.end - begin + kDecodeStep - 1) / kDecodeStep : 0;
-  const int first_step = static_cast<int>(num_steps * share / plan.num_shares);
-  const int end_step = static_cast<int>(num_steps * (share + 1) / plan.num_shares);
-  const int first_key = begin + first_step * kDecodeStep + warp * kSlice;
-  int num_slices = end_step - first_step;
-  if (num_slices > 0 && first_key + (num_slices - 1) * kDecodeStep >= reach.end) --num_slices;
+  const std::int64_t num_keys = max(static_cast<std::int64_t>(reach.end) - begin, static_cast<std::int64_t>(0));
+  const std::int64_t num_steps = (num_keys + kDecodeStep - 1) / kDecodeStep;
+  const std::int64_t first_offset = num_steps * share / plan.num_shares * kDecodeStep + warp * kSlice;
+  const std::int64_t end_offset = min(num_steps * (share + 1) / plan.num_shares * kDecodeStep, num_keys);
+  const int num_slices =
+      static_cast<int>((max(end_offset - first_offset, static_cast<std::int64_t>(0)) + kDecodeStep - 1) / kDecodeStep);
+  const int first_key = static_cast<int>(begin + first_offset);
 
   const T* key_data = static_cast<const T*>(params.k) + offset_of(params.k_stride, batch, 0, kv_head);
   const T* value_data = static_cast<const T*>(params.v) + offset_of(params.v_stride, batch, 0, kv_head);
@@ -456,7 +457,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
     const int key = first_key + slice * kDecodeStep;
     const int lane_key = key + ((lane & 3) << 1);
     float scores[kGroups][kScoreTiles][4];
-    seed_bias(scores, rows, lane_key);
+    seed_row_bias(scores, rows, lane_key);
     cp_async_wait<kYounger>();
     __syncwarp();  // the keys of all lanes have arrived
     multiply_transposed<T, kHeadDim, kRows, kSlice>(scores, queries, 0, keys_of(slice));

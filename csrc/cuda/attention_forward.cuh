@@ -47,7 +47,7 @@ inline constexpr int kForwardSharedBytes =
 
 // Registers allow two blocks per multiprocessor with head_dim 128, and three with 64.
 template <int kHeadDim>
-inline constexpr int kForwardMinBlocks = kHeadDim == 128 ? 2 : 3;
+inline constexpr int kForwardMinBlocks = 2;
 
 struct ForwardPlan {
   float scale2;     // softmax_scale * log2(e)
@@ -63,7 +63,7 @@ using ForwardRowValues = float[kForwardGroups][2];  // of rows g ([0]) and g + 8
 // sees most keys, and the blocks that end the launch are short. All heads, which share keys, run side by side; the last
 // ones first, since heads without a bias are last in this model family and have most to do.
 struct ForwardBlock {
-  int batch, head, query;
+  int batch, head, kv_head, query;
 
   __device__ static ForwardBlock of_index(const AttentionParams& params, const ForwardPlan& plan) {
     unsigned index = blockIdx.x;
@@ -71,22 +71,34 @@ struct ForwardBlock {
     index /= params.num_heads;
     const int batch = static_cast<int>(index % params.batch);
     const int tile = plan.query_tiles - 1 - static_cast<int>(index / params.batch);
-    return {batch, head, tile * kForwardQueries};
+    return {uniform(batch), uniform(head), uniform(head / (params.num_heads / params.num_kv_heads)),
+            uniform(tile * kForwardQueries)};
   }
 };
 
-// What the block agrees on before its loop; in shared memory.
+// The lane's place: its warp's first row of the tile, and its own first row and column of a result (mma.cuh).
+struct ForwardPlace {
+  int warp_row, row, column;
+
+  __device__ static ForwardPlace read() {
+    const int thread = read_thread_index(), lane = thread % kWarpLanes;
+    return {thread / kWarpLanes * kForwardWarpRows, lane >> 2, 2 * (lane & 3)};
+  }
+};
+
+// What the block agrees on before its loop. In shared memory, because the loop has no register left for it.
 struct ForwardAgreement {
   Row rows[kForwardQueries];
-  int begin[kForwardWarps], end[kForwardWarps];  // keys that a warp's rows see, the window taken off
+  Reach reach[kForwardWarps];  // of a warp's rows
   int all_see_themselves[kForwardWarps];
+  int first_key, is_bounded;  // to be read after the loop's first barrier
 };
 
 // Moves the references to the rows' largest scores so far, and what was summed against the old ones with them.
 template <int kTiles>
 __device__ inline void move_references(ForwardRowValues& reference, float (&out)[kForwardGroups][kTiles][4],
-                                       float (&rounded_sum)[kForwardGroups][4], ForwardRowValues& sum,
-                                       const ForwardScores& scores, float scale2) {
+                                       float (&rounded_sum)[4], ForwardRowValues& sum, const ForwardScores& scores,
+                                       float scale2) {
   ForwardRowValues factor;
   bool moved = false;
 #pragma unroll
@@ -112,9 +124,9 @@ __device__ inline void move_references(ForwardRowValues& reference, float (&out)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       sum[group][half] *= factor[group][half];
+      rounded_sum[2 * half + group] *= factor[group][half];
 #pragma unroll
       for (int i = 2 * half; i < 2 * half + 2; ++i) {
-        rounded_sum[group][i] *= factor[group][half];
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) out[group][n][i] *= factor[group][half];
       }
@@ -163,29 +175,24 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
   const std::uint32_t v_tile = k_tile + kTileBytes<kForwardKeys, kHeadDim>;
 
   const ForwardBlock block = ForwardBlock::of_index(params, plan);
-  const int kv_head = block.head / (params.num_heads / params.num_kv_heads);
   const auto rows_of = [&](auto* data, const SeqStrides& stride, int head, int count) {
     return Rows<std::remove_reference_t<decltype(*data)>>{data + block.batch * stride.batch + head * stride.head,
                                                           stride.seq, count, params.head_dim, plan.in_chunks};
   };
   const auto q = rows_of(static_cast<const T*>(params.q), params.q_stride, block.head, params.seqlen_q);
-  const auto k = rows_of(static_cast<const T*>(params.k), params.k_stride, kv_head, params.seqlen_k);
-  const auto v = rows_of(static_cast<const T*>(params.v), params.v_stride, kv_head, params.seqlen_k);
+  const auto k = rows_of(static_cast<const T*>(params.k), params.k_stride, block.kv_head, params.seqlen_k);
+  const auto v = rows_of(static_cast<const T*>(params.v), params.v_stride, block.kv_head, params.seqlen_k);
 
   // Which keys the rows see, one row per lane; then the block's range of tiles and its kind of softmax.
   const Head head = describe_head(params, block.head);
-  const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
-  const int warp = static_cast<int>(threadIdx.x) / kWarpLanes;
-  const int warp_row = warp * kForwardWarpRows;
-  const int first_query = block.query + warp_row;  // of the warp
-  const Row own_row = describe_row(params, block.batch, first_query + lane);
-  const bool exists = first_query + lane < params.seqlen_q;
+  const int own_query = block.query + static_cast<int>(threadIdx.x);
+  const Row own_row = describe_row(params, block.batch, own_query);
+  const bool exists = own_query < params.seqlen_q;
   const Reach reach = Reach::of(own_row, exists, head.window).of_warp();
   const bool sees_itself = __all_sync(kWholeWarp, !exists || own_row.empty() || own_row.sees_itself());
   agreement.rows[threadIdx.x] = own_row;
-  if (lane == 0) {
-    agreement.begin[warp] = reach.begin;
-    agreement.end[warp] = reach.end;
+  if (const int warp = threadIdx.x / kWarpLanes; threadIdx.x % kWarpLanes == 0) {
+    agreement.reach[warp] = reach;
     agreement.all_see_themselves[warp] = sees_itself;
   }
   __syncthreads();  // the agreement is complete
@@ -193,20 +200,23 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
   bool is_bounded = true;  // own keys alone keep a biased row's weights in range
 #pragma unroll
   for (int i = 0; i < kForwardWarps; ++i) {
-    begin = min(begin, agreement.begin[i]);
-    end = max(end, agreement.end[i]);
+    begin = min(begin, agreement.reach[i].begin);
+    end = max(end, agreement.reach[i].end);
     is_bounded = is_bounded && agreement.all_see_themselves[i] != 0;
   }
   is_bounded = head.bound <= kMaxBound<T> && (head.slope == 0.0f || is_bounded);
-  const int first_tile = begin / kForwardKeys;
-  const int num_tiles = begin < end ? (end + kForwardKeys - 1) / kForwardKeys - first_tile : 0;
+  const int first_key = begin / kForwardKeys * kForwardKeys;
+  const int last_key = uniform((end - 1) / kForwardKeys * kForwardKeys);
+  if (threadIdx.x == 0) {
+    agreement.first_key = first_key;
+    agreement.is_bounded = is_bounded;
+  }
 
-  // The position of the lane's first row, the bias and the references in units of <q, k>. With a bound the
-  // reference undoes seed_bias's lowering of rows g, so that a weight is that of the true logit.
-  const int position = first_query + (lane >> 2) + (params.seqlen_k - params.seqlen_q);
+  // The bias and the references in units of <q, k>. With a bound the reference undoes seed_bias's lowering of rows g,
+  // so that a weight is that of the true logit.
   const float raw_slope = head.slope / params.softmax_scale;
   ForwardRowValues reference, sum;
-  float rounded_sum[kForwardGroups][4] = {};
+  float rounded_sum[4] = {};
   float out[kForwardGroups][kHeadDim / 8][4] = {};
 #pragma unroll
   for (int group = 0; group < kForwardGroups; ++group) {
@@ -217,15 +227,14 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
     }
   }
 
-  if (num_tiles > 0) {
+  bool more = first_key <= last_key;
+  if (more) {
     load_tile<kForwardQueries, kHeadDim, kForwardThreads>(q_tile, q, block.query);
-    load_tile<kForwardKeys, kHeadDim, kForwardThreads>(k_tile, k, (first_tile + num_tiles - 1) * kForwardKeys);
+    load_tile<kForwardKeys, kHeadDim, kForwardThreads>(k_tile, k, last_key);
     cp_async_commit();
   }
 #pragma unroll 1
-  for (int tile = first_tile + num_tiles - 1; tile >= first_tile; --tile) {
-    const int key = tile * kForwardKeys;
-    const int lane_key = key + 2 * (lane & 3);
+  for (int key = last_key; more; key -= kForwardKeys) {
     const bool touched = reach.touches(key, kForwardKeys);  // the same in all lanes
     ForwardWeights weights;
 
@@ -234,46 +243,53 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
     load_tile<kForwardKeys, kHeadDim, kForwardThreads>(v_tile, v, key);
     cp_async_commit();
     if (touched) {
+      const ForwardPlace place = ForwardPlace::read();
+      const int warp_position = block.query + place.warp_row + params.seqlen_k - params.seqlen_q;
       // With a causal mask what lies right of the diagonal is hidden, and without a bias both forms are zero.
-      const bool left_of_diagonal = params.causal || head.slope == 0.0f ||
-                                    key + kForwardKeys <= first_query + params.seqlen_k - params.seqlen_q + 1;
+      const bool left_of_diagonal = params.causal || raw_slope == 0.0f || key + kForwardKeys <= warp_position + 1;
       ForwardScores scores;
-      seed_bias(scores, raw_slope, position, lane_key, left_of_diagonal);
-      multiply_transposed<T, kHeadDim, kForwardQueries, kForwardKeys>(scores, q_tile, warp_row, k_tile);
-      if (!reach.is_plain(key, kForwardKeys)) hide(scores, agreement.rows + warp_row, lane_key);
-      if (!is_bounded) move_references(reference, out, rounded_sum, sum, scores, plan.scale2);
+      seed_bias(scores, raw_slope, warp_position + place.row, key + place.column, left_of_diagonal);
+      multiply_transposed<T, kHeadDim, kForwardQueries, kForwardKeys>(scores, q_tile, place.warp_row, k_tile);
+      const Reach& all = agreement.reach[place.warp_row / kForwardWarpRows];
+      if (!all.is_plain(key, kForwardKeys)) hide(scores, agreement.rows + place.warp_row, key + place.column);
+      if (!agreement.is_bounded) move_references(reference, out, rounded_sum, sum, scores, plan.scale2);
       take_weights<T>(weights, sum, scores, reference, plan.scale2);
     }
 
     cp_async_wait<0>();
     __syncthreads();  // V has arrived for all; all have read K
-    if (tile > first_tile) {
+    more = key > agreement.first_key;
+    if (more) {
       load_tile<kForwardKeys, kHeadDim, kForwardThreads>(k_tile, k, key - kForwardKeys);
       cp_async_commit();
     }
     if (touched) {
+      const int row = ForwardPlace::read().row;
 #pragma unroll
       for (int step = 0; step < kForwardKeys / 16; ++step) {
 #pragma unroll
         for (int group = 0; group < kForwardGroups; ++group) {
-          mma<T>(rounded_sum[group], weights[step][group], kPairOfOnes<T>, kPairOfOnes<T>);
+          const std::uint32_t ones = row % 2 == group ? kPairOfOnes<T> : 0;
+          mma<T>(rounded_sum, weights[step][group], ones, ones);
         }
         multiply_step<T, kHeadDim, kForwardKeys>(out, weights[step], v_tile, step);
       }
     }
   }
 
-  // All columns of rounded_sum are equal. `sum` holds the lane's columns; the four lanes of a row add theirs.
+  // `sum` holds the lane's columns; the four lanes of a row add theirs.
+  const ForwardPlace place = ForwardPlace::read();
+  const int first_query = block.query + place.warp_row;
   ForwardRowValues factor;
 #pragma unroll
   for (int group = 0; group < kForwardGroups; ++group) {
     sum_over_group(sum[group], 2);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float divisor = rounded_sum[group][2 * half];
+      const float divisor = rounded_sum[2 * half + group];
       factor[group][half] = divisor == 0.0f ? 0.0f : 1.0f / divisor;
-      const int query = first_query + group * 16 + half * 8 + (lane >> 2);
-      if ((lane & 3) == 0 && query < params.seqlen_q) {
+      const int query = first_query + group * 16 + half * 8 + place.row;
+      if (place.column == 0 && query < params.seqlen_q) {
         const float log2_sum =
             exponent_of(reference[group][half], plan.scale2) + log2f(sum[group][half]);  // -inf without a visible key
         const std::int64_t row = static_cast<std::int64_t>(block.batch) * params.num_heads + block.head;
@@ -282,7 +298,7 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
     }
   }
   const auto target = rows_of(static_cast<T*>(params.out), params.out_stride, block.head, params.seqlen_q);
-  store_rows<T, kHeadDim, kForwardQueries, kForwardGroups>(target, first_query, out, factor, q_tile, warp_row);
+  store_rows<T, kHeadDim, kForwardQueries, kForwardGroups>(target, first_query, out, factor, q_tile, place.warp_row);
 }
 
 }  // namespace andromeda::cuda

@@ -9,8 +9,7 @@
 //   row 2             2  3  0  1  6  7  4  5        all 32 banks once.
 //   ...
 //
-// Every address a lane uses has r % 8 == lane % 8, so the step from one pair of chunks to the next is one xor of the
-// lane's offset; rows, panels and tiles are constants that the instruction adds.
+// Every address a lane uses has r % 8 == lane % 8, so the step from one pair of chunks to the next is one xor.
 //
 // Scores are kept in units of <q, k>: the bias is divided by softmax_scale, and 2^(score * scale2) with
 // scale2 = softmax_scale * log2(e) is the weight. log-sum-exps inside a kernel are in base 2.
@@ -44,20 +43,6 @@ __device__ inline std::uint32_t chunk_offset(int row, int chunk) {
   return (chunk >> 3) * (kRows * kPanelRowBytes) + row * kPanelRowBytes + (((chunk ^ row) & 7) << 4);
 }
 
-// A chunk element by element, for rows that do not lie in chunks. What is missing (count <= 0 or < 8) is zero.
-template <typename T>
-__device__ inline uint4 load_elements(const T* source, int count) {
-  std::uint32_t words[4] = {};
-#pragma unroll
-  for (int i = 0; i < kChunkWidth<T>; ++i) {
-    if (i < count) {
-      const std::uint32_t bits = __ldg(reinterpret_cast<const unsigned short*>(source) + i);
-      words[i / 2] |= bits << (16 * (i % 2));
-    }
-  }
-  return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
 // Rows of one head in global memory: `data` is row 0.
 template <typename T>
 struct Rows {
@@ -68,6 +53,17 @@ struct Rows {
   bool in_chunks;       // every row starts at a multiple of 16 bytes, and head_dim is a whole number of chunks
 };
 
+// threadIdx.x, read anew. A loop over tiles would otherwise keep in registers all that depends on it, for every tensor
+// it loads: six registers that its products need.
+__device__ inline int read_thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(index));
+  return index;
+}
+
+// A value that is the same in all lanes, in a uniform register: it, and what follows from it, costs the lanes none.
+__device__ inline int uniform(int value) { return __reduce_max_sync(kWholeWarp, value); }
+
 // Begins to copy rows `first` ... `first + kRows - 1` into a tile; rows and channels that do not exist become zero. In
 // chunks the copies are asynchronous: commit and wait. Otherwise they are done, for this thread, on return; a barrier
 // makes both visible to the block.
@@ -76,9 +72,10 @@ __device__ inline void load_tile(std::uint32_t tile, const Rows<const T>& rows, 
   constexpr int kChunks = kHeadDim / kChunkWidth<T>;  // of a row
   static_assert(kThreads % kChunks == 0 && kRows * kChunks % kThreads == 0, "a thread keeps its chunk");
   constexpr int kRowStep = kThreads / kChunks;
-  const int chunk = static_cast<int>(threadIdx.x) % kChunks;
+  const int thread = read_thread_index();
+  const int chunk = thread % kChunks;
   const int channels = rows.head_dim - chunk * kChunkWidth<T>;
-  int row = static_cast<int>(threadIdx.x) / kChunks;
+  int row = thread / kChunks;
   if (rows.in_chunks) {
     // A lane whose channels do not exist reads nothing; its address stays inside the row all the same.
     const T* source = rows.data + (first + row) * rows.stride + (channels > 0 ? chunk * kChunkWidth<T> : 0);
@@ -96,14 +93,17 @@ __device__ inline void load_tile(std::uint32_t tile, const Rows<const T>& rows, 
       }
     }
   } else {
-#pragma unroll 1
-    for (int i = 0; i < kRows / kRowStep; ++i, row += kRowStep) {
-      const bool inside = static_cast<unsigned>(first + row) < static_cast<unsigned>(rows.count);
-      const T* source = rows.data + (inside ? (first + row) * rows.stride + chunk * kChunkWidth<T> : 0);
-      const uint4 bits = load_elements(source, inside ? channels : 0);
-      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(tile + chunk_offset<kRows>(row, chunk)),
-                   "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
-                   : "memory");
+    // One element at a time, neighbours by neighbouring lanes.
+#pragma unroll 4
+    for (int i = thread; i < kRows * kHeadDim; i += kThreads) {
+      const int tile_row = i / kHeadDim, channel = i % kHeadDim;
+      const bool inside =
+          static_cast<unsigned>(first + tile_row) < static_cast<unsigned>(rows.count) && channel < rows.head_dim;
+      const T* source = rows.data + (first + tile_row) * rows.stride + channel;
+      const unsigned short bits = inside ? __ldg(reinterpret_cast<const unsigned short*>(source)) : 0;
+      const std::uint32_t target =
+          tile + chunk_offset<kRows>(tile_row, channel / kChunkWidth<T>) + channel % kChunkWidth<T> * sizeof(T);
+      asm volatile("st.shared.b16 [%0], %1;\n" ::"r"(target), "h"(bits) : "memory");
     }
   }
 }
@@ -118,23 +118,23 @@ using Accumulator = float[kGroups][kTiles][4];
 template <typename T, int kHeadDim, int kRowsA, int kRowsB, int kGroups>
 __device__ inline void multiply_transposed(float (&scores)[kGroups][kRowsB / 8][4], std::uint32_t a, int a_row,
                                            std::uint32_t b) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
-  const std::uint32_t a_lane = chunk_offset<kRowsA>(a_row + (lane & 15), lane >> 4);
-  const std::uint32_t b_lane = chunk_offset<kRowsB>((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
+  const int lane = read_thread_index() % kWarpLanes;
+  const std::uint32_t a_base = a + chunk_offset<kRowsA>(a_row + (lane & 15), lane >> 4);
+  const std::uint32_t b_base = b + chunk_offset<kRowsB>((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
 #pragma unroll
   for (int step = 0; step < kHeadDim / 16; ++step) {
     const std::uint32_t in_panel = (step & 3) << 5;
-    const std::uint32_t a_step = a + (a_lane ^ in_panel) + (step >> 2) * (kRowsA * kPanelRowBytes);
-    const std::uint32_t b_step = b + (b_lane ^ in_panel) + (step >> 2) * (kRowsB * kPanelRowBytes);
+    const std::uint32_t a_panel = (step >> 2) * (kRowsA * kPanelRowBytes);
+    const std::uint32_t b_panel = (step >> 2) * (kRowsB * kPanelRowBytes);
     std::uint32_t fragment[kGroups][4];
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
-      ldmatrix(fragment[group], a_step + group * (16 * kPanelRowBytes));
+      ldmatrix(fragment[group], (a_base ^ in_panel) + (a_panel + group * (16 * kPanelRowBytes)));
     }
 #pragma unroll
     for (int n = 0; n < kRowsB / 16; ++n) {
       std::uint32_t columns[4];
-      ldmatrix(columns, b_step + n * (16 * kPanelRowBytes));
+      ldmatrix(columns, (b_base ^ in_panel) + (b_panel + n * (16 * kPanelRowBytes)));
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
         mma<T>(scores[group][2 * n], fragment[group], columns[0], columns[1]);
@@ -149,13 +149,13 @@ __device__ inline void multiply_transposed(float (&scores)[kGroups][kRowsB / 8][
 template <typename T, int kHeadDim, int kRowsB, int kGroups>
 __device__ inline void multiply_step(float (&result)[kGroups][kHeadDim / 8][4], const std::uint32_t (&a)[kGroups][4],
                                      std::uint32_t b, int step) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
-  const std::uint32_t b_lane = chunk_offset<kRowsB>(lane & 15, lane >> 4);
+  const int lane = read_thread_index() % kWarpLanes;
+  const std::uint32_t b_base = b + chunk_offset<kRowsB>(lane & 15, lane >> 4);
 #pragma unroll
   for (int n = 0; n < kHeadDim / 16; ++n) {
     std::uint32_t columns[4];
-    ldmatrix_transposed(
-        columns, b + (b_lane ^ ((n & 3) << 5)) + (step * 16 * kPanelRowBytes + (n >> 2) * (kRowsB * kPanelRowBytes)));
+    const std::uint32_t b_rows = (n >> 2) * (kRowsB * kPanelRowBytes) + step * (16 * kPanelRowBytes);
+    ldmatrix_transposed(columns, (b_base ^ ((n & 3) << 5)) + b_rows);
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
       mma<T>(result[group][2 * n], a[group], columns[0], columns[1]);

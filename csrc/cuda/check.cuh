@@ -36,6 +36,7 @@ inline std::string describe_architectures() {
 
 inline void check(cudaError_t status, const char* call, const Launch& launch) {
   if (status == cudaSuccess) return;
+  cudaGetLastError();  // reported here, so no later call may find it again
   throw std::runtime_error(std::string(launch.kernel) + ": " + call + " returned " + cudaGetErrorName(status) + ", " +
                            cudaGetErrorString(status) + ", for " + std::to_string(launch.num_blocks) + " blocks of " +
                            std::to_string(launch.num_threads) + " threads and " + std::to_string(launch.shared_bytes) +

@@ -258,6 +258,15 @@ struct FindHighest {
   }
 };
 
+// How far the highest bit is from the top: what the shift to bring it there needs.
+struct ShiftToHighest {
+  template <typename T>
+  std::uint32_t operator()(T value) const {
+    const std::uint32_t position = FindHighest()(value);
+    return position == ~0u ? position : 8 * sizeof(T) - 1 - position;
+  }
+};
+
 // ---- operations on floating-point numbers
 
 struct FusedMultiplyAdd {
@@ -1257,13 +1266,17 @@ bool decode_arithmetic(Decoder& d) {
     d.instruction.handler =
         bytes_of(type) == 8 ? &map<ReverseBits, std::uint64_t, std::uint64_t> : &map<ReverseBits, U32, U32>;
   } else if (opcode == "bfind") {
-    if (d.take("shiftamt")) d.fail(".shiftamt is not supported");
+    const bool shift = d.take("shiftamt");
     d.source(0, 4);
     d.source(1, bytes_of(type));
-    d.instruction.handler = type == Type::kU32   ? &map<FindHighest, U32, U32>
-                            : type == Type::kS32 ? &map<FindHighest, U32, std::int32_t>
-                            : type == Type::kU64 ? &map<FindHighest, U32, std::uint64_t>
-                                                 : &map<FindHighest, U32, std::int64_t>;
+    const auto find = [&](auto value) {
+      using T = decltype(value);
+      d.instruction.handler = shift ? &map<ShiftToHighest, U32, T> : &map<FindHighest, U32, T>;
+    };
+    if (type == Type::kU32) find(std::uint32_t{});
+    if (type == Type::kS32) find(std::int32_t{});
+    if (type == Type::kU64) find(std::uint64_t{});
+    if (type == Type::kS64) find(std::int64_t{});
   } else if (opcode == "mul24") {
     if (!d.take("lo")) d.fail("only .lo is supported");
     for (const std::size_t index : {0, 1, 2}) d.source(index, 4);

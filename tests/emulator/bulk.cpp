@@ -62,6 +62,7 @@ Step init_mbarrier(Execution& x, const Instruction& i) {
     if (x.access(site, Space::kShared, offset, 8, Kind::kWrite, &ones) == nullptr) return;
     Mbarrier& mbarrier = x.mbarriers[offset] = Mbarrier();
     mbarrier.count = mbarrier.pending = static_cast<std::uint32_t>(x.lane_bits(i.operands[1], lane));
+    mbarrier.number = x.num_mbarriers++;
     mbarrier.arrived.assign(x.clocks.row_size(), 0);
     mbarrier.released.assign(x.clocks.row_size(), 0);
     if (mbarrier.count == 0) x.reporter.add("mbarrier", site, "initialised with a count of 0");
@@ -280,11 +281,11 @@ Step bulk_load(Execution& x, const Instruction& i) {
     transfer.for_each_piece([&](std::uint32_t target, const std::uint8_t* source, std::uint32_t bytes) {
       std::memcpy(at.shared + target, source, bytes);
     });
-    const Access agent = at.clocks.next_agent();
-    if (at.check) at.shared_shadow.finish_copy(agent, transfer.shared, static_cast<int>(transfer.bytes), Proxy::kAsync);
     const auto found = at.mbarriers.find(offset);
     if (found == at.mbarriers.end()) return;  // invalidated meanwhile; the copy counts as lost
     Mbarrier& mbarrier = found->second;
+    const Access agent = at.clocks.next_of_mbarrier(mbarrier.number);
+    if (at.check) at.shared_shadow.finish_copy(agent, transfer.shared, static_cast<int>(transfer.bytes), Proxy::kAsync);
     if (at.check) at.clocks.join_agent(mbarrier.arrived.data(), agent);
     mbarrier.pending_bytes -= transfer.bytes;
     complete_phase(at, mbarrier);
@@ -371,7 +372,7 @@ Step wait_for_bulk(Execution& x, const Instruction& i) {
     for (std::size_t index = 0; index + keep < groups.size(); ++index) {
       BulkGroups::Group& group = groups[index];
       for (const BulkStore& store : group.stores) {
-        x.move(*store.copy);
+        x.move(store.copy);
         if (x.check && !group.read)
           x.shared_shadow.finish_read(x.shared_shadow.access_of(store.site), store.offset, store.bytes);
         if (x.check && !i.option[1]) store.publish(x);

@@ -4,11 +4,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
-#include <memory>
 #include <string>
 #include <vector>
 
 #include "machine.h"
+#include "ptx_library.h"
 
 namespace emulator {
 
@@ -32,32 +32,6 @@ struct Launch {
   Counters counters{};  // of what ran
 };
 
-// Kernels by mangled name, from the PTX files of the build. A file is read when a name is first looked up, and parsed
-// when a kernel of it is first launched.
-class PtxLibrary {
- public:
-  void set_files(std::vector<std::string> paths);
-  // The kernel for the newest architecture that a device of this compute capability runs, or nullptr.
-  std::shared_ptr<const Kernel> find(const std::string& entry, int major, int minor);
-  // From now on `find` gives this kernel for the name; nullptr ends that.
-  void replace(const std::string& entry, std::shared_ptr<const Kernel> kernel);
-  // "8.0, 9.0a": what there is of a kernel.
-  std::string architectures_of(const std::string& entry);
-
- private:
-  struct File {
-    std::string path, text;
-    int major = 0, minor = 0;
-    bool exact = false;                                            // "sm_90a": no other architecture runs it
-    std::map<std::string, std::shared_ptr<const Kernel>> kernels;  // by entry; nullptr until parsed
-  };
-  void read();
-
-  std::vector<File> files_;
-  std::map<std::string, std::shared_ptr<const Kernel>> replaced_;
-  bool is_read_ = false;
-};
-
 // One process has one driver. Its user sets it up before a call and looks at the records after it.
 struct Driver {
   static constexpr int kNumDevices = 2;  // alike; the second one is there to be the wrong one
@@ -74,8 +48,8 @@ struct Driver {
 
 Driver& driver();
 
-// Runs a grid with the settings of the driver and appends to its reports. Refuses a pointer to memory of another device
-// than `device_index`.
+// Runs a grid with the settings of the driver and appends to its reports; a pointer to memory of another device than
+// `device_index` is one of them.
 void run_reported(const Kernel& kernel, const std::string& name, Dim3 grid, Dim3 block, std::size_t dynamic_shared,
                   const std::vector<std::uint8_t>& parameters, int device_index);
 

@@ -81,6 +81,7 @@ struct Warp {
   std::vector<std::uint8_t> storage;
   std::uint8_t* registers = nullptr;  // within storage, aligned for vector loads
   std::uint32_t pc[kLanes] = {};
+  std::uint32_t launched = 0;  // fewer than 32 in the last warp of an odd block
   std::uint32_t alive = 0;
   std::uint32_t waiting = 0;   // for other lanes of the warp, at their program counter
   std::uint32_t sleeping = 0;  // for the phase of an mbarrier, at their program counter
@@ -150,6 +151,8 @@ class Execution {
   // Are the lanes of `needed` that are alive all here? If not, they are waited for (and the handler returns kStay), or
   // reported as missing.
   bool gather(const Instruction& instruction, std::uint32_t needed, const char* kind);
+  // The same for what a whole warp must execute: lanes that have exited are reported too.
+  bool gather_warp(const Instruction& instruction);
 
   // ---- memory
   std::uint64_t address_of(const Operand& address, int lane) {
@@ -169,7 +172,7 @@ class Execution {
   // ---- synchronisation
   void complete_barrier(int id);
   void wake_phase_waiters();
-  void move(BulkCopy& copy);  // once
+  void move(std::shared_ptr<BulkCopy> copy);  // once
 
   const Code& code;
   const Dim3 grid, block;
@@ -188,8 +191,9 @@ class Execution {
   std::vector<std::uint8_t> local;    // body.local_bytes for every thread
   std::array<Barrier, 16> barriers;
   std::map<std::uint32_t, Mbarrier> mbarriers;  // by offset
-  std::vector<CopyGroups> copies;               // of every thread
-  std::vector<BulkGroups> bulk;                 // of every thread
+  int num_mbarriers = 0;
+  std::vector<CopyGroups> copies;  // of every thread
+  std::vector<BulkGroups> bulk;    // of every thread
   std::vector<std::shared_ptr<BulkCopy>> in_flight;
   std::vector<Warp> warps;
   std::vector<WarpgroupTrace> warpgroups;
@@ -210,7 +214,6 @@ class Execution {
   }
   bool force_waiting();
   bool time_out();
-  void move_one(std::size_t index);
   void report_deadlock();
   std::string outside(const std::uint8_t* address, int bytes) const;
 

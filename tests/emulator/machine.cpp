@@ -219,6 +219,14 @@ bool Execution::gather(const Instruction& instruction, std::uint32_t needed, con
   return false;
 }
 
+bool Execution::gather_warp(const Instruction& instruction) {
+  if (!gather(instruction, kAllLanes, "divergence")) return false;
+  if ((warp->launched & ~mask & ~warp->alive) != 0) {
+    report("divergence", instruction, "executed by part of a warp: some of its lanes have exited");
+  }
+  return true;
+}
+
 void Execution::complete_barrier(int id) {
   Barrier& barrier = barriers[id];
   for (const Barrier::Waiter& waiter : barrier.waiting) {
@@ -352,6 +360,7 @@ void Execution::start_block(std::int64_t index) {
   local.assign(std::size_t{code.body.local_bytes} * num_threads, 0xff);
   barriers.fill(Barrier());
   mbarriers.clear();
+  num_mbarriers = 0;
   copies.assign(num_threads, CopyGroups());
   bulk.assign(num_threads, BulkGroups());
   in_flight.clear();
@@ -363,7 +372,7 @@ void Execution::start_block(std::int64_t index) {
     std::vector<std::uint8_t> storage = std::move(each.storage);
     each = Warp();
     each.index = w;
-    each.alive = lanes == kLanes ? kAllLanes : (1u << lanes) - 1;
+    each.launched = each.alive = lanes == kLanes ? kAllLanes : (1u << lanes) - 1;
     each.storage = std::move(storage);
     each.storage.resize(code.register_file.size() + 64);
     const auto address = reinterpret_cast<std::size_t>(each.storage.data());
@@ -425,7 +434,7 @@ void Execution::run_block() {
         }
       }
       if (settings.schedule == Schedule::kRandom) {
-        if (!in_flight.empty() && random() % 8 == 0) move_one(random() % in_flight.size());
+        if (!in_flight.empty() && random() % 8 == 0) move(in_flight[random() % in_flight.size()]);
         break;
       }
     }
@@ -436,7 +445,7 @@ void Execution::run_block() {
     }
     if (progress) continue;
     if (!in_flight.empty()) {
-      move_one(settings.schedule == Schedule::kFifo ? 0 : random() % in_flight.size());
+      move(in_flight[settings.schedule == Schedule::kFifo ? 0 : random() % in_flight.size()]);
     } else if (!force_waiting() && !time_out()) {
       if (alive()) report_deadlock();
       return;
@@ -444,17 +453,12 @@ void Execution::run_block() {
   }
 }
 
-void Execution::move(BulkCopy& copy) {
-  if (copy.moved) return;
-  copy.moved = true;
+void Execution::move(std::shared_ptr<BulkCopy> copy) {
+  if (copy->moved) return;
+  copy->moved = true;
+  in_flight.erase(std::find(in_flight.begin(), in_flight.end(), copy));
   ++activity;
-  copy.move(*this);
-}
-
-void Execution::move_one(std::size_t index) {
-  const std::shared_ptr<BulkCopy> copy = std::move(in_flight[index]);
-  in_flight.erase(in_flight.begin() + index);
-  move(*copy);
+  copy->move(*this);
 }
 
 // A wait for a phase may return false after a while. A block that does nothing but wait again is stuck.
@@ -515,7 +519,7 @@ void Execution::finish_block() {
     if (pending) reporter.add("leak", {thread, last}, "the thread exits with cp.async in flight");
   }
   finish_asynchronous(last);
-  while (!in_flight.empty()) move_one(0);  // stores whose result nobody waited for
+  while (!in_flight.empty()) move(in_flight[0]);  // stores whose result nobody waited for
 }
 
 std::vector<Report> Execution::run() {

@@ -9,8 +9,8 @@ namespace {
 
 // All lanes must take part, also those that the code could spare.
 bool whole_warp(Execution& x, const Instruction& i) {
-  if (!x.gather(i, kAllLanes, "divergence")) return false;
-  if (x.mask != kAllLanes) x.report("divergence", i, "a matrix instruction needs all 32 lanes of the warp");
+  if (!x.gather_warp(i)) return false;
+  if (x.warp->launched != kAllLanes) x.report("divergence", i, "a matrix instruction needs all 32 lanes of the warp");
   return true;
 }
 

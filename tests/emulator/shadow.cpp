@@ -27,10 +27,10 @@ void Reporter::add(const char* kind, const Site& site, const std::string& messag
 
 void Clocks::reset(int threads) {
   threads_ = threads;
-  columns_ = (threads + kAgents + 15) / 16 * 16;
+  columns_ = (threads + kMbarriers + (threads + 31) / 32 + 15) / 16 * 16;
   rows_.assign(threads * row_size(), 0);
   for (int thread = 0; thread < threads; ++thread) row(thread)[thread] = 1;
-  std::fill(std::begin(agent_clock_), std::end(agent_clock_), 0);
+  agent_clocks_.assign(columns_, 0);
 }
 
 void Clocks::join(std::uint32_t* row, const std::uint32_t* other) const {
@@ -45,10 +45,7 @@ void Clocks::fence(int thread, int section) {
   advance(thread);  // what follows the fence is not covered by it
 }
 
-Access Clocks::next_agent() {
-  const int agent = next_agent_++ % kAgents;
-  return {++agent_clock_[agent], static_cast<std::uint32_t>(threads_ + agent), 0};
-}
+Access Clocks::next_of_agent(int column) { return {++agent_clocks_[column], static_cast<std::uint32_t>(column), 0}; }
 
 void Clocks::join_agent(std::uint32_t* row, const Access& agent) const {
   for (std::size_t section = 0; section < 2; ++section) {
@@ -73,7 +70,9 @@ Access SharedShadow::access_of(const Site& site) {
 }
 
 std::string SharedShadow::describe(const Access& access) const {
-  if (static_cast<int>(access.thread) >= clocks_.threads()) return "a bulk copy";
+  const int agent = static_cast<int>(access.thread) - clocks_.threads();
+  if (agent >= Clocks::kMbarriers) return "a wgmma of warp " + std::to_string(agent - Clocks::kMbarriers);
+  if (agent >= 0) return "a bulk copy";
   return "thread " + std::to_string(access.thread) + " at " + reporter_.place_of((*code_)[access.statement]);
 }
 
@@ -135,7 +134,7 @@ void SharedShadow::read(const Site& site, std::uint32_t offset, int bytes, Proxy
                     at(byte) + ": asynchronous read of an ordinary write by " + describe(cell.write) +
                         " with no fence.proxy.async in between");
     }
-    remember_read(cell, access);
+    if (proxy == Proxy::kGeneric) remember_read(cell, access);  // an asynchronous read is remembered when it ends
   }
 }
 

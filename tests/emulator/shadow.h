@@ -10,7 +10,8 @@
 // device scope: what other blocks may rely on after an atomic. Joining whole rows carries all three along the same
 // edges.
 //
-// Copy engines take part as agents: columns behind the threads, one for each of the copies that are in flight.
+// What goes on beside the threads takes part as agents, in columns behind theirs: one for each mbarrier, for the bulk
+// copies that complete on it, and one for each warp, for what its wgmmas read.
 #pragma once
 
 #include <cstddef>
@@ -24,7 +25,7 @@
 
 namespace emulator {
 
-// 8 bytes, because shared memory has five of them in every cell.
+// 8 bytes, because every cell of shared memory has nine of them.
 struct Access {
   std::uint32_t clock;
   std::uint32_t thread : 11;
@@ -33,7 +34,7 @@ struct Access {
 
 class Clocks {
  public:
-  static constexpr int kAgents = 32;
+  static constexpr int kMbarriers = 64;  // with a column of their own; more share them
 
   void reset(int threads);
   int threads() const { return threads_; }
@@ -53,19 +54,20 @@ class Clocks {
   const std::uint32_t* fenced_for_device(int thread) { return row(thread) + 2 * columns_; }
   std::size_t columns() const { return columns_; }
 
-  // The next copy engine, one clock further on.
-  Access next_agent();
+  // The agent of an mbarrier (by number) or of a warp, one clock further on.
+  Access next_of_mbarrier(int number) { return next_of_agent(threads_ + number % kMbarriers); }
+  Access next_of_warp(int warp) { return next_of_agent(threads_ + kMbarriers + warp); }
   // Adds what the agent did to a row, as done through the asynchronous proxy and needing no fence.
   void join_agent(std::uint32_t* row, const Access& agent) const;
 
  private:
+  Access next_of_agent(int column);
   void fence(int thread, int section);
 
   int threads_ = 0;
   std::size_t columns_ = 0;
   std::vector<std::uint32_t> rows_;
-  std::uint32_t agent_clock_[kAgents] = {};
-  int next_agent_ = 0;
+  std::vector<std::uint32_t> agent_clocks_;  // by column
 };
 
 enum class Proxy { kGeneric, kAsync };
@@ -101,7 +103,7 @@ class SharedShadow {
 
  private:
   enum State : std::uint8_t { kWritten = 1, kInFlight = 2, kByCopy = 4, kMbarrier = 8, kAtomic = 16 };
-  static constexpr int kReaders = 4;
+  static constexpr int kReaders = 8;
   struct Cell {
     Access write;
     Access reads[kReaders];
@@ -125,7 +127,7 @@ class SharedShadow {
   const std::uint8_t* memory_ = nullptr;
   std::size_t end_ = kSharedStart;
   std::vector<Cell> cells_;
-  std::unordered_map<const Cell*, std::vector<Access>> more_reads_;  // when more than four threads read a cell
+  std::unordered_map<const Cell*, std::vector<Access>> more_reads_;  // when more than eight read a cell
 };
 
 // What blocks of one launch write to global memory. A word written by another block may be read if the writer passed a

@@ -38,6 +38,7 @@ struct Barrier {
 struct Mbarrier {
   std::uint32_t count = 0, pending = 0, phase = 0;
   std::int64_t pending_bytes = 0;
+  int number = 0;                       // in the order of initialisation
   std::vector<std::uint32_t> arrived;   // joined clocks, of the phase that is filling
   std::vector<std::uint32_t> released;  // of all completed phases
 

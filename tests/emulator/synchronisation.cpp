@@ -14,7 +14,7 @@ enum class Reduction { kNone, kPopulation, kAnd, kOr };
 
 // option: operand of the id, of the count (-1: none), of the predicate (-1), arrive only, Reduction
 Step barrier(Execution& x, const Instruction& i) {
-  if (!x.gather(i, kAllLanes, "divergence")) return Step::kStay;
+  if (!x.gather_warp(i)) return Step::kStay;
   Warp& warp = *x.warp;
   const int lane = x.first_lane();
   const auto id = static_cast<std::uint32_t>(x.lane_bits(i.operands[i.option[0]], lane));

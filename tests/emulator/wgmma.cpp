@@ -22,8 +22,8 @@ std::uint32_t number_of(const Operand& reg) { return reg.place / kRowBytes; }
 
 // All lanes of the four warps of an aligned warpgroup; here at least all lanes of the warp.
 bool whole_warp(Execution& x, const Instruction& i) {
-  if (!x.gather(i, kAllLanes, "divergence")) return false;
-  if (x.mask != kAllLanes) x.report("divergence", i, "wgmma needs all 32 lanes of the warp");
+  if (!x.gather_warp(i)) return false;
+  if (x.warp->launched != kAllLanes) x.report("divergence", i, "wgmma needs all 32 lanes of the warp");
   return true;
 }
 
@@ -232,7 +232,7 @@ void finish_group(Execution& x, const WgmmaState::Group& group) {
     if (--state.registers[number].operand_of == 0) --state.in_flight;
   }
   if (!x.check || group.shared_reads.empty()) return;
-  const Access agent = x.clocks.next_agent();
+  const Access agent = x.clocks.next_of_warp(x.warp->index);
   for (const auto& [offset, bytes] : group.shared_reads) x.shared_shadow.finish_read(agent, offset, bytes);
   x.for_each_lane([&](int lane) { x.clocks.join_agent(x.clocks.row(x.thread_of(lane)), agent); });
 }

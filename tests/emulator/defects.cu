@@ -1,0 +1,452 @@
+// Tiny kernels with one defect each, for test_emulator.py: with kDefect the emulator must report it, without it must
+// stay silent. One block of 64 threads and 64 floats of input and output, unless the test says otherwise.
+#include <cstdint>
+
+#define DEFECT(name)      \
+  template <bool kDefect> \
+  __global__ void name(float* out, const float* in)
+#define BOTH(name)                                           \
+  template __global__ void name<true>(float*, const float*); \
+  template __global__ void name<false>(float*, const float*)
+
+__device__ inline std::uint32_t shared_address(const void* pointer) {
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// ---- races in shared memory
+
+DEFECT(read_before_write) {
+  __shared__ float row[64];
+  row[threadIdx.x] = in[threadIdx.x];
+  if (!kDefect) __syncthreads();
+  out[threadIdx.x] = row[63 - threadIdx.x];
+}
+BOTH(read_before_write);
+
+DEFECT(write_after_read) {
+  __shared__ float row[64];
+  row[threadIdx.x] = in[threadIdx.x];
+  __syncthreads();
+  const float other = row[63 - threadIdx.x];
+  if (!kDefect) __syncthreads();
+  row[threadIdx.x] = other + 1;
+  __syncthreads();
+  out[threadIdx.x] = row[threadIdx.x];
+}
+BOTH(write_after_read);
+
+DEFECT(write_after_write) {
+  __shared__ float cell;
+  if (threadIdx.x == 0) cell = 1;
+  if (!kDefect) __syncthreads();
+  if (threadIdx.x == 32) cell = 2;
+  __syncthreads();
+  out[threadIdx.x] = cell;
+}
+BOTH(write_after_write);
+
+// Lanes of one warp run together here, but nothing orders them.
+DEFECT(no_warp_barrier) {
+  __shared__ float row[64];
+  const int lane = threadIdx.x % 32, first = threadIdx.x - lane;
+  row[threadIdx.x] = in[threadIdx.x];
+  if (!kDefect) __syncwarp();
+  out[threadIdx.x] = row[first + (lane ^ 1)];
+}
+BOTH(no_warp_barrier);
+
+// A shuffle exchanges registers and orders no memory.
+DEFECT(shuffle_is_no_barrier) {
+  __shared__ float row[64];
+  const int lane = threadIdx.x % 32, first = threadIdx.x - lane;
+  row[threadIdx.x] = in[threadIdx.x];
+  const float other = __shfl_xor_sync(0xffffffff, in[threadIdx.x], 1);
+  if (!kDefect) __syncwarp();
+  out[threadIdx.x] = row[first + (lane ^ 1)] + other;
+}
+BOTH(shuffle_is_no_barrier);
+
+// The same value twice is no race.
+DEFECT(different_values) {
+  __shared__ float cell;
+  cell = kDefect ? in[threadIdx.x] : 3.0f;
+  __syncthreads();
+  out[threadIdx.x] = cell;
+}
+BOTH(different_values);
+
+DEFECT(never_written) {
+  __shared__ float row[64];
+  if (!kDefect || threadIdx.x != 5) row[threadIdx.x] = in[threadIdx.x];
+  __syncthreads();
+  out[threadIdx.x] = row[threadIdx.x ^ 1];
+}
+BOTH(never_written);
+
+// ---- cp.async
+
+__device__ inline void copy_async(void* target, const float* source) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(target)), "l"(source) : "memory");
+}
+__device__ inline void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kGroups>
+__device__ inline void wait_for_all_but() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
+DEFECT(copy_not_awaited) {
+  __shared__ float row[64];
+  copy_async(&row[threadIdx.x], &in[threadIdx.x]);
+  commit();
+  wait_for_all_but<kDefect ? 1 : 0>();
+  __syncthreads();
+  out[threadIdx.x] = row[threadIdx.x];
+  wait_for_all_but<0>();
+}
+BOTH(copy_not_awaited);
+
+// The wait is for the own copies: those of others need a barrier after it.
+DEFECT(copy_of_another_thread) {
+  __shared__ float row[64];
+  copy_async(&row[threadIdx.x], &in[threadIdx.x]);
+  commit();
+  wait_for_all_but<0>();
+  if (!kDefect) __syncthreads();
+  out[threadIdx.x] = row[63 - threadIdx.x];
+}
+BOTH(copy_of_another_thread);
+
+DEFECT(write_over_copy) {
+  __shared__ float row[64];
+  copy_async(&row[threadIdx.x], &in[threadIdx.x]);
+  commit();
+  if (!kDefect) wait_for_all_but<0>();
+  row[threadIdx.x] = 1;
+  wait_for_all_but<0>();
+  out[threadIdx.x] = row[threadIdx.x];
+}
+BOTH(write_over_copy);
+
+DEFECT(exit_with_copy) {
+  __shared__ float row[64];
+  copy_async(&row[threadIdx.x], &in[threadIdx.x]);
+  commit();
+  if (!kDefect) wait_for_all_but<0>();
+}
+BOTH(exit_with_copy);
+
+// ---- addresses
+
+DEFECT(read_outside) { out[threadIdx.x] = in[threadIdx.x + (kDefect ? 1 : 0)]; }
+BOTH(read_outside);
+
+DEFECT(write_outside) { out[static_cast<int>(threadIdx.x) - (kDefect ? 1 : 0)] = 1; }
+BOTH(write_outside);
+
+DEFECT(shared_outside) {
+  __shared__ float row[64];
+  row[threadIdx.x] = in[threadIdx.x];
+  __syncthreads();
+  const int column = static_cast<int>(row[0] * 0) + threadIdx.x;
+  out[threadIdx.x] = *(volatile float*)(row + column + (kDefect ? 64 : 0));
+}
+BOTH(shared_outside);
+
+DEFECT(misaligned) {
+  const char* bytes = reinterpret_cast<const char*>(in) + (kDefect ? 8 : 16);
+  const float4 four = *reinterpret_cast<const float4*>(bytes);
+  out[threadIdx.x] = four.x + four.y + four.z + four.w;
+}
+BOTH(misaligned);
+
+DEFECT(write_to_input) {
+  float* target = kDefect ? const_cast<float*>(in) : out;
+  target[threadIdx.x] = 1;
+}
+BOTH(write_to_input);
+
+// ---- barriers
+
+DEFECT(half_a_warp) {
+  if (!kDefect || threadIdx.x % 32 < 16) asm volatile("bar.sync 1, 64;" ::: "memory");
+  out[threadIdx.x] = 1;
+}
+BOTH(half_a_warp);
+
+DEFECT(counts_differ) {
+  if (threadIdx.x < 32) {
+    asm volatile("bar.sync 1, 64;" ::: "memory");
+  } else {
+    asm volatile("bar.sync 1, %0;" ::"r"(kDefect ? 32 : 64) : "memory");
+  }
+  out[threadIdx.x] = 1;
+}
+BOTH(counts_differ);
+
+DEFECT(nobody_comes) {
+  if (threadIdx.x < 32 || !kDefect) asm volatile("bar.sync 1, 64;" ::: "memory");
+  out[threadIdx.x] = 1;
+}
+BOTH(nobody_comes);
+
+DEFECT(exit_before_barrier) {
+  if (kDefect && threadIdx.x < 32) return;
+  __syncthreads();
+  out[threadIdx.x] = 1;
+}
+BOTH(exit_before_barrier);
+
+DEFECT(shuffle_from_outside) {
+  float value = in[threadIdx.x];
+  if (threadIdx.x % 32 < 16) {
+    const int from = threadIdx.x % 16 ^ 1;
+    asm volatile("shfl.sync.idx.b32 %0, %0, %1, 31, %2;" : "+f"(value) : "r"(kDefect ? from + 16 : from), "n"(0xffff));
+  }
+  out[threadIdx.x] = value;
+}
+BOTH(shuffle_from_outside);
+
+// ---- between blocks: two of them
+
+DEFECT(same_word) { out[threadIdx.x + (kDefect ? 0 : 64 * blockIdx.x)] = threadIdx.x + 1000 * blockIdx.x; }
+BOTH(same_word);
+
+__device__ unsigned ticket;
+
+// The last block sums what all blocks left.
+DEFECT(ticket_without_fence) {
+  __shared__ bool last;
+  out[64 + blockIdx.x * 64 + threadIdx.x] = in[threadIdx.x];
+  if (!kDefect) __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicInc(&ticket, gridDim.x - 1) == gridDim.x - 1;
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  float sum = 0;
+  for (unsigned block = 0; block < gridDim.x; ++block) sum += *(volatile float*)&out[64 + block * 64 + threadIdx.x];
+  out[threadIdx.x] = sum;
+}
+BOTH(ticket_without_fence);
+
+// One thread may fence for the block, behind the barrier.
+DEFECT(ticket_without_barrier) {
+  __shared__ bool last;
+  out[64 + blockIdx.x * 64 + threadIdx.x] = in[threadIdx.x];
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicInc(&ticket, gridDim.x - 1) == gridDim.x - 1;
+  }
+  if (!kDefect) __syncthreads();
+  if (kDefect ? blockIdx.x != 1 : !last) return;
+  float sum = 0;
+  for (unsigned block = 0; block < gridDim.x; ++block) sum += *(volatile float*)&out[64 + block * 64 + threadIdx.x];
+  out[threadIdx.x] = sum;
+}
+BOTH(ticket_without_barrier);
+
+// ---- Hopper
+#if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
+
+__device__ inline void init_mbarrier(std::uint64_t* barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+__device__ inline void fence_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ inline void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ inline void arrive(std::uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+__device__ inline void expect(std::uint64_t* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+__device__ inline void wait(std::uint64_t* barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra AGAIN;\n}" ::
+          "r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+__device__ inline void bulk_load(void* target, const void* source, int bytes, std::uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(target)),
+               "l"(source), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
+}
+__device__ inline void bulk_store(void* target, const void* source, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(target), "r"(shared_address(source)),
+               "r"(bytes)
+               : "memory");
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// All lanes store, one of them arrives: it releases only its own stores.
+DEFECT(one_lane_arrives) {
+  __shared__ float row[32];
+  __shared__ std::uint64_t barrier;
+  if (threadIdx.x == 0) init_mbarrier(&barrier, 1);
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    row[threadIdx.x] = in[threadIdx.x];
+    if (!kDefect) __syncwarp();
+    if (threadIdx.x == 0) arrive(&barrier);
+  } else {
+    wait(&barrier, 0);
+    out[threadIdx.x] = row[63 - threadIdx.x];
+  }
+}
+BOTH(one_lane_arrives);
+
+// The phase waits for bytes; its one arrival has been there.
+DEFECT(too_many_arrivals) {
+  __shared__ alignas(128) float row[64];
+  __shared__ std::uint64_t barrier;
+  if (threadIdx.x == 0) {
+    init_mbarrier(&barrier, 1);
+    fence_init();
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    expect(&barrier, 256);
+    if (kDefect) arrive(&barrier);
+    bulk_load(row, in, 256, &barrier);
+  }
+  wait(&barrier, 0);
+  out[threadIdx.x] = row[threadIdx.x];
+}
+BOTH(too_many_arrivals);
+
+DEFECT(init_not_ordered) {
+  __shared__ std::uint64_t barrier;
+  if (threadIdx.x == 0) init_mbarrier(&barrier, 64);
+  if (!kDefect) __syncthreads();
+  arrive(&barrier);
+  wait(&barrier, 0);
+  out[threadIdx.x] = 1;
+}
+BOTH(init_not_ordered);
+
+// One bulk copy in and one out, with everything that they need.
+template <bool kFenceInit, bool kExpectAll, bool kWaitForLoad, bool kFenceStore, bool kWaitForStore, bool kOneLane>
+__device__ void bulk_round_trip(float* out, const float* in) {
+  __shared__ alignas(128) float row[64];
+  __shared__ std::uint64_t barrier;
+  if (threadIdx.x == 0) {
+    init_mbarrier(&barrier, 1);
+    if (kFenceInit) fence_init();
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) expect(&barrier, kExpectAll ? 256 : 272);
+  if (threadIdx.x == 0 || (!kOneLane && threadIdx.x == 1)) bulk_load(row, in, kOneLane ? 256 : 128, &barrier);
+  if (kWaitForLoad) wait(&barrier, 0);
+  row[threadIdx.x] += 1;
+  if (kFenceStore) fence_async();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    bulk_store(out, row, 256);
+    if (kWaitForStore) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+    row[0] = 0;
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+  }
+  if (!kWaitForLoad) wait(&barrier, 0);
+}
+
+DEFECT(init_not_fenced) { bulk_round_trip<!kDefect, true, true, true, true, true>(out, in); }
+BOTH(init_not_fenced);
+DEFECT(bytes_missing) { bulk_round_trip<true, !kDefect, true, true, true, true>(out, in); }
+BOTH(bytes_missing);
+DEFECT(load_not_awaited) { bulk_round_trip<true, true, !kDefect, true, true, true>(out, in); }
+BOTH(load_not_awaited);
+DEFECT(store_not_fenced) { bulk_round_trip<true, true, true, !kDefect, true, true>(out, in); }
+BOTH(store_not_fenced);
+DEFECT(store_not_awaited) { bulk_round_trip<true, true, true, true, !kDefect, true>(out, in); }
+BOTH(store_not_awaited);
+DEFECT(two_lanes_issue) { bulk_round_trip<true, true, true, true, true, !kDefect>(out, in); }
+BOTH(two_lanes_issue);
+
+DEFECT(exit_with_bulk_store) {
+  __shared__ alignas(128) float row[64];
+  row[threadIdx.x] = in[threadIdx.x];
+  fence_async();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    bulk_store(out, row, 256);
+    if (!kDefect) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+  }
+}
+BOTH(exit_with_bulk_store);
+
+// ---- wgmma: 128 threads; D = A B with A (64, 16) and B (16, 8) without swizzle.
+
+__device__ inline std::uint64_t descriptor(const void* tile, int leading, int stride) {
+  const auto field = [](std::uint64_t value) { return (value & 0x3ffff) >> 4; };
+  return field(shared_address(tile)) | field(leading) << 16 | field(stride) << 32;
+}
+
+enum Flaw { kNone, kNoFence, kNoProxyFence, kNoWait, kThreeWarps, kOtherDescriptor, kChangedA, kChangedB, kOutside };
+
+// Two products, with A in shared memory and in registers, and at most one flaw.
+template <Flaw kFlaw>
+__device__ void multiply(float* out, const float* in) {
+  __shared__ alignas(128) std::uint16_t a[64 * 16], b[8 * 16];
+  for (int i = threadIdx.x; i < 64 * 16; i += 128) a[i] = i % 7 << 10;
+  b[threadIdx.x] = static_cast<std::uint16_t>(in[threadIdx.x % 64]);
+  if (kFlaw != kNoProxyFence) fence_async();
+  __syncthreads();
+  float d[4] = {in[0], in[1], in[2], in[3]};
+  std::uint32_t rows[4] = {threadIdx.x, threadIdx.x + 1, threadIdx.x + 2, threadIdx.x + 3};
+  // Without this the compiler may compute them after the fence.
+  asm volatile("" : "+r"(rows[0]), "+r"(rows[1]), "+r"(rows[2]), "+r"(rows[3])::"memory");
+  const int leading = kFlaw == kOtherDescriptor ? 128 - threadIdx.x / 32 * 16 : 128;
+  const int stride = kFlaw == kOutside ? 16384 : 256;
+  if (kFlaw != kThreeWarps || threadIdx.x < 96) {
+    if (kFlaw != kNoFence) asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%0, %1, %2, %3}, %4, %5, 1, 1, 1, 0, 0;"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "l"(descriptor(a, 128, stride)), "l"(descriptor(b, leading, 256))
+                 : "memory");
+    asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%0, %1, %2, %3}, {%4, %5, %6, %7}, %8, 1, 1, 1, 0;"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(rows[0]), "r"(rows[1]), "r"(rows[2]), "r"(rows[3]), "l"(descriptor(b, 128, 256))
+                 : "memory");
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  }
+  if (kFlaw == kChangedA) asm volatile("add.u32 %0, %0, 1;" : "+r"(rows[0]));
+  if (kFlaw == kChangedB) b[threadIdx.x] = 1;
+  if (kFlaw != kNoWait) {
+    asm volatile("wgmma.wait_group.sync.aligned 0;" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])::"memory");
+  }
+  out[threadIdx.x] = d[0] + d[1] + d[2] + d[3] + rows[0];
+  if (kFlaw == kNoWait) asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+}
+
+DEFECT(no_wgmma_fence) { multiply<kDefect ? kNoFence : kNone>(out, in); }
+BOTH(no_wgmma_fence);
+DEFECT(no_proxy_fence) { multiply<kDefect ? kNoProxyFence : kNone>(out, in); }
+BOTH(no_proxy_fence);
+DEFECT(no_wgmma_wait) { multiply<kDefect ? kNoWait : kNone>(out, in); }
+BOTH(no_wgmma_wait);
+DEFECT(three_warps) { multiply<kDefect ? kThreeWarps : kNone>(out, in); }
+BOTH(three_warps);
+DEFECT(other_descriptor) { multiply<kDefect ? kOtherDescriptor : kNone>(out, in); }
+BOTH(other_descriptor);
+DEFECT(changed_a) { multiply<kDefect ? kChangedA : kNone>(out, in); }
+BOTH(changed_a);
+DEFECT(changed_b) { multiply<kDefect ? kChangedB : kNone>(out, in); }
+BOTH(changed_b);
+DEFECT(descriptor_outside) { multiply<kDefect ? kOutside : kNone>(out, in); }
+BOTH(descriptor_outside);
+
+DEFECT(too_many_registers) {
+  if (kDefect) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 256;");
+  } else if (threadIdx.x < 128) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+  }
+  out[threadIdx.x % 64] = 1;
+}
+BOTH(too_many_registers);
+#endif

@@ -1,0 +1,183 @@
+"""The emulator finds what it says it finds: every kernel of defects.cu with its defect is reported, without is clean."""
+
+import functools
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from emulator import Emulator
+
+SOURCE = Path(__file__).with_name("defects.cu")
+
+# kernel: kinds of which one must be reported; threads, if not 64, and blocks, if not one.
+AMPERE = {
+    "read_before_write": {"race-raw", "uninitialised"},
+    "write_after_read": {"race-war"},
+    "write_after_write": {"race-waw"},
+    "no_warp_barrier": {"race-raw"},
+    "shuffle_is_no_barrier": {"race-raw"},
+    "different_values": {"race-waw"},
+    "never_written": {"uninitialised"},
+    "copy_not_awaited": {"async-race"},
+    "copy_of_another_thread": {"race-raw", "async-race"},
+    "write_over_copy": {"async-race"},
+    "exit_with_copy": {"leak"},
+    "read_outside": {"out-of-bounds"},
+    "write_outside": {"out-of-bounds"},
+    "shared_outside": {"out-of-bounds"},
+    "misaligned": {"misaligned"},
+    "write_to_input": {"read-only"},
+    "half_a_warp": {"divergence"},
+    "counts_differ": {"barrier"},
+    "nobody_comes": {"deadlock"},
+    "exit_before_barrier": {"barrier"},
+    "shuffle_from_outside": {"shuffle"},
+    "same_word": {"block-race"},
+    "ticket_without_fence": {"block-race"},
+    "ticket_without_barrier": {"block-race"},
+}
+HOPPER = {
+    "one_lane_arrives": {"race-raw"},
+    "too_many_arrivals": {"mbarrier"},
+    "init_not_ordered": {"race-raw", "mbarrier"},
+    "init_not_fenced": {"proxy"},
+    "bytes_missing": {"deadlock"},
+    "load_not_awaited": {"async-race"},
+    "store_not_fenced": {"proxy"},
+    "store_not_awaited": {"async-race"},
+    "two_lanes_issue": {"tma"},
+    "exit_with_bulk_store": {"leak"},
+    "no_wgmma_fence": {"wgmma"},
+    "no_proxy_fence": {"proxy"},
+    "no_wgmma_wait": {"wgmma"},
+    "three_warps": {"wgmma"},
+    "other_descriptor": {"wgmma"},
+    "changed_a": {"wgmma"},
+    "changed_b": {"async-race"},
+    "descriptor_outside": {"out-of-bounds"},
+    "too_many_registers": {"deadlock"},
+}
+WGMMA = list(HOPPER)[10:-1]
+THREADS = dict.fromkeys(WGMMA, 128) | {"too_many_registers": 384}
+BLOCKS = dict.fromkeys(["same_word", "ticket_without_fence", "ticket_without_barrier"], 2)
+
+
+@functools.cache
+def ptx(architecture):
+    """The PTX of defects.cu."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc on PATH")
+    target = ["-arch=sm_80"] if architecture == 80 else ["-gencode=arch=compute_90a,code=sm_90a"]
+    command = [nvcc, "-std=c++17", "-O3", "-lineinfo", *target, "-ptx", "-o", "-", str(SOURCE)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def run(text, name, defect, **settings):
+    """The reports of one kernel of defects.cu, and its output."""
+    emu = Emulator(**settings)
+    out = emu.empty((256,), torch.float32, name="out")
+    given = emu.tensor(torch.arange(64.0), name="in")
+    entry = re.search(rf"\.entry (_Z\d+{name}ILb{int(defect)}E\w+)", text)[1]
+    emu.run_ptx(text, entry, BLOCKS.get(name, 1), THREADS.get(name, 64), (out, given))
+    return emu.reports, out.cpu()
+
+
+@pytest.mark.parametrize("schedule", ["fifo", "reverse", "random"])
+@pytest.mark.parametrize("name", [*AMPERE, *HOPPER])
+def test_repaired_kernels_are_clean(name, schedule):
+    reports, _ = run(ptx(80 if name in AMPERE else 90), name, False, schedule=schedule, seed=5)
+    assert reports == []
+
+
+@pytest.mark.parametrize("name", [*AMPERE, *HOPPER])
+def test_defects_are_reported(name):
+    reports, _ = run(ptx(80 if name in AMPERE else 90), name, True)
+    kinds = {report.kind for report in reports}
+    assert kinds & (AMPERE | HOPPER)[name], reports
+
+
+@pytest.mark.parametrize("schedule", ["fifo", "reverse", "random"])
+def test_races_need_no_unlucky_schedule(schedule):
+    for name in ("write_after_read", "write_after_write", "no_warp_barrier", "copy_of_another_thread"):
+        reports, _ = run(ptx(80), name, True, schedule=schedule, seed=3)
+        assert {report.kind for report in reports} & AMPERE[name], (name, reports)
+
+
+def test_a_report_names_both_parties():
+    (report,) = run(ptx(80), "write_after_read", True)[0]
+    lines = SOURCE.read_text().splitlines()
+    read = next(number for number, line in enumerate(lines, 1) if "other = row" in line)
+    assert "other + 1" in lines[report.line - 1]
+    assert re.search(r"block \(0, 0, 0\) thread \d+: shared memory, byte \d+", report.text)
+    assert f"the read by thread {63 - int(re.search('thread ([0-9]+):', report.text)[1])}" in report.text
+    assert f"at defects.cu:{read}" in report.text
+
+
+def test_results_without_checks():
+    reports, out = run(ptx(80), "write_after_read", True, check=False)
+    assert reports == []
+    assert torch.isfinite(out[:64]).all()
+
+
+def test_what_was_not_written_is_nan():
+    _, out = run(ptx(80), "same_word", False)
+    assert torch.isnan(out[128:]).all()
+
+
+def test_chosen_blocks():
+    _, out = run(ptx(80), "same_word", False, blocks=(1,))
+    assert torch.isnan(out[:64]).all()
+    assert torch.equal(out[64:128], 1000 + torch.arange(64.0))
+
+
+UNKNOWN = """
+.version 8.0
+.target sm_80
+.address_size 64
+.visible .entry k()
+{{
+  .reg .b32 %r<4>;
+  .reg .f32 %f<4>;
+  .reg .pred %p<4>;
+  {statement};
+  ret;
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ("frobnicate.b32 %r1, %r2", "unknown instruction: frobnicate.b32"),
+        ("add.fancy.f32 %f1, %f2, %f3", "modifier .fancy is not known here: add.fancy.f32"),
+        ("add.f32 %f1, %f2, %r9", "unknown name %r9|unknown register: %r9"),
+        ("add.u32 %r1, %r2, %p1", "a register of 0 bytes where 4 are needed"),
+        ("mma.sync.aligned.m8n8k4.row.col.f32.f16.f16.f32 %f1, %f1, %f1, %f1", "this shape is not supported"),
+        ("bra nowhere", "unknown name nowhere"),
+    ],
+)
+def test_what_is_not_known_stops_with_its_text_and_line(statement, message):
+    emu = Emulator()
+    with pytest.raises(RuntimeError, match=r"PTX line 10: (" + message + ")"):
+        emu.run_ptx(UNKNOWN.format(statement=statement), "k", 1, 32, ())
+
+
+def test_a_body_without_a_mistake_is_not_disturbed_by_others():
+    emu = Emulator()
+    text = (
+        UNKNOWN.format(statement="frobnicate.b32 %r1, %r2")
+        + UNKNOWN.format(statement="mov.u32 %r1, 1").replace("entry k", "entry good").split(".address_size 64")[1]
+    )
+    emu.run_ptx(text, "good", 1, 32, ())
+    emu.assert_clean()
+
+
+def test_a_call_stops_where_it_is_made():
+    emu = Emulator()
+    with pytest.raises(RuntimeError, match="calls of functions are not supported"):
+        emu.run_ptx(UNKNOWN.format(statement="call.uni vprintf, (%r1)"), "k", 1, 32, ())
