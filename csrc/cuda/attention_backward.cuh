@@ -48,9 +48,52 @@ static_assert(kBackwardTile == 16 * kBackwardWarps);
 template <int kHeadDim>
 inline constexpr int kBackwardSharedBytes = 4 * kTileBytes<kBackwardTile, kHeadDim>;
 
-// What shared memory (64 KiB for a head_dim of 128) and registers (at most 255 or 168) have in common on 8.0 and 9.0.
+// What shared memory (64 KiB for a head_dim of 128) and registers (at most 255 or 168) permit on 8.0 and 9.0. The dk,
+// dv kernel needs three registers more than 168 for the scales of float16.
 template <int kHeadDim>
-inline constexpr int kBackwardBlocksPerSm = kHeadDim == 128 ? 2 : 3;
+inline constexpr int kQueryBlocksPerSm = kHeadDim == 128 ? 2 : 3;
+template <typename T, int kHeadDim>
+inline constexpr int kKeyBlocksPerSm = kHeadDim == 128 || std::is_same_v<T, __half> ? 2 : 3;
+
+// float16 ends at 2^-24, but a key that no query cares for has only small weights and small gradients. So both are
+// multiplied by powers of two before they are rounded, and the sums divided by them. A weight is at most 1.
+template <typename T>
+inline constexpr float kWeightScaleLog2 = std::is_same_v<T, __half> ? 15.0f : 0.0f;
+template <typename T>
+inline constexpr float kWeightScale = std::is_same_v<T, __half> ? 0x1p15f : 1.0f;
+template <typename T>
+inline constexpr float kFirstGradientScale = std::is_same_v<T, __half> ? 0x1p24f : 1.0f;
+
+// Multiplies dS by `scale`, and lowers it, and what has been summed with it, to keep the warp's elements below 2^15.
+template <typename T, int kTiles, int kSums>
+__device__ inline void scale_gradients(float (&ds)[kTiles][4], float (&sums)[kSums][4], float& scale) {
+  if constexpr (std::is_same_v<T, __half>) {
+    float largest = 0.0f;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        ds[n][i] *= scale;
+        largest = fmaxf(largest, fabsf(ds[n][i]));
+      }
+    }
+    if (!__any_sync(kWholeWarp, largest >= 0x1p15f)) return;
+    // Floats that are not negative are ordered like their bits.
+    const int exponent = (__reduce_max_sync(kWholeWarp, __float_as_int(largest)) >> 23) - 127;
+    const float ratio = __int_as_float((127 + 14 - exponent) << 23);
+    scale *= ratio;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) ds[n][i] *= ratio;
+    }
+#pragma unroll
+    for (int n = 0; n < kSums; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[n][i] *= ratio;
+    }
+  }
+}
 
 // A tile of query rows for the dk, dv kernel, one KiB in the workspace and in shared memory. Rows that see no key or do
 // not exist have an infinite lse, so that their weights are 0.
@@ -70,9 +113,15 @@ struct BackwardPlan {
   bool in_chunks;
 };
 
+// Indices are unsigned where they are multiplied in 64 bits: the upper word of a signed one occupies a register.
+__device__ inline std::int64_t tile_index(const AttentionParams& params, const BackwardPlan& plan, unsigned batch,
+                                          unsigned head, unsigned tile) {
+  return (static_cast<std::int64_t>(batch) * params.num_heads + head) * plan.num_query_tiles + tile;
+}
+
 // A head of a (batch, seqlen, num_heads, head_dim) tensor. U is T or const T.
 template <typename U>
-__device__ inline Rows<U> rows_of(const void* data, const SeqStrides& stride, int batch, int head, int seqlen,
+__device__ inline Rows<U> rows_of(const void* data, const SeqStrides& stride, unsigned batch, unsigned head, int seqlen,
                                   int head_dim, bool in_chunks) {
   U* first = static_cast<U*>(const_cast<void*>(data)) + batch * stride.batch + head * stride.head;
   return {first, stride.seq, seqlen, head_dim, in_chunks};
@@ -117,7 +166,7 @@ __device__ inline float multiply_rows(std::uint32_t a, std::uint32_t b, int row,
 }
 
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDim>)
+__global__ void __launch_bounds__(kBackwardThreads, kQueryBlocksPerSm<kHeadDim>)
     attention_backward_dq_kernel(const __grid_constant__ AttentionBackwardParams params,
                                  const __grid_constant__ BackwardPlan plan) {
   constexpr int kTile = kBackwardTile;
@@ -175,11 +224,12 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
   for (int i = 1; i < kBackwardWarps; ++i) all = join(all, reaches[i]);
 
   // For the dk, dv kernel.
-  const std::int64_t tile_index = head_index * plan.num_query_tiles + tile;
-  if (threadIdx.x == 0) plan.reaches[tile_index] = all;
+  const std::int64_t index = tile_index(forward, plan, batch, head, tile);
+  if (threadIdx.x == 0) plan.reaches[index] = all;
   if (lane < 16) {
-    QueryTile& target = plan.tiles[tile_index];
-    target.lse[own] = exists && !row.empty() ? fmaf(slope2, static_cast<float>(own), lse2) : __int_as_float(0x7f800000);
+    QueryTile& target = plan.tiles[index];
+    target.lse[own] = exists && !row.empty() ? fmaf(slope2, static_cast<float>(own), lse2) - kWeightScaleLog2<T>
+                                             : __int_as_float(0x7f800000);
     target.minus_delta[own] = minus_delta;
     target.first[own] = row.first;
     target.end[own] = row.end;
@@ -196,7 +246,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
   const float raw_slope = constants.slope / forward.softmax_scale;
   const int warp_position = query + warp_row + (forward.seqlen_k - forward.seqlen_q);
 
-  float dq[1][kHeadDim / 8][4] = {};
+  float dq[1][kHeadDim / 8][4] = {}, scale = kFirstGradientScale<T>;
   const int first_key = all.begin / kTile * kTile;
   int key = all.begin < all.end ? (all.end - 1) / kTile * kTile : -kTile;
   if (key >= first_key) load_tile<kTile, kHeadDim, kBackwardThreads>(v_tile, v, key);
@@ -232,6 +282,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
 #pragma unroll
       for (int i = 0; i < 4; ++i) ds[0][n][i] *= exp2_approx(fmaf(scores[0][n][i], plan.scale2, -lse_of[i / 2]));
     }
+    scale_gradients<T>(ds[0], dq[0], scale);
 #pragma unroll
     for (int step = 0; step < kTile / 16; ++step) {
       std::uint32_t operand[1][4];
@@ -239,13 +290,32 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
       multiply_step<T, kHeadDim, kTile, 1>(dq, operand, k_tile, step);
     }
   }
-  const float factor[1][2] = {{forward.softmax_scale, forward.softmax_scale}};
+  const float unscale = forward.softmax_scale / scale, factor[1][2] = {{unscale, unscale}};
   const Rows<T> dq_rows =
       rows_of<T>(params.dq, params.dq_stride, batch, head, forward.seqlen_q, forward.head_dim, plan.in_chunks);
   store_rows<T, kHeadDim, kTile, 1>(dq_rows, query + warp_row, dq, factor, q_tile, warp_row);
 }
 
 // ---- dk, dv ---------------------------------------------------------------------------------------------------------
+
+// The keys of a block, and whose. Longest first: under a causal mask the first keys are seen by most queries.
+struct KeyBlock {
+  int batch, kv_head, share, key;
+
+  // blockIdx.x is read anew: what the loop does not need is not kept in registers over it.
+  __device__ static KeyBlock read(const AttentionParams& params, const BackwardPlan& plan) {
+    unsigned block;
+    asm volatile("mov.u32 %0, %%ctaid.x;\n" : "=r"(block));
+    KeyBlock result;
+    result.batch = block % params.batch;
+    block /= params.batch;
+    result.kv_head = block % params.num_kv_heads;
+    block /= params.num_kv_heads;
+    result.share = block % plan.num_shares;
+    result.key = block / plan.num_shares * kBackwardTile;
+    return result;
+  }
+};
 
 // Walks over the query tiles of a share's heads that touch the keys of a block, head by head. The reaches of 32 tiles
 // are read at once, one per lane; the state is the same in all lanes and warps.
@@ -255,36 +325,37 @@ struct Visit {
 
   __device__ bool is_plain() const { return (plain >> (tile % kWarpLanes) & 1) != 0; }
 
-  // On to the next tile, or to a head that is not one of the share. `reaches` are those of the batch entry.
-  __device__ void advance(const Reach* reaches, int num_tiles, int first_tile, int head_step, int heads_end, int key,
-                          int num_keys) {
+  // On to the next tile, or to a head that is not one of the share.
+  __device__ void advance(const AttentionParams& params, const BackwardPlan& plan, int batch, int heads_end, int key) {
     int chunk = tile / kWarpLanes * kWarpLanes;
     while (touched == 0) {
       chunk += kWarpLanes;
-      if (chunk >= num_tiles) {
-        chunk = first_tile;
-        head += head_step;
+      if (chunk >= plan.num_query_tiles) {
+        head += plan.num_shares;
         if (head >= heads_end) return;
+        // Under a causal mask no query before position `key` sees the block.
+        const int first_query = params.causal ? max(key - (params.seqlen_k - params.seqlen_q), 0) : 0;
+        chunk = first_query / (kBackwardTile * kWarpLanes) * kWarpLanes;
       }
-      const int lane_tile = chunk + static_cast<int>(threadIdx.x) % kWarpLanes;
+      const int lane_tile = chunk + read_thread_index() % kWarpLanes;
       Reach reach{kUnlimited, 0, 0, kUnlimited};
-      if (lane_tile < num_tiles) reach = reaches[static_cast<std::int64_t>(head) * num_tiles + lane_tile];
-      touched = __ballot_sync(kWholeWarp, reach.touches(key, num_keys));
-      plain = __ballot_sync(kWholeWarp, reach.is_plain(key, num_keys));
+      if (lane_tile < plan.num_query_tiles) reach = plan.reaches[tile_index(params, plan, batch, head, lane_tile)];
+      touched = __ballot_sync(kWholeWarp, reach.touches(key, kBackwardTile));
+      plain = __ballot_sync(kWholeWarp, reach.is_plain(key, min(kBackwardTile, params.seqlen_k - key)));
     }
     tile = chunk + __ffs(touched) - 1;
     touched &= touched - 1;
   }
 };
 
-// Scores to exponents of the weights. Rows are keys, `distance` = key of the lane's row g - position of the tile's
-// query 0; columns are queries.
+// Scores to exponents of the weights, times kWeightScale. Rows are keys, `distance` = key of the lane's row g -
+// position of the tile's query 0; columns are queries.
 //
 // Left of the diagonal, -slope2 * (position - key) - lse is one difference, slope2 * distance - (lse + slope2 *
 // column), whose right side the dq kernel has prepared.
 __device__ inline void weigh(float (&scores)[kBackwardTile / 8][4], const QueryTile& tile, float scale2, float slope2,
                              int distance, bool left_of_diagonal) {
-  const int column = static_cast<int>(threadIdx.x) % 4 * 2;
+  const int column = read_thread_index() % 4 * 2;
 #pragma unroll
   for (int n = 0; n < kBackwardTile / 8; ++n) {
     const float2 lse = *reinterpret_cast<const float2*>(tile.lse + 8 * n + column);
@@ -303,7 +374,7 @@ __device__ inline void weigh(float (&scores)[kBackwardTile / 8][4], const QueryT
 
 // Hides what the queries do not see; `key` is that of the lane's row g.
 __device__ inline void hide_keys(float (&exponents)[kBackwardTile / 8][4], const QueryTile& tile, int key) {
-  const int column = static_cast<int>(threadIdx.x) % 4 * 2;
+  const int column = read_thread_index() % 4 * 2;
 #pragma unroll
   for (int n = 0; n < kBackwardTile / 8; ++n) {
     const int2 first = *reinterpret_cast<const int2*>(tile.first + 8 * n + column);
@@ -321,7 +392,7 @@ __device__ inline void hide_keys(float (&exponents)[kBackwardTile / 8][4], const
 // Rows of a float32 partial result; `target` is its row 0, rows are kHeadDim wide.
 template <int kHeadDim>
 __device__ inline void store_partial(float* target, std::int64_t row_stride, int num_rows,
-                                     const float (&values)[1][kHeadDim / 8][4]) {
+                                     const float (&values)[1][kHeadDim / 8][4], float factor) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -330,13 +401,45 @@ __device__ inline void store_partial(float* target, std::int64_t row_stride, int
     float* row_data = target + row * row_stride + lane % 4 * 2;
 #pragma unroll
     for (int n = 0; n < kHeadDim / 8; ++n) {
-      *reinterpret_cast<float2*>(row_data + 8 * n) = make_float2(values[0][n][2 * half], values[0][n][2 * half + 1]);
+      *reinterpret_cast<float2*>(row_data + 8 * n) =
+          make_float2(factor * values[0][n][2 * half], factor * values[0][n][2 * half + 1]);
     }
   }
 }
 
+// Writes dk and dv of a block, or the partial ones of its share; `scale` is that of dk. The tiles are free.
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDim>)
+__device__ inline void store_key_gradients(const AttentionBackwardParams& params, const BackwardPlan& plan,
+                                           const float (&dk)[1][kHeadDim / 8][4], const float (&dv)[1][kHeadDim / 8][4],
+                                           float scale, std::uint32_t k_tile, std::uint32_t v_tile) {
+  const AttentionParams& forward = params.forward;
+  const KeyBlock block = KeyBlock::read(forward, plan);
+  const int warp_row = static_cast<int>(threadIdx.x) / kWarpLanes * 16;
+  const int row = block.key + warp_row;
+  constexpr float dv_factor = 1.0f / kWeightScale<T>;
+  const float dk_factor = forward.softmax_scale / scale * dv_factor;
+  if (plan.num_shares == 1) {
+    const auto target = [&](void* data, const SeqStrides& stride) {
+      return rows_of<T>(data, stride, block.batch, block.kv_head, forward.seqlen_k, forward.head_dim, plan.in_chunks);
+    };
+    const float dk_factors[1][2] = {{dk_factor, dk_factor}}, dv_factors[1][2] = {{dv_factor, dv_factor}};
+    store_rows<T, kHeadDim, kBackwardTile, 1>(target(params.dk, params.dk_stride), row, dk, dk_factors, k_tile,
+                                              warp_row);
+    store_rows<T, kHeadDim, kBackwardTile, 1>(target(params.dv, params.dv_stride), row, dv, dv_factors, v_tile,
+                                              warp_row);
+  } else {
+    const std::int64_t row_stride = static_cast<std::int64_t>(forward.num_kv_heads) * kHeadDim;
+    const std::int64_t size = row_stride * forward.batch * forward.seqlen_k;  // of dk or dv
+    float* rows = plan.partials + 2 * block.share * size +
+                  (static_cast<std::int64_t>(block.batch) * forward.seqlen_k + row) * row_stride +
+                  block.kv_head * kHeadDim;
+    store_partial<kHeadDim>(rows, row_stride, forward.seqlen_k - row, dk, dk_factor);
+    store_partial<kHeadDim>(rows + size, row_stride, forward.seqlen_k - row, dv, dv_factor);
+  }
+}
+
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(kBackwardThreads, kKeyBlocksPerSm<T, kHeadDim>)
     attention_backward_dkdv_kernel(const __grid_constant__ AttentionBackwardParams params,
                                    const __grid_constant__ BackwardPlan plan) {
   constexpr int kTile = kBackwardTile;
@@ -348,32 +451,18 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
   const std::uint32_t q_tile = v_tile + kTileBytes<kTile, kHeadDim>;
   const std::uint32_t dout_tile = q_tile + kTileBytes<kTile, kHeadDim>;
 
-  // Longest first: under a causal mask the first keys are seen by most queries.
   const AttentionParams& forward = params.forward;
-  unsigned block = blockIdx.x;
-  const int batch = block % forward.batch;
-  block /= forward.batch;
-  const int kv_head = block % forward.num_kv_heads;
-  block /= forward.num_kv_heads;
-  const int share = block % plan.num_shares;
-  const int key = block / plan.num_shares * kTile;
-  const int offset = forward.seqlen_k - forward.seqlen_q;  // position of query 0
+  const KeyBlock block = KeyBlock::read(forward, plan);
+  const int batch = block.batch, key = block.key;
   const auto of_keys = [&](const void* data, const SeqStrides& stride) {
-    return rows_of<const T>(data, stride, batch, kv_head, forward.seqlen_k, forward.head_dim, plan.in_chunks);
+    return rows_of<const T>(data, stride, batch, block.kv_head, forward.seqlen_k, forward.head_dim, plan.in_chunks);
   };
   load_tile<kTile, kHeadDim, kBackwardThreads>(k_tile, of_keys(forward.k, forward.k_stride), key);
   load_tile<kTile, kHeadDim, kBackwardThreads>(v_tile, of_keys(forward.v, forward.v_stride), key);
 
-  const int group = forward.num_heads / forward.num_kv_heads;
-  const std::int64_t tiles_before = static_cast<std::int64_t>(batch) * forward.num_heads * plan.num_query_tiles;
-  const Reach* reaches = plan.reaches + tiles_before;
-  // Under a causal mask no query before position `key` sees the block.
-  const int first_tile = forward.causal ? max(key - offset, 0) / kTile / kWarpLanes * kWarpLanes : 0;
-  const int num_keys = min(kTile, forward.seqlen_k - key), heads_end = (kv_head + 1) * group;
-  Visit visit{kv_head * group + share - plan.num_shares, plan.num_query_tiles, 0, 0};  // before the first one
-  const auto advance = [&] {
-    visit.advance(reaches, plan.num_query_tiles, first_tile, plan.num_shares, heads_end, key, num_keys);
-  };
+  const int group = forward.num_heads / forward.num_kv_heads, heads_end = (block.kv_head + 1) * group;
+  Visit visit{block.kv_head * group + block.share - plan.num_shares, plan.num_query_tiles, 0,
+              0};  // before the first one
   const auto load_queries = [&] {
     load_tile<kTile, kHeadDim, kBackwardThreads>(q_tile,
                                                  rows_of<const T>(forward.q, forward.q_stride, batch, visit.head,
@@ -381,19 +470,16 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
                                                  visit.tile * kTile);
     constexpr int kChunks = sizeof(QueryTile) / kChunkBytes;
     static_assert(sizeof(QueryTile) % kChunkBytes == 0 && kChunks <= kBackwardThreads);
-    if (static_cast<int>(threadIdx.x) < kChunks) {
-      const QueryTile* source =
-          plan.tiles + tiles_before + static_cast<std::int64_t>(visit.head) * plan.num_query_tiles + visit.tile;
-      cp_async(shared_address(&tile) + threadIdx.x * kChunkBytes, reinterpret_cast<const uint4*>(source) + threadIdx.x,
+    const int thread = read_thread_index();
+    if (thread < kChunks) {
+      const QueryTile* source = plan.tiles + tile_index(forward, plan, batch, visit.head, visit.tile);
+      cp_async(shared_address(&tile) + thread * kChunkBytes, reinterpret_cast<const uint4*>(source) + thread,
                kChunkBytes);
     }
   };
 
-  const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
-  const int warp_row = static_cast<int>(threadIdx.x) / kWarpLanes * 16;
-  const int lane_key = key + warp_row + lane / 4;
-  float dk[1][kHeadDim / 8][4] = {}, dv[1][kHeadDim / 8][4] = {};
-  advance();
+  float dk[1][kHeadDim / 8][4] = {}, dv[1][kHeadDim / 8][4] = {}, scale = kFirstGradientScale<T>;
+  visit.advance(forward, plan, batch, heads_end, key);
   if (visit.head < heads_end) load_queries();
   cp_async_commit();
 #pragma unroll 1
@@ -406,7 +492,10 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
                                                  visit.tile * kTile);
     cp_async_commit();
     const float slope2 = forward.alibi_slopes == nullptr ? 0.0f : __ldg(forward.alibi_slopes + visit.head) * kLog2E;
-    const int position = visit.tile * kTile + offset;
+    const int position = visit.tile * kTile + (forward.seqlen_k - forward.seqlen_q);
+    const int thread = read_thread_index();
+    const int lane = thread % kWarpLanes, warp_row = thread / kWarpLanes * 16;
+    const int lane_key = key + warp_row + lane / 4;
     float weights[1][kTiles][4] = {};
     multiply_transposed<T, kHeadDim, kTile, kTile, 1>(weights, k_tile, warp_row, q_tile);
     weigh(weights[0], tile, plan.scale2, slope2, lane_key - position, forward.causal || key + kTile - 1 <= position);
@@ -434,12 +523,13 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
     std::uint32_t operand[1][4], weight_operands[kTile / 16][1][4];
 #pragma unroll
     for (int step = 0; step < kTile / 16; ++step) pack_operand<T>(weight_operands[step][0], weights[0], step);
+    scale_gradients<T>(ds[0], dk[0], scale);
 #pragma unroll
     for (int step = 0; step < kTile / 16; ++step) {
       pack_operand<T>(operand[0], ds[0], step);
       multiply_step<T, kHeadDim, kTile, 1>(dk, operand, q_tile, step);
     }
-    advance();
+    visit.advance(forward, plan, batch, heads_end, key);
     __syncthreads();  // everyone has finished with q and `tile`
     if (visit.head < heads_end) load_queries();
     cp_async_commit();
@@ -451,22 +541,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
 
   cp_async_wait<0>();
   __syncthreads();  // without any visit nobody has waited for k and v, which pass on the results
-  if (plan.num_shares == 1) {
-    const auto target = [&](void* data, const SeqStrides& stride) {
-      return rows_of<T>(data, stride, batch, kv_head, forward.seqlen_k, forward.head_dim, plan.in_chunks);
-    };
-    const float scale[1][2] = {{forward.softmax_scale, forward.softmax_scale}}, one[1][2] = {{1.0f, 1.0f}};
-    store_rows<T, kHeadDim, kTile, 1>(target(params.dk, params.dk_stride), key + warp_row, dk, scale, k_tile, warp_row);
-    store_rows<T, kHeadDim, kTile, 1>(target(params.dv, params.dv_stride), key + warp_row, dv, one, v_tile, warp_row);
-  } else {
-    const std::int64_t row_stride = static_cast<std::int64_t>(forward.num_kv_heads) * kHeadDim;
-    const std::int64_t size = row_stride * forward.batch * forward.seqlen_k;  // of dk or dv
-    float* rows = plan.partials + 2 * share * size +
-                  (static_cast<std::int64_t>(batch) * forward.seqlen_k + key + warp_row) * row_stride +
-                  kv_head * kHeadDim;
-    store_partial<kHeadDim>(rows, row_stride, forward.seqlen_k - key - warp_row, dk);
-    store_partial<kHeadDim>(rows + size, row_stride, forward.seqlen_k - key - warp_row, dv);
-  }
+  store_key_gradients<T, kHeadDim>(params, plan, dk, dv, scale, k_tile, v_tile);
 }
 
 // ---- sums over shares -----------------------------------------------------------------------------------------------
@@ -505,11 +580,10 @@ __global__ void __launch_bounds__(kSumThreads)
   const int kv_head = row % forward.num_kv_heads;
   const int key = row / forward.num_kv_heads % forward.seqlen_k;
   const int batch = row / forward.num_kv_heads / forward.seqlen_k;
-  const float factor = is_dk ? forward.softmax_scale : 1.0f;
   Chunk<T> rounded;
 #pragma unroll
   for (int i = 0; i < Chunk<T>::kPairs; ++i) {
-    rounded.pairs[i] = from_floats<T>(make_float2(sums[2 * i] * factor, sums[2 * i + 1] * factor));
+    rounded.pairs[i] = from_floats<T>(make_float2(sums[2 * i], sums[2 * i + 1]));
   }
   const SeqStrides& stride = is_dk ? params.dk_stride : params.dv_stride;
   T* target = static_cast<T*>(is_dk ? params.dk : params.dv) + batch * stride.batch + key * stride.seq +

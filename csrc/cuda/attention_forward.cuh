@@ -227,54 +227,54 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
     }
   }
 
-  bool more = first_key <= last_key;
-  if (more) {
+  if (first_key <= last_key) {
     load_tile<kForwardQueries, kHeadDim, kForwardThreads>(q_tile, q, block.query);
     load_tile<kForwardKeys, kHeadDim, kForwardThreads>(k_tile, k, last_key);
     cp_async_commit();
-  }
+    int key = last_key;
 #pragma unroll 1
-  for (int key = last_key; more; key -= kForwardKeys) {
-    const bool touched = reach.touches(key, kForwardKeys);  // the same in all lanes
-    ForwardWeights weights;
+    do {
+      const bool touched = reach.touches(key, kForwardKeys);  // the same in all lanes
+      ForwardWeights weights;
 
-    cp_async_wait<0>();
-    __syncthreads();  // K (and Q) have arrived for all; all have read the V before
-    load_tile<kForwardKeys, kHeadDim, kForwardThreads>(v_tile, v, key);
-    cp_async_commit();
-    if (touched) {
-      const ForwardPlace place = ForwardPlace::read();
-      const int warp_position = block.query + place.warp_row + params.seqlen_k - params.seqlen_q;
-      // With a causal mask what lies right of the diagonal is hidden, and without a bias both forms are zero.
-      const bool left_of_diagonal = params.causal || raw_slope == 0.0f || key + kForwardKeys <= warp_position + 1;
-      ForwardScores scores;
-      seed_bias(scores, raw_slope, warp_position + place.row, key + place.column, left_of_diagonal);
-      multiply_transposed<T, kHeadDim, kForwardQueries, kForwardKeys>(scores, q_tile, place.warp_row, k_tile);
-      const Reach& all = agreement.reach[place.warp_row / kForwardWarpRows];
-      if (!all.is_plain(key, kForwardKeys)) hide(scores, agreement.rows + place.warp_row, key + place.column);
-      if (!agreement.is_bounded) move_references(reference, out, rounded_sum, sum, scores, plan.scale2);
-      take_weights<T>(weights, sum, scores, reference, plan.scale2);
-    }
-
-    cp_async_wait<0>();
-    __syncthreads();  // V has arrived for all; all have read K
-    more = key > agreement.first_key;
-    if (more) {
-      load_tile<kForwardKeys, kHeadDim, kForwardThreads>(k_tile, k, key - kForwardKeys);
+      cp_async_wait<0>();
+      __syncthreads();  // K (and Q) have arrived for all; all have read the V before
+      load_tile<kForwardKeys, kHeadDim, kForwardThreads>(v_tile, v, key);
       cp_async_commit();
-    }
-    if (touched) {
-      const int row = ForwardPlace::read().row;
-#pragma unroll
-      for (int step = 0; step < kForwardKeys / 16; ++step) {
-#pragma unroll
-        for (int group = 0; group < kForwardGroups; ++group) {
-          const std::uint32_t ones = row % 2 == group ? kPairOfOnes<T> : 0;
-          mma<T>(rounded_sum, weights[step][group], ones, ones);
-        }
-        multiply_step<T, kHeadDim, kForwardKeys>(out, weights[step], v_tile, step);
+      if (touched) {
+        const ForwardPlace place = ForwardPlace::read();
+        const int warp_position = block.query + place.warp_row + params.seqlen_k - params.seqlen_q;
+        // With a causal mask what lies right of the diagonal is hidden, and without a bias both forms are zero.
+        const bool left_of_diagonal = params.causal || raw_slope == 0.0f || key + kForwardKeys <= warp_position + 1;
+        ForwardScores scores;
+        seed_bias(scores, raw_slope, warp_position + place.row, key + place.column, left_of_diagonal);
+        multiply_transposed<T, kHeadDim, kForwardQueries, kForwardKeys>(scores, q_tile, place.warp_row, k_tile);
+        const Reach& all = agreement.reach[place.warp_row / kForwardWarpRows];
+        if (!all.is_plain(key, kForwardKeys)) hide(scores, agreement.rows + place.warp_row, key + place.column);
+        if (!agreement.is_bounded) move_references(reference, out, rounded_sum, sum, scores, plan.scale2);
+        take_weights<T>(weights, sum, scores, reference, plan.scale2);
       }
-    }
+
+      cp_async_wait<0>();
+      __syncthreads();  // V has arrived for all; all have read K
+      if (key > agreement.first_key) {
+        load_tile<kForwardKeys, kHeadDim, kForwardThreads>(k_tile, k, key - kForwardKeys);
+        cp_async_commit();
+      }
+      if (touched) {
+        const int row = ForwardPlace::read().row;
+#pragma unroll
+        for (int step = 0; step < kForwardKeys / 16; ++step) {
+#pragma unroll
+          for (int group = 0; group < kForwardGroups; ++group) {
+            const std::uint32_t ones = row % 2 == group ? kPairOfOnes<T> : 0;
+            mma<T>(rounded_sum, weights[step][group], ones, ones);
+          }
+          multiply_step<T, kHeadDim, kForwardKeys>(out, weights[step], v_tile, step);
+        }
+      }
+      key -= kForwardKeys;
+    } while (key >= agreement.first_key);
   }
 
   // `sum` holds the lane's columns; the four lanes of a row add theirs.
