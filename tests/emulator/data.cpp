@@ -7,8 +7,6 @@
 namespace emulator {
 namespace {
 
-bool has_sign(Type type) { return type == Type::kS8 || type == Type::kS16 || type == Type::kS32 || type == Type::kS64; }
-
 const std::vector<Operand>& elements_of(const Operand& operand, std::vector<Operand>* single) {
   if (operand.kind == Operand::Kind::kVector) return operand.elements;
   *single = {operand};
@@ -83,7 +81,7 @@ void decode_load_store(Decoder& d) {
   d.address(1 - value);
   const bool synchronises = order >= 3 && scope >= 2;
   d.instruction.type = type;
-  d.instruction.option = {bytes, count, is_load && has_sign(type), synchronises};
+  d.instruction.option = {bytes, count, is_load && is_signed(type), synchronises};
   d.instruction.handler = is_load ? &load : &store;
 }
 
@@ -183,8 +181,7 @@ void decode_atomic(Decoder& d) {
   d.take_cache_hints();
   const int vector = d.take_one_of({"v2", "v4", "v8"});
   const Type type = d.take_type();
-  const bool floating = type == Type::kF32 || type == Type::kF64 || type == Type::kF16 || type == Type::kBF16 ||
-                        type == Type::kF16x2 || type == Type::kBF16x2;
+  const bool floating = is_float(type);
   if (operation < 0 || (floating && operation != kAdd) || (vector >= 0 && !floating))
     d.fail("this form is not supported");
   const std::size_t first = d.is("atom") ? 1 : 0;

@@ -29,6 +29,10 @@ void Constants::fill(std::uint8_t* register_file) const {
 
 // ---- decoder
 
+bool Decoder::has(const char* modifier) const {
+  return std::find(modifiers_.begin(), modifiers_.end(), modifier) != modifiers_.end();
+}
+
 bool Decoder::take(const std::string& modifier) {
   const auto found = std::find(modifiers_.begin(), modifiers_.end(), modifier);
   if (found == modifiers_.end()) return false;
@@ -162,8 +166,9 @@ Instruction decode_statement(const Statement& statement, Constants& constants, s
   } else if (statement.opcode == "ret" || statement.opcode == "exit") {
     decoder.take("uni");
     instruction.flow = Instruction::Flow::kExit;
-  } else if (!decode_arithmetic(decoder) && !decode_data_movement(decoder) && !decode_synchronisation(decoder) &&
-             !decode_matrix(decoder) && !decode_hopper(decoder)) {
+  } else if (!decode_predicate(decoder) && !decode_conversion(decoder) && !decode_arithmetic(decoder) &&
+             !decode_data_movement(decoder) && !decode_synchronisation(decoder) && !decode_matrix(decoder) &&
+             !decode_hopper(decoder)) {
     decoder.fail("unknown instruction");
   }
   decoder.finish();

@@ -38,6 +38,7 @@ class Decoder {
   const Statement& statement() const { return statement_; }
   const std::string& opcode() const { return statement_.opcode; }
   bool is(const char* opcode) const { return statement_.opcode == opcode; }
+  bool has(const char* modifier) const;
   bool take(const std::string& modifier);
   // The first of these modifiers that is there, as its index, or -1.
   int take_one_of(const std::vector<std::string>& modifiers);
@@ -68,6 +69,8 @@ class Decoder {
 };
 
 // Each knows some opcodes: false for the others.
+bool decode_predicate(Decoder& decoder);
+bool decode_conversion(Decoder& decoder);
 bool decode_arithmetic(Decoder& decoder);
 bool decode_data_movement(Decoder& decoder);
 bool decode_synchronisation(Decoder& decoder);

@@ -142,25 +142,26 @@ Step multiply_accumulate(Execution& x, const Instruction& i) {
     }
     std::memcpy(sum[m], row, sizeof row);
   }
+  // All results before the first is stored: D may share registers with C in any order.
   const std::vector<Operand>& d = i.operands[0].elements;
   const std::vector<Operand>& c = i.operands[3].elements;
-  for (int index = 0; index < static_cast<int>(d.size()); ++index) {
-    alignas(64) std::uint32_t result[kLanes];
+  alignas(64) std::uint32_t results[4][kLanes];
+  for (std::size_t index = 0; index < d.size(); ++index) {
     const std::uint32_t* start = x.row<std::uint32_t>(c[index]);
     for (int lane = 0; lane < kLanes; ++lane) {
       if (half_sums) {  // two columns in one register
-        const Place place = mma_c(lane, 2 * index);
+        const Place place = mma_c(lane, 2 * static_cast<int>(index));
         const Half low(half_of(start[lane], 0, false) + sum[place.row][place.column]);
         const Half high(half_of(start[lane], 1, false) + sum[place.row][place.column + 1]);
-        result[lane] = bits_as<std::uint32_t>(Pair<Half>{low, high});
+        results[index][lane] = bits_as<std::uint32_t>(Pair<Half>{low, high});
       } else {
-        const Place place = mma_c(lane, index);
+        const Place place = mma_c(lane, static_cast<int>(index));
         const double start_value = bits_as<float>(start[lane]);
-        result[lane] = bits_as<std::uint32_t>(static_cast<float>(start_value + sum[place.row][place.column]));
+        results[index][lane] = bits_as<std::uint32_t>(static_cast<float>(start_value + sum[place.row][place.column]));
       }
     }
-    x.store(d[index], result);
   }
+  for (std::size_t index = 0; index < d.size(); ++index) x.store(d[index], results[index]);
   return Step::kNext;
 }
 

@@ -618,6 +618,15 @@ int bytes_of(Type type) {
   }
 }
 
+bool is_float(Type type) {
+  return type == Type::kF16 || type == Type::kBF16 || type == Type::kF32 || type == Type::kF64 ||
+         type == Type::kF16x2 || type == Type::kBF16x2;
+}
+
+bool is_signed(Type type) {
+  return type == Type::kS8 || type == Type::kS16 || type == Type::kS32 || type == Type::kS64;
+}
+
 std::uint8_t* parameter_block() {
   static std::uint8_t* const block = static_cast<std::uint8_t*>(
       mmap(nullptr, kParameterBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));

@@ -43,6 +43,8 @@ enum class Type : std::uint8_t {
 
 Type type_named(const std::string& name);  // kNone if it is no type
 int bytes_of(Type type);                   // per lane; 0 for predicates
+bool is_float(Type type);                  // of 16, 32 or 64 bits, or a pair
+bool is_signed(Type type);                 // a signed integer
 
 struct Operand {
   enum class Kind : std::uint8_t {

@@ -28,11 +28,20 @@ class Reporter {
 
   void enter_block(Dim3 block) { block_ = block; }
   void add(const char* kind, const Site& site, const std::string& message);
+  // The message is only made when the report is new: a defect in a loop would spend its time on texts.
+  template <typename F, typename = decltype(std::declval<F>()())>
+  void add(const char* kind, const Site& site, F&& message) {
+    if (is_new(kind, site)) add(kind, site, std::string(message()));
+  }
   // "attention.cu:120", or the line of the PTX where there is no line information.
   std::string place_of(const Statement& statement) const;
   std::vector<Report>& reports() { return reports_; }
 
  private:
+  bool is_new(const char* kind, const Site& site) const {
+    return reports_.size() < limit_ && seen_.count({kind, site.statement}) == 0;
+  }
+
   const Module& module_;
   const std::size_t limit_;
   Dim3 block_;

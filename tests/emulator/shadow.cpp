@@ -114,25 +114,27 @@ void SharedShadow::read(const Site& site, std::uint32_t offset, int bytes, Proxy
   for (std::uint32_t byte = offset & ~1u; byte < offset + bytes; byte += 2) {
     Cell& cell = this->cell(byte);
     if (cell.state & kInFlight) {
-      reporter_.add("async-race", site,
-                    at(byte) + ": read while a copy into it, issued by " + describe(cell.write) + ", is in flight");
+      reporter_.add("async-race", site, [&] {
+        return at(byte) + ": read while a copy into it, issued by " + describe(cell.write) + ", is in flight";
+      });
       continue;
     }
     if (!(cell.state & kWritten)) {
-      reporter_.add("uninitialised", site, at(byte) + ": read before anything was written there");
+      reporter_.add("uninitialised", site, [&] { return at(byte) + ": read before anything was written there"; });
       continue;
     }
     if ((cell.state & kMbarrier) && proxy == Proxy::kGeneric) {
-      reporter_.add("mbarrier", site, at(byte) + ": ordinary read of a live mbarrier");
+      reporter_.add("mbarrier", site, [&] { return at(byte) + ": ordinary read of a live mbarrier"; });
     }
     if (!clocks_.happened_before(cell.write, site.thread)) {
       reporter_.add("race-raw", site,
-                    at(byte) + ": read that is not ordered after the write by " + describe(cell.write));
+                    [&] { return at(byte) + ": read that is not ordered after the write by " + describe(cell.write); });
     } else if (proxy == Proxy::kAsync && !(cell.state & kByCopy) &&
                !clocks_.fenced_for_copies(cell.write, site.thread)) {
-      reporter_.add("proxy", site,
-                    at(byte) + ": asynchronous read of an ordinary write by " + describe(cell.write) +
-                        " with no fence.proxy.async in between");
+      reporter_.add("proxy", site, [&] {
+        return at(byte) + ": asynchronous read of an ordinary write by " + describe(cell.write) +
+               " with no fence.proxy.async in between";
+      });
     }
     if (proxy == Proxy::kGeneric) remember_read(cell, access);  // an asynchronous read is remembered when it ends
   }
@@ -140,11 +142,13 @@ void SharedShadow::read(const Site& site, std::uint32_t offset, int bytes, Proxy
 
 void SharedShadow::check_no_reader(const Site& site, std::uint32_t offset, const Cell& cell) {
   if (cell.reads_in_flight != 0) {
-    reporter_.add("async-race", site, at(offset) + ": written while a wgmma or a bulk store may still read it");
+    reporter_.add("async-race", site,
+                  [&] { return at(offset) + ": written while a wgmma or a bulk store may still read it"; });
   }
   const auto check = [&](const Access& read) {
     if (clocks_.happened_before(read, site.thread)) return;
-    reporter_.add("race-war", site, at(offset) + ": write that is not ordered after the read by " + describe(read));
+    reporter_.add("race-war", site,
+                  [&] { return at(offset) + ": write that is not ordered after the read by " + describe(read); });
   };
   for (int i = 0; i < cell.num_reads; ++i) check(cell.reads[i]);
   if (!cell.more_reads) return;
@@ -153,13 +157,16 @@ void SharedShadow::check_no_reader(const Site& site, std::uint32_t offset, const
 
 void SharedShadow::check_write(const Site& site, std::uint32_t offset, const Cell& cell, bool same_value) {
   if (cell.state & kInFlight) {
-    reporter_.add("async-race", site,
-                  at(offset) + ": written while a copy into it, issued by " + describe(cell.write) + ", is in flight");
+    reporter_.add("async-race", site, [&] {
+      return at(offset) + ": written while a copy into it, issued by " + describe(cell.write) + ", is in flight";
+    });
   } else if ((cell.state & kWritten) && !same_value && !clocks_.happened_before(cell.write, site.thread)) {
-    reporter_.add("race-waw", site,
-                  at(offset) + ": write that is not ordered after the write by " + describe(cell.write));
+    reporter_.add("race-waw", site, [&] {
+      return at(offset) + ": write that is not ordered after the write by " + describe(cell.write);
+    });
   }
-  if (cell.state & kMbarrier) reporter_.add("mbarrier", site, at(offset) + ": ordinary write over a live mbarrier");
+  if (cell.state & kMbarrier)
+    reporter_.add("mbarrier", site, [&] { return at(offset) + ": ordinary write over a live mbarrier"; });
   check_no_reader(site, offset, cell);
 }
 
@@ -181,7 +188,8 @@ void SharedShadow::atomic(const Site& site, std::uint32_t offset, int bytes) {
   for (std::uint32_t byte = offset; byte < offset + bytes; byte += 2) {
     Cell& cell = this->cell(byte);
     if (!(cell.state & (kWritten | kInFlight))) {
-      reporter_.add("uninitialised", site, at(byte) + ": atomic operation before anything was written there");
+      reporter_.add("uninitialised", site,
+                    [&] { return at(byte) + ": atomic operation before anything was written there"; });
     }
     check_write(site, byte, cell, cell.state & kAtomic);
     forget_reads(cell);
@@ -197,9 +205,10 @@ void SharedShadow::begin_copy(const Site& site, std::uint32_t offset, int bytes,
     check_write(site, byte, cell, false);
     if (proxy == Proxy::kAsync && (cell.state & kWritten) && !(cell.state & (kByCopy | kInFlight)) &&
         !clocks_.fenced_for_copies(cell.write, site.thread)) {
-      reporter_.add("proxy", site,
-                    at(byte) + ": bulk copy over an ordinary write by " + describe(cell.write) +
-                        " with no fence.proxy.async in between");
+      reporter_.add("proxy", site, [&] {
+        return at(byte) + ": bulk copy over an ordinary write by " + describe(cell.write) +
+               " with no fence.proxy.async in between";
+      });
     }
     forget_reads(cell);
     cell.write = access;
@@ -238,13 +247,15 @@ void SharedShadow::mark_mbarrier(std::uint32_t offset, bool live) {
 void SharedShadow::check_mbarrier(const Site& site, std::uint32_t offset, bool used_by_copy) {
   const Cell& cell = this->cell(offset);
   if (!clocks_.happened_before(cell.write, site.thread)) {
-    reporter_.add("race-raw", site,
-                  "mbarrier in " + at(offset) + ": its initialisation by " + describe(cell.write) +
-                      " is not ordered before this use");
+    reporter_.add("race-raw", site, [&] {
+      return "mbarrier in " + at(offset) + ": its initialisation by " + describe(cell.write) +
+             " is not ordered before this use";
+    });
   } else if (used_by_copy && !clocks_.fenced_for_copies(cell.write, site.thread)) {
-    reporter_.add("proxy", site,
-                  "mbarrier in " + at(offset) + ": no fence.mbarrier_init or fence.proxy.async between " +
-                      "its initialisation by " + describe(cell.write) + " and a copy that uses it");
+    reporter_.add("proxy", site, [&] {
+      return "mbarrier in " + at(offset) + ": no fence.mbarrier_init or fence.proxy.async between " +
+             "its initialisation by " + describe(cell.write) + " and a copy that uses it";
+    });
   }
 }
 
@@ -287,9 +298,10 @@ void GlobalShadow::read(const Site& site, const std::uint8_t* address, int bytes
     if (page == nullptr) continue;
     const Cell& cell = page->cells[reinterpret_cast<std::size_t>(byte) % kPageBytes / 2];
     if (cell.block_plus_one == 0 || cell.block_plus_one == block_ + 1 || published(cell, site.thread, byte)) continue;
-    reporter_.add("block-race", site,
-                  describe(byte, buffer) + ": read of what block " + std::to_string(cell.block_plus_one - 1) +
-                      " thread " + std::to_string(cell.thread) + " wrote without a fence and an atomic between");
+    reporter_.add("block-race", site, [&] {
+      return describe(byte, buffer) + ": read of what block " + std::to_string(cell.block_plus_one - 1) + " thread " +
+             std::to_string(cell.thread) + " wrote without a fence and an atomic between";
+    });
   }
 }
 
@@ -300,9 +312,10 @@ void GlobalShadow::write(const Site& site, const std::uint8_t* address, int byte
     Cell& cell = page_at(byte, true)->cells[reinterpret_cast<std::size_t>(byte) % kPageBytes / 2];
     const bool foreign = cell.block_plus_one != 0 && cell.block_plus_one != block_ + 1;
     if (foreign && !(atomic && cell.atomic) && !published(cell, site.thread, byte)) {
-      reporter_.add("block-race", site,
-                    describe(byte, buffer) + ": also written by block " + std::to_string(cell.block_plus_one - 1) +
-                        " thread " + std::to_string(cell.thread) + " without a fence and an atomic between");
+      reporter_.add("block-race", site, [&] {
+        return describe(byte, buffer) + ": also written by block " + std::to_string(cell.block_plus_one - 1) +
+               " thread " + std::to_string(cell.thread) + " without a fence and an atomic between";
+      });
     }
     const std::uint32_t clock = in_flight ? ~0u : clocks_.now(site.thread);
     cell = {block_ + 1, clock, static_cast<std::uint16_t>(site.thread), atomic};
