@@ -249,13 +249,15 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
       if (touched) {
         const ForwardPlace place = ForwardPlace::read();
         const int warp_position = block.query + place.warp_row + params.seqlen_k - params.seqlen_q;
-        // With a causal mask what lies right of the diagonal is hidden, and without a bias both forms are zero.
-        const bool left_of_diagonal = params.causal || raw_slope == 0.0f || key + kForwardKeys <= warp_position + 1;
+        const int position = warp_position + place.row, lane_key = key + place.column;
         ForwardScores scores;
-        seed_bias(scores, raw_slope, warp_position + place.row, key + place.column, left_of_diagonal);
+        seed_bias(scores, raw_slope, position, lane_key, true);
         multiply_transposed<T, kHeadDim, kForwardQueries, kForwardKeys>(scores, q_tile, place.warp_row, k_tile);
+        // With a causal mask what lies right of the diagonal is hidden, and without a bias there is nothing to mirror.
+        const bool left_of_diagonal = params.causal || raw_slope == 0.0f || key + kForwardKeys <= warp_position + 1;
+        if (!left_of_diagonal) mirror_bias(scores, raw_slope, position, lane_key);
         const Reach& all = common.reach[place.warp_row / kForwardWarpRows];
-        if (!all.is_plain(key, kForwardKeys)) hide(scores, common.rows + place.warp_row, key + place.column);
+        if (!all.is_plain(key, kForwardKeys)) hide(scores, common.rows + place.warp_row, lane_key);
         if (!common.is_bounded) move_references(reference, out, rounded_sum, common.own_sum(), scores, plan.scale2);
         take_weights<T>(weights, common.own_sum(), scores, reference, plan.scale2);
       }
