@@ -6,25 +6,26 @@
 //                    keys, 64 per tile                   registers of a lane          head_dim   64      128
 //                 <- processed leftwards                 output, float32                         64      128
 //               +-------+-------+-------+                scores, then weights, float32           64       64
-//     warp 0    | plain | plain | hide  |                sums, references                        16       16
+//     warp 0    | plain | plain | hide  |                sums of rounded weights, references     12       12
 //     warp 1    | plain | plain | hide  |
 //     warp 2    | plain | plain | plain | hide           shared memory
 //     warp 3    | plain | plain | plain | hide           Q 128 rows, K 64, V 64                32 KiB   64 KiB
-//               +-------+-------+-------+                visible keys of each row             1.5 KiB  1.5 KiB
+//               +-------+-------+-------+                visible keys of each row, sums       3.6 KiB  3.6 KiB
 //
 // With two groups a fragment of K or V read from shared memory serves two products. There is one buffer for K and one
-// for V: V arrives during Q K^T, the next K during P V, and the second block of a multiprocessor computes while this
-// one waits. Tiles that no row of a block sees, or that its bias makes negligible (Head::window), are not loaded; a
-// warp computes none that its own 32 rows do not see.
+// for V: V arrives during Q K^T, the next K during P V, and the other blocks of a multiprocessor compute while this one
+// waits. Tiles that no row of a block sees, or that its bias makes negligible (Head::window), are not loaded; a warp
+// computes none that its own 32 rows do not see.
 //
 // Softmax: the weight of a score s is 2^(s * scale2 - reference). Where the head's logits have a small bound the
 // reference is a constant (bounded, gpu_kernels 1.3), otherwise the row's largest score so far (online). The output is
 // divided by the sum of the weights as rounded for the second product, so that the rounding of a dominant weight
-// cancels; that sum is one more column of the product. softmax_lse takes the sum of the unrounded weights.
+// cancels; that sum is one more tile of columns of the product. softmax_lse takes the sum of the unrounded weights.
 //
 // Cost: 4 * head_dim flops per visible pair. Q and out move once; K and V once per query tile, from L2 where the heads
-// that share them run together. float32 operations per score: 0.5 for the bias, 1 for the exponent, 1 for the sum, 0.5
-// to pack; online softmax 1 more.
+// that share them run together. A plain tile of a warp with head_dim 128 is about 900 instructions: 264 products, 80
+// ldmatrix, 16 copies, 64 exponentials; per score one operation for the bias, one for the exponent, one for the sum,
+// half a one to pack, and one for the maximum where it is online.
 //
 // Not here: float32 operands, head_dim above 128, dropout.
 #pragma once
@@ -45,9 +46,9 @@ template <int kHeadDim>
 inline constexpr int kForwardSharedBytes =
     kTileBytes<kForwardQueries, kHeadDim> + 2 * kTileBytes<kForwardKeys, kHeadDim>;
 
-// Registers allow two blocks per multiprocessor with head_dim 128, and three with 64.
+// Per multiprocessor, as registers allow without spills.
 template <int kHeadDim>
-inline constexpr int kForwardMinBlocks = 2;
+inline constexpr int kForwardMinBlocks = kHeadDim == 64 ? 3 : 2;
 
 struct ForwardPlan {
   float scale2;     // softmax_scale * log2(e)
@@ -201,14 +202,14 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
   }
   __syncthreads();  // all warps have written theirs
   int begin = kUnlimited, end = 0;
-  bool is_bounded = true;  // own keys alone keep a biased row's weights in range
+  bool is_bounded = true;  // a biased row that does not see its own key may have only tiny weights
 #pragma unroll
   for (int i = 0; i < kForwardWarps; ++i) {
     begin = min(begin, common.reach[i].begin);
     end = max(end, common.reach[i].end);
     is_bounded = is_bounded && common.all_see_themselves[i] != 0;
   }
-  is_bounded = head.bound <= kMaxBound<T> && (head.slope == 0.0f || is_bounded);
+  is_bounded = head.bound <= kMaxBound<T> && (is_bounded || head.slope == 0.0f);
   const int first_key = begin / kForwardKeys * kForwardKeys;
   const int last_key = uniform((end - 1) / kForwardKeys * kForwardKeys);
   if (threadIdx.x == 0) {
@@ -256,8 +257,8 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
         // With a causal mask what lies right of the diagonal is hidden, and without a bias there is nothing to mirror.
         const bool left_of_diagonal = params.causal || raw_slope == 0.0f || key + kForwardKeys <= warp_position + 1;
         if (!left_of_diagonal) mirror_bias(scores, raw_slope, position, lane_key);
-        const Reach& all = common.reach[place.warp_row / kForwardWarpRows];
-        if (!all.is_plain(key, kForwardKeys)) hide(scores, common.rows + place.warp_row, lane_key);
+        const Reach& stored_reach = common.reach[place.warp_row / kForwardWarpRows];
+        if (!stored_reach.is_plain(key, kForwardKeys)) hide(scores, common.rows + place.warp_row, lane_key);
         if (!common.is_bounded) move_references(reference, out, rounded_sum, common.own_sum(), scores, plan.scale2);
         take_weights<T>(weights, common.own_sum(), scores, reference, plan.scale2);
       }
