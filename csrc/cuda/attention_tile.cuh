@@ -43,20 +43,6 @@ __device__ inline std::uint32_t chunk_offset(int row, int chunk) {
   return (chunk >> 3) * (kRows * kPanelRowBytes) + row * kPanelRowBytes + (((chunk ^ row) & 7) << 4);
 }
 
-// A chunk element by element, for rows that do not lie in chunks. What is missing (count <= 0 or < 8) is zero.
-template <typename T>
-__device__ inline uint4 load_elements(const T* source, int count) {
-  std::uint32_t words[4] = {};
-#pragma unroll
-  for (int i = 0; i < kChunkWidth<T>; ++i) {
-    if (i < count) {
-      const std::uint32_t bits = __ldg(reinterpret_cast<const unsigned short*>(source) + i);
-      words[i / 2] |= bits << (16 * (i % 2));
-    }
-  }
-  return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
 // Rows of one head in global memory: `data` is row 0.
 template <typename T>
 struct Rows {
