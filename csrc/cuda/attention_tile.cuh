@@ -43,20 +43,6 @@ __device__ inline std::uint32_t chunk_offset(int row, int chunk) {
   return (chunk >> 3) * (kRows * kPanelRowBytes) + row * kPanelRowBytes + (((chunk ^ row) & 7) << 4);
 }
 
-// A chunk element by element, for rows that do not lie in chunks. What is missing (count <= 0 or < 8) is zero.
-template <typename T>
-__device__ inline uint4 load_elements(const T* source, int count) {
-  std::uint32_t words[4] = {};
-#pragma unroll
-  for (int i = 0; i < kChunkWidth<T>; ++i) {
-    if (i < count) {
-      const std::uint32_t bits = __ldg(reinterpret_cast<const unsigned short*>(source) + i);
-      words[i / 2] |= bits << (16 * (i % 2));
-    }
-  }
-  return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
 // Rows of one head in global memory: `data` is row 0.
 template <typename T>
 struct Rows {
@@ -86,24 +72,26 @@ __device__ inline void load_tile(std::uint32_t tile, const Rows<const T>& rows, 
   constexpr int kChunks = kHeadDim / kChunkWidth<T>;  // of a row
   static_assert(kThreads % kChunks == 0 && kRows * kChunks % kThreads == 0, "a thread keeps its chunk");
   constexpr int kRowStep = kThreads / kChunks;
-  static_assert(kRowStep % 8 == 0, "a thread keeps its position in the pattern");
   const int thread = read_thread_index();
   if (rows.in_chunks) {
     const int row = thread / kChunks, chunk = thread % kChunks;
     const bool exists = chunk * kChunkWidth<T> < rows.head_dim;
     const int bytes = exists ? kChunkBytes : 0;
-    const std::uint32_t target = tile + chunk_offset<kRows>(row, chunk);
+    const std::uint32_t first_target = tile + chunk_offset<kRows>(row, chunk);
+    const auto target = [&](int i) {  // eight rows on, the pattern is the same
+      return kRowStep % 8 == 0 ? first_target + i * kPanelRowBytes : tile + chunk_offset<kRows>(row + i, chunk);
+    };
     const T* source = rows.data + (first + row) * rows.stride + (exists ? chunk * kChunkWidth<T> : 0);
     if (first >= 0 && first + kRows <= rows.count) {
 #pragma unroll
       for (int i = 0; i < kRows; i += kRowStep, source += kRowStep * rows.stride) {
-        cp_async(target + i * kPanelRowBytes, source, bytes);
+        cp_async(target(i), source, bytes);
       }
     } else {
 #pragma unroll 1
       for (int i = 0; i < kRows; i += kRowStep, source += kRowStep * rows.stride) {
         const bool inside = static_cast<unsigned>(first + row + i) < static_cast<unsigned>(rows.count);
-        cp_async(target + i * kPanelRowBytes, inside ? source : rows.data, inside ? bytes : 0);
+        cp_async(target(i), inside ? source : rows.data, inside ? bytes : 0);
       }
     }
   } else {
