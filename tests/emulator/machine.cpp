@@ -227,6 +227,11 @@ bool Execution::gather_warp(const Instruction& instruction) {
   return true;
 }
 
+void Execution::synchronise(int thread, const std::uint8_t* address, bool releases) {
+  if (!check || is_shared(reinterpret_cast<std::uint64_t>(address))) return;
+  global_shadow.synchronise(thread, address, releases);
+}
+
 void Execution::complete_barrier(int id) {
   Barrier& barrier = barriers[id];
   for (const Barrier::Waiter& waiter : barrier.waiting) {
