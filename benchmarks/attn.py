@@ -1,17 +1,19 @@
 """Attention with ALiBi on half of the heads: this library beside what torch and other packages offer.
 
-    python benchmarks/attn.py [--device cpu|cuda] [--dtype float32 bfloat16] [--seqlen 2048 8192] [--keys 8192 65536]
+    python benchmarks/attn.py [--device cpu|cuda] [--dtype float32 bfloat16] [--seqlen 2048 8192] [--keys 8192 131072]
                               [--pass forward backward decode] [--quick] [--json F] [--plot F]
     python benchmarks/attn.py --long 131072 [--heads 24]   # one forward and backward pass: time and memory
 
 Same tensors, same process, interleaved rounds. Results are compared before anything is timed. `ratio` is the baseline's
-time divided by the row's: above 1 is faster. `tflops` counts causal work that a backend may skip (benchmarks/cases.py).
+time divided by the row's: above 1 is faster. `tflops` counts causal work that a backend may skip (benchmarks/cases.py);
+`effective_tflops` only what lies inside the windows of the rows that use them.
 
-Each section also times what the machine can do. `of_matmul` is the row's tflops divided by those of torch's float32
-product of two 2048 x 2048 matrices, whatever the dtype of the section. `of_copy` (decode) is the row's gbps, which
-counts K, V, q and out once, divided by those of torch's `copy_` of a buffer as large as K and V together; the copy
-counts every byte twice, once read and once written, although attention only reads. Both are medians over the rounds.
-On a CPU and at the default shape the bars of benchmarks/bars.py follow the table.
+Each section also times what the machine can do. `of_matmul` is the row's tflops divided by those of torch's product of
+two matrices: on a CPU float32 and 2048 x 2048, whatever the dtype of the section, on a GPU 8192 x 8192 of that dtype.
+`of_copy` (decode) is the row's gbps, which counts K, V, q and out once, divided by those of torch's `copy_` of a buffer
+as large as K and V together; the copy counts every byte twice, once read and once written, although attention only
+reads. Both are medians over the rounds. At the default shape the bars of benchmarks/bars.py follow the table: those of
+a CPU, or of an H100 or H200.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import warnings
 
 import bars
 import cases
@@ -29,7 +32,7 @@ import torch
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Largest difference between two ways to compute an output of magnitude about 1, checked before timing.
 AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 1e-2}
-MATMUL_SIDE = 2048
+DEFAULT_SHAPE = (1, 24, 128)  # batch, heads, head_dim: what the bars are for
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -48,7 +51,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     report.add_arguments(parser)
     args = parser.parse_args(argv)
     args.seqlen = args.seqlen or ([256] if args.quick else [2048, 8192])
-    args.keys = args.keys or ([256] if args.quick else [8192, 65536])
+    args.keys = args.keys or ([256] if args.quick else [8192, 131072 if args.device == "cuda" else 65536])
     args.steps = args.steps or ["forward", "backward", "decode"]
     if args.dtype is None and args.device == "cuda":
         args.dtype = ["bfloat16"]
@@ -72,21 +75,26 @@ def prepare(case: cases.AttentionCase, *, quick: bool) -> tuple[dict, list[str]]
     inputs = cases.AttentionInputs(case)
     functions, notes, expected = {}, [], None
     for contender in cases.contenders(case, compiled=not quick):
-        try:
-            forward = contender.build(inputs)
-            out = forward()
-            function = forward
-            if case.step == "backward":
-                leaves = (inputs.q, inputs.k, inputs.v)
+        with warnings.catch_warnings(record=True) as warned:  # torch tells the reasons of a refusal in warnings
+            warnings.simplefilter("always")
+            try:
+                forward = contender.build(inputs)
+                out = forward()
+                function = forward
+                if case.step == "backward":
+                    leaves = (inputs.q, inputs.k, inputs.v)
 
-                def function(out=out, leaves=leaves):
-                    return torch.autograd.grad(out, leaves, inputs.dout, retain_graph=True)
+                    def function(out=out, leaves=leaves):
+                        return torch.autograd.grad(out, leaves, inputs.dout, retain_graph=True)
 
-                function()
-        except (RuntimeError, NotImplementedError, ValueError, torch.OutOfMemoryError) as error:
-            failed = f"{contender.name} did not run {case.step} {case.shape} {case.dtype}"
-            notes.append(f"{failed}: {str(error).splitlines()[0]}")
-            continue
+                    function()
+                if case.device == "cuda":
+                    torch.cuda.synchronize()  # an error of the call ends here, not in the next contender
+            except Exception as error:  # whatever another package raises: its row is missing, the others are not
+                reasons = [str(reason.message) for reason in warned]
+                failed = f"{contender.name} did not run {case.step} {case.shape} {case.dtype}"
+                notes.append(f"{failed}: {describe(error, reasons)}")
+                continue
         if contender.exact:
             expected = out.detach() if expected is None else expected
             difference = (out.detach().float() - expected.float()).abs().max().item()
@@ -96,10 +104,17 @@ def prepare(case: cases.AttentionCase, *, quick: bool) -> tuple[dict, list[str]]
     return functions, notes
 
 
+def describe(error: Exception, warned: list[str]) -> str:
+    """One line: the first of the error, and those of the warnings before it without the places in torch's sources."""
+    lines = [text.strip().partition("\n")[0].partition(" (Triggered internally")[0] for text in (str(error), *warned)]
+    return f"{type(error).__name__}: {'; '.join(dict.fromkeys(filter(None, lines))) or 'no message'}"
+
+
 def yardsticks(case: cases.AttentionCase) -> dict:
     """What the machine can do, to be timed in the same rounds: functions by name."""
-    left, right = (torch.randn(MATMUL_SIDE, MATMUL_SIDE, device=case.device) for _ in range(2))
-    found = {bars.MATMUL: lambda: left @ right}
+    product = bars.matmul(case)
+    left, right = (torch.randn(product.side, product.side, device=case.device).to(product.dtype) for _ in range(2))
+    found = {product.name: lambda: left @ right}
     if case.step == "decode":
         source = torch.ones(case.cache_elements, dtype=case.dtype, device=case.device)
         target = torch.empty_like(source)
@@ -114,9 +129,11 @@ def run(case: cases.AttentionCase, args: argparse.Namespace) -> tuple[list[dict]
         timings = timing.measure(functions, device=case.device, rounds=args.rounds, budget_s=60)
         memory = {name: timing.peak_memory_mb(function, case.device) for name, function in functions.items()}
     # Floating point operations and bytes of one call; everything that is not named here is attention.
-    product, copied = 2.0 * MATMUL_SIDE**3, 2.0 * case.cache_elements * case.dtype.itemsize
-    work = {bars.MATMUL: (product, None), bars.COPY: (None, copied)}
-    operations = {bars.MATMUL: "matmul", bars.COPY: "copy"}
+    matmul = bars.matmul(case).name
+    product, copied = 2.0 * bars.matmul(case).side ** 3, 2.0 * case.cache_elements * case.dtype.itemsize
+    work = {matmul: (product, None), bars.COPY: (None, copied)}
+    operations = {matmul: "matmul", bars.COPY: "copy"}
+    windowed = {contender.name for contender in cases.contenders(case) if contender.windowed}
     rows = []
     for name, measured in timings.items():
         flops, bytes_moved = work.get(name, (case.flops, case.bytes))
@@ -124,7 +141,7 @@ def run(case: cases.AttentionCase, args: argparse.Namespace) -> tuple[list[dict]
         if name not in work:
             columns = {
                 "ratio": (args.baseline, 1.0),
-                "of_matmul": (bars.MATMUL, case.flops / product),
+                "of_matmul": (matmul, case.flops / product),
                 "of_copy": (bars.COPY, case.bytes / copied),
             }
             spreads = {
@@ -144,6 +161,7 @@ def run(case: cases.AttentionCase, args: argparse.Namespace) -> tuple[list[dict]
             bytes_moved=bytes_moved,
             spreads=spreads,
             peak_memory_mb=memory[name],
+            effective_tflops=case.effective_flops / measured.median_ms / 1e9 if name in windowed else None,
         )
         rows.append(row)
     return rows, notes
@@ -212,8 +230,9 @@ def main(argv: list[str] | None = None) -> None:
                 new_rows, new_notes = run(case, args)
                 rows += new_rows
                 notes += new_notes
-    default_shape = (args.device, args.batch, args.heads, args.head_dim) == ("cpu", 1, 24, 128)
-    lines = bars.evaluate(rows) if default_shape else None
+    known = bars.of_device(args.device)
+    default_shape = (args.batch, args.heads, args.head_dim) == DEFAULT_SHAPE
+    lines = bars.evaluate(rows, known) if known and default_shape else None
     report.finish(args, rows, device=args.device, title=title, notes=notes, bars=lines)
 
 

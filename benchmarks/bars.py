@@ -1,9 +1,10 @@
-"""The speeds and the memory that the CPU kernels are meant to reach, held against the rows of a run.
+"""The speeds and the memory that the kernels are meant to reach, held against the rows of a run.
 
-A bar is met when the median of the rounds reaches it. All bars are for the default shape of attn.py (one sequence, 24
-heads, one key head, head_dim 128) on a CPU; what the right side of a comparison is was timed in the same rounds as the
-left side, except where float32 is compared with bfloat16: there both refer to the float32 matrix product of their own
-rounds, and the spread is the widest that the two allow.
+A bar is met when the median of the rounds reaches it. All bars of attention are for the default shape of attn.py (one
+sequence, 24 heads, one key head, head_dim 128). `BARS` are those of a CPU; what the right side of a comparison is was
+timed in the same rounds as the left side, except where float32 is compared with bfloat16: there both refer to the
+float32 matrix product of their own rounds, and the spread is the widest that the two allow. `HOPPER_BARS` are those of
+an H100 or H200, whose rates are known well enough to state some of them as numbers.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ import dataclasses
 
 import cases
 import timing
+import torch
 
 MATMUL = "matmul 2048^3 float32"  # torch's own product: what this machine's arithmetic gives
 COPY = "memory copy"
 FLOAT32 = "float32"  # the same row of the same pass in float32
+TFLOPS = "TFLOP/s"  # no comparison: the rate itself, of dense causal work
 WINDOWS = "andromeda"  # with a logit bound, which permits windows
 NO_WINDOWS = "andromeda, no windows"
 
+ROTARY_OF_COPY = 0.85  # of qk_norm_rotary on a GPU
 LONG_WORKSPACE_MB = 1000.0  # of a pass over 131 072 tokens, beyond its inputs and results
 
 
@@ -29,7 +33,7 @@ class Bar:
     seqlen: int
     backend: str
     at_least: float
-    against: str  # MATMUL, COPY: share of that rate; FLOAT32: times that share; a contender: times its speed
+    against: str  # MATMUL, COPY: share of that rate; FLOAT32: times that share; TFLOPS; a contender: times its speed
 
     @property
     def what(self) -> str:
@@ -37,6 +41,8 @@ class Bar:
 
     @property
     def requirement(self) -> str:
+        if self.against == TFLOPS:
+            return f">= {self.at_least:g} {TFLOPS}"
         rate = " rate" if self.against in (MATMUL, COPY, FLOAT32) else ""
         return f">= {self.at_least:g} x {self.against}{rate}"
 
@@ -66,6 +72,37 @@ BARS = (
     ),
 )
 
+HOPPER_BARS = (
+    Bar("forward", "bfloat16", 8192, NO_WINDOWS, 350, TFLOPS),
+    Bar("forward", "bfloat16", 8192, WINDOWS, 1.35, NO_WINDOWS),
+    Bar("backward", "bfloat16", 8192, NO_WINDOWS, 250, TFLOPS),
+    *(Bar("decode", "bfloat16", 131072, backend, 0.8, COPY) for backend in (WINDOWS, NO_WINDOWS)),
+)
+
+
+def of_device(device: str) -> tuple[Bar, ...] | None:
+    """The bars of attention on the machine at hand; None when there are none for it."""
+    if device == "cpu":
+        return BARS
+    return HOPPER_BARS if any(name in torch.cuda.get_device_name() for name in ("H100", "H200")) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixProduct:
+    """Torch's own product of two square matrices: what a machine's arithmetic gives."""
+
+    side: int
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return f"matmul {self.side}^3 {str(self.dtype).removeprefix('torch.')}"
+
+
+def matmul(case: cases.AttentionCase) -> MatrixProduct:
+    """The product to hold a case against. A GPU has units of their own for half precision and needs more to fill it."""
+    return MatrixProduct(8192, case.dtype) if case.device == "cuda" else MatrixProduct(2048, torch.float32)
+
 
 def evaluate(rows: list[dict], bars: tuple[Bar, ...] = BARS) -> list[dict]:
     """Every bar as a dict of report.BAR_COLUMNS: a line to print and an entry of the JSON file."""
@@ -81,6 +118,9 @@ def evaluate(rows: list[dict], bars: tuple[Bar, ...] = BARS) -> list[dict]:
         row = find(bar, bar.dtype, bar.backend)
         if row is None:
             return None
+        if bar.against == TFLOPS:
+            rates = [row["tflops"] * row["median_ms"] / sample for sample in row["samples_ms"]]
+            return row["tflops"], min(rates), max(rates)
         if bar.against in (MATMUL, COPY):
             return share(row, "of_matmul" if bar.against == MATMUL else "of_copy")
         if bar.against == FLOAT32:
@@ -96,6 +136,17 @@ def evaluate(rows: list[dict], bars: tuple[Bar, ...] = BARS) -> list[dict]:
     for bar in bars:
         spread = figure(bar)
         lines.append(_line(bar.what, bar.requirement, spread, spread is not None and spread[0] >= bar.at_least))
+    return lines
+
+
+def evaluate_rotary(rows: list[dict]) -> list[dict]:
+    """The bar on bandwidth for this library's rows of qk_norm_rotary."""
+    lines = []
+    for row in rows:
+        if row["backend"] == WINDOWS:
+            spread = (row["of_copy"], *row["of_copy_range"])
+            what = f"{row['op']}, {row['pass']} {row['shape']} {row['dtype']}"
+            lines.append(_line(what, f">= {ROTARY_OF_COPY:g} x {COPY} rate", spread, spread[0] >= ROTARY_OF_COPY))
     return lines
 
 

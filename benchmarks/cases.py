@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib
 import importlib.util
+import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from andromeda.ops.attention import attention
 
-LOGIT_BOUND = 10.0  # unit queries and keys times this scale: QK norm without learned scales (SPEC 5.2)
+LOGIT_SCALE = 10.0  # of unit queries and keys: QK norm without learned scales (SPEC 5.2)
+LOGIT_BOUND = LOGIT_SCALE * (1 + 2**-7)  # bfloat16 rounds the unit vectors (gpu_kernels 1.2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +43,35 @@ class AttentionCase:
     def flops(self) -> float:
         """Two products forward, five backward, over the visible half of the score matrix; skipped tiles count as work
         done, so that all backends are compared by the same number."""
-        pairs = self.seqlen_q * self.seqlen - self.seqlen_q * (self.seqlen_q - 1) / 2
         products = 5 if self.step == "backward" else 2
-        return 2.0 * products * self.batch * self.num_heads * pairs * self.head_dim
+        return 2.0 * products * self.batch * self.num_heads * self._pairs * self.head_dim
+
+    @property
+    def _pairs(self) -> float:
+        """Visible pairs of query and key in one head."""
+        return self.seqlen_q * self.seqlen - self.seqlen_q * (self.seqlen_q - 1) / 2
+
+    @property
+    def slopes(self) -> list[float]:
+        """Those of SPEC 5.4 for the model's default of twelve heads are of this kind: 2^0 ... 2^-8; then no bias."""
+        steep = [2.0 ** (-8 * head / self.alibi_heads) for head in range(1, self.alibi_heads + 1)]
+        return steep + [0.0] * (self.num_heads - self.alibi_heads)
+
+    @property
+    def windows(self) -> list[int]:
+        """Per head: keys at this distance or farther together hold less than 2^-24 of a row (gpu_kernels 1.5)."""
+        reach = 2 * LOGIT_BOUND + 24 * math.log(2)
+        return [math.ceil(reach / slope) + 1 if slope > 0 else self.seqlen for slope in self.slopes]
+
+    @property
+    def effective_flops(self) -> float:
+        """`flops` of the pairs inside the windows."""
+        first = self.seqlen - self.seqlen_q  # keys before the first query
+        inside = 0.0
+        for window in self.windows:
+            short = min(max(window - first, 0), self.seqlen_q)  # rows that see no more keys than the window holds
+            inside += short * first + short * (short + 1) / 2 + (self.seqlen_q - short) * window
+        return self.flops * inside / (self.num_heads * self._pairs)
 
     @property
     def bytes(self) -> float:
@@ -69,11 +100,8 @@ class AttentionInputs:
         self.k = F.normalize(draw(case.seqlen, case.num_kv_heads), dim=-1).to(case.dtype)
         self.v = draw(case.seqlen, case.num_kv_heads).to(case.dtype)
         self.dout = draw(case.seqlen_q, case.num_heads).to(case.dtype)
-        # The slopes of SPEC 5.4 for the model's default of twelve heads are of this kind: 2^0 ... 2^-8.
-        exponents = torch.arange(1, case.alibi_heads + 1, device=case.device) * (-8 / max(case.alibi_heads, 1))
-        self.slopes = torch.cat([2.0**exponents, torch.zeros(case.num_heads - case.alibi_heads, device=case.device)])
-        # 2^-7: bfloat16 rounds the unit vectors (gpu_kernels 1.2).
-        self.bound = torch.full((case.num_heads,), LOGIT_BOUND * (1 + 2**-7), device=case.device)
+        self.slopes = torch.tensor(case.slopes, device=case.device)
+        self.bound = torch.full((case.num_heads,), LOGIT_BOUND, device=case.device)
         if case.step == "backward":
             for tensor in (self.q, self.k, self.v):
                 tensor.requires_grad_()
@@ -90,46 +118,65 @@ class AttentionInputs:
 Forward = Callable[[], torch.Tensor]  # returns (batch, seqlen_q, num_heads, head_dim)
 
 
-def andromeda(inputs: AttentionInputs, *, windows: bool, backend: str | None = None) -> Forward:
+def andromeda(inputs: AttentionInputs, *, windows: bool) -> Forward:
+    """The compiled kernels of the device: without them the reference would run, under the same name."""
     bound = inputs.bound if windows else None
 
     def forward() -> torch.Tensor:
         return attention(
-            inputs.q, inputs.k, inputs.v, causal=True, softmax_scale=LOGIT_BOUND, alibi_slopes=inputs.slopes,
-            logit_bound=bound, backend=backend,
+            inputs.q, inputs.k, inputs.v, causal=True, softmax_scale=LOGIT_SCALE, alibi_slopes=inputs.slopes,
+            logit_bound=bound, backend=inputs.case.device,
         )  # fmt: skip
 
     return forward
 
 
-def sdpa(inputs: AttentionInputs, *, biased: bool) -> Forward:
+def sdpa(inputs: AttentionInputs, *, biased: bool, kernel: str | None = None) -> Forward:
+    """kernel: the one name of torch.nn.attention.SDPBackend that may run; None leaves the choice to torch."""
     case = inputs.case
     bias = inputs.bias() if biased else None
-    grouped = case.num_heads != case.num_kv_heads
+    causal = not biased and case.step != "decode"
+    groups = case.num_heads // case.num_kv_heads
+    # Of these kernels one wants as many key heads as heads: expanded, for a single key head without a copy.
+    expanded = kernel == "EFFICIENT_ATTENTION"
 
     def forward() -> torch.Tensor:
         q, k, v = (tensor.transpose(1, 2) for tensor in (inputs.q, inputs.k, inputs.v))
-        causal = not biased and case.step != "decode"
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias, is_causal=causal, scale=LOGIT_BOUND, enable_gqa=grouped
-        )
+        if expanded:
+            k, v = (x.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (k, v))
+        with contextlib.nullcontext() if kernel is None else sdpa_kernel(getattr(SDPBackend, kernel)):
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=bias, is_causal=causal, scale=LOGIT_SCALE, enable_gqa=groups > 1 and not expanded
+            )
         return out.transpose(1, 2)
 
     return forward
 
 
-def flex(inputs: AttentionInputs) -> Forward:
+def flex(inputs: AttentionInputs, *, windows: bool = False) -> Forward:
+    """windows: the block mask leaves out what `logit_bound` permits the kernels of this library to leave out."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     case, slopes = inputs.case, inputs.slopes
     shift = case.seqlen - case.seqlen_q
+    window = torch.tensor(case.windows, device=case.device)
 
     def score_mod(score, batch, head, query, key):
         return score - slopes[head] * (query + shift - key)
 
-    mask = create_block_mask(
-        lambda b, h, query, key: query + shift >= key, None, None, case.seqlen_q, case.seqlen, device=case.device
-    )
+    def visible(batch, head, query, key):
+        return query + shift >= key
+
+    def visible_in_window(batch, head, query, key):
+        distance = query + shift - key
+        return (distance >= 0) & (distance < window[head])
+
+    if windows:
+        mask = create_block_mask(
+            visible_in_window, None, case.num_heads, case.seqlen_q, case.seqlen, device=case.device
+        )
+    else:
+        mask = create_block_mask(visible, None, None, case.seqlen_q, case.seqlen, device=case.device)
     # After a second length torch.compile makes programs for any length: slower ones, and the one for a single query is
     # not valid C++ (torch 2.13). It also gives up after eight programs. Each case therefore starts afresh.
     torch.compiler.reset()
@@ -138,19 +185,20 @@ def flex(inputs: AttentionInputs) -> Forward:
     def forward() -> torch.Tensor:
         q, k, v = (tensor.transpose(1, 2) for tensor in (inputs.q, inputs.k, inputs.v))
         grouped = case.num_heads != case.num_kv_heads
-        out = compiled(q, k, v, score_mod=score_mod, block_mask=mask, enable_gqa=grouped, scale=LOGIT_BOUND)
+        out = compiled(q, k, v, score_mod=score_mod, block_mask=mask, enable_gqa=grouped, scale=LOGIT_SCALE)
         return out.transpose(1, 2)
 
     return forward
 
 
-def flash_attn(inputs: AttentionInputs) -> Forward:
-    from flash_attn import flash_attn_func
+def flash_attn(inputs: AttentionInputs, *, module: str, biased: bool) -> Forward:
+    """The packages flash_attn (2), flash_attn_interface (3) and flash_attn.cute (4); of these, 2 alone has ALiBi."""
+    function = importlib.import_module(module).flash_attn_func
+    options = {"alibi_slopes": inputs.slopes} if biased else {}
 
     def forward() -> torch.Tensor:
-        return flash_attn_func(
-            inputs.q, inputs.k, inputs.v, softmax_scale=LOGIT_BOUND, causal=True, alibi_slopes=inputs.slopes
-        )
+        out = function(inputs.q, inputs.k, inputs.v, softmax_scale=LOGIT_SCALE, causal=True, **options)
+        return out[0] if isinstance(out, tuple) else out  # later ones return the log-sum-exp as well
 
     return forward
 
@@ -160,12 +208,13 @@ class Contender:
     name: str
     build: Callable[[AttentionInputs], Forward]
     exact: bool = True  # computes the case's function; False: without the bias, for its speed only
+    windowed: bool = False  # leaves out what lies outside the windows
 
 
 def contenders(case: AttentionCase, *, compiled: bool = True) -> list[Contender]:
     """Those that could run the case; without the ones that need a compiler unless `compiled`."""
     found = [
-        Contender("andromeda", lambda inputs: andromeda(inputs, windows=True)),
+        Contender("andromeda", lambda inputs: andromeda(inputs, windows=True), windowed=True),
         Contender("andromeda, no windows", lambda inputs: andromeda(inputs, windows=False)),
         Contender("sdpa, bias tensor", lambda inputs: sdpa(inputs, biased=True)),
         Contender("sdpa, no bias", lambda inputs: sdpa(inputs, biased=False), exact=False),
@@ -173,6 +222,39 @@ def contenders(case: AttentionCase, *, compiled: bool = True) -> list[Contender]
     # On a CPU, FlexAttention is compiled for inference only.
     if compiled and not (case.device == "cpu" and case.step == "backward"):
         found.append(Contender("flex_attention", flex))
-    if case.device == "cuda" and importlib.util.find_spec("flash_attn"):
-        found.append(Contender("flash_attn", flash_attn))
+    if case.device == "cuda":
+        found += _cuda_contenders(compiled)
     return found
+
+
+def _cuda_contenders(compiled: bool) -> list[Contender]:
+    def named(kernel: str, biased: bool) -> Callable[[AttentionInputs], Forward]:
+        return lambda inputs: sdpa(inputs, biased=biased, kernel=kernel)
+
+    def package(module: str, biased: bool) -> Callable[[AttentionInputs], Forward]:
+        return lambda inputs: flash_attn(inputs, module=module, biased=biased)
+
+    found = [
+        Contender("sdpa math, bias tensor", named("MATH", True)),
+        Contender("sdpa efficient, bias tensor", named("EFFICIENT_ATTENTION", True)),
+        Contender("sdpa cudnn, bias tensor", named("CUDNN_ATTENTION", True)),
+        Contender("sdpa cudnn, no bias", named("CUDNN_ATTENTION", False), exact=False),
+        Contender("sdpa flash, no bias", named("FLASH_ATTENTION", False), exact=False),
+    ]
+    if compiled:
+        found.append(Contender("flex_attention, windows", lambda inputs: flex(inputs, windows=True), windowed=True))
+    if _installed("flash_attn"):
+        found.append(Contender("flash_attn 2", package("flash_attn", True)))
+    if _installed("flash_attn_interface"):
+        found.append(Contender("flash_attn 3, no bias", package("flash_attn_interface", False), exact=False))
+    if _installed("flash_attn") and _installed("flash_attn.cute"):
+        found.append(Contender("flash_attn 4, no bias", package("flash_attn.cute", False), exact=False))
+    return found
+
+
+def _installed(module: str) -> bool:
+    """Whether a package is there; one that cannot be imported is a contender that fails, with its reason."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # of the package around it
+        return True

@@ -24,7 +24,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 COLUMNS = (
     "op", "pass", "shape", "dtype", "device", "backend", "median_ms", "p20_ms", "p80_ms",
-    "tflops", "gbps", "tokens_per_s", "ratio", "of_matmul", "of_copy", "peak_memory_mb", "workspace_mb",
+    "tflops", "effective_tflops", "gbps", "tokens_per_s", "ratio", "of_matmul", "of_copy", "peak_memory_mb",
+    "workspace_mb",
 )  # fmt: skip
 BAR_COLUMNS = ("what", "bar", "measured", "rounds", "verdict")
 Spread = tuple[float, float, float]  # median, lowest and highest of the rounds

@@ -16,6 +16,10 @@ import torch
 
 L2_FLUSH_BYTES = 256 << 20  # larger than any second-level cache of a GPU
 MIN_SAMPLE_MS = 20.0  # a call of 1 ms alone would time the caches that the function before it left behind
+MAX_GPU_CALLS = 20  # of a sample: a GPU's caches are flushed before each call, so that many calls are no truer than few
+# A GPU that waits for the host would count the host's time: Python needs tens of microseconds for a kernel of ten. So
+# the GPU is kept busy, for about a quarter of a millisecond, while the host queues the call and both events.
+HEAD_START_CYCLES = 400_000
 WARM_UP_MS = 1000.0
 
 
@@ -45,9 +49,10 @@ class Timing:
 
 def _time_once(function: Callable[[], object], device: str, flush: torch.Tensor | None) -> float:
     if device == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(HEAD_START_CYCLES)
         if flush is not None:
             flush.zero_()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         function()
         end.record()
@@ -63,7 +68,8 @@ def _warm_up(function: Callable[[], object], device: str, flush: torch.Tensor | 
     elapsed = _time_once(function, device, flush)
     if elapsed < WARM_UP_MS:
         elapsed = min(elapsed, _time_once(function, device, flush))
-    return max(1, math.ceil(MIN_SAMPLE_MS / max(elapsed, 1e-3)))
+    calls = max(1, math.ceil(MIN_SAMPLE_MS / max(elapsed, 1e-3)))
+    return min(calls, MAX_GPU_CALLS) if device == "cuda" else calls
 
 
 def _sample(function: Callable[[], object], calls: int, device: str, flush: torch.Tensor | None) -> float:
@@ -82,8 +88,9 @@ def measure(
     """Times of each function; sample number i of all of them comes from the same round.
 
     One or two warm-up calls each, then rounds until there are `rounds` samples or the budget is spent (at least two
-    rounds). A sample is the mean of as many calls as take about 20 ms, one call when it takes longer; the number is
-    fixed after the warm-up. Something slow to build (torch.compile) should have been called before.
+    rounds). A sample is the mean of as many calls as take about 20 ms (on a GPU 20 at most), one call when it takes
+    longer; the number is fixed after the warm-up. Something slow to build (torch.compile) should have been called
+    before.
     """
     flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
     calls = {name: _warm_up(function, device, flush) for name, function in functions.items()}

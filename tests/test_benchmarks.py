@@ -151,10 +151,47 @@ def test_bars_without_rows(load):
 def test_bars_name_rows_that_exist(load):
     """A misspelt contender would read "not measured" for ever."""
     bars, cases = load("bars"), load("cases")
-    for bar in bars.BARS:
-        case = cases.AttentionCase(bar.step, bar.seqlen)
-        names = {contender.name for contender in cases.contenders(case)} | {bars.MATMUL, bars.COPY, bars.FLOAT32}
-        assert {bar.backend, bar.against} <= names
+    for device, known in (("cpu", bars.BARS), ("cuda", bars.HOPPER_BARS)):
+        for bar in known:
+            case = cases.AttentionCase(bar.step, bar.seqlen, device=device)
+            names = {contender.name for contender in cases.contenders(case)}
+            assert {bar.backend, bar.against} <= names | {bars.MATMUL, bars.COPY, bars.FLOAT32, bars.TFLOPS}
+
+
+def test_bar_on_a_rate(load):
+    bars = load("bars")
+    row = make_row(load, bars.NO_WINDOWS, [1.0, 2.0, 4.0], flops=4e9)
+    line = only(load, [row], against=bars.TFLOPS, at_least=2.0)
+    assert (line["measured"], line["rounds"], line["verdict"]) == (2.0, [1.0, 4.0], "met")
+    assert line["bar"] == ">= 2 TFLOP/s"
+
+
+def test_bars_know_their_gpu(load, monkeypatch):
+    bars = load("bars")
+    for name, known in (("NVIDIA H200", bars.HOPPER_BARS), ("NVIDIA A100-SXM4-80GB", None)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
+        assert bars.of_device("cuda") == known
+
+
+@pytest.mark.parametrize("step", ["forward", "decode"])
+def test_effective_work_is_what_the_windows_hold(load, step):
+    cases = load("cases")
+    case = cases.AttentionCase(step, 300, num_heads=6, alibi_heads=4)
+    positions = range(case.seqlen - case.seqlen_q, case.seqlen)
+    visible = [(head, p - key) for head in range(6) for p in positions for key in range(p + 1)]
+    inside = [pair for pair in visible if pair[1] < case.windows[pair[0]]]
+    assert 0 < len(inside) < len(visible)
+    assert case.effective_flops / case.flops == pytest.approx(len(inside) / len(visible))
+
+
+def test_what_a_contender_says(load):
+    describe = load("attn").describe
+    reasons = [
+        "Flash: no mask. (Triggered internally at a.cpp:7.)",
+        "Flash: no mask. (Triggered internally at b.cpp:9.)",
+    ]
+    assert describe(RuntimeError("No kernel.\nTry another"), reasons) == "RuntimeError: No kernel.; Flash: no mask."
+    assert describe(NotImplementedError(), []) == "NotImplementedError: no message"
 
 
 @pytest.mark.parametrize("used, verdict", [(999.0, "met"), (1000.0, "missed"), (None, "not measured")])
@@ -163,7 +200,7 @@ def test_bar_on_memory(load, used, verdict):
     assert (line["measured"], line["verdict"]) == (used, verdict)
 
 
-@pytest.mark.parametrize("command", ["attn", "decode", "model"])
+@pytest.mark.parametrize("command", ["attn", "decode", "model", "qk_norm_rotary"])
 def test_a_gpu_that_is_not_there_is_refused(load, command, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     module = load(command)
@@ -186,3 +223,17 @@ def test_attention_command_prints_and_writes(load, capsys, tmp_path):
     assert "of_matmul" in printed
     assert "not measured" in printed
     assert len(data["bars"]) == len(load("bars").BARS)
+
+
+def test_rotary_command_prints_and_writes(load, capsys, tmp_path):
+    path = tmp_path / "rotary.json"
+    load("qk_norm_rotary").main(["--device", "cpu", "--seqlen", "16", "--quick", "--json", str(path)])
+    assert "of_copy" in capsys.readouterr().out
+    data = json.loads(path.read_text())
+    assert [(row["pass"], row["backend"]) for row in data["rows"]] == [
+        (step, name) for step in ("forward", "backward") for name in ("andromeda", "torch", "memory copy")
+    ]
+    row = data["rows"][0]
+    assert row["gbps"] == pytest.approx(2 * 16 * 25 * 128 * 2 / row["median_ms"] / 1e6)
+    [line, _] = load("bars").evaluate_rotary(data["rows"])
+    assert (line["measured"], line["verdict"]) == (row["of_copy"], "met" if row["of_copy"] >= 0.85 else "missed")

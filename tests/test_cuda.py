@@ -1,0 +1,494 @@
+"""What only a GPU can show: streams, graphs, memory, tensors of more than 2^31 elements. Needs `--device cuda`.
+
+What the kernels compute is tested on any device by test_attention.py and test_qk_norm_rotary.py, and without a GPU by
+tests/emulator. tests/gpu.sh runs all of it, and `test_small_calls` once more under each tool of compute-sanitizer.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import numerics
+import pytest
+import test_attention as attention_test
+import torch
+
+from andromeda.ops import _select
+from andromeda.ops import attention as op
+from andromeda.ops.attention import attention
+from andromeda.ops.qk_norm_rotary import qk_norm_rotary
+from andromeda.reference import qk_norm_rotary as rotary_reference
+
+BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
+GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def gpu(device):
+    """Makes `device` the current one; skips where the kernels cannot run."""
+    if device.type != "cuda":
+        pytest.skip("laws of a GPU: python -m pytest --device cuda")
+    if reasons := _select.cuda_unavailable(device):
+        pytest.skip(f"cuda: {'; '.join(reasons)}")
+    with torch.cuda.device(device):
+        yield
+
+
+# ---- subjects -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A call that launches kernels, as a function of tensors alone, so that it can be captured and repeated."""
+
+    name: str
+    draw: Callable  # (device, seed) -> tensors
+    call: Callable  # (*tensors) -> tensors
+
+    def __str__(self):
+        return self.name
+
+
+def draw_attention(seqlen_q, seqlen_k, device, seed):
+    """q, k, v, dout, slopes, bound: logits up to 4, and a promise of it for half of the heads."""
+    generator = torch.Generator().manual_seed(seed)
+    q, dout = torch.randn(2, 2, seqlen_q, 4, 64, generator=generator)
+    k, v = torch.randn(2, 2, seqlen_k, 2, 64, generator=generator)
+    q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
+    slopes, bound = torch.tensor([[0.5, 0.0, 0.03, 0.0], [4.1, 4.1, torch.inf, torch.inf]])
+    halves = (x.to(device, BFLOAT16) for x in (32 * q, k, v, dout))  # softmax_scale is 1/8
+    return (*halves, slopes.to(device), bound.to(device))
+
+
+def attend(q, k, v, dout, slopes, bound):
+    return attention(q, k, v, causal=True, alibi_slopes=slopes, logit_bound=bound, return_lse=True, backend="cuda")
+
+
+def attend_and_return(q, k, v, dout, slopes, bound):
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out, softmax_lse = attend(*leaves, dout, slopes, bound)
+    return (out.detach(), softmax_lse, *torch.autograd.grad(out, leaves, dout))
+
+
+def draw_rotary(device, seed):
+    """q, k, their scales, and gradients of both results."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator)
+
+    halves = (x.to(device, BFLOAT16) for x in (draw(2, 150, 4, 64), draw(2, 150, 1, 64)))
+    douts = (x.to(device, BFLOAT16) for x in (draw(2, 150, 4, 64), draw(2, 150, 1, 64)))
+    return (*halves, draw(4, 64).to(device), draw(1, 64).to(device), *douts)
+
+
+def rotate(q, k, q_scale, k_scale, *douts):
+    return qk_norm_rotary(q, k, q_scale=q_scale, k_scale=k_scale, rotary_dim=32, xpos=True, backend="cuda")
+
+
+def rotate_and_return(q, k, q_scale, k_scale, *douts):
+    leaves = [x.detach().requires_grad_() for x in (q, k, q_scale, k_scale)]
+    outs = rotate(*leaves)
+    return (*(out.detach() for out in outs), *torch.autograd.grad(outs, leaves, douts))
+
+
+SUBJECTS = [
+    Subject("attention forward", functools.partial(draw_attention, 300, 300), attend),
+    Subject("attention backward", functools.partial(draw_attention, 300, 300), attend_and_return),
+    Subject("attention decode", functools.partial(draw_attention, 1, 5000), attend),
+    Subject("attention continuation", functools.partial(draw_attention, 7, 5000), attend_and_return),
+    Subject("qk_norm_rotary forward", draw_rotary, rotate),
+    Subject("qk_norm_rotary backward", draw_rotary, rotate_and_return),
+]
+every_subject = pytest.mark.parametrize("subject", SUBJECTS, ids=str)
+
+
+def assert_same(results, expected, what):
+    """Bit for bit."""
+    for index, (result, other) in enumerate(zip(results, expected, strict=True)):
+        if not torch.equal(result, other):
+            difference = (result.double() - other.double()).abs()
+            raise AssertionError(f"{what}: result {index} differs, by {difference.max().item():.3g} at most")
+
+
+def wait_long():
+    """Keeps the current stream busy for about a quarter of a second."""
+    torch.cuda._sleep(500_000_000)
+
+
+# ---- streams --------------------------------------------------------------------------------------------------------
+
+
+@every_subject
+def test_launches_on_the_current_stream(subject, device):
+    """The inputs appear late, on a stream of their own. A kernel on any other stream would read NaN."""
+    fresh = subject.draw(device, 1)
+    expected = subject.call(*fresh)
+    late = tuple(torch.full_like(x, torch.nan) for x in fresh)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        subject.call(*fresh)  # what the first call on a stream prepares is there before the wait
+        wait_long()
+        for tensor, value in zip(late, fresh, strict=True):
+            tensor.copy_(value)
+        results = subject.call(*late)
+        assert not stream.query(), "the call waited for the GPU"
+    stream.synchronize()
+    assert_same(results, expected, subject)
+
+
+@every_subject
+def test_two_threads_with_a_stream_each(subject, device):
+    expected = {seed: subject.call(*subject.draw(device, seed)) for seed in (1, 2)}
+    torch.cuda.synchronize()
+
+    def work(seed):
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream()):
+            tensors = subject.draw(device, seed)
+            for _ in range(20):
+                results = subject.call(*tensors)
+            torch.cuda.current_stream().synchronize()
+            return seed, results
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for seed, results in pool.map(work, expected):
+            assert_same(results, expected[seed], subject)
+
+
+@every_subject
+def test_repeats_bit_for_bit_beside_other_work(subject, device):
+    tensors = subject.draw(device, 1)
+    expected = subject.call(*tensors)
+    other = torch.cuda.Stream()
+    left, right = torch.randn(2, 2048, 2048, device=device)
+    other.wait_stream(torch.cuda.current_stream())
+    for repetition in range(200):
+        with torch.cuda.stream(other):
+            for _ in range(5):
+                left @ right
+        assert_same(subject.call(*tensors), expected, f"{subject}, repetition {repetition}")
+
+
+@every_subject
+def test_another_device_is_current(subject, device):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    away = torch.device("cuda", (torch.cuda.current_device() + 1) % torch.cuda.device_count())
+    if reasons := _select.cuda_unavailable(away):
+        pytest.skip(f"{away}: {'; '.join(reasons)}")
+    results = subject.call(*subject.draw(away, 1))
+    assert torch.cuda.current_device() != away.index
+    assert all(result.device == away for result in results)
+    with torch.cuda.device(away):
+        assert_same(results, subject.call(*subject.draw(away, 1)), subject)
+
+
+# ---- graphs ---------------------------------------------------------------------------------------------------------
+
+
+def capture(call):
+    """A graph of `call`, its results and its stream. Calls before it, on that stream, make what is made once."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+        call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        results = call()
+    torch.cuda.synchronize()
+    return graph, results, stream
+
+
+@every_subject
+def test_graph_replays(subject, device):
+    tensors = subject.draw(device, 0)
+    graph, results, _ = capture(lambda: subject.call(*tensors))
+    for seed in (1, 2):
+        fresh = subject.draw(device, seed)
+        for tensor, value in zip(tensors, fresh, strict=True):
+            tensor.copy_(value)
+        graph.replay()
+        assert_same(results, subject.call(*fresh), f"{subject}, replay with seed {seed}")
+        graph.replay()
+        assert_same(results, subject.call(*fresh), f"{subject}, replayed again")
+
+
+@every_subject
+def test_graph_outlives_what_calls_keep(subject, device):
+    """Tables and counters that calls share must not be freed or changed under a graph that reads them."""
+    tensors = subject.draw(device, 0)
+    graph, results, stream = capture(lambda: subject.call(*tensors))
+    expected = subject.call(*tensors)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        for seqlen in range(20, 60):  # other shapes, more of them than are kept
+            q = torch.randn(1, seqlen, 2, 64, device=device, dtype=BFLOAT16)
+            k = q[:, :, :1]
+            qk_norm_rotary(q, k, rotary_dim=32, xpos=True, position=64 * seqlen, backend="cuda")
+            attention(q[:, :1], k, k, causal=True, backend="cuda")
+        sizes = [size for size in (2**6, 2**10, 2**14, 2**18) for _ in range(50)]
+        poison = [torch.full((size,), torch.nan, device=device) for size in sizes]  # in the memory that was freed
+    torch.cuda.synchronize()
+    graph.replay()
+    assert_same(results, expected, subject)
+    del poison
+
+
+def test_decode_loop_in_a_graph(device):
+    """64 tokens, one after the other, as one graph: the loop outside a graph bit for bit, and one pass over all."""
+    before, steps = 200, 64
+    q, k, v, _, slopes, bound = draw_attention(steps, before + steps, device, 0)
+    key_cache, value_cache = (torch.full_like(x, torch.nan) for x in (k, v))
+    key_cache[:, :before], value_cache[:, :before] = k[:, :before], v[:, :before]
+
+    def loop():
+        outs = []
+        for step in range(steps):
+            end = before + step + 1
+            key_cache[:, end - 1], value_cache[:, end - 1] = k[:, end - 1], v[:, end - 1]
+            keys, values = key_cache[:, :end], value_cache[:, :end]
+            outs.append(attend(q[:, step : step + 1], keys, values, None, slopes, bound)[0])
+        return (torch.cat(outs, dim=1),)
+
+    graph, results, _ = capture(loop)
+    fresh = draw_attention(steps, before + steps, device, 1)
+    q.copy_(fresh[0])
+    k[:, before:], v[:, before:] = fresh[1][:, before:], fresh[2][:, before:]
+    key_cache[:, before:] = value_cache[:, before:] = torch.nan
+    graph.replay()
+    out = results[0].clone()
+    key_cache[:, before:] = value_cache[:, before:] = torch.nan
+    assert_same((out,), loop(), "the loop")
+    inputs = attention_test.Inputs(q, k, v, None, {"causal": True, "alibi_slopes": slopes})
+    leaves = [x.double() for x in (q, k, v)]
+    exact = op.reference.attention(*leaves, softmax_scale=64**-0.5, **inputs.options)[0]
+    numerics.assert_rows_close(out, exact, BFLOAT16)
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+@every_subject
+def test_memory_of_a_thousand_calls_is_that_of_one(subject, device):
+    tensors = subject.draw(device, 0)
+    for _ in range(10):
+        subject.call(*tensors)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    subject.call(*tensors)
+    before, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    free, _ = torch.cuda.mem_get_info()
+    for _ in range(1000):
+        subject.call(*tensors)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
+    assert torch.cuda.max_memory_allocated() == peak
+    lost = free - torch.cuda.mem_get_info()[0]  # what is allocated behind torch's back
+    assert lost < 2**20 * 64, f"{lost / 2**20:.0f} MiB of the GPU's memory are gone"
+
+
+def require_memory(gib):
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    if free < gib * GIB:
+        pytest.skip(f"needs {gib} GiB of free GPU memory")
+
+
+def judge(inputs, results):
+    """out, softmax_lse, dq, dk, dv against the exact result, by the rules of `numerics` for ordinary values."""
+    scale = inputs.q.shape[-1] ** -0.5
+    out_ref, lse_ref, *gradient_refs = attention_test.run_exact(inputs, scale)
+    out, softmax_lse, *gradients = results
+    dtype = inputs.q.dtype
+    reach = attention_test.logit_range(inputs, lse_ref, scale)
+    numerics.assert_rows_close(out, out_ref, dtype, logit_range=reach)
+    numerics.assert_lse_close(softmax_lse, lse_ref)
+    operands = (x.double() for x in (inputs.dout, *inputs.tensors(), out_ref, lse_ref))
+    masks = {"causal": inputs.options["causal"], "key_start": inputs.options.get("key_start")}
+    slopes = inputs.options.get("alibi_slopes")
+    terms = functools.partial(
+        numerics.gradient_magnitudes, *operands, softmax_scale=scale, alibi_slopes=slopes, **masks
+    )
+    promised = inputs.options.get("logit_bound") is not None
+    left_out = terms(weight=attention_test.SKIPPED if promised else attention_test.NEGLIGIBLE)
+    for gradient, ref, magnitude, absolute in zip(gradients, gradient_refs, terms(), left_out, strict=True):
+        limits = {"logit_range": reach, "absolute": absolute}
+        numerics.assert_elements_close(gradient, ref, magnitude, **limits)
+        numerics.assert_rows_close(gradient, ref, dtype, kind="gradient", magnitude=magnitude, **limits)
+
+
+def assert_written(tensor):
+    """No NaN is left of what `nan_filled` put there; by batch entry or token, so that no copy is made."""
+    rows = tensor.flatten(0, 1) if tensor.shape[0] == 1 else tensor
+    assert rows.sum(dim=tuple(range(1, rows.dim())), dtype=FLOAT32).isfinite().all(), "not everything was written"
+
+
+def test_offsets_beyond_32_bits_in_queries(device):
+    """q, out, dout and dq have more than 2^31 elements each: 4 GiB, and a short sequence in every batch entry."""
+    require_memory(40)
+    batch, seqlen, heads, head_dim = 5500, 128, 24, 128
+    assert batch * seqlen * heads * head_dim > 2**31
+    q, dout = (torch.randn(batch, seqlen, heads, head_dim, device=device, dtype=BFLOAT16) for _ in range(2))
+    k, v = (torch.randn(batch, seqlen, 1, head_dim, device=device, dtype=BFLOAT16) for _ in range(2))
+    slopes = torch.tensor([0.3, 0.0] * (heads // 2), device=device)
+    inputs = attention_test.Inputs(q, k, v, dout, {"causal": True, "alibi_slopes": slopes})
+    with numerics.nan_filled():
+        results = attention_test.run(inputs, "cuda")
+    for result in results:
+        assert_written(result)
+    for entry in (0, batch // 2, batch - 1):
+        part = slice(entry, entry + 1)
+        one = attention_test.Inputs(q[part], k[part], v[part], dout[part], inputs.options)
+        judge(one, [result[part] for result in results])
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 40], ids=["decode", "prefill"])
+def test_offsets_beyond_32_bits_in_keys(seqlen_q, device):
+    """k, v, dk and dv have more than 2^31 elements each: 4 GiB."""
+    require_memory(26)
+    seqlen_k, heads, head_dim = 700_000, 24, 128
+    assert seqlen_k * heads * head_dim > 2**31
+    k, v = (torch.randn(1, seqlen_k, heads, head_dim, device=device, dtype=BFLOAT16) for _ in range(2))
+    q, dout = (torch.randn(1, seqlen_q, heads, head_dim, device=device, dtype=BFLOAT16) for _ in range(2))
+    slopes = torch.tensor([0.3] + [0.0] * (heads - 1), device=device)
+    inputs = attention_test.Inputs(q, k, v, dout, {"causal": True, "alibi_slopes": slopes})
+    with numerics.nan_filled():
+        out, softmax_lse, *gradients = attention_test.run(inputs, "cuda")
+    for result in (out, softmax_lse, *gradients):
+        assert_written(result)
+    for head in (0, heads - 1):
+        part = slice(head, head + 1)
+        operands = [x[:, :, part] for x in (*inputs.tensors(), dout)]
+        one = attention_test.Inputs(*operands, {"causal": True, "alibi_slopes": slopes[part]})
+        judge(one, (out[:, :, part], softmax_lse[:, part], *(x[:, :, part] for x in gradients)))
+
+
+def test_offsets_beyond_32_bits_in_qk_norm_rotary(device):
+    require_memory(10)
+    batch, seqlen, heads, head_dim = 5500, 128, 24, 128
+    q = torch.randn(batch, seqlen, heads, head_dim, device=device, dtype=BFLOAT16)
+    k = torch.randn(batch, seqlen, 1, head_dim, device=device, dtype=BFLOAT16)
+    with numerics.nan_filled():
+        results = qk_norm_rotary(q, k, rotary_dim=64, xpos=True, backend="cuda")
+    for result in results:
+        assert_written(result)
+    for entry in (0, batch // 2, batch - 1):
+        part = slice(entry, entry + 1)
+        expected = qk_norm_rotary(q[part], k[part], rotary_dim=64, xpos=True, backend="cuda")
+        assert_same([result[part] for result in results], expected, f"entry {entry}")
+
+
+@pytest.mark.parametrize("seqlen_q, seqlen_k", [(3, 3), (1, 40)], ids=["prefill", "decode"])
+def test_more_entries_than_a_grid_has_rows(seqlen_q, seqlen_k, device):
+    """The y and z axes of a grid end at 65 535."""
+    case = attention_test.Case(70_000, seqlen_q, seqlen_k, num_heads=1, head_dim=64, dtype=BFLOAT16, alibi="all")
+    inputs = attention_test.make(case, device)
+    with numerics.nan_filled():
+        judge(inputs, attention_test.run(inputs, "cuda"))
+
+
+# ---- what runs where ------------------------------------------------------------------------------------------------
+
+
+def test_float32_takes_the_reference(device):
+    tensors = [x.float() for x in draw_attention(30, 30, device, 0)[:3]]
+    assert any("float32" in reason for reason in op.unsupported("cuda", *tensors))
+    with pytest.raises(NotImplementedError, match="float32"):
+        attention(*tensors, causal=True, backend="cuda")
+    expected = attention(*tensors, causal=True, backend="reference")
+    assert_same((attention(*tensors, causal=True),), (expected,), "float32")
+
+
+def test_autocast_rounds_once_and_takes_the_kernel(device):
+    halves = draw_attention(30, 30, device, 0)[:3]
+    with torch.autocast("cuda", dtype=BFLOAT16):
+        out = attention(*(x.float() for x in halves), causal=True, backend="cuda")
+    assert out.dtype == BFLOAT16
+    assert_same((out,), (attention(*halves, causal=True, backend="cuda"),), "autocast")
+
+
+@every_subject
+def test_kernels_are_the_default(subject, device, monkeypatch):
+    """What the default chooses gives the bits of backend="cuda"."""
+    tensors = subject.draw(device, 0)
+    expected = subject.call(*tensors)
+    chosen = []
+    choose = _select.choose
+
+    def watched(name, backend, unsupported):
+        chosen.append(choose(name, _select.AUTO, unsupported))
+        return chosen[-1]
+
+    monkeypatch.setattr(_select, "choose", watched)
+    assert_same(subject.call(*tensors), expected, subject)
+    assert set(chosen) == {"cuda"}
+
+
+def test_unsupported_gpu_is_named(device, monkeypatch):
+    tensors = draw_attention(30, 30, device, 0)[:3]
+    expected = attention(*tensors, causal=True, backend="reference")
+    _select.cuda_unavailable.cache_clear()
+    try:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+        with pytest.raises(NotImplementedError, match=r"compute capability 7\.5 \(built for "):
+            attention(*tensors, causal=True, backend="cuda")
+        assert_same((attention(*tensors, causal=True),), (expected,), "the fallback")
+    finally:
+        _select.cuda_unavailable.cache_clear()
+
+
+# ---- for compute-sanitizer ------------------------------------------------------------------------------------------
+
+SMALL = [
+    attention_test.Case(batch=1, seqlen_q=70, seqlen_k=70, head_dim=64, dtype=BFLOAT16),
+    attention_test.Case(batch=1, seqlen_q=70, seqlen_k=150, head_dim=128, dtype=FLOAT16, mask="documents"),
+    attention_test.Case(seqlen_q=33, seqlen_k=40, head_dim=40, dtype=BFLOAT16, causal=False, num_kv_heads=3),
+    attention_test.Case(seqlen_q=20, seqlen_k=45, head_dim=33, dtype=FLOAT16, layout="slice", mask="padding"),
+    attention_test.Case(batch=1, seqlen_q=1, seqlen_k=700, num_heads=24, head_dim=128, dtype=BFLOAT16),
+    attention_test.Case(seqlen_q=3, seqlen_k=300, num_heads=4, num_kv_heads=2, head_dim=64, dtype=FLOAT16),
+]
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize("bounded", [False, True], ids=["online", "bounded"])
+def test_small_calls_of_attention(case, bounded, device):
+    """The exact result comes from the CPU: so these kernels are nearly all that a sanitizer must watch."""
+
+    def make(device):
+        return attention_test.bounded(case, 4.0, device) if bounded else attention_test.make(case, device)
+
+    inputs = make(device)
+    attention_test.require("cuda", *inputs.tensors(), **inputs.options)
+    results = attention_test.run(inputs, "cuda")
+    judge(make("cpu"), [result.cpu() for result in results])
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16, FLOAT32], ids=str)
+def test_small_calls_of_qk_norm_rotary(dtype, device):
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, 17, heads, 64, generator=generator).to(dtype) for heads in (3, 1))
+    douts = [torch.randn(x.shape, generator=generator).to(dtype) for x in (q, k)]
+    q_scale, k_scale = torch.rand(3, 64, generator=generator) + 0.5, torch.rand(1, 64, generator=generator) + 0.5
+
+    def run(function, device, dtype):
+        leaves = [x.to(device, dtype).requires_grad_() for x in (q, k)]
+        scale_dtype = torch.float64 if dtype == torch.float64 else FLOAT32
+        leaves += [x.to(device, scale_dtype).requires_grad_() for x in (q_scale, k_scale)]
+        outs = function(*leaves)
+        gradients = torch.autograd.grad(outs, leaves, [x.to(device, dtype) for x in douts])
+        return [x.detach().cpu() for x in (*outs, *gradients)]
+
+    def transform(*leaves):
+        tables = rotary_reference.rotary_tables(17, 17, 32, True, 0, rotary_reference.default_origin(17, 17, 0))
+        pairs = zip(leaves[:2], leaves[2:], tables, strict=True)
+        return tuple(rotary_reference.transform(x, scale, table.double(), True) for x, scale, table in pairs)
+
+    results = run(rotate, device, dtype)
+    for index, (result, exact) in enumerate(zip(results, run(transform, "cpu", torch.float64), strict=True)):
+        if index < 4:
+            numerics.assert_rows_close(result, exact, dtype, kind="output" if index < 2 else "gradient")
+        else:  # of scales: sums over tokens, in float32
+            torch.testing.assert_close(result.double(), exact, rtol=2e-2 if dtype in numerics.HALF else 1e-5, atol=1e-2)

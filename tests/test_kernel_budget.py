@@ -1,0 +1,438 @@
+"""The CUDA kernels as compiled: registers, memory, instructions, blocks per multiprocessor, architectures.
+
+Reads the object code in the built library with NVIDIA's disassembler and needs no GPU. The limits are in
+kernel_budget.toml. What kernels use, of the library or of another file with object code:
+
+    python tests/test_kernel_budget.py [FILE]
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import itertools
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections import Counter
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+import torch
+
+from andromeda import _C, attention, qk_norm_rotary
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # what pytest itself depends on there
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+BUDGET = tomllib.loads((TESTS / "kernel_budget.toml").read_text())
+EVERY = BUDGET.pop("every")
+# The devices that run the code of an architecture. 8.6 and 8.9 take the code of 8.0.
+DEVICES = {"sm_80": ("A100", "RTX 3090", "L4"), "sm_90a": ("H200",)}
+
+
+# ---- tools ----------------------------------------------------------------------------------------------------------
+
+
+def missing(reason):
+    """Skips the test; in CI fails it."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
+
+
+def places(folder):
+    """Where NVIDIA's programs (bin) or headers (include) may be: in the toolkit, its wheels, Triton's wheel."""
+    homes = [os.environ.get("CUDA_HOME") or "/usr/local/cuda", *sorted(Path("/usr/local").glob("cuda-*"))]
+    for package, below in (("nvidia", "cu*"), ("triton", "backends/nvidia")):
+        if spec := importlib.util.find_spec(package):
+            homes += [home for place in spec.submodule_search_locations for home in sorted(Path(place).glob(below))]
+    return [Path(home) / folder for home in homes]
+
+
+def find_cuobjdump():
+    """The program, or None. It calls nvdisasm, which must be of its version: from the same folder."""
+    for folder in [*places("bin"), *map(Path, os.get_exec_path())]:
+        if all(shutil.which(name, path=folder) for name in ("cuobjdump", "nvdisasm")):
+            return folder / "cuobjdump"
+    return None
+
+
+NO_CUOBJDUMP = "no cuobjdump with nvdisasm beside it: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+
+
+def output_of(*command, **options):
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, **options)
+    assert result.returncode == 0, f"{command[0]} failed:\n{result.stderr}"
+    return result.stdout
+
+
+# ---- what is in object code ------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Kernel:
+    registers: int  # per thread
+    local: int  # bytes per thread: spills, and arrays that are indexed at run time
+    static_shared: int  # bytes per block
+    max_threads: int = 0  # per block, of __launch_bounds__; 0: not given
+    instructions: Counter = dataclasses.field(default_factory=Counter)  # opcode with its modifiers -> how many
+
+    def count(self, prefix):
+        """Instructions of this opcode, whatever modifiers follow: "MUFU.EX2" or "HMMA"."""
+        return sum(number for opcode, number in self.instructions.items() if f"{opcode}.".startswith(f"{prefix}."))
+
+
+def split_by_code(listing):
+    """(kind, architecture, source, text) of each piece of device code in what cuobjdump prints; kind: elf or ptx."""
+    for piece in listing.split("\nFatbin ")[1:]:
+        kind = re.match(r"(elf|ptx) code:", piece).group(1)
+        architecture = re.search(r"^arch = (\w+)$", piece, re.MULTILINE).group(1)
+        source = re.search(r"^identifier = (.*)$", piece, re.MULTILINE)
+        yield kind, architecture, source.group(1) if source else "", piece
+
+
+def readable(demangled):
+    """The short name "f<bf16,0>" of "void andromeda::cuda::f_kernel<__nv_bfloat16, (Access)0>(Params)"."""
+    name = re.sub(r"^void |\(andromeda::[\w:]+\)|andromeda::(cuda::)?|\(anonymous namespace\)::", "", demangled)
+    name = re.sub(r"\(.*", "", name).replace("_kernel", "", 1).replace(" ", "")
+    for cpp, short in (("__nv_bfloat16", "bf16"), ("__half", "fp16"), ("float", "fp32")):
+        name = name.replace(cpp, short)
+    return name
+
+
+def read_kernels(cuobjdump, path):
+    """{(architecture, readable name): Kernel} of the object code in a file."""
+
+    def code(option):
+        listing = output_of(cuobjdump, option, path)
+        return [(architecture, text) for kind, architecture, _, text in split_by_code(listing) if kind == "elf"]
+
+    kernels = {}
+    usage = r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
+    for architecture, text in code("--dump-resource-usage"):
+        # From 9.0 on, the 1 KiB that the driver keeps is counted as the kernel's own.
+        reserved = 1024 if int(re.search(r"\d+", architecture).group()) >= 90 else 0
+        for symbol, *numbers in re.findall(usage, text):
+            registers, stack, shared, local = map(int, numbers)
+            assert (architecture, symbol) not in kernels, f"{symbol} was compiled twice for {architecture}"
+            kernels[architecture, symbol] = Kernel(registers, stack + local, max(shared - reserved, 0))
+
+    instruction = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+\{?\s*(?:@!?\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+    for architecture, text in code("--dump-sass"):
+        for function in re.split(r"\n\s*Function : ", text)[1:]:
+            symbol = function.split(None, 1)[0]
+            kernels[architecture, symbol].instructions.update(instruction.findall(function))
+
+    bounds = re.compile(r"EIATTR_MAX_THREADS\s+Format:\s+EIFMT_SVAL\s+Value:\s+(0x\w+)\s+(0x\w+)\s+(0x\w+)")
+    for architecture, text in code("--dump-elf"):
+        for section in re.split(r"\n\.nv\.info\.", text)[1:]:
+            if found := bounds.search(section):
+                symbol = section.split(None, 1)[0]
+                kernels[architecture, symbol].max_threads = math.prod(int(size, 16) for size in found.groups())
+
+    demangle = shutil.which("c++filt") or missing("no c++filt (binutils)")
+    names = output_of(demangle, input="\n".join(symbol for _, symbol in kernels)).splitlines()
+    named = {(where, readable(name)): kernels[where, key] for (where, key), name in zip(kernels, names, strict=True)}
+    assert len(named) == len(kernels), f"two kernels share a name: {sorted(names)}"
+    return named
+
+
+# ---- the library ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def cuobjdump():
+    if not _C.build_info()["cuda_architectures"]:
+        missing("the library was built without CUDA")
+    return find_cuobjdump() or missing(NO_CUOBJDUMP)
+
+
+@pytest.fixture(scope="session")
+def kernels(cuobjdump):
+    return read_kernels(cuobjdump, _C.__file__)
+
+
+def in_library(architecture):
+    """Goes on where the library has code for this architecture, which a user may have left out."""
+    if ("elf", architecture) not in promised():
+        missing(f"the library was built for {', '.join(_C.build_info()['cuda_architectures'])}, not for {architecture}")
+
+
+def promised():
+    """What the list of architectures in CMake's spelling stands for: {("elf", "sm_80"), ("ptx", "sm_80")} for "80"."""
+    content = set()
+    for name in _C.build_info()["cuda_architectures"]:
+        number, _, only = name.partition("-")
+        content |= {
+            (kind, f"sm_{number}") for kind in ("elf", "ptx") if only != {"elf": "virtual", "ptx": "real"}[kind]
+        }
+    return content
+
+
+def test_library_holds_the_promised_architectures(cuobjdump):
+    content = {}
+    for kind, architecture, source, _ in split_by_code(output_of(cuobjdump, "--dump-resource-usage", _C.__file__)):
+        content.setdefault(Path(source).name, set()).add((kind, architecture))
+    assert content, "no device code in the library"
+    for source, found in content.items():
+        assert found == promised(), source
+
+
+def test_library_needs_no_cuda_library():
+    """An import must work where there is no driver. libpython and torch would tie the library to one version."""
+    if not (readelf := shutil.which("readelf")):
+        missing("no readelf (binutils)")
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", output_of(readelf, "--wide", "--dynamic", _C.__file__))
+    assert needed
+    system = r"(lib(stdc\+\+|m|gcc_s|c|pthread|dl|rt|c\+\+|c\+\+abi|unwind)|ld-linux[\w-]*)\.so\.\d+"
+    assert [name for name in needed if not re.fullmatch(system, name)] == []
+
+
+def test_library_asks_for_no_other_symbols():
+    if not (nm := shutil.which("nm")):
+        missing("no nm (binutils)")
+    symbols = [line.split() for line in output_of(nm, "--dynamic", "--undefined-only", _C.__file__).splitlines()]
+    # Of Python, or of a versioned system library. A weak one (w) may stay undefined.
+    known = r"_?Py\w+|\w+@+(GLIBC|GLIBCXX|CXXABI|GCC)_.*"
+    assert [name for kind, name in symbols if kind != "w" and not re.fullmatch(known, name)] == []
+
+
+# ---- the budget -----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def limits_of(entry, architecture):
+    """What kernel_budget.toml says: for every kernel, for this one, and for this one on this architecture."""
+    layers = (EVERY, BUDGET[entry], BUDGET[entry][architecture])
+    limits = {key: value for layer in layers for key, value in layer.items() if key not in DEVICES}
+    limits["require"] = {key: value for layer in layers for key, value in layer.get("require", {}).items()}
+    known = {"registers", "local", "shared", "threads", "min_blocks", "require", "forbid"}
+    assert set(limits) == known, f"{entry}, {architecture}: keys that differ: {sorted(set(limits) ^ known)}"
+    return limits
+
+
+def covered(kernels, entry, architecture):
+    """The kernels of the library that an entry speaks of: [(name, Kernel)]."""
+    in_library(architecture)
+    found = [(name, kernel) for (where, name), kernel in kernels.items() if where == architecture]
+    return [(name, kernel) for name, kernel in found if fnmatchcase(name, entry)]
+
+
+every_entry = pytest.mark.parametrize(
+    ("entry", "architecture"), [(entry, architecture) for entry in BUDGET for architecture in DEVICES]
+)
+
+
+@pytest.mark.parametrize("architecture", DEVICES)
+def test_every_kernel_has_one_entry(kernels, architecture):
+    in_library(architecture)
+    for name in [name for where, name in kernels if where == architecture]:
+        entries = [entry for entry in BUDGET if fnmatchcase(name, entry)]
+        assert len(entries) == 1, f"{name} must have one entry in kernel_budget.toml, has {entries}"
+
+
+@every_entry
+def test_every_entry_has_a_kernel(kernels, entry, architecture):
+    assert covered(kernels, entry, architecture), f"no kernel {entry} in the library: {sorted(kernels)}"
+
+
+@every_entry
+def test_registers_and_memory(kernels, entry, architecture):
+    limits = limits_of(entry, architecture)
+    for name, kernel in covered(kernels, entry, architecture):
+        made_by = f"{name}, made by {_C.build_info()['cuda_compiler']}"
+        assert kernel.registers <= limits["registers"], made_by
+        assert kernel.local <= limits["local"], made_by
+        assert kernel.max_threads in (0, limits["threads"]), (
+            f"{name}: __launch_bounds__ is not as in kernel_budget.toml"
+        )
+
+
+@every_entry
+def test_instructions(kernels, entry, architecture):
+    limits = limits_of(entry, architecture)
+    for name, kernel in covered(kernels, entry, architecture):
+        short = {op: kernel.count(op) for op, least in limits["require"].items() if kernel.count(op) < least}
+        assert not short, f"{name} has too few {short}, of {limits['require']}"
+        present = {op: kernel.count(op) for op in limits["forbid"] if kernel.count(op)}
+        assert not present, f"{name} has {present}"
+
+
+@pytest.fixture(scope="session")
+def occupancy(tmp_path_factory):
+    """occupancy(lines) -> numbers: the compiled occupancy.cpp."""
+    compiler = shutil.which("g++") or shutil.which("clang++") or missing("no C++ compiler on the path")
+    folder = next((folder for folder in places("include") if (folder / "cuda_occupancy.h").exists()), None)
+    if folder is None:
+        missing("no cuda_occupancy.h: install triton, or the headers of the CUDA toolkit")
+    program = tmp_path_factory.mktemp("occupancy") / "occupancy"
+    output_of(compiler, "-std=c++17", "-isystem", folder, TESTS / "occupancy.cpp", "-o", program)
+    return lambda lines: [int(number) for number in output_of(program, input="\n".join(lines)).split()]
+
+
+@every_entry
+def test_blocks_per_multiprocessor(kernels, occupancy, entry, architecture):
+    """Too few blocks hide no latency; none at all is a launch that fails."""
+    limits = limits_of(entry, architecture)
+    assert set(limits["min_blocks"]) == set(DEVICES[architecture])
+    for name, kernel in covered(kernels, entry, architecture):
+        use = f"{kernel.registers} {limits['threads']} {kernel.static_shared} {limits['shared']}"
+        blocks = occupancy([f"{use} {device}" for device in limits["min_blocks"]])
+        for (device, least), number in zip(limits["min_blocks"].items(), blocks, strict=True):
+            assert number >= max(least, 1), f"{name} on {device}: {use} (registers, threads, shared memory)"
+
+
+def every_variant():
+    """Calls that launch every kernel on an emulated A100, with as little work as possible."""
+    for dtype, head_dim in itertools.product((torch.float16, torch.bfloat16), (64, 128)):
+        q, k, v = torch.randn(3, 1, 8, 1, head_dim, dtype=dtype).requires_grad_().unbind()
+        attention(q, k, v, backend="cuda").sum().backward()
+        for num_heads in (16, 32):  # of one key head: rows of one tile, or of two
+            q, keys = torch.randn(1, 1, num_heads, head_dim, dtype=dtype), torch.randn(1, 512, 1, head_dim, dtype=dtype)
+            attention(q, keys, keys, backend="cuda")
+    for dtype, head_dim in itertools.product((torch.float32, torch.float16, torch.bfloat16), (6, 64, 512)):
+        q, k = torch.randn(2, 1, 2, 1, head_dim, dtype=dtype).requires_grad_().unbind()
+        qk_norm_rotary(q, k, rotary_dim=4, backend="cuda")[0].sum().backward()
+
+
+def test_launches_are_as_in_the_budget(emulated):
+    """Threads and dynamic shared memory are not in object code; the numbers in kernel_budget.toml must be true."""
+    every_variant()
+    launched = set()
+    for launch in emulated.launches:
+        name = readable(launch.kernel)
+        entry = next((entry for entry in BUDGET if fnmatchcase(name, entry)), None)
+        assert entry, f"{name} has no entry in kernel_budget.toml"
+        assert math.prod(launch.block) == BUDGET[entry]["threads"], name
+        assert launch.shared_bytes <= BUDGET[entry]["shared"], name
+        launched.add(entry)
+    assert launched == set(BUDGET), "entries whose kernels were not launched"
+
+
+# ---- what stops the build -------------------------------------------------------------------------------------------
+
+CLEAN = """
+__global__ void clean(float* x) { x[threadIdx.x] *= 2.0f; }
+"""
+SPILL = """
+constexpr int kCount = 160;  // of 64 registers that 1024 threads leave to each
+__global__ void __launch_bounds__(1024) spill(float* x, int num_steps) {
+  float kept[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) kept[i] = x[i * 1024 + threadIdx.x];
+  for (int step = 0; step < num_steps; ++step) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) kept[i] = kept[i] * kept[(i + 1) % kCount] + 1.0f;
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) x[i * 1024 + threadIdx.x] = kept[i];
+}
+"""
+INDEXED = """
+__global__ void indexed(float* x, int n) {
+  float kept[16] = {};
+  for (int i = 0; i < n; ++i) kept[n * i % 16] += x[i];
+  x[0] = kept[n % 16];
+}
+"""
+SERIALISED = """
+// Accumulators of a wgmma in flight are used before its wait.
+__global__ void __launch_bounds__(128) serialised(float* out, unsigned long long a, unsigned long long b) {
+#if __CUDA_ARCH__ == 900
+  float d[4] = {};
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+  asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, %4, %5, 1, 1, 1, 0, 0;"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "l"(a), "l"(b));
+  d[0] *= 2.0f;
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  for (int i = 0; i < 4; ++i) out[threadIdx.x * 4 + i] = d[i];
+#endif
+}
+"""
+IGNORED = """
+__global__ void ignored(float* x) {
+#if __CUDA_ARCH__ == 900
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+#endif
+  x[threadIdx.x] = 1.0f;
+}
+"""
+
+
+def find_tool(name):
+    """A program of the build, beside this Python or on the path."""
+    path = os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", "")))
+    return shutil.which(name, path=path) or missing(f"{name} is not installed")
+
+
+@pytest.fixture(scope="module")
+def compile_kernels(tmp_path_factory):
+    """compile_kernels(source) -> (status, output): in place of a kernel file, with all the flags of the project."""
+    pybind11 = pytest.importorskip("pybind11")
+    nvcc = shutil.which(
+        os.environ.get("CUDACXX", "nvcc"), path=os.pathsep.join([*os.get_exec_path(), *map(str, places("bin"))])
+    )
+    if nvcc is None:
+        missing("no nvcc")
+    cmake, ninja = find_tool("cmake"), find_tool("ninja")
+    project = tmp_path_factory.mktemp("planted") / "a path with blanks"
+    for folder in ("csrc", "tests"):
+        shutil.copytree(ROOT / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "CMakeLists.txt", project)
+    output_of(
+        cmake, "-S", project, "-B", project / "build", "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DCMAKE_CUDA_COMPILER={nvcc}", "-DANDROMEDA_CUDA_ARCHITECTURES=80;90a-real",
+    )  # fmt: skip
+
+    def compile_kernels(source):
+        (project / "csrc" / "cuda" / "qk_norm_rotary.cu").write_text(source)
+        target = "CMakeFiles/cuda_kernels.dir/csrc/cuda/qk_norm_rotary.cu.o"
+        command = [ninja, "-C", project / "build", target]
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return result.returncode, result.stdout
+
+    return compile_kernels
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (SPILL, "Registers are spilled to local memory in function"),
+        (INDEXED, "Local memory used for function"),
+        (SERIALISED, "registers of a wgmma in flight are used before its wait"),
+        (IGNORED, "__launch_bounds__ is missing"),
+    ],
+    ids=["spill", "local memory", "serialised wgmma", "setmaxnreg ignored"],
+)
+def test_slow_code_stops_the_build(compile_kernels, source, reason):
+    status, output = compile_kernels(source)
+    assert status != 0
+    assert reason in output
+
+
+def test_other_code_does_not_stop_the_build(compile_kernels):
+    status, output = compile_kernels(CLEAN)
+    assert status == 0, output
+
+
+def main(path=_C.__file__):
+    kernels = read_kernels(find_cuobjdump() or sys.exit(NO_CUOBJDUMP), path)
+    for (architecture, name), kernel in sorted(kernels.items(), key=lambda item: item[0][::-1]):
+        print(f"{name} {architecture}: {kernel.registers} registers, {kernel.local} bytes local,", end=" ")
+        print(f"{kernel.static_shared} bytes static shared, at most {kernel.max_threads} threads")
+        print("   ", ", ".join(f"{opcode} {number}" for opcode, number in sorted(kernel.instructions.items())))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
