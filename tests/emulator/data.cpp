@@ -274,8 +274,9 @@ Step copy_async(Execution& x, const Instruction& i) {
                            std::to_string(address % bytes) + " bytes off");
         return;
       }
-      source = x.access(site, Space::kGlobal, address, source_bytes, Kind::kRead);
-      if (source == nullptr) return;
+      auto* global = reinterpret_cast<std::uint8_t*>(address);
+      if (!x.access_range(site, global, source_bytes, Kind::kRead)) return;
+      source = global;
     }
     const std::uint32_t target = x.shared_offset(i, i.operands[0], lane);
     if (target % bytes != 0) {

@@ -209,6 +209,8 @@ class Execution {
 
  private:
   void start_block(std::int64_t index);
+  void start_warp(Warp& warp, int index, const Dim3& position);
+  std::uint64_t special_value(const std::string& name, const Dim3& position, int thread) const;
   void run_block();
   void run_warp(Warp& warp);
   void finish_block();
