@@ -110,6 +110,12 @@ def describe(error: Exception, warned: list[str]) -> str:
     return f"{type(error).__name__}: {'; '.join(dict.fromkeys(filter(None, lines))) or 'no message'}"
 
 
+def exit_if_missing(notes: list[str]) -> None:
+    """A peer that cannot run is a note; this library's own kernels must run. To be called when all is written."""
+    if missing := [note for note in notes if note.startswith(bars.WINDOWS)]:
+        sys.exit("\n".join(missing))
+
+
 def yardsticks(case: cases.AttentionCase) -> dict:
     """What the machine can do, to be timed in the same rounds: functions by name."""
     product = bars.matmul(case)
@@ -234,6 +240,7 @@ def main(argv: list[str] | None = None) -> None:
     default_shape = (args.batch, args.heads, args.head_dim) == DEFAULT_SHAPE
     lines = bars.evaluate(rows, known) if known and default_shape else None
     report.finish(args, rows, device=args.device, title=title, notes=notes, bars=lines)
+    exit_if_missing(notes)
 
 
 if __name__ == "__main__":

@@ -151,6 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     lines = bars.evaluate_rotary(rows) if args.device == "cuda" else None
     title = f"QK norm and rotary xPos, {args.heads} heads and one key head"
     report.finish(args, rows, device=args.device, title=title, notes=notes, bars=lines)
+    attn.exit_if_missing(notes)
 
 
 if __name__ == "__main__":

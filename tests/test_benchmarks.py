@@ -225,6 +225,22 @@ def test_attention_command_prints_and_writes(load, capsys, tmp_path):
     assert len(data["bars"]) == len(load("bars").BARS)
 
 
+def test_peers_may_fail_but_not_the_kernels(load, tmp_path, monkeypatch, capsys):
+    attn, cases = load("attn"), load("cases")
+
+    def refuse(*args, **options):
+        raise RuntimeError("no kernel for this")
+
+    arguments = ["--device", "cpu", "--dtype", "float32", "--pass", "decode", "--keys", "64", "--quick"]
+    monkeypatch.setattr(cases, "sdpa", refuse)
+    attn.main(arguments)
+    assert "sdpa, no bias did not run decode" in capsys.readouterr().out
+    monkeypatch.setattr(cases, "andromeda", refuse)
+    with pytest.raises(SystemExit, match=r"andromeda, no windows did not run decode .*: no kernel for this"):
+        attn.main([*arguments, "--json", str(tmp_path / "attn.json")])
+    assert {row["op"] for row in json.loads((tmp_path / "attn.json").read_text())["rows"]} == {"matmul", "copy"}
+
+
 def test_rotary_command_prints_and_writes(load, capsys, tmp_path):
     path = tmp_path / "rotary.json"
     load("qk_norm_rotary").main(["--device", "cpu", "--seqlen", "16", "--quick", "--json", str(path)])

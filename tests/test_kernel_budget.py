@@ -294,11 +294,13 @@ def test_blocks_per_multiprocessor(kernels, occupancy, entry, architecture):
 def every_variant():
     """Calls that launch every kernel on an emulated A100, with as little work as possible."""
     for dtype, head_dim in itertools.product((torch.float16, torch.bfloat16), (64, 128)):
-        q, k, v = torch.randn(3, 1, 8, 1, head_dim, dtype=dtype).requires_grad_().unbind()
+        # More rows than the decode kernel takes, and two heads of one key head whose gradients are added.
+        q = torch.randn(1, 160, 2, head_dim, dtype=dtype, requires_grad=True)
+        k, v = torch.randn(2, 1, 160, 1, head_dim, dtype=dtype).requires_grad_().unbind()
         attention(q, k, v, backend="cuda").sum().backward()
-        for num_heads in (16, 32):  # of one key head: rows of one tile, or of two
-            q, keys = torch.randn(1, 1, num_heads, head_dim, dtype=dtype), torch.randn(1, 512, 1, head_dim, dtype=dtype)
-            attention(q, keys, keys, backend="cuda")
+        for num_heads in (16, 32):  # of one key head: one group of 16 rows, or two
+            q, k = torch.randn(1, 1, num_heads, head_dim, dtype=dtype), torch.randn(1, 512, 1, head_dim, dtype=dtype)
+            attention(q, k, k, backend="cuda")
     for dtype, head_dim in itertools.product((torch.float32, torch.float16, torch.bfloat16), (6, 64, 512)):
         q, k = torch.randn(2, 1, 2, 1, head_dim, dtype=dtype).requires_grad_().unbind()
         qk_norm_rotary(q, k, rotary_dim=4, backend="cuda")[0].sum().backward()

@@ -120,7 +120,9 @@ def emulate(emulated, case):
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_matches_the_reference(case, emulated):
     emulate(emulated, case)
-    check(make(case, torch.device("cpu")), "cuda")
+    # Of two or three keys dq and dk are differences of a few numbers, as exact as the rounded output that the backward
+    # pass reads: the rules for whole tensors are about sums of many.
+    check(make(case, torch.device("cpu")), "cuda", values="normal" if case.seqlen_k > 3 else "few keys")
 
 
 @pytest.mark.parametrize("case", ODD_VALUES, ids=str)
