@@ -112,15 +112,17 @@ def assert_no_worse(out, naive, exact, factor=2):
     """The relative rule: error at most `factor` times that of plain torch rounding each step to the tested dtype.
 
     Both the largest error and the error of the whole tensor count. One rounding of the result is always allowed: a
-    plain result may be exact by luck.
+    plain result may be exact by luck. `naive` may be several results that round at other steps: the worst counts.
     """
-    assert out.dtype == naive.dtype, f"{out.dtype} instead of {naive.dtype}"
+    naive = naive if isinstance(naive, list | tuple) else [naive]
+    assert {out.dtype} == {result.dtype for result in naive}, f"{out.dtype} instead of {naive[0].dtype}"
     assert out.shape == exact.shape, f"shape {tuple(out.shape)} instead of {tuple(exact.shape)}"
     if out.numel() == 0:
         return
     unit = UNIT[out.dtype]
     for name, size in (("largest error", lambda x: x.abs().max()), ("whole tensor", torch.linalg.vector_norm)):
-        error, plain, rounding = (size(x).item() for x in (out.double() - exact, naive.double() - exact, exact))
+        error, rounding = (size(x).item() for x in (out.double() - exact, exact))
+        plain = max(size(result.double() - exact).item() for result in naive)
         limit = factor * plain + unit * rounding
         assert error <= limit, f"{name} {error:.3g}, limit {limit:.3g}: plain torch has {plain:.3g}"
 
