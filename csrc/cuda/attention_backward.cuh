@@ -29,9 +29,9 @@
 // sum kernel: where one key head has too few key tiles to fill the device, its query heads are cut into shares. Each
 // leaves its dk and dv in float32, this kernel adds them.
 //
-// head_dim   shared memory        registers per thread, sm_80    per pair of tiles, flops
-//   64       32 KiB + 1.1 KiB     dq: 163, dk dv: 168            2 * 64 * 64 *  64 * (3 + 4)
-//   128      64 KiB + 1.1 KiB     dq: 218, dk dv: 255            2 * 64 * 64 * 128 * (3 + 4)
+// head_dim   shared memory     registers (float16)             flops per pair of tiles
+//   64       33 KiB            dq 167, dk dv 168 (199)         2 * 64 * 64 *  64 * (3 + 4)
+//   128      65 KiB            dq 227, dk dv 247 (252)         2 * 64 * 64 * 128 * (3 + 4)
 //
 // One pass would need 5 products instead of 7, and either atomics or an order to add to dq.
 #pragma once
@@ -48,8 +48,8 @@ static_assert(kBackwardTile == 16 * kBackwardWarps);
 template <int kHeadDim>
 inline constexpr int kBackwardSharedBytes = 4 * kTileBytes<kBackwardTile, kHeadDim>;
 
-// What shared memory (64 KiB for a head_dim of 128) and registers (at most 255 or 168) permit on 8.0 and 9.0. The dk,
-// dv kernel needs three registers more than 168 for the scales of float16.
+// What shared memory (64 KiB for a head_dim of 128) and registers (at most 255 or 168) permit on 8.0 and 9.0. With 168
+// of them the dk, dv kernel of float16, which has scales to look after, would spill.
 template <int kHeadDim>
 inline constexpr int kQueryBlocksPerSm = kHeadDim == 128 ? 2 : 3;
 template <typename T, int kHeadDim>
@@ -98,8 +98,8 @@ __device__ inline void scale_gradients(float (&ds)[kTiles][4], float (&sums)[kSu
 // A tile of query rows for the dk, dv kernel, one KiB in the workspace and in shared memory. Rows that see no key or do
 // not exist have an infinite lse, so that their weights are 0.
 struct QueryTile {
-  float lse[kBackwardTile];                      // base 2, plus slope2 * (row in the tile): see `weigh`
-  float minus_delta[kBackwardTile];              // -<dout, out>
+  float lse[kBackwardTile];  // base 2, plus slope2 * (row in the tile), minus kWeightScaleLog2: see `weigh`
+  float minus_delta[kBackwardTile];
   int first[kBackwardTile], end[kBackwardTile];  // keys that the row sees
 };
 
