@@ -1,12 +1,16 @@
 // Arithmetic and logic: instructions whose lanes know nothing of each other.
+//
+// The table at the end names, for every opcode, what sets the handler for an integer type and for a floating-point
+// type. A setter reads the modifiers that it knows and says how wide the operands are.
+#include <type_traits>
+
 #include "operations.h"
 #include "rows.h"
 
 namespace emulator {
 namespace {
 
-// ---- choosing instances of `map`
-
+// `map` with a result and kArity operands of one type.
 template <typename T, int kArity>
 struct Repeat;
 template <typename T>
@@ -25,40 +29,142 @@ struct Repeat<T, 3> {
   static constexpr Handler kHandler = &map<F, T, T, T, T>;
 };
 
-template <int kArity, typename F>
-void set_integer(Decoder& d, Type type) {
-  const int bytes = bytes_of(type);
-  for (int index = 0; index <= kArity; ++index) d.source(index, bytes);
-  Handler& handler = d.instruction.handler;
+[[noreturn]] void fail_type(const Decoder& d) { d.fail("this type is not supported here"); }
+
+// ---- integers
+
+// set(value of the type)
+template <typename G>
+void with_integer(Decoder& d, Type type, G&& set) {
   switch (type) {
     case Type::kS16:
-      handler = Repeat<std::int16_t, kArity>::template kHandler<F>;
-      return;
+      return set(std::int16_t{});
     case Type::kU16:
     case Type::kB16:
-      handler = Repeat<std::uint16_t, kArity>::template kHandler<F>;
-      return;
+      return set(std::uint16_t{});
     case Type::kS32:
-      handler = Repeat<std::int32_t, kArity>::template kHandler<F>;
-      return;
+      return set(std::int32_t{});
     case Type::kU32:
     case Type::kB32:
-      handler = Repeat<std::uint32_t, kArity>::template kHandler<F>;
-      return;
+      return set(std::uint32_t{});
     case Type::kS64:
-      handler = Repeat<std::int64_t, kArity>::template kHandler<F>;
-      return;
+      return set(std::int64_t{});
     case Type::kU64:
     case Type::kB64:
-      handler = Repeat<std::uint64_t, kArity>::template kHandler<F>;
-      return;
+      return set(std::uint64_t{});
     default:
-      d.fail("this type is not supported here");
+      fail_type(d);
   }
 }
 
+template <int kArity, typename F>
+void set_integer(Decoder& d, Type type) {
+  for (int index = 0; index <= kArity; ++index) d.source(index, bytes_of(type));
+  with_integer(d, type,
+               [&](auto value) { d.instruction.handler = Repeat<decltype(value), kArity>::template kHandler<F>; });
+}
+
+// mul and mad: the low or the high half of the product, or all of it, in a result of twice the width.
+template <bool kAdd, typename T, typename Wide>
+constexpr Handler kMultiplyWide = &map<MultiplyWide, Wide, T, T>;
+template <typename T, typename Wide>
+constexpr Handler kMultiplyWide<true, T, Wide> = &map<MultiplyWideAdd, Wide, T, T, Wide>;
+
+template <bool kAdd>
+void set_multiply(Decoder& d, Type type) {
+  constexpr int kArity = kAdd ? 3 : 2;
+  const int part = d.take_one_of({"lo", "hi", "wide"});
+  if (part == 0) return set_integer<kArity, std::conditional_t<kAdd, MultiplyAdd, Multiply>>(d, type);
+  if (part == 1) return set_integer<kArity, std::conditional_t<kAdd, MultiplyHighAdd, MultiplyHigh>>(d, type);
+  if (part < 0) d.fail("one of .lo, .hi, .wide is needed");
+  d.source(0, 2 * bytes_of(type));
+  d.source(1, bytes_of(type));
+  d.source(2, bytes_of(type));
+  if (kAdd) d.source(3, 2 * bytes_of(type));
+  Handler& handler = d.instruction.handler;
+  if (type == Type::kS16) handler = kMultiplyWide<kAdd, std::int16_t, std::int32_t>;
+  if (type == Type::kU16) handler = kMultiplyWide<kAdd, std::uint16_t, std::uint32_t>;
+  if (type == Type::kS32) handler = kMultiplyWide<kAdd, std::int32_t, std::int64_t>;
+  if (type == Type::kU32) handler = kMultiplyWide<kAdd, std::uint32_t, std::uint64_t>;
+  if (handler == nullptr) fail_type(d);
+}
+
+void set_multiply24(Decoder& d, Type type) {
+  if (!d.take("lo")) d.fail("only .lo is supported");
+  for (const std::size_t index : {0, 1, 2}) d.source(index, 4);
+  if (type == Type::kS32) d.instruction.handler = Repeat<std::int32_t, 2>::kHandler<Multiply24>;
+  if (type == Type::kU32) d.instruction.handler = Repeat<std::uint32_t, 2>::kHandler<Multiply24>;
+  if (d.instruction.handler == nullptr) fail_type(d);
+}
+
+// Shift amounts, positions and lengths have 32 bits whatever the type.
+template <typename F>
+void set_shift(Decoder& d, Type type) {
+  for (const std::size_t index : {0, 1}) d.source(index, bytes_of(type));
+  d.source(2, 4);
+  with_integer(d, type, [&](auto value) {
+    using T = decltype(value);
+    d.instruction.handler = &map<F, T, T, std::uint32_t>;
+  });
+}
+
+void set_bit_field_extract(Decoder& d, Type type) {
+  for (const std::size_t index : {0, 1}) d.source(index, bytes_of(type));
+  for (const std::size_t index : {2, 3}) d.source(index, 4);
+  with_integer(d, type, [&](auto value) {
+    using T = decltype(value);
+    d.instruction.handler = &map<BitFieldExtract, T, T, std::uint32_t, std::uint32_t>;
+  });
+}
+
+void set_bit_field_insert(Decoder& d, Type type) {
+  for (const std::size_t index : {0, 1, 2}) d.source(index, bytes_of(type));
+  for (const std::size_t index : {3, 4}) d.source(index, 4);
+  with_integer(d, type, [&](auto value) {
+    using T = decltype(value);
+    d.instruction.handler = &map<BitFieldInsert, T, T, T, std::uint32_t, std::uint32_t>;
+  });
+}
+
+template <bool kLeft>
+void set_funnel_shift(Decoder& d) {
+  const int overflow = d.take_one_of({"wrap", "clamp"});
+  for (const std::size_t index : {0, 1, 2, 3}) d.source(index, 4);
+  d.instruction.handler = overflow == 0 ? Repeat<std::uint32_t, 3>::kHandler<FunnelShift<kLeft, true>>
+                                        : Repeat<std::uint32_t, 3>::kHandler<FunnelShift<kLeft, false>>;
+}
+
+void set_funnel_shift(Decoder& d, Type) {
+  d.take_one_of({"l", "r"}) == 0 ? set_funnel_shift<true>(d) : set_funnel_shift<false>(d);
+}
+
+// The result counts bits: it has 32 of them whatever the type.
+template <typename F>
+void set_bit_count(Decoder& d, Type type) {
+  d.source(0, 4);
+  d.source(1, bytes_of(type));
+  with_integer(d, type, [&](auto value) { d.instruction.handler = &map<F, std::uint32_t, decltype(value)>; });
+}
+
+void set_find_highest(Decoder& d, Type type) {
+  d.take("shiftamt") ? set_bit_count<ShiftToHighest>(d, type) : set_bit_count<FindHighest>(d, type);
+}
+
+void set_logic3(Decoder& d, Type) {
+  using U32 = std::uint32_t;
+  for (const std::size_t index : {0, 1, 2, 3, 4}) d.source(index, 4);
+  d.instruction.handler = &map<Logic3, U32, U32, U32, U32, U32>;
+}
+
+void set_permute(Decoder& d, Type) {
+  for (const std::size_t index : {0, 1, 2, 3}) d.source(index, 4);
+  d.instruction.handler = Repeat<std::uint32_t, 3>::kHandler<Permute>;
+}
+
+// ---- floating-point numbers
+
 template <int kArity, typename F, typename T>
-Handler float_instance(bool flush, bool saturate) {
+Handler modified(bool flush, bool saturate) {
   using Instance = Repeat<T, kArity>;
   if (flush && saturate) return Instance::template kHandler<Modified<F, true, true>>;
   if (flush) return Instance::template kHandler<Modified<F, true, false>>;
@@ -66,59 +172,36 @@ Handler float_instance(bool flush, bool saturate) {
   return Instance::template kHandler<Modified<F, false, false>>;
 }
 
-// add, sub, mul, fma, min, max, abs, neg, ex2, tanh: the operations that exist in half precision too.
-template <int kArity, typename F>
-void set_float(Decoder& d, Type type) {
-  const bool flush = d.take("ftz"), saturated = d.take("sat");
-  for (int index = 0; index <= kArity; ++index) d.source(index, bytes_of(type));
-  Handler& handler = d.instruction.handler;
-  switch (type) {
-    case Type::kF32:
-      handler = float_instance<kArity, F, float>(flush, saturated);
-      return;
-    case Type::kF64:
-      handler = float_instance<kArity, F, double>(flush, saturated);
-      return;
-    case Type::kF16:
-      handler = float_instance<kArity, F, Half>(flush, saturated);
-      return;
-    case Type::kBF16:
-      handler = float_instance<kArity, F, BFloat>(flush, saturated);
-      return;
-    case Type::kF16x2:
-      handler = float_instance<kArity, F, Pair<Half>>(flush, saturated);
-      return;
-    case Type::kBF16x2:
-      handler = float_instance<kArity, F, Pair<BFloat>>(flush, saturated);
-      return;
-    default:
-      d.fail("this type is not supported here");
-  }
-}
-
-// Functions of float32 only.
-template <typename F>
-void set_float32(Decoder& d, Type type) {
-  if (type != Type::kF32) d.fail("this type is not supported here");
-  const bool flush = d.take("ftz");
-  for (int index = 0; index < 2; ++index) d.source(index, 4);
-  d.instruction.handler = float_instance<1, F, float>(flush, false);
-}
-
+// Operations of float32 and float64 only.
 template <int kArity, typename F>
 void set_real(Decoder& d, Type type) {
   const bool flush = d.take("ftz");
   for (int index = 0; index <= kArity; ++index) d.source(index, bytes_of(type));
   if (type == Type::kF32) {
-    d.instruction.handler = float_instance<kArity, F, float>(flush, false);
+    d.instruction.handler = modified<kArity, F, float>(flush, false);
   } else if (type == Type::kF64) {
-    d.instruction.handler = float_instance<kArity, F, double>(flush, false);
+    d.instruction.handler = modified<kArity, F, double>(flush, false);
   } else {
-    d.fail("this type is not supported here");
+    fail_type(d);
   }
 }
 
-// With a rounding mode; only float32 has other ones than the nearest.
+// Operations that exist in half precision too.
+template <int kArity, typename F>
+void set_float(Decoder& d, Type type) {
+  const bool flush = d.take("ftz"), saturated = d.take("sat");
+  for (int index = 0; index <= kArity; ++index) d.source(index, bytes_of(type));
+  Handler& handler = d.instruction.handler;
+  if (type == Type::kF32) handler = modified<kArity, F, float>(flush, saturated);
+  if (type == Type::kF64) handler = modified<kArity, F, double>(flush, saturated);
+  if (type == Type::kF16) handler = modified<kArity, F, Half>(flush, saturated);
+  if (type == Type::kBF16) handler = modified<kArity, F, BFloat>(flush, saturated);
+  if (type == Type::kF16x2) handler = modified<kArity, F, Pair<Half>>(flush, saturated);
+  if (type == Type::kBF16x2) handler = modified<kArity, F, Pair<BFloat>>(flush, saturated);
+  if (handler == nullptr) fail_type(d);
+}
+
+// With a rounding mode; only float32 has other ones than the nearest. Long: the operation in higher precision.
 template <int kArity, typename F, typename Long>
 void set_rounded(Decoder& d, Type type) {
   const int mode = d.take_one_of({"rn", "rz", "rm", "rp"});
@@ -126,244 +209,87 @@ void set_rounded(Decoder& d, Type type) {
   if (type != Type::kF32 || d.take("ftz")) d.fail("this rounding mode is only supported for .f32 without .ftz");
   for (int index = 0; index <= kArity; ++index) d.source(index, 4);
   using Instance = Repeat<float, kArity>;
-  d.instruction.handler = mode == 1   ? Instance::template kHandler<Directed<Long, Rounding::kZero>>
-                          : mode == 2 ? Instance::template kHandler<Directed<Long, Rounding::kDown>>
-                                      : Instance::template kHandler<Directed<Long, Rounding::kUp>>;
-}
-
-// ---- choosing by opcode
-
-void decode_multiply(Decoder& d, bool add) {
-  const Type probe = d.take_type();
-  if (is_float(probe)) {
-    if (add) return set_rounded<3, FusedMultiplyAdd, LongMultiplyAdd>(d, probe);
-    return set_rounded<2, FloatMultiply, FloatMultiply>(d, probe);
-  }
-  const int part = d.take_one_of({"lo", "hi", "wide"});
-  if (part == 0) return add ? set_integer<3, MultiplyAdd>(d, probe) : set_integer<2, Multiply>(d, probe);
-  if (part == 1) return add ? set_integer<3, MultiplyHighAdd>(d, probe) : set_integer<2, MultiplyHigh>(d, probe);
-  if (part != 2) d.fail("one of .lo, .hi, .wide is needed");
-  const int bytes = bytes_of(probe);
-  d.source(0, 2 * bytes);
-  d.source(1, bytes);
-  d.source(2, bytes);
-  if (add) d.source(3, 2 * bytes);
-  using I16 = std::int16_t;
-  using U16 = std::uint16_t;
-  using I32 = std::int32_t;
-  using U32 = std::uint32_t;
-  using I64 = std::int64_t;
-  using U64 = std::uint64_t;
   Handler& handler = d.instruction.handler;
-  switch (probe) {
-    case Type::kS16:
-      handler = add ? &map<MultiplyWideAdd, I32, I16, I16, I32> : &map<MultiplyWide, I32, I16, I16>;
-      return;
-    case Type::kU16:
-      handler = add ? &map<MultiplyWideAdd, U32, U16, U16, U32> : &map<MultiplyWide, U32, U16, U16>;
-      return;
-    case Type::kS32:
-      handler = add ? &map<MultiplyWideAdd, I64, I32, I32, I64> : &map<MultiplyWide, I64, I32, I32>;
-      return;
-    case Type::kU32:
-      handler = add ? &map<MultiplyWideAdd, U64, U32, U32, U64> : &map<MultiplyWide, U64, U32, U32>;
-      return;
-    default:
-      d.fail("this type is not supported here");
-  }
-}
-
-void decode_shift(Decoder& d) {
-  const Type type = d.take_type();
-  const bool left = d.is("shl");
-  d.source(0, bytes_of(type));
-  d.source(1, bytes_of(type));
-  d.source(2, 4);
-  using U32 = std::uint32_t;
-  Handler& handler = d.instruction.handler;
-  switch (type) {
-    case Type::kS16:
-      handler = &map<ShiftRight, std::int16_t, std::int16_t, U32>;
-      break;
-    case Type::kS32:
-      handler = &map<ShiftRight, std::int32_t, std::int32_t, U32>;
-      break;
-    case Type::kS64:
-      handler = &map<ShiftRight, std::int64_t, std::int64_t, U32>;
-      break;
-    case Type::kU16:
-    case Type::kB16:
-      handler = left ? &map<ShiftLeft, std::uint16_t, std::uint16_t, U32>
-                     : &map<ShiftRight, std::uint16_t, std::uint16_t, U32>;
-      break;
-    case Type::kU32:
-    case Type::kB32:
-      handler = left ? &map<ShiftLeft, U32, U32, U32> : &map<ShiftRight, U32, U32, U32>;
-      break;
-    case Type::kU64:
-    case Type::kB64:
-      handler = left ? &map<ShiftLeft, std::uint64_t, std::uint64_t, U32>
-                     : &map<ShiftRight, std::uint64_t, std::uint64_t, U32>;
-      break;
-    default:
-      d.fail("this type is not supported here");
-  }
-}
-
-void decode_minimum(Decoder& d, bool minimum) {
-  const Type type = d.take_type();
-  if (!is_float(type)) return minimum ? set_integer<2, Minimum>(d, type) : set_integer<2, Maximum>(d, type);
-  if (d.take("NaN"))
-    return minimum ? set_float<2, FloatMinimum<true>>(d, type) : set_float<2, FloatMaximum<true>>(d, type);
-  return minimum ? set_float<2, FloatMinimum<false>>(d, type) : set_float<2, FloatMaximum<false>>(d, type);
-}
-
-void decode_bit_field(Decoder& d) {
-  const Type type = d.take_type();
-  const int bytes = bytes_of(type);
-  const bool insert = d.is("bfi");
-  d.source(0, bytes);
-  d.source(1, bytes);
-  if (insert) d.source(2, bytes);
-  d.source(insert ? 3 : 2, 4);
-  d.source(insert ? 4 : 3, 4);
-  using U32 = std::uint32_t;
-  using U64 = std::uint64_t;
-  using I32 = std::int32_t;
-  using I64 = std::int64_t;
-  Handler& handler = d.instruction.handler;
-  if (insert) {
-    handler =
-        bytes == 4 ? &map<BitFieldInsert, U32, U32, U32, U32, U32> : &map<BitFieldInsert, U64, U64, U64, U32, U32>;
-  } else if (is_signed(type)) {
-    handler = bytes == 4 ? &map<BitFieldExtract, I32, I32, U32, U32> : &map<BitFieldExtract, I64, I64, U32, U32>;
-  } else {
-    handler = bytes == 4 ? &map<BitFieldExtract, U32, U32, U32, U32> : &map<BitFieldExtract, U64, U64, U32, U32>;
-  }
-}
-
-template <typename F>
-void set_bit_count(Decoder& d) {
-  const Type type = d.take_type();
-  d.source(0, 4);
-  d.source(1, bytes_of(type));
-  d.instruction.handler =
-      bytes_of(type) == 8 ? &map<F, std::uint32_t, std::uint64_t> : &map<F, std::uint32_t, std::uint32_t>;
-}
-
-void decode_funnel_shift(Decoder& d) {
-  const bool left = d.take_one_of({"l", "r"}) == 0;
-  const bool wrap = d.take_one_of({"wrap", "clamp"}) == 0;
-  d.take_type();
-  for (const std::size_t index : {0, 1, 2, 3}) d.source(index, 4);
-  Handler& handler = d.instruction.handler;
-  if (left) {
-    handler = wrap ? Repeat<std::uint32_t, 3>::kHandler<FunnelShift<true, true>>
-                   : Repeat<std::uint32_t, 3>::kHandler<FunnelShift<true, false>>;
-  } else {
-    handler = wrap ? Repeat<std::uint32_t, 3>::kHandler<FunnelShift<false, true>>
-                   : Repeat<std::uint32_t, 3>::kHandler<FunnelShift<false, false>>;
-  }
+  if (mode == 1) handler = Instance::template kHandler<Directed<Long, Rounding::kZero>>;
+  if (mode == 2) handler = Instance::template kHandler<Directed<Long, Rounding::kDown>>;
+  if (mode == 3) handler = Instance::template kHandler<Directed<Long, Rounding::kUp>>;
 }
 
 // div, rcp, sqrt, rsqrt: approximate and full-range forms are computed exactly, other roundings are refused.
-void take_accuracy(Decoder& d) {
+template <int kArity, typename F>
+void set_quotient(Decoder& d, Type type) {
   if (d.take_one_of({"approx", "full", "rn"}) < 0) d.fail("this rounding mode is not supported here");
+  set_real<kArity, F>(d, type);
 }
+
+// Functions that exist as approximations only.
+template <typename F>
+void set_function(Decoder& d, Type type) {
+  d.take("approx");
+  set_float<1, F>(d, type);
+}
+
+template <template <bool> class F>
+void set_extremum(Decoder& d, Type type) {
+  d.take("NaN") ? set_float<2, F<true>>(d, type) : set_float<2, F<false>>(d, type);
+}
+
+// ---- opcodes
+
+using Setter = void (*)(Decoder&, Type);
+struct Setters {
+  Setter integer, floating;  // nullptr: there is no such form
+};
+
+const std::map<std::string, Setters> kOpcodes = {
+    {"add", {&set_integer<2, Add>, &set_rounded<2, FloatAdd, FloatAdd>}},
+    {"sub", {&set_integer<2, Subtract>, &set_rounded<2, FloatSubtract, FloatSubtract>}},
+    {"mul", {&set_multiply<false>, &set_rounded<2, FloatMultiply, FloatMultiply>}},
+    {"mad", {&set_multiply<true>, &set_rounded<3, FusedMultiplyAdd, LongMultiplyAdd>}},
+    {"fma", {nullptr, &set_rounded<3, FusedMultiplyAdd, LongMultiplyAdd>}},
+    {"mul24", {&set_multiply24, nullptr}},
+    {"div", {&set_integer<2, Divide>, &set_quotient<2, FloatDivide>}},
+    {"rem", {&set_integer<2, Remainder>, nullptr}},
+    {"abs", {&set_integer<1, Absolute>, &set_float<1, FloatAbsolute>}},
+    {"neg", {&set_integer<1, Negate>, &set_float<1, FloatNegate>}},
+    {"min", {&set_integer<2, Minimum>, &set_extremum<FloatMinimum>}},
+    {"max", {&set_integer<2, Maximum>, &set_extremum<FloatMaximum>}},
+    {"and", {&set_integer<2, And>, nullptr}},
+    {"or", {&set_integer<2, Or>, nullptr}},
+    {"xor", {&set_integer<2, Xor>, nullptr}},
+    {"not", {&set_integer<1, Not>, nullptr}},
+    {"cnot", {&set_integer<1, LogicalNot>, nullptr}},
+    {"shl", {&set_shift<ShiftLeft>, nullptr}},
+    {"shr", {&set_shift<ShiftRight>, nullptr}},
+    {"shf", {&set_funnel_shift, nullptr}},
+    {"bfe", {&set_bit_field_extract, nullptr}},
+    {"bfi", {&set_bit_field_insert, nullptr}},
+    {"lop3", {&set_logic3, nullptr}},
+    {"prmt", {&set_permute, nullptr}},
+    {"brev", {&set_integer<1, ReverseBits>, nullptr}},
+    {"popc", {&set_bit_count<PopulationCount>, nullptr}},
+    {"clz", {&set_bit_count<LeadingZeros>, nullptr}},
+    {"bfind", {&set_find_highest, nullptr}},
+    {"copysign", {nullptr, &set_real<2, CopySign>}},
+    {"rcp", {nullptr, &set_quotient<1, Reciprocal>}},
+    {"sqrt", {nullptr, &set_quotient<1, SquareRoot>}},
+    {"rsqrt", {nullptr, &set_quotient<1, ReciprocalSquareRoot>}},
+    {"ex2", {nullptr, &set_function<ExponentialBase2>}},
+    {"lg2", {nullptr, &set_function<LogarithmBase2>}},
+    {"sin", {nullptr, &set_function<Sine>}},
+    {"cos", {nullptr, &set_function<Cosine>}},
+    {"tanh", {nullptr, &set_function<HyperbolicTangent>}},
+};
 
 }  // namespace
 
 bool decode_arithmetic(Decoder& d) {
-  if (d.is("mul")) return decode_multiply(d, false), true;
-  if (d.is("mad") || d.is("fma")) return decode_multiply(d, true), true;
-  if (d.is("min") || d.is("max")) return decode_minimum(d, d.is("min")), true;
-  if (d.is("shl") || d.is("shr")) return decode_shift(d), true;
-  if (d.is("shf")) return decode_funnel_shift(d), true;
-  if (d.is("bfe") || d.is("bfi")) return decode_bit_field(d), true;
-  if (d.is("popc")) return set_bit_count<PopulationCount>(d), true;
-  if (d.is("clz")) return set_bit_count<LeadingZeros>(d), true;
-
-  const std::string& opcode = d.opcode();
-  const bool known = opcode == "add" || opcode == "sub" || opcode == "div" || opcode == "rem" || opcode == "abs" ||
-                     opcode == "neg" || opcode == "not" || opcode == "and" || opcode == "or" || opcode == "xor" ||
-                     opcode == "cnot" || opcode == "lop3" || opcode == "prmt" || opcode == "brev" ||
-                     opcode == "bfind" || opcode == "mul24" || opcode == "copysign" || opcode == "ex2" ||
-                     opcode == "lg2" || opcode == "rcp" || opcode == "sqrt" || opcode == "rsqrt" || opcode == "sin" ||
-                     opcode == "cos" || opcode == "tanh";
-  if (!known) return false;
-  if (opcode == "rcp" || opcode == "sqrt" || opcode == "rsqrt") take_accuracy(d);
-  if (opcode == "ex2" || opcode == "lg2" || opcode == "sin" || opcode == "cos" || opcode == "tanh") d.take("approx");
+  const auto found = kOpcodes.find(d.opcode());
+  if (found == kOpcodes.end()) return false;
   const Type type = d.take_type();
-  using U32 = std::uint32_t;
-  if (opcode == "add") {
-    is_float(type) ? set_rounded<2, FloatAdd, FloatAdd>(d, type) : set_integer<2, Add>(d, type);
-  } else if (opcode == "sub") {
-    is_float(type) ? set_rounded<2, FloatSubtract, FloatSubtract>(d, type) : set_integer<2, Subtract>(d, type);
-  } else if (opcode == "div") {
-    if (is_float(type)) take_accuracy(d);
-    is_float(type) ? set_real<2, FloatDivide>(d, type) : set_integer<2, Divide>(d, type);
-  } else if (opcode == "rem") {
-    set_integer<2, Remainder>(d, type);
-  } else if (opcode == "abs") {
-    is_float(type) ? set_float<1, FloatAbsolute>(d, type) : set_integer<1, Absolute>(d, type);
-  } else if (opcode == "neg") {
-    is_float(type) ? set_float<1, FloatNegate>(d, type) : set_integer<1, Negate>(d, type);
-  } else if (opcode == "and") {
-    set_integer<2, And>(d, type);
-  } else if (opcode == "or") {
-    set_integer<2, Or>(d, type);
-  } else if (opcode == "xor") {
-    set_integer<2, Xor>(d, type);
-  } else if (opcode == "not") {
-    set_integer<1, Not>(d, type);
-  } else if (opcode == "cnot") {
-    set_integer<1, LogicalNot>(d, type);
-  } else if (opcode == "lop3") {
-    for (const std::size_t index : {0, 1, 2, 3, 4}) d.source(index, 4);
-    d.instruction.handler = &map<Logic3, U32, U32, U32, U32, U32>;
-  } else if (opcode == "prmt") {
-    set_integer<3, Permute>(d, type);
-  } else if (opcode == "brev") {
-    if (bytes_of(type) == 8) d.source(0, 8), d.source(1, 8);
-    if (bytes_of(type) == 4) d.source(0, 4), d.source(1, 4);
-    d.instruction.handler =
-        bytes_of(type) == 8 ? &map<ReverseBits, std::uint64_t, std::uint64_t> : &map<ReverseBits, U32, U32>;
-  } else if (opcode == "bfind") {
-    const bool shift = d.take("shiftamt");
-    d.source(0, 4);
-    d.source(1, bytes_of(type));
-    const auto find = [&](auto value) {
-      using T = decltype(value);
-      d.instruction.handler = shift ? &map<ShiftToHighest, U32, T> : &map<FindHighest, U32, T>;
-    };
-    if (type == Type::kU32) find(std::uint32_t{});
-    if (type == Type::kS32) find(std::int32_t{});
-    if (type == Type::kU64) find(std::uint64_t{});
-    if (type == Type::kS64) find(std::int64_t{});
-  } else if (opcode == "mul24") {
-    if (!d.take("lo")) d.fail("only .lo is supported");
-    for (const std::size_t index : {0, 1, 2}) d.source(index, 4);
-    d.instruction.handler =
-        type == Type::kS32 ? Repeat<std::int32_t, 2>::kHandler<Multiply24> : Repeat<U32, 2>::kHandler<Multiply24>;
-  } else if (opcode == "copysign") {
-    set_real<2, CopySign>(d, type);
-  } else if (opcode == "ex2") {
-    set_float<1, ExponentialBase2>(d, type);
-  } else if (opcode == "lg2") {
-    set_float32<LogarithmBase2>(d, type);
-  } else if (opcode == "rcp") {
-    set_real<1, Reciprocal>(d, type);
-  } else if (opcode == "sqrt") {
-    set_real<1, SquareRoot>(d, type);
-  } else if (opcode == "rsqrt") {
-    set_real<1, ReciprocalSquareRoot>(d, type);
-  } else if (opcode == "sin") {
-    set_float32<Sine>(d, type);
-  } else if (opcode == "cos") {
-    set_float32<Cosine>(d, type);
-  } else if (opcode == "tanh") {
-    set_float<1, HyperbolicTangent>(d, type);
-  }
+  const Setter set = is_float(type) ? found->second.floating : found->second.integer;
+  if (set == nullptr) fail_type(d);
+  set(d, type);
   return true;
 }
 

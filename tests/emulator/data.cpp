@@ -20,8 +20,8 @@ Step load(Execution& x, const Instruction& i) {
   x.for_each_lane([&](int lane) {
     const std::uint64_t address = x.address_of(i.operands[1], lane);
     const Site site = x.site(i, lane);
-    const std::uint8_t* source =
-        x.access(site, i.space, address, bytes * count, i.option[3] ? Kind::kAtomic : Kind::kRead);
+    if (i.option[3]) x.synchronise(site.thread, reinterpret_cast<std::uint8_t*>(address), false);
+    const std::uint8_t* source = x.access(site, i.space, address, bytes * count, Kind::kRead);
     if (source == nullptr) return;
     for (int index = 0; index < count; ++index) {
       std::uint64_t bits = 0;
@@ -32,12 +32,11 @@ Step load(Execution& x, const Instruction& i) {
       }
       x.set_lane_bits(vector ? i.operands[0].elements[index] : i.operands[0], lane, bits);
     }
-    if (i.option[3] && x.check) x.global_shadow.synchronise(site.thread, source);
   });
   return Step::kNext;
 }
 
-// st [a], b; option: as above, release at device scope
+// st [a], b; option: as above, release at device scope, no data race with other such accesses
 Step store(Execution& x, const Instruction& i) {
   const int bytes = i.option[0], count = i.option[1];
   const bool vector = i.operands[1].kind == Operand::Kind::kVector;
@@ -50,11 +49,11 @@ Step store(Execution& x, const Instruction& i) {
     const std::uint64_t address = x.address_of(i.operands[0], lane);
     const Site site = x.site(i, lane);
     if (i.option[3] && x.check) x.clocks.fence_for_device(site.thread);
-    std::uint8_t* target =
-        x.access(site, i.space, address, bytes * count, i.option[3] ? Kind::kAtomic : Kind::kWrite, value);
+    const Kind kind = i.option[4] && !x.in_shared_space(i, address) ? Kind::kAtomic : Kind::kWrite;
+    std::uint8_t* target = x.access(site, i.space, address, bytes * count, kind, value);
     if (target == nullptr) return;
     std::memcpy(target, value, bytes * count);
-    if (i.option[3] && x.check) x.global_shadow.synchronise(site.thread, target);
+    if (i.option[3]) x.synchronise(site.thread, target, true);
   });
   return Step::kNext;
 }
@@ -79,9 +78,14 @@ void decode_load_store(Decoder& d) {
     d.place_any_width(registers, bytes);
   }
   d.address(1 - value);
-  const bool synchronises = order >= 3 && scope >= 2;
+  const bool device = scope >= 2, strong = order >= 2 && device;
   d.instruction.type = type;
-  d.instruction.option = {bytes, count, is_load && is_signed(type), synchronises};
+  if (is_load) {
+    // A relaxed load that polls a flag goes on with a fence: it counts as the acquire that both are together.
+    d.instruction.option = {bytes, count, is_signed(type), strong};
+  } else {
+    d.instruction.option = {bytes, count, 0, order == 4 && device, strong};
+  }
   d.instruction.handler = is_load ? &load : &store;
 }
 
@@ -167,7 +171,7 @@ Step atomic(Execution& x, const Instruction& i) {
       std::memcpy(target + index * bytes, &result, bytes);
       if (results != nullptr) x.set_lane_bits((*results)[index], lane, old);
     }
-    if (i.option[4] && x.check) x.global_shadow.synchronise(site.thread, target);
+    if (i.option[4]) x.synchronise(site.thread, target, true);
   });
   return Step::kNext;
 }
@@ -270,8 +274,9 @@ Step copy_async(Execution& x, const Instruction& i) {
                            std::to_string(address % bytes) + " bytes off");
         return;
       }
-      source = x.access(site, Space::kGlobal, address, source_bytes, Kind::kRead);
-      if (source == nullptr) return;
+      auto* global = reinterpret_cast<std::uint8_t*>(address);
+      if (!x.access_range(site, global, source_bytes, Kind::kRead)) return;
+      source = global;
     }
     const std::uint32_t target = x.shared_offset(i, i.operands[0], lane);
     if (target % bytes != 0) {

@@ -166,10 +166,16 @@ class Execution {
   bool access_range(const Site& site, std::uint8_t* address, int bytes, Kind kind, bool in_flight = false);
   const Buffer* find_buffer(const std::uint8_t* address);
   bool is_shared(std::uint64_t generic) const { return generic - shared_window < kMaxShared; }
+  bool in_shared_space(const Instruction& instruction, std::uint64_t address) const {
+    return instruction.space == Space::kShared || (instruction.space == Space::kGeneric && is_shared(address));
+  }
   // Shared address (an offset) of an operand in .shared or generic space.
   std::uint32_t shared_offset(const Instruction& instruction, const Operand& address, int lane);
 
   // ---- synchronisation
+  // Of blocks with each other: an operation on this word, unless it is shared memory, that acquires what others have
+  // published and, if it releases, publishes what the thread has fenced.
+  void synchronise(int thread, const std::uint8_t* address, bool releases);
   void complete_barrier(int id);
   void wake_phase_waiters();
   void move(std::shared_ptr<BulkCopy> copy);  // once
@@ -203,6 +209,8 @@ class Execution {
 
  private:
   void start_block(std::int64_t index);
+  void start_warp(Warp& warp, int index, const Dim3& position);
+  std::uint64_t special_value(const std::string& name, const Dim3& position, int thread) const;
   void run_block();
   void run_warp(Warp& warp);
   void finish_block();

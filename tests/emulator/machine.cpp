@@ -37,6 +37,8 @@ constexpr int kRandomQuantum = 200;
 // A block that runs longer than this is in a loop that nobody ends.
 constexpr std::uint64_t kMaxInstructionsPerBlock = 100000000;
 
+constexpr std::size_t kCacheLine = 64;
+
 Counters g_last_counters = {};
 
 std::uint8_t* shared_window_memory() {
@@ -136,10 +138,9 @@ std::uint8_t* Execution::access(const Site& site, Space space, std::uint64_t add
     space = Space::kGeneric;
   }
   auto* pointer = reinterpret_cast<std::uint8_t*>(address);
-  const int alignment = bytes & -bytes;  // of 6 bytes, a part of a cp.async, it is 2
-  if (address % alignment != 0) {
+  if (address % bytes != 0) {
     reporter.add("misaligned", site,
-                 describe() + " at an address that is " + std::to_string(address % alignment) + " bytes off");
+                 describe() + " at an address that is " + std::to_string(address % bytes) + " bytes off");
     return nullptr;
   }
   const auto in_local = static_cast<std::size_t>(pointer - local.data());
@@ -180,7 +181,7 @@ std::uint8_t* Execution::access(const Site& site, Space space, std::uint64_t add
 
 bool Execution::access_range(const Site& site, std::uint8_t* address, int bytes, Kind kind, bool in_flight) {
   ++counters.global_accesses;
-  const std::string what = "bulk copy of " + std::to_string(bytes) + " bytes";
+  const std::string what = "copy of " + std::to_string(bytes) + " bytes";
   const Buffer* buffer = find_buffer(address);
   if (buffer == nullptr || address + bytes > buffer->begin + buffer->bytes) {
     reporter.add("out-of-bounds", site, what + outside(address, bytes));
@@ -226,6 +227,11 @@ bool Execution::gather_warp(const Instruction& instruction) {
     report("divergence", instruction, "executed by part of a warp: some of its lanes have exited");
   }
   return true;
+}
+
+void Execution::synchronise(int thread, const std::uint8_t* address, bool releases) {
+  if (!check || is_shared(reinterpret_cast<std::uint64_t>(address))) return;
+  global_shadow.synchronise(thread, address, releases);
 }
 
 void Execution::complete_barrier(int id) {
@@ -350,6 +356,50 @@ bool Execution::force_waiting() {
 
 // ---- a block
 
+// What a thread reads from a special register.
+std::uint64_t Execution::special_value(const std::string& name, const Dim3& position, int thread) const {
+  const auto begins = [&name](const char* prefix) { return name.rfind(prefix, 0) == 0; };
+  const auto component = [&name](const Dim3& d) { return name.back() == 'x' ? d.x : name.back() == 'y' ? d.y : d.z; };
+  const unsigned t = thread;
+  const std::uint32_t bit = 1u << thread % kLanes;
+  if (begins("%tid.")) return component({t % block.x, t / block.x % block.y, t / block.x / block.y});
+  if (begins("%ntid.")) return component(block);
+  if (begins("%ctaid.") || begins("%clusterid.")) return component(position);
+  if (begins("%nctaid.") || begins("%nclusterid.")) return component(grid);
+  if (begins("%cluster_nctaid.") || name == "%cluster_nctarank" || name == "%nsmid") return 1;
+  if (name == "%laneid") return thread % kLanes;
+  if (name == "%warpid") return thread / kLanes;
+  if (name == "%nwarpid") return num_warps;
+  if (name == "%lanemask_eq") return bit;
+  if (name == "%lanemask_lt") return bit - 1;
+  if (name == "%lanemask_le") return bit | (bit - 1);
+  if (name == "%lanemask_gt") return ~(bit | (bit - 1));
+  if (name == "%lanemask_ge") return ~(bit - 1);
+  if (name == "%dynamic_smem_size") return kSharedStart + shared_bytes - code.dynamic_shared;
+  if (name == "%total_smem_size") return shared_bytes;
+  return 0;  // clocks, the rank in a cluster of one block, the number of the multiprocessor
+}
+
+void Execution::start_warp(Warp& each, int index, const Dim3& position) {
+  const int lanes = std::min(kLanes, num_threads - index * kLanes);
+  std::vector<std::uint8_t> storage = std::move(each.storage);
+  each = Warp();
+  each.index = index;
+  each.launched = each.alive = lanes == kLanes ? kAllLanes : (1u << lanes) - 1;
+  each.storage = std::move(storage);
+  each.storage.resize(code.register_file.size() + kCacheLine);
+  const auto address = reinterpret_cast<std::size_t>(each.storage.data());
+  each.registers = each.storage.data() + (kCacheLine - address % kCacheLine) % kCacheLine;
+  std::copy(code.register_file.begin(), code.register_file.end(), each.registers);
+  for (const auto& [name, place] : code.body.special) {
+    const int bytes = special_bytes(name);
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const std::uint64_t value = special_value(name, position, index * kLanes + lane);
+      std::memcpy(each.registers + place + lane * bytes, &value, bytes);
+    }
+  }
+}
+
 void Execution::start_block(std::int64_t index) {
   const Dim3 position{static_cast<unsigned>(index % grid.x), static_cast<unsigned>(index / grid.x % grid.y),
                       static_cast<unsigned>(index / grid.x / grid.y)};
@@ -367,46 +417,7 @@ void Execution::start_block(std::int64_t index) {
   in_flight.clear();
   warpgroups.assign((num_warps + 3) / 4, WarpgroupTrace());
   warps.resize(num_warps);
-  for (int w = 0; w < num_warps; ++w) {
-    Warp& each = warps[w];
-    const int lanes = std::min(kLanes, num_threads - w * kLanes);
-    std::vector<std::uint8_t> storage = std::move(each.storage);
-    each = Warp();
-    each.index = w;
-    each.launched = each.alive = lanes == kLanes ? kAllLanes : (1u << lanes) - 1;
-    each.storage = std::move(storage);
-    each.storage.resize(code.register_file.size() + 64);
-    const auto address = reinterpret_cast<std::size_t>(each.storage.data());
-    each.registers = each.storage.data() + (64 - address % 64) % 64;
-    std::copy(code.register_file.begin(), code.register_file.end(), each.registers);
-    for (const auto& [name, place] : code.body.special) {
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const unsigned thread = w * kLanes + lane;
-        const Dim3 tid{thread % block.x, thread / block.x % block.y, thread / block.x / block.y};
-        const auto component = [&name = name](const Dim3& d) {
-          return name.back() == 'x' ? d.x : name.back() == 'y' ? d.y : d.z;
-        };
-        std::uint64_t value = 0;  // clocks, clusters of one block, and the number of the multiprocessor: all zero
-        if (name.rfind("%tid.", 0) == 0) value = component(tid);
-        if (name.rfind("%ntid.", 0) == 0) value = component(block);
-        if (name.rfind("%ctaid.", 0) == 0 || name.rfind("%clusterid.", 0) == 0) value = component(position);
-        if (name.rfind("%nctaid.", 0) == 0 || name.rfind("%nclusterid.", 0) == 0) value = component(grid);
-        if (name.rfind("%cluster_nctaid.", 0) == 0 || name == "%cluster_nctarank" || name == "%nsmid") value = 1;
-        if (name == "%laneid") value = lane;
-        if (name == "%warpid") value = w;
-        if (name == "%nwarpid") value = num_warps;
-        if (name == "%lanemask_eq") value = 1u << lane;
-        if (name == "%lanemask_lt") value = (1u << lane) - 1;
-        if (name == "%lanemask_le") value = (2ull << lane) - 1;
-        if (name == "%lanemask_gt") value = ~((2ull << lane) - 1) & kAllLanes;
-        if (name == "%lanemask_ge") value = ~((1u << lane) - 1);
-        if (name == "%dynamic_smem_size") value = kSharedStart + shared_bytes - code.dynamic_shared;
-        if (name == "%total_smem_size") value = shared_bytes;
-        const bool wide = name == "%clock64" || name == "%globaltimer" || name == "%gridid";
-        std::memcpy(each.registers + place + lane * (wide ? 8 : 4), &value, wide ? 8 : 4);
-      }
-    }
-  }
+  for (int w = 0; w < num_warps; ++w) start_warp(warps[w], w, position);
 }
 
 void Execution::run_block() {

@@ -14,6 +14,7 @@
 #include "machine.h"
 #include "memory.h"
 #include "subject.h"
+#include "tma.h"
 
 namespace py = pybind11;
 using namespace emulator;
@@ -243,6 +244,18 @@ PYBIND11_MODULE(_emulator, m) {
     global_memory().release(pointer);
     if (--live_buffers == 0) global_memory().release_all();
   });
+  // The bytes of a tensor map, for kernels that are run without a launcher.
+  m.def("tensor_map",
+        [](std::uintptr_t address, int element_bytes, const std::vector<std::uint64_t>& sizes,
+           const std::vector<std::uint64_t>& byte_strides, const std::vector<std::uint32_t>& box, int swizzle) {
+          alignas(64) char map[128];
+          const std::vector<std::uint32_t> element_strides(sizes.size(), 1);
+          const std::string reason =
+              encode_tensor_map(map, element_bytes, static_cast<int>(sizes.size()), reinterpret_cast<void*>(address),
+                                sizes.data(), byte_strides.data(), box.data(), element_strides.data(), swizzle);
+          if (!reason.empty()) throw std::invalid_argument("tensor_map: " + reason);
+          return py::bytes(map, sizeof map);
+        });
   m.def("set_device_of",
         [](std::uintptr_t address, int device) { driver().device_of[reinterpret_cast<void*>(address)] = device; });
 

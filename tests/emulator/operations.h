@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <type_traits>
 
@@ -219,19 +220,25 @@ struct Permute {
 struct PopulationCount {
   template <typename T>
   std::uint32_t operator()(T a) const {
-    return __builtin_popcountll(a);
+    return __builtin_popcountll(static_cast<std::make_unsigned_t<T>>(a));
   }
 };
 struct LeadingZeros {
-  std::uint32_t operator()(std::uint32_t a) const { return a == 0 ? 32 : __builtin_clz(a); }
-  std::uint32_t operator()(std::uint64_t a) const { return a == 0 ? 64 : __builtin_clzll(a); }
+  template <typename T>
+  std::uint32_t operator()(T a) const {
+    constexpr int kSpare = 64 - 8 * sizeof(T);
+    const auto bits = static_cast<std::make_unsigned_t<T>>(a);
+    return bits == 0 ? 8 * sizeof(T) : __builtin_clzll(bits) - kSpare;
+  }
 };
 struct ReverseBits {
   template <typename T>
   T operator()(T a) const {
-    T result = 0;
-    for (std::size_t bit = 0; bit < 8 * sizeof(T); ++bit) result |= (a >> bit & 1) << (8 * sizeof(T) - 1 - bit);
-    return result;
+    constexpr std::size_t kBits = 8 * sizeof(T);
+    std::uint64_t result = 0;
+    for (std::size_t bit = 0; bit < kBits; ++bit)
+      result |= (static_cast<std::uint64_t>(a) >> bit & 1) << (kBits - 1 - bit);
+    return static_cast<T>(result);
   }
 };
 // bfind: the position of the first bit that is not a copy of the sign.
@@ -332,7 +339,10 @@ struct ExponentialBase2 {
   }
 };
 struct LogarithmBase2 {
-  float operator()(float a) const { return std::log2(a); }
+  template <typename T>
+  T operator()(T a) const {
+    return T(std::log2(static_cast<float>(a)));
+  }
 };
 struct Reciprocal {
   template <typename T>
@@ -351,10 +361,16 @@ struct ReciprocalSquareRoot {
   double operator()(double a) const { return 1.0 / std::sqrt(a); }
 };
 struct Sine {
-  float operator()(float a) const { return std::sin(a); }
+  template <typename T>
+  T operator()(T a) const {
+    return T(std::sin(static_cast<float>(a)));
+  }
 };
 struct Cosine {
-  float operator()(float a) const { return std::cos(a); }
+  template <typename T>
+  T operator()(T a) const {
+    return T(std::cos(static_cast<float>(a)));
+  }
 };
 struct HyperbolicTangent {
   template <typename T>

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cctype>
 #include <cstring>
-#include <functional>
 #include <sstream>
 #include <stdexcept>
 
@@ -412,7 +411,7 @@ class BodyParser {
     for (Operand& element : operand.elements) place_special(element);
     if (operand.width != kUnplacedSpecial) return;
     const std::string& name = special_order_[operand.place];
-    operand.width = name == "%clock64" || name == "%globaltimer" || name == "%gridid" ? 8 : 4;
+    operand.width = static_cast<std::uint8_t>(special_bytes(name));
     operand.place = body_.special[name];
   }
 
@@ -457,7 +456,6 @@ class ModuleParser {
       entry.symbols = symbols_;
       entry.shared_bytes = shared_bytes_;
       entry.dynamic_alignment = dynamic_alignment_;
-      entry.dynamic_name = dynamic_name_;
       entry.module = module_;
     }
     return std::move(entries_);
@@ -499,7 +497,6 @@ class ModuleParser {
     if (variable.space == "shared") {
       if (variable.bytes == 0) {
         symbols_[variable.name] = kDynamicShared;
-        dynamic_name_ = variable.name;
         dynamic_alignment_ = std::max(dynamic_alignment_, variable.alignment);
       } else {
         symbols_[variable.name] = place_shared(variable, &shared_bytes_);
@@ -574,7 +571,6 @@ class ModuleParser {
   std::vector<Entry> entries_;
   std::map<std::string, std::int64_t> symbols_;
   std::size_t shared_bytes_ = 0, dynamic_alignment_ = 16;
-  std::string dynamic_name_;
 };
 
 }  // namespace
@@ -625,6 +621,10 @@ bool is_float(Type type) {
 
 bool is_signed(Type type) {
   return type == Type::kS8 || type == Type::kS16 || type == Type::kS32 || type == Type::kS64;
+}
+
+int special_bytes(const std::string& name) {
+  return name == "%clock64" || name == "%globaltimer" || name == "%gridid" ? 8 : 4;
 }
 
 std::uint8_t* parameter_block() {

@@ -105,13 +105,14 @@ struct Entry {
   std::map<std::string, std::int64_t> symbols;  // module variables and .shared arrays of module scope
   std::size_t shared_bytes = 0;                 // static
   std::size_t dynamic_alignment = 16;           // of the .extern .shared array
-  std::string dynamic_name;                     // "": no dynamic shared memory
   std::shared_ptr<Module> module;
 };
 
+int special_bytes(const std::string& name);  // per lane of a special register
+
 struct Body {
   std::vector<Statement> statements;
-  std::map<std::string, std::uint32_t> special;  // register -> place of its row, 4 bytes per lane (%clock64: 8)
+  std::map<std::string, std::uint32_t> special;  // register -> place of its row
   std::uint32_t register_bytes = 0;
   std::uint32_t local_bytes = 0;  // per thread
   std::size_t shared_bytes = 0;   // static, with the arrays declared in the body

@@ -60,7 +60,8 @@ void SharedShadow::reset(const std::uint8_t* memory, std::size_t bytes, const st
   memory_ = memory;
   code_ = code;
   end_ = kSharedStart + bytes;
-  cells_.assign((bytes + 1) / 2, Cell{});
+  cells_.resize((bytes + 1) / 2);
+  ++block_;
   more_reads_.clear();
 }
 
@@ -322,8 +323,10 @@ void GlobalShadow::write(const Site& site, const std::uint8_t* address, int byte
   }
 }
 
-void GlobalShadow::synchronise(int thread, const std::uint8_t* address) {
+void GlobalShadow::synchronise(int thread, const std::uint8_t* address, bool releases) {
   acquisitions_.push_back({address, clocks_.now(thread), thread});
+  clocks_.advance(thread);
+  if (!releases) return;
   std::vector<Publication>& publications = publications_[address];
   if (publications.empty() || publications.back().block != block_) {
     publications.push_back({block_, std::vector<std::uint32_t>(clocks_.columns(), 0)});
@@ -331,7 +334,6 @@ void GlobalShadow::synchronise(int thread, const std::uint8_t* address) {
   std::vector<std::uint32_t>& published = publications.back().clocks;
   const std::uint32_t* fenced = clocks_.fenced_for_device(thread);
   for (std::size_t i = 0; i < published.size(); ++i) published[i] = std::max(published[i], fenced[i]);
-  clocks_.advance(thread);
 }
 
 }  // namespace emulator

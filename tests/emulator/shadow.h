@@ -72,12 +72,13 @@ class Clocks {
 
 enum class Proxy { kGeneric, kAsync };
 
-// One cell for every two bytes of shared memory: the last write, the reads since, and what is still in flight.
+// One cell for every two bytes of shared memory: the last write, the reads since, and what is still in flight. Both
+// bytes of a cell count as one.
 class SharedShadow {
  public:
   SharedShadow(Clocks& clocks, Reporter& reporter) : clocks_(clocks), reporter_(reporter) {}
 
-  // Clears `bytes` of memory that starts at kSharedStart. Statements number accesses relative to `code`.
+  // A new block with `bytes` of memory that starts at kSharedStart. Accesses number their statements within `code`.
   void reset(const std::uint8_t* memory, std::size_t bytes, const std::vector<Statement>* code);
   bool contains(std::uint64_t offset, std::size_t bytes) const {
     return offset >= kSharedStart && offset + bytes <= end_;
@@ -105,6 +106,7 @@ class SharedShadow {
   enum State : std::uint8_t { kWritten = 1, kInFlight = 2, kByCopy = 4, kMbarrier = 8, kAtomic = 16 };
   static constexpr int kReaders = 8;
   struct Cell {
+    std::uint32_t block;  // that used it last; for another one it is as new
     Access write;
     Access reads[kReaders];
     std::uint8_t state;
@@ -113,7 +115,14 @@ class SharedShadow {
     bool more_reads;  // in `more_reads_`
   };
 
-  Cell& cell(std::uint32_t offset) { return cells_[(offset - kSharedStart) / 2]; }
+  Cell& cell(std::uint32_t offset) {
+    Cell& found = cells_[(offset - kSharedStart) / 2];
+    if (found.block != block_) {
+      found = Cell{};
+      found.block = block_;
+    }
+    return found;
+  }
   void remember_read(Cell& cell, const Access& access);
   void check_no_reader(const Site& site, std::uint32_t offset, const Cell& cell);
   void check_write(const Site& site, std::uint32_t offset, const Cell& cell, bool same_value);
@@ -126,6 +135,7 @@ class SharedShadow {
   const std::vector<Statement>* code_ = nullptr;
   const std::uint8_t* memory_ = nullptr;
   std::size_t end_ = kSharedStart;
+  std::uint32_t block_ = 0;  // counts blocks, not their place in the grid
   std::vector<Cell> cells_;
   std::unordered_map<const Cell*, std::vector<Access>> more_reads_;  // when more than eight read a cell
 };
@@ -142,7 +152,7 @@ class GlobalShadow {
   void write(const Site& site, const std::uint8_t* address, int bytes, const Buffer& buffer, bool atomic,
              bool in_flight = false);
   // An atomic operation, or a store with release or a load with acquire semantics, on the word at this address.
-  void synchronise(int thread, const std::uint8_t* address);
+  void synchronise(int thread, const std::uint8_t* address, bool releases);
 
  private:
   static constexpr std::size_t kPageBytes = 4096;

@@ -348,6 +348,167 @@ def test_wgmma_with_a_in_registers(k_major, width, leading, stride, start, sign)
     assert torch.equal(gather(out[:, :4], wgmma_d, (64, 8)), sign * a.float() @ b.T)
 
 
+# ---- bulk copies of tensors
+
+BULK = """
+.version 8.6
+.target sm_90a
+.address_size 64
+.visible .entry program(.param .u64 program_out, .param .align 64 .b8 program_map[128],
+                        .param .align 4 .b8 program_numbers[24])
+{{
+  .shared .align 1024 .b8 tile[16384];
+  .shared .align 8 .b64 full;
+  .reg .b64 %map, %out, %address;
+  .reg .b32 %tid, %tile, %full, %bytes, %i, %at, %word, %c<5>;
+  .reg .pred %first, %again, %done;
+  ld.param.u64 %out, [program_out];
+  mov.b64 %map, program_map;
+  ld.param.u32 %bytes, [program_numbers];
+  ld.param.u32 %c0, [program_numbers+4];
+  ld.param.u32 %c1, [program_numbers+8];
+  ld.param.u32 %c2, [program_numbers+12];
+  ld.param.u32 %c3, [program_numbers+16];
+  ld.param.u32 %c4, [program_numbers+20];
+  mov.u32 %tid, %tid.x;
+  mov.u32 %tile, tile;
+  mov.u32 %full, full;
+  setp.eq.u32 %first, %tid, 0;
+  {body}
+}}
+"""
+LOAD = """
+  @%first mbarrier.init.shared::cta.b64 [%full], 1;
+  @%first fence.mbarrier_init.release.cluster;
+  bar.sync 0;
+  @%first mbarrier.arrive.expect_tx.shared::cta.b64 _, [%full], %bytes;
+  @%first cp.async.bulk.tensor.{rank}d.shared::cluster.global.tile.mbarrier::complete_tx::bytes
+      [%tile], [%map, {{{coordinates}}}], [%full];
+WAIT:
+  mbarrier.try_wait.parity.shared::cta.b64 %done, [%full], 0;
+  @!%done bra WAIT;
+  shl.b32 %i, %tid, 2;
+COPY:
+  setp.ge.u32 %again, %i, %bytes;
+  @%again ret;
+  add.u32 %at, %tile, %i;
+  ld.shared.u32 %word, [%at];
+  cvt.u64.u32 %address, %i;
+  add.u64 %address, %out, %address;
+  st.global.u32 [%address], %word;
+  add.u32 %i, %i, 128;
+  bra COPY;
+"""
+STORE = """
+  shl.b32 %i, %tid, 2;
+COPY:
+  add.u32 %at, %tile, %i;
+  cvt.u64.u32 %address, %i;
+  add.u64 %address, %out, %address;
+  ld.global.u32 %word, [%address];
+  st.shared.u32 [%at], %word;
+  add.u32 %i, %i, 128;
+  setp.lt.u32 %again, %i, %bytes;
+  @%again bra COPY;
+  fence.proxy.async.shared::cta;
+  bar.sync 0;
+  @%first {instruction}.tensor.{rank}d.global.shared::cta{add}.tile.bulk_group [%map, {{{coordinates}}}], [%tile];
+  @%first cp.async.bulk.commit_group;
+  @%first cp.async.bulk.wait_group 0;
+  ret;
+"""
+
+
+class Box:
+    """A box of a tensor of 32-bit numbers, and the program that copies it."""
+
+    def __init__(self, sizes, box, corner, swizzle):
+        self.sizes, self.box, self.corner, self.swizzle = sizes, box, corner, swizzle  # outermost dimension first
+        self.emu = Emulator(schedule="random")
+        self.tensor = torch.arange(1.0, 1 + torch.Size(sizes).numel()).reshape(sizes)
+        self.count = torch.Size(box).numel()
+
+    def run(self, body, writable, buffer):
+        tensor = self.emu.tensor(self.tensor, name="tensor", writable=writable)
+        strides = [4 * stride for stride in self.tensor.stride()[:-1]]
+        tensor_map = self.emu._host.tensor_map(
+            tensor.data_ptr(), 4, self.sizes[::-1], strides[::-1], self.box[::-1], self.swizzle
+        )
+        corner = [*self.corner[::-1], 0, 0, 0, 0][:5]
+        numbers = b"".join((n % 2**32).to_bytes(4, "little") for n in (4 * self.count, *corner))
+        rank = len(self.sizes)
+        text = (
+            BULK.format(body=body)
+            .replace("RANK", str(rank))
+            .replace("COORDINATES", ", ".join(f"%c{i}" for i in range(rank)))
+        )
+        self.emu.run_ptx(text, "program", 1, 32, (buffer, tensor_map, numbers))
+        self.emu.assert_clean()
+        return tensor.cpu()
+
+    def elements(self):
+        """Every element of the box: its place in the tensor (None: outside) and in shared memory, in words."""
+        for number, index in enumerate(itertools.product(*map(range, self.box))):
+            place = tuple(c + i for c, i in zip(self.corner, index, strict=True))
+            inside = all(0 <= p < size for p, size in zip(place, self.sizes, strict=True))
+            yield place if inside else None, swizzle(4 * number, self.swizzle) // 4
+
+
+BOXES = [
+    ([64], [32], [-4], 0),
+    ([40, 64], [16, 32], [8, 16], 128),
+    ([40, 64], [16, 32], [32, -8], 128),
+    ([40, 64], [64, 16], [-3, 52], 64),
+    ([5, 7, 12], [2, 8, 8], [4, -1, 8], 32),
+    ([2, 3, 5, 8], [1, 2, 4, 8], [1, 2, 3, 0], 0),
+    ([2, 2, 2, 3, 8], [2, 1, 2, 2, 8], [0, 1, 1, 2, 0], 32),
+]
+
+
+@pytest.mark.parametrize(("sizes", "box", "corner", "width"), BOXES)
+def test_bulk_load(sizes, box, corner, width):
+    copy = Box(sizes, box, corner, width)
+    out = copy.emu.empty((copy.count,), torch.float32, name="out")
+    copy.run(LOAD.format(rank="RANK", coordinates="COORDINATES"), False, out)
+    words = out.cpu()
+    for place, word in copy.elements():
+        assert words[word] == (0 if place is None else copy.tensor[place])
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize(("sizes", "box", "corner", "width"), BOXES)
+def test_bulk_store(sizes, box, corner, width, add):
+    copy = Box(sizes, box, corner, width)
+    given = torch.randint(0, 100, (copy.count,)).float()
+    instruction = "cp.reduce.async.bulk" if add else "cp.async.bulk"
+    body = STORE.format(instruction=instruction, add=".add" if add else "", rank="RANK", coordinates="COORDINATES")
+    result = copy.run(body, True, copy.emu.tensor(given, name="given"))
+    expected = copy.tensor.clone()
+    for place, word in copy.elements():
+        if place is not None:
+            expected[place] = given[word] + (expected[place] if add else 0)
+    assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"address": 8}, "address must be a multiple of 16"),
+        ({"byte_strides": [100]}, "stride 0 is 100 bytes"),
+        ({"box": [512, 1]}, "box 0 is 512"),
+        ({"box": [3, 1]}, "12 bytes wide, must be a multiple of 16"),
+        ({"swizzle": 32}, "64 bytes wide, more than its swizzle"),
+        ({"sizes": [0, 4]}, "size 0 is 0"),
+    ],
+)
+def test_tensor_maps_that_a_driver_refuses(changes, reason):
+    good = {"address": 4096, "element_bytes": 4, "sizes": [64, 4], "byte_strides": [256], "box": [16, 2], "swizzle": 64}
+    encode = Emulator()._host.tensor_map
+    assert len(encode(*good.values())) == 128
+    with pytest.raises(ValueError, match=reason):
+        encode(*(good | changes).values())
+
+
 # ---- shuffles
 
 
