@@ -10,6 +10,7 @@ from numerics import assert_elements_close, assert_rows_close, nan_filled
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from andromeda.ops import _select
 from andromeda.ops import qk_norm_rotary as module
 from andromeda.ops._select import BACKENDS
 from andromeda.ops.qk_norm_rotary import qk_norm_rotary, unsupported
@@ -618,6 +619,17 @@ def test_layers_share_the_tables(backend, tensors_for):
     for _ in range(5):
         qk_norm_rotary(q, k, backend=backend, **PLAIN.options())
     assert module._cached_tables.cache_info().misses == 1
+
+
+def test_a_graph_makes_its_own_tables(backend, tensors_for, monkeypatch):
+    """What the cache holds may be gone at a later replay."""
+    q, k, *_ = tensors_for(PLAIN)
+    expected = qk_norm_rotary(q, k, backend=backend, **PLAIN.options())
+    module._cached_tables.cache_clear()
+    monkeypatch.setattr(_select, "is_capturing", lambda device: True)
+    for result, other in zip(qk_norm_rotary(q, k, backend=backend, **PLAIN.options()), expected, strict=True):
+        torch.testing.assert_close(result, other)
+    assert module._cached_tables.cache_info().currsize == 0
 
 
 def test_decoding_makes_tables_rarely(backend, tensors_for):

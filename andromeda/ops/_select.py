@@ -120,6 +120,11 @@ def current_stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether the calls of this moment become a CUDA graph: memory they keep must then be the graph's own."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 _tickets = {}  # (device, stream) -> counters
 
 
@@ -131,7 +136,7 @@ def tickets(device: torch.device, count: int) -> torch.Tensor | None:
     """
     if count == 0:
         return None
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if is_capturing(device):
         return torch.zeros(count, dtype=torch.int32, device=device)
     place = device, current_stream(device)
     if place not in _tickets or _tickets[place].numel() < count:

@@ -254,7 +254,8 @@ def _tables(q, k, rotary_dim, xpos, position, origin):
     seqlens = q.shape[1], k.shape[1]
     # The last position of every table is `last`; what lies after `end` is cut off again.
     rows = (last - (end - seqlen) // _TABLE_BLOCK * _TABLE_BLOCK for seqlen in seqlens)
-    made = _cached_tables(*rows, rotary_dim, xpos, last, origin, _compute_dtype(q), q.device, stream)
+    make = _made_tables if _select.is_capturing(q.device) else _cached_tables
+    made = make(*rows, rotary_dim, xpos, last, origin, _compute_dtype(q), q.device, stream)
     surplus = last - end
     tables = (
         table[len(table) - surplus - seqlen : len(table) - surplus] for table, seqlen in zip(made, seqlens, strict=True)
@@ -267,6 +268,12 @@ def _cached_tables(rows_q, rows_k, rotary_dim, xpos, end, origin, dtype, device,
     # Memory is reused in the order of the stream it was allocated on: each stream has tables of its own.
     tables = reference.rotary_tables(rows_q, rows_k, rotary_dim, xpos, end - rows_k, origin)
     return tuple(table.to(device=device, dtype=dtype) for table in tables)
+
+
+def _made_tables(rows_q, rows_k, rotary_dim, xpos, end, origin, dtype, device, stream):
+    """For a graph, which reads its tables at every replay and must not copy from the host: it makes them itself."""
+    tables = reference.rotary_tables(rows_q, rows_k, rotary_dim, xpos, end - rows_k, origin, device)
+    return tuple(table.to(dtype) for table in tables)
 
 
 def _fake_forward(q, k, *args):

@@ -43,11 +43,11 @@ def rotate(x, table, transpose=False):
     return torch.cat((rotated, x[..., table.shape[-1] :]), dim=-1)
 
 
-def rotary_tables(seqlen_q, seqlen_k, rotary_dim, xpos, position, origin):
+def rotary_tables(seqlen_q, seqlen_k, rotary_dim, xpos, position, origin, device="cpu"):
     """Tables for q and k, float64 (seqlen, rotary_dim): row p holds z * cos(p * omega_t) at 2t, z * sin at 2t + 1."""
     end = position + seqlen_k
     origin = default_origin(seqlen_q, seqlen_k, position) if origin is None else origin
-    double = {"dtype": torch.float64, "device": "cpu"}
+    double = {"dtype": torch.float64, "device": device}
     twice_t = torch.arange(0, rotary_dim, 2, **double)
     omega = 10000.0 ** (-twice_t / max(rotary_dim, 1))
     log_zeta = torch.log((twice_t + 0.4 * rotary_dim) / (1.4 * rotary_dim))

@@ -6,25 +6,26 @@
 //                    keys, 64 per tile                   registers of a lane          head_dim   64      128
 //                 <- processed leftwards                 output, float32                         64      128
 //               +-------+-------+-------+                scores, then weights, float32           64       64
-//     warp 0    | plain | plain | hide  |                sums, references                        16       16
+//     warp 0    | plain | plain | hide  |                sums of rounded weights, references     12       12
 //     warp 1    | plain | plain | hide  |
 //     warp 2    | plain | plain | plain | hide           shared memory
 //     warp 3    | plain | plain | plain | hide           Q 128 rows, K 64, V 64                32 KiB   64 KiB
-//               +-------+-------+-------+                visible keys of each row             1.5 KiB  1.5 KiB
+//               +-------+-------+-------+                visible keys of each row, sums       3.6 KiB  3.6 KiB
 //
 // With two groups a fragment of K or V read from shared memory serves two products. There is one buffer for K and one
-// for V: V arrives during Q K^T, the next K during P V, and the second block of a multiprocessor computes while this
-// one waits. Tiles that no row of a block sees, or that its bias makes negligible (Head::window), are not loaded; a
-// warp computes none that its own 32 rows do not see.
+// for V: V arrives during Q K^T, the next K during P V, and the other blocks of a multiprocessor compute while this one
+// waits. Tiles that no row of a block sees, or that its bias makes negligible (Head::window), are not loaded; a warp
+// computes none that its own 32 rows do not see.
 //
 // Softmax: the weight of a score s is 2^(s * scale2 - reference). Where the head's logits have a small bound the
 // reference is a constant (bounded, gpu_kernels 1.3), otherwise the row's largest score so far (online). The output is
 // divided by the sum of the weights as rounded for the second product, so that the rounding of a dominant weight
-// cancels; that sum is one more column of the product. softmax_lse takes the sum of the unrounded weights.
+// cancels; that sum is one more tile of columns of the product. softmax_lse takes the sum of the unrounded weights.
 //
 // Cost: 4 * head_dim flops per visible pair. Q and out move once; K and V once per query tile, from L2 where the heads
-// that share them run together. float32 operations per score: 0.5 for the bias, 1 for the exponent, 1 for the sum, 0.5
-// to pack; online softmax 1 more.
+// that share them run together. A plain tile of a warp with head_dim 128 is about 900 instructions: 264 products, 80
+// ldmatrix, 16 copies, 64 exponentials; per score one operation for the bias, one for the exponent, one for the sum,
+// half a one to pack, and one for the maximum where it is online.
 //
 // Not here: float32 operands, head_dim above 128, dropout.
 #pragma once
@@ -45,9 +46,9 @@ template <int kHeadDim>
 inline constexpr int kForwardSharedBytes =
     kTileBytes<kForwardQueries, kHeadDim> + 2 * kTileBytes<kForwardKeys, kHeadDim>;
 
-// Registers allow two blocks per multiprocessor with head_dim 128, and three with 64.
+// Per multiprocessor, as registers allow without spills.
 template <int kHeadDim>
-inline constexpr int kForwardMinBlocks = 2;
+inline constexpr int kForwardMinBlocks = kHeadDim == 64 ? 3 : 2;
 
 struct ForwardPlan {
   float scale2;     // softmax_scale * log2(e)
@@ -86,19 +87,23 @@ struct ForwardPlace {
   }
 };
 
-// What the block agrees on before its loop. In shared memory, because the loop has no register left for it.
-struct ForwardAgreement {
+// What the block agrees on before its loop, and sums of the unrounded weights: in shared memory, because the loop has
+// no register left for it.
+struct ForwardShared {
   Row rows[kForwardQueries];
   Reach reach[kForwardWarps];  // of a warp's rows
   int all_see_themselves[kForwardWarps];
-  int first_key, is_bounded;  // to be read after the loop's first barrier
+  int first_key, is_bounded;                           // to be read after the loop's first barrier
+  alignas(16) ForwardRowValues sums[kForwardThreads];  // of the columns of each lane, which alone uses its own
+
+  __device__ ForwardRowValues& own_sum() { return sums[read_thread_index()]; }
 };
 
 // Moves the references to the rows' largest scores so far, and what was summed against the old ones with them.
 template <int kTiles>
 __device__ inline void move_references(ForwardRowValues& reference, float (&out)[kForwardGroups][kTiles][4],
-                                       float (&rounded_sum)[4], ForwardRowValues& sum, const ForwardScores& scores,
-                                       float scale2) {
+                                       float (&rounded_sum)[kForwardGroups][4], ForwardRowValues& sum,
+                                       const ForwardScores& scores, float scale2) {
   ForwardRowValues factor;
   bool moved = false;
 #pragma unroll
@@ -124,9 +129,9 @@ __device__ inline void move_references(ForwardRowValues& reference, float (&out)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       sum[group][half] *= factor[group][half];
-      rounded_sum[2 * half + group] *= factor[group][half];
 #pragma unroll
       for (int i = 2 * half; i < 2 * half + 2; ++i) {
+        rounded_sum[group][i] *= factor[group][half];
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) out[group][n][i] *= factor[group][half];
       }
@@ -169,7 +174,7 @@ template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
     attention_forward_kernel(const AttentionParams params, const ForwardPlan plan) {
   extern __shared__ __align__(kTileAlignment) unsigned char shared[];
-  __shared__ ForwardAgreement agreement;
+  __shared__ ForwardShared common;
   const std::uint32_t q_tile = shared_address(shared);
   const std::uint32_t k_tile = q_tile + kTileBytes<kForwardQueries, kHeadDim>;
   const std::uint32_t v_tile = k_tile + kTileBytes<kForwardKeys, kHeadDim>;
@@ -190,40 +195,41 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
   const bool exists = own_query < params.seqlen_q;
   const Reach reach = Reach::of(own_row, exists, head.window).of_warp();
   const bool sees_itself = __all_sync(kWholeWarp, !exists || own_row.empty() || own_row.sees_itself());
-  agreement.rows[threadIdx.x] = own_row;
+  common.rows[threadIdx.x] = own_row;
   if (const int warp = threadIdx.x / kWarpLanes; threadIdx.x % kWarpLanes == 0) {
-    agreement.reach[warp] = reach;
-    agreement.all_see_themselves[warp] = sees_itself;
+    common.reach[warp] = reach;
+    common.all_see_themselves[warp] = sees_itself;
   }
-  __syncthreads();  // the agreement is complete
+  __syncthreads();  // all warps have written theirs
   int begin = kUnlimited, end = 0;
-  bool is_bounded = true;  // own keys alone keep a biased row's weights in range
+  bool is_bounded = true;  // a biased row that does not see its own key may have only tiny weights
 #pragma unroll
   for (int i = 0; i < kForwardWarps; ++i) {
-    begin = min(begin, agreement.reach[i].begin);
-    end = max(end, agreement.reach[i].end);
-    is_bounded = is_bounded && agreement.all_see_themselves[i] != 0;
+    begin = min(begin, common.reach[i].begin);
+    end = max(end, common.reach[i].end);
+    is_bounded = is_bounded && common.all_see_themselves[i] != 0;
   }
-  is_bounded = head.bound <= kMaxBound<T> && (head.slope == 0.0f || is_bounded);
+  is_bounded = head.bound <= kMaxBound<T> && (is_bounded || head.slope == 0.0f);
   const int first_key = begin / kForwardKeys * kForwardKeys;
   const int last_key = uniform((end - 1) / kForwardKeys * kForwardKeys);
   if (threadIdx.x == 0) {
-    agreement.first_key = first_key;
-    agreement.is_bounded = is_bounded;
+    common.first_key = first_key;
+    common.is_bounded = is_bounded;
   }
 
   // The bias and the references in units of <q, k>. With a bound the reference undoes seed_bias's lowering of rows g,
   // so that a weight is that of the true logit.
   const float raw_slope = head.slope / params.softmax_scale;
-  ForwardRowValues reference, sum;
-  float rounded_sum[4] = {};
+  ForwardRowValues reference;
+  ForwardRowValues& sum_so_far = common.own_sum();
+  float rounded_sum[kForwardGroups][4] = {};
   float out[kForwardGroups][kHeadDim / 8][4] = {};
 #pragma unroll
   for (int group = 0; group < kForwardGroups; ++group) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       reference[group][half] = is_bounded ? -lowered_by(half) * raw_slope : -__int_as_float(0x7f800000);
-      sum[group][half] = 0.0f;
+      sum_so_far[group][half] = 0.0f;
     }
   }
 
@@ -244,49 +250,49 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
       if (touched) {
         const ForwardPlace place = ForwardPlace::read();
         const int warp_position = block.query + place.warp_row + params.seqlen_k - params.seqlen_q;
-        // With a causal mask what lies right of the diagonal is hidden, and without a bias both forms are zero.
-        const bool left_of_diagonal = params.causal || raw_slope == 0.0f || key + kForwardKeys <= warp_position + 1;
+        const int position = warp_position + place.row, lane_key = key + place.column;
         ForwardScores scores;
-        seed_bias(scores, raw_slope, warp_position + place.row, key + place.column, left_of_diagonal);
+        seed_bias(scores, raw_slope, position, lane_key, true);
         multiply_transposed<T, kHeadDim, kForwardQueries, kForwardKeys>(scores, q_tile, place.warp_row, k_tile);
-        const Reach& all = agreement.reach[place.warp_row / kForwardWarpRows];
-        if (!all.is_plain(key, kForwardKeys)) hide(scores, agreement.rows + place.warp_row, key + place.column);
-        if (!agreement.is_bounded) move_references(reference, out, rounded_sum, sum, scores, plan.scale2);
-        take_weights<T>(weights, sum, scores, reference, plan.scale2);
+        // With a causal mask what lies right of the diagonal is hidden, and without a bias there is nothing to mirror.
+        const bool left_of_diagonal = params.causal || raw_slope == 0.0f || key + kForwardKeys <= warp_position + 1;
+        if (!left_of_diagonal) mirror_bias(scores, raw_slope, position, lane_key);
+        const Reach& stored_reach = common.reach[place.warp_row / kForwardWarpRows];
+        if (!stored_reach.is_plain(key, kForwardKeys)) hide(scores, common.rows + place.warp_row, lane_key);
+        if (!common.is_bounded) move_references(reference, out, rounded_sum, common.own_sum(), scores, plan.scale2);
+        take_weights<T>(weights, common.own_sum(), scores, reference, plan.scale2);
       }
 
       cp_async_wait<0>();
       __syncthreads();  // V has arrived for all; all have read K
-      if (key > agreement.first_key) {
+      if (key > common.first_key) {
         load_tile<kForwardKeys, kHeadDim, kForwardThreads>(k_tile, k, key - kForwardKeys);
         cp_async_commit();
       }
       if (touched) {
-        const int row = ForwardPlace::read().row;
 #pragma unroll
         for (int step = 0; step < kForwardKeys / 16; ++step) {
 #pragma unroll
           for (int group = 0; group < kForwardGroups; ++group) {
-            const std::uint32_t ones = row % 2 == group ? kPairOfOnes<T> : 0;
-            mma<T>(rounded_sum, weights[step][group], ones, ones);
+            mma<T>(rounded_sum[group], weights[step][group], kPairOfOnes<T>, kPairOfOnes<T>);
           }
           multiply_step<T, kHeadDim, kForwardKeys>(out, weights[step], v_tile, step);
         }
       }
       key -= kForwardKeys;
-    } while (key >= agreement.first_key);
+    } while (key >= common.first_key);
   }
 
-  // `sum` holds the lane's columns; the four lanes of a row add theirs.
   const ForwardPlace place = ForwardPlace::read();
   const int first_query = block.query + place.warp_row;
+  ForwardRowValues& sum = common.own_sum();
   ForwardRowValues factor;
 #pragma unroll
   for (int group = 0; group < kForwardGroups; ++group) {
-    sum_over_group(sum[group], 2);
+    sum_over_group(sum[group], 2);  // the four lanes of a row have different columns
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float divisor = rounded_sum[2 * half + group];
+      const float divisor = rounded_sum[group][2 * half];  // all its columns are equal
       factor[group][half] = divisor == 0.0f ? 0.0f : 1.0f / divisor;
       const int query = first_query + group * 16 + half * 8 + place.row;
       if (place.column == 0 && query < params.seqlen_q) {

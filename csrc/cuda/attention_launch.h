@@ -4,7 +4,6 @@
 
 #include <climits>
 #include <cstdint>
-#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <type_traits>

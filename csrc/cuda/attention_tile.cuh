@@ -73,36 +73,38 @@ __device__ inline void load_tile(std::uint32_t tile, const Rows<const T>& rows, 
   static_assert(kThreads % kChunks == 0 && kRows * kChunks % kThreads == 0, "a thread keeps its chunk");
   constexpr int kRowStep = kThreads / kChunks;
   const int thread = read_thread_index();
-  const int chunk = thread % kChunks;
-  const int channels = rows.head_dim - chunk * kChunkWidth<T>;
-  int row = thread / kChunks;
   if (rows.in_chunks) {
-    // A lane whose channels do not exist reads nothing; its address stays inside the row all the same.
-    const T* source = rows.data + (first + row) * rows.stride + (channels > 0 ? chunk * kChunkWidth<T> : 0);
-    const int bytes = channels > 0 ? kChunkBytes : 0;
+    const int row = thread / kChunks, chunk = thread % kChunks;
+    const bool exists = chunk * kChunkWidth<T> < rows.head_dim;
+    const int bytes = exists ? kChunkBytes : 0;
+    const std::uint32_t first_target = tile + chunk_offset<kRows>(row, chunk);
+    const auto target = [&](int i) {  // eight rows on, the pattern is the same
+      return kRowStep % 8 == 0 ? first_target + i * kPanelRowBytes : tile + chunk_offset<kRows>(row + i, chunk);
+    };
+    const T* source = rows.data + (first + row) * rows.stride + (exists ? chunk * kChunkWidth<T> : 0);
     if (first >= 0 && first + kRows <= rows.count) {
 #pragma unroll
-      for (int i = 0; i < kRows / kRowStep; ++i, row += kRowStep, source += kRowStep * rows.stride) {
-        cp_async(tile + chunk_offset<kRows>(row, chunk), source, bytes);
+      for (int i = 0; i < kRows; i += kRowStep, source += kRowStep * rows.stride) {
+        cp_async(target(i), source, bytes);
       }
     } else {
 #pragma unroll 1
-      for (int i = 0; i < kRows / kRowStep; ++i, row += kRowStep, source += kRowStep * rows.stride) {
-        const bool inside = static_cast<unsigned>(first + row) < static_cast<unsigned>(rows.count);
-        cp_async(tile + chunk_offset<kRows>(row, chunk), inside ? source : rows.data, inside ? bytes : 0);
+      for (int i = 0; i < kRows; i += kRowStep, source += kRowStep * rows.stride) {
+        const bool inside = static_cast<unsigned>(first + row + i) < static_cast<unsigned>(rows.count);
+        cp_async(target(i), inside ? source : rows.data, inside ? bytes : 0);
       }
     }
   } else {
     // One element at a time, neighbours by neighbouring lanes.
 #pragma unroll 4
-    for (int i = thread; i < kRows * kHeadDim; i += kThreads) {
-      const int tile_row = i / kHeadDim, channel = i % kHeadDim;
+    for (int i = 0; i < kRows * kHeadDim; i += kThreads) {
+      const int row = (i + thread) / kHeadDim, channel = (i + thread) % kHeadDim;
       const bool inside =
-          static_cast<unsigned>(first + tile_row) < static_cast<unsigned>(rows.count) && channel < rows.head_dim;
-      const T* source = rows.data + (first + tile_row) * rows.stride + channel;
+          static_cast<unsigned>(first + row) < static_cast<unsigned>(rows.count) && channel < rows.head_dim;
+      const T* source = rows.data + (first + row) * rows.stride + channel;
       const unsigned short bits = inside ? __ldg(reinterpret_cast<const unsigned short*>(source)) : 0;
       const std::uint32_t target =
-          tile + chunk_offset<kRows>(tile_row, channel / kChunkWidth<T>) + channel % kChunkWidth<T> * sizeof(T);
+          tile + chunk_offset<kRows>(row, channel / kChunkWidth<T>) + channel % kChunkWidth<T> * sizeof(T);
       asm volatile("st.shared.b16 [%0], %1;\n" ::"r"(target), "h"(bits) : "memory");
     }
   }
@@ -230,9 +232,10 @@ __device__ inline void store_rows(const Rows<T>& target, int first, const float 
 
 inline constexpr int kUnlimited = INT_MAX;
 // Bounded softmax takes 2^(score * scale2) as it is. The numbers a row may sum are then between 2^-126 and 2^126 in
-// bfloat16 and float32 (gpu_kernels 1.3), and normal in float16, whose weights span 29 bits.
+// bfloat16 and float32 (gpu_kernels 1.3). float16 is normal from 2^-14 on: a row whose own key has the smallest weight,
+// e^-7 = 2^-10, keeps its neighbours, which a bias makes smaller still, to 4 bits less than the own key.
 template <typename T>
-inline constexpr float kMaxBound = std::is_same_v<T, __half> ? 10.0f : 40.0f;
+inline constexpr float kMaxBound = std::is_same_v<T, __half> ? 7.0f : 40.0f;
 
 // A head's constants. `window`: keys at this distance or farther together hold less than 2^-24 of a row's softmax if
 // the row sees its own key: exp(2 bound - slope * distance), a geometric sum (gpu_kernels 1.5).
@@ -344,6 +347,27 @@ __device__ inline void seed_bias(float (&scores)[kGroups][kTiles][4], float raw_
 
 // By how many rows the bias of row r (half 0) and r + 8 (half 1) was taken too far away.
 __device__ constexpr float lowered_by(int half) { return half == 0 ? 8.0f : 0.0f; }
+
+// Corrects, after the product, what `seed_bias` set as for keys left of the diagonal: right of it the bias falls again.
+template <int kGroups, int kTiles>
+__device__ inline void mirror_bias(float (&scores)[kGroups][kTiles][4], float raw_slope, int position, int key) {
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float distance = static_cast<float>(key - (position + group * 16 + half * 8));
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float beyond = fmaxf(distance + static_cast<float>(8 * n + i), 0.0f);
+          float& score = scores[group][n][2 * half + i];
+          score = fmaf(-2.0f * raw_slope, beyond, score);
+        }
+      }
+    }
+  }
+}
 
 // Hides, after the product, what a row does not see: a NaN in a hidden key must not survive. `rows` are those of the
 // block's tile in shared memory, from the warp's first row on.
