@@ -216,5 +216,5 @@ def test_products_in_32_bits_are_found(name, axis, emu):
     for kernel in kernels:
         entry, text = kernel_text(emu.ptx_texts(), kernel)
         with emu.replaced(entry, in_32_bits(text)), pytest.raises(AssertionError, match=r"\[out-of-bounds\]"):
-            call(Memory(emu, AXES[axis], REACHES["2**31"]))
+            call(Memory(emu, AXES[axis], REACHES["2**34"]))
         emu.reports.clear()
