@@ -13,14 +13,14 @@ const std::vector<Operand>& elements_of(const Operand& operand, std::vector<Oper
   return *single;
 }
 
-// ld d, [a]; option: bytes of an element, number of them, sign extension, acquire at device scope
+// ld d, [a]; option: bytes of an element, number of them, sign extension, relaxed or acquire at device scope, acquire
 Step load(Execution& x, const Instruction& i) {
   const int bytes = i.option[0], count = i.option[1];
   const bool vector = i.operands[0].kind == Operand::Kind::kVector;
   x.for_each_lane([&](int lane) {
     const std::uint64_t address = x.address_of(i.operands[1], lane);
     const Site site = x.site(i, lane);
-    if (i.option[3]) x.synchronise(site.thread, reinterpret_cast<std::uint8_t*>(address), false);
+    if (i.option[3]) x.synchronise(site.thread, reinterpret_cast<std::uint8_t*>(address), i.option[4], false);
     const std::uint8_t* source = x.access(site, i.space, address, bytes * count, Kind::kRead);
     if (source == nullptr) return;
     for (int index = 0; index < count; ++index) {
@@ -53,7 +53,7 @@ Step store(Execution& x, const Instruction& i) {
     std::uint8_t* target = x.access(site, i.space, address, bytes * count, kind, value);
     if (target == nullptr) return;
     std::memcpy(target, value, bytes * count);
-    if (i.option[3]) x.synchronise(site.thread, target, true);
+    if (i.option[3]) x.synchronise(site.thread, target, false, true);
   });
   return Step::kNext;
 }
@@ -81,8 +81,8 @@ void decode_load_store(Decoder& d) {
   const bool device = scope >= 2, strong = order >= 2 && device;
   d.instruction.type = type;
   if (is_load) {
-    // A relaxed load that polls a flag goes on with a fence: it counts as the acquire that both are together.
-    d.instruction.option = {bytes, count, is_signed(type), strong};
+    // A relaxed load that polls a flag goes on with a fence: both together are an acquire.
+    d.instruction.option = {bytes, count, is_signed(type), strong, strong && order == 3};
   } else {
     d.instruction.option = {bytes, count, 0, order == 4 && device, strong};
   }
@@ -151,7 +151,8 @@ std::uint64_t apply_atomic(Type type, int operation, std::uint64_t old, std::uin
 }
 
 // [a], b, c follow the result, which red has not got.
-// option: operation, number of elements, first operand, fence before, synchronises (an integer may be a ticket)
+// option: operation, number of elements, first operand, fence before, synchronises (an integer may be a ticket),
+// acquires
 Step atomic(Execution& x, const Instruction& i) {
   const std::size_t first = i.option[2];
   const int bytes = bytes_of(i.type), count = i.option[1];
@@ -171,7 +172,7 @@ Step atomic(Execution& x, const Instruction& i) {
       std::memcpy(target + index * bytes, &result, bytes);
       if (results != nullptr) x.set_lane_bits((*results)[index], lane, old);
     }
-    if (i.option[4]) x.synchronise(site.thread, target, true);
+    if (i.option[4]) x.synchronise(site.thread, target, i.option[5], true);
   });
   return Step::kNext;
 }
@@ -201,7 +202,8 @@ void decode_atomic(Decoder& d) {
   }
   d.instruction.type = type;
   const bool device = scope < 0 || scope >= 2;  // without a scope: the device
-  d.instruction.option = {operation, count, static_cast<int>(first), order >= 2 && device, !floating && device};
+  const bool acquires = device && (order == 1 || order == 3), releases = device && order >= 2;
+  d.instruction.option = {operation, count, static_cast<int>(first), releases, !floating && device, acquires};
   d.instruction.handler = &atomic;
 }
 

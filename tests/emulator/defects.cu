@@ -240,11 +240,30 @@ DEFECT(ticket_without_barrier) {
   }
   if (!kDefect) __syncthreads();
   if (kDefect ? blockIdx.x != 1 : !last) return;
+  __threadfence();
   float sum = 0;
   for (unsigned block = 0; block < gridDim.x; ++block) sum += *(volatile float*)&out[64 + block * 64 + threadIdx.x];
   out[threadIdx.x] = sum;
 }
 BOTH(ticket_without_barrier);
+
+// The fence before the ticket orders writes; what comes after the ticket may still be read early.
+DEFECT(ticket_without_second_fence) {
+  __shared__ bool last;
+  out[64 + blockIdx.x * 64 + threadIdx.x] = in[threadIdx.x];
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicInc(&ticket, gridDim.x - 1) == gridDim.x - 1;
+    if (!kDefect) __threadfence();
+  }
+  __syncthreads();
+  if (!last) return;
+  float sum = 0;
+  for (unsigned block = 0; block < gridDim.x; ++block) sum += *(volatile float*)&out[64 + block * 64 + threadIdx.x];
+  out[threadIdx.x] = sum;
+}
+BOTH(ticket_without_second_fence);
 
 // ---- Hopper
 #if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)

@@ -173,9 +173,9 @@ class Execution {
   std::uint32_t shared_offset(const Instruction& instruction, const Operand& address, int lane);
 
   // ---- synchronisation
-  // Of blocks with each other: an operation on this word, unless it is shared memory, that acquires what others have
-  // published and, if it releases, publishes what the thread has fenced.
-  void synchronise(int thread, const std::uint8_t* address, bool releases);
+  // Of blocks with each other: an operation on this word, unless it is shared memory. It acquires what others have
+  // published, at once or with the next fence, and, if it releases, publishes what the thread has fenced.
+  void synchronise(int thread, const std::uint8_t* address, bool acquires, bool releases);
   void complete_barrier(int id);
   void wake_phase_waiters();
   void move(std::shared_ptr<BulkCopy> copy);  // once

@@ -229,9 +229,9 @@ bool Execution::gather_warp(const Instruction& instruction) {
   return true;
 }
 
-void Execution::synchronise(int thread, const std::uint8_t* address, bool releases) {
+void Execution::synchronise(int thread, const std::uint8_t* address, bool acquires, bool releases) {
   if (!check || is_shared(reinterpret_cast<std::uint64_t>(address))) return;
-  global_shadow.synchronise(thread, address, releases);
+  global_shadow.synchronise(thread, address, acquires, releases);
 }
 
 void Execution::complete_barrier(int id) {

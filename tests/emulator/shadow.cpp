@@ -286,6 +286,7 @@ bool GlobalShadow::published(const Cell& cell, int reader, const std::uint8_t* a
     if (acquisition.clock > clocks_.row(reader)[acquisition.thread]) continue;
     // All atomic operations on one word have an order: whoever comes after one of them comes after the earlier ones.
     if (cell.atomic && address >= acquisition.address && address < acquisition.address + 4) return true;
+    if (acquisition.needs_fence && acquisition.clock > clocks_.fenced_for_device(reader)[acquisition.thread]) continue;
     for (const Publication& publication : publications_[acquisition.address]) {
       if (publication.block == cell.block_plus_one - 1 && cell.clock <= publication.clocks[cell.thread]) return true;
     }
@@ -323,8 +324,8 @@ void GlobalShadow::write(const Site& site, const std::uint8_t* address, int byte
   }
 }
 
-void GlobalShadow::synchronise(int thread, const std::uint8_t* address, bool releases) {
-  acquisitions_.push_back({address, clocks_.now(thread), thread});
+void GlobalShadow::synchronise(int thread, const std::uint8_t* address, bool acquires, bool releases) {
+  acquisitions_.push_back({address, clocks_.now(thread), thread, !acquires});
   clocks_.advance(thread);
   if (!releases) return;
   std::vector<Publication>& publications = publications_[address];

@@ -141,8 +141,9 @@ class SharedShadow {
 };
 
 // What blocks of one launch write to global memory. A word written by another block may be read if the writer passed a
-// fence at device scope and then an atomic operation, and the reader comes after an atomic operation on the same word:
-// the pattern of "the last block reduces". Blocks run one after the other, so what an earlier block published is final.
+// fence at device scope and then an atomic operation, and the reader comes after an atomic operation on the same word
+// and another such fence: the pattern of "the last block reduces". Any thread between the two may have made the fence;
+// an operation that acquires needs none. Blocks run one after the other: what an earlier one published is final.
 class GlobalShadow {
  public:
   GlobalShadow(Clocks& clocks, Reporter& reporter) : clocks_(clocks), reporter_(reporter) {}
@@ -152,7 +153,7 @@ class GlobalShadow {
   void write(const Site& site, const std::uint8_t* address, int bytes, const Buffer& buffer, bool atomic,
              bool in_flight = false);
   // An atomic operation, or a store with release or a load with acquire semantics, on the word at this address.
-  void synchronise(int thread, const std::uint8_t* address, bool releases);
+  void synchronise(int thread, const std::uint8_t* address, bool acquires, bool releases);
 
  private:
   static constexpr std::size_t kPageBytes = 4096;
@@ -173,6 +174,7 @@ class GlobalShadow {
     const std::uint8_t* address;
     std::uint32_t clock;
     int thread;
+    bool needs_fence;
   };
 
   Page* page_at(const std::uint8_t* address, bool create);

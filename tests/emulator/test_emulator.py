@@ -39,6 +39,7 @@ AMPERE = {
     "same_word": {"block-race"},
     "ticket_without_fence": {"block-race"},
     "ticket_without_barrier": {"block-race"},
+    "ticket_without_second_fence": {"block-race"},
 }
 HOPPER = {
     "one_lane_arrives": {"race-raw"},
@@ -63,7 +64,7 @@ HOPPER = {
 }
 WGMMA = list(HOPPER)[10:-1]
 THREADS = dict.fromkeys(WGMMA, 128) | {"too_many_registers": 384}
-BLOCKS = dict.fromkeys(["same_word", "ticket_without_fence", "ticket_without_barrier"], 2)
+BLOCKS = dict.fromkeys(["same_word", *(name for name in AMPERE if name.startswith("ticket"))], 2)
 
 
 @functools.cache

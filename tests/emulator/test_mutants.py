@@ -1,0 +1,222 @@
+"""Every barrier, fence, commit and wait of the CUDA kernels is missed when it is gone.
+
+A mutant is a kernel without one of its synchronising instructions. It runs small cases and is caught when the emulator
+reports something, stops, or the results are others. So the kernels synchronise no more than they must, except for what
+EXPLAINED says, and the emulator has no blind spot where they rely on it. Atomic operations stay: without its ticket a
+kernel is another algorithm.
+"""
+
+import collections
+import dataclasses
+import functools
+import re
+from pathlib import Path
+
+import pytest
+import test_attention as whole
+import test_qk_norm_rotary as rotary
+import torch
+from numerics import nan_filled
+
+from andromeda.ops import _select
+from andromeda.ops import attention as attention_op
+from andromeda.ops import qk_norm_rotary as rotary_op
+from emulator import Device
+
+SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+SCHEDULES = ("fifo", "reverse", "random")
+SYNCHRONISES = re.compile(
+    r"\s*(?:@!?%p\d+\s+)?(?:bar|barrier|membar|fence|mbarrier|cp\.async\.(?:bulk\.)?(?:commit|wait)_\w+)\b"
+)
+
+# (kernel, source line): why the kernel is right without it.
+ROWS_ARE_FREE = "__syncwarp();  // the other lanes' last reads of these rows are done"
+EXPLAINED = {
+    ("attention_forward", ROWS_ARE_FREE): (
+        "store_rows serves several kernels. Here the block's barrier before the last product with V comes after the "
+        "last read of the queries, in whose place it stores."
+    ),
+    **dict.fromkeys(
+        [("attention_backward_dkdv", f"{ROWS_ARE_FREE} [{number}]") for number in (1, 2)],
+        "store_rows serves several kernels. Here a barrier of the block is just before it.",
+    ),
+}
+
+
+# ---- mutants --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    removed: str  # the source line, numbered where it makes several instructions of a kernel
+    text: str  # PTX of nothing but the kernel
+
+
+def kernel_text(texts, part_of_name):
+    """(entry, text): one kernel of the PTX texts, with what belongs to all kernels of its file."""
+    (text,) = (text for text in texts if part_of_name in text)
+    kernels = list(re.finditer(r"^\.visible \.entry (\w+)\(.*?^}$", text, re.MULTILINE | re.DOTALL))
+    (own,) = (kernel for kernel in kernels if part_of_name in kernel[1])
+    files = re.findall(r"^\s*\.file\s.*$", text, re.MULTILINE)
+    return own[1], "\n".join([text[: kernels[0].start()], own[0], *files])
+
+
+def mutants_of(text):
+    files = dict(re.findall(r'\.file\s+(\d+)\s+"([^"]+)"', text))
+    lines = text.splitlines()
+    found, location = [], None
+    for number, line in enumerate(lines):
+        if re.match(r"\s*\.loc\s", line):
+            location = line
+        elif SYNCHRONISES.match(line):
+            found.append((number, source_line(location, files)))
+    counts, seen = collections.Counter(source for _, source in found), collections.Counter()
+    for number, source in found:
+        seen[source] += 1
+        removed = source if counts[source] == 1 else f"{source} [{seen[source]}]"
+        yield Mutant(removed, "\n".join([*lines[:number], *lines[number + 1 :]]))
+
+
+def source_line(location, files):
+    """The line of our sources that a .loc names: of wrappers around inline PTX, the line that calls them."""
+    for file, line in re.findall(r"(?:\.loc|inlined_at)\s+(\d+) (\d+)", location):
+        path = SOURCES / Path(files[file]).name
+        if path.exists() and "asm volatile" not in (source := path.read_text().splitlines()[int(line) - 1]):
+            return source.strip()
+    raise AssertionError(f"not a place in {SOURCES}: {location}")
+
+
+# ---- cases ----------------------------------------------------------------------------------------------------------
+# Several rounds of every pipeline, warps without work beside others, tiles with and without a mask, a ragged end; rows
+# in chunks of 16 bytes, which are copied asynchronously, and rows that are not.
+
+SMALL = whole.Case(batch=1, num_heads=1, head_dim=64, dtype=torch.bfloat16, alibi="all")
+ONE_MULTIPROCESSOR = Device(8, 0, 1, 163, 164, 2048, 32)  # few blocks, with much to do
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    run: object  # calls the operator and returns its results
+    device: str | Device = "A100"
+
+
+def attention_arguments(changes):
+    case = dataclasses.replace(SMALL, **changes)
+    inputs = whole.make(case, torch.device("cpu"))
+    options = (inputs.options.get(name) for name in ("alibi_slopes", "logit_bound", "key_start"))
+    return inputs, (*options, case.causal, case.softmax_scale)
+
+
+def forward(device=ONE_MULTIPROCESSOR, **changes):
+    inputs, options = attention_arguments(changes)
+    return Trial(functools.partial(attention_op._forward, *inputs.tensors(), *options, "cuda"), device)
+
+
+def backward(**changes):
+    inputs, options = attention_arguments(changes)
+    results = attention_op._forward(*inputs.tensors(), *options, "reference")
+    return Trial(functools.partial(attention_op._backward, inputs.dout, *inputs.tensors(), *results, *options, "cuda"))
+
+
+def rotary_backward(**changes):
+    case = dataclasses.replace(rotary.PLAIN, seqlen_q=9, seqlen_k=9, **changes)
+    tensors = case.tensors(torch.bfloat16)
+    arguments = (*rotary.random_like(tensors[:2]), *tensors, case.normalize, case.rotary_dim, case.xpos, 0, None)
+    return Trial(functools.partial(rotary_op._backward, *arguments, "cuda"))
+
+
+ROTARY = "qk_norm_rotary_backward_kernelI13__nv_bfloat16LNS0_6AccessE"
+# name: part of the mangled name; cases
+KERNELS = {
+    "attention_forward": (
+        "attention_forward_kernelI13__nv_bfloat16Li64E",
+        lambda: [
+            forward(seqlen_q=140, seqlen_k=200),
+            forward(seqlen_q=140, seqlen_k=200, layout="offset"),
+        ],
+    ),
+    "attention_decode": (
+        "attention_decode_kernelI13__nv_bfloat16Li64ELi2E",
+        lambda: [
+            forward(seqlen_q=1, seqlen_k=1100, num_heads=20),  # two rounds of the ring
+            forward(seqlen_q=1, seqlen_k=1100, num_heads=20, device="A100"),  # two levels of shares
+            forward(seqlen_q=1, seqlen_k=1100, num_heads=20, layout="offset"),
+        ],
+    ),
+    "attention_backward_dq": (
+        "attention_backward_dq_kernelI13__nv_bfloat16Li64E",
+        lambda: [backward(seqlen_q=70, seqlen_k=200), backward(seqlen_q=70, seqlen_k=200, layout="offset")],
+    ),
+    "attention_backward_dkdv": (
+        "attention_backward_dkdv_kernelI13__nv_bfloat16Li64E",
+        lambda: [
+            backward(seqlen_q=200, seqlen_k=70),
+            backward(seqlen_q=200, seqlen_k=70, layout="offset"),
+            backward(seqlen_q=70, seqlen_k=40, num_heads=3),  # shares
+            backward(seqlen_q=10, seqlen_k=100, mask="window"),  # keys that nobody sees
+        ],
+    ),
+    "attention_backward_sum": (
+        "attention_backward_sum_kernelI13__nv_bfloat16Li64E",
+        lambda: [backward(seqlen_q=70, seqlen_k=40, num_heads=3)],
+    ),
+    "qk_norm_rotary_backward": (f"{ROTARY}0ELi1E", lambda: [rotary_backward()]),
+    "qk_norm_rotary_backward, long rows": (f"{ROTARY}0ELi2E", lambda: [rotary_backward(head_dim=264)]),
+    "qk_norm_rotary_backward, elements": (f"{ROTARY}1ELi2E", lambda: [rotary_backward(head_dim=36)]),
+}
+
+
+# ---- the test -------------------------------------------------------------------------------------------------------
+
+
+def attempt(emulated, trial, schedule):
+    """(what was found wrong, results)"""
+    emulated.settings.device, emulated.settings.schedule = trial.device, schedule
+    emulated.reports.clear()
+    _select._tickets.clear()
+    try:
+        with nan_filled():
+            return None, trial.run()
+    except (AssertionError, RuntimeError) as error:
+        return str(error), None
+
+
+def fate(emulated, trials, expected):
+    result = "survives"
+    for trial, right in zip(trials, expected, strict=True):
+        for schedule in SCHEDULES:
+            found, results = attempt(emulated, trial, schedule)
+            if found is not None:
+                return "report"
+            if not all(map(torch.equal, results, right)):
+                result = "wrong numbers"
+    return result
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_what_is_removed_is_missed(name, emulated, capsys):
+    part_of_name, make_trials = KERNELS[name]
+    entry, text = kernel_text(emulated.ptx_texts(), part_of_name)
+    trials, expected = make_trials(), []
+    with emulated.replaced(entry, text):
+        for trial in trials:
+            emulated.launches.clear()
+            attempts = [attempt(emulated, trial, schedule) for schedule in SCHEDULES]
+            assert [found for found, _ in attempts] == [None] * len(SCHEDULES)
+            assert entry in [launch.entry for launch in emulated.launches]
+            expected.append(attempts[0][1])
+
+    fates = {}
+    for mutant in mutants_of(text):
+        with emulated.replaced(entry, mutant.text):
+            fates[mutant.removed] = fate(emulated, trials, expected)
+    explained = {removed for kernel, removed in EXPLAINED if kernel == name}
+    counts = collections.Counter(fates.values())
+    with capsys.disabled():
+        print(
+            f"\n{name}: {len(fates)} mutants, {counts['report']} caught by a report, "
+            f"{counts['wrong numbers']} by wrong numbers, {len(explained)} explained"
+        )
+    survivors = {removed for removed, what in fates.items() if what == "survives"}
+    assert survivors - explained == set(), "nothing is wrong without these lines: needless, or the emulator is blind"
+    assert explained - survivors == set(), "EXPLAINED has lines that are gone, or needed"

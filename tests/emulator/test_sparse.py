@@ -1,0 +1,220 @@
+"""Tensors of more elements than 32 bits can count: the kernels' offsets, their grids, and what is refused.
+
+A sparse tensor takes memory only where it is touched. The same numbers, once close together and once up to 32 GiB
+apart, must give the same bits; an offset that was formed in 32 bits is an access outside every buffer.
+"""
+
+import math
+import re
+
+import pytest
+import torch
+
+from emulator import DeviceTensor, EmulatedExtension, Emulator
+from emulator.test_mutants import ONE_MULTIPROCESSOR, kernel_text
+
+BATCH, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 64
+AXES = {"batch": 0, "seqlen": 1, "head": 2}
+# Elements from the first to the last index of an axis. The lower 32 bits are those of a negative number, so that an
+# offset without the others lies before its buffer.
+REACHES = {"2**31": 2**31 + 2**30, "2**34": 2**34 + 2**31 + 2**30}
+
+
+@pytest.fixture
+def emu():
+    return Emulator()
+
+
+class Memory:
+    """Where the operands of a call lie: close together, or far apart along one axis."""
+
+    def __init__(self, emu, axis=None, reach=0):
+        self.emu, self.axis, self.reach = emu, axis, reach
+        self.generator = torch.Generator().manual_seed(0)
+
+    def given(self, name, *shape):
+        values = torch.randn(shape, generator=self.generator).bfloat16()
+        if self.axis is None:
+            return self.emu.tensor(values, name=name)
+        tensor = self._sparse(name, shape)
+        tensor.memory.copy_(values)
+        return tensor
+
+    def result(self, name, *shape):
+        return self.emu.empty(shape, torch.bfloat16, name=name) if self.axis is None else self._sparse(name, shape)
+
+    def floats(self, name, *shape, values=None):
+        if values is not None:
+            return self.emu.tensor(values, name=name)
+        return self.emu.empty(shape, torch.float32, name=name)
+
+    def _sparse(self, name, shape):
+        strides, size = [0] * 4, 1
+        for axis in sorted(range(4), key=lambda axis: (axis == self.axis, -axis)):  # the far one is the outermost
+            strides[axis] = size
+            size *= shape[axis]
+        strides[self.axis] = -(-self.reach // (shape[self.axis] - 1) // 8) * 8  # rows start at chunks of 16 bytes
+        return self.emu.sparse(shape, torch.bfloat16, name=name, strides=tuple(strides))
+
+
+def resources(emu, direction, q, k, causal=True):
+    batch, seqlen_q, num_heads, head_dim = q.shape
+    with emu:
+        num_values, num_tickets = getattr(emu.extension, f"attention_{direction}_workspace")(
+            batch=batch,
+            seqlen_q=seqlen_q,
+            seqlen_k=k.shape[1],
+            num_heads=num_heads,
+            num_kv_heads=k.shape[2],
+            head_dim=head_dim,
+            causal=causal,
+        )
+    workspace = emu.sparse((num_values,), torch.float32, name="workspace") if num_values else None
+    tickets = torch.zeros(num_tickets, dtype=torch.int32)
+    tickets = emu.tensor(tickets, name="tickets", writable=True) if num_tickets else None
+    return {"workspace": workspace, "tickets": tickets, "num_threads": 1, "stream": 0}
+
+
+def attention_call(emu, q, k, v, out, softmax_lse, key_start=None):
+    slopes = emu.tensor(torch.tensor([2.0**-i for i in range(q.shape[2])]), name="alibi_slopes")
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "out": out,
+        "softmax_lse": softmax_lse,
+        "alibi_slopes": slopes,
+        "logit_bound": None,
+        "key_start": key_start,
+        "causal": True,
+        "softmax_scale": 0.125,
+    }
+
+
+def operands(memory, seqlen_q, seqlen_k):
+    q = memory.given("q", BATCH, seqlen_q, HEADS, HEAD_DIM)
+    k, v = (memory.given(name, BATCH, seqlen_k, KV_HEADS, HEAD_DIM) for name in "kv")
+    out = memory.result("out", BATCH, seqlen_q, HEADS, HEAD_DIM)
+    softmax_lse = memory.floats("softmax_lse", BATCH, HEADS, seqlen_q)
+    return attention_call(memory.emu, q, k, v, out, softmax_lse)
+
+
+def forward(memory, seqlen_q=70, seqlen_k=90):
+    emu = memory.emu
+    call = operands(memory, seqlen_q, seqlen_k)
+    EmulatedExtension(emu).attention_forward(**call, **resources(emu, "forward", call["q"], call["k"]))
+    return call["out"].memory, call["softmax_lse"].cpu()
+
+
+def decode(memory):
+    return forward(memory, seqlen_q=2)
+
+
+def backward(memory):
+    emu, seqlen_q, seqlen_k = memory.emu, 70, 90
+    call = operands(memory, seqlen_q, seqlen_k)
+    extension = EmulatedExtension(emu)
+    extension.attention_forward(**call, **resources(emu, "forward", call["q"], call["k"]))
+    dout = memory.given("dout", BATCH, seqlen_q, HEADS, HEAD_DIM)
+    dq = memory.result("dq", BATCH, seqlen_q, HEADS, HEAD_DIM)
+    dk, dv = (memory.result(name, BATCH, seqlen_k, KV_HEADS, HEAD_DIM) for name in ("dk", "dv"))
+    extension.attention_backward(
+        **call, dout=dout, dq=dq, dk=dk, dv=dv, **resources(emu, "backward", call["q"], call["k"])
+    )
+    return dq.memory, dk.memory, dv.memory
+
+
+def rotary_operands(memory):
+    tables = torch.randn(2, 12, 32, generator=memory.generator)
+    scales = torch.randn(HEADS + KV_HEADS, HEAD_DIM, generator=memory.generator)
+    return {
+        "q": memory.given("q", BATCH, 12, HEADS, HEAD_DIM),
+        "k": memory.given("k", BATCH, 12, KV_HEADS, HEAD_DIM),
+        "q_scale": memory.floats("q_scale", values=scales[:HEADS]),
+        "k_scale": memory.floats("k_scale", values=scales[HEADS:]),
+        "q_table": memory.floats("q_table", values=tables[0]),
+        "k_table": memory.floats("k_table", values=tables[1]),
+        "normalize": True,
+        "num_threads": 1,
+        "stream": 0,
+    }
+
+
+def rotary_forward(memory):
+    call = rotary_operands(memory)
+    q_out, k_out = (memory.result(f"{name}_out", *call[name].shape) for name in "qk")
+    EmulatedExtension(memory.emu).qk_norm_rotary_forward(**call, q_out=q_out, k_out=k_out)
+    return q_out.memory, k_out.memory
+
+
+def rotary_backward(memory):
+    call = rotary_operands(memory)
+    dq_out, dk_out = (memory.given(f"d{name}_out", *call[name].shape) for name in "qk")
+    dq, dk = (memory.result(f"d{name}", *call[name].shape) for name in "qk")
+    partials = {
+        f"d{name}_scale_partial": memory.floats(f"d{name}_scale_partial", 3, *call[f"{name}_scale"].shape)
+        for name in "qk"
+    }
+    EmulatedExtension(memory.emu).qk_norm_rotary_backward(
+        **call, dq_out=dq_out, dk_out=dk_out, dq=dq, dk=dk, **partials
+    )
+    return dq.memory, dk.memory, *(partial.cpu() for partial in partials.values())
+
+
+# Operation: its kernels, the call.
+OPERATIONS = {
+    "forward": (["attention_forward_kernelI13__nv_bfloat16Li64E"], forward),
+    "decode": (["attention_decode_kernelI13__nv_bfloat16Li64ELi1E"], decode),
+    "backward": (
+        [f"attention_backward_{name}_kernelI13__nv_bfloat16Li64E" for name in ("dq", "dkdv", "sum")],
+        backward,
+    ),
+    "qk_norm_rotary_forward": (
+        ["qk_norm_rotary_forward_kernelI13__nv_bfloat16LNS0_6AccessE0ELi1ELi2E"],
+        rotary_forward,
+    ),
+    "qk_norm_rotary_backward": (
+        ["qk_norm_rotary_backward_kernelI13__nv_bfloat16LNS0_6AccessE0ELi1E"],
+        rotary_backward,
+    ),
+}
+
+
+def device_for(name):
+    """With one multiprocessor the decode kernel is no gain; with many, the backward pass cuts heads into shares."""
+    return ONE_MULTIPROCESSOR if name == "forward" else "A100"
+
+
+@pytest.mark.parametrize("reach", REACHES)
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_offsets_beyond_32_bits(name, axis, reach, emu):
+    emu.settings.device = device_for(name)
+    kernels, call = OPERATIONS[name]
+    results = call(Memory(emu, AXES[axis], REACHES[reach]))
+    for kernel in kernels:
+        assert any(kernel in launch.entry for launch in emu.launches), f"{kernel} was not launched"
+    for far, close in zip(results, call(Memory(emu)), strict=True):
+        assert torch.equal(far, close)
+
+
+def in_32_bits(text):
+    """A kernel whose 64-bit products are cut to 32 bits and extended again, as if `int` had been multiplied."""
+    return re.sub(
+        r"^(\s*(?:mul|mad)\.lo\.[su]64\s+(%rd\d+),.*)$",
+        r"\1\n shl.b64 \2, \2, 32;\n shr.s64 \2, \2, 32;",
+        text,
+        flags=re.MULTILINE,
+    )
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_products_in_32_bits_are_found(name, axis, emu):
+    emu.settings.device = device_for(name)
+    kernels, call = OPERATIONS[name]
+    for kernel in kernels:
+        entry, text = kernel_text(emu.ptx_texts(), kernel)
+        with emu.replaced(entry, in_32_bits(text)), pytest.raises(AssertionError, match=r"\[out-of-bounds\]"):
+            call(Memory(emu, AXES[axis], REACHES["2**34"]))
+        emu.reports.clear()
