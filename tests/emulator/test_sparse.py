@@ -4,7 +4,6 @@ A sparse tensor takes memory only where it is touched. The same numbers, once cl
 apart, must give the same bits; an offset that was formed in 32 bits is an access outside every buffer.
 """
 
-import math
 import re
 
 import pytest
@@ -211,10 +210,43 @@ def in_32_bits(text):
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_products_in_32_bits_are_found(name, axis, emu):
+    """As an access outside every buffer, or where another of the huge tensors lies there, as wrong numbers."""
     emu.settings.device = device_for(name)
     kernels, call = OPERATIONS[name]
+    right = call(Memory(emu))
     for kernel in kernels:
         entry, text = kernel_text(emu.ptx_texts(), kernel)
-        with emu.replaced(entry, in_32_bits(text)), pytest.raises(AssertionError, match=r"\[out-of-bounds\]"):
-            call(Memory(emu, AXES[axis], REACHES["2**34"]))
+        with emu.replaced(entry, in_32_bits(text)):
+            try:
+                results = call(Memory(emu, AXES[axis], REACHES["2**34"]))
+            except AssertionError as error:
+                assert "[out-of-bounds]" in str(error)
+            else:
+                assert not all(map(torch.equal, results, right)), f"{kernel}: nothing was found"
         emu.reports.clear()
+
+
+def test_more_heads_than_y_and_z_of_a_grid_hold(emu):
+    """Blocks are counted along x. Two of them run."""
+    emu.settings.device, emu.settings.blocks = ONE_MULTIPROCESSOR, (0, 69_999)
+    q, k, v = (emu.sparse((1, 200 if name == "q" else 2, 70_000, 8), torch.bfloat16, name=name) for name in "qkv")
+    out = emu.sparse(q.shape, torch.bfloat16, name="out")
+    softmax_lse = emu.sparse((1, 70_000, 200), torch.float32, name="softmax_lse")
+    call = attention_call(emu, q, k, v, out, softmax_lse)
+    with emu:
+        emu.extension.attention_forward(**call, **resources(emu, "forward", q, k))
+    emu.assert_clean()
+    assert tuple(emu.launches[-1].grid) == (140_000, 1, 1)
+
+
+def test_a_grid_beyond_its_limit_is_refused(emu):
+    """Every operand is one row, expanded."""
+    row = emu.tensor(torch.zeros(64, dtype=torch.bfloat16), name="row")
+    batch, seqlen = 2**31 - 1, 200
+    q, k = (DeviceTensor(row.data_ptr(), (batch, n, 1, 64), (0, 0, 0, 1), torch.bfloat16) for n in (seqlen, 1))
+    softmax_lse = DeviceTensor(row.data_ptr(), (batch, 1, seqlen), (seqlen, seqlen, 1), torch.float32)
+    with emu, pytest.raises(ValueError, match=r"attention_forward: batch=2147483647, .* more than a grid can have"):
+        emu.extension.attention_forward(
+            **attention_call(emu, q, k, k, q, softmax_lse), workspace=None, tickets=None, num_threads=1, stream=0
+        )
+    assert emu.launches == []
