@@ -8,14 +8,12 @@ import dataclasses
 import math
 
 import hypothesis
-import numerics
 import pytest
 import test_attention as whole
 import torch
-from test_attention import BFLOAT16, FLOAT16, Case, bounded, check, make
+from test_attention import BFLOAT16, FLOAT16, Case, bounded, check, check_beside_plain, make
 
 from andromeda.ops.attention import attention
-from andromeda.reference import attention as reference
 
 HALF = (BFLOAT16, FLOAT16)
 # Cases are small: three heads that share a key head, with a steep slope, a flat one and none.
@@ -111,7 +109,7 @@ BOUNDED = [
     (dataclasses.replace(LONG, mask="blind"), 4.0),
     (dataclasses.replace(LONG, alibi="none"), 20.0),
 ]
-ALL = [*CASES, *DECODE]
+ALL = [*CASES, *DECODE, *(case for case in whole.CASES if case.dtype in HALF and case.head_dim <= 128)]
 
 
 def emulate(emulated, case):
@@ -122,55 +120,26 @@ def emulate(emulated, case):
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_matches_the_reference(case, emulated):
     emulate(emulated, case)
-    # Of two or three keys dq and dk are differences of a few numbers, as exact as the rounded output that the backward
-    # pass reads: the rules for whole tensors are about sums of many.
-    check(make(case, torch.device("cpu")), "cuda", values="normal" if case.seqlen_k > 3 else "few keys")
-
-
-def check_odd(inputs, values, softmax_scale=None):
-    """Where a few weights or equal scores decide a row: the rules for heavy tails, and beside plain torch.
-
-    Plain torch is autograd in half precision or, for gradients, the exact formula with the rounded output: the backward
-    pass reads that (SPEC 16.3), and where weights are concentrated its rounding is all of dq's error.
-    """
-    results, exact = check(inputs, "cuda", values=values, softmax_scale=softmax_scale)
-    scale = inputs.q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    dtype = inputs.q.dtype
-    plain = whole.run_exact(inputs, scale, dtype)
-    numerics.assert_no_worse(results[0], plain[0], exact[0])
-    options = {name: value for name, value in inputs.options.items() if name != "logit_bound"}
-    rounded_output = reference.attention_backward(
-        *(t.double() for t in (inputs.dout, *inputs.tensors())),
-        exact[0].to(dtype).double(),
-        exact[1],
-        softmax_scale=scale,
-        **options,
-    )
-    for result, *naive, ref in zip(results[2:], plain[2:], rounded_output, exact[2:], strict=True):
-        numerics.assert_no_worse(result, [gradient.to(dtype) for gradient in naive], ref)
+    check(make(case, torch.device("cpu")), "cuda", values=whole.rules_for(case, "cuda"))
 
 
 @pytest.mark.parametrize("case", ODD_VALUES, ids=str)
 def test_odd_values(case, emulated):
     emulate(emulated, case)
-    check_odd(make(case, torch.device("cpu")), case.values)
+    check_beside_plain(make(case, torch.device("cpu")), "cuda", case.values)
 
 
 @pytest.mark.parametrize("adversarial", [False, True], ids=["random", "adversarial"])
 @pytest.mark.parametrize("case, bound", BOUNDED, ids=str)
 def test_logit_bound(case, bound, adversarial, emulated):
     emulate(emulated, case)
-    inputs = bounded(case, bound, torch.device("cpu"), adversarial)
-    if adversarial or bound > 10:
-        check_odd(inputs, "heavy")
-    else:
-        check(inputs, "cuda")
+    whole.check_bounded(bounded(case, bound, torch.device("cpu"), adversarial), bound, adversarial, "cuda")
 
 
 @pytest.mark.parametrize("softmax_scale", [1, 0.05, 2.0**-20], ids=str)
 def test_softmax_scale_is_not_applied_to_the_bias(softmax_scale, emulated):
     inputs = make(small(seqlen_q=20, seqlen_k=110, alibi="all"), torch.device("cpu"))
-    check_odd(inputs, "normal" if softmax_scale < 1 else "peaked", softmax_scale)
+    check_beside_plain(inputs, "cuda", "normal" if softmax_scale < 1 else "peaked", softmax_scale)
 
 
 @pytest.mark.parametrize("softmax_scale", [0.0, -0.3, 2.0**-61])
