@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from numerics import assert_elements_close, assert_rows_close, nan_filled
+from numerics import UNIT, assert_elements_close, assert_rows_close, nan_filled
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -299,7 +299,10 @@ def test_strides_do_not_matter(backend, tensors_for, dtype):
         given = (x, k, q_scale, k_scale)
         assert not x.is_contiguous()
         for found, ref in zip((*run(*given), *gradients(run, given, douts)), expected, strict=True):
-            assert torch.equal(found, ref)
+            if backend == "cuda" and x is sliced:  # rows that do not lie in chunks are added up in another order
+                assert (found.double() - ref).norm() <= 32 * UNIT[found.dtype] * ref.double().norm()
+            else:
+                assert torch.equal(found, ref)
     assert surrounding.isnan().sum() == surrounding.numel() - q.numel()
 
 
