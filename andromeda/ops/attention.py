@@ -179,16 +179,7 @@ def _forward(q, k, v, alibi_slopes, logit_bound, key_start, causal, softmax_scal
     elif backend in ("cpu", "cuda"):
         with torch.cuda.device_of(q):
             _select.extension.attention_forward(
-                q=q,
-                k=k,
-                v=v,
-                alibi_slopes=_dense(alibi_slopes),
-                logit_bound=_dense(logit_bound),
-                key_start=_dense(key_start),
-                out=out,
-                softmax_lse=softmax_lse,
-                causal=causal,
-                softmax_scale=softmax_scale,
+                **_arguments(q, k, v, alibi_slopes, logit_bound, key_start, out, softmax_lse, causal, softmax_scale),
                 **_resources("forward", backend, q, k, causal),
             )
     else:
@@ -205,16 +196,7 @@ def _backward(dout, q, k, v, out, softmax_lse, alibi_slopes, logit_bound, key_st
     elif backend in ("cpu", "cuda"):
         with torch.cuda.device_of(q):
             _select.extension.attention_backward(
-                q=q,
-                k=k,
-                v=v,
-                alibi_slopes=_dense(alibi_slopes),
-                logit_bound=_dense(logit_bound),
-                key_start=_dense(key_start),
-                out=out,
-                softmax_lse=softmax_lse,
-                causal=causal,
-                softmax_scale=softmax_scale,
+                **_arguments(q, k, v, alibi_slopes, logit_bound, key_start, out, softmax_lse, causal, softmax_scale),
                 dout=dout,
                 dq=dq,
                 dk=dk,
@@ -228,6 +210,22 @@ def _backward(dout, q, k, v, out, softmax_lse, alibi_slopes, logit_bound, key_st
 
 def _choose(backend, q, k, v, softmax_scale):
     return _select.choose("attention", backend, lambda name: unsupported(name, q, k, v, softmax_scale=softmax_scale))
+
+
+def _arguments(q, k, v, alibi_slopes, logit_bound, key_start, out, softmax_lse, causal, softmax_scale):
+    """What both directions hand to a compiled kernel."""
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "alibi_slopes": _dense(alibi_slopes),
+        "logit_bound": _dense(logit_bound),
+        "key_start": _dense(key_start),
+        "out": out,
+        "softmax_lse": softmax_lse,
+        "causal": causal,
+        "softmax_scale": softmax_scale,
+    }
 
 
 def _resources(direction, backend, q, k, causal):
