@@ -384,7 +384,8 @@ def test_caches_work_in_and_out_of_inference_mode():
 def test_logits_to_keep():
     model = build()
     tokens = torch.randint(V, (2, 9))
-    assert torch.equal(model(tokens, logits_to_keep=2), model(tokens)[:, -2:])
+    # A product of fewer rows may add in another order.
+    torch.testing.assert_close(model(tokens, logits_to_keep=2), model(tokens)[:, -2:], rtol=1e-12, atol=1e-12)
 
 
 # ---- generate

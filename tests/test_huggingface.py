@@ -142,7 +142,8 @@ def test_a_new_model_has_the_initial_distribution():
 
 def test_logits_to_keep(pair):
     ids = tokens()
-    assert torch.equal(pair[1](ids, logits_to_keep=3).logits, pair[1](ids).logits[:, -3:])
+    # A product of fewer rows may add in another order.
+    torch.testing.assert_close(pair[1](ids, logits_to_keep=3).logits, pair[1](ids).logits[:, -3:])
 
 
 def test_key_start_reaches_the_model(pair):
