@@ -273,9 +273,10 @@ __global__ void __launch_bounds__(kBackwardThreads, kQueryBlocksPerSm<kHeadDim>)
     cp_async_commit();
     if (!touched) continue;
     float scores[1][kTiles][4];
-    const bool left_of_diagonal = forward.causal || key + kTile - 1 <= warp_position;
-    seed_bias(scores, raw_slope, warp_position + group, key + column, left_of_diagonal);
+    seed_bias(scores, raw_slope, warp_position + group, key + column);
     multiply_transposed<T, kHeadDim, kTile, kTile, 1>(scores, q_tile, warp_row, k_tile);
+    const bool left_of_diagonal = forward.causal || key + kTile - 1 <= warp_position;
+    if (!left_of_diagonal) mirror_bias(scores, raw_slope, warp_position + group, key + column);
     if (!reach.is_plain(key, kTile)) hide(scores, rows + warp_row, key + column);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {

@@ -252,7 +252,7 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
         const int warp_position = block.query + place.warp_row + params.seqlen_k - params.seqlen_q;
         const int position = warp_position + place.row, lane_key = key + place.column;
         ForwardScores scores;
-        seed_bias(scores, raw_slope, position, lane_key, true);
+        seed_bias(scores, raw_slope, position, lane_key);
         multiply_transposed<T, kHeadDim, kForwardQueries, kForwardKeys>(scores, q_tile, place.warp_row, k_tile);
         // With a causal mask what lies right of the diagonal is hidden, and without a bias there is nothing to mirror.
         const bool left_of_diagonal = params.causal || raw_slope == 0.0f || key + kForwardKeys <= warp_position + 1;

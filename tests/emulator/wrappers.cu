@@ -247,7 +247,9 @@ extern "C" __global__ void store_rows_f16_128(const float* values, const float* 
 // Scores (32, 64) before the product: row 0 is aligned with key `position`, column 0 is key `key`. One warp.
 extern "C" __global__ void bias(float raw_slope, int position, int key, int left_of_diagonal, float* scores) {
   Accumulator<2, kColumns / 8> values;
-  seed_bias(values, raw_slope, position + (lane_index() >> 2), key + 2 * (lane_index() & 3), left_of_diagonal != 0);
+  const int row_position = position + (lane_index() >> 2), column_key = key + 2 * (lane_index() & 3);
+  seed_bias(values, raw_slope, row_position, column_key);
+  if (left_of_diagonal == 0) mirror_bias(values, raw_slope, row_position, column_key);
   for_each_element(values, [&](float value, int row, int j) { scores[kColumns * row + j] = value; });
 }
 
