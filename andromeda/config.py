@@ -10,6 +10,8 @@ from typing import ClassVar
 
 import torch
 
+from andromeda.ops import _persistent
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
@@ -156,13 +158,7 @@ def constant(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
     """The values in float32. No buffer: a buffer would be rounded together with the model by `.bfloat16()`."""
     if torch.compiler.is_compiling():  # becomes a constant of the compiled program
         return torch.tensor(values, dtype=torch.float32, device=device)
-    return _cached_constant(values, device)
-
-
-@functools.lru_cache(maxsize=64)
-def _cached_constant(values, device):
-    with torch.inference_mode(False):  # made once, also used where gradients are recorded
-        return torch.tensor(values, dtype=torch.float32, device=device)
+    return _persistent.constant(values, device)
 
 
 def read_tokens(owner: str, tokens, num_tokens: int, device: torch.device, *, ignore_index=None) -> torch.Tensor:

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "andromeda/attention.h"
+#include "andromeda/graph_capture.h"
 #include "andromeda/qk_norm_rotary.h"
 
 namespace andromeda::cuda {
@@ -15,6 +16,11 @@ namespace {
 }
 
 }  // namespace
+
+// Without kernels there are no launches to capture, and no runtime of this library to restrict a thread.
+unsigned long long capture_id(CUstream_st*) { return 0; }
+
+bool permit_work_beside_captures(bool permitted) { return permitted; }
 
 AttentionWorkspace attention_forward_workspace(const AttentionParams&) { unavailable("attention_forward"); }
 

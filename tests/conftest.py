@@ -11,7 +11,7 @@ import pytest
 import torch
 from emulator import EmulatedExtension, Emulator
 
-from andromeda.ops import _select
+from andromeda.ops import _persistent, _rotary, _select
 
 hypothesis.settings.register_profile("quick", max_examples=12, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("nightly", max_examples=500, deadline=None, print_blob=True)
@@ -57,7 +57,11 @@ def emulated(request, monkeypatch):
     emulator = Emulator(**getattr(request, "param", {}))
     monkeypatch.setattr(_select, "extension", EmulatedExtension(emulator))
     monkeypatch.setattr(_select, "cuda_unavailable", lambda device: [])
-    monkeypatch.setattr(_select, "_tickets", {})  # a kernel that does not reset its own must not spoil other tests
+    # A kernel that does not leave its semaphores zero must not spoil other tests.
+    monkeypatch.setattr(_persistent, "_semaphores", {})
+    monkeypatch.setattr(_persistent, "_free", {})
+    # Tables of exactly the rows that a call needs: what is read beside them is outside of the buffer.
+    monkeypatch.setattr(_rotary, "window", lambda first, end: (first, end))
     monkeypatch.setattr(_select, "DEVICE_TYPES", {"cuda": "cpu", "triton": "no device", "cpu": "no device"})
     return emulator
 

@@ -273,11 +273,30 @@ def test_attention_refuses(change, message):
         ),
         ({"dq_scale_partial": torch.zeros(0, 4, 16)}, "dq_scale_partial must have at least one partial sum"),
         ({"num_threads": -1}, "num_threads must be at least 1, got -1"),
+        ({"q_row": 1}, "q_table must have rows 1 to 3, got 3 rows"),
+        ({"k_row": -1}, "k_table must have rows -1 to 3, got 5 rows"),
+        ({"factors": torch.ones(9, 4), "k_factor_row": 3}, "factors must have rows 3 to -1, got 9 rows"),
+        ({"factors": torch.ones(9, 4), "q_factor_row": 7}, "factors must have rows 7 to 9, got 9 rows"),
+        ({"factors": torch.ones(9, 8)}, r"factors must have shape \(9, 4\), got \(9, 8\)"),
+        ({"factors": torch.ones(9, 4), "k_factor_row": 4}, "factors must be None on the CPU"),
     ],
-    ids=["one-table", "wide-table", "odd-table", "partials", "no-partials", "threads"],
+    ids=[
+        "one-table",
+        "wide-table",
+        "odd-table",
+        "partials",
+        "no-partials",
+        "threads",
+        "rows-after",
+        "rows-before",
+        "factors-before",
+        "factors-after",
+        "wide-factors",
+        "factors-on-cpu",
+    ],
 )
 def test_qk_norm_rotary_refuses(change, message):
-    with pytest.raises(ValueError, match=f"^qk_norm_rotary_backward: .*{message}"):
+    with pytest.raises(ValueError, match=f"^qk_norm_rotary(_backward)?: .*{message}"):
         _C.qk_norm_rotary_backward(**rotary_backward_call() | change)
 
 
@@ -319,6 +338,17 @@ def test_a_dimension_beyond_int_is_refused():
     call = attention_call(batch=1, seqlen_q=1, num_heads=1, num_kv_heads=1, head_dim=1)
     with pytest.raises(ValueError, match=r"k must have fewer than 2\^31 elements in dimension 1, got 2147483648"):
         _C.attention_forward(**call | {"k": wide, "v": wide})
+
+
+def test_tables_may_have_more_rows():
+    call, other = rotary_call(), rotary_call()
+    other |= {name: call[name] for name in ("q", "k", "q_scale", "k_scale")}
+    for name in ("q", "k"):
+        other[f"{name}_table"] = torch.cat((torch.full((2, 8), math.nan), call[f"{name}_table"]))
+        other[f"{name}_row"] = 2
+    _C.qk_norm_rotary_forward(**call)
+    _C.qk_norm_rotary_forward(**other)
+    assert torch.equal(call["q_out"], other["q_out"]) and torch.equal(call["k_out"], other["k_out"])
 
 
 def test_optional_tensors():

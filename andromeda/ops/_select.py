@@ -120,28 +120,16 @@ def current_stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-def is_capturing(device: torch.device) -> bool:
-    """Whether the calls of this moment become a CUDA graph: memory they keep must then be the graph's own."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def capture_id(device: torch.device) -> int:
+    """The number of the CUDA graph that the calls of this moment become part of; 0 when they run at once."""
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        return 0
+    return extension.capture_id(current_stream(device))
 
 
-_tickets = {}  # (device, stream) -> counters
-
-
-def tickets(device: torch.device, count: int) -> torch.Tensor | None:
-    """`count` counters of a kernel whose last block combines the others' results: int32 zeros, None for a count of 0.
-
-    Every launch leaves them zero, so the launches of one stream, which follow each other, share them, and none of them
-    needs a launch of its own. A captured graph runs beside any stream and brings its own.
-    """
-    if count == 0:
-        return None
-    if is_capturing(device):
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    place = device, current_stream(device)
-    if place not in _tickets or _tickets[place].numel() < count:
-        _tickets[place] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
-    return _tickets[place][:count]
+def permit_work_beside_captures(permitted: bool) -> bool:
+    """Whether this thread may allocate and wait while others capture graphs; returns what was in force before."""
+    return permitted if extension is None else extension.permit_work_beside_captures(permitted)
 
 
 def needs_function(*tensors: torch.Tensor | None) -> bool:

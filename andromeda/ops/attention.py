@@ -2,7 +2,7 @@
 
 import torch
 
-from andromeda.ops import _checks, _select
+from andromeda.ops import _checks, _persistent, _select
 from andromeda.reference import attention as reference
 
 _DTYPES = {
@@ -249,7 +249,7 @@ def _resources(direction, backend, q, k, causal):
         )
         if num_values > 0:
             resources["workspace"] = q.new_empty(num_values, dtype=torch.float32)
-        resources["tickets"] = _select.tickets(q.device, num_tickets)
+        resources["tickets"] = _persistent.semaphores(q.device, num_tickets)
     return resources
 
 

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from andromeda.ops import _checks, _select
+from andromeda.ops import _checks, _rotary, _select
 from andromeda.reference import qk_norm_rotary as reference
 
 NAME = "qk_norm_rotary"
@@ -22,7 +22,7 @@ _CUDA_MAX_HEAD_DIM = 512  # kMaxHeadDim in csrc/cuda/qk_norm_rotary.cuh
 _MAX_PARTIALS = {"cpu": 64, "cuda": 512}
 _MIN_TOKENS_PER_PARTIAL = 16
 
-_TABLE_BLOCK = 64  # tables hold whole blocks of positions: token by token, every 64th call makes new ones
+_TABLE_BLOCK = 64  # the CPU's tables hold whole blocks of positions: token by token, every 64th call makes new ones
 
 
 def qk_norm_rotary(
@@ -170,10 +170,10 @@ def _compute_dtype(x) -> torch.dtype:
 
 def _forward(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin, backend):
     backend = _select.choose(NAME, backend, lambda name: unsupported(name, q, k))
-    q_table, k_table, stream = _tables(q, k, rotary_dim, xpos, position, origin)
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     if backend == "reference":
         dtype = _compute_dtype(q)
+        q_table, k_table = _whole_tables(q, k, rotary_dim, xpos, position, origin)
         q_out.copy_(reference.transform(q.to(dtype), q_scale, q_table, normalize))
         k_out.copy_(reference.transform(k.to(dtype), k_scale, k_table, normalize))
     else:
@@ -183,22 +183,21 @@ def _forward(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, orig
                 k=k,
                 q_scale=_dense(q_scale),
                 k_scale=_dense(k_scale),
-                q_table=q_table if rotary_dim else None,
-                k_table=k_table if rotary_dim else None,
+                **_rotation(backend, q, k, rotary_dim, xpos, position, origin),
                 q_out=q_out,
                 k_out=k_out,
                 normalize=normalize,
                 num_threads=torch.get_num_threads(),
-                stream=stream,
+                stream=_select.current_stream(q.device),
             )
     return q_out, k_out
 
 
 def _backward(dq_out, dk_out, q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin, backend):
     backend = _select.choose(NAME, backend, lambda name: unsupported(name, q, k))
-    q_table, k_table, stream = _tables(q, k, rotary_dim, xpos, position, origin)
     dq, dk, dq_scale, dk_scale = _fake_backward(dq_out, dk_out, q, k, q_scale, k_scale)
     if backend == "reference":
+        q_table, k_table = _whole_tables(q, k, rotary_dim, xpos, position, origin)
         for dout, x, scale, table, dx, dscale in (
             (dq_out, q, q_scale, q_table, dq, dq_scale),
             (dk_out, k, k_scale, k_table, dk, dk_scale),
@@ -220,8 +219,7 @@ def _backward(dq_out, dk_out, q, k, q_scale, k_scale, normalize, rotary_dim, xpo
                 k=k,
                 q_scale=_dense(q_scale),
                 k_scale=_dense(k_scale),
-                q_table=q_table if rotary_dim else None,
-                k_table=k_table if rotary_dim else None,
+                **_rotation(backend, q, k, rotary_dim, xpos, position, origin),
                 dq_out=dq_out,
                 dk_out=dk_out,
                 dq=dq,
@@ -230,7 +228,7 @@ def _backward(dq_out, dk_out, q, k, q_scale, k_scale, normalize, rotary_dim, xpo
                 dk_scale_partial=dk_scale_partial,
                 normalize=normalize,
                 num_threads=torch.get_num_threads(),
-                stream=stream,
+                stream=_select.current_stream(q.device),
             )
         for dscale, partial in ((dq_scale, dq_scale_partial), (dk_scale, dk_scale_partial)):
             if partial is not None:
@@ -242,37 +240,56 @@ def _dense(tensor):
     return None if tensor is None else tensor.contiguous()
 
 
-def _tables(q, k, rotary_dim, xpos, position, origin):
-    """The tables for q and k and the stream, as an integer, that may read them.
+# Tables are made inside the operators: so they are neither saved for the backward pass nor part of a compiled graph,
+# and what is kept never meets a fake or a traced tensor.
 
-    They are made inside the operators: so they are neither saved for the backward pass nor part of a compiled graph,
-    and the cache never meets a fake or a traced tensor.
-    """
-    stream = _select.current_stream(q.device)
+
+def _rotation(backend, q, k, rotary_dim, xpos, position, origin):
+    """What a compiled kernel rotates by: the arguments q_table ... k_factor_row of the binding."""
+    if rotary_dim == 0:
+        return {"q_table": None, "k_table": None}
+    if backend == "cpu":
+        q_table, k_table = _whole_tables(q, k, rotary_dim, xpos, position, origin)
+        return {"q_table": q_table, "k_table": k_table}
     end = position + k.shape[1]
-    last = -(-end // _TABLE_BLOCK) * _TABLE_BLOCK
+    first_query = end - q.shape[1]  # the last query sits at the last key
+    first = min(position, first_query)
+    table, row = _rotary.angles(first, end, rotary_dim, q.device)
+    rotation = {"q_table": table, "k_table": table, "q_row": row + first_query - first, "k_row": row + position - first}
+    if xpos:
+        # The exponent is position - origin for q and origin - position for k.
+        lowest = min(first_query - origin, origin - end + 1)
+        highest = max(end - 1 - origin, origin - position)
+        table, row = _rotary.factors(lowest, highest + 1, rotary_dim, q.device)
+        rotation |= {
+            "factors": table,
+            "q_factor_row": row + first_query - origin - lowest,
+            "k_factor_row": row + origin - position - lowest,
+        }
+    return rotation
+
+
+def _whole_tables(q, k, rotary_dim, xpos, position, origin):
+    """Tables for q and k with the xPos factors in them, of the dtype that is computed in."""
+    dtype = _compute_dtype(q)
+    end = position + k.shape[1]
     seqlens = q.shape[1], k.shape[1]
+    if q.device.type != "cpu":  # plain torch, which a graph repeats
+        tables = reference.rotary_tables(*seqlens, rotary_dim, xpos, position, origin, q.device)
+        return tuple(table.to(dtype) for table in tables)
+    last = -(-end // _TABLE_BLOCK) * _TABLE_BLOCK
     # The last position of every table is `last`; what lies after `end` is cut off again.
     rows = (last - (end - seqlen) // _TABLE_BLOCK * _TABLE_BLOCK for seqlen in seqlens)
-    make = _made_tables if _select.is_capturing(q.device) else _cached_tables
-    made = make(*rows, rotary_dim, xpos, last, origin, _compute_dtype(q), q.device, stream)
     surplus = last - end
-    tables = (
-        table[len(table) - surplus - seqlen : len(table) - surplus] for table, seqlen in zip(made, seqlens, strict=True)
+    return tuple(
+        table[len(table) - surplus - seqlen : len(table) - surplus]
+        for table, seqlen in zip(_cached_tables(*rows, rotary_dim, xpos, last, origin, dtype), seqlens, strict=True)
     )
-    return *tables, stream
 
 
 @functools.lru_cache(maxsize=16)  # all layers of a forward and backward pass ask for the same few tables
-def _cached_tables(rows_q, rows_k, rotary_dim, xpos, end, origin, dtype, device, stream):
-    # Memory is reused in the order of the stream it was allocated on: each stream has tables of its own.
+def _cached_tables(rows_q, rows_k, rotary_dim, xpos, end, origin, dtype):
     tables = reference.rotary_tables(rows_q, rows_k, rotary_dim, xpos, end - rows_k, origin)
-    return tuple(table.to(device=device, dtype=dtype) for table in tables)
-
-
-def _made_tables(rows_q, rows_k, rotary_dim, xpos, end, origin, dtype, device, stream):
-    """For a graph, which reads its tables at every replay and must not copy from the host: it makes them itself."""
-    tables = reference.rotary_tables(rows_q, rows_k, rotary_dim, xpos, end - rows_k, origin, device)
     return tuple(table.to(dtype) for table in tables)
 
 

@@ -47,17 +47,34 @@ def rotary_tables(seqlen_q, seqlen_k, rotary_dim, xpos, position, origin, device
     """Tables for q and k, float64 (seqlen, rotary_dim): row p holds z * cos(p * omega_t) at 2t, z * sin at 2t + 1."""
     end = position + seqlen_k
     origin = default_origin(seqlen_q, seqlen_k, position) if origin is None else origin
+
+    def table(first, sign):
+        rows = angles(first, end, rotary_dim, device)  # the last query sits at the last key
+        if not xpos:
+            return rows
+        exponents = sign * (torch.arange(first, end, dtype=torch.float64, device=device) - origin)
+        return rows * _powers(exponents, rotary_dim).repeat_interleave(2, dim=1)
+
+    return table(end - seqlen_q, +1), table(end - seqlen_k, -1)
+
+
+def angles(first, end, rotary_dim, device="cpu"):
+    """Float64 (end - first, rotary_dim): cos(p * omega_t) at 2t, sin at 2t + 1, for positions p = first ... end - 1."""
     double = {"dtype": torch.float64, "device": device}
-    twice_t = torch.arange(0, rotary_dim, 2, **double)
-    omega = 10000.0 ** (-twice_t / max(rotary_dim, 1))
+    omega = 10000.0 ** (-torch.arange(0, rotary_dim, 2, **double) / max(rotary_dim, 1))
+    p_omega = torch.arange(first, end, **double).unsqueeze(1) * omega
+    return torch.stack((torch.cos(p_omega), torch.sin(p_omega)), dim=-1).flatten(1)
+
+
+def factors(first, end, rotary_dim, device="cpu"):
+    """Float64 (end - first, rotary_dim / 2): zeta_t ** (e / 512) for the exponents e = first ... end - 1."""
+    return _powers(torch.arange(first, end, dtype=torch.float64, device=device), rotary_dim)
+
+
+def _powers(exponents, rotary_dim):
+    twice_t = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=exponents.device)
     log_zeta = torch.log((twice_t + 0.4 * rotary_dim) / (1.4 * rotary_dim))
-
-    def table(seqlen, sign):
-        p = torch.arange(end - seqlen, end, **double).unsqueeze(1)  # the last query sits at the last key
-        z = torch.exp(log_zeta * (sign * (p - origin) / 512)) if xpos else 1.0
-        return torch.stack((z * torch.cos(p * omega), z * torch.sin(p * omega)), dim=-1).flatten(1)
-
-    return table(seqlen_q, +1), table(seqlen_k, -1)
+    return torch.exp(log_zeta * (exponents.unsqueeze(1) / 512))
 
 
 def default_origin(seqlen_q, seqlen_k, position):

@@ -1,6 +1,8 @@
 // Packs QkNormRotaryParams; the GIL is released while the kernel runs or is launched.
 #include "andromeda/qk_norm_rotary.h"
 
+#include <algorithm>
+
 #include "bindings.h"
 #include "checks.h"
 #include "tensor_caster.h"
@@ -18,17 +20,46 @@ struct OperandNames {
 constexpr OperandNames kQ = {"q", "q_scale", "q_table", "q_out", "dq_out", "dq", "dq_scale_partial"};
 constexpr OperandNames kK = {"k", "k_scale", "k_table", "k_out", "dk_out", "dk", "dk_scale_partial"};
 
+// The tables that both operands read, and the rows of their first tokens. From one token to the next the row of a table
+// grows by one; that of the factors grows for q and falls for k.
+struct Rotation {
+  const OptionalTensor &q_table, &k_table, &factors;
+  std::int64_t q_row, k_row, q_factor_row, k_factor_row;
+  std::int64_t rotary_dim;
+};
+
+// Rows `first` ... `last` of a table, in either order; returns row `first`.
+const float* rows_of(const Call& call, const char* name, const OptionalTensor& table, std::int64_t width,
+                     std::int64_t first, std::int64_t last) {
+  if (!table.has_value()) return nullptr;
+  call.dimensions(name, *table, 2);
+  const float* data = call.contiguous<const float>(name, *table, {table->shape[0], width});
+  if (std::min(first, last) < 0 || std::max(first, last) >= table->shape[0]) {
+    call.value_error(name, "have rows " + std::to_string(first) + " to " + std::to_string(last),
+                     std::to_string(table->shape[0]) + " rows");
+  }
+  return data + first * width;
+}
+
 // All of an operand but `out`.
 QkNormRotaryOperand pack_input(const Call& call, const OperandNames& names, const TensorView& q, const TensorView& x,
-                               const OptionalTensor& scale, const OptionalTensor& table, std::int64_t rotary_dim) {
+                               const OptionalTensor& scale, const Rotation& rotation) {
+  const bool is_q = &names == &kQ;
   call.dimensions(names.x, x, 4);
   QkNormRotaryOperand operand{};
   operand.x = x.data;
   operand.x_stride = call.activations(names.x, x, {q.shape[0], x.shape[1], x.shape[2], q.shape[3]});
   operand.scale = call.contiguous<const float>(names.scale, scale, {x.shape[2], x.shape[3]});
-  operand.table = call.contiguous<const float>(names.table, table, {x.shape[1], rotary_dim});
   operand.seqlen = call.size(names.x, x, 1);
   operand.num_heads = call.size(names.x, x, 2);
+  if (operand.seqlen == 0 || rotation.rotary_dim == 0) return operand;
+  const std::int64_t row = is_q ? rotation.q_row : rotation.k_row, steps = operand.seqlen - 1;
+  const std::int64_t factor_row = is_q ? rotation.q_factor_row : rotation.k_factor_row;
+  operand.table =
+      rows_of(call, names.table, is_q ? rotation.q_table : rotation.k_table, rotation.rotary_dim, row, row + steps);
+  operand.factors = rows_of(call, "factors", rotation.factors, rotation.rotary_dim / 2, factor_row,
+                            is_q ? factor_row + steps : factor_row - steps);
+  operand.factor_step = static_cast<int>(is_q ? rotation.rotary_dim / 2 : -(rotation.rotary_dim / 2));
   return operand;
 }
 
@@ -47,15 +78,17 @@ int rotary_dim_of(const Call& call, const TensorView& q, const OptionalTensor& q
 }
 
 void forward(const TensorView& q, const TensorView& k, const OptionalTensor& q_scale, const OptionalTensor& k_scale,
-             const OptionalTensor& q_table, const OptionalTensor& k_table, const TensorView& q_out,
-             const TensorView& k_out, bool normalize, int num_threads, std::uintptr_t stream) {
+             const OptionalTensor& q_table, const OptionalTensor& k_table, std::int64_t q_row, std::int64_t k_row,
+             const OptionalTensor& factors, std::int64_t q_factor_row, std::int64_t k_factor_row,
+             const TensorView& q_out, const TensorView& k_out, bool normalize, int num_threads, std::uintptr_t stream) {
   const Call call("qk_norm_rotary_forward", q);
   call.dimensions("q", q, 4);
   call.threads(num_threads);
   QkNormRotaryParams params;
   params.rotary_dim = rotary_dim_of(call, q, q_table, k_table);
-  params.q = pack_input(call, kQ, q, q, q_scale, q_table, params.rotary_dim);
-  params.k = pack_input(call, kK, q, k, k_scale, k_table, params.rotary_dim);
+  const Rotation rotation{q_table, k_table, factors, q_row, k_row, q_factor_row, k_factor_row, params.rotary_dim};
+  params.q = pack_input(call, kQ, q, q, q_scale, rotation);
+  params.k = pack_input(call, kK, q, k, k_scale, rotation);
   params.q.out_stride = call.activations(kQ.out, q_out, {q.shape[0], q.shape[1], q.shape[2], q.shape[3]});
   params.k.out_stride = call.activations(kK.out, k_out, {k.shape[0], k.shape[1], k.shape[2], k.shape[3]});
   params.q.out = q_out.data;
@@ -91,8 +124,9 @@ QkNormRotaryBackwardOperand pack_backward(const Call& call, const OperandNames& 
 }
 
 void backward(const TensorView& q, const TensorView& k, const OptionalTensor& q_scale, const OptionalTensor& k_scale,
-              const OptionalTensor& q_table, const OptionalTensor& k_table, const TensorView& dq_out,
-              const TensorView& dk_out, const TensorView& dq, const TensorView& dk,
+              const OptionalTensor& q_table, const OptionalTensor& k_table, std::int64_t q_row, std::int64_t k_row,
+              const OptionalTensor& factors, std::int64_t q_factor_row, std::int64_t k_factor_row,
+              const TensorView& dq_out, const TensorView& dk_out, const TensorView& dq, const TensorView& dk,
               const OptionalTensor& dq_scale_partial, const OptionalTensor& dk_scale_partial, bool normalize,
               int num_threads, std::uintptr_t stream) {
   const Call call("qk_norm_rotary_backward", q);
@@ -100,6 +134,7 @@ void backward(const TensorView& q, const TensorView& k, const OptionalTensor& q_
   call.threads(num_threads);
   QkNormRotaryBackwardParams params;
   params.rotary_dim = rotary_dim_of(call, q, q_table, k_table);
+  const Rotation rotation{q_table, k_table, factors, q_row, k_row, q_factor_row, k_factor_row, params.rotary_dim};
   // Both operands are cut into the same number of runs; without scales nothing is summed and the number is unused.
   const OptionalTensor& partial = dq_scale_partial.has_value() ? dq_scale_partial : dk_scale_partial;
   params.num_partials = 1;
@@ -109,10 +144,10 @@ void backward(const TensorView& q, const TensorView& k, const OptionalTensor& q_
     params.num_partials = call.size(name, *partial, 0);
     if (params.num_partials == 0) call.value_error(name, "have at least one partial sum", "none");
   }
-  params.q = pack_backward(call, kQ, pack_input(call, kQ, q, q, q_scale, q_table, params.rotary_dim), q, dq_out, dq,
-                           dq_scale_partial, params.num_partials);
-  params.k = pack_backward(call, kK, pack_input(call, kK, q, k, k_scale, k_table, params.rotary_dim), k, dk_out, dk,
-                           dk_scale_partial, params.num_partials);
+  params.q = pack_backward(call, kQ, pack_input(call, kQ, q, q, q_scale, rotation), q, dq_out, dq, dq_scale_partial,
+                           params.num_partials);
+  params.k = pack_backward(call, kK, pack_input(call, kK, q, k, k_scale, rotation), k, dk_out, dk, dk_scale_partial,
+                           params.num_partials);
   params.batch = call.size("q", q, 0);
   params.head_dim = call.size("q", q, 3);
   params.normalize = normalize;
@@ -135,13 +170,15 @@ void backward(const TensorView& q, const TensorView& k, const OptionalTensor& q_
 void bind_qk_norm_rotary(py::module_& m) {
   using py::arg;
   m.def("qk_norm_rotary_forward", &forward, "csrc/include/andromeda/qk_norm_rotary.h. Writes q_out and k_out.",
-        py::kw_only(), arg("q"), arg("k"), arg("q_scale"), arg("k_scale"), arg("q_table"), arg("k_table"), arg("q_out"),
-        arg("k_out"), arg("normalize"), arg("num_threads"), arg("stream"));
+        py::kw_only(), arg("q"), arg("k"), arg("q_scale"), arg("k_scale"), arg("q_table"), arg("k_table"),
+        arg("q_row") = 0, arg("k_row") = 0, arg("factors") = py::none(), arg("q_factor_row") = 0,
+        arg("k_factor_row") = 0, arg("q_out"), arg("k_out"), arg("normalize"), arg("num_threads"), arg("stream"));
   m.def("qk_norm_rotary_backward", &backward,
         "csrc/include/andromeda/qk_norm_rotary.h. Writes dq, dk and the partial sums of the scales' gradients.",
         py::kw_only(), arg("q"), arg("k"), arg("q_scale"), arg("k_scale"), arg("q_table"), arg("k_table"),
-        arg("dq_out"), arg("dk_out"), arg("dq"), arg("dk"), arg("dq_scale_partial"), arg("dk_scale_partial"),
-        arg("normalize"), arg("num_threads"), arg("stream"));
+        arg("q_row") = 0, arg("k_row") = 0, arg("factors") = py::none(), arg("q_factor_row") = 0,
+        arg("k_factor_row") = 0, arg("dq_out"), arg("dk_out"), arg("dq"), arg("dk"), arg("dq_scale_partial"),
+        arg("dk_scale_partial"), arg("normalize"), arg("num_threads"), arg("stream"));
 }
 
 }  // namespace andromeda::bindings

@@ -224,9 +224,16 @@ void backward(const QkNormRotaryBackwardParams& params, int num_threads) {
   });
 }
 
+void check_folded(const QkNormRotaryOperand& q, const QkNormRotaryOperand& k) {
+  if (q.factors != nullptr || k.factors != nullptr) {
+    throw std::invalid_argument("qk_norm_rotary: factors must be None on the CPU; multiply the tables by them");
+  }
+}
+
 }  // namespace
 
 void qk_norm_rotary_forward(const QkNormRotaryParams& params, int num_threads) {
+  check_folded(params.q, params.k);
   switch (params.dtype) {
     case DType::kFloat32:
       return forward<float>(params, num_threads);
@@ -241,6 +248,7 @@ void qk_norm_rotary_forward(const QkNormRotaryParams& params, int num_threads) {
 }
 
 void qk_norm_rotary_backward(const QkNormRotaryBackwardParams& params, int num_threads) {
+  check_folded(params.q.forward, params.k.forward);
   switch (params.dtype) {
     case DType::kFloat32:
       return backward<float>(params, num_threads);

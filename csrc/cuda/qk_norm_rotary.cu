@@ -50,6 +50,9 @@ void check_table(const QkNormRotaryOperand& operand, int rotary_dim) {
 
 bool in_chunks(const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % kChunkBytes == 0; }
 
+// Factors are read two at a time: rows of rotary_dim / 2 of them, an even number, follow each other.
+bool in_pairs(const float* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % sizeof(float2) == 0; }
+
 // Whether every row of a tensor can be read in chunks. The stride of a dimension of size 1 is never used.
 template <typename T>
 bool in_chunks(const void* data, const SeqStrides& stride, int batch, int seqlen, int num_heads) {
@@ -62,7 +65,7 @@ bool in_chunks(const QkNormRotaryOperand& operand, int batch) {
   const int seqlen = operand.seqlen, num_heads = operand.num_heads;
   return in_chunks<T>(operand.x, operand.x_stride, batch, seqlen, num_heads) &&
          (operand.out == nullptr || in_chunks<T>(operand.out, operand.out_stride, batch, seqlen, num_heads)) &&
-         in_chunks(operand.scale) && in_chunks(operand.table);
+         in_chunks(operand.scale) && in_chunks(operand.table) && in_pairs(operand.factors);
 }
 
 template <typename T>

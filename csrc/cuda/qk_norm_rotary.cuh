@@ -15,10 +15,11 @@
 // A lane keeps its channels of `scale`, and of the sum for dscale, in registers while its group walks the tokens. Every
 // head reads its token's row of the table: from L1 inside a tile, from L2 in the other tiles.
 //
-// Registers: x (and dout) of kRows rows as stored; scale, dscale and one row of the table per row of x as float.
+// Registers: x (and dout) of kRows rows as stored; scale, dscale and one row of the tables per row of x as float.
 // Shared memory: backward only, up to 8 KiB, to add dscale over the groups of a block in a fixed order.
 //
-// Bytes per call: forward x and out once; backward x, dout and dx once, and dscale_partial; the tables once from DRAM.
+// Bytes per call: forward x and out once; backward x, dout and dx once, and dscale_partial; the tables, 6 bytes per
+// position and rotated channel, once from DRAM.
 // About 7 flops per element forward and 14 backward. Memory is the limit as long as the instructions around them are
 // few: a warp spends about 180 forward and 260 backward for every 16 bytes of x per lane (bfloat16, head size 128,
 // counted in the sm_80 code), where an H100 has time for about 280 and 420 while memory moves those bytes.
@@ -108,6 +109,11 @@ struct Place {
   }
 };
 
+__device__ inline float2 operator*(float2 a, float2 b) { return make_float2(a.x * b.x, a.y * b.y); }
+__device__ inline float2 operator*(float2 a, float b) { return make_float2(a.x * b, a.y * b); }
+__device__ inline float2 operator-(float2 a, float2 b) { return make_float2(a.x - b.x, a.y - b.y); }
+__device__ inline float2 operator+(float2 a, float2 b) { return make_float2(a.x + b.x, a.y + b.y); }
+
 // The channels of a row that belong to one lane: chunk c of the group is 2^group_log2 adjacent 16-byte pieces.
 // Pointers to rows are to the lane's first channel.
 template <typename T, Access kAccess, int kChunks>
@@ -159,6 +165,28 @@ struct Slice {
     return channel(loaded / kChunkPairs) + 2 * (loaded % kChunkPairs) < rotary_dim;
   }
 
+  // Multiplies the rotations of token `seq` by their factors z. Read so late, from L1 after the first head, they occupy
+  // no register while memory is waited for. With Access::kChunk two factors are one access.
+  __device__ void apply_factors(float2 (&rotation)[kPairs], const QkNormRotaryOperand& operand, int seq) const {
+    if (operand.factors == nullptr) return;
+    const float* row = operand.factors + static_cast<std::int64_t>(seq) * operand.factor_step + first_channel() / 2;
+#pragma unroll
+    for (int i = 0; i < kPairs; i += 2) {
+      const float* source = row + (offset(i / kChunkPairs) / 2 + i % kChunkPairs);
+      if constexpr (kAccess == Access::kChunk) {
+        if (!is_rotated(i)) continue;
+        const float2 two = __ldg(reinterpret_cast<const float2*>(source));
+        rotation[i] = rotation[i] * two.x;
+        rotation[i + 1] = rotation[i + 1] * two.y;
+      } else {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          if (is_rotated(i + j)) rotation[i + j] = rotation[i + j] * __ldg(source + j);
+        }
+      }
+    }
+  }
+
   __device__ static float2 pair(const Chunk<T> (&chunks)[kChunks], int index) {
     return to_floats(chunks[index / kChunkPairs].pairs[index % kChunkPairs]);
   }
@@ -172,10 +200,6 @@ __device__ inline float2 rotate_transposed(float2 x, float2 rotation) {
   return make_float2(x.x * rotation.x + x.y * rotation.y, x.y * rotation.x - x.x * rotation.y);
 }
 
-__device__ inline float2 operator*(float2 a, float2 b) { return make_float2(a.x * b.x, a.y * b.y); }
-__device__ inline float2 operator*(float2 a, float b) { return make_float2(a.x * b, a.y * b); }
-__device__ inline float2 operator-(float2 a, float2 b) { return make_float2(a.x - b.x, a.y - b.y); }
-__device__ inline float2 operator+(float2 a, float2 b) { return make_float2(a.x + b.x, a.y + b.y); }
 __device__ inline float add_dot(float sum, float2 a, float2 b) { return fmaf(a.x, b.x, fmaf(a.y, b.y, sum)); }
 
 __device__ inline bool above_floor(float sum_of_squares) {
@@ -216,6 +240,7 @@ __global__ void __launch_bounds__(kThreads)
     // Step 1: every load of kRows rows, so that all are in flight together.
     Chunk<T> chunks[kRows][kChunks];
     float2 rotation[kRows][kPairs];
+    int seq[kRows];
     T* out_row[kRows];
     bool inside[kRows];
 #pragma unroll
@@ -223,6 +248,7 @@ __global__ void __launch_bounds__(kThreads)
       inside[row] = place.token < place.num_tokens;
       slice.load_row(chunks[row], x, inside[row]);
       slice.load_constant_row(rotation[row], table, params.rotary_dim, make_float2(0.0f, 0.0f));
+      seq[row] = place.seq;
       out_row[row] = out;
       const bool sequence_ends = place.next(operand_plan, operand.seqlen);
       x += operand_plan.x.over(sequence_ends);
@@ -248,6 +274,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       const float inverse = params.normalize ? inverse_norm<T>(sum_of_squares[row]) : 1.0f;
+      slice.apply_factors(rotation[row], operand, seq[row]);
       float2 result[kPairs];
 #pragma unroll
       for (int i = 0; i < kPairs; ++i) {
@@ -319,6 +346,7 @@ __global__ void __launch_bounds__(kThreads)
     slice.load_row(chunks, x, inside);
     slice.load_row(dout_chunks, dout, inside);
     slice.load_constant_row(rotation, table, params.rotary_dim, make_float2(0.0f, 0.0f));
+    slice.apply_factors(rotation, forward, place.seq);
 
     // Step 2: g, ||x||^2 and <x, e>.
     float2 g[kPairs];

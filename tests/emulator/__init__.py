@@ -58,7 +58,7 @@ class Settings:
     schedule: order of blocks and warps: "fifo", "reverse" or "random" (with `seed`).
     check: look for races, stray accesses and the like; without, only results, faster.
     blocks: linear indices of the blocks to run; None runs all.
-    capturing: whether streams are being captured into a graph.
+    capture: the number of the capture into a graph that every stream is part of; 0: none.
     current_device: the CUDA device at the call, 0 or 1.
     """
 
@@ -67,7 +67,7 @@ class Settings:
     seed: int = 1
     check: bool = True
     blocks: tuple[int, ...] | None = None
-    capturing: bool = False
+    capture: int = 0
     current_device: int = 0
 
 
@@ -177,7 +177,7 @@ class Emulator:
             setattr(device, field.name, getattr(pretended, field.name) * (1024 if kibibytes else 1))
         settings.schedule = getattr(self._host.Schedule, given.schedule)
         settings.seed, settings.check, settings.blocks = given.seed, given.check, list(given.blocks or ())
-        self._host.set_up(device, settings, given.capturing, given.current_device)
+        self._host.set_up(device, settings, given.capture, given.current_device)
 
     def tensor(self, source, *, name, writable=False, device_index=0):
         """A copy of a CPU tensor with its strides and alignment. Gaps between its rows are part of the buffer."""

@@ -39,6 +39,7 @@ struct ThreadState {
   cudaError_t explained_error = cudaSuccess;  // what `explanation` is about
   std::string explanation, error_text;
   int device = 0;
+  cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
   std::vector<Configuration> configurations;  // of <<<...>>>, between its push and its pop
 };
 thread_local ThreadState thread_state;
@@ -186,7 +187,9 @@ cudaError_t launch(const void* stub, const dim3& grid, const dim3& block, void**
 // What a launcher must not do: it costs time, and spoils the capture of a graph.
 cudaError_t record_call(const char* name) {
   driver().calls.push_back(name);
-  if (driver().capturing) return fail(cudaErrorStreamCaptureUnsupported, std::string(name) + " during a capture");
+  if (driver().capture != 0 && thread_state.capture_mode != cudaStreamCaptureModeRelaxed) {
+    return fail(cudaErrorStreamCaptureUnsupported, std::string(name) + " during a capture");
+  }
   return cudaSuccess;
 }
 
@@ -569,9 +572,25 @@ cudaError_t cudaDeviceSynchronize() { return emulator::record_call("cudaDeviceSy
 cudaError_t cudaStreamSynchronize(cudaStream_t /*stream*/) { return emulator::record_call("cudaStreamSynchronize"); }
 cudaError_t cudaEventSynchronize(cudaEvent_t /*event*/) { return emulator::record_call("cudaEventSynchronize"); }
 
-cudaError_t cudaStreamIsCapturing(cudaStream_t /*stream*/, cudaStreamCaptureStatus* status) {
-  *status = driver().capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(*mode, emulator::thread_state.capture_mode);
   return cudaSuccess;
+}
+
+cudaError_t cudaStreamIsCapturing(cudaStream_t /*stream*/, cudaStreamCaptureStatus* status) {
+  *status = driver().capture != 0 ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+
+// Its parameters differ between the versions of CUDA; those after the third are none that this library asks for.
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status, unsigned long long* id,
+                                     cudaGraph_t* /*graph*/, const cudaGraphNode_t** /*dependencies*/,
+#if CUDART_VERSION >= 13000
+                                     const cudaGraphEdgeData** /*edges*/,
+#endif
+                                     std::size_t* /*count*/) {
+  if (driver().capture != 0) *id = driver().capture;
+  return cudaStreamIsCapturing(stream, status);
 }
 
 }  // extern "C"

@@ -39,7 +39,7 @@ struct Driver {
   Device device;
   Settings settings;
   PtxLibrary ptx;
-  bool capturing = false;                // every stream
+  unsigned long long capture = 0;        // the number of the capture that every stream is part of, or 0
   std::map<const void*, int> device_of;  // beginnings of the buffers that are not on device 0
   std::vector<Launch> launches;
   std::vector<std::string> calls;  // allocations and synchronisations, by name

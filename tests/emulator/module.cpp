@@ -260,10 +260,10 @@ PYBIND11_MODULE(_emulator, m) {
         [](std::uintptr_t address, int device) { driver().device_of[reinterpret_cast<void*>(address)] = device; });
 
   m.def("set_ptx_files", [](const std::vector<std::string>& paths) { driver().ptx.set_files(paths); });
-  m.def("set_up", [](const Device& device, const Settings& settings, bool capturing, int current_device) {
+  m.def("set_up", [](const Device& device, const Settings& settings, unsigned long long capture, int current_device) {
     driver().device = device;
     driver().settings = settings;
-    driver().capturing = capturing;
+    driver().capture = capture;
     set_device(current_device);
   });
   m.def("check_no_error_left", &check_no_error_left);

@@ -217,7 +217,7 @@ def test_capture(emu, subject):
         assert not runtime.is_capturing()
         assert runtime.synchronize() == runtime.malloc_and_free() == "cudaSuccess"
     assert emu.calls == ["cudaStreamSynchronize", "cudaMalloc", "cudaFree"]
-    emu.settings.capturing = True
+    emu.settings.capture = 1
     with emu:
         assert runtime.is_capturing()
         unsupported = "cudaErrorStreamCaptureUnsupported: emulated: cudaStreamSynchronize during a capture"

@@ -18,7 +18,7 @@ import test_qk_norm_rotary as rotary
 import torch
 from numerics import nan_filled
 
-from andromeda.ops import _select
+from andromeda.ops import _persistent
 from andromeda.ops import attention as attention_op
 from andromeda.ops import qk_norm_rotary as rotary_op
 from emulator import Device
@@ -121,7 +121,7 @@ def backward(**changes):
 def rotary_backward(**changes):
     case = dataclasses.replace(rotary.PLAIN, seqlen_q=9, seqlen_k=9, **changes)
     tensors = case.tensors(torch.bfloat16)
-    arguments = (*rotary.random_like(tensors[:2]), *tensors, case.normalize, case.rotary_dim, case.xpos, 0, None)
+    arguments = (*rotary.random_like(tensors[:2]), *tensors, case.normalize, case.rotary_dim, case.xpos, 0, 4)
     return Trial(functools.partial(rotary_op._backward, *arguments, "cuda"))
 
 
@@ -173,7 +173,8 @@ def attempt(emulated, trial, schedule):
     """(what was found wrong, results)"""
     emulated.settings.device, emulated.settings.schedule = trial.device, schedule
     emulated.reports.clear()
-    _select._tickets.clear()
+    _persistent._semaphores.clear()
+    _persistent._free.clear()
     try:
         with nan_filled():
             return None, trial.run()

@@ -6,8 +6,10 @@
 //   out[2t]   = z * (x_til[2t] * cos - x_til[2t+1] * sin)     z = zeta_t ^ (+-(p - origin) / 512), + for q, - for k
 //   out[2t+1] = z * (x_til[2t+1] * cos + x_til[2t] * sin)     cos, sin of p * omega_t
 //
-// The host makes the factor tables in double precision, because p * omega_t loses digits in float32 at large p, and
-// folds z into them: table[row][2t] = z * cos, table[row][2t+1] = z * sin.
+// The host makes the tables in double precision, because p * omega_t loses digits in float32 at large p. On the CPU z
+// is folded into them: table[row][2t] = z * cos, table[row][2t+1] = z * sin. On a GPU cos and sin depend on the
+// position alone and z lies apart, by its exponent +-(p - origin), so that one pair of tables serves every call: a
+// captured graph brings no tables of its own, and none is ever freed under it.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +25,11 @@ struct QkNormRotaryOperand {
   const void* x;       // (batch, seqlen, num_heads, head_dim)
   const float* scale;  // (num_heads, head_dim), or nullptr for 1
   const float* table;  // (seqlen, rotary_dim), or nullptr when rotary_dim == 0
-  void* out;           // (batch, seqlen, num_heads, head_dim); nullptr in the backward pass
+  // CUDA: the row of z, (rotary_dim / 2,), of the first token; each token's lies factor_step elements after the one
+  // before: rotary_dim / 2 for q, whose exponent grows with the position, and minus that for k. nullptr: 1, or folded.
+  const float* factors;
+  int factor_step;
+  void* out;  // (batch, seqlen, num_heads, head_dim); nullptr in the backward pass
   SeqStrides x_stride, out_stride;
   int seqlen, num_heads;
 };
