@@ -156,8 +156,10 @@ def alibi_slopes(num_heads: int) -> tuple[float, ...]:
 
 def constant(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
     """The values in float32. No buffer: a buffer would be rounded together with the model by `.bfloat16()`."""
-    if torch.compiler.is_compiling():  # becomes a constant of the compiled program
-        return torch.tensor(values, dtype=torch.float32, device=device)
+    if torch.compiler.is_compiling():
+        # Written by the program itself: `torch.tensor` would become a constant on the CPU that is copied at every run,
+        # and a program that touches the CPU is not made a CUDA graph.
+        return torch.cat([torch.full((1,), value, dtype=torch.float32, device=device) for value in values])
     return _persistent.constant(values, device)
 
 

@@ -123,6 +123,7 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.index = config, index
         q_dim, kv_dim = config.heads * config.dim_head, config.num_kv_heads * config.dim_head
+        self._alibi_slopes = config.alibi_slopes  # read here: a property that remembers would end a compiled graph
         gain, gain_value = (1.0, config.beta) if config.deepnorm else (None, None)
         self.to_q = Linear(config.dim, q_dim, gain=gain)
         self.to_k = Linear(config.dim, kv_dim, gain=gain)
@@ -158,7 +159,7 @@ class Attention(nn.Module):
                 values,
                 causal=True,
                 softmax_scale=self.config.softmax_scale,
-                alibi_slopes=self._constant(self.config.alibi_slopes, q.device),
+                alibi_slopes=self._constant(self._alibi_slopes, q.device),
                 logit_bound=bound,
                 key_start=None if call.first_key is None else call.first_key[:, start:stop],
                 backend=self._backend,

@@ -7,6 +7,8 @@ import golden
 import oracle
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional
 
 import andromeda.model
@@ -526,3 +528,24 @@ def test_absolute_table_ends():
 
 def test_length_is_free_without_a_table():
     assert small(max_seq_len=8)([[1] * 50]).shape == (1, 50, 23)
+
+
+# ---- torch.compile --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("deepnorm", [True, False], ids=["deepnorm", "pre-norm"])
+def test_compiles_into_one_graph_without_constants(deepnorm):
+    """A constant lies on the CPU until a run copies it; of a program that touches both torch makes no CUDA graph."""
+    model = Andromeda(
+        num_tokens=64, max_seq_len=128, dim=64, depth=2, dim_head=32, heads=3, alibi_num_heads=2, deepnorm=deepnorm
+    )
+    tokens = torch.randint(0, 64, (2, 16))
+    constants = []
+
+    def inspect(graph, inputs):
+        constants.extend(node.target for node in graph.graph.nodes if node.op == "get_attr" or "lift" in node.name)
+        return make_boxed_func(graph)
+
+    compiled = torch.compile(model, backend=aot_autograd(fw_compiler=inspect), fullgraph=True)
+    torch.testing.assert_close(compiled(tokens), model(tokens))
+    assert constants == []
