@@ -47,6 +47,12 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _no_plans(monkeypatch):
+    """Tests change what a plan depends on: the extension, the devices of a backend."""
+    monkeypatch.setattr(_select, "_plans", {})
+
+
 @pytest.fixture
 def emulated(request, monkeypatch):
     """The `Emulator` on which backend="cuda" runs in this test, with CPU tensors.

@@ -434,3 +434,42 @@ def test_two_threads_at_once():
         thread.join()
     for call, out in zip(calls, expected, strict=True):
         assert torch.equal(call["out"], out)
+
+
+# ---- the two ways to read a tensor ----------------------------------------------------------------------------------
+
+
+class Subclass(torch.Tensor):
+    """Read by its attributes: a subclass need not have memory of its own."""
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_tensors_read_by_attributes_give_the_same_bits(name):
+    make, written = CALLS[name]
+    torch.manual_seed(0)
+    plain = make()
+    torch.manual_seed(0)
+    other = {
+        key: value.as_subclass(Subclass) if isinstance(value, torch.Tensor) else value for key, value in make().items()
+    }
+    getattr(_C, name)(**plain)
+    getattr(_C, name)(**other)
+    for result in written:
+        assert torch.equal(plain[result], other[result].as_subclass(torch.Tensor)), result
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, torch.nn.Parameter, Subclass], ids=lambda kind: kind.__name__)
+def test_what_cannot_be_read_is_named_however_it_is_read(kind):
+    def of_kind(tensor):
+        return (
+            torch.nn.Parameter(tensor, requires_grad=False) if kind is torch.nn.Parameter else tensor.as_subclass(kind)
+        )
+
+    call = attention_call()
+    for wrong, message in (
+        (torch.zeros(2, 3, dtype=torch.int64), "of dtype float32, float16, bfloat16 or int32, got torch.int64"),
+        (torch.zeros(1, 1, 1, 1, 1), "of at most 4 dimensions"),
+        (torch.empty(2, 3, device="meta"), "on a cpu or cuda device, got meta"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            _C.attention_forward(**call | {"q": of_kind(wrong)})

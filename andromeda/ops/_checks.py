@@ -89,6 +89,18 @@ def check_exact(
         raise TypeError(f"{op}: {name}.dtype must be {' or '.join(map(_name, dtypes))}, got {_name(tensor.dtype)}")
 
 
+def has_axes(tensor: torch.Tensor, count: int) -> bool:
+    """Whether it is a tensor of `count` dimensions whose last one is dense."""
+    return isinstance(tensor, torch.Tensor) and tensor.ndim == count and tensor.stride(-1) == 1
+
+
+def is_exact(tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether it is a tensor of this shape, dtype and device; any strides."""
+    return (
+        isinstance(tensor, torch.Tensor) and tensor.shape == shape and tensor.dtype == dtype and tensor.device == device
+    )
+
+
 def check_finite_number(op: str, name: str, value: float) -> float:
     """The value as a float."""
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -5,9 +5,10 @@ why that backend cannot run a call, an empty list when it can. The same list fee
 and `andromeda info`, so that a fallback is never secret.
 """
 
+import contextlib
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
@@ -115,9 +116,40 @@ def _runs_on(architecture: str, major: int, minor: int) -> bool:
     return kind != "real" and (built_major, built_minor) <= (major, minor)  # PTX, which the driver compiles
 
 
+_plans = {}  # what was decided for calls of one kind: see `plan`
+_MAX_PLANS = 4096
+_NO_GUARD = contextlib.nullcontext()
+# An int instead of a torch.cuda.Stream, in a tenth of the time; not every torch has it.
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+def plan(key: Hashable, device: torch.device, make: Callable[[], tuple]) -> tuple:
+    """`make()`, a plan whose first element is the backend, remembered for later calls with this key.
+
+    key: all that the plan depends on. Where a GPU is passed over, the reason may pass as well: nothing is remembered.
+    """
+    found = _plans.get(key)
+    if found is None:
+        found = make()
+        if device.type != "cuda" or DEVICE_TYPES.get(found[0]) == "cuda":
+            if len(_plans) >= _MAX_PLANS:
+                _plans.clear()
+            _plans[key] = found
+    return found
+
+
+def device_guard(device: torch.device) -> contextlib.AbstractContextManager:
+    """Makes a GPU the current one for a launch; costs next to nothing where it is that already."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _NO_GUARD
+    return torch.cuda.device(device)
+
+
 def current_stream(device: torch.device) -> int:
     """The cudaStream_t on which torch works on this device, as a number; 0 for the CPU."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.current_stream(device).cuda_stream if _raw_stream is None else _raw_stream(device.index)
 
 
 def capture_id(device: torch.device) -> int:

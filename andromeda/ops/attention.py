@@ -1,5 +1,7 @@
 """attention (SPEC 5.4-5.6): arguments, backend choice, allocation and gradients. The kernels are elsewhere."""
 
+from typing import NamedTuple
+
 import torch
 
 from andromeda.ops import _checks, _persistent, _select
@@ -77,19 +79,13 @@ def attention(
         ValueError, TypeError: the call is wrong on every machine.
         NotImplementedError: no backend (or not the one asked for) can run it here; says why, each.
     """
-    _checks.check_tensor("attention", "q", q, ("batch", "seqlen_q", "num_heads", "head_dim"))
-    _checks.check_tensor("attention", "k", k, ("batch", "seqlen_k", "num_kv_heads", "head_dim"))
-    _checks.check_tensor("attention", "v", v, ("batch", "seqlen_k", "num_kv_heads", "head_dim"))
-    device = q.device.type
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        q, k, v = (t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (q, k, v))
-    _check_arguments(q, k, v, alibi_slopes, logit_bound, key_start)
+    if not _is_usual(q, k, v, alibi_slopes, logit_bound, key_start):
+        q, k, v = _checked(q, k, v, alibi_slopes, logit_bound, key_start)
     if softmax_scale is None:
         softmax_scale = q.shape[3] ** -0.5
     else:
         softmax_scale = _checks.check_finite_number("attention", "softmax_scale", softmax_scale)
-    if logit_bound is not None:
+    if logit_bound is not None and logit_bound.requires_grad:
         logit_bound = logit_bound.detach()
     arguments = q, k, v, alibi_slopes, logit_bound, key_start
     options = bool(causal), softmax_scale, _select.backend_argument("attention", backend)
@@ -130,7 +126,50 @@ def _name(dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check_arguments(q, k, v, alibi_slopes, logit_bound, key_start) -> None:
+def _is_usual(q, k, v, alibi_slopes, logit_bound, key_start) -> bool:
+    """Whether nothing is wrong and nothing to be cast, which most calls learn here in a few microseconds.
+
+    What this does not let pass is looked at again by `_checked`, which finds the words for what is wrong.
+    """
+    if not (_checks.has_axes(q, 4) and _checks.has_axes(k, 4) and _checks.has_axes(v, 4)):
+        return False
+    batch, seqlen_q, num_heads, head_dim = q.shape
+    _, _, num_kv_heads, k_head_dim = k.shape
+    dtype, device = q.dtype, q.device
+    if not (
+        head_dim == k_head_dim > 0
+        and k.shape == v.shape
+        and k.shape[0] == batch
+        and num_kv_heads > 0
+        and num_heads % num_kv_heads == 0
+        and dtype in _checks.FLOAT_DTYPES
+        and k.dtype == v.dtype == dtype
+        and k.device == v.device == device
+        and device.type in ("cpu", "cuda")
+        and not torch.is_autocast_enabled(device.type)
+    ):
+        return False
+    for constant in (alibi_slopes, logit_bound):
+        if constant is not None and not _checks.is_exact(constant, (num_heads,), torch.float32, device):
+            return False
+    if alibi_slopes is not None and alibi_slopes.requires_grad:
+        return False
+    return key_start is None or _checks.is_exact(key_start, (batch, seqlen_q), torch.int32, device)
+
+
+def _checked(q, k, v, alibi_slopes, logit_bound, key_start):
+    """q, k and v, cast under autocast.
+
+    Raises:
+        ValueError, TypeError: see `attention`.
+    """
+    _checks.check_tensor("attention", "q", q, ("batch", "seqlen_q", "num_heads", "head_dim"))
+    _checks.check_tensor("attention", "k", k, ("batch", "seqlen_k", "num_kv_heads", "head_dim"))
+    _checks.check_tensor("attention", "v", v, ("batch", "seqlen_k", "num_kv_heads", "head_dim"))
+    device = q.device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        q, k, v = (t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (q, k, v))
     batch, seqlen_q, num_heads, _ = q.shape
     _checks.check_dtypes("attention", q=q, k=k, v=v)
     _checks.check_equal_axis("attention", 0, "batch", q=q, k=k, v=v)
@@ -150,6 +189,7 @@ def _check_arguments(q, k, v, alibi_slopes, logit_bound, key_start) -> None:
         raise ValueError(
             "attention: alibi_slopes must not require a gradient, got requires_grad=True; pass alibi_slopes.detach()"
         )
+    return q, k, v
 
 
 def _check_values(alibi_slopes, key_start) -> None:
@@ -171,16 +211,16 @@ def _check_values(alibi_slopes, key_start) -> None:
 def _forward(q, k, v, alibi_slopes, logit_bound, key_start, causal, softmax_scale, backend):
     if q.device.type == "cpu":
         _check_values(alibi_slopes, key_start)
-    backend = _choose(backend, q, k, v, softmax_scale)
+    plan = _plan("forward", backend, q, k, causal, softmax_scale)
     out, softmax_lse = _fake_forward(q, k, v, alibi_slopes, logit_bound, key_start, causal, softmax_scale, backend)
     if out.numel() == 0 or k.shape[1] == 0:
         out.zero_()
         softmax_lse.fill_(float("-inf"))
-    elif backend in ("cpu", "cuda"):
-        with torch.cuda.device_of(q):
+    elif plan.backend in ("cpu", "cuda"):
+        with _select.device_guard(q.device):
             _select.extension.attention_forward(
                 **_arguments(q, k, v, alibi_slopes, logit_bound, key_start, out, softmax_lse, causal, softmax_scale),
-                **_resources("forward", backend, q, k, causal),
+                **_resources(plan, q.device),
             )
     else:
         _reference_forward(q, k, v, alibi_slopes, key_start, causal, softmax_scale, out, softmax_lse)
@@ -188,28 +228,56 @@ def _forward(q, k, v, alibi_slopes, logit_bound, key_start, causal, softmax_scal
 
 
 def _backward(dout, q, k, v, out, softmax_lse, alibi_slopes, logit_bound, key_start, causal, softmax_scale, backend):
-    backend = _choose(backend, q, k, v, softmax_scale)
+    plan = _plan("backward", backend, q, k, causal, softmax_scale)
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     if out.numel() == 0 or k.shape[1] == 0:
         for gradient in (dq, dk, dv):
             gradient.zero_()
-    elif backend in ("cpu", "cuda"):
-        with torch.cuda.device_of(q):
+    elif plan.backend in ("cpu", "cuda"):
+        with _select.device_guard(q.device):
             _select.extension.attention_backward(
                 **_arguments(q, k, v, alibi_slopes, logit_bound, key_start, out, softmax_lse, causal, softmax_scale),
                 dout=dout,
                 dq=dq,
                 dk=dk,
                 dv=dv,
-                **_resources("backward", backend, q, k, causal),
+                **_resources(plan, q.device),
             )
     else:
         _reference_backward(dout, q, k, v, out, softmax_lse, alibi_slopes, key_start, causal, softmax_scale, dq, dk, dv)
     return dq, dk, dv
 
 
-def _choose(backend, q, k, v, softmax_scale):
-    return _select.choose("attention", backend, lambda name: unsupported(name, q, k, v, softmax_scale=softmax_scale))
+class Plan(NamedTuple):
+    """What does not depend on the data of a call."""
+
+    backend: str
+    num_values: int  # of the workspace, floats
+    num_tickets: int
+
+
+def _plan(direction, backend, q, k, causal, softmax_scale) -> Plan:
+    """The backend of a call and the memory it works with besides its tensors."""
+    key = direction, backend, q.device, q.dtype, q.shape, k.shape, causal, softmax_scale
+    return _select.plan(key, q.device, lambda: _make_plan(*key[:2], q, k, causal, softmax_scale))
+
+
+def _make_plan(direction, backend, q, k, causal, softmax_scale) -> Plan:
+    backend = _select.choose("attention", backend, lambda name: unsupported(name, q, k, k, softmax_scale=softmax_scale))
+    if backend != "cuda" or 0 in (*q.shape, k.shape[1]):
+        return Plan(backend, 0, 0)
+    batch, seqlen_q, num_heads, head_dim = q.shape
+    with _select.device_guard(q.device):
+        sizes = getattr(_select.extension, f"attention_{direction}_workspace")(
+            batch=batch,
+            seqlen_q=seqlen_q,
+            seqlen_k=k.shape[1],
+            num_heads=num_heads,
+            num_kv_heads=k.shape[2],
+            head_dim=head_dim,
+            causal=causal,
+        )
+    return Plan(backend, *sizes)
 
 
 def _arguments(q, k, v, alibi_slopes, logit_bound, key_start, out, softmax_lse, causal, softmax_scale):
@@ -228,29 +296,14 @@ def _arguments(q, k, v, alibi_slopes, logit_bound, key_start, out, softmax_lse, 
     }
 
 
-def _resources(direction, backend, q, k, causal):
+def _resources(plan, device):
     """What a compiled kernel works with besides its tensors: threads on the CPU; memory and a stream on a GPU."""
-    resources = {
+    return {
         "num_threads": torch.get_num_threads(),
-        "workspace": None,
-        "tickets": None,
-        "stream": _select.current_stream(q.device),
+        "workspace": torch.empty(plan.num_values, dtype=torch.float32, device=device) if plan.num_values else None,
+        "tickets": _persistent.semaphores(device, plan.num_tickets),
+        "stream": _select.current_stream(device),
     }
-    if backend == "cuda":
-        batch, seqlen_q, num_heads, head_dim = q.shape
-        num_values, num_tickets = getattr(_select.extension, f"attention_{direction}_workspace")(
-            batch=batch,
-            seqlen_q=seqlen_q,
-            seqlen_k=k.shape[1],
-            num_heads=num_heads,
-            num_kv_heads=k.shape[2],
-            head_dim=head_dim,
-            causal=causal,
-        )
-        if num_values > 0:
-            resources["workspace"] = q.new_empty(num_values, dtype=torch.float32)
-        resources["tickets"] = _persistent.semaphores(q.device, num_tickets)
-    return resources
 
 
 def _dense(tensor):
@@ -259,7 +312,8 @@ def _dense(tensor):
 
 def _fake_forward(q, k, v, alibi_slopes, logit_bound, key_start, causal, softmax_scale, backend):
     batch, seqlen_q, num_heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((batch, num_heads, seqlen_q), dtype=_accumulator(q.dtype))
+    softmax_lse = q.new_empty((batch, num_heads, seqlen_q), dtype=_accumulator(q.dtype))
+    return torch.empty_like(q, memory_format=torch.contiguous_format), softmax_lse
 
 
 def _fake_backward(

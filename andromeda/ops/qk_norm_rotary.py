@@ -14,6 +14,7 @@ NAME = "qk_norm_rotary"
 _FACTOR_LIMIT_LOG2 = {torch.float16: 8, torch.bfloat16: 100, torch.float32: 100, torch.float64: 900}
 # The fastest growing factor is that of pair 0, zeta_0 = 0.4 / 1.4: log2(3.5) bits every 512 positions.
 _LOG2_PER_POSITION = math.log2(3.5) / 512
+_FACTOR_REACH = {dtype: math.floor(limit / _LOG2_PER_POSITION) for dtype, limit in _FACTOR_LIMIT_LOG2.items()}
 
 _CUDA_MAX_HEAD_DIM = 512  # kMaxHeadDim in csrc/cuda/qk_norm_rotary.cuh
 
@@ -72,10 +73,8 @@ def qk_norm_rotary(
         ValueError, TypeError: the call is wrong on every machine.
         NotImplementedError: no backend (or not the one asked for) can run it here; says why, each.
     """
-    _checks.check_tensor(NAME, "q", q, ("batch", "seqlen_q", "num_heads", "head_dim"))
-    _checks.check_tensor(NAME, "k", k, ("batch", "seqlen_k", "num_kv_heads", "head_dim"))
-    q, k = _promote(q, k)
-    _check(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin)
+    if not _is_usual(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin):
+        q, k = _checked(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin)
     if not xpos:
         origin = position
     elif origin is None:
@@ -83,9 +82,7 @@ def qk_norm_rotary(
     if xpos:
         _check_factors(q.dtype, q.shape[1], position + k.shape[1], origin)
     compute_dtype = _compute_dtype(q)
-    q_scale = None if q_scale is None else q_scale.to(compute_dtype)
-    k_scale = None if k_scale is None else k_scale.to(compute_dtype)
-    tensors = q, k, q_scale, k_scale
+    tensors = q, k, _to(compute_dtype, q_scale), _to(compute_dtype, k_scale)
     options = normalize, rotary_dim, xpos, position, origin, _select.backend_argument(NAME, backend)
     if _select.needs_function(*tensors):
         return _QkNormRotary.apply(*tensors, *options)
@@ -123,7 +120,51 @@ def _promote(q, k):
     return q, k
 
 
-def _check(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin) -> None:
+def _is_usual(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin) -> bool:
+    """Whether nothing is wrong and nothing to be cast, which most calls learn here in a few microseconds.
+
+    What this does not let pass is looked at again by `_checked`, which finds the words for what is wrong.
+    """
+    if not (_checks.has_axes(q, 4) and _checks.has_axes(k, 4)):
+        return False
+    batch, _, num_heads, head_dim = q.shape
+    k_batch, _, num_kv_heads, k_head_dim = k.shape
+    dtype, device = q.dtype, q.device
+    return (
+        batch == k_batch
+        and head_dim == k_head_dim > 0
+        and dtype in _checks.FLOAT_DTYPES
+        and k.dtype == dtype
+        and k.device == device
+        and (q_scale is None or _is_scale(q_scale, num_heads, head_dim, device))
+        and (k_scale is None or _is_scale(k_scale, num_kv_heads, head_dim, device))
+        and type(normalize) is type(xpos) is bool
+        and type(rotary_dim) is type(position) is int
+        and (origin is None or type(origin) is int)
+        and xpos <= rotary_dim <= head_dim
+        and rotary_dim >= 0
+        and rotary_dim % 2 == 0
+    )
+
+
+def _is_scale(scale, heads, head_dim, device) -> bool:
+    return (
+        isinstance(scale, torch.Tensor)
+        and scale.shape == (heads, head_dim)
+        and scale.dtype in _checks.FLOAT_DTYPES
+        and scale.device == device
+    )
+
+
+def _checked(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin):
+    """q and k, cast under autocast.
+
+    Raises:
+        ValueError, TypeError: see `qk_norm_rotary`.
+    """
+    _checks.check_tensor(NAME, "q", q, ("batch", "seqlen_q", "num_heads", "head_dim"))
+    _checks.check_tensor(NAME, "k", k, ("batch", "seqlen_k", "num_kv_heads", "head_dim"))
+    q, k = _promote(q, k)
     _checks.check_dtypes(NAME, q=q, k=k)
     _checks.check_equal_axis(NAME, 0, "batch", q=q, k=k)
     _checks.check_equal_axis(NAME, 3, "head_dim", q=q, k=k)
@@ -144,6 +185,7 @@ def _check(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin
         raise ValueError(f"{NAME}: rotary_dim must be even and between 0 and head_dim={head_dim}, got {rotary_dim}")
     if xpos and rotary_dim == 0:
         raise ValueError(f"{NAME}: rotary_dim must be positive with xpos=True, got 0")
+    return q, k
 
 
 def _is_integer(value) -> bool:
@@ -153,8 +195,7 @@ def _is_integer(value) -> bool:
 def _check_factors(dtype, seqlen_q, end, origin) -> None:
     """The largest factors are those of the first query and of the last key, at `end - 1`. Small ones underflow without
     harm: the last query sits at the last key, so no query's factor is smaller than the inverse of the largest one."""
-    limit = _FACTOR_LIMIT_LOG2[dtype]
-    reach = math.floor(limit / _LOG2_PER_POSITION)
+    limit, reach = _FACTOR_LIMIT_LOG2[dtype], _FACTOR_REACH[dtype]
     first_query = end - seqlen_q
     if end - 1 - origin > reach or origin - first_query > reach:
         raise ValueError(
@@ -169,15 +210,15 @@ def _compute_dtype(x) -> torch.dtype:
 
 
 def _forward(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin, backend):
-    backend = _select.choose(NAME, backend, lambda name: unsupported(name, q, k))
-    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    backend = _choose(backend, q, k)
+    q_out, k_out = _fake_forward(q, k)
     if backend == "reference":
         dtype = _compute_dtype(q)
         q_table, k_table = _whole_tables(q, k, rotary_dim, xpos, position, origin)
         q_out.copy_(reference.transform(q.to(dtype), q_scale, q_table, normalize))
         k_out.copy_(reference.transform(k.to(dtype), k_scale, k_table, normalize))
     else:
-        with torch.cuda.device_of(q):
+        with _select.device_guard(q.device):
             _select.extension.qk_norm_rotary_forward(
                 q=q,
                 k=k,
@@ -194,7 +235,7 @@ def _forward(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, orig
 
 
 def _backward(dq_out, dk_out, q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin, backend):
-    backend = _select.choose(NAME, backend, lambda name: unsupported(name, q, k))
+    backend = _choose(backend, q, k)
     dq, dk, dq_scale, dk_scale = _fake_backward(dq_out, dk_out, q, k, q_scale, k_scale)
     if backend == "reference":
         q_table, k_table = _whole_tables(q, k, rotary_dim, xpos, position, origin)
@@ -213,7 +254,7 @@ def _backward(dq_out, dk_out, q, k, q_scale, k_scale, normalize, rotary_dim, xpo
         dq_scale_partial, dk_scale_partial = (
             None if scale is None else scale.new_empty((num_partials, *scale.shape)) for scale in (q_scale, k_scale)
         )
-        with torch.cuda.device_of(q):
+        with _select.device_guard(q.device):
             _select.extension.qk_norm_rotary_backward(
                 q=q,
                 k=k,
@@ -234,6 +275,17 @@ def _backward(dq_out, dk_out, q, k, q_scale, k_scale, normalize, rotary_dim, xpo
             if partial is not None:
                 torch.sum(partial, dim=0, out=dscale)
     return dq, dk, dq_scale, dk_scale
+
+
+def _choose(backend, q, k) -> str:
+    key = NAME, backend, q.device, q.dtype, q.shape, k.shape
+    return _select.plan(key, q.device, lambda: (_select.choose(NAME, backend, lambda name: unsupported(name, q, k)),))[
+        0
+    ]
+
+
+def _to(dtype, scale):
+    return scale if scale is None or scale.dtype == dtype else scale.to(dtype)
 
 
 def _dense(tensor):
@@ -294,7 +346,7 @@ def _cached_tables(rows_q, rows_k, rotary_dim, xpos, end, origin, dtype):
 
 
 def _fake_forward(q, k, *args):
-    return q.new_empty(q.shape), k.new_empty(k.shape)
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
 
 
 def _fake_backward(dq_out, dk_out, q, k, q_scale, k_scale, *args):
