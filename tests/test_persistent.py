@@ -320,8 +320,8 @@ def test_operators_leave_nothing_in_a_pool(name, capture, emulated, monkeypatch)
     seqlen_q, seqlen_k, call = CALLS[name]
     q, k = operands(seqlen_q, seqlen_k)
     expected = call(q, k)
-    _persistent._entries.clear()
-    _persistent._semaphores.clear()
+    for kept in (_persistent._entries, _persistent._semaphores, _select._plans):
+        kept.clear()
     emulated.settings.capture = capture
     monkeypatch.setattr(_select, "capture_id", lambda device: capture)
     with PrivatePool() as pool:
@@ -367,4 +367,4 @@ class Unobserved:
         return call
 
 
-FREE = ("new_empty", "empty.memory_format", "expand", "slice.Tensor", "detach", "alias")  # of kernels and copies
+FREE = ("new_empty", "empty_like", "empty.memory_format", "expand", "slice.Tensor", "detach", "alias")  # of kernels and copies

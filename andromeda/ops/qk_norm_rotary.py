@@ -210,7 +210,7 @@ def _compute_dtype(x) -> torch.dtype:
 
 
 def _forward(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin, backend):
-    backend = _choose(backend, q, k)
+    backend, rotation = _plan(backend, q, k, rotary_dim, xpos, position, origin)
     q_out, k_out = _fake_forward(q, k)
     if backend == "reference":
         dtype = _compute_dtype(q)
@@ -224,7 +224,7 @@ def _forward(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, orig
                 k=k,
                 q_scale=_dense(q_scale),
                 k_scale=_dense(k_scale),
-                **_rotation(backend, q, k, rotary_dim, xpos, position, origin),
+                **(rotation or _host_rotation(q, k, rotary_dim, xpos, position, origin)),
                 q_out=q_out,
                 k_out=k_out,
                 normalize=normalize,
@@ -235,7 +235,7 @@ def _forward(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, orig
 
 
 def _backward(dq_out, dk_out, q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin, backend):
-    backend = _choose(backend, q, k)
+    backend, rotation = _plan(backend, q, k, rotary_dim, xpos, position, origin)
     dq, dk, dq_scale, dk_scale = _fake_backward(dq_out, dk_out, q, k, q_scale, k_scale)
     if backend == "reference":
         q_table, k_table = _whole_tables(q, k, rotary_dim, xpos, position, origin)
@@ -260,7 +260,7 @@ def _backward(dq_out, dk_out, q, k, q_scale, k_scale, normalize, rotary_dim, xpo
                 k=k,
                 q_scale=_dense(q_scale),
                 k_scale=_dense(k_scale),
-                **_rotation(backend, q, k, rotary_dim, xpos, position, origin),
+                **(rotation or _host_rotation(q, k, rotary_dim, xpos, position, origin)),
                 dq_out=dq_out,
                 dk_out=dk_out,
                 dq=dq,
@@ -277,11 +277,17 @@ def _backward(dq_out, dk_out, q, k, q_scale, k_scale, normalize, rotary_dim, xpo
     return dq, dk, dq_scale, dk_scale
 
 
-def _choose(backend, q, k) -> str:
-    key = NAME, backend, q.device, q.dtype, q.shape, k.shape
-    return _select.plan(key, q.device, lambda: (_select.choose(NAME, backend, lambda name: unsupported(name, q, k)),))[
-        0
-    ]
+def _plan(backend, q, k, rotary_dim, xpos, position, origin):
+    """The backend of a call and, for a GPU, what it rotates by: all layers of a step share a plan."""
+
+    def make():
+        chosen = _select.choose(NAME, backend, lambda name: unsupported(name, q, k))
+        if chosen != "cuda":
+            return chosen, None
+        return chosen, _device_rotation(q.shape[1], k.shape[1], rotary_dim, xpos, position, origin, q.device)
+
+    key = NAME, backend, q.device, q.dtype, q.shape, k.shape, rotary_dim, xpos, position, origin
+    return _select.plan(key, q.device, make)
 
 
 def _to(dtype, scale):
@@ -296,23 +302,28 @@ def _dense(tensor):
 # and what is kept never meets a fake or a traced tensor.
 
 
-def _rotation(backend, q, k, rotary_dim, xpos, position, origin):
-    """What a compiled kernel rotates by: the arguments q_table ... k_factor_row of the binding."""
+def _host_rotation(q, k, rotary_dim, xpos, position, origin):
+    """What a kernel of the CPU rotates by: the arguments q_table and k_table of the binding."""
     if rotary_dim == 0:
         return {"q_table": None, "k_table": None}
-    if backend == "cpu":
-        q_table, k_table = _whole_tables(q, k, rotary_dim, xpos, position, origin)
-        return {"q_table": q_table, "k_table": k_table}
-    end = position + k.shape[1]
-    first_query = end - q.shape[1]  # the last query sits at the last key
+    q_table, k_table = _whole_tables(q, k, rotary_dim, xpos, position, origin)
+    return {"q_table": q_table, "k_table": k_table}
+
+
+def _device_rotation(seqlen_q, seqlen_k, rotary_dim, xpos, position, origin, device):
+    """What a kernel of a GPU rotates by: the arguments q_table ... k_factor_row of the binding."""
+    if rotary_dim == 0:
+        return {"q_table": None, "k_table": None}
+    end = position + seqlen_k
+    first_query = end - seqlen_q  # the last query sits at the last key
     first = min(position, first_query)
-    table, row = _rotary.angles(first, end, rotary_dim, q.device)
+    table, row = _rotary.angles(first, end, rotary_dim, device)
     rotation = {"q_table": table, "k_table": table, "q_row": row + first_query - first, "k_row": row + position - first}
     if xpos:
         # The exponent is position - origin for q and origin - position for k.
         lowest = min(first_query - origin, origin - end + 1)
         highest = max(end - 1 - origin, origin - position)
-        table, row = _rotary.factors(lowest, highest + 1, rotary_dim, q.device)
+        table, row = _rotary.factors(lowest, highest + 1, rotary_dim, device)
         rotation |= {
             "factors": table,
             "q_factor_row": row + first_query - origin - lowest,

@@ -57,6 +57,7 @@ class Settings:
     device: a name of `DEVICES`, or a `Device`.
     schedule: order of blocks and warps: "fifo", "reverse" or "random" (with `seed`).
     check: look for races, stray accesses and the like; without, only results, faster.
+    execute: without, a launch returns at once, to time what comes before it.
     blocks: linear indices of the blocks to run; None runs all.
     capture: the number of the capture into a graph that every stream is part of; 0: none.
     current_device: the CUDA device at the call, 0 or 1.
@@ -66,6 +67,7 @@ class Settings:
     schedule: str = "fifo"
     seed: int = 1
     check: bool = True
+    execute: bool = True
     blocks: tuple[int, ...] | None = None
     capture: int = 0
     current_device: int = 0
@@ -177,6 +179,7 @@ class Emulator:
             setattr(device, field.name, getattr(pretended, field.name) * (1024 if kibibytes else 1))
         settings.schedule = getattr(self._host.Schedule, given.schedule)
         settings.seed, settings.check, settings.blocks = given.seed, given.check, list(given.blocks or ())
+        settings.execute = given.execute
         self._host.set_up(device, settings, given.capture, given.current_device)
 
     def tensor(self, source, *, name, writable=False, device_index=0):

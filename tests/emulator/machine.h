@@ -20,6 +20,7 @@ struct Settings {
   Schedule schedule = Schedule::kFifo;
   std::uint64_t seed = 1;            // of kRandom
   bool check = true;                 // shadow memory and synchronisation; off: results only, faster
+  bool execute = true;               // off: a launch returns at once, to time what comes before it
   int max_reports = 20;              // a report is given once per kind and instruction
   std::vector<std::int64_t> blocks;  // linear indices of the blocks to run; empty: all
 };

@@ -13,6 +13,7 @@
 #include "cudart.h"
 #include "machine.h"
 #include "memory.h"
+#include "presented.h"
 #include "subject.h"
 #include "tma.h"
 
@@ -188,6 +189,7 @@ PYBIND11_MODULE(_emulator, m) {
       .def_readwrite("schedule", &Settings::schedule)
       .def_readwrite("seed", &Settings::seed)
       .def_readwrite("check", &Settings::check)
+      .def_readwrite("execute", &Settings::execute)
       .def_readwrite("max_reports", &Settings::max_reports)
       .def_readwrite("blocks", &Settings::blocks);
 
@@ -266,6 +268,7 @@ PYBIND11_MODULE(_emulator, m) {
     driver().capture = capture;
     set_device(current_device);
   });
+  m.def("gpu_exchange_table", &gpu_exchange_table);
   m.def("check_no_error_left", &check_no_error_left);
   m.def("take_launches", [] { return take(driver().launches); });
   m.def("take_reports", [] { return take(driver().reports); });

@@ -1,0 +1,106 @@
+"""What a call costs on the host, up to its launch: `python -m emulator.host_time [--json FILE]` in the folder tests.
+
+Operators, bindings and launchers are the real ones. The tensors are those of the CPU, which the bindings take
+for a GPU's, and a launch returns at once: so the time is that of the host alone, less what CUDA's own launch takes
+(about 2 us) and torch's functions for the current device and stream (below 1 us). It is this process's time on a
+processor, so that other processes matter little; the least of several runs counts.
+"""
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import time
+
+import torch
+
+from emulator import Emulator
+
+RUNS, CALLS = 15, 2000
+
+
+def calls():
+    """name -> a call that launches one kernel and needs no gradient: the shapes of a layer of the default model."""
+    from andromeda import attention, qk_norm_rotary
+    from andromeda.ops.token_shift_norm import token_shift_norm, unsupported
+
+    def draw(*shape):
+        return torch.randn(*shape, dtype=torch.bfloat16)
+
+    slopes, bound = torch.rand(24), torch.rand(24) + 1
+    q_scale, k_scale = torch.rand(24, 128), torch.rand(1, 128)
+    cache = draw(1, 131_072, 1, 128)
+    q, k = draw(1, 1, 24, 128), draw(1, 1, 1, 128)
+    prompt_q, prompt_k = draw(1, 512, 24, 128), draw(1, 512, 1, 128)
+    x, vector = draw(1, 1, 2560), torch.rand(2560)
+    biased = {"causal": True, "alibi_slopes": slopes, "logit_bound": bound}
+    rotation = {"q_scale": q_scale, "k_scale": k_scale, "rotary_dim": 64, "xpos": True}
+    found = {
+        "attention, 512 tokens": lambda: attention(prompt_q, prompt_k, prompt_k, **biased),
+        "attention, 1 token, 131072 keys": lambda: attention(q, cache, cache, **biased),
+        "qk_norm_rotary, 512 tokens": lambda: qk_norm_rotary(prompt_q, prompt_k, **rotation),
+        "qk_norm_rotary, 1 token": lambda: qk_norm_rotary(q, k, position=700, origin=4096, **rotation),
+    }
+    if not unsupported("cuda", x):
+        residual = {"residual": x, "residual_scale": vector, "alpha": 2.8, "shift": 1}
+        found["token_shift_norm, 1 token"] = lambda: token_shift_norm(x, gamma=vector, **residual)
+    return found
+
+
+def microseconds(call):
+    for _ in range(CALLS // 4):
+        call()
+    runs = []
+    for _ in range(RUNS):
+        begin = time.process_time()
+        for _ in range(CALLS):
+            call()
+        runs.append((time.process_time() - begin) / CALLS * 1e6)
+    return min(runs), statistics.median(runs)
+
+
+def prepare(emulator):
+    """Makes the operators run backend "cuda" on CPU tensors that need no copies."""
+    from andromeda.ops import _select
+    from andromeda.ops import attention as operation
+
+    table = emulator._host.gpu_exchange_table()
+    if table is None:
+        raise SystemExit("host_time: this torch has no DLPack exchange table: 2.10 or later is needed")
+    torch.Tensor.__dlpack_c_exchange_api__ = table
+    _select.extension = emulator.extension
+    _select.cuda_unavailable = lambda device: []
+    _select.DEVICE_TYPES = {"cuda": "cpu", "triton": "no device", "cpu": "no device"}
+    operation._check_values = lambda *_: None  # which are those of CPU tensors
+
+
+def measure():
+    emulator = Emulator(device="H200", execute=False)
+    prepare(emulator)
+    rows = []
+    gc.disable()
+    with torch.inference_mode(), emulator:
+        for name, call in calls().items():
+            least, median = microseconds(call)
+            rows.append({"call": name, "us": round(least, 1), "median_us": round(median, 1)})
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", help="write the rows to this file, too")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = measure()
+    width = max(len(row["call"]) for row in rows)
+    for row in rows:
+        print(f"{row['call']:{width}}  {row['us']:5.1f} us  (median {row['median_us']:.1f})")
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump({"torch": torch.__version__, "python": platform.python_version(), "rows": rows}, file, indent=1)
+            file.write("\n")
+
+
+if __name__ == "__main__":
+    main()
