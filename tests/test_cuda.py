@@ -5,16 +5,24 @@ tests/emulator. tests/gpu.sh runs all of it, and `test_small_calls` once more un
 """
 
 import concurrent.futures
+import contextlib
+import ctypes
 import dataclasses
 import functools
+import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numerics
 import pytest
 import test_attention as attention_test
 import torch
 
-from andromeda.ops import _select
+from andromeda import Andromeda
+from andromeda.ops import _persistent, _select
 from andromeda.ops import attention as op
 from andromeda.ops.attention import attention
 from andromeda.ops.qk_norm_rotary import qk_norm_rotary
@@ -158,6 +166,48 @@ def test_two_threads_with_a_stream_each(subject, device):
 
 
 @every_subject
+def test_two_threads_on_one_stream(subject, device):
+    """Their launches follow each other in some order, and share what belongs to the stream."""
+    expected = {seed: subject.call(*subject.draw(device, seed)) for seed in (1, 2)}
+    torch.cuda.synchronize()
+
+    def work(seed):
+        with torch.cuda.device(device):
+            tensors = subject.draw(device, seed)
+            results = [subject.call(*tensors) for _ in range(20)]
+            torch.cuda.current_stream().synchronize()
+            return seed, results
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for seed, results in pool.map(work, expected):
+            for result in results:
+                assert_same(result, expected[seed], subject)
+
+
+@contextlib.contextmanager
+def stream_of_its_own(device):
+    """A stream that CUDA makes and destroys: another one may get its address."""
+    runtime, handle = torch.cuda.cudart(), ctypes.c_void_p()
+    assert int(runtime.cudaStreamCreate(ctypes.addressof(handle))) == 0
+    with torch.cuda.stream(torch.cuda.ExternalStream(handle.value, device=device)):
+        yield
+    torch.cuda.synchronize()
+    assert int(runtime.cudaStreamDestroy(handle.value)) == 0
+
+
+@every_subject
+def test_streams_that_are_destroyed_and_made_again(subject, device):
+    tensors = subject.draw(device, 1)
+    expected = subject.call(*tensors)
+    torch.cuda.synchronize()
+    for number in range(20):
+        with stream_of_its_own(device):
+            results = [subject.call(*tensors) for _ in range(3)]
+        for result in results:
+            assert_same(result, expected, f"{subject}, stream {number}")
+
+
+@every_subject
 def test_repeats_bit_for_bit_beside_other_work(subject, device):
     tensors = subject.draw(device, 1)
     expected = subject.call(*tensors)
@@ -266,6 +316,163 @@ def test_decode_loop_in_a_graph(device):
     leaves = [x.double() for x in (q, k, v)]
     exact = op.reference.attention(*leaves, softmax_scale=64**-0.5, **inputs.options)[0]
     numerics.assert_rows_close(out, exact, BFLOAT16)
+
+
+def private_pools_at(addresses):
+    """Which of these addresses lie in memory that belongs to a graph."""
+    owned = [segment for segment in torch.cuda.memory_snapshot() if tuple(segment["segment_pool_id"]) != (0, 0)]
+    return [
+        address
+        for address in addresses
+        if any(0 <= address - segment["address"] < segment["total_size"] for segment in owned)
+    ]
+
+
+def test_a_capture_may_be_the_first_to_need_a_table(device):
+    """The table is made beside the capture, and belongs neither to the graph nor to its pool."""
+    q, k = (torch.randn(1, 3, heads, 64, device=device, dtype=BFLOAT16) for heads in (4, 1))
+
+    def call(position):
+        return qk_norm_rotary(q, k, rotary_dim=32, xpos=True, position=position, backend="cuda")
+
+    def first(position):  # warm-up calls elsewhere: the capture itself meets a window that nobody has asked for
+        return lambda: call(next(position))
+
+    for number in range(1, 4):
+        far = 2**20 * number
+        graph, results, _ = capture(first(iter((0, 0, far))))
+        kept = [table.data_ptr() for entries in _persistent._entries.values() for table in entries.values()]
+        assert private_pools_at(kept) == []
+        graph.replay()
+        assert_same(results, call(far), f"position {far}")
+
+
+def test_graphs_beside_each_other(device):
+    """Graphs of calls that combine results of several blocks, on streams of their own at the same time."""
+    subject = next(subject for subject in SUBJECTS if subject.name == "attention decode")
+    graphs = []
+    for seed in range(4):
+        tensors = subject.draw(device, seed)
+        expected = subject.call(*tensors)
+        graph, results, _ = capture(functools.partial(subject.call, *tensors))
+        graphs.append((graph, results, expected, torch.cuda.Stream(), tensors))
+    torch.cuda.synchronize()
+    for _ in range(50):
+        for graph, _, _, stream, _ in graphs:
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for graph, results, expected, _, _ in graphs:
+        assert_same(results, expected, graph)
+
+
+# ---- torch.compile --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reduce_overhead():
+    """reduce_overhead(function): compiled into CUDA graphs; a function that was not made one fails the test."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("torch.compile needs triton on a GPU")
+    torch.compiler.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    yield functools.partial(torch.compile, mode="reduce-overhead", fullgraph=True, dynamic=False)
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    torch.compiler.reset()
+
+
+def cloned(results):
+    """A graph's results are overwritten by its next run."""
+    return tuple(result.clone() for result in results)
+
+
+FORWARDS = [subject for subject in SUBJECTS if subject.call in (attend, rotate)]
+
+
+@pytest.mark.parametrize("subject", FORWARDS, ids=str)
+def test_reduce_overhead(subject, device, reduce_overhead):
+    """The first run warms up in a pool of the graph, the second is captured, later ones are replays."""
+    compiled = reduce_overhead(subject.call)
+    for seed in range(5):
+        tensors = subject.draw(device, seed)
+        torch.compiler.cudagraph_mark_step_begin()
+        results = cloned(compiled(*tensors))
+        assert_same(results, subject.call(*tensors), f"{subject}, run {seed}")
+
+
+@pytest.mark.parametrize("subject", FORWARDS, ids=str)
+def test_reduce_overhead_with_gradients(subject, device, reduce_overhead):
+    compiled = reduce_overhead(subject.call)
+
+    def step(function, seed):
+        tensors = subject.draw(device, seed)
+        count = 3 if subject.call is attend else 4
+        leaves = [x.detach().requires_grad_() for x in tensors[:count]]
+        torch.compiler.cudagraph_mark_step_begin()
+        outs = [out for out in function(*leaves, *tensors[count:]) if out.requires_grad]
+        generator = torch.Generator(device).manual_seed(seed)
+        douts = [torch.randn(out.shape, device=device, generator=generator).to(out) for out in outs]
+        return cloned([*(out.detach() for out in outs), *torch.autograd.grad(outs, leaves, douts)])
+
+    for seed in range(5):
+        assert_same(step(compiled, seed), step(subject.call, seed), f"{subject}, run {seed}")
+
+
+def test_reduce_overhead_of_decoding_with_two_lengths(device, reduce_overhead):
+    """Two graphs whose warm-ups, captures and replays take turns."""
+    compiled = reduce_overhead(lambda *tensors: attend(*tensors)[0])
+    for seed in range(5):
+        for length in (5000, 9000):
+            tensors = draw_attention(1, length, device, seed)
+            torch.compiler.cudagraph_mark_step_begin()
+            result = compiled(*tensors).clone()
+            assert_same((result,), attend(*tensors)[:1], f"{length} keys, run {seed}")
+
+
+def test_reduce_overhead_of_a_model(device, reduce_overhead):
+    """Training steps of a model whose every operation is a kernel, forward and backward."""
+    model = Andromeda(num_tokens=256, max_seq_len=256, dim=128, depth=2, dim_head=64, heads=4, alibi_num_heads=2).to(
+        device, BFLOAT16
+    )
+    compiled = reduce_overhead(model)
+
+    def step(function, tokens):
+        model.zero_grad(set_to_none=True)
+        torch.compiler.cudagraph_mark_step_begin()
+        logits = function(tokens)
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+        loss.backward()
+        return loss.item(), [parameter.grad.clone() for parameter in model.parameters()]
+
+    for seed in range(4):
+        tokens = torch.randint(0, 256, (2, 200), device=device, generator=torch.Generator(device).manual_seed(seed))
+        (loss, gradients), (expected, expected_gradients) = (step(f, tokens) for f in (compiled, model))
+        assert abs(loss - expected) < 0.02 * expected
+        for gradient, other in zip(gradients, expected_gradients, strict=True):
+            assert (gradient - other).norm() <= 0.1 * other.norm() + 1e-6
+
+
+@pytest.mark.parametrize("loading", ["EAGER", "LAZY"])
+def test_kernels_load_in_either_way(loading, device):
+    """All at once or each at its first launch, which may fall into a capture."""
+    program = (
+        "import torch, test_cuda\n"
+        f"device = torch.device({str(device)!r})\n"
+        "torch.cuda.set_device(device)\n"
+        "for subject in test_cuda.SUBJECTS:\n"
+        "    tensors = subject.draw(device, 0)\n"
+        "    expected = subject.call(*tensors)\n"
+        "    graph, results, _ = test_cuda.capture(lambda: subject.call(*tensors))\n"
+        "    graph.replay()\n"
+        "    test_cuda.assert_same(results, expected, subject)\n"
+        "print('all the same')\n"
+    )
+    environment = os.environ | {"CUDA_MODULE_LOADING": loading}
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, cwd=Path(__file__).parent
+    )
+    assert result.returncode == 0 and result.stdout.strip() == "all the same", result.stderr
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------

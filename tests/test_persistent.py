@@ -367,4 +367,12 @@ class Unobserved:
         return call
 
 
-FREE = ("new_empty", "empty_like", "empty.memory_format", "expand", "slice.Tensor", "detach", "alias")  # of kernels and copies
+FREE = (
+    "new_empty",
+    "empty_like",
+    "empty.memory_format",
+    "expand",
+    "slice.Tensor",
+    "detach",
+    "alias",
+)  # of kernels and copies

@@ -17,8 +17,6 @@ import torch
 
 from emulator import Emulator
 
-RUNS, CALLS = 15, 2000
-
 
 def calls():
     """name -> a call that launches one kernel and needs no gradient: the shapes of a layer of the default model."""
@@ -48,15 +46,16 @@ def calls():
     return found
 
 
-def microseconds(call):
-    for _ in range(CALLS // 4):
+def microseconds(call, num_runs, num_calls):
+    """The least and the median of a call's time."""
+    for _ in range(num_calls // 4):
         call()
     runs = []
-    for _ in range(RUNS):
+    for _ in range(num_runs):
         begin = time.process_time()
-        for _ in range(CALLS):
+        for _ in range(num_calls):
             call()
-        runs.append((time.process_time() - begin) / CALLS * 1e6)
+        runs.append((time.process_time() - begin) / num_calls * 1e6)
     return min(runs), statistics.median(runs)
 
 
@@ -75,24 +74,26 @@ def prepare(emulator):
     operation._check_values = lambda *_: None  # which are those of CPU tensors
 
 
-def measure():
+def measure(num_runs, num_calls):
     emulator = Emulator(device="H200", execute=False)
     prepare(emulator)
     rows = []
     gc.disable()
     with torch.inference_mode(), emulator:
         for name, call in calls().items():
-            least, median = microseconds(call)
+            least, median = microseconds(call, num_runs, num_calls)
             rows.append({"call": name, "us": round(least, 1), "median_us": round(median, 1)})
     return rows
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--calls", type=int, default=2000, help="of each run")
     parser.add_argument("--json", help="write the rows to this file, too")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = measure()
+    rows = measure(arguments.runs, arguments.calls)
     width = max(len(row["call"]) for row in rows)
     for row in rows:
         print(f"{row['call']:{width}}  {row['us']:5.1f} us  (median {row['median_us']:.1f})")

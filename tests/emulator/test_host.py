@@ -2,7 +2,9 @@
 
 import math
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import test_qk_norm_rotary as operation
@@ -224,6 +226,27 @@ def test_capture(emu, subject):
         assert runtime.synchronize() == unsupported
         assert runtime.malloc_and_free().endswith("cudaMalloc during a capture")
     assert subject() == "cudaSuccess"
+
+
+def test_a_thread_may_be_permitted_to_work_beside_captures(emu):
+    """What andromeda/ops/_persistent.py relies on; the permission is this thread's."""
+    runtime, extension = emu._host.subject, emu.extension
+    with emu:
+        assert extension.capture_id(0) == 0
+    emu.settings.capture = 5
+    with emu:
+        assert extension.capture_id(0) == 5
+        assert extension.permit_work_beside_captures(True) is False
+        assert runtime.synchronize() == runtime.malloc_and_free() == "cudaSuccess"
+        assert extension.permit_work_beside_captures(False) is True
+        assert runtime.synchronize().endswith("during a capture")
+
+
+def test_a_launch_that_does_nothing(emu, subject):
+    emu.settings.execute = False
+    before = subject.out.cpu()
+    assert subject() == "cudaSuccess"
+    assert emu.launches == [] and torch.equal(subject.out.cpu().nan_to_num(), before.nan_to_num())
 
 
 def test_memset_and_memcpy_keep_to_their_buffers(emu, subject):
@@ -490,3 +513,14 @@ def test_the_fixture_has_one_backend_besides_the_reference(emulated):
     q, k = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 16)
     able = [name for name in _select.BACKENDS if not operation.unsupported(name, q, k)]
     assert able == ["cuda", "reference"]
+
+
+# ---- time on the host -----------------------------------------------------------------------------------------------
+
+
+def test_host_time_runs_every_call():
+    """The command that measures it: the calls reach their launches, whose times are not judged here."""
+    command = [sys.executable, "-m", "emulator.host_time", "--runs", "1", "--calls", "4"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert {line.partition(",")[0] for line in result.stdout.splitlines()} >= {"attention", "qk_norm_rotary"}
