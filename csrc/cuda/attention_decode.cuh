@@ -356,6 +356,19 @@ __device__ inline void add_partials(float4 (&total)[kVectors], DecodeShared<kRow
   }
 }
 
+// How many of `count` blocks drew this ticket before. The counter wraps to 0: the next call finds it as this one did.
+//
+// One thread draws for its block, between two barriers. Release: its fence comes after what all threads wrote before
+// the first barrier, and before the atomic. Acquire: the atomic, then a fence of the same thread, then the second
+// barrier and whoever reads behind it. In PTX's memory model the atomic and the fence must be of one thread: behind the
+// barrier the other threads' own fences would add nothing.
+__device__ inline unsigned draw_ticket(unsigned* ticket, int count) {
+  fence_device();
+  const unsigned drawn = atomicInc(ticket, count - 1);
+  fence_device();
+  return drawn;
+}
+
 // Divides, rounds and writes the rows of the block, and their log-sum-exp.
 template <typename T, int kRows, int kHeadDim, int kVectors>
 __device__ inline void write_rows(const AttentionParams& params, const DecodePlan& plan, int batch, int kv_head,
@@ -534,14 +547,9 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
     write_partial(level + index, total, shared, rows_here, thread);
     const int group = index / kFanIn, first = group * kFanIn, size = min(count - first, kFanIn);
     __syncthreads();  // the whole block has written its part before the ticket says so
-    if (thread == 0) {
-      __threadfence();
-      // Counts to size - 1 and then wraps to 0: the next call finds the ticket as this one did.
-      shared->is_last = atomicInc(tickets + group, size - 1) == size - 1;
-    }
-    __syncthreads();
+    if (thread == 0) shared->is_last = draw_ticket(tickets + group, size) == static_cast<unsigned>(size) - 1;
+    __syncthreads();  // what the ticket has announced may be read
     if (!shared->is_last) return;
-    __threadfence();  // the parts that the other tickets announced are read after this
     add_partials(total, shared, level + first, size, rows_here, thread);
     level += count;
     index = group;

@@ -229,9 +229,15 @@ bool Execution::gather_warp(const Instruction& instruction) {
   return true;
 }
 
-void Execution::synchronise(int thread, const std::uint8_t* address, bool acquires, bool releases) {
+void Execution::synchronise(int thread, const std::uint8_t* address, Acquire acquire, Release release) {
   if (!check || is_shared(reinterpret_cast<std::uint64_t>(address))) return;
-  global_shadow.synchronise(thread, address, acquires, releases);
+  global_shadow.synchronise(thread, address, acquire, release);
+}
+
+void Execution::fence_for_device(int thread) {
+  if (!check) return;
+  clocks.fence_for_device(thread);
+  global_shadow.fence(thread);
 }
 
 void Execution::complete_barrier(int id) {

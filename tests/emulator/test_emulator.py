@@ -38,8 +38,12 @@ AMPERE = {
     "shuffle_from_outside": {"shuffle"},
     "same_word": {"block-race"},
     "ticket_without_fence": {"block-race"},
+    "ticket_fenced_by_others": {"block-race"},
     "ticket_without_barrier": {"block-race"},
     "ticket_without_second_fence": {"block-race"},
+    "ticket_fenced_behind_the_barrier": {"block-race"},
+    "ticket_then_copies": {"block-race"},
+    "release_of_another_word": {"block-race"},
 }
 HOPPER = {
     "one_lane_arrives": {"race-raw"},
@@ -64,7 +68,7 @@ HOPPER = {
 }
 WGMMA = list(HOPPER)[10:-1]
 THREADS = dict.fromkeys(WGMMA, 128) | {"too_many_registers": 384}
-BLOCKS = dict.fromkeys(["same_word", *(name for name in AMPERE if name.startswith("ticket"))], 2)
+BLOCKS = dict.fromkeys(list(AMPERE)[list(AMPERE).index("same_word") :], 2)
 
 
 @functools.cache
