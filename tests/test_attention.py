@@ -1259,6 +1259,19 @@ def test_backend_that_cannot_run_says_why(device):
     assert op.unsupported("reference", q, k, v) == []
 
 
+def test_the_longest_sequence_on_a_gpu():
+    """Its kernels count positions in an int, up to a tile past the end."""
+    longest, one = 2**31 - 256, tensor(1, 1, 1, 64)
+    for seqlen_q, seqlen_k, reason in (
+        (longest, longest, None),
+        (longest + 1, 1, f"seqlen_q={longest + 1} (built for up to 2**31 - 256)"),
+        (1, longest + 1, f"seqlen_k={longest + 1} (built for up to 2**31 - 256)"),
+    ):
+        q, k = one.expand(1, seqlen_q, 1, 64), one.expand(1, seqlen_k, 1, 64)
+        found = [text for text in op.unsupported("cuda", q, k, k) if text.startswith("seqlen")]
+        assert found == ([reason] if reason else [])
+
+
 def test_the_first_backend_that_can_is_chosen(device):
     q, k, v = make(Case(alibi="none"), device).tensors()
     able = [name for name in _select.BACKENDS if not op.unsupported(name, q, k, v)]

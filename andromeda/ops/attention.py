@@ -10,6 +10,7 @@ _DTYPES = {
     "cuda": (torch.float16, torch.bfloat16),  # tensor cores; float32 would lose digits there and takes the reference
 }
 _CUDA_MAX_HEAD_DIM = 128  # kMaxAttentionHeadDim in csrc/include/andromeda/attention.h
+_CUDA_MAX_SEQLEN = 2**31 - 256  # kMaxAttentionSeqlen
 _CUDA_MIN_SOFTMAX_SCALE = 2.0**-60  # kMinSoftmaxScale
 _REFERENCE_BLOCK_LOGITS = 2**24  # the reference holds this many logits at once, 64 MiB of float32
 
@@ -121,6 +122,9 @@ def unsupported(
         reasons += _select.cuda_unavailable(q.device)
         if q.shape[3] > _CUDA_MAX_HEAD_DIM:
             reasons.append(f"head_dim={q.shape[3]} (built for 1 to {_CUDA_MAX_HEAD_DIM})")
+        for name, seqlen in (("seqlen_q", q.shape[1]), ("seqlen_k", k.shape[1])):
+            if seqlen > _CUDA_MAX_SEQLEN:
+                reasons.append(f"{name}={seqlen} (built for up to 2**31 - 256)")
         if softmax_scale is not None and softmax_scale < _CUDA_MIN_SOFTMAX_SCALE:
             reasons.append(f"softmax_scale={softmax_scale} (built for at least 2**-60; -q has the opposite scale)")
     return reasons

@@ -54,13 +54,15 @@ namespace cuda {
 AttentionWorkspace attention_forward_workspace(const AttentionParams& params);
 AttentionWorkspace attention_backward_workspace(const AttentionParams& params);
 
-// head_dim up to kMaxAttentionHeadDim, float16 and bfloat16, softmax_scale at least kMinSoftmaxScale. The tensors'
-// device must be the current one.
+// head_dim up to kMaxAttentionHeadDim, seqlen_q and seqlen_k up to kMaxAttentionSeqlen, float16 and bfloat16,
+// softmax_scale at least kMinSoftmaxScale. The tensors' device must be the current one.
 void attention_forward(const AttentionParams& params, const AttentionWorkspace& workspace, CUstream_st* stream);
 void attention_backward(const AttentionBackwardParams& params, const AttentionWorkspace& workspace,
                         CUstream_st* stream);
 
 inline constexpr int kMaxAttentionHeadDim = 128;
+// Positions are ints, and tiles go up to 128 rows past the last one.
+inline constexpr int kMaxAttentionSeqlen = 0x7FFFFF00;
 // A bias is divided by the scale before it joins the scores.
 inline constexpr float kMinSoftmaxScale = 0x1p-60f;
 }  // namespace cuda
