@@ -12,6 +12,7 @@ _DTYPES = {
 _CUDA_MAX_HEAD_DIM = 128  # kMaxAttentionHeadDim in csrc/include/andromeda/attention.h
 _CUDA_MAX_SEQLEN = 2**31 - 256  # kMaxAttentionSeqlen
 _CUDA_MIN_SOFTMAX_SCALE = 2.0**-60  # kMinSoftmaxScale
+_NUM_SPLITS = 0  # tests: into how many shares the CUDA kernel for few queries cuts the keys; 0: it chooses
 _REFERENCE_BLOCK_LOGITS = 2**24  # the reference holds this many logits at once, 64 MiB of float32
 
 
@@ -240,6 +241,7 @@ def _resources(direction, backend, q, k, causal):
         "tickets": None,
         "stream": _select.current_stream(q.device),
     }
+    splits = {"num_splits": _NUM_SPLITS} if direction == "forward" else {}
     if backend == "cuda":
         batch, seqlen_q, num_heads, head_dim = q.shape
         num_values, num_tickets = getattr(_select.extension, f"attention_{direction}_workspace")(
@@ -250,11 +252,12 @@ def _resources(direction, backend, q, k, causal):
             num_kv_heads=k.shape[2],
             head_dim=head_dim,
             causal=causal,
+            **splits,
         )
         if num_values > 0:
             resources["workspace"] = q.new_empty(num_values, dtype=torch.float32)
         resources["tickets"] = _select.tickets(q.device, num_tickets)
-    return resources
+    return resources | splits
 
 
 def _dense(tensor):

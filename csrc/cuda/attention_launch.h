@@ -36,6 +36,9 @@ inline void check_attention(const AttentionParams& params, const char* kernel) {
     refuse("head_dim must be between 1 and " + std::to_string(kMaxAttentionHeadDim) + " on CUDA, got " +
            std::to_string(params.head_dim));
   }
+  if (params.num_splits < 0) {
+    refuse("num_splits must be at least 0 (0: chosen), got " + std::to_string(params.num_splits));
+  }
   for (const auto& [name, seqlen] : {std::pair("seqlen_q", params.seqlen_q), std::pair("seqlen_k", params.seqlen_k)}) {
     if (seqlen > kMaxAttentionSeqlen) {
       refuse(std::string(name) + " must be at most " + std::to_string(kMaxAttentionSeqlen) + " on CUDA, got " +

@@ -529,6 +529,7 @@ void Execution::report_deadlock() {
 
 void Execution::finish_block() {
   if (fatal || !check) return;
+  counters.foreign_bytes = std::max(counters.foreign_bytes, global_shadow.foreign_bytes());
   const Statement* last = &code.body.statements.back();
   for (int thread = 0; thread < num_threads; ++thread) {
     const CopyGroups& of_thread = copies[thread];

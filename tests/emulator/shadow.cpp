@@ -270,6 +270,7 @@ void SharedShadow::check_mbarrier(const Site& site, std::uint32_t offset, bool u
 
 void GlobalShadow::enter_block(std::uint32_t block) {
   block_ = block;
+  foreign_bytes_ = 0;
   acquisitions_.clear();
 }
 
@@ -306,7 +307,9 @@ void GlobalShadow::read(const Site& site, const std::uint8_t* address, int bytes
     const Page* page = page_at(byte, false);
     if (page == nullptr) continue;
     const Cell& cell = page->cells[reinterpret_cast<std::size_t>(byte) % kPageBytes / 2];
-    if (cell.block_plus_one == 0 || cell.block_plus_one == block_ + 1 || published(cell, site.thread, byte)) continue;
+    if (cell.block_plus_one == 0 || cell.block_plus_one == block_ + 1) continue;
+    foreign_bytes_ += 2;
+    if (published(cell, site.thread, byte)) continue;
     reporter_.add("block-race", site, [&] {
       return describe(byte, buffer) + ": read of what block " + std::to_string(cell.block_plus_one - 1) + " thread " +
              std::to_string(cell.thread) + " wrote without a fence and an atomic between";

@@ -171,6 +171,8 @@ class GlobalShadow {
   void synchronise(int thread, const std::uint8_t* address, Acquire acquire, Release release);
   // A fence at device scope. After Clocks::fence_for_device.
   void fence(int thread);
+  // How many bytes the block has read so far that other blocks wrote.
+  std::uint64_t foreign_bytes() const { return foreign_bytes_; }
 
  private:
   static constexpr std::size_t kPageBytes = 4096;
@@ -203,6 +205,7 @@ class GlobalShadow {
   Clocks& clocks_;
   Reporter& reporter_;
   std::uint32_t block_ = 0;
+  std::uint64_t foreign_bytes_ = 0;
   std::unordered_map<std::size_t, std::unique_ptr<Page>> pages_;
   std::size_t last_page_number_ = ~std::size_t{0};
   Page* last_page_ = nullptr;

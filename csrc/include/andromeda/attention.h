@@ -25,7 +25,8 @@ struct AttentionParams {
   int batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim;
   float softmax_scale;
   bool causal;
-  DType dtype;  // of q, k, v, out
+  DType dtype;     // of q, k, v, out
+  int num_splits;  // CUDA, few query rows: into how many shares the keys are cut; 0: as many as are fastest
 };
 
 struct AttentionBackwardParams {
