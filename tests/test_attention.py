@@ -262,15 +262,19 @@ def check_bounded(inputs, bound, adversarial, backend):
 # Into how many shares the CUDA kernel for few queries cuts the keys: none, one level of adding them up, and several.
 SPLITS = (1, 2, 16, 17, 256)
 SPLIT_CASES = [
-    Case(seqlen_q=seqlen_q, num_heads=num_heads, head_dim=head_dim, dtype=dtype, mask=mask)
-    for seqlen_q, num_heads, mask in ((1, 24, "none"), (3, 5, "documents"))  # 15 rows; shares that nobody sees
+    Case(batch=batch, seqlen_q=seqlen_q, num_heads=num_heads, head_dim=head_dim, dtype=dtype, mask=mask)
+    for batch, seqlen_q, num_heads, mask in (
+        (1, 1, 24, "none"),
+        (2, 3, 5, "documents"),  # 15 rows; shares that nobody sees
+        (1, 3, 13, "none"),  # 39 rows in two tiles, the second of which has few
+    )
     for head_dim, dtype in ((64, FLOAT16), (128, BFLOAT16))
 ]
 
 
 def check_splits(case, num_splits, device, monkeypatch):
     """The forward pass of that kernel, with keys enough for a step of 64 in each share, and its results."""
-    inputs = make(dataclasses.replace(case, batch=1, seqlen_k=max(64 * num_splits - 27, 100)), device)
+    inputs = make(dataclasses.replace(case, seqlen_k=max(64 * num_splits - 27, 100)), device)
     monkeypatch.setattr(op, "_NUM_SPLITS", num_splits)
     options = {**inputs.options, "return_lse": True, "backend": "cuda"}
     with numerics.nan_filled():

@@ -4,14 +4,14 @@
 // Both choices follow from the shapes and the device alone, never from data: a captured graph stays valid. They take
 // the cheapest by a model whose unit is a step, the 64 keys and values (32 KiB) that a block takes at a time:
 //
-//   waves * (kBlockSteps + steps of a share)  +  for each level of combining: kLevelSteps + kPartialSteps * parts
+//   waves * (kBlockSteps + steps of a share)  +  for each level of combining: kLevelSteps + bytes / kStepBytes
 //
 // A step takes a block 1 to 2 us on a device that is full: 32 KiB, of 4.3 TB/s for 264 blocks. Starting a block, its
 // first access to memory and the addition of its warps cost about as much as four steps. A level of combining is about
-// 2000 clocks of waiting, 1.1 us: the write of a partial result and the fence behind it (600), the ticket and the fence
-// behind that (600), the first bytes from L2 (600), barriers and statistics (200). After them 64 bytes arrive a clock:
-// a partial result of 9 to 12 KiB in 150 to 200 clocks, 0.1 us, a sixteenth of a step. A wave that is not full counts
-// as a whole one although its blocks then run faster: the model prefers shares that come out even.
+// 2000 clocks of waiting, or one step: the write of a partial result and the fence behind it (600), the ticket and the
+// fence behind that (600), the first bytes from L2 (600), barriers and statistics (200). After them the partial results
+// of a group arrive, all through one multiprocessor: 64 bytes a clock, 160 KiB in 1.5 us. A wave that is not full
+// counts as a whole one although its blocks then run faster: the model prefers shares that come out even.
 #include <algorithm>
 #include <cstdint>
 #include <stdexcept>
@@ -28,7 +28,7 @@ constexpr char kKernel[] = "attention_decode";
 
 constexpr double kBlockSteps = 4.0;
 constexpr double kLevelSteps = 1.0;
-constexpr double kPartialSteps = 0.0625;
+constexpr double kStepBytes = 160.0 * 1024.0;
 
 // With more packed rows the prefill kernel has blocks enough.
 constexpr int kMaxRows = 4096;
@@ -101,13 +101,16 @@ std::int64_t count_slots() {
   return static_cast<std::int64_t>(num_multiprocessors) * std::clamp(shared_bytes / kBlockBytes, 1, 2);
 }
 
-double cost_of(std::int64_t num_tiles, std::int64_t num_steps, std::int64_t num_shares, std::int64_t num_slots,
-               std::int64_t max_fan_in) {
+double cost_of_waves(std::int64_t num_tiles, std::int64_t num_steps, std::int64_t num_shares, std::int64_t num_slots) {
   const std::int64_t waves = ceil_div(num_tiles * num_shares, num_slots);
-  double cost = static_cast<double>(waves) * (kBlockSteps + static_cast<double>(ceil_div(num_steps, num_shares)));
-  const std::int64_t fan_in = fan_in_of(num_shares, max_fan_in);
+  return static_cast<double>(waves) * (kBlockSteps + static_cast<double>(ceil_div(num_steps, num_shares)));
+}
+
+double cost_of_levels(std::int64_t num_shares, const PartialShape& partial) {
+  double cost = 0.0;
+  const std::int64_t fan_in = fan_in_of(num_shares, partial.max_fan_in);
   for_each_level(num_shares, fan_in, [&](std::int64_t parts, std::int64_t) {
-    cost += kLevelSteps + kPartialSteps * static_cast<double>(std::min(parts, fan_in));
+    cost += kLevelSteps + static_cast<double>(std::min(parts, fan_in) * partial.bytes) / kStepBytes;
   });
   return cost;
 }
@@ -133,7 +136,7 @@ Split choose_split(const AttentionParams& params, std::int64_t num_slots) {
   if (split.num_tiles == 0) return split;
   const std::int64_t num_steps = std::max<std::int64_t>(ceil_div(params.seqlen_k, kDecodeStep), 1);
   const auto cost = [&](std::int64_t num_shares) {
-    return cost_of(split.num_tiles, num_steps, num_shares, num_slots, split.partial.max_fan_in);
+    return cost_of_waves(split.num_tiles, num_steps, num_shares, num_slots) + cost_of_levels(num_shares, split.partial);
   };
   split.cost = cost(1);
   // With many tiles a few shares still even out the last wave; with few tiles, as many as make one wave. Large numbers
@@ -187,7 +190,7 @@ bool decode_is_better(const AttentionParams& params) {
   // this kernel needs for memory. But beyond 128 rows it reads a key less often, so the gain here must be a clear one.
   const std::int64_t prefill_tiles =
       static_cast<std::int64_t>(params.batch) * params.num_heads * ceil_div(params.seqlen_q, kPrefillRows);
-  const double prefill_cost = cost_of(prefill_tiles, ceil_div(params.seqlen_k, kDecodeStep), 1, num_slots, kFanIn);
+  const double prefill_cost = cost_of_waves(prefill_tiles, ceil_div(params.seqlen_k, kDecodeStep), 1, num_slots);
   return choose_split(params, num_slots).cost * (num_rows <= kPrefillRows ? 1.0 : 2.0) <= prefill_cost;
 }
 

@@ -362,7 +362,7 @@ struct Stored {
 };
 
 // To the nearest float of 16 significant bits, in the upper 24; the last 8 are of no account. A NaN needs care: a carry
-// would run through it, and its other bits may all be in those 8.
+// could run through it into the sign, and all that tells it from an infinity may be in those 8.
 __device__ inline std::uint32_t round_to_store(float value) {
   return isnan(value) ? 0x7FFFFFFFu : __float_as_uint(value) + 0x80u;
 }
@@ -401,7 +401,7 @@ __device__ inline void write_partial(unsigned char* partial, const Stored (&own)
 }
 
 // Begins to copy `count` partial results of a group, all but that of this block: the statistics as one group of copies,
-// the rows as another, one part behind the other at `places`. cp.async reads them from L2: L1 may hold older values.
+// the rows as another, one part behind the other at `places`. Both come from L2, where the others' writes are.
 template <int kRows, int kHeadDim>
 __device__ inline void fetch_partials(std::uint32_t places, DecodeShared<kRows>* shared, const unsigned char* partials,
                                       int count, int own_part, int partial_rows, int rows, int thread) {
@@ -649,8 +649,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
     write_partial<kRows, kHeadDim>(level + index * partial_bytes, own, shared, plan.partial_rows, rows_here, thread);
     const int group = index / plan.fan_in, first = group * plan.fan_in, size = min(count - first, plan.fan_in);
     const int own_part = index - first;
-    __syncthreads();  // the whole block has written its part before the ticket says so; it is done with the tiles'
-                      // place
+    __syncthreads();  // the whole block has written its part before the ticket says so, and read what it adds
     if (thread == 0) shared->is_last = draw_ticket(tickets + group, size) == static_cast<unsigned>(size) - 1;
     __syncthreads();  // what the ticket has announced may be read
     if (!shared->is_last) return;

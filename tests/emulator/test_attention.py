@@ -214,7 +214,9 @@ def test_number_of_splits(case, num_splits, emulated, monkeypatch):
         emulated.settings.schedule = schedule
         results.append(whole.check_splits(case, num_splits, torch.device("cpu"), monkeypatch))
     assert all(all(map(torch.equal, result, results[0])) for result in results)
-    assert {tuple(launch.grid) for launch in emulated.launches} == {(num_splits, 1, 1)}
+    num_rows = case.seqlen_q * case.num_heads
+    num_tiles = case.batch * math.ceil(num_rows / (16 if num_rows <= 16 else 32))
+    assert {tuple(launch.grid) for launch in emulated.launches} == {(num_tiles * num_splits, 1, 1)}
 
 
 def test_no_more_splits_than_steps(emulated, monkeypatch):

@@ -84,12 +84,16 @@ def ptx(architecture):
 
 def run(text, name, defect, **settings):
     """The reports of one kernel of defects.cu, and its output."""
-    emu = Emulator(**settings)
+    emu, out = run_on(Emulator(**settings), text, name, defect)
+    return emu.reports, out
+
+
+def run_on(emu, text, name, defect):
     out = emu.empty((256,), torch.float32, name="out")
     given = emu.tensor(torch.arange(64.0), name="in")
     entry = re.search(rf"\.entry (_Z\d+{name}ILb{int(defect)}E\w+)", text)[1]
     emu.run_ptx(text, entry, BLOCKS.get(name, 1), THREADS.get(name, 64), (out, given))
-    return emu.reports, out.cpu()
+    return emu, out.cpu()
 
 
 @pytest.mark.parametrize("schedule", ["fifo", "reverse", "random"])
@@ -127,6 +131,16 @@ def test_results_without_checks():
     reports, out = run(ptx(80), "write_after_read", True, check=False)
     assert reports == []
     assert torch.isfinite(out[:64]).all()
+
+
+@pytest.mark.parametrize("name", ["ticket_without_fence", "ticket_then_copies"])
+def test_bytes_that_one_block_reads_of_others(name):
+    """Of the two blocks the last reads 64 numbers of the other; its own do not count."""
+    for schedule in ("fifo", "reverse"):
+        emu, _ = run_on(Emulator(schedule=schedule), ptx(80), name, False)
+        assert emu.launches[-1].counters.foreign_bytes == 256
+    emu, _ = run_on(Emulator(), ptx(80), "same_word", False)
+    assert emu.launches[-1].counters.foreign_bytes == 0
 
 
 def test_what_was_not_written_is_nan():
