@@ -275,6 +275,27 @@ BOTH(ticket_then_copies);
 
 __device__ unsigned flag, done;
 
+// A flag instead of a ticket: relaxed operations with a fence of the same thread on either side. Who does not find it
+// set goes without.
+DEFECT(flag_without_fence) {
+  __shared__ unsigned found;
+  if (blockIdx.x == 0) {
+    out[64 + threadIdx.x] = in[threadIdx.x];
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    if (!kDefect) __threadfence();
+    asm volatile("st.relaxed.gpu.global.u32 [%0], 1;" ::"l"(&flag) : "memory");
+    return;
+  }
+  if (threadIdx.x == 0) {
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(&flag) : "memory");
+    __threadfence();
+  }
+  __syncthreads();
+  if (found) out[threadIdx.x] = *(volatile float*)&out[64 + threadIdx.x];
+}
+BOTH(flag_without_fence);
+
 // Patterns without a fence: the operations themselves release and acquire. A release is one of its own word only.
 DEFECT(release_of_another_word) {
   __shared__ bool last;

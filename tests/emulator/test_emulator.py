@@ -43,6 +43,7 @@ AMPERE = {
     "ticket_without_second_fence": {"block-race"},
     "ticket_fenced_behind_the_barrier": {"block-race"},
     "ticket_then_copies": {"block-race"},
+    "flag_without_fence": {"block-race"},
     "release_of_another_word": {"block-race"},
 }
 HOPPER = {
