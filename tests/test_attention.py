@@ -259,6 +259,33 @@ def check_bounded(inputs, bound, adversarial, backend):
         check(inputs, backend)
 
 
+# Into how many shares the CUDA kernel for few queries cuts the keys: none, one level of adding them up, and several.
+SPLITS = (1, 2, 16, 17, 256)
+SPLIT_CASES = [
+    Case(batch=batch, seqlen_q=seqlen_q, num_heads=num_heads, head_dim=head_dim, dtype=dtype, mask=mask)
+    for batch, seqlen_q, num_heads, mask in (
+        (1, 1, 24, "none"),
+        (2, 3, 5, "documents"),  # 15 rows; shares that nobody sees
+        (1, 3, 13, "none"),  # 39 rows in two tiles, the second of which has few
+    )
+    for head_dim, dtype in ((64, FLOAT16), (128, BFLOAT16))
+]
+
+
+def check_splits(case, num_splits, device, monkeypatch):
+    """The forward pass of that kernel, with keys enough for a step of 64 in each share, and its results."""
+    inputs = make(dataclasses.replace(case, seqlen_k=max(64 * num_splits - 27, 100)), device)
+    monkeypatch.setattr(op, "_NUM_SPLITS", num_splits)
+    options = {**inputs.options, "return_lse": True, "backend": "cuda"}
+    with numerics.nan_filled():
+        results = out, lse = attention(*inputs.tensors(), **options)
+    assert all(map(torch.equal, attention(*inputs.tensors(), **options), results))  # tickets are as they were before
+    out_ref, lse_ref, *_ = run_exact(inputs, case.softmax_scale)
+    numerics.assert_rows_close(out, out_ref, case.dtype, logit_range=logit_range(inputs, lse_ref, case.softmax_scale))
+    numerics.assert_lse_close(lse, lse_ref)
+    return results
+
+
 # Key tiles are 96 keys on the CPU and 64 or 128 in the GPU kernels; query tiles likewise.
 LENGTHS = [(n, n) for n in (1, 2, 3, 15, 16, 17, 63, 64, 65, 95, 96, 97, 127, 128, 129, 193, 257)]
 LENGTHS += [(1, 147), (2, 96), (5, 97), (31, 1025), (113, 203), (203, 113), (257, 1), (100, 2)]
@@ -1257,6 +1284,19 @@ def test_backend_that_cannot_run_says_why(device):
         attention(q, k, v, backend="cpu")
     assert op.unsupported("cpu", q, k, v)
     assert op.unsupported("reference", q, k, v) == []
+
+
+def test_the_longest_sequence_on_a_gpu():
+    """Its kernels count positions in an int, up to a tile past the end."""
+    longest, one = 2**31 - 256, tensor(1, 1, 1, 64)
+    for seqlen_q, seqlen_k, reason in (
+        (longest, longest, None),
+        (longest + 1, 1, f"seqlen_q={longest + 1} (built for up to 2**31 - 256)"),
+        (1, longest + 1, f"seqlen_k={longest + 1} (built for up to 2**31 - 256)"),
+    ):
+        q, k = one.expand(1, seqlen_q, 1, 64), one.expand(1, seqlen_k, 1, 64)
+        found = [text for text in op.unsupported("cuda", q, k, k) if text.startswith("seqlen")]
+        assert found == ([reason] if reason else [])
 
 
 def test_the_first_backend_that_can_is_chosen(device):

@@ -650,6 +650,15 @@ def test_unsupported_gpu_is_named(device, monkeypatch):
         _select.cuda_unavailable.cache_clear()
 
 
+# ---- shares of the keys ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_splits", attention_test.SPLITS)
+@pytest.mark.parametrize("case", attention_test.SPLIT_CASES, ids=str)
+def test_number_of_splits(case, num_splits, device, monkeypatch):
+    attention_test.check_splits(case, num_splits, device, monkeypatch)
+
+
 # ---- for compute-sanitizer ------------------------------------------------------------------------------------------
 
 SMALL = [

@@ -731,6 +731,13 @@ def test_wrong_call(change, error, message):
         qk_norm_rotary(arguments.pop("q"), arguments.pop("k"), **arguments)
 
 
+def test_the_longest_sequence_on_a_gpu():
+    longest, one = 2**31 - 256, torch.ones(1, 1, 1, 64)
+    for seqlen, reasons in ((longest, []), (longest + 1, [f"seqlen={longest + 1} (built for up to 2**31 - 256)"])):
+        for q, k in ((one, one.expand(1, seqlen, 1, 64)), (one.expand(1, seqlen, 1, 64), one)):
+            assert [text for text in unsupported("cuda", q, k) if text.startswith("seqlen")] == reasons
+
+
 def test_a_backend_that_cannot_says_why():
     with pytest.raises(NotImplementedError, match=r"(?s)backend 'triton' .* triton: +no Triton kernel"):
         qk_norm_rotary(Q, K, backend="triton")

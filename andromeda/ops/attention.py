@@ -12,7 +12,9 @@ _DTYPES = {
     "cuda": (torch.float16, torch.bfloat16),  # tensor cores; float32 would lose digits there and takes the reference
 }
 _CUDA_MAX_HEAD_DIM = 128  # kMaxAttentionHeadDim in csrc/include/andromeda/attention.h
+_CUDA_MAX_SEQLEN = 2**31 - 256  # kMaxAttentionSeqlen
 _CUDA_MIN_SOFTMAX_SCALE = 2.0**-60  # kMinSoftmaxScale
+_NUM_SPLITS = 0  # tests: into how many shares the CUDA kernel for few queries cuts the keys; 0: it chooses
 _REFERENCE_BLOCK_LOGITS = 2**24  # the reference holds this many logits at once, 64 MiB of float32
 
 
@@ -117,6 +119,9 @@ def unsupported(
         reasons += _select.cuda_unavailable(q.device)
         if q.shape[3] > _CUDA_MAX_HEAD_DIM:
             reasons.append(f"head_dim={q.shape[3]} (built for 1 to {_CUDA_MAX_HEAD_DIM})")
+        for name, seqlen in (("seqlen_q", q.shape[1]), ("seqlen_k", k.shape[1])):
+            if seqlen > _CUDA_MAX_SEQLEN:
+                reasons.append(f"{name}={seqlen} (built for up to 2**31 - 256)")
         if softmax_scale is not None and softmax_scale < _CUDA_MIN_SOFTMAX_SCALE:
             reasons.append(f"softmax_scale={softmax_scale} (built for at least 2**-60; -q has the opposite scale)")
     return reasons
@@ -254,18 +259,20 @@ class Plan(NamedTuple):
     backend: str
     num_values: int  # of the workspace, floats
     num_tickets: int
+    splits: dict  # the argument num_splits, where a direction has it
 
 
 def _plan(direction, backend, q, k, causal, softmax_scale) -> Plan:
     """The backend of a call and the memory it works with besides its tensors."""
-    key = direction, backend, q.device, q.dtype, q.shape, k.shape, causal, softmax_scale
+    key = direction, backend, q.device, q.dtype, q.shape, k.shape, causal, softmax_scale, _NUM_SPLITS
     return _select.plan(key, q.device, lambda: _make_plan(*key[:2], q, k, causal, softmax_scale))
 
 
 def _make_plan(direction, backend, q, k, causal, softmax_scale) -> Plan:
     backend = _select.choose("attention", backend, lambda name: unsupported(name, q, k, k, softmax_scale=softmax_scale))
+    splits = {"num_splits": _NUM_SPLITS} if direction == "forward" else {}
     if backend != "cuda" or 0 in (*q.shape, k.shape[1]):
-        return Plan(backend, 0, 0)
+        return Plan(backend, 0, 0, splits)
     batch, seqlen_q, num_heads, head_dim = q.shape
     with _select.device_guard(q.device):
         sizes = getattr(_select.extension, f"attention_{direction}_workspace")(
@@ -276,8 +283,9 @@ def _make_plan(direction, backend, q, k, causal, softmax_scale) -> Plan:
             num_kv_heads=k.shape[2],
             head_dim=head_dim,
             causal=causal,
+            **splits,
         )
-    return Plan(backend, *sizes)
+    return Plan(backend, *sizes, splits)
 
 
 def _arguments(q, k, v, alibi_slopes, logit_bound, key_start, out, softmax_lse, causal, softmax_scale):
@@ -303,6 +311,7 @@ def _resources(plan, device):
         "workspace": torch.empty(plan.num_values, dtype=torch.float32, device=device) if plan.num_values else None,
         "tickets": _persistent.semaphores(device, plan.num_tickets),
         "stream": _select.current_stream(device),
+        **plan.splits,
     }
 
 

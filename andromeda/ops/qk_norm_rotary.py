@@ -17,6 +17,7 @@ _LOG2_PER_POSITION = math.log2(3.5) / 512
 _FACTOR_REACH = {dtype: math.floor(limit / _LOG2_PER_POSITION) for dtype, limit in _FACTOR_LIMIT_LOG2.items()}
 
 _CUDA_MAX_HEAD_DIM = 512  # kMaxHeadDim in csrc/cuda/qk_norm_rotary.cuh
+_CUDA_MAX_SEQLEN = 2**31 - 256  # kMaxSeqlen
 
 # Gradients of scales are summed over runs of tokens first, then over the runs. Their number depends on shapes alone, so
 # the result depends on neither threads nor timing. Enough of them to fill the machine, and tokens to pay for each.
@@ -108,6 +109,8 @@ def unsupported(backend, q, k) -> list[str]:
         reasons += _select.cuda_unavailable(q.device)
         if q.shape[3] % 2 != 0 or q.shape[3] > _CUDA_MAX_HEAD_DIM:
             reasons.append(f"head_dim={q.shape[3]} (built for even ones up to {_CUDA_MAX_HEAD_DIM})")
+        if (seqlen := max(q.shape[1], k.shape[1])) > _CUDA_MAX_SEQLEN:
+            reasons.append(f"seqlen={seqlen} (built for up to 2**31 - 256)")
     return reasons
 
 

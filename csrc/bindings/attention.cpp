@@ -61,16 +61,18 @@ AttentionParams pack(const Call& call, const TensorView& q, const TensorView& k,
   params.softmax_scale = softmax_scale;
   params.causal = causal;
   params.dtype = q.dtype;
+  params.num_splits = 0;
   return params;
 }
 
 void forward(const TensorView& q, const TensorView& k, const TensorView& v, const OptionalTensor& alibi_slopes,
              const OptionalTensor& logit_bound, const OptionalTensor& key_start, const TensorView& out,
              const TensorView& softmax_lse, bool causal, float softmax_scale, int num_threads,
-             const OptionalTensor& workspace, const OptionalTensor& tickets, std::uintptr_t stream) {
+             const OptionalTensor& workspace, const OptionalTensor& tickets, std::uintptr_t stream, int num_splits) {
   const Call call("attention_forward", q);
-  const AttentionParams params =
+  AttentionParams params =
       pack(call, q, k, v, alibi_slopes, logit_bound, key_start, out, softmax_lse, causal, softmax_scale, num_threads);
+  params.num_splits = num_splits;
   const AttentionWorkspace memory = pack_workspace(call, workspace, tickets);
   if (is_empty(softmax_lse)) return;
   const py::gil_scoped_release release;
@@ -111,9 +113,10 @@ void backward(const TensorView& q, const TensorView& k, const TensorView& v, con
 }
 
 // (num_values, num_tickets) of a CUDA call of these shapes on the current device.
-template <AttentionWorkspace (*kSizes)(const AttentionParams&)>
-std::pair<std::int64_t, std::int64_t> workspace(int batch, int seqlen_q, int seqlen_k, int num_heads, int num_kv_heads,
-                                                int head_dim, bool causal) {
+using Sizes = std::pair<std::int64_t, std::int64_t>;
+
+Sizes workspace(AttentionWorkspace (*sizes_of)(const AttentionParams&), int batch, int seqlen_q, int seqlen_k,
+                int num_heads, int num_kv_heads, int head_dim, bool causal, int num_splits) {
   AttentionParams params{};
   params.batch = batch;
   params.seqlen_q = seqlen_q;
@@ -123,8 +126,21 @@ std::pair<std::int64_t, std::int64_t> workspace(int batch, int seqlen_q, int seq
   params.head_dim = head_dim;
   params.causal = causal;
   params.dtype = DType::kBFloat16;  // the sizes are those of every dtype with kernels
-  const AttentionWorkspace sizes = kSizes(params);
+  params.num_splits = num_splits;
+  const AttentionWorkspace sizes = sizes_of(params);
   return {sizes.num_values, sizes.num_tickets};
+}
+
+Sizes forward_workspace(int batch, int seqlen_q, int seqlen_k, int num_heads, int num_kv_heads, int head_dim,
+                        bool causal, int num_splits) {
+  return workspace(&cuda::attention_forward_workspace, batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim,
+                   causal, num_splits);
+}
+
+Sizes backward_workspace(int batch, int seqlen_q, int seqlen_k, int num_heads, int num_kv_heads, int head_dim,
+                         bool causal) {
+  return workspace(&cuda::attention_backward_workspace, batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim,
+                   causal, 0);
 }
 
 }  // namespace
@@ -134,18 +150,18 @@ void bind_attention(py::module_& m) {
   m.def("attention_forward", &forward, "csrc/include/andromeda/attention.h. Writes out and softmax_lse.", py::kw_only(),
         arg("q"), arg("k"), arg("v"), arg("alibi_slopes"), arg("logit_bound"), arg("key_start"), arg("out"),
         arg("softmax_lse"), arg("causal"), arg("softmax_scale"), arg("num_threads"), arg("workspace"), arg("tickets"),
-        arg("stream"));
+        arg("stream"), arg("num_splits") = 0);
   m.def("attention_backward", &backward, "csrc/include/andromeda/attention.h. Writes dq, dk and dv.", py::kw_only(),
         arg("q"), arg("k"), arg("v"), arg("alibi_slopes"), arg("logit_bound"), arg("key_start"), arg("out"),
         arg("softmax_lse"), arg("causal"), arg("softmax_scale"), arg("dout"), arg("dq"), arg("dk"), arg("dv"),
         arg("num_threads"), arg("workspace"), arg("tickets"), arg("stream"));
-  const auto bind_workspace = [&m](const char* name, auto function) {
+  const auto bind_workspace = [&m](const char* name, auto function, const auto&... further) {
     m.def(name, function, "Scratch memory of a CUDA call on the current device: floats, and counters that are zero.",
           py::kw_only(), arg("batch"), arg("seqlen_q"), arg("seqlen_k"), arg("num_heads"), arg("num_kv_heads"),
-          arg("head_dim"), arg("causal"));
+          arg("head_dim"), arg("causal"), further...);
   };
-  bind_workspace("attention_forward_workspace", &workspace<cuda::attention_forward_workspace>);
-  bind_workspace("attention_backward_workspace", &workspace<cuda::attention_backward_workspace>);
+  bind_workspace("attention_forward_workspace", &forward_workspace, arg("num_splits") = 0);
+  bind_workspace("attention_backward_workspace", &backward_workspace);
 }
 
 }  // namespace andromeda::bindings

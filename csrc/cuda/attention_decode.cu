@@ -4,16 +4,19 @@
 // Both choices follow from the shapes and the device alone, never from data: a captured graph stays valid. They take
 // the cheapest by a model whose unit is a step, the 64 keys and values (32 KiB) that a block takes at a time:
 //
-//   waves * (kBlockSteps + steps of a share)  +  for each level of combining: kLevelSteps + kPartialSteps * parts
+//   waves * (kBlockSteps + steps of a share)  +  for each level of combining: kLevelSteps + bytes / kStepBytes
 //
-// A step takes a block 1 to 2 us on a device that is full. Starting a block, its first access to memory and the
-// addition of its warps cost about as much as four steps; a level of combining (write, fence, ticket, read) about one,
-// and each partial result, up to 16 KiB from L2, an eighth. A wave that is not full counts as a whole one although its
-// blocks then run faster: the model prefers shares that come out even.
+// A step takes a block 1 to 2 us on a device that is full: 32 KiB, of 4.3 TB/s for 264 blocks. Starting a block, its
+// first access to memory and the addition of its warps cost about as much as four steps. A level of combining is about
+// 2000 clocks of waiting, or one step: the write of a partial result and the fence behind it (600), the ticket and the
+// fence behind that (600), the first bytes from L2 (600), barriers and statistics (200). After them the partial results
+// of a group arrive, all through one multiprocessor: 64 bytes a clock, 160 KiB in 1.5 us. A wave that is not full
+// counts as a whole one although its blocks then run faster: the model prefers shares that come out even.
 #include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "attention_decode.cuh"
 #include "attention_launch.h"
@@ -25,20 +28,35 @@ constexpr char kKernel[] = "attention_decode";
 
 constexpr double kBlockSteps = 4.0;
 constexpr double kLevelSteps = 1.0;
-constexpr double kPartialSteps = 0.125;
+constexpr double kStepBytes = 160.0 * 1024.0;
 
 // With more packed rows the prefill kernel has blocks enough.
 constexpr int kMaxRows = 4096;
 constexpr int kPrefillRows = 128;  // of a block of the prefill kernel, all of one head
 
-// What is combined at once, from `count` shares to one result.
+// From `count` shares to one result, `fan_in` at a time: calls function(results of a level, groups of them).
 template <typename Function>
-void for_each_level(std::int64_t count, const Function& function) {
+void for_each_level(std::int64_t count, std::int64_t fan_in, const Function& function) {
   while (count > 1) {
-    const std::int64_t groups = ceil_div(count, kFanIn);
+    const std::int64_t groups = ceil_div(count, fan_in);
     function(count, groups);
     count = groups;
   }
+}
+
+// How many results of `count` to add at a time: as few levels as `max_fan_in` permits, and for them groups as small as
+// possible. 17 are 5 x 4 rather than 8 x 3: the block that is last waits for 9 of them instead of 11.
+std::int64_t fan_in_of(std::int64_t count, std::int64_t max_fan_in) {
+  const auto reach = [](std::int64_t fan_in, int levels) {
+    std::int64_t product = 1;
+    for (int level = 0; level < levels; ++level) product *= fan_in;
+    return product;
+  };
+  int levels = 1;
+  while (reach(max_fan_in, levels) < count) ++levels;
+  std::int64_t fan_in = 2;
+  while (reach(fan_in, levels) < count) ++fan_in;
+  return fan_in;
 }
 
 std::int64_t num_rows_of(const AttentionParams& params) {
@@ -46,6 +64,30 @@ std::int64_t num_rows_of(const AttentionParams& params) {
 }
 
 int num_groups_of(std::int64_t num_rows) { return num_rows <= 16 ? 1 : 2; }
+
+// Partial results have room for the rows of a tile that exist; only the last of several tiles may have fewer.
+struct PartialShape {
+  int rows, bytes, max_fan_in;
+};
+
+PartialShape partial_shape_of(const AttentionParams& params) {
+  const std::int64_t num_rows = num_rows_of(params);
+  PartialShape shape{};
+  dispatch_attention(params, [&](auto, auto head_dim) {
+    const auto with_groups = [&](auto groups) {
+      using Tiles = DecodeTiles<head_dim(), groups()>;
+      shape.rows = static_cast<int>(std::clamp<std::int64_t>(num_rows, 1, Tiles::kRows));
+      shape.bytes = PartialLayout<head_dim()>::bytes(shape.rows);
+      shape.max_fan_in = Tiles::max_fan_in(shape.rows);
+    };
+    if (num_groups_of(num_rows) == 1) {
+      with_groups(std::integral_constant<int, 1>{});
+    } else {
+      with_groups(std::integral_constant<int, 2>{});
+    }
+  });
+  return shape;
+}
 
 // Blocks that run at the same time: two on each multiprocessor, by registers and on 8.0 and 9.0 by shared memory too.
 std::int64_t count_slots() {
@@ -59,19 +101,29 @@ std::int64_t count_slots() {
   return static_cast<std::int64_t>(num_multiprocessors) * std::clamp(shared_bytes / kBlockBytes, 1, 2);
 }
 
-double cost_of(std::int64_t num_tiles, std::int64_t num_steps, std::int64_t num_shares, std::int64_t num_slots) {
+double cost_of_waves(std::int64_t num_tiles, std::int64_t num_steps, std::int64_t num_shares, std::int64_t num_slots) {
   const std::int64_t waves = ceil_div(num_tiles * num_shares, num_slots);
-  double cost = static_cast<double>(waves) * (kBlockSteps + static_cast<double>(ceil_div(num_steps, num_shares)));
-  for_each_level(num_shares, [&](std::int64_t parts, std::int64_t) {
-    cost += kLevelSteps + kPartialSteps * static_cast<double>(std::min<std::int64_t>(parts, kFanIn));
+  return static_cast<double>(waves) * (kBlockSteps + static_cast<double>(ceil_div(num_steps, num_shares)));
+}
+
+double cost_of_levels(std::int64_t num_shares, const PartialShape& partial) {
+  double cost = 0.0;
+  const std::int64_t fan_in = fan_in_of(num_shares, partial.max_fan_in);
+  for_each_level(num_shares, fan_in, [&](std::int64_t parts, std::int64_t) {
+    cost += kLevelSteps + static_cast<double>(std::min(parts, fan_in) * partial.bytes) / kStepBytes;
   });
   return cost;
 }
 
 struct Split {
   std::int64_t num_tiles, num_row_tiles, num_shares;
-  std::int64_t num_partials, num_tickets;  // of a tile
+  std::int64_t fan_in, num_partials, num_tickets;  // of a tile
+  PartialShape partial;
   double cost;
+
+  std::int64_t num_values() const {
+    return num_tiles * num_partials * (partial.bytes / static_cast<std::int64_t>(sizeof(float)));
+  }
 };
 
 Split choose_split(const AttentionParams& params, std::int64_t num_slots) {
@@ -80,33 +132,33 @@ Split choose_split(const AttentionParams& params, std::int64_t num_slots) {
   split.num_row_tiles = ceil_div(num_rows, 16 * num_groups_of(num_rows));
   split.num_tiles = static_cast<std::int64_t>(params.batch) * params.num_kv_heads * split.num_row_tiles;
   split.num_shares = 1;
+  split.partial = partial_shape_of(params);
   if (split.num_tiles == 0) return split;
   const std::int64_t num_steps = std::max<std::int64_t>(ceil_div(params.seqlen_k, kDecodeStep), 1);
-  split.cost = cost_of(split.num_tiles, num_steps, 1, num_slots);
+  const auto cost = [&](std::int64_t num_shares) {
+    return cost_of_waves(split.num_tiles, num_steps, num_shares, num_slots) + cost_of_levels(num_shares, split.partial);
+  };
+  split.cost = cost(1);
   // With many tiles a few shares still even out the last wave; with few tiles, as many as make one wave. Large numbers
   // need not be tried one by one: each stands for the smallest that gives shares of the same length.
   const std::int64_t max_shares = std::min(num_steps, std::max<std::int64_t>(kFanIn, num_slots / split.num_tiles));
   for (std::int64_t candidate = 2; candidate <= max_shares; candidate += 1 + candidate / 16) {
     const std::int64_t num_shares = ceil_div(num_steps, ceil_div(num_steps, candidate));
-    const double cost = cost_of(split.num_tiles, num_steps, num_shares, num_slots);
-    if (cost < split.cost) split.cost = cost, split.num_shares = num_shares;
+    if (const double candidate_cost = cost(num_shares); candidate_cost < split.cost) {
+      split.cost = candidate_cost, split.num_shares = num_shares;
+    }
   }
-  for_each_level(split.num_shares, [&](std::int64_t parts, std::int64_t groups) {
+  // A share beyond the number of steps would have no keys, and add nothing but its partial result.
+  if (params.num_splits > 0) split.num_shares = std::min<std::int64_t>(params.num_splits, num_steps);
+  split.fan_in = fan_in_of(split.num_shares, split.partial.max_fan_in);
+  for_each_level(split.num_shares, split.fan_in, [&](std::int64_t parts, std::int64_t groups) {
     split.num_partials += parts;
     split.num_tickets += groups;
   });
   return split;
 }
 
-std::int64_t partial_floats(const AttentionParams& params) {
-  std::int64_t bytes = 0;
-  dispatch_attention(params, [&](auto, auto head_dim) {
-    bytes = num_groups_of(num_rows_of(params)) == 1 ? sizeof(Partial<16, head_dim()>) : sizeof(Partial<32, head_dim()>);
-  });
-  return bytes / static_cast<std::int64_t>(sizeof(float));
-}
-
-// Partial results are read four floats at a time.
+// Partial results are read in chunks.
 void check_workspace(const AttentionWorkspace& workspace, std::int64_t num_values, std::int64_t num_tickets) {
   if (workspace.num_values < num_values || workspace.num_tickets < num_tickets ||
       reinterpret_cast<std::uintptr_t>(workspace.values) % kChunkBytes != 0) {
@@ -132,20 +184,20 @@ void launch(const AttentionParams& params, const DecodePlan& plan, std::int64_t 
 bool decode_is_better(const AttentionParams& params) {
   const std::int64_t num_rows = num_rows_of(params);
   if (num_rows > kMaxRows) return false;
+  if (params.num_splits > 0) return true;  // for tests: only this kernel has a use for it
   const std::int64_t num_slots = count_slots();
   // A step of the prefill kernel, 64 keys for 128 rows, is about as long: its products take the time that a step of
   // this kernel needs for memory. But beyond 128 rows it reads a key less often, so the gain here must be a clear one.
   const std::int64_t prefill_tiles =
       static_cast<std::int64_t>(params.batch) * params.num_heads * ceil_div(params.seqlen_q, kPrefillRows);
-  const double prefill_cost = cost_of(prefill_tiles, ceil_div(params.seqlen_k, kDecodeStep), 1, num_slots);
+  const double prefill_cost = cost_of_waves(prefill_tiles, ceil_div(params.seqlen_k, kDecodeStep), 1, num_slots);
   return choose_split(params, num_slots).cost * (num_rows <= kPrefillRows ? 1.0 : 2.0) <= prefill_cost;
 }
 
 AttentionWorkspace attention_decode_workspace(const AttentionParams& params) {
   check_attention(params, kKernel);
   const Split split = choose_split(params, count_slots());
-  return {nullptr, nullptr, split.num_tiles * split.num_partials * partial_floats(params),
-          split.num_tiles * split.num_tickets};
+  return {nullptr, nullptr, split.num_values(), split.num_tiles * split.num_tickets};
 }
 
 void attention_decode(const AttentionParams& params, const AttentionWorkspace& workspace, CUstream_st* stream) {
@@ -153,11 +205,10 @@ void attention_decode(const AttentionParams& params, const AttentionWorkspace& w
   check_softmax_scale(params, kKernel);
   const Split split = choose_split(params, count_slots());
   if (split.num_tiles == 0) return;
-  check_workspace(workspace, split.num_tiles * split.num_partials * partial_floats(params),
-                  split.num_tiles * split.num_tickets);
+  check_workspace(workspace, split.num_values(), split.num_tiles * split.num_tickets);
 
   DecodePlan plan{};
-  plan.values = workspace.values;
+  plan.partials = reinterpret_cast<unsigned char*>(workspace.values);
   plan.tickets = reinterpret_cast<unsigned*>(workspace.tickets);
   plan.num_rows = static_cast<int>(num_rows_of(params));
   plan.group = params.num_heads / params.num_kv_heads;
@@ -165,6 +216,8 @@ void attention_decode(const AttentionParams& params, const AttentionWorkspace& w
   plan.num_shares = static_cast<int>(split.num_shares);
   plan.num_partials = static_cast<int>(split.num_partials);
   plan.num_tickets = static_cast<int>(split.num_tickets);
+  plan.fan_in = static_cast<int>(split.fan_in);
+  plan.partial_rows = split.partial.rows;
   plan.scale2 = scale2_of(params);
   plan.inverse_scale = 1.0f / params.softmax_scale;
   plan.in_chunks = in_chunks(params);

@@ -24,9 +24,18 @@
 // fit on an SM of 8.0 and 9.0, one where shared memory ends at 100 KiB.
 //
 // The end. The four warps add their outputs through shared memory. With more than one share the block writes the sums
-// to the workspace and draws a ticket; of up to kFanIn shares the last to arrive adds them, always in the order of
-// their numbers, so that a result does not depend on timing. Groups of groups are added in the same way: a thousand
-// shares are three levels, and no block reads more than kFanIn partial results per level.
+// to the workspace and draws a ticket; of a group of shares the last to arrive adds them, always in the order of their
+// numbers, so that a result does not depend on timing. The groups' sums are added in the same way, until one is left:
+//
+//   256 shares of 24 rows     0 ... 6  | 7 ... 13 | ... |  252 ... 255      the last of each group of 7
+//   37 sums                      0 ... 6     | 7 ... 13 | ... | 35 36       the last of each group of 7
+//   6 sums                                   0 ... 5                        the last of all, which writes the rows
+//
+// All that a block adds is on its way at once: the others' results go into the tiles' place in shared memory, past the
+// registers, and its own stays in registers. A group is as large as the tiles have room for (kFanIn at most). A level
+// takes about 2000 clocks (a write, two fences and a ticket between them, one trip to L2) and what one SM gets from L2,
+// 64 bytes a clock: for 24 rows, 128 wide, 9.2 KiB or 147 clocks for each result. The three levels above are 3 * 2000 +
+// 20 * 147 = 8900 clocks; two with groups of 16, which need a second trip, 2 * (2000 + 700 + 16 * 147) = 10100.
 //
 // The softmax is the one with a running maximum, in every call: its cost hides behind memory. The largest weight of a
 // row is then exactly 1, and the sum of the unrounded weights is a good enough divisor (gpu_kernels 1.3).
@@ -44,35 +53,56 @@ inline constexpr int kDecodeWarps = 4;
 inline constexpr int kDecodeThreads = kDecodeWarps * kWarpLanes;
 inline constexpr int kSlice = 16;                          // keys of a warp at a time: the depth of an mma
 inline constexpr int kDecodeStep = kDecodeWarps * kSlice;  // keys of a block at a time
-inline constexpr int kFanIn = 16;                          // partial results that one block adds
+inline constexpr int kFanIn = 16;                          // partial results that one block adds, at most
 
 // What the launcher decided, the same for all blocks.
 struct DecodePlan {
-  float* values;      // of the workspace: partial results, num_partials of a row tile together
-  unsigned* tickets;  // num_tickets of a row tile together, zero between calls
-  int num_rows;       // seqlen_q * group
-  int group;          // query heads of a key head
+  unsigned char* partials;  // of the workspace: num_partials of a row tile together, level by level
+  unsigned* tickets;        // num_tickets of a row tile together, zero between calls
+  int num_rows;             // seqlen_q * group
+  int group;                // query heads of a key head
   int num_row_tiles, num_shares, num_partials, num_tickets;
+  int fan_in;        // partial results that one block adds: the last block of a level may have fewer
+  int partial_rows;  // that a partial result has room for
   float scale2, inverse_scale;
   bool in_chunks;
 };
 
-// What remains of a share: a level of the combination has one for each share, or for each group of the level before.
-template <int kRows, int kHeadDim>
-struct Partial {
-  float out[kRows * kHeadDim];  // sums of weights * values, relative to the maximum
-  float maximum[kRows];         // of the scores, base 2
-  float sum[kRows];             // of the weights
+// What remains of a row after a share, or after several.
+struct Statistics {
+  float maximum;  // of the scores, base 2
+  float sum;      // of the weights relative to it
+};
+
+// A partial result in the workspace, of a share or of a group of the level before: only rows that exist, one behind the
+// other. A row is its sums of weights * values relative to its maximum, as the upper 16 bits of kHeadDim floats and
+// then bits 8 to 15 of each; behind all rows are their statistics.
+//
+// Sums of 16 significant bits are enough: rounding moves each by 2^-16 of itself at most, and the weights in it have
+// been rounded to 8 bits (float16: 11) for the product already. In three levels that is less than a tenth of what those
+// may have moved it by, and the bytes a block waits for are fewer by a quarter.
+template <int kHeadDim>
+struct PartialLayout {
+  static constexpr int kRowBytes = 3 * kHeadDim;
+  static constexpr int kLowBytes = 2 * kHeadDim;  // where the lower bits begin
+  static_assert(kRowBytes % kChunkBytes == 0, "rows are copied in chunks");
+
+  // The statistics are copied in chunks too, two rows each.
+  __host__ __device__ static constexpr int statistics_at(int rows) { return rows * kRowBytes; }
+  __host__ __device__ static constexpr int bytes(int rows) {
+    return statistics_at(rows) + (rows + rows % 2) * static_cast<int>(sizeof(Statistics));
+  }
 };
 
 // Shared memory that is read element by element, behind the tiles.
 template <int kRows>
 struct DecodeShared {
   Row rows[kRows];
+  int head[kRows];  // -1: the row does not exist
   float raw_slope[kRows];
-  float maximum[kFanIn][kRows], sum[kFanIn][kRows];  // of what is being added
-  float factor[kFanIn][kRows];                       // that takes each to the common maximum
-  float total_maximum[kRows], total_sum[kRows];
+  alignas(kChunkBytes) Statistics statistics[kFanIn][kRows];  // of what is being added
+  float factor[kFanIn][kRows];                                // that takes each to the common maximum
+  Statistics total[kRows];
   bool is_last;
 };
 
@@ -92,6 +122,13 @@ struct DecodeTiles {
   // half a warp writes at once into different banks.
   static constexpr int kOutPitch = kHeadDim + 8;
   static_assert(kDecodeWarps * kRows * kOutPitch * static_cast<int>(sizeof(float)) <= kTilesBytes);
+
+  // Afterwards partial results of `rows` rows, of which a block keeps its own in registers.
+  static constexpr int max_fan_in(int rows) {
+    const int others = kTilesBytes / (rows * PartialLayout<kHeadDim>::kRowBytes);
+    return others < kFanIn ? others + 1 : kFanIn;
+  }
+  static_assert(max_fan_in(kRows) >= 2);
 };
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
@@ -165,6 +202,7 @@ __device__ inline Reach describe_rows(DecodeShared<kRows>* shared, const Attenti
   const Row row = describe_row(params, batch, exists ? packed.query : params.seqlen_q);
   if (write && lane < kRows) {
     shared->rows[lane] = row;
+    shared->head[lane] = exists ? packed.head : -1;
     shared->raw_slope[lane] = head.slope * plan.inverse_scale;
   }
   return Reach::of(row, exists, head.window).of_warp();
@@ -276,21 +314,21 @@ struct OwnVector {
   }
 };
 
-// From maxima and sums of `count` parts in shared memory: the totals, and the factor of each part. Barriers around it.
+// From the statistics of `count` parts in shared memory: the totals, and the factor of each part. Barriers around it.
 template <int kRows>
-__device__ inline void combine_statistics(DecodeShared<kRows>* shared, int count, int thread) {
-  if (thread >= kRows) return;
-  float maximum = shared->maximum[0][thread];
-  for (int part = 1; part < count; ++part) maximum = fmaxf(maximum, shared->maximum[part][thread]);
+__device__ inline void combine_statistics(DecodeShared<kRows>* shared, int count, int rows, int thread) {
+  if (thread >= rows) return;
+  float maximum = shared->statistics[0][thread].maximum;
+  for (int part = 1; part < count; ++part) maximum = fmaxf(maximum, shared->statistics[part][thread].maximum);
   const float reference = reference_of(maximum);
   float sum = 0.0f;
   for (int part = 0; part < count; ++part) {
-    const float factor = exp2_approx(shared->maximum[part][thread] - reference);
+    const Statistics of_part = shared->statistics[part][thread];
+    const float factor = exp2_approx(of_part.maximum - reference);
     shared->factor[part][thread] = factor;
-    sum = fmaf(shared->sum[part][thread], factor, sum);
+    sum = fmaf(of_part.sum, factor, sum);
   }
-  shared->total_maximum[thread] = maximum;
-  shared->total_sum[thread] = sum;
+  shared->total[thread] = {maximum, sum};
 }
 
 __device__ inline void add_scaled(float4& total, const float4& part, float factor) {
@@ -317,62 +355,135 @@ __device__ inline void add_warps(float4 (&total)[kVectors], const DecodeShared<1
   }
 }
 
+// Four sums as a partial result has them.
+struct Stored {
+  uint2 high;         // the upper halves
+  std::uint32_t low;  // the next byte of each
+};
+
+// To the nearest float of 16 significant bits, in the upper 24; the last 8 are of no account. A NaN needs care: a carry
+// could run through it into the sign, and all that tells it from an infinity may be in those 8.
+__device__ inline std::uint32_t round_to_store(float value) {
+  return isnan(value) ? 0x7FFFFFFFu : __float_as_uint(value) + 0x80u;
+}
+
+__device__ inline Stored to_stored(const float4& values) {
+  const std::uint32_t bits[4] = {round_to_store(values.x), round_to_store(values.y), round_to_store(values.z),
+                                 round_to_store(values.w)};
+  return {make_uint2(__byte_perm(bits[0], bits[1], 0x7632), __byte_perm(bits[2], bits[3], 0x7632)),
+          __byte_perm(__byte_perm(bits[0], bits[1], 0x0051), __byte_perm(bits[2], bits[3], 0x0051), 0x5410)};
+}
+
+__device__ inline float4 from_stored(const Stored& stored) {
+  const auto value = [&](std::uint32_t high, int selector) {
+    return __uint_as_float(__byte_perm(high, stored.low, selector) & 0xFFFFFF00u);
+  };
+  return make_float4(value(stored.high.x, 0x1040), value(stored.high.x, 0x3250), value(stored.high.y, 0x1060),
+                     value(stored.high.y, 0x3270));
+}
+
+// The block's part for the next level: `own` is what the others will read.
 template <int kRows, int kHeadDim, int kVectors>
-__device__ inline void write_partial(Partial<kRows, kHeadDim>* partial, const float4 (&total)[kVectors],
-                                     const DecodeShared<kRows>* shared, int rows, int thread) {
+__device__ inline void write_partial(unsigned char* partial, const Stored (&own)[kVectors],
+                                     const DecodeShared<kRows>* shared, int partial_rows, int rows, int thread) {
+  using Layout = PartialLayout<kHeadDim>;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
-    const OwnVector<kHeadDim> own(thread, i);
-    if (own.row < rows) *reinterpret_cast<float4*>(partial->out + own.row * kHeadDim + own.channel) = total[i];
+    const OwnVector<kHeadDim> vector(thread, i);
+    if (vector.row >= rows) continue;
+    unsigned char* row = partial + vector.row * Layout::kRowBytes;
+    *reinterpret_cast<uint2*>(row + 2 * vector.channel) = own[i].high;
+    *reinterpret_cast<std::uint32_t*>(row + Layout::kLowBytes + vector.channel) = own[i].low;
   }
-  if (thread < kRows) {
-    partial->maximum[thread] = shared->total_maximum[thread];
-    partial->sum[thread] = shared->total_sum[thread];
+  if (thread < rows) {
+    reinterpret_cast<Statistics*>(partial + Layout::statistics_at(partial_rows))[thread] = shared->total[thread];
   }
 }
 
-// The sum of `count` partial results of other blocks: past L1, which may hold older values.
-template <int kRows, int kHeadDim, int kVectors>
-__device__ inline void add_partials(float4 (&total)[kVectors], DecodeShared<kRows>* shared,
-                                    const Partial<kRows, kHeadDim>* partials, int count, int rows, int thread) {
-  for (int i = thread; i < count * kRows; i += kDecodeThreads) {
-    shared->maximum[i / kRows][i % kRows] = __ldcg(partials[i / kRows].maximum + i % kRows);
-    shared->sum[i / kRows][i % kRows] = __ldcg(partials[i / kRows].sum + i % kRows);
+// Begins to copy `count` partial results of a group, all but that of this block: the statistics as one group of copies,
+// the rows as another, one part behind the other at `places`. Both come from L2, where the others' writes are.
+template <int kRows, int kHeadDim>
+__device__ inline void fetch_partials(std::uint32_t places, DecodeShared<kRows>* shared, const unsigned char* partials,
+                                      int count, int own_part, int partial_rows, int rows, int thread) {
+  using Layout = PartialLayout<kHeadDim>;
+  const std::int64_t bytes = Layout::bytes(partial_rows);
+  if (2 * thread < rows) {
+    const unsigned char* source = partials + Layout::statistics_at(partial_rows) + thread * kChunkBytes;
+    const int exist = min(rows - 2 * thread, 2) * static_cast<int>(sizeof(Statistics));
+#pragma unroll 1
+    for (int part = 0; part < count; ++part, source += bytes) {
+      if (part != own_part) cp_async(shared_address(&shared->statistics[part][2 * thread]), source, exist);
+    }
   }
-  __syncthreads();  // all statistics are there
-  combine_statistics(shared, count, thread);
-  __syncthreads();  // all factors are there
+  cp_async_commit();
+  const int row_bytes = rows * Layout::kRowBytes;
+#pragma unroll 1
+  for (int part = 0; part < count; ++part, partials += bytes) {
+    if (part == own_part) continue;
+#pragma unroll 4
+    for (int at = thread * kChunkBytes; at < row_bytes; at += kDecodeThreads * kChunkBytes) {
+      cp_async(places + at, partials + at, kChunkBytes);
+    }
+    places += row_bytes;
+  }
+  cp_async_commit();
+}
+
+// The sum of `count` partial results in the order of their numbers, this block's from registers.
+template <int kRows, int kHeadDim, int kVectors>
+__device__ inline void add_partials(float4 (&total)[kVectors], const Stored (&own)[kVectors],
+                                    const DecodeShared<kRows>* shared, const unsigned char* places, int count,
+                                    int own_part, int rows, int thread) {
+  using Layout = PartialLayout<kHeadDim>;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) total[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 2
+#pragma unroll 1
   for (int part = 0; part < count; ++part) {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      const OwnVector<kHeadDim> own(thread, i);
-      if (own.row >= rows) continue;
-      const float* values = partials[part].out + own.row * kHeadDim + own.channel;
-      add_scaled(total[i], __ldcg(reinterpret_cast<const float4*>(values)), shared->factor[part][own.row]);
+      const OwnVector<kHeadDim> vector(thread, i);
+      if (vector.row >= rows) continue;
+      Stored stored = own[i];
+      if (part != own_part) {
+        const unsigned char* row = places + vector.row * Layout::kRowBytes;
+        stored.high = *reinterpret_cast<const uint2*>(row + 2 * vector.channel);
+        stored.low = *reinterpret_cast<const std::uint32_t*>(row + Layout::kLowBytes + vector.channel);
+      }
+      add_scaled(total[i], from_stored(stored), shared->factor[part][vector.row]);
     }
+    if (part != own_part) places += rows * Layout::kRowBytes;
   }
+}
+
+// How many of `count` blocks drew this ticket before. The counter wraps to 0: the next call finds it as this one did.
+//
+// One thread draws for its block, between two barriers. Release: its fence comes after what all threads wrote before
+// the first barrier, and before the atomic. Acquire: the atomic, then a fence of the same thread, then the second
+// barrier and whoever reads behind it. In PTX's memory model the atomic and the fence must be of one thread: behind the
+// barrier the other threads' own fences would add nothing.
+__device__ inline unsigned draw_ticket(unsigned* ticket, int count) {
+  fence_device();
+  const unsigned drawn = atomicInc(ticket, count - 1);
+  fence_device();
+  return drawn;
 }
 
 // Divides, rounds and writes the rows of the block, and their log-sum-exp.
 template <typename T, int kRows, int kHeadDim, int kVectors>
-__device__ inline void write_rows(const AttentionParams& params, const DecodePlan& plan, int batch, int kv_head,
-                                  int first_row, const float4 (&total)[kVectors], const DecodeShared<kRows>* shared,
-                                  int thread) {
+__device__ inline void write_rows(const AttentionParams& params, const DecodePlan& plan, int batch,
+                                  const float4 (&total)[kVectors], const DecodeShared<kRows>* shared, int thread) {
+  const int first_position = params.seqlen_k - params.seqlen_q;  // of query 0
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     const OwnVector<kHeadDim> own(thread, i);
-    const PackedRow packed = unpack_row(plan, kv_head, first_row + own.row);
+    const int head = shared->head[own.row], query = shared->rows[own.row].position - first_position;
     const int channels = params.head_dim - own.channel;
-    if (!packed.exists || channels <= 0) continue;
-    const float sum = shared->total_sum[own.row];
+    if (head < 0 || channels <= 0) continue;
+    const float sum = shared->total[own.row].sum;
     const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;  // 0: a row that sees no key; a NaN stays one
     const uint2 bits = make_uint2(pack<T>(total[i].x * factor, total[i].y * factor),
                                   pack<T>(total[i].z * factor, total[i].w * factor));
-    T* target =
-        static_cast<T*>(params.out) + offset_of(params.out_stride, batch, packed.query, packed.head) + own.channel;
+    T* target = static_cast<T*>(params.out) + offset_of(params.out_stride, batch, query, head) + own.channel;
     if (plan.in_chunks) {
       *reinterpret_cast<uint2*>(target) = bits;
     } else {
@@ -384,11 +495,11 @@ __device__ inline void write_rows(const AttentionParams& params, const DecodePla
     }
   }
   if (thread < kRows) {
-    const PackedRow packed = unpack_row(plan, kv_head, first_row + thread);
-    if (!packed.exists) return;
-    const std::int64_t head = static_cast<std::int64_t>(batch) * params.num_heads + packed.head;
-    params.softmax_lse[head * params.seqlen_q + packed.query] =
-        fmaf(shared->total_maximum[thread], kLn2, logf(shared->total_sum[thread]));
+    if (shared->head[thread] < 0) return;
+    const std::int64_t head = static_cast<std::int64_t>(batch) * params.num_heads + shared->head[thread];
+    const int query = shared->rows[thread].position - first_position;
+    params.softmax_lse[head * params.seqlen_q + query] =
+        fmaf(shared->total[thread].maximum, kLn2, logf(shared->total[thread].sum));
   }
 }
 
@@ -445,7 +556,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   const auto keys_of = [&](int slice) { return ring + slice % kStages * (2 * Tiles::kSliceBytes); };
   const auto values_of = [&](int slice) { return keys_of(slice) + Tiles::kSliceBytes; };
   constexpr int kYounger = 2 * kStages - 1;
-#pragma unroll
+#pragma unroll 1
   for (int slice = 0; slice < kStages; ++slice) {
     load_slice(keys, slice, keys_of(slice));
     load_slice(values, slice, values_of(slice));
@@ -499,8 +610,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
     for (int half = 0; half < 2; ++half) {
       const int row = group * 16 + half * 8 + (lane >> 2);
       if ((lane & 3) == 0) {
-        shared->maximum[warp][row] = rows.maximum[group][half];
-        shared->sum[warp][row] = rows.sum[group][half];
+        shared->statistics[warp][row] = {rows.maximum[group][half], rows.sum[group][half]};
       }
     }
   }
@@ -518,37 +628,46 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
       }
     }
   }
-  combine_statistics(shared, kDecodeWarps, thread);
+  combine_statistics(shared, kDecodeWarps, kRows, thread);
   __syncthreads();  // outputs and factors are there
-  float4 total[kRows * kHeadDim / 4 / kDecodeThreads];
+  constexpr int kVectors = kRows * kHeadDim / 4 / kDecodeThreads;
+  float4 total[kVectors];
   add_warps<kHeadDim, kGroups>(total, shared, staging, thread);
 
   // The shares' results become the tile's, level by level.
   const std::int64_t tile =
       (static_cast<std::int64_t>(batch) * params.num_kv_heads + kv_head) * plan.num_row_tiles + row_tile;
-  auto* level = reinterpret_cast<Partial<kRows, kHeadDim>*>(plan.values) + tile * plan.num_partials;
+  const std::int64_t partial_bytes = PartialLayout<kHeadDim>::bytes(plan.partial_rows);
+  unsigned char* level = plan.partials + tile * plan.num_partials * partial_bytes;
   unsigned* tickets = plan.tickets + tile * plan.num_tickets;
   const int rows_here = min(plan.num_rows - first_row, kRows);
   int index = share, count = plan.num_shares;
   while (count > 1) {
-    write_partial(level + index, total, shared, rows_here, thread);
-    const int group = index / kFanIn, first = group * kFanIn, size = min(count - first, kFanIn);
-    __syncthreads();  // the whole block has written its part before the ticket says so
-    if (thread == 0) {
-      __threadfence();
-      // Counts to size - 1 and then wraps to 0: the next call finds the ticket as this one did.
-      shared->is_last = atomicInc(tickets + group, size - 1) == size - 1;
-    }
-    __syncthreads();
+    Stored own[kVectors];
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) own[i] = to_stored(total[i]);
+    write_partial<kRows, kHeadDim>(level + index * partial_bytes, own, shared, plan.partial_rows, rows_here, thread);
+    const int group = index / plan.fan_in, first = group * plan.fan_in, size = min(count - first, plan.fan_in);
+    const int own_part = index - first;
+    __syncthreads();  // the whole block has written its part before the ticket says so, and read what it adds
+    if (thread == 0) shared->is_last = draw_ticket(tickets + group, size) == static_cast<unsigned>(size) - 1;
+    __syncthreads();  // what the ticket has announced may be read
     if (!shared->is_last) return;
-    __threadfence();  // the parts that the other tickets announced are read after this
-    add_partials(total, shared, level + first, size, rows_here, thread);
-    level += count;
+    fetch_partials<kRows, kHeadDim>(queries, shared, level + first * partial_bytes, size, own_part, plan.partial_rows,
+                                    rows_here, thread);
+    if (thread < rows_here) shared->statistics[own_part][thread] = shared->total[thread];
+    cp_async_wait<1>();
+    __syncthreads();  // all statistics are there
+    combine_statistics(shared, size, rows_here, thread);
+    cp_async_wait<0>();
+    __syncthreads();  // all rows and factors are there
+    add_partials<kRows, kHeadDim>(total, own, shared, shared_memory, size, own_part, rows_here, thread);
+    level += count * partial_bytes;
     index = group;
-    count = (count + kFanIn - 1) / kFanIn;
+    count = (count + plan.fan_in - 1) / plan.fan_in;
     tickets += count;
   }
-  write_rows<T, kRows, kHeadDim>(params, plan, batch, kv_head, first_row, total, shared, thread);
+  write_rows<T, kRows, kHeadDim>(params, plan, batch, total, shared, thread);
 }
 
 }  // namespace andromeda::cuda

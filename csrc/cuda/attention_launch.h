@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "andromeda/attention.h"
 #include "andromeda/dispatch.h"
@@ -34,6 +35,15 @@ inline void check_attention(const AttentionParams& params, const char* kernel) {
   if (params.head_dim < 1 || params.head_dim > kMaxAttentionHeadDim) {
     refuse("head_dim must be between 1 and " + std::to_string(kMaxAttentionHeadDim) + " on CUDA, got " +
            std::to_string(params.head_dim));
+  }
+  if (params.num_splits < 0) {
+    refuse("num_splits must be at least 0 (0: chosen), got " + std::to_string(params.num_splits));
+  }
+  for (const auto& [name, seqlen] : {std::pair("seqlen_q", params.seqlen_q), std::pair("seqlen_k", params.seqlen_k)}) {
+    if (seqlen > kMaxAttentionSeqlen) {
+      refuse(std::string(name) + " must be at most " + std::to_string(kMaxAttentionSeqlen) + " on CUDA, got " +
+             std::to_string(seqlen));
+    }
   }
   if (params.num_heads > 0 && (params.num_kv_heads < 1 || params.num_heads % params.num_kv_heads != 0)) {
     refuse("num_heads must be a multiple of num_kv_heads, got " + std::to_string(params.num_heads) + " and " +

@@ -42,7 +42,11 @@ void check_rows(int head_dim, int rotary_dim) {
   }
 }
 
-void check_table(const QkNormRotaryOperand& operand, int rotary_dim) {
+void check_operand(const QkNormRotaryOperand& operand, int rotary_dim) {
+  if (operand.seqlen > kMaxSeqlen) {
+    throw std::invalid_argument("qk_norm_rotary: seqlen must be at most " + std::to_string(kMaxSeqlen) +
+                                " on CUDA, got " + std::to_string(operand.seqlen));
+  }
   if (rotary_dim > 0 && operand.table == nullptr && operand.seqlen > 0) {
     throw std::invalid_argument("qk_norm_rotary: the tables must be given for rotary_dim > 0, got none");
   }
@@ -92,7 +96,7 @@ Pitch pitch_of(const OperandPlan& plan, int seqlen, const SeqStrides& stride) {
 // num_runs == 0: as many as keep the device busy.
 OperandPlan plan_operand(const QkNormRotaryOperand& operand, const QkNormRotaryParams& params, int group_log2,
                          std::int64_t num_runs) {
-  check_table(operand, params.rotary_dim);
+  check_operand(operand, params.rotary_dim);
   OperandPlan plan{};
   plan.num_tokens = static_cast<std::int64_t>(params.batch) * operand.seqlen;
   if (operand.num_heads == 0 || (plan.num_tokens == 0 && num_runs == 0)) return plan;  // no blocks

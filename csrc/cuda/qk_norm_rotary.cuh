@@ -38,6 +38,8 @@ namespace andromeda::cuda {
 
 inline constexpr int kThreads = 128;
 inline constexpr int kMaxHeadDim = 512;
+// A token's place in its sequence is an int, and a group counts up to kThreads past the end before it wraps.
+inline constexpr int kMaxSeqlen = 0x7FFFFF00;
 inline constexpr float kNormFloor = 1e-12f;
 static_assert(kThreads % kWarpLanes == 0);
 static_assert(kNormFloor * kNormFloor > FLT_MIN, "the squared floor must be a normal number");

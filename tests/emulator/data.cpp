@@ -20,7 +20,10 @@ Step load(Execution& x, const Instruction& i) {
   x.for_each_lane([&](int lane) {
     const std::uint64_t address = x.address_of(i.operands[1], lane);
     const Site site = x.site(i, lane);
-    if (i.option[3]) x.synchronise(site.thread, reinterpret_cast<std::uint8_t*>(address), i.option[4], false);
+    if (i.option[3]) {
+      const Acquire acquire = i.option[4] ? Acquire::kAtOnce : Acquire::kWithNextFence;
+      x.synchronise(site.thread, reinterpret_cast<std::uint8_t*>(address), acquire, Release::kNothing);
+    }
     const std::uint8_t* source = x.access(site, i.space, address, bytes * count, Kind::kRead);
     if (source == nullptr) return;
     for (int index = 0; index < count; ++index) {
@@ -48,12 +51,14 @@ Step store(Execution& x, const Instruction& i) {
     }
     const std::uint64_t address = x.address_of(i.operands[0], lane);
     const Site site = x.site(i, lane);
-    if (i.option[3] && x.check) x.clocks.fence_for_device(site.thread);
     const Kind kind = i.option[4] && !x.in_shared_space(i, address) ? Kind::kAtomic : Kind::kWrite;
     std::uint8_t* target = x.access(site, i.space, address, bytes * count, kind, value);
     if (target == nullptr) return;
     std::memcpy(target, value, bytes * count);
-    if (i.option[3]) x.synchronise(site.thread, target, false, true);
+    if (i.option[4]) {
+      const Release release = i.option[3] ? Release::kEverything : Release::kWhatWasFenced;
+      x.synchronise(site.thread, target, Acquire::kNothing, release);
+    }
   });
   return Step::kNext;
 }
@@ -151,8 +156,7 @@ std::uint64_t apply_atomic(Type type, int operation, std::uint64_t old, std::uin
 }
 
 // [a], b, c follow the result, which red has not got.
-// option: operation, number of elements, first operand, fence before, synchronises (an integer may be a ticket),
-// acquires
+// option: operation, number of elements, first operand, releases, synchronises (an integer may be a ticket), acquires
 Step atomic(Execution& x, const Instruction& i) {
   const std::size_t first = i.option[2];
   const int bytes = bytes_of(i.type), count = i.option[1];
@@ -161,7 +165,6 @@ Step atomic(Execution& x, const Instruction& i) {
   const std::vector<Operand>* results = first == 0 ? nullptr : &elements_of(i.operands[0], &single_result);
   x.for_each_lane([&](int lane) {
     const Site site = x.site(i, lane);
-    if (i.option[3] && x.check) x.clocks.fence_for_device(site.thread);
     std::uint8_t* target = x.access(site, i.space, x.address_of(i.operands[first], lane), bytes * count, Kind::kAtomic);
     if (target == nullptr) return;
     for (int index = 0; index < count; ++index) {
@@ -172,7 +175,10 @@ Step atomic(Execution& x, const Instruction& i) {
       std::memcpy(target + index * bytes, &result, bytes);
       if (results != nullptr) x.set_lane_bits((*results)[index], lane, old);
     }
-    if (i.option[4]) x.synchronise(site.thread, target, i.option[5], true);
+    if (i.option[4]) {
+      x.synchronise(site.thread, target, i.option[5] ? Acquire::kAtOnce : Acquire::kWithNextFence,
+                    i.option[3] ? Release::kEverything : Release::kWhatWasFenced);
+    }
   });
   return Step::kNext;
 }

@@ -213,49 +213,109 @@ BOTH(same_word);
 
 __device__ unsigned ticket;
 
-// The last block sums what all blocks left.
-DEFECT(ticket_without_fence) {
-  __shared__ bool last;
-  out[64 + blockIdx.x * 64 + threadIdx.x] = in[threadIdx.x];
-  if (!kDefect) __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) last = atomicInc(&ticket, gridDim.x - 1) == gridDim.x - 1;
-  __syncthreads();
-  if (!last) return;
-  __threadfence();
-  float sum = 0;
-  for (unsigned block = 0; block < gridDim.x; ++block) sum += *(volatile float*)&out[64 + block * 64 + threadIdx.x];
-  out[threadIdx.x] = sum;
-}
-BOTH(ticket_without_fence);
+enum class Fence { kNone, kByAll, kByOne, kByAllBehindTheBarrier };
 
-// One thread may fence for the block, behind the barrier.
-DEFECT(ticket_without_barrier) {
+// The last block sums what all blocks left, read by loads or by copies. A fence on either side of the ticket makes it
+// right, by the thread that draws it: before it and behind a barrier, and after it and before a barrier.
+template <Fence kRelease, Fence kAcquire, bool kBarrier = true, bool kByCopy = false>
+__device__ void sum_of_blocks(float* out, const float* in) {
   __shared__ bool last;
+  __shared__ float row[64];
   out[64 + blockIdx.x * 64 + threadIdx.x] = in[threadIdx.x];
+  if (kRelease == Fence::kByAll) __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();
+    if (kRelease == Fence::kByOne) __threadfence();
     last = atomicInc(&ticket, gridDim.x - 1) == gridDim.x - 1;
+    if (kAcquire == Fence::kByOne) __threadfence();
   }
-  if (!kDefect) __syncthreads();
-  if (kDefect ? blockIdx.x != 1 : !last) return;
-  __threadfence();
+  if (kBarrier) __syncthreads();
+  if (kBarrier ? !last : blockIdx.x != 1) return;
+  if (kAcquire == Fence::kByAllBehindTheBarrier) __threadfence();
   float sum = 0;
-  for (unsigned block = 0; block < gridDim.x; ++block) sum += *(volatile float*)&out[64 + block * 64 + threadIdx.x];
+  for (unsigned block = 0; block < gridDim.x; ++block) {
+    const float* part = &out[64 + block * 64 + threadIdx.x];
+    if (kByCopy) {
+      copy_async(&row[threadIdx.x], part);
+      commit();
+      wait_for_all_but<0>();
+      sum += row[threadIdx.x];
+    } else {
+      sum += *(const volatile float*)part;
+    }
+  }
   out[threadIdx.x] = sum;
 }
+
+DEFECT(ticket_without_fence) { sum_of_blocks<kDefect ? Fence::kNone : Fence::kByOne, Fence::kByOne>(out, in); }
+BOTH(ticket_without_fence);
+
+// Each thread fences what it wrote itself; nobody fences and draws.
+DEFECT(ticket_fenced_by_others) { sum_of_blocks<kDefect ? Fence::kByAll : Fence::kByOne, Fence::kByOne>(out, in); }
+BOTH(ticket_fenced_by_others);
+
+DEFECT(ticket_without_barrier) { sum_of_blocks<Fence::kByOne, Fence::kByOne, !kDefect>(out, in); }
 BOTH(ticket_without_barrier);
 
 // The fence before the ticket orders writes; what comes after the ticket may still be read early.
-DEFECT(ticket_without_second_fence) {
+DEFECT(ticket_without_second_fence) { sum_of_blocks<Fence::kByOne, kDefect ? Fence::kNone : Fence::kByOne>(out, in); }
+BOTH(ticket_without_second_fence);
+
+// The thread that drew the ticket acquires with its fence, for itself; no barrier hands that on to the others.
+DEFECT(ticket_fenced_behind_the_barrier) {
+  sum_of_blocks<Fence::kByOne, kDefect ? Fence::kByAllBehindTheBarrier : Fence::kByOne>(out, in);
+}
+BOTH(ticket_fenced_behind_the_barrier);
+
+// Copies read global memory by the same rule as loads.
+DEFECT(ticket_then_copies) {
+  sum_of_blocks<Fence::kByOne, kDefect ? Fence::kNone : Fence::kByOne, true, true>(out, in);
+}
+BOTH(ticket_then_copies);
+
+__device__ unsigned flag, done;
+
+// A flag instead of a ticket: relaxed operations with a fence of the same thread on either side. Who does not find it
+// set goes without.
+DEFECT(flag_without_fence) {
+  __shared__ unsigned found;
+  if (blockIdx.x == 0) {
+    out[64 + threadIdx.x] = in[threadIdx.x];
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    if (!kDefect) __threadfence();
+    asm volatile("st.relaxed.gpu.global.u32 [%0], 1;" ::"l"(&flag) : "memory");
+    return;
+  }
+  if (threadIdx.x == 0) {
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(&flag) : "memory");
+    __threadfence();
+  }
+  __syncthreads();
+  if (found) out[threadIdx.x] = *(volatile float*)&out[64 + threadIdx.x];
+}
+BOTH(flag_without_fence);
+
+// Patterns without a fence: the operations themselves release and acquire. A release is one of its own word only.
+DEFECT(release_of_another_word) {
   __shared__ bool last;
   out[64 + blockIdx.x * 64 + threadIdx.x] = in[threadIdx.x];
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicInc(&ticket, gridDim.x - 1) == gridDim.x - 1;
-    if (!kDefect) __threadfence();
+    unsigned count;
+    if (kDefect) {
+      asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(&flag) : "memory");
+      asm volatile("atom.acquire.gpu.global.inc.u32 %0, [%1], %2;"
+                   : "=r"(count)
+                   : "l"(&done), "r"(gridDim.x - 1)
+                   : "memory");
+    } else {
+      asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+                   : "=r"(count)
+                   : "l"(&done), "r"(gridDim.x - 1)
+                   : "memory");
+    }
+    last = count == gridDim.x - 1;
   }
   __syncthreads();
   if (!last) return;
@@ -263,7 +323,7 @@ DEFECT(ticket_without_second_fence) {
   for (unsigned block = 0; block < gridDim.x; ++block) sum += *(volatile float*)&out[64 + block * 64 + threadIdx.x];
   out[threadIdx.x] = sum;
 }
-BOTH(ticket_without_second_fence);
+BOTH(release_of_another_word);
 
 // ---- Hopper
 #if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)

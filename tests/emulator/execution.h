@@ -174,8 +174,10 @@ class Execution {
 
   // ---- synchronisation
   // Of blocks with each other: an operation on this word, unless it is shared memory. It acquires what others have
-  // published, at once or with the next fence, and, if it releases, publishes what the thread has fenced.
-  void synchronise(int thread, const std::uint8_t* address, bool acquires, bool releases);
+  // published, at once or with the thread's next fence, and publishes what the thread has fenced or, if it releases,
+  // all that came before it.
+  void synchronise(int thread, const std::uint8_t* address, Acquire acquire, Release release);
+  void fence_for_device(int thread);
   void complete_barrier(int id);
   void wake_phase_waiters();
   void move(std::shared_ptr<BulkCopy> copy);  // once

@@ -229,9 +229,15 @@ bool Execution::gather_warp(const Instruction& instruction) {
   return true;
 }
 
-void Execution::synchronise(int thread, const std::uint8_t* address, bool acquires, bool releases) {
+void Execution::synchronise(int thread, const std::uint8_t* address, Acquire acquire, Release release) {
   if (!check || is_shared(reinterpret_cast<std::uint64_t>(address))) return;
-  global_shadow.synchronise(thread, address, acquires, releases);
+  global_shadow.synchronise(thread, address, acquire, release);
+}
+
+void Execution::fence_for_device(int thread) {
+  if (!check) return;
+  clocks.fence_for_device(thread);
+  global_shadow.fence(thread);
 }
 
 void Execution::complete_barrier(int id) {
@@ -523,6 +529,7 @@ void Execution::report_deadlock() {
 
 void Execution::finish_block() {
   if (fatal || !check) return;
+  counters.foreign_bytes = std::max(counters.foreign_bytes, global_shadow.foreign_bytes());
   const Statement* last = &code.body.statements.back();
   for (int thread = 0; thread < num_threads; ++thread) {
     const CopyGroups& of_thread = copies[thread];

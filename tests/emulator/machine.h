@@ -52,6 +52,9 @@ std::vector<Report> run(const Kernel& kernel, Dim3 grid, Dim3 block, std::size_t
 
 struct Counters {
   std::uint64_t instructions, mma, wgmma, barriers, shared_accesses, global_accesses;  // per warp
+  // What one block read of what other blocks of the launch had written, in bytes: the block that read most. With
+  // checks.
+  std::uint64_t foreign_bytes;
 };
 Counters last_counters();  // of the last run
 

@@ -215,7 +215,8 @@ PYBIND11_MODULE(_emulator, m) {
       .def_readonly("wgmma", &Counters::wgmma)
       .def_readonly("barriers", &Counters::barriers)
       .def_readonly("shared_accesses", &Counters::shared_accesses)
-      .def_readonly("global_accesses", &Counters::global_accesses);
+      .def_readonly("global_accesses", &Counters::global_accesses)
+      .def_readonly("foreign_bytes", &Counters::foreign_bytes);
 
   py::class_<Launch>(m, "Launch")
       .def_readonly("kernel", &Launch::kernel)

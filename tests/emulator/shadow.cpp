@@ -29,6 +29,7 @@ void Clocks::reset(int threads) {
   threads_ = threads;
   columns_ = (threads + kMbarriers + (threads + 31) / 32 + 15) / 16 * 16;
   rows_.assign(threads * row_size(), 0);
+  fenced_for_device_.assign(threads * columns_, 0);
   for (int thread = 0; thread < threads; ++thread) row(thread)[thread] = 1;
   agent_clocks_.assign(columns_, 0);
 }
@@ -38,11 +39,16 @@ void Clocks::join(std::uint32_t* row, const std::uint32_t* other) const {
   for (std::size_t i = 0; i < size; ++i) row[i] = std::max(row[i], other[i]);
 }
 
-void Clocks::fence(int thread, int section) {
+void Clocks::fence_for_copies(int thread) {
   std::uint32_t* ordered = row(thread);
-  std::uint32_t* fenced = ordered + section * columns_;
+  std::uint32_t* fenced = ordered + columns_;
   for (std::size_t i = 0; i < columns_; ++i) fenced[i] = std::max(fenced[i], ordered[i]);
   advance(thread);  // what follows the fence is not covered by it
+}
+
+void Clocks::fence_for_device(int thread) {
+  std::copy_n(row(thread), columns_, &fenced_for_device_[thread * columns_]);
+  advance(thread);
 }
 
 Access Clocks::next_of_agent(int column) { return {++agent_clocks_[column], static_cast<std::uint32_t>(column), 0}; }
@@ -264,6 +270,7 @@ void SharedShadow::check_mbarrier(const Site& site, std::uint32_t offset, bool u
 
 void GlobalShadow::enter_block(std::uint32_t block) {
   block_ = block;
+  foreign_bytes_ = 0;
   acquisitions_.clear();
 }
 
@@ -283,10 +290,11 @@ std::string GlobalShadow::describe(const std::uint8_t* address, const Buffer& bu
 
 bool GlobalShadow::published(const Cell& cell, int reader, const std::uint8_t* address) {
   for (const Acquisition& acquisition : acquisitions_) {
-    if (acquisition.clock > clocks_.row(reader)[acquisition.thread]) continue;
+    const std::uint32_t reached = clocks_.row(reader)[acquisition.thread];
+    if (acquisition.clock > reached) continue;
     // All atomic operations on one word have an order: whoever comes after one of them comes after the earlier ones.
     if (cell.atomic && address >= acquisition.address && address < acquisition.address + 4) return true;
-    if (acquisition.needs_fence && acquisition.clock > clocks_.fenced_for_device(reader)[acquisition.thread]) continue;
+    if (!acquisition.complete || acquisition.end > reached) continue;
     for (const Publication& publication : publications_[acquisition.address]) {
       if (publication.block == cell.block_plus_one - 1 && cell.clock <= publication.clocks[cell.thread]) return true;
     }
@@ -299,7 +307,9 @@ void GlobalShadow::read(const Site& site, const std::uint8_t* address, int bytes
     const Page* page = page_at(byte, false);
     if (page == nullptr) continue;
     const Cell& cell = page->cells[reinterpret_cast<std::size_t>(byte) % kPageBytes / 2];
-    if (cell.block_plus_one == 0 || cell.block_plus_one == block_ + 1 || published(cell, site.thread, byte)) continue;
+    if (cell.block_plus_one == 0 || cell.block_plus_one == block_ + 1) continue;
+    foreign_bytes_ += 2;
+    if (published(cell, site.thread, byte)) continue;
     reporter_.add("block-race", site, [&] {
       return describe(byte, buffer) + ": read of what block " + std::to_string(cell.block_plus_one - 1) + " thread " +
              std::to_string(cell.thread) + " wrote without a fence and an atomic between";
@@ -324,17 +334,32 @@ void GlobalShadow::write(const Site& site, const std::uint8_t* address, int byte
   }
 }
 
-void GlobalShadow::synchronise(int thread, const std::uint8_t* address, bool acquires, bool releases) {
-  acquisitions_.push_back({address, clocks_.now(thread), thread, !acquires});
-  clocks_.advance(thread);
-  if (!releases) return;
+void GlobalShadow::fence(int thread) {
+  for (Acquisition& acquisition : acquisitions_) {
+    if (acquisition.thread != thread || acquisition.complete) continue;
+    acquisition.complete = true;
+    acquisition.end = clocks_.now(thread);  // only what is ordered after the fence has reached this clock
+  }
+}
+
+void GlobalShadow::synchronise(int thread, const std::uint8_t* address, Acquire acquire, Release release) {
+  if (acquire != Acquire::kNothing) {
+    const std::uint32_t clock = clocks_.now(thread);
+    acquisitions_.push_back({address, thread, clock, clock, acquire == Acquire::kAtOnce});
+  }
+  if (release != Release::kNothing) publish(thread, address, release);
+  clocks_.advance(thread);  // what follows is not covered
+}
+
+void GlobalShadow::publish(int thread, const std::uint8_t* address, Release release) {
   std::vector<Publication>& publications = publications_[address];
   if (publications.empty() || publications.back().block != block_) {
     publications.push_back({block_, std::vector<std::uint32_t>(clocks_.columns(), 0)});
   }
   std::vector<std::uint32_t>& published = publications.back().clocks;
-  const std::uint32_t* fenced = clocks_.fenced_for_device(thread);
-  for (std::size_t i = 0; i < published.size(); ++i) published[i] = std::max(published[i], fenced[i]);
+  const std::uint32_t* covered =
+      release == Release::kEverything ? clocks_.row(thread) : clocks_.fenced_for_device(thread);
+  for (std::size_t i = 0; i < published.size(); ++i) published[i] = std::max(published[i], covered[i]);
 }
 
 }  // namespace emulator

@@ -5,10 +5,10 @@
 // happened before thread t if t's row has reached that clock. Edges come from barriers, warp barriers, completed phases
 // of an mbarrier and completed copies: each joins rows. Shuffles, votes and matrix instructions order nothing.
 //
-// A row has three sections of equal length. The first is the order itself. The second is the part of it that has passed
-// a proxy fence: what asynchronous copies and wgmma may rely on. The third is the part that has passed a fence at
-// device scope: what other blocks may rely on after an atomic. Joining whole rows carries all three along the same
-// edges.
+// A row has two sections of equal length. The first is the order itself. The second is the part of it that has passed a
+// proxy fence: what asynchronous copies and wgmma may rely on. Joining whole rows carries both along the same edges.
+// What a fence at device scope has covered stays with the thread that made it: a release pattern is a fence and an
+// atomic of one thread, and nobody inherits its fence.
 //
 // What goes on beside the threads takes part as agents, in columns behind theirs: one for each mbarrier, for the bulk
 // copies that complete on it, and one for each warp, for what its wgmmas read.
@@ -38,7 +38,7 @@ class Clocks {
 
   void reset(int threads);
   int threads() const { return threads_; }
-  std::size_t row_size() const { return 3 * columns_; }
+  std::size_t row_size() const { return 2 * columns_; }
   std::uint32_t* row(int thread) { return &rows_[thread * row_size()]; }
 
   std::uint32_t now(int thread) { return row(thread)[thread]; }
@@ -49,9 +49,10 @@ class Clocks {
   bool fenced_for_copies(const Access& access, int thread) {
     return access.clock <= row(thread)[columns_ + access.thread];
   }
-  void fence_for_copies(int thread) { fence(thread, 1); }
-  void fence_for_device(int thread) { fence(thread, 2); }
-  const std::uint32_t* fenced_for_device(int thread) { return row(thread) + 2 * columns_; }
+  void fence_for_copies(int thread);
+  void fence_for_device(int thread);
+  // What came before the last fence at device scope that this thread made itself.
+  const std::uint32_t* fenced_for_device(int thread) const { return &fenced_for_device_[thread * columns_]; }
   std::size_t columns() const { return columns_; }
 
   // The agent of an mbarrier (by number) or of a warp, one clock further on.
@@ -62,15 +63,20 @@ class Clocks {
 
  private:
   Access next_of_agent(int column);
-  void fence(int thread, int section);
 
   int threads_ = 0;
   std::size_t columns_ = 0;
   std::vector<std::uint32_t> rows_;
-  std::vector<std::uint32_t> agent_clocks_;  // by column
+  std::vector<std::uint32_t> fenced_for_device_;  // one section for every thread
+  std::vector<std::uint32_t> agent_clocks_;       // by column
 };
 
 enum class Proxy { kGeneric, kAsync };
+
+// What an operation on a word of global memory does for the order between blocks: itself, or with a fence of its
+// thread.
+enum class Acquire { kNothing, kAtOnce, kWithNextFence };
+enum class Release { kNothing, kWhatWasFenced, kEverything };
 
 // One cell for every two bytes of shared memory: the last write, the reads since, and what is still in flight. Both
 // bytes of a cell count as one.
@@ -140,10 +146,19 @@ class SharedShadow {
   std::unordered_map<const Cell*, std::vector<Access>> more_reads_;  // when more than eight read a cell
 };
 
-// What blocks of one launch write to global memory. A word written by another block may be read if the writer passed a
-// fence at device scope and then an atomic operation, and the reader comes after an atomic operation on the same word
-// and another such fence: the pattern of "the last block reduces". Any thread between the two may have made the fence;
-// an operation that acquires needs none. Blocks run one after the other: what an earlier one published is final.
+// What blocks of one launch write to global memory. A word written by another block may be read if a release pattern
+// there synchronises with an acquire pattern here, as PTX's memory model has them: the pattern of "the last block
+// reduces". On either side the pattern is the work of one thread.
+//
+//   release   a fence at device scope, then an atomic operation by the same thread (or one that releases). It covers
+//             what the fence comes after: what other threads of the block did before a barrier, too, but not what was
+//             only fenced by them.
+//   acquire   an atomic operation on the same word, then a fence at device scope by the same thread (or an operation
+//             that acquires). It serves whoever comes after that fence: other threads of the block through a barrier
+//             behind it. Their own fences do not make up for a missing one.
+//
+// Two fence.sc of different threads are ordered as well, which could carry more; no kernel here needs to rely on it.
+// Blocks run one after the other: what an earlier one published is final.
 class GlobalShadow {
  public:
   GlobalShadow(Clocks& clocks, Reporter& reporter) : clocks_(clocks), reporter_(reporter) {}
@@ -152,8 +167,12 @@ class GlobalShadow {
   void read(const Site& site, const std::uint8_t* address, int bytes, const Buffer& buffer);
   void write(const Site& site, const std::uint8_t* address, int bytes, const Buffer& buffer, bool atomic,
              bool in_flight = false);
-  // An atomic operation, or a store with release or a load with acquire semantics, on the word at this address.
-  void synchronise(int thread, const std::uint8_t* address, bool acquires, bool releases);
+  // An atomic operation, or a strong load or store, on the word at this address.
+  void synchronise(int thread, const std::uint8_t* address, Acquire acquire, Release release);
+  // A fence at device scope. After Clocks::fence_for_device.
+  void fence(int thread);
+  // How many bytes the block has read so far that other blocks wrote.
+  std::uint64_t foreign_bytes() const { return foreign_bytes_; }
 
  private:
   static constexpr std::size_t kPageBytes = 4096;
@@ -172,18 +191,21 @@ class GlobalShadow {
   };
   struct Acquisition {
     const std::uint8_t* address;
-    std::uint32_t clock;
     int thread;
-    bool needs_fence;
+    std::uint32_t clock;  // of the operation
+    std::uint32_t end;    // clock of what ends the pattern: the operation itself, or the fence
+    bool complete;        // until then it acquires nothing
   };
 
   Page* page_at(const std::uint8_t* address, bool create);
+  void publish(int thread, const std::uint8_t* address, Release release);
   bool published(const Cell& cell, int reader, const std::uint8_t* address);
   std::string describe(const std::uint8_t* address, const Buffer& buffer) const;
 
   Clocks& clocks_;
   Reporter& reporter_;
   std::uint32_t block_ = 0;
+  std::uint64_t foreign_bytes_ = 0;
   std::unordered_map<std::size_t, std::unique_ptr<Page>> pages_;
   std::size_t last_page_number_ = ~std::size_t{0};
   Page* last_page_ = nullptr;

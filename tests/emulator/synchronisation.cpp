@@ -103,7 +103,7 @@ Step warp_barrier(Execution& x, const Instruction& i) {
 // ---- fences
 
 Step fence_device(Execution& x, const Instruction&) {
-  if (x.check) x.for_each_lane([&](int lane) { x.clocks.fence_for_device(x.thread_of(lane)); });
+  x.for_each_lane([&](int lane) { x.fence_for_device(x.thread_of(lane)); });
   return Step::kNext;
 }
 Step fence_copies(Execution& x, const Instruction&) {

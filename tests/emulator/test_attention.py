@@ -13,6 +13,8 @@ import test_attention as whole
 import torch
 from test_attention import BFLOAT16, FLOAT16, Case, bounded, check, check_beside_plain, make
 
+from andromeda.ops import _select
+from andromeda.ops import attention as op
 from andromeda.ops.attention import attention
 
 HALF = (BFLOAT16, FLOAT16)
@@ -199,3 +201,73 @@ def test_schedules_change_no_bit(case, emulated):
         results.append(whole.run(inputs, "cuda"))
     for result in results[1:]:
         assert all(map(torch.equal, result, results[0]))
+
+
+# ---- shares of the keys ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_splits", whole.SPLITS)
+@pytest.mark.parametrize("case", whole.SPLIT_CASES, ids=str)
+def test_number_of_splits(case, num_splits, emulated, monkeypatch):
+    results = []
+    for schedule in ("fifo", "reverse", "random")[: 1 if num_splits == 256 else 3]:
+        emulated.settings.schedule = schedule
+        results.append(whole.check_splits(case, num_splits, torch.device("cpu"), monkeypatch))
+    assert all(all(map(torch.equal, result, results[0])) for result in results)
+    num_rows = case.seqlen_q * case.num_heads
+    num_tiles = case.batch * math.ceil(num_rows / (16 if num_rows <= 16 else 32))
+    assert {tuple(launch.grid) for launch in emulated.launches} == {(num_tiles * num_splits, 1, 1)}
+
+
+def test_no_more_splits_than_steps(emulated, monkeypatch):
+    monkeypatch.setattr(op, "_NUM_SPLITS", 50)
+    case = small(seqlen_q=1, seqlen_k=150)  # three steps of 64 keys
+    check(make(case, torch.device("cpu")), "cuda")
+    assert emulated.launches[0].grid[0] == 3
+    monkeypatch.setattr(op, "_NUM_SPLITS", -1)
+    with pytest.raises(ValueError, match=r"num_splits must be at least 0 \(0: chosen\), got -1"):
+        check(make(case, torch.device("cpu")), "cuda")
+
+
+def test_splits_keep_what_is_not_finite(emulated, monkeypatch):
+    """Sums are rounded on their way from one block to another: an infinity stays one, and a NaN of any bits."""
+    case = small(seqlen_q=1, seqlen_k=64 * 17, num_heads=5)
+    inputs = make(case, torch.device("cpu"))
+    largest = torch.finfo(case.dtype).max
+    for key, channel, value in ((3, 0, math.inf), (700, 1, -math.inf), (1000, 2, math.nan), (90, 3, largest)):
+        inputs.v[:, key, :, channel] = value
+    inputs.v.view(torch.int16)[:, 400, :, 4] = -1  # a NaN whose bits are all set
+    results = []
+    for num_splits in (1, 17):
+        monkeypatch.setattr(op, "_NUM_SPLITS", num_splits)
+        results.append(attention(*inputs.tensors(), causal=True, backend="cuda").float())
+    whole_keys, shares = results
+    assert torch.equal(whole_keys.isnan(), shares.isnan()) and torch.equal(whole_keys.isinf(), shares.isinf())
+    assert whole_keys[..., 0].isposinf().all() and whole_keys[..., 1].isneginf().all()
+    assert (
+        whole_keys[..., 2].isnan().all() and whole_keys[..., 4].isnan().all() and whole_keys[..., 5:].isfinite().all()
+    )
+
+
+def test_bytes_on_the_way_of_the_last_block(emulated, monkeypatch):
+    """131072 keys on an H200 are 256 shares. The last block to arrive writes a partial result for each level and reads
+    the others of its groups: bytes that nothing hides. As 32-bit numbers, in two levels of 16 that were all read back,
+    they were 2 * 17 results of 24 rows * 128 * 4 bytes and 32 rows * 8 bytes."""
+    heads, head_dim, num_splits = 24, 128, 256
+    sizes = {"batch": 1, "seqlen_q": 1, "num_heads": heads, "num_kv_heads": 1, "head_dim": head_dim, "causal": True}
+    emulated.settings.device = "H200"
+    chosen = _select.extension.attention_forward_workspace(seqlen_k=131072, **sizes)
+    few_keys = {"seqlen_k": 64 * num_splits, "num_splits": num_splits}
+    assert chosen == _select.extension.attention_forward_workspace(**few_keys, **sizes)
+
+    # 7 + 7 + 6 in three levels. The first block comes last, so that all its groups are full.
+    partial_bytes = heads * (3 * head_dim + 8)
+    assert chosen == ((256 + 37 + 6) * partial_bytes / 4, 37 + 6 + 1)
+    emulated.settings.blocks = (*range(1, num_splits), 0)
+    monkeypatch.setattr(op, "_NUM_SPLITS", num_splits)
+    case = small(seqlen_q=1, seqlen_k=64 * num_splits, num_heads=heads, head_dim=head_dim)
+    attention(*make(case, torch.device("cpu")).tensors(), causal=True, backend="cuda")
+    read = emulated.launches[-1].counters.foreign_bytes
+    assert read == (6 + 6 + 5) * partial_bytes
+    before = 2 * 17 * (24 * 128 * 4 + 32 * 8)
+    assert read + 3 * partial_bytes <= before / 2

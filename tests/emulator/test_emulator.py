@@ -38,8 +38,13 @@ AMPERE = {
     "shuffle_from_outside": {"shuffle"},
     "same_word": {"block-race"},
     "ticket_without_fence": {"block-race"},
+    "ticket_fenced_by_others": {"block-race"},
     "ticket_without_barrier": {"block-race"},
     "ticket_without_second_fence": {"block-race"},
+    "ticket_fenced_behind_the_barrier": {"block-race"},
+    "ticket_then_copies": {"block-race"},
+    "flag_without_fence": {"block-race"},
+    "release_of_another_word": {"block-race"},
 }
 HOPPER = {
     "one_lane_arrives": {"race-raw"},
@@ -64,7 +69,7 @@ HOPPER = {
 }
 WGMMA = list(HOPPER)[10:-1]
 THREADS = dict.fromkeys(WGMMA, 128) | {"too_many_registers": 384}
-BLOCKS = dict.fromkeys(["same_word", *(name for name in AMPERE if name.startswith("ticket"))], 2)
+BLOCKS = dict.fromkeys(list(AMPERE)[list(AMPERE).index("same_word") :], 2)
 
 
 @functools.cache
@@ -80,12 +85,16 @@ def ptx(architecture):
 
 def run(text, name, defect, **settings):
     """The reports of one kernel of defects.cu, and its output."""
-    emu = Emulator(**settings)
+    emu, out = run_on(Emulator(**settings), text, name, defect)
+    return emu.reports, out
+
+
+def run_on(emu, text, name, defect):
     out = emu.empty((256,), torch.float32, name="out")
     given = emu.tensor(torch.arange(64.0), name="in")
     entry = re.search(rf"\.entry (_Z\d+{name}ILb{int(defect)}E\w+)", text)[1]
     emu.run_ptx(text, entry, BLOCKS.get(name, 1), THREADS.get(name, 64), (out, given))
-    return emu.reports, out.cpu()
+    return emu, out.cpu()
 
 
 @pytest.mark.parametrize("schedule", ["fifo", "reverse", "random"])
@@ -123,6 +132,16 @@ def test_results_without_checks():
     reports, out = run(ptx(80), "write_after_read", True, check=False)
     assert reports == []
     assert torch.isfinite(out[:64]).all()
+
+
+@pytest.mark.parametrize("name", ["ticket_without_fence", "ticket_then_copies"])
+def test_bytes_that_one_block_reads_of_others(name):
+    """Of the two blocks the last reads 64 numbers of the other; its own do not count."""
+    for schedule in ("fifo", "reverse"):
+        emu, _ = run_on(Emulator(schedule=schedule), ptx(80), name, False)
+        assert emu.launches[-1].counters.foreign_bytes == 256
+    emu, _ = run_on(Emulator(), ptx(80), "same_word", False)
+    assert emu.launches[-1].counters.foreign_bytes == 0
 
 
 def test_what_was_not_written_is_nan():

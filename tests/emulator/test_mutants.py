@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import functools
 import re
+import unittest.mock
 from pathlib import Path
 
 import pytest
@@ -107,9 +108,14 @@ def attention_arguments(changes):
     return inputs, (*options, case.causal, case.softmax_scale)
 
 
-def forward(device=ONE_MULTIPROCESSOR, **changes):
+def forward(device=ONE_MULTIPROCESSOR, num_splits=0, **changes):
     inputs, options = attention_arguments(changes)
-    return Trial(functools.partial(attention_op._forward, *inputs.tensors(), *options, "cuda"), device)
+
+    def run():
+        with unittest.mock.patch.object(attention_op, "_NUM_SPLITS", num_splits):
+            return attention_op._forward(*inputs.tensors(), *options, "cuda")
+
+    return Trial(run, device)
 
 
 def backward(**changes):
@@ -139,7 +145,7 @@ KERNELS = {
         "attention_decode_kernelI13__nv_bfloat16Li64ELi2E",
         lambda: [
             forward(seqlen_q=1, seqlen_k=1100, num_heads=20),  # two rounds of the ring
-            forward(seqlen_q=1, seqlen_k=1100, num_heads=20, device="A100"),  # two levels of shares
+            forward(seqlen_q=1, seqlen_k=1100, num_heads=20, num_splits=17),  # two levels of shares
             forward(seqlen_q=1, seqlen_k=1100, num_heads=20, layout="offset"),
         ],
     ),

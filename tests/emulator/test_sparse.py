@@ -239,14 +239,58 @@ def test_more_heads_than_y_and_z_of_a_grid_hold(emu):
     assert tuple(emu.launches[-1].grid) == (140_000, 1, 1)
 
 
-def test_a_grid_beyond_its_limit_is_refused(emu):
-    """Every operand is one row, expanded."""
-    row = emu.tensor(torch.zeros(64, dtype=torch.bfloat16), name="row")
+@pytest.fixture
+def row(emu):
+    """The memory of every operand, which is this row, expanded."""
+    return emu.tensor(torch.zeros(64, dtype=torch.bfloat16), name="row")
+
+
+def expanded(row, batch, seqlen):
+    return DeviceTensor(row.data_ptr(), (batch, seqlen, 1, 64), (0, 0, 0, 1), torch.bfloat16)
+
+
+def test_a_grid_beyond_its_limit_is_refused(emu, row):
     batch, seqlen = 2**31 - 1, 200
-    q, k = (DeviceTensor(row.data_ptr(), (batch, n, 1, 64), (0, 0, 0, 1), torch.bfloat16) for n in (seqlen, 1))
+    q, k = (expanded(row, batch, n) for n in (seqlen, 1))
     softmax_lse = DeviceTensor(row.data_ptr(), (batch, 1, seqlen), (seqlen, seqlen, 1), torch.float32)
     with emu, pytest.raises(ValueError, match=r"attention_forward: batch=2147483647, .* more than a grid can have"):
         emu.extension.attention_forward(
             **attention_call(emu, q, k, k, q, softmax_lse), workspace=None, tickets=None, num_threads=1, stream=0
         )
+    assert emu.launches == []
+
+
+LONGEST = 2**31 - 256  # kMaxAttentionSeqlen, kMaxSeqlen
+TOO_LONG = [("seqlen_q", LONGEST + 1, 1), ("seqlen_k", 1, LONGEST + 1)]
+
+
+@pytest.mark.parametrize(("name", "seqlen_q", "seqlen_k"), TOO_LONG)
+def test_positions_beyond_an_int_are_refused_by_attention(name, seqlen_q, seqlen_k, emu, row):
+    sizes = {"batch": 1, "num_heads": 1, "num_kv_heads": 1, "head_dim": 64, "causal": True}
+    refused = rf"{name} must be at most 2147483392 on CUDA, got 2147483393"
+    q, k = (expanded(row, 1, n) for n in (seqlen_q, seqlen_k))
+    softmax_lse = DeviceTensor(row.data_ptr(), (1, 1, seqlen_q), (seqlen_q, seqlen_q, 1), torch.float32)
+    call = attention_call(emu, q, k, k, q, softmax_lse)
+    memory = {"workspace": None, "tickets": None, "num_threads": 1, "stream": 0}
+    with emu:
+        emu.extension.attention_forward_workspace(
+            seqlen_q=min(seqlen_q, LONGEST), seqlen_k=min(seqlen_k, LONGEST), **sizes
+        )
+        for direction, gradients in (("forward", {}), ("backward", {"dout": q, "dq": q, "dk": k, "dv": k})):
+            with pytest.raises(ValueError, match=refused):
+                getattr(emu.extension, f"attention_{direction}_workspace")(
+                    seqlen_q=seqlen_q, seqlen_k=seqlen_k, **sizes
+                )
+            with pytest.raises(ValueError, match=refused):
+                getattr(emu.extension, f"attention_{direction}")(**call, **gradients, **memory)
+    assert emu.launches == []
+
+
+@pytest.mark.parametrize("operand", "qk")
+def test_positions_beyond_an_int_are_refused_by_qk_norm_rotary(operand, emu, row):
+    lengths = dict.fromkeys("qk", 1) | {operand: LONGEST + 1}
+    tensors = {name: expanded(row, 1, lengths[name.removesuffix("_out")]) for name in ("q", "k", "q_out", "k_out")}
+    tables = dict.fromkeys(("q_scale", "k_scale", "q_table", "k_table"))
+    with emu, pytest.raises(ValueError, match="seqlen must be at most 2147483392 on CUDA, got 2147483393"):
+        emu.extension.qk_norm_rotary_forward(**tensors, **tables, normalize=True, num_threads=1, stream=0)
     assert emu.launches == []

@@ -25,7 +25,8 @@ struct AttentionParams {
   int batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim;
   float softmax_scale;
   bool causal;
-  DType dtype;  // of q, k, v, out
+  DType dtype;     // of q, k, v, out
+  int num_splits;  // CUDA, few query rows: into how many shares the keys are cut; 0: as many as are fastest
 };
 
 struct AttentionBackwardParams {
@@ -54,13 +55,15 @@ namespace cuda {
 AttentionWorkspace attention_forward_workspace(const AttentionParams& params);
 AttentionWorkspace attention_backward_workspace(const AttentionParams& params);
 
-// head_dim up to kMaxAttentionHeadDim, float16 and bfloat16, softmax_scale at least kMinSoftmaxScale. The tensors'
-// device must be the current one.
+// head_dim up to kMaxAttentionHeadDim, seqlen_q and seqlen_k up to kMaxAttentionSeqlen, float16 and bfloat16,
+// softmax_scale at least kMinSoftmaxScale. The tensors' device must be the current one.
 void attention_forward(const AttentionParams& params, const AttentionWorkspace& workspace, CUstream_st* stream);
 void attention_backward(const AttentionBackwardParams& params, const AttentionWorkspace& workspace,
                         CUstream_st* stream);
 
 inline constexpr int kMaxAttentionHeadDim = 128;
+// Positions are ints, and tiles go up to 128 rows past the last one.
+inline constexpr int kMaxAttentionSeqlen = 0x7FFFFF00;
 // A bias is divided by the scale before it joins the scores.
 inline constexpr float kMinSoftmaxScale = 0x1p-60f;
 }  // namespace cuda
