@@ -259,7 +259,7 @@ class Plan(NamedTuple):
     backend: str
     num_values: int  # of the workspace, floats
     num_tickets: int
-    splits: dict  # the argument num_splits, where a direction has it
+    splits: dict  # the argument num_splits, where a direction has it: what the workspace was made for
 
 
 def _plan(direction, backend, q, k, causal, softmax_scale) -> Plan:
@@ -285,7 +285,9 @@ def _make_plan(direction, backend, q, k, causal, softmax_scale) -> Plan:
             causal=causal,
             **splits,
         )
-    return Plan(backend, *sizes, splits)
+    if direction == "forward":
+        splits = {"num_splits": sizes[2]}
+    return Plan(backend, *sizes[:2], splits)
 
 
 def _arguments(q, k, v, alibi_slopes, logit_bound, key_start, out, softmax_lse, causal, softmax_scale):

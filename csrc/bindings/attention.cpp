@@ -112,11 +112,9 @@ void backward(const TensorView& q, const TensorView& k, const TensorView& v, con
   }
 }
 
-// (num_values, num_tickets) of a CUDA call of these shapes on the current device.
-using Sizes = std::pair<std::int64_t, std::int64_t>;
-
-Sizes workspace(AttentionWorkspace (*sizes_of)(const AttentionParams&), int batch, int seqlen_q, int seqlen_k,
-                int num_heads, int num_kv_heads, int head_dim, bool causal, int num_splits) {
+// Of a CUDA call of these shapes on the current device.
+AttentionWorkspace workspace(AttentionWorkspace (*sizes_of)(const AttentionParams&), int batch, int seqlen_q,
+                             int seqlen_k, int num_heads, int num_kv_heads, int head_dim, bool causal, int num_splits) {
   AttentionParams params{};
   params.batch = batch;
   params.seqlen_q = seqlen_q;
@@ -127,20 +125,24 @@ Sizes workspace(AttentionWorkspace (*sizes_of)(const AttentionParams&), int batc
   params.causal = causal;
   params.dtype = DType::kBFloat16;  // the sizes are those of every dtype with kernels
   params.num_splits = num_splits;
-  const AttentionWorkspace sizes = sizes_of(params);
+  return sizes_of(params);
+}
+
+// (num_values, num_tickets, num_splits).
+std::tuple<std::int64_t, std::int64_t, int> forward_workspace(int batch, int seqlen_q, int seqlen_k, int num_heads,
+                                                              int num_kv_heads, int head_dim, bool causal,
+                                                              int num_splits) {
+  const AttentionWorkspace sizes = workspace(&cuda::attention_forward_workspace, batch, seqlen_q, seqlen_k, num_heads,
+                                             num_kv_heads, head_dim, causal, num_splits);
+  return {sizes.num_values, sizes.num_tickets, sizes.num_splits};
+}
+
+// (num_values, num_tickets).
+std::pair<std::int64_t, std::int64_t> backward_workspace(int batch, int seqlen_q, int seqlen_k, int num_heads,
+                                                         int num_kv_heads, int head_dim, bool causal) {
+  const AttentionWorkspace sizes = workspace(&cuda::attention_backward_workspace, batch, seqlen_q, seqlen_k, num_heads,
+                                             num_kv_heads, head_dim, causal, 0);
   return {sizes.num_values, sizes.num_tickets};
-}
-
-Sizes forward_workspace(int batch, int seqlen_q, int seqlen_k, int num_heads, int num_kv_heads, int head_dim,
-                        bool causal, int num_splits) {
-  return workspace(&cuda::attention_forward_workspace, batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim,
-                   causal, num_splits);
-}
-
-Sizes backward_workspace(int batch, int seqlen_q, int seqlen_k, int num_heads, int num_kv_heads, int head_dim,
-                         bool causal) {
-  return workspace(&cuda::attention_backward_workspace, batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim,
-                   causal, 0);
 }
 
 }  // namespace
@@ -156,7 +158,9 @@ void bind_attention(py::module_& m) {
         arg("softmax_lse"), arg("causal"), arg("softmax_scale"), arg("dout"), arg("dq"), arg("dk"), arg("dv"),
         arg("num_threads"), arg("workspace"), arg("tickets"), arg("stream"));
   const auto bind_workspace = [&m](const char* name, auto function, const auto&... further) {
-    m.def(name, function, "Scratch memory of a CUDA call on the current device: floats, and counters that are zero.",
+    m.def(name, function,
+          "Scratch memory of a CUDA call on the current device: floats, and counters that are zero; forward also the "
+          "num_splits that it is for.",
           py::kw_only(), arg("batch"), arg("seqlen_q"), arg("seqlen_k"), arg("num_heads"), arg("num_kv_heads"),
           arg("head_dim"), arg("causal"), further...);
   };

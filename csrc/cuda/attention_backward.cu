@@ -115,7 +115,7 @@ void launch_all(const AttentionBackwardParams& params, const BackwardPlan& plan,
 
 AttentionWorkspace attention_backward_workspace(const AttentionParams& params) {
   check_attention(params, kName);
-  return {nullptr, nullptr, lay_out(params).size, 0};
+  return {nullptr, nullptr, lay_out(params).size, 0, 0};
 }
 
 void attention_backward(const AttentionBackwardParams& params, const AttentionWorkspace& workspace,

@@ -115,47 +115,61 @@ double cost_of_levels(std::int64_t num_shares, const PartialShape& partial) {
   return cost;
 }
 
+std::int64_t num_steps_of(const AttentionParams& params) {
+  return std::max<std::int64_t>(ceil_div(params.seqlen_k, kDecodeStep), 1);
+}
+
 struct Split {
   std::int64_t num_tiles, num_row_tiles, num_shares;
   std::int64_t fan_in, num_partials, num_tickets;  // of a tile
   PartialShape partial;
-  double cost;
 
   std::int64_t num_values() const {
     return num_tiles * num_partials * (partial.bytes / static_cast<std::int64_t>(sizeof(float)));
   }
 };
 
-Split choose_split(const AttentionParams& params, std::int64_t num_slots) {
+// What num_splits shares of the keys stand for.
+Split split_of(const AttentionParams& params) {
   const std::int64_t num_rows = num_rows_of(params);
   Split split{};
   split.num_row_tiles = ceil_div(num_rows, 16 * num_groups_of(num_rows));
   split.num_tiles = static_cast<std::int64_t>(params.batch) * params.num_kv_heads * split.num_row_tiles;
-  split.num_shares = 1;
   split.partial = partial_shape_of(params);
-  if (split.num_tiles == 0) return split;
-  const std::int64_t num_steps = std::max<std::int64_t>(ceil_div(params.seqlen_k, kDecodeStep), 1);
-  const auto cost = [&](std::int64_t num_shares) {
-    return cost_of_waves(split.num_tiles, num_steps, num_shares, num_slots) + cost_of_levels(num_shares, split.partial);
-  };
-  split.cost = cost(1);
-  // With many tiles a few shares still even out the last wave; with few tiles, as many as make one wave. Large numbers
-  // need not be tried one by one: each stands for the smallest that gives shares of the same length.
-  const std::int64_t max_shares = std::min(num_steps, std::max<std::int64_t>(kFanIn, num_slots / split.num_tiles));
-  for (std::int64_t candidate = 2; candidate <= max_shares; candidate += 1 + candidate / 16) {
-    const std::int64_t num_shares = ceil_div(num_steps, ceil_div(num_steps, candidate));
-    if (const double candidate_cost = cost(num_shares); candidate_cost < split.cost) {
-      split.cost = candidate_cost, split.num_shares = num_shares;
-    }
-  }
   // A share beyond the number of steps would have no keys, and add nothing but its partial result.
-  if (params.num_splits > 0) split.num_shares = std::min<std::int64_t>(params.num_splits, num_steps);
+  split.num_shares = std::min<std::int64_t>(params.num_splits, num_steps_of(params));
+  if (split.num_tiles == 0) return split;
   split.fan_in = fan_in_of(split.num_shares, split.partial.max_fan_in);
   for_each_level(split.num_shares, split.fan_in, [&](std::int64_t parts, std::int64_t groups) {
     split.num_partials += parts;
     split.num_tickets += groups;
   });
   return split;
+}
+
+struct Choice {
+  std::int64_t num_shares;
+  double cost;
+};
+
+Choice choose_shares(const AttentionParams& params, std::int64_t num_slots) {
+  const std::int64_t num_rows = num_rows_of(params), num_steps = num_steps_of(params);
+  const std::int64_t num_tiles =
+      static_cast<std::int64_t>(params.batch) * params.num_kv_heads * ceil_div(num_rows, 16 * num_groups_of(num_rows));
+  if (num_tiles == 0) return {1, 0.0};
+  const PartialShape partial = partial_shape_of(params);
+  const auto cost_of = [&](std::int64_t num_shares) {
+    return cost_of_waves(num_tiles, num_steps, num_shares, num_slots) + cost_of_levels(num_shares, partial);
+  };
+  Choice best{1, cost_of(1)};
+  // With many tiles a few shares still even out the last wave; with few tiles, as many as make one wave. Large numbers
+  // need not be tried one by one: each stands for the smallest that gives shares of the same length.
+  const std::int64_t max_shares = std::min(num_steps, std::max<std::int64_t>(kFanIn, num_slots / num_tiles));
+  for (std::int64_t candidate = 2; candidate <= max_shares; candidate += 1 + candidate / 16) {
+    const std::int64_t num_shares = ceil_div(num_steps, ceil_div(num_steps, candidate));
+    if (const double cost = cost_of(num_shares); cost < best.cost) best = {num_shares, cost};
+  }
+  return best;
 }
 
 // Partial results are read in chunks.
@@ -181,29 +195,28 @@ void launch(const AttentionParams& params, const DecodePlan& plan, std::int64_t 
 
 }  // namespace
 
-bool decode_is_better(const AttentionParams& params) {
+int choose_num_splits(const AttentionParams& params) {
+  if (params.num_splits != 0) return params.num_splits;
   const std::int64_t num_rows = num_rows_of(params);
-  if (num_rows > kMaxRows) return false;
-  if (params.num_splits > 0) return true;  // for tests: only this kernel has a use for it
+  if (num_rows > kMaxRows) return kNotSplit;
   const std::int64_t num_slots = count_slots();
   // A step of the prefill kernel, 64 keys for 128 rows, is about as long: its products take the time that a step of
   // this kernel needs for memory. But beyond 128 rows it reads a key less often, so the gain here must be a clear one.
   const std::int64_t prefill_tiles =
       static_cast<std::int64_t>(params.batch) * params.num_heads * ceil_div(params.seqlen_q, kPrefillRows);
   const double prefill_cost = cost_of_waves(prefill_tiles, ceil_div(params.seqlen_k, kDecodeStep), 1, num_slots);
-  return choose_split(params, num_slots).cost * (num_rows <= kPrefillRows ? 1.0 : 2.0) <= prefill_cost;
+  const Choice choice = choose_shares(params, num_slots);
+  const double cost = choice.cost * (num_rows <= kPrefillRows ? 1.0 : 2.0);
+  return cost <= prefill_cost ? static_cast<int>(choice.num_shares) : kNotSplit;
 }
 
 AttentionWorkspace attention_decode_workspace(const AttentionParams& params) {
-  check_attention(params, kKernel);
-  const Split split = choose_split(params, count_slots());
-  return {nullptr, nullptr, split.num_values(), split.num_tiles * split.num_tickets};
+  const Split split = split_of(params);
+  return {nullptr, nullptr, split.num_values(), split.num_tiles * split.num_tickets, params.num_splits};
 }
 
 void attention_decode(const AttentionParams& params, const AttentionWorkspace& workspace, CUstream_st* stream) {
-  check_attention(params, kKernel);
-  check_softmax_scale(params, kKernel);
-  const Split split = choose_split(params, count_slots());
+  const Split split = split_of(params);
   if (split.num_tiles == 0) return;
   check_workspace(workspace, split.num_values(), split.num_tiles * split.num_tickets);
 

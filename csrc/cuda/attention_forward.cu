@@ -24,17 +24,27 @@ void launch(const AttentionParams& params, CUstream_st* stream) {
   ANDROMEDA_CUDA_CHECK(cudaGetLastError(), launch);
 }
 
+AttentionParams with_choice(AttentionParams params) {
+  params.num_splits = choose_num_splits(params);
+  return params;
+}
+
 }  // namespace
 
 AttentionWorkspace attention_forward_workspace(const AttentionParams& params) {
   check_attention(params, kName);
-  return decode_is_better(params) ? attention_decode_workspace(params) : AttentionWorkspace{};
+  const AttentionParams chosen = with_choice(params);
+  AttentionWorkspace workspace{};
+  if (chosen.num_splits > 0) workspace = attention_decode_workspace(chosen);
+  workspace.num_splits = chosen.num_splits;
+  return workspace;
 }
 
 void attention_forward(const AttentionParams& params, const AttentionWorkspace& workspace, CUstream_st* stream) {
   check_attention(params, kName);
   check_softmax_scale(params, kName);
-  if (decode_is_better(params)) return attention_decode(params, workspace, stream);
+  const AttentionParams chosen = with_choice(params);
+  if (chosen.num_splits > 0) return attention_decode(chosen, workspace, stream);
   dispatch_attention(
       params, [&](auto dtype, auto head_dim) { launch<typename decltype(dtype)::type, head_dim()>(params, stream); });
 }

@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
       cp_async_commit();
       if (touched) {
         const ForwardPlace place = ForwardPlace::read();
-        const int warp_position = block.query + place.warp_row + params.seqlen_k - params.seqlen_q;
+        const int warp_position = block.query + place.warp_row + (params.seqlen_k - params.seqlen_q);
         const int position = warp_position + place.row, lane_key = key + place.column;
         ForwardScores scores;
         seed_bias(scores, raw_slope, position, lane_key);

@@ -4,6 +4,8 @@
 
 #include <climits>
 #include <cstdint>
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -18,7 +20,10 @@ namespace andromeda::cuda {
 
 // ---- the kernel for few query rows and many keys: attention_decode.cu ----------------------------------------------
 
-bool decode_is_better(const AttentionParams& params);  // reads what attention_forward_workspace may read
+// num_splits for a call: kNotSplit where the other kernel is the better one. Reads what attention_forward_workspace may
+// read, and num_splits where it is not 0.
+int choose_num_splits(const AttentionParams& params);
+// Both with num_splits > 0.
 AttentionWorkspace attention_decode_workspace(const AttentionParams& params);
 void attention_decode(const AttentionParams& params, const AttentionWorkspace& workspace, CUstream_st* stream);
 
@@ -36,8 +41,8 @@ inline void check_attention(const AttentionParams& params, const char* kernel) {
     refuse("head_dim must be between 1 and " + std::to_string(kMaxAttentionHeadDim) + " on CUDA, got " +
            std::to_string(params.head_dim));
   }
-  if (params.num_splits < 0) {
-    refuse("num_splits must be at least 0 (0: chosen), got " + std::to_string(params.num_splits));
+  if (params.num_splits < kNotSplit) {
+    refuse("num_splits must be at least 0 (0: chosen), or -1, got " + std::to_string(params.num_splits));
   }
   for (const auto& [name, seqlen] : {std::pair("seqlen_q", params.seqlen_q), std::pair("seqlen_k", params.seqlen_k)}) {
     if (seqlen > kMaxAttentionSeqlen) {
@@ -101,13 +106,21 @@ inline unsigned checked_grid(const AttentionParams& params, const char* kernel, 
   return static_cast<unsigned>(num_blocks);
 }
 
-// Above 48 KiB a kernel must be allowed its dynamic shared memory, on each device: cheap, so done before every launch.
+// Above 48 KiB a kernel must be allowed its dynamic shared memory, once on each device. A kernel is always launched
+// with the same size.
 template <typename Kernel>
 void allow_shared_bytes(Kernel* kernel, const Launch& launch) {
+  static std::mutex mutex;
+  static std::set<std::pair<Kernel*, int>> allowed;
+  int device = 0;
+  ANDROMEDA_CUDA_CHECK(cudaGetDevice(&device), launch);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device}) != 0) return;
   ANDROMEDA_CUDA_CHECK(
       cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                            static_cast<int>(launch.shared_bytes)),
       launch);
+  allowed.insert({kernel, device});
 }
 
 // Calls function(TypeTag<T>, std::integral_constant<int, kHeadDim>) with what the kernels are built for: a head_dim

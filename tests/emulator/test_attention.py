@@ -224,8 +224,8 @@ def test_no_more_splits_than_steps(emulated, monkeypatch):
     case = small(seqlen_q=1, seqlen_k=150)  # three steps of 64 keys
     check(make(case, torch.device("cpu")), "cuda")
     assert emulated.launches[0].grid[0] == 3
-    monkeypatch.setattr(op, "_NUM_SPLITS", -1)
-    with pytest.raises(ValueError, match=r"num_splits must be at least 0 \(0: chosen\), got -1"):
+    monkeypatch.setattr(op, "_NUM_SPLITS", -2)
+    with pytest.raises(ValueError, match=r"num_splits must be at least 0 \(0: chosen\), or -1, got -2"):
         check(make(case, torch.device("cpu")), "cuda")
 
 
@@ -262,7 +262,7 @@ def test_bytes_on_the_way_of_the_last_block(emulated, monkeypatch):
 
     # 7 + 7 + 6 in three levels. The first block comes last, so that all its groups are full.
     partial_bytes = heads * (3 * head_dim + 8)
-    assert chosen == ((256 + 37 + 6) * partial_bytes / 4, 37 + 6 + 1)
+    assert chosen == ((256 + 37 + 6) * partial_bytes / 4, 37 + 6 + 1, num_splits)
     emulated.settings.blocks = (*range(1, num_splits), 0)
     monkeypatch.setattr(op, "_NUM_SPLITS", num_splits)
     case = small(seqlen_q=1, seqlen_k=64 * num_splits, num_heads=heads, head_dim=head_dim)

@@ -59,7 +59,7 @@ class Memory:
 def resources(emu, direction, q, k, causal=True):
     batch, seqlen_q, num_heads, head_dim = q.shape
     with emu:
-        num_values, num_tickets = getattr(emu.extension, f"attention_{direction}_workspace")(
+        num_values, num_tickets, *_ = getattr(emu.extension, f"attention_{direction}_workspace")(
             batch=batch,
             seqlen_q=seqlen_q,
             seqlen_k=k.shape[1],

@@ -25,8 +25,10 @@ struct AttentionParams {
   int batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim;
   float softmax_scale;
   bool causal;
-  DType dtype;     // of q, k, v, out
-  int num_splits;  // CUDA, few query rows: into how many shares the keys are cut; 0: as many as are fastest
+  DType dtype;  // of q, k, v, out
+  // CUDA: into how many shares the kernel for few query rows cuts the keys; 0: the fastest way is chosen anew;
+  // kNotSplit: the kernel for many query rows.
+  int num_splits;
 };
 
 struct AttentionBackwardParams {
@@ -48,6 +50,7 @@ struct AttentionWorkspace {
   float* values;          // (num_values,), any contents
   std::int32_t* tickets;  // (num_tickets,), zero before the first call; every call leaves them zero
   std::int64_t num_values, num_tickets;
+  int num_splits;  // forward: what was chosen, for AttentionParams::num_splits of the call
 };
 
 namespace cuda {
@@ -61,6 +64,7 @@ void attention_forward(const AttentionParams& params, const AttentionWorkspace& 
 void attention_backward(const AttentionBackwardParams& params, const AttentionWorkspace& workspace,
                         CUstream_st* stream);
 
+inline constexpr int kNotSplit = -1;
 inline constexpr int kMaxAttentionHeadDim = 128;
 // Positions are ints, and tiles go up to 128 rows past the last one.
 inline constexpr int kMaxAttentionSeqlen = 0x7FFFFF00;
