@@ -30,8 +30,8 @@
 // leaves its dk and dv in float32, this kernel adds them.
 //
 // head_dim   shared memory     registers (float16)             flops per pair of tiles
-//   64       33 KiB            dq 167, dk dv 168 (199)         2 * 64 * 64 *  64 * (3 + 4)
-//   128      65 KiB            dq 227, dk dv 247 (252)         2 * 64 * 64 * 128 * (3 + 4)
+//   64       33 KiB            dq 159, dk dv 168               2 * 64 * 64 *  64 * (3 + 4)
+//   128      65 KiB            dq 247, dk dv 247 (254)         2 * 64 * 64 * 128 * (3 + 4)
 //
 // One pass would need 5 products instead of 7, and either atomics or an order to add to dq.
 #pragma once
@@ -48,12 +48,10 @@ static_assert(kBackwardTile == 16 * kBackwardWarps);
 template <int kHeadDim>
 inline constexpr int kBackwardSharedBytes = 4 * kTileBytes<kBackwardTile, kHeadDim>;
 
-// What shared memory (64 KiB for a head_dim of 128) and registers (at most 255 or 168) permit on 8.0 and 9.0. With 168
-// of them the dk, dv kernel of float16, which has scales to look after, would spill.
+// Per multiprocessor: what shared memory (64 KiB for a head_dim of 128) and registers (at most 255 or 168) permit
+// on 8.0 and 9.0.
 template <int kHeadDim>
-inline constexpr int kQueryBlocksPerSm = kHeadDim == 128 ? 2 : 3;
-template <typename T, int kHeadDim>
-inline constexpr int kKeyBlocksPerSm = kHeadDim == 128 || std::is_same_v<T, __half> ? 2 : 3;
+inline constexpr int kBackwardBlocksPerSm = kHeadDim == 128 ? 2 : 3;
 
 // float16 ends at 2^-24, but a key that no query cares for has only small weights and small gradients. So both are
 // multiplied by powers of two before they are rounded, and the sums divided by them. A weight is at most 1.
@@ -166,7 +164,7 @@ __device__ inline float multiply_rows(std::uint32_t a, std::uint32_t b, int row,
 }
 
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kBackwardThreads, kQueryBlocksPerSm<kHeadDim>)
+__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDim>)
     attention_backward_dq_kernel(const __grid_constant__ AttentionBackwardParams params,
                                  const __grid_constant__ BackwardPlan plan) {
   constexpr int kTile = kBackwardTile;
@@ -440,7 +438,7 @@ __device__ inline void store_key_gradients(const AttentionBackwardParams& params
 }
 
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kBackwardThreads, kKeyBlocksPerSm<T, kHeadDim>)
+__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDim>)
     attention_backward_dkdv_kernel(const __grid_constant__ AttentionBackwardParams params,
                                    const __grid_constant__ BackwardPlan plan) {
   constexpr int kTile = kBackwardTile;
