@@ -124,14 +124,15 @@ __device__ inline void load_tile(std::uint32_t tile, const Rows<const T>& rows, 
 template <int kGroups, int kTiles>
 using Accumulator = float[kGroups][kTiles][4];
 
-// scores += a b^T: 16 * kGroups rows of tile `a` from `a_row` on, times all kRowsB rows of tile `b`.
-template <typename T, int kHeadDim, int kRowsA, int kRowsB, int kGroups>
+// scores += a b^T: 16 * kGroups rows of tile `a` from `a_row` on, times all kRowsB rows of tile `b`. kUnrolledSteps of
+// 16 channels bound how far ahead operands are loaded.
+template <typename T, int kHeadDim, int kRowsA, int kRowsB, int kGroups, int kUnrolledSteps = kHeadDim / 16>
 __device__ inline void multiply_transposed(float (&scores)[kGroups][kRowsB / 8][4], std::uint32_t a, int a_row,
                                            std::uint32_t b) {
   const int lane = read_thread_index() % kWarpLanes;
   const std::uint32_t a_base = a + chunk_offset<kRowsA>(a_row + (lane & 15), lane >> 4);
   const std::uint32_t b_base = b + chunk_offset<kRowsB>((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
-#pragma unroll
+#pragma unroll kUnrolledSteps
   for (int step = 0; step < kHeadDim / 16; ++step) {
     const std::uint32_t in_panel = (step & 3) << 5;
     const std::uint32_t a_panel = (step >> 2) * (kRowsA * kPanelRowBytes);
@@ -287,6 +288,11 @@ __device__ inline Row describe_row(const AttentionParams& params, int batch, int
   return row;
 }
 
+// What `hide` needs of a Row.
+struct KeySpan {
+  int first, end;
+};
+
 // Keys that some of a set of rows see (`begin`, `end`: tiles outside are skipped; the window is taken off), and keys
 // that all of them see (`plain_begin`, `plain_end`: tiles inside need no mask).
 struct Reach {
@@ -365,15 +371,15 @@ __device__ inline void mirror_bias(float (&scores)[kGroups][kTiles][4], float ra
 }
 
 // Hides, after the product, what a row does not see: a NaN in a hidden key must not survive. `rows` are those of the
-// block's tile in shared memory, from the warp's first row on.
-template <int kGroups, int kTiles>
-__device__ inline void hide(float (&scores)[kGroups][kTiles][4], const Row* rows, int key) {
+// block's tile in shared memory, from the warp's first row on, each a Row or a KeySpan.
+template <int kGroups, int kTiles, typename R>
+__device__ inline void hide(float (&scores)[kGroups][kTiles][4], const R* rows, int key) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const Row& row = rows[group * 16 + half * 8 + (lane >> 2)];
+      const R& row = rows[group * 16 + half * 8 + (lane >> 2)];
       const int first = row.first - key, end = row.end - key;
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
