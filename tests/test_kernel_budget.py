@@ -206,6 +206,41 @@ def test_library_asks_for_no_other_symbols():
     assert [name for kind, name in symbols if kind != "w" and not re.fullmatch(known, name)] == []
 
 
+# ---- clocks of shared memory ----------------------------------------------------------------------------------------
+
+
+def attention_launches(emulated, seqlen_q, seqlen_k, head_dim, dtype):
+    """{kernel: its launch} of a call and its gradient: one head, no mask, so that all pairs of tiles cost the same."""
+    q = torch.randn(1, seqlen_q, 1, head_dim, dtype=dtype, requires_grad=True)
+    k, v = torch.randn(2, 1, seqlen_k, 1, head_dim, dtype=dtype).requires_grad_().unbind()
+    emulated.launches.clear()
+    attention(q, k, v, backend="cuda").sum().backward()
+    return {readable(launch.kernel): launch for launch in emulated.launches}
+
+
+def test_clocks_of_shared_memory(emulated):
+    """What the loops move through its 128 bytes a clock: operands, copies, values of rows.
+
+    Counted as they run, bank conflicts included: what 64 more queries (dkdv) or keys cost 64 of the others. More than
+    the limit is slower; less asks for a lower limit.
+    """
+    limited = {entry for entry, limits in BUDGET.items() if "shared_clocks" in limits}
+    emulated.settings.check, measured = False, set()
+    for device, dtype, head_dim in itertools.product(("A100", "H200"), (torch.float16, torch.bfloat16), (64, 128)):
+        emulated.settings.device = device
+        shapes = ((256, 256), (512, 256), (256, 512))
+        few, queries, keys = (attention_launches(emulated, *shape, head_dim, dtype) for shape in shapes)
+        for name, launch in few.items():
+            (entry,) = (entry for entry in BUDGET if fnmatchcase(name, entry))
+            if entry in limited:
+                more = queries if "dkdv" in name else keys
+                clocks = more[name].counters.shared_clocks - launch.counters.shared_clocks
+                per_pair, limit = clocks / (256 * 256 / 64**2), BUDGET[entry]["shared_clocks"]
+                assert 0.97 * limit <= per_pair <= limit, f"{name} on {device}: {per_pair} clocks per 64 x 64 pair"
+                measured.add(entry)
+    assert measured == limited, "entries whose kernels were not launched"
+
+
 # ---- the budget -----------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +249,7 @@ def limits_of(entry, architecture):
     """What kernel_budget.toml says: for every kernel, for this one, and for this one on this architecture."""
     layers = (EVERY, BUDGET[entry], BUDGET[entry][architecture])
     limits = {key: value for layer in layers for key, value in layer.items() if key not in DEVICES}
+    limits.pop("shared_clocks", None)  # of the kernels that have it: test_clocks_of_shared_memory
     limits["require"] = {key: value for layer in layers for key, value in layer.get("require", {}).items()}
     known = {"registers", "local", "shared", "threads", "min_blocks", "require", "forbid"}
     assert set(limits) == known, f"{entry}, {architecture}: keys that differ: {sorted(set(limits) ^ known)}"
@@ -291,13 +327,14 @@ def test_blocks_per_multiprocessor(kernels, occupancy, entry, architecture):
             assert number >= max(least, 1), f"{name} on {device}: {use} (registers, threads, shared memory)"
 
 
-def every_variant():
-    """Calls that launch every kernel on an emulated A100, with as little work as possible."""
+def every_variant(emulated):
+    """Calls that launch every kernel, with as little work as possible."""
     for dtype, head_dim in itertools.product((torch.float16, torch.bfloat16), (64, 128)):
         # More rows than the decode kernel takes, and two heads of one key head whose gradients are added.
         q = torch.randn(1, 160, 2, head_dim, dtype=dtype, requires_grad=True)
         k, v = torch.randn(2, 1, 160, 1, head_dim, dtype=dtype).requires_grad_().unbind()
-        attention(q, k, v, backend="cuda").sum().backward()
+        for emulated.settings.device in ("H200", "A100"):  # two stages of keys in shared memory, and one
+            attention(q, k, v, backend="cuda").sum().backward()
         for num_heads in (16, 32):  # of one key head: one group of 16 rows, or two
             q, k = torch.randn(1, 1, num_heads, head_dim, dtype=dtype), torch.randn(1, 512, 1, head_dim, dtype=dtype)
             attention(q, k, k, backend="cuda")
@@ -308,7 +345,7 @@ def every_variant():
 
 def test_launches_are_as_in_the_budget(emulated):
     """Threads and dynamic shared memory are not in object code; the numbers in kernel_budget.toml must be true."""
-    every_variant()
+    every_variant(emulated)
     launched = set()
     for launch in emulated.launches:
         name = readable(launch.kernel)

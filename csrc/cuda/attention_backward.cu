@@ -2,6 +2,7 @@
 // kernels are in attention_backward.cuh.
 //
 // The tensors' device must be the current one. Nothing is allocated and nothing waits: the launches can be captured.
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -71,6 +72,7 @@ BackwardPlan plan_of(const AttentionBackwardParams& params, const AttentionWorks
   plan.partials = workspace.values + layout.partials;
   plan.reaches = reinterpret_cast<Reach*>(workspace.values + layout.reaches);
   plan.num_query_tiles = layout.num_query_tiles;
+  plan.num_query_blocks = static_cast<int>(ceil_div(forward.seqlen_q, kQueryRows));
   plan.num_shares = layout.num_shares;
   plan.scale2 = scale2_of(forward);
   const auto fits = [&](const void* data, const SeqStrides& stride, int seqlen, int num_heads) {
@@ -95,16 +97,43 @@ void launch(Kernel* kernel, const char* name, std::int64_t num_blocks, int num_t
   ANDROMEDA_CUDA_CHECK(cudaGetLastError(), launch);
 }
 
+// Whether a multiprocessor holds as many blocks of the dq kernel with two stages of keys as with one: on 9.0, and
+// on 8.6 and 8.9, which hold one block either way; not on 8.0.
+template <int kHeadDim>
+bool two_stages_cost_no_block() {
+  const Launch launch{"attention_backward_dq", 0, kBackwardThreads, 0};
+  int device = 0, available = 0, reserved = 0;
+  ANDROMEDA_CUDA_CHECK(cudaGetDevice(&device), launch);
+  ANDROMEDA_CUDA_CHECK(cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device), launch);
+  ANDROMEDA_CUDA_CHECK(cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device), launch);
+  const auto num_blocks = [&](int shared_bytes) {
+    const int static_bytes = kQueryRows * static_cast<int>(sizeof(KeySpan));
+    return std::min(kBackwardBlocksPerSm<kHeadDim>, available / (shared_bytes + static_bytes + reserved));
+  };
+  return num_blocks(kQuerySharedBytes<kHeadDim, 2>) >= num_blocks(kQuerySharedBytes<kHeadDim, 1>);
+}
+
+template <typename T, int kHeadDim, int kStages>
+void launch_dq(const AttentionBackwardParams& params, const BackwardPlan& plan, CUstream_st* stream) {
+  const std::int64_t heads = static_cast<std::int64_t>(params.forward.batch) * params.forward.num_heads;
+  launch(attention_backward_dq_kernel<T, kHeadDim, kStages>, "attention_backward_dq", heads * plan.num_query_blocks,
+         kBackwardThreads, kQuerySharedBytes<kHeadDim, kStages>, params, plan, stream);
+}
+
 template <typename T, int kHeadDim>
 void launch_all(const AttentionBackwardParams& params, const BackwardPlan& plan, CUstream_st* stream) {
   const AttentionParams& forward = params.forward;
-  const std::int64_t heads = static_cast<std::int64_t>(forward.batch) * forward.num_heads;
   const std::int64_t kv_heads = static_cast<std::int64_t>(forward.batch) * forward.num_kv_heads;
-  constexpr int kSharedBytes = kBackwardSharedBytes<kHeadDim>;
-  launch(attention_backward_dq_kernel<T, kHeadDim>, "attention_backward_dq", heads * plan.num_query_tiles,
-         kBackwardThreads, kSharedBytes, params, plan, stream);
+  if constexpr (kHeadDim == 64) {  // two stages fit everywhere
+    launch_dq<T, kHeadDim, 2>(params, plan, stream);
+  } else if (two_stages_cost_no_block<kHeadDim>()) {
+    launch_dq<T, kHeadDim, 2>(params, plan, stream);
+  } else {
+    launch_dq<T, kHeadDim, 1>(params, plan, stream);
+  }
   launch(attention_backward_dkdv_kernel<T, kHeadDim>, "attention_backward_dkdv",
-         kv_heads * num_key_tiles(forward) * plan.num_shares, kBackwardThreads, kSharedBytes, params, plan, stream);
+         kv_heads * num_key_tiles(forward) * plan.num_shares, kBackwardThreads, kKeySharedBytes<kHeadDim>, params, plan,
+         stream);
   if (plan.num_shares == 1) return;
   const std::int64_t num_chunks = 2 * kv_heads * forward.seqlen_k * (kHeadDim / kChunkWidth<T>);
   launch(attention_backward_sum_kernel<T, kHeadDim>, "attention_backward_sum", ceil_div(num_chunks, kSumThreads),

@@ -4,16 +4,25 @@
 //   dP = dout v^T,   delta = <dout, out>,   dS = P * (dP - delta)
 //   dq = softmax_scale * dS k,   dk = softmax_scale * dS^T q,   dv = P^T dout
 //
-// dq kernel: a block owns 64 queries of one head, a warp 16 of them, and walks over the tiles of 64 keys that they see.
+// dq kernel: a block owns 128 queries of one head, a warp 32 of them as two groups of 16, and walks over the tiles of
+// 32 keys that they see, from the last one to the first.
 //
-//                 keys --->                      shared: q, dout resident; k, v one buffer each
-//            +----+----+----+----+               registers: dq, S, dP
-//   queries  |    |    |    |    |  -> dq
-//            +----+----+----+----+
+//                 keys, 32 per tile                    registers of a lane        head_dim   64     128
+//             <- processed leftwards                   dq, float32                           64     128
+//            +----+----+----+----+                     dP, then dS; S, then P                64      64
+//     warp 0 |    |    |    |    |                     delta, log-sum-exp of four rows        8       8
+//     warp 1 |    |    |    |    |  -> dq
+//     warp 2 |    |    |    |    |                     shared memory
+//     warp 3 |    |    |    |    |                     q, dout resident: 128 rows        32 KiB  64 KiB
+//            +----+----+----+----+                     k, v: 32 rows, one or two stages  16 KiB  16 or 32 KiB
 //
-//   Its products are ordered so that each buffer is refilled while the other one is in use: dP (v), then S and dq (k).
-//   For the next kernel it leaves what a query row needs beside q and dout (`QueryTile`), and which keys a tile of
-//   queries touches (`Reach`).
+//   Shared memory and tensor cores are what binds it. With two groups a fragment of k or v serves two products: a
+//   64 x 64 pair of tiles occupies shared memory for 1408 clocks (704 with 64 channels) in place of 2048 (1024), and
+//   the tensor cores for 1536 (768) on 8.0 and 1152 (576) on 9.0. Tiles of 64 keys would need 1152 (576), and 64
+//   registers more than there are (one resident block fewer). With two stages the next k and v arrive during all of a
+//   tile. With one, where two would cost a resident block, the products are ordered so that each buffer is refilled
+//   while the other one is in use: dP (v), then S and dq (k). For the next kernel it leaves what a query row needs
+//   beside q and dout (`QueryTile`), and which keys a tile of 64 queries touches (`Reach`).
 //
 // dk, dv kernel: a block owns 64 keys of one key head, a warp 16 of them, and walks over the tiles of 64 queries that
 // see them, of all query heads of the key head or of a share of those.
@@ -29,9 +38,9 @@
 // sum kernel: where one key head has too few key tiles to fill the device, its query heads are cut into shares. Each
 // leaves its dk and dv in float32, this kernel adds them.
 //
-// head_dim   shared memory     registers (float16)             flops per pair of tiles
-//   64       33 KiB            dq 167, dk dv 168 (199)         2 * 64 * 64 *  64 * (3 + 4)
-//   128      65 KiB            dq 227, dk dv 247 (252)         2 * 64 * 64 * 128 * (3 + 4)
+// head_dim   shared memory, KiB     registers (float16)            flops per 64 x 64 pair of tiles
+//   64       dq 49, dk dv 33        dq 168, dk dv 168              2 * 64 * 64 *  64 * (3 + 4)
+//   128      dq 81 or 97, 65        dq 254 (255), 247 (254)        2 * 64 * 64 * 128 * (3 + 4)
 //
 // One pass would need 5 products instead of 7, and either atomics or an order to add to dq.
 #pragma once
@@ -42,18 +51,24 @@ namespace andromeda::cuda {
 
 inline constexpr int kBackwardThreads = 128;
 inline constexpr int kBackwardWarps = kBackwardThreads / kWarpLanes;
-inline constexpr int kBackwardTile = 64;  // queries or keys; a warp owns 16
+inline constexpr int kBackwardTile = 64;  // queries or keys of the dk, dv kernel; a warp owns 16 keys
 static_assert(kBackwardTile == 16 * kBackwardWarps);
 
-template <int kHeadDim>
-inline constexpr int kBackwardSharedBytes = 4 * kTileBytes<kBackwardTile, kHeadDim>;
+inline constexpr int kQueryGroups = 2;                              // of 16 rows, per warp of the dq kernel
+inline constexpr int kQueryWarpRows = 16 * kQueryGroups;            // one lane describes each
+inline constexpr int kQueryRows = kBackwardWarps * kQueryWarpRows;  // per block
+inline constexpr int kQueryKeys = 32;                               // per tile
+static_assert(kQueryWarpRows == kWarpLanes && kBackwardTile == 2 * kQueryWarpRows);
 
-// What shared memory (64 KiB for a head_dim of 128) and registers (at most 255 or 168) permit on 8.0 and 9.0. With 168
-// of them the dk, dv kernel of float16, which has scales to look after, would spill.
+template <int kHeadDim, int kStages>
+inline constexpr int kQuerySharedBytes =
+    2 * kTileBytes<kQueryRows, kHeadDim> + kStages * 2 * kTileBytes<kQueryKeys, kHeadDim>;
 template <int kHeadDim>
-inline constexpr int kQueryBlocksPerSm = kHeadDim == 128 ? 2 : 3;
-template <typename T, int kHeadDim>
-inline constexpr int kKeyBlocksPerSm = kHeadDim == 128 || std::is_same_v<T, __half> ? 2 : 3;
+inline constexpr int kKeySharedBytes = 4 * kTileBytes<kBackwardTile, kHeadDim>;
+
+// Per multiprocessor: what shared memory and registers (at most 255 or 168) permit on 8.0 and 9.0.
+template <int kHeadDim>
+inline constexpr int kBackwardBlocksPerSm = kHeadDim == 128 ? 2 : 3;
 
 // float16 ends at 2^-24, but a key that no query cares for has only small weights and small gradients. So both are
 // multiplied by powers of two before they are rounded, and the sums divided by them. A weight is at most 1.
@@ -65,16 +80,20 @@ template <typename T>
 inline constexpr float kFirstGradientScale = std::is_same_v<T, __half> ? 0x1p24f : 1.0f;
 
 // Multiplies dS by `scale`, and lowers it, and what has been summed with it, to keep the warp's elements below 2^15.
-template <typename T, int kTiles, int kSums>
-__device__ inline void scale_gradients(float (&ds)[kTiles][4], float (&sums)[kSums][4], float& scale) {
+template <typename T, int kGroups, int kTiles, int kSums>
+__device__ inline void scale_gradients(float (&ds)[kGroups][kTiles][4], float (&sums)[kGroups][kSums][4],
+                                       float& scale) {
   if constexpr (std::is_same_v<T, __half>) {
     float largest = 0.0f;
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
+    for (int group = 0; group < kGroups; ++group) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        ds[n][i] *= scale;
-        largest = fmaxf(largest, fabsf(ds[n][i]));
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          ds[group][n][i] *= scale;
+          largest = fmaxf(largest, fabsf(ds[group][n][i]));
+        }
       }
     }
     if (!__any_sync(kWholeWarp, largest >= 0x1p15f)) return;
@@ -83,14 +102,17 @@ __device__ inline void scale_gradients(float (&ds)[kTiles][4], float (&sums)[kSu
     const float ratio = __int_as_float((127 + 14 - exponent) << 23);
     scale *= ratio;
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
+    for (int group = 0; group < kGroups; ++group) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) ds[n][i] *= ratio;
-    }
+      for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-    for (int n = 0; n < kSums; ++n) {
+        for (int i = 0; i < 4; ++i) ds[group][n][i] *= ratio;
+      }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sums[n][i] *= ratio;
+      for (int n = 0; n < kSums; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[group][n][i] *= ratio;
+      }
     }
   }
 }
@@ -104,11 +126,12 @@ struct QueryTile {
 };
 
 struct BackwardPlan {
-  Reach* reaches;       // (batch, num_heads, num_query_tiles)
-  QueryTile* tiles;     // (batch, num_heads, num_query_tiles)
-  float* partials;      // (num_shares, 2: dk and dv, batch, seqlen_k, num_kv_heads, built head_dim); one share: unused
-  int num_query_tiles;  // of a head
-  int num_shares;       // of the query heads of one key head; share s has the heads s, s + num_shares ...
+  Reach* reaches;        // (batch, num_heads, num_query_tiles)
+  QueryTile* tiles;      // (batch, num_heads, num_query_tiles)
+  float* partials;       // (num_shares, 2: dk and dv, batch, seqlen_k, num_kv_heads, built head_dim); one share: unused
+  int num_query_tiles;   // of a head
+  int num_query_blocks;  // of a head: blocks of the dq kernel
+  int num_shares;        // of the query heads of one key head; share s has the heads s, s + num_shares ...
   float scale2;
   bool in_chunks;
 };
@@ -146,14 +169,13 @@ __device__ inline Reach join(const Reach& a, const Reach& b) {
   return {min(a.begin, b.begin), max(a.end, b.end), max(a.plain_begin, b.plain_begin), min(a.plain_end, b.plain_end)};
 }
 
-// <a, b> of row `row`, in the two lanes that are 16 apart: each adds one half of the channels.
+// <a, b> of row `row` of two tiles.
 template <typename T, int kHeadDim>
-__device__ inline float multiply_rows(std::uint32_t a, std::uint32_t b, int row, int half) {
-  constexpr int kChunks = kHeadDim / kChunkWidth<T> / 2;
+__device__ inline float multiply_rows(std::uint32_t a, std::uint32_t b, int row) {
   float sum = 0.0f;
 #pragma unroll 2
-  for (int i = 0; i < kChunks; ++i) {
-    const std::uint32_t offset = chunk_offset<kBackwardTile>(row, half * kChunks + i);
+  for (int chunk = 0; chunk < kHeadDim / kChunkWidth<T>; ++chunk) {
+    const std::uint32_t offset = chunk_offset<kQueryRows>(row, chunk);
     const Chunk<T> x = load_shared<T>(a + offset), y = load_shared<T>(b + offset);
 #pragma unroll
     for (int j = 0; j < Chunk<T>::kPairs; ++j) {
@@ -162,139 +184,202 @@ __device__ inline float multiply_rows(std::uint32_t a, std::uint32_t b, int row,
       sum = fmaf(left.y, right.y, sum);
     }
   }
-  return sum + __shfl_xor_sync(kWholeWarp, sum, 16);
+  return sum;
 }
 
-template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kBackwardThreads, kQueryBlocksPerSm<kHeadDim>)
+// The queries of a block, and whose. Longest first: under a causal mask the last queries see most keys, and heads
+// without a bias usually come last.
+struct QueryBlock {
+  int batch, head, kv_head, query;
+
+  // blockIdx.x is read anew: what the loop does not need is not kept in registers over it.
+  __device__ static QueryBlock read(const AttentionParams& params, const BackwardPlan& plan) {
+    unsigned block;
+    asm volatile("mov.u32 %0, %%ctaid.x;\n" : "=r"(block));
+    const int batch = block % params.batch;
+    block /= params.batch;
+    const int head = params.num_heads - 1 - block % params.num_heads;
+    const int tile = plan.num_query_blocks - 1 - block / params.num_heads;
+    return {uniform(batch), uniform(head), uniform(head / (params.num_heads / params.num_kv_heads)),
+            uniform(tile * kQueryRows)};
+  }
+};
+
+// The lane's place: its warp's first row of the tile, and its own first row and column of a result (mma.cuh).
+struct QueryPlace {
+  int warp_row, row, column;
+
+  __device__ static QueryPlace read() {
+    const int thread = read_thread_index(), lane = thread % kWarpLanes;
+    return {thread / kWarpLanes * kQueryWarpRows, lane >> 2, 2 * (lane & 3)};
+  }
+};
+
+// kStages: tiles of k and of v in shared memory.
+template <typename T, int kHeadDim, int kStages>
+__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDim>)
     attention_backward_dq_kernel(const __grid_constant__ AttentionBackwardParams params,
                                  const __grid_constant__ BackwardPlan plan) {
-  constexpr int kTile = kBackwardTile;
-  constexpr int kTiles = kTile / 8;  // of an accumulator
+  constexpr int kKeys = kQueryKeys;
+  constexpr int kTiles = kKeys / 8;  // of an accumulator
+  constexpr std::uint32_t kStageBytes = 2 * kTileBytes<kKeys, kHeadDim>;
+  static_assert(kStages == 1 || kStages == 2);
   extern __shared__ __align__(kTileAlignment) unsigned char shared[];
-  __shared__ Row rows[kTile];
-  __shared__ Reach reaches[kBackwardWarps];
+  __shared__ KeySpan spans[kQueryRows];
   const std::uint32_t q_tile = shared_address(shared);
-  const std::uint32_t dout_tile = q_tile + kTileBytes<kTile, kHeadDim>;
-  const std::uint32_t k_tile = dout_tile + kTileBytes<kTile, kHeadDim>;
-  const std::uint32_t v_tile = k_tile + kTileBytes<kTile, kHeadDim>;
+  const std::uint32_t dout_tile = q_tile + kTileBytes<kQueryRows, kHeadDim>;
+  const std::uint32_t v_tile = dout_tile + kTileBytes<kQueryRows, kHeadDim>;
+  const std::uint32_t k_tile = v_tile + kTileBytes<kKeys, kHeadDim>;
+  // Of the warps, where keys come last: the spans take the KiB that two blocks of 80 leave each other on 8.0.
+  Reach* reaches = reinterpret_cast<Reach*>(shared + kQuerySharedBytes<kHeadDim, kStages>) - kBackwardWarps;
 
-  // Longest first: the last queries see most keys under a causal mask, and heads without a bias usually come last.
   const AttentionParams& forward = params.forward;
-  unsigned block = blockIdx.x;
-  const int batch = block % forward.batch;
-  block /= forward.batch;
-  const int head = forward.num_heads - 1 - block % forward.num_heads;
-  const int tile = plan.num_query_tiles - 1 - block / forward.num_heads;
-  const int kv_head = head / (forward.num_heads / forward.num_kv_heads);
-  const int query = tile * kTile;
+  const QueryBlock block = QueryBlock::read(forward, plan);
+  const int batch = block.batch, head = block.head, query = block.query;
   const auto of_queries = [&](const void* data, const SeqStrides& stride) {
     return rows_of<const T>(data, stride, batch, head, forward.seqlen_q, forward.head_dim, plan.in_chunks);
   };
   const auto of_keys = [&](const void* data, const SeqStrides& stride) {
-    return rows_of<const T>(data, stride, batch, kv_head, forward.seqlen_k, forward.head_dim, plan.in_chunks);
+    return rows_of<const T>(data, stride, batch, block.kv_head, forward.seqlen_k, forward.head_dim, plan.in_chunks);
   };
   const Rows<const T> k = of_keys(forward.k, forward.k_stride), v = of_keys(forward.v, forward.v_stride);
-  load_tile<kTile, kHeadDim, kBackwardThreads>(q_tile, of_queries(forward.q, forward.q_stride), query);
-  load_tile<kTile, kHeadDim, kBackwardThreads>(dout_tile, of_queries(params.dout, params.dout_stride), query);
-  load_tile<kTile, kHeadDim, kBackwardThreads>(k_tile, of_queries(forward.out, forward.out_stride), query);
+  load_tile<kQueryRows, kHeadDim, kBackwardThreads>(dout_tile, of_queries(params.dout, params.dout_stride), query);
+  load_tile<kQueryRows, kHeadDim, kBackwardThreads>(q_tile, of_queries(forward.out, forward.out_stride), query);
   cp_async_commit();
 
-  // Which keys the rows see. Lanes l and l + 16 describe the same row.
+  // Which keys the rows see, one row per lane.
   const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
-  const int warp_row = static_cast<int>(threadIdx.x) / kWarpLanes * 16;
-  const int own = warp_row + lane % 16;
+  const int warp = static_cast<int>(threadIdx.x) / kWarpLanes, own = static_cast<int>(threadIdx.x);
   const Head constants = describe_head(forward, head);
   const float slope2 = constants.slope * kLog2E;
   const Row row = describe_row(forward, batch, query + own);
   const bool exists = query + own < forward.seqlen_q;
   const Reach reach = Reach::of(row, exists, constants.window).of_warp();
-  if (lane < 16) rows[own] = row;
-  if (lane == 0) reaches[warp_row / 16] = reach;
+  spans[own] = {row.first, row.end};
+  if (lane == 0) reaches[warp] = reach;
   const std::int64_t head_index = static_cast<std::int64_t>(batch) * forward.num_heads + head;
   // A row that sees nothing has no lse. It is hidden everywhere: 0 keeps its exponents free of NaN.
   const float lse =
       exists && !row.empty() ? __ldg(forward.softmax_lse + head_index * forward.seqlen_q + query + own) : 0.0f;
   const float lse2 = lse * kLog2E;
   cp_async_wait<0>();
-  __syncthreads();  // rows, reaches and the tiles of q, dout and out (in the place of k) are complete
-  const float minus_delta = -multiply_rows<T, kHeadDim>(dout_tile, k_tile, own, lane / 16);
+  __syncthreads();  // spans, reaches and the tiles of dout and out (in the place of q) are complete
+  const float minus_delta = -multiply_rows<T, kHeadDim>(dout_tile, q_tile, own);
   Reach all = reaches[0];
 #pragma unroll
   for (int i = 1; i < kBackwardWarps; ++i) all = join(all, reaches[i]);
 
-  // For the dk, dv kernel.
-  const std::int64_t index = tile_index(forward, plan, batch, head, tile);
-  if (threadIdx.x == 0) plan.reaches[index] = all;
-  if (lane < 16) {
+  // For the dk, dv kernel. Two warps describe one of its tiles, which may not exist.
+  if (const int tile = (query + own) / kBackwardTile; tile < plan.num_query_tiles) {
+    const std::int64_t index = tile_index(forward, plan, batch, head, tile);
+    const int tile_row = own % kBackwardTile;
+    if (tile_row == 0) plan.reaches[index] = join(reaches[warp], reaches[warp + 1]);
     QueryTile& target = plan.tiles[index];
-    target.lse[own] = exists && !row.empty() ? fmaf(slope2, static_cast<float>(own), lse2) - kWeightScaleLog2<T>
-                                             : __int_as_float(0x7f800000);
-    target.minus_delta[own] = minus_delta;
-    target.first[own] = row.first;
-    target.end[own] = row.end;
+    target.lse[tile_row] = exists && !row.empty()
+                               ? fmaf(slope2, static_cast<float>(tile_row), lse2) - kWeightScaleLog2<T>
+                               : __int_as_float(0x7f800000);
+    target.minus_delta[tile_row] = minus_delta;
+    target.first[tile_row] = row.first;
+    target.end[tile_row] = row.end;
   }
 
-  // A lane's two rows: g and g + 8 of the warp's.
-  const int group = lane >> 2, column = (lane & 3) * 2;
-  float lse_of[2], minus_delta_of[2];
+  // A lane's rows: g and g + 8 of each of the warp's groups.
+  float lse_of[kQueryGroups][2], minus_delta_of[kQueryGroups][2];
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    minus_delta_of[half] = __shfl_sync(kWholeWarp, minus_delta, group + 8 * half);
-    lse_of[half] = __shfl_sync(kWholeWarp, lse2, group + 8 * half) - lowered_by(half) * slope2;
+  for (int group = 0; group < kQueryGroups; ++group) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int source = 16 * group + 8 * half + lane / 4;
+      minus_delta_of[group][half] = __shfl_sync(kWholeWarp, minus_delta, source);
+      lse_of[group][half] = __shfl_sync(kWholeWarp, lse2, source) - lowered_by(half) * slope2;
+    }
   }
   const float raw_slope = constants.slope / forward.softmax_scale;
-  const int warp_position = query + warp_row + (forward.seqlen_k - forward.seqlen_q);
 
-  float dq[1][kHeadDim / 8][4] = {}, scale = kFirstGradientScale<T>;
-  const int first_key = all.begin / kTile * kTile;
-  int key = all.begin < all.end ? (all.end - 1) / kTile * kTile : -kTile;
-  if (key >= first_key) load_tile<kTile, kHeadDim, kBackwardThreads>(v_tile, v, key);
+  float dq[kQueryGroups][kHeadDim / 8][4] = {}, scale = kFirstGradientScale<T>;
+  const int first_key = uniform(all.begin / kKeys * kKeys);
+  int key = uniform(all.begin < all.end ? (all.end - 1) / kKeys * kKeys : -kKeys);
+  const auto load_keys = [&](std::uint32_t tile, const Rows<const T>& rows, int first) {
+    if (first >= first_key) load_tile<kKeys, kHeadDim, kBackwardThreads>(tile, rows, first);
+  };
+  __syncthreads();  // everyone has finished with out and the reaches
+  if (key >= first_key) {
+    load_tile<kQueryRows, kHeadDim, kBackwardThreads>(q_tile, of_queries(forward.q, forward.q_stride), query);
+    load_keys(v_tile, v, key);
+    if constexpr (kStages == 2) load_keys(k_tile, k, key);
+  }
   cp_async_commit();
+  std::uint32_t stage = 0;  // in bytes
 #pragma unroll 1
-  for (; key >= first_key; key -= kTile) {
+  for (; key >= first_key; key -= kKeys) {
     cp_async_wait<0>();
-    __syncthreads();  // v is there; everyone has finished with the k before (at first: with out, in its place)
-    load_tile<kTile, kHeadDim, kBackwardThreads>(k_tile, k, key);
+    __syncthreads();  // v, with two stages also k, is there; everyone has finished with the k (and v) before
+    if constexpr (kStages == 2) {
+      load_keys(v_tile + (stage ^ kStageBytes), v, key - kKeys);
+      load_keys(k_tile + (stage ^ kStageBytes), k, key - kKeys);
+    } else {
+      load_keys(k_tile, k, key);
+    }
     cp_async_commit();
-    const bool touched = reach.touches(key, kTile);  // uniform in a warp
-    float ds[1][kTiles][4];
+    const bool touched = reach.touches(key, kKeys);  // uniform in a warp
+    const QueryPlace place = QueryPlace::read();
+    float ds[kQueryGroups][kTiles][4];
     if (touched) {  // dP - delta
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
+      for (int group = 0; group < kQueryGroups; ++group) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) ds[0][n][i] = minus_delta_of[i / 2];
+        for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) ds[group][n][i] = minus_delta_of[group][i / 2];
+        }
       }
-      multiply_transposed<T, kHeadDim, kTile, kTile, 1>(ds, dout_tile, warp_row, v_tile);
+      multiply_transposed<T, kHeadDim, kQueryRows, kKeys>(ds, dout_tile, place.warp_row, v_tile + stage);
     }
-    cp_async_wait<0>();
-    __syncthreads();  // k is there; everyone has finished with v
-    if (key > first_key) load_tile<kTile, kHeadDim, kBackwardThreads>(v_tile, v, key - kTile);
-    cp_async_commit();
-    if (!touched) continue;
-    float scores[1][kTiles][4];
-    seed_bias(scores, raw_slope, warp_position + group, key + column);
-    multiply_transposed<T, kHeadDim, kTile, kTile, 1>(scores, q_tile, warp_row, k_tile);
-    const bool left_of_diagonal = forward.causal || key + kTile - 1 <= warp_position;
-    if (!left_of_diagonal) mirror_bias(scores, raw_slope, warp_position + group, key + column);
-    if (!reach.is_plain(key, kTile)) hide(scores, rows + warp_row, key + column);
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) ds[0][n][i] *= exp2_approx(fmaf(scores[0][n][i], plan.scale2, -lse_of[i / 2]));
+    if constexpr (kStages == 1) {
+      cp_async_wait<0>();
+      __syncthreads();  // k is there; everyone has finished with v
+      load_keys(v_tile, v, key - kKeys);
+      cp_async_commit();
     }
-    scale_gradients<T>(ds[0], dq[0], scale);
+    if (touched) {
+      const int warp_position = query + place.warp_row + (forward.seqlen_k - forward.seqlen_q);
+      const int position = warp_position + place.row, lane_key = key + place.column;
+      float scores[kQueryGroups][kTiles][4];
+      seed_bias(scores, raw_slope, position, lane_key);
+      // In two halves: unrolled as a whole, it would begin to load so early that registers do not suffice.
+      multiply_transposed<T, kHeadDim, kQueryRows, kKeys, kQueryGroups, kHeadDim / 32>(scores, q_tile, place.warp_row,
+                                                                                       k_tile + stage);
+      const bool left_of_diagonal = forward.causal || key + kKeys - 1 <= warp_position;
+      if (!left_of_diagonal) mirror_bias(scores, raw_slope, position, lane_key);
+      if (!reach.is_plain(key, kKeys)) hide(scores, spans + place.warp_row, lane_key);
 #pragma unroll
-    for (int step = 0; step < kTile / 16; ++step) {
-      std::uint32_t operand[1][4];
-      pack_operand<T>(operand[0], ds[0], step);
-      multiply_step<T, kHeadDim, kTile, 1>(dq, operand, k_tile, step);
+      for (int group = 0; group < kQueryGroups; ++group) {
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            ds[group][n][i] *= exp2_approx(fmaf(scores[group][n][i], plan.scale2, -lse_of[group][i / 2]));
+          }
+        }
+      }
+      scale_gradients<T>(ds, dq, scale);
+#pragma unroll
+      for (int step = 0; step < kKeys / 16; ++step) {
+        std::uint32_t operand[kQueryGroups][4];
+#pragma unroll
+        for (int group = 0; group < kQueryGroups; ++group) pack_operand<T>(operand[group], ds[group], step);
+        multiply_step<T, kHeadDim, kKeys>(dq, operand, k_tile + stage, step);
+      }
     }
+    if constexpr (kStages == 2) stage ^= kStageBytes;
   }
-  const float unscale = forward.softmax_scale / scale, factor[1][2] = {{unscale, unscale}};
-  const Rows<T> dq_rows =
-      rows_of<T>(params.dq, params.dq_stride, batch, head, forward.seqlen_q, forward.head_dim, plan.in_chunks);
-  store_rows<T, kHeadDim, kTile, 1>(dq_rows, query + warp_row, dq, factor, q_tile, warp_row);
+  const float unscale = forward.softmax_scale / scale;
+  const float factor[kQueryGroups][2] = {{unscale, unscale}, {unscale, unscale}};
+  const QueryBlock owned = QueryBlock::read(forward, plan);  // the same as `block`
+  const int warp_row = QueryPlace::read().warp_row;
+  const Rows<T> dq_rows = rows_of<T>(params.dq, params.dq_stride, owned.batch, owned.head, forward.seqlen_q,
+                                     forward.head_dim, plan.in_chunks);
+  store_rows<T, kHeadDim, kQueryRows>(dq_rows, owned.query + warp_row, dq, factor, q_tile, warp_row);
 }
 
 // ---- dk, dv ---------------------------------------------------------------------------------------------------------
@@ -440,7 +525,7 @@ __device__ inline void store_key_gradients(const AttentionBackwardParams& params
 }
 
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kBackwardThreads, kKeyBlocksPerSm<T, kHeadDim>)
+__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDim>)
     attention_backward_dkdv_kernel(const __grid_constant__ AttentionBackwardParams params,
                                    const __grid_constant__ BackwardPlan plan) {
   constexpr int kTile = kBackwardTile;
@@ -524,7 +609,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kKeyBlocksPerSm<T, kHeadDim>
     std::uint32_t operand[1][4], weight_operands[kTile / 16][1][4];
 #pragma unroll
     for (int step = 0; step < kTile / 16; ++step) pack_operand<T>(weight_operands[step][0], weights[0], step);
-    scale_gradients<T>(ds[0], dk[0], scale);
+    scale_gradients<T>(ds, dk, scale);
 #pragma unroll
     for (int step = 0; step < kTile / 16; ++step) {
       pack_operand<T>(operand[0], ds[0], step);

@@ -64,48 +64,56 @@ __device__ inline int read_thread_index() {
 // A value that is the same in all lanes, in a uniform register: it, and what follows from it, costs the lanes none.
 __device__ inline int uniform(int value) { return __reduce_max_sync(kWholeWarp, value); }
 
+// A chunk element by element, for rows that do not lie in chunks. What is missing (count <= 0 or < 8) is zero.
+template <typename T>
+__device__ inline void copy_elements(std::uint32_t target, const T* source, int count) {
+  std::uint32_t words[4] = {};
+#pragma unroll
+  for (int i = 0; i < kChunkWidth<T>; ++i) {
+    if (i < count) {
+      const std::uint32_t bits = __ldg(reinterpret_cast<const unsigned short*>(source) + i);
+      words[i / 2] |= bits << (16 * (i % 2));
+    }
+  }
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(target), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+               "r"(words[3])
+               : "memory");
+}
+
 // Begins to copy rows `first` ... `first + kRows - 1` into a tile; rows and channels that do not exist become zero. In
 // chunks the copies are asynchronous: commit and wait. Otherwise they are done, for this thread, on return; a barrier
 // makes both visible to the block.
+//
+// Whole tiles of rows in chunks are what the loops over tiles must be fast for. All else is one short loop, since its
+// code lies in the middle of theirs and would fill the instruction cache: 0.8 KiB each time, unrolled it was 2.6 KiB.
 template <int kRows, int kHeadDim, int kThreads, typename T>
 __device__ inline void load_tile(std::uint32_t tile, const Rows<const T>& rows, int first) {
   constexpr int kChunks = kHeadDim / kChunkWidth<T>;  // of a row
   static_assert(kThreads % kChunks == 0 && kRows * kChunks % kThreads == 0, "a thread keeps its chunk");
   constexpr int kRowStep = kThreads / kChunks;
   const int thread = read_thread_index();
-  if (rows.in_chunks) {
-    const int row = thread / kChunks, chunk = thread % kChunks;
-    const bool exists = chunk * kChunkWidth<T> < rows.head_dim;
-    const int bytes = exists ? kChunkBytes : 0;
-    const std::uint32_t first_target = tile + chunk_offset<kRows>(row, chunk);
-    const auto target = [&](int i) {  // eight rows on, the pattern is the same
-      return kRowStep % 8 == 0 ? first_target + i * kPanelRowBytes : tile + chunk_offset<kRows>(row + i, chunk);
-    };
-    const T* source = rows.data + (first + row) * rows.stride + (exists ? chunk * kChunkWidth<T> : 0);
-    if (first >= 0 && first + kRows <= rows.count) {
-#pragma unroll
-      for (int i = 0; i < kRows; i += kRowStep, source += kRowStep * rows.stride) {
-        cp_async(target(i), source, bytes);
-      }
-    } else {
-#pragma unroll 1
-      for (int i = 0; i < kRows; i += kRowStep, source += kRowStep * rows.stride) {
-        const bool inside = static_cast<unsigned>(first + row + i) < static_cast<unsigned>(rows.count);
-        cp_async(target(i), inside ? source : rows.data, inside ? bytes : 0);
-      }
+  const int row = thread / kChunks, chunk = thread % kChunks;
+  const int channels = rows.head_dim - chunk * kChunkWidth<T>;
+  const std::uint32_t first_target = tile + chunk_offset<kRows>(row, chunk);
+  const auto target = [&](int i) {  // eight rows on, the pattern is the same
+    return kRowStep % 8 == 0 ? first_target + i * kPanelRowBytes : tile + chunk_offset<kRows>(row + i, chunk);
+  };
+  const T* source = rows.data + (first + row) * rows.stride + (channels > 0 ? chunk * kChunkWidth<T> : 0);
+  if (rows.in_chunks && first >= 0 && first + kRows <= rows.count) {
+    constexpr int kCopies = kRows / kRowStep, kUnrolled = kCopies > 8 ? 4 : kCopies;  // an address is two registers
+#pragma unroll kUnrolled
+    for (int i = 0; i < kRows; i += kRowStep, source += kRowStep * rows.stride) {
+      cp_async(target(i), source, channels > 0 ? kChunkBytes : 0);
     }
-  } else {
-    // One element at a time, neighbours by neighbouring lanes.
-#pragma unroll 4
-    for (int i = 0; i < kRows * kHeadDim; i += kThreads) {
-      const int row = (i + thread) / kHeadDim, channel = (i + thread) % kHeadDim;
-      const bool inside =
-          static_cast<unsigned>(first + row) < static_cast<unsigned>(rows.count) && channel < rows.head_dim;
-      const T* source = rows.data + (first + row) * rows.stride + channel;
-      const unsigned short bits = inside ? __ldg(reinterpret_cast<const unsigned short*>(source)) : 0;
-      const std::uint32_t target =
-          tile + chunk_offset<kRows>(row, channel / kChunkWidth<T>) + channel % kChunkWidth<T> * sizeof(T);
-      asm volatile("st.shared.b16 [%0], %1;\n" ::"r"(target), "h"(bits) : "memory");
+    return;
+  }
+#pragma unroll 1
+  for (int i = 0; i < kRows; i += kRowStep, source += kRowStep * rows.stride) {
+    const bool inside = static_cast<unsigned>(first + row + i) < static_cast<unsigned>(rows.count) && channels > 0;
+    if (rows.in_chunks) {
+      cp_async(target(i), inside ? source : rows.data, inside ? kChunkBytes : 0);
+    } else {
+      copy_elements(target(i), source, inside ? channels : 0);
     }
   }
 }
@@ -116,14 +124,15 @@ __device__ inline void load_tile(std::uint32_t tile, const Rows<const T>& rows, 
 template <int kGroups, int kTiles>
 using Accumulator = float[kGroups][kTiles][4];
 
-// scores += a b^T: 16 * kGroups rows of tile `a` from `a_row` on, times all kRowsB rows of tile `b`.
-template <typename T, int kHeadDim, int kRowsA, int kRowsB, int kGroups>
+// scores += a b^T: 16 * kGroups rows of tile `a` from `a_row` on, times all kRowsB rows of tile `b`. kUnrolledSteps of
+// 16 channels bound how far ahead operands are loaded.
+template <typename T, int kHeadDim, int kRowsA, int kRowsB, int kGroups, int kUnrolledSteps = kHeadDim / 16>
 __device__ inline void multiply_transposed(float (&scores)[kGroups][kRowsB / 8][4], std::uint32_t a, int a_row,
                                            std::uint32_t b) {
   const int lane = read_thread_index() % kWarpLanes;
   const std::uint32_t a_base = a + chunk_offset<kRowsA>(a_row + (lane & 15), lane >> 4);
   const std::uint32_t b_base = b + chunk_offset<kRowsB>((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
-#pragma unroll
+#pragma unroll kUnrolledSteps
   for (int step = 0; step < kHeadDim / 16; ++step) {
     const std::uint32_t in_panel = (step & 3) << 5;
     const std::uint32_t a_panel = (step >> 2) * (kRowsA * kPanelRowBytes);
@@ -279,6 +288,11 @@ __device__ inline Row describe_row(const AttentionParams& params, int batch, int
   return row;
 }
 
+// What `hide` needs of a Row.
+struct KeySpan {
+  int first, end;
+};
+
 // Keys that some of a set of rows see (`begin`, `end`: tiles outside are skipped; the window is taken off), and keys
 // that all of them see (`plain_begin`, `plain_end`: tiles inside need no mask).
 struct Reach {
@@ -357,15 +371,15 @@ __device__ inline void mirror_bias(float (&scores)[kGroups][kTiles][4], float ra
 }
 
 // Hides, after the product, what a row does not see: a NaN in a hidden key must not survive. `rows` are those of the
-// block's tile in shared memory, from the warp's first row on.
-template <int kGroups, int kTiles>
-__device__ inline void hide(float (&scores)[kGroups][kTiles][4], const Row* rows, int key) {
+// block's tile in shared memory, from the warp's first row on, each a Row or a KeySpan.
+template <int kGroups, int kTiles, typename R>
+__device__ inline void hide(float (&scores)[kGroups][kTiles][4], const R* rows, int key) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const Row& row = rows[group * 16 + half * 8 + (lane >> 2)];
+      const R& row = rows[group * 16 + half * 8 + (lane >> 2)];
       const int first = row.first - key, end = row.end - key;
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {

@@ -297,6 +297,7 @@ Step copy_async(Execution& x, const Instruction& i) {
       x.access(site, Space::kShared, target, bytes, Kind::kRead);  // reports that it is outside
       return;
     }
+    x.occupy_banks(site, target, bytes);
     if (x.check) x.shared_shadow.begin_copy(site, target, bytes, Proxy::kGeneric);
     std::memset(x.shared + target, 0xff, bytes);
     x.copies[site.thread].open.push_back({target, source, bytes, source_bytes});

@@ -92,6 +92,13 @@ struct Warp {
   WgmmaState wgmma;
 };
 
+// What a lane reads or writes in shared memory.
+struct BankUse {
+  int lane;
+  std::uint32_t offset;
+  int bytes;
+};
+
 class Execution {
  public:
   Execution(const Code& code, Dim3 grid, Dim3 block, std::size_t dynamic_shared, std::size_t parameter_bytes,
@@ -161,6 +168,10 @@ class Execution {
   // Checks an access and returns where it goes, or nullptr if it may not happen. `value`: what a write will write.
   std::uint8_t* access(const Site& site, Space space, std::uint64_t address, int bytes, Kind kind,
                        const void* value = nullptr);
+  // Counts an access to shared memory of a lane of the running instruction.
+  void occupy_banks(const Site& site, std::uint32_t offset, int bytes) {
+    bank_uses_.push_back({site.thread % kLanes, offset, bytes});
+  }
   // The same for bytes of global memory that a copy engine touches: any number, no alignment. A write that is in flight
   // is not published by a fence.
   bool access_range(const Site& site, std::uint8_t* address, int bytes, Kind kind, bool in_flight = false);
@@ -227,6 +238,7 @@ class Execution {
   void report_deadlock();
   std::string outside(const std::uint8_t* address, int bytes) const;
 
+  std::vector<BankUse> bank_uses_;  // of the running instruction
   const Buffer* last_buffer_ = nullptr;
   std::uint64_t activity_at_time_out_ = 0;
   int idle_time_outs_ = 0;

@@ -37,6 +37,28 @@ constexpr int kRandomQuantum = 200;
 // A block that runs longer than this is in a loop that nobody ends.
 constexpr std::uint64_t kMaxInstructionsPerBlock = 100000000;
 
+// Clocks for which one instruction occupies shared memory. In a clock each of 32 banks gives or takes one word of four
+// bytes, for all lanes that want it. Lanes are served together as far as 128 bytes reach: 32 with 4 bytes or fewer, 16
+// with 8, 8 with 16, or the 8 rows of a matrix.
+int clocks_of(const std::vector<BankUse>& uses) {
+  constexpr int kBanks = 32, kWordBytes = 4;
+  std::uint32_t words[kBanks][kLanes];
+  int counts[kBanks], clocks = 0;
+  for (auto use = uses.begin(); use != uses.end();) {
+    const int together = std::min(kLanes, kBanks * kWordBytes / use->bytes), group = use->lane / together;
+    std::fill(std::begin(counts), std::end(counts), 0);
+    for (; use != uses.end() && use->lane / together == group; ++use) {
+      for (std::uint32_t word = use->offset / kWordBytes; word * kWordBytes < use->offset + use->bytes; ++word) {
+        std::uint32_t* of_bank = words[word % kBanks];
+        int& count = counts[word % kBanks];
+        if (std::find(of_bank, of_bank + count, word) == of_bank + count) of_bank[count++] = word;
+      }
+    }
+    clocks += *std::max_element(std::begin(counts), std::end(counts));
+  }
+  return clocks;
+}
+
 constexpr std::size_t kCacheLine = 64;
 
 Counters g_last_counters = {};
@@ -115,6 +137,7 @@ std::uint8_t* Execution::access(const Site& site, Space space, std::uint64_t add
   if (space == Space::kShared) {
     const auto offset = static_cast<std::uint32_t>(address);
     ++counters.shared_accesses;
+    occupy_banks(site, offset, bytes);
     if (!shared_shadow.contains(offset, bytes)) {
       reporter.add("out-of-bounds", site,
                    describe() + " at byte " + std::to_string(std::int64_t{offset} - kSharedStart) + " of the block's " +
@@ -335,6 +358,10 @@ void Execution::run_warp(Warp& running) {
       } else {
         if (code.uses_wgmma) track_registers(instruction);
         const Step step = instruction.handler(*this, instruction);
+        if (!bank_uses_.empty()) {
+          counters.shared_clocks += clocks_of(bank_uses_);
+          bank_uses_.clear();
+        }
         ++pc;
         if (step == Step::kStay) {
           set_pc(group & ~executing, pc);

@@ -51,6 +51,7 @@ std::vector<Report> run(const Kernel& kernel, Dim3 grid, Dim3 block, std::size_t
                         const std::vector<std::uint8_t>& parameters, const Settings& settings);
 
 struct Counters {
+  std::uint64_t shared_clocks;  // for which the warps' accesses and cp.async occupy the banks; not TMA and wgmma
   std::uint64_t instructions, mma, wgmma, barriers, shared_accesses, global_accesses;  // per warp
   // What one block read of what other blocks of the launch had written, in bytes: the block that read most. With
   // checks.

@@ -210,6 +210,7 @@ PYBIND11_MODULE(_emulator, m) {
       .def("__repr__", [](const Report& report) { return "[" + report.kind + "] " + report.text; });
 
   py::class_<Counters>(m, "Counters")
+      .def_readonly("shared_clocks", &Counters::shared_clocks)
       .def_readonly("instructions", &Counters::instructions)
       .def_readonly("mma", &Counters::mma)
       .def_readonly("wgmma", &Counters::wgmma)

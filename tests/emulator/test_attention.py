@@ -31,8 +31,8 @@ def alternate(cases):
     return [dataclasses.replace(case, dtype=HALF[index % 2]) for index, case in enumerate(cases)]
 
 
-# Tiles are 128 queries (forward), 64 queries and 64 keys.
-LENGTHS = [(n, n) for n in (1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 128, 129, 193, 257)]
+# Tiles are 128 queries and 64 keys (forward), 128 and 32 (dq), 64 and 64 (dk, dv).
+LENGTHS = [(n, n) for n in (1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 193, 257)]
 LENGTHS += [(1, 147), (2, 96), (5, 97), (113, 203), (203, 113), (257, 1), (100, 2), (130, 400)]
 HEADS = [(1, 1), (2, 1), (3, 3), (4, 2), (24, 1), (24, 4), (8, 8)]
 CASES = alternate([small(seqlen_q=n, seqlen_k=t, causal=causal) for n, t in LENGTHS for causal in (True, False)])
@@ -90,6 +90,27 @@ ODD_VALUES = alternate(
     ]
 )
 LONG = small(seqlen_q=400, seqlen_k=400, num_heads=3)
+# With 128 channels, q and dout leave little shared memory: an A100 has one stage of keys there, the others have two.
+# Both walk over several tiles, the last ones incomplete, with warps and tiles of queries (64) that do not exist.
+WIDE = alternate(
+    [
+        small(seqlen_q=n, seqlen_k=t, head_dim=128, causal=causal)
+        for n, t in ((1, 1), (32, 33), (63, 97), (64, 64), (65, 31), (128, 160), (129, 32), (193, 257), (300, 100))
+        for causal in (True, False)
+    ]
+)
+WIDE += alternate(
+    [
+        small(batch=2, seqlen_q=150, seqlen_k=130, head_dim=d, num_heads=4, num_kv_heads=2, mask=mask, layout=layout)
+        for d, mask, layout in (
+            (128, "documents", "contiguous"),
+            (100, "window", "transposed"),
+            (97, "blind", "offset"),
+            (128, "ahead", "slice"),
+        )
+    ]
+)
+WIDE += [small(seqlen_q=20, seqlen_k=1300, num_heads=1, head_dim=128)]
 BOUNDED = [
     (LONG, 1.0),
     (LONG, 10.0),
@@ -123,6 +144,16 @@ def emulate(emulated, case):
 def test_matches_the_reference(case, emulated):
     emulate(emulated, case)
     check(make(case, torch.device("cpu")), "cuda", values=whole.rules_for(case, "cuda"))
+
+
+@pytest.mark.parametrize("device", ["A100", "H200"])
+@pytest.mark.parametrize("case", WIDE, ids=str)
+def test_stages_of_keys_in_the_backward(case, device, emulated):
+    emulate(emulated, case)
+    emulated.settings.device = device
+    check(make(case, torch.device("cpu")), "cuda", values=whole.rules_for(case, "cuda"))
+    (name,) = (launch.kernel for launch in emulated.launches if "dq_kernel" in launch.kernel)
+    assert f", 128, {1 if device == 'A100' else 2}>" in name
 
 
 @pytest.mark.parametrize("case", ODD_VALUES, ids=str)

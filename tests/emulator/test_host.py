@@ -44,6 +44,31 @@ done:
 }
 """
 
+BANKS_PTX = """
+.version 8.0
+.target sm_80
+.address_size 64
+.visible .entry banks(.param .u32 banks_0)
+{
+  .shared .align 128 .b8 tile[8192];
+  .reg .b16 %h<2>;
+  .reg .b32 %r<9>;
+  .reg .b64 %rd<2>;
+  .reg .pred %p<2>;
+  ld.param.u32 %r7, [banks_0];
+  mov.u32 %r8, %tid.x;
+  setp.lt.u32 %p1, %r8, 8;
+  mov.u32 %r1, tile;
+  mad.lo.u32 %r1, %r8, %r7, %r1;
+  mov.b32 %r2, 0;
+  mov.b32 %r6, 0;
+  mov.b16 %h1, 0;
+  mov.b64 %rd1, 0;
+  INSTRUCTION
+  ret;
+}
+"""
+
 
 @pytest.fixture
 def emu():
@@ -121,6 +146,32 @@ def test_a_kernel_runs(emu, subject, shared_bytes, cluster):
     emu.assert_clean()
     assert torch.equal(subject.out.cpu(), 2 * subject.source.cpu())
     assert emu.launches[0].counters.barriers > 0
+
+
+@pytest.mark.parametrize(
+    ("instruction", "stride", "clocks"),
+    [
+        ("st.shared.b32 [%r1], %r2;", 4, 1),
+        ("st.shared.b32 [%r1], %r2;", 0, 1),  # one word for all
+        ("st.shared.b32 [%r1], %r2;", 8, 2),
+        ("st.shared.b32 [%r1], %r2;", 128, 32),
+        ("st.shared.b32 [%r1], %r2;", 132, 1),
+        ("st.shared.b16 [%r1], %h1;", 2, 1),
+        ("st.shared.v2.b32 [%r1], {%r2, %r2};", 8, 2),
+        ("ld.shared.v4.b32 {%r2, %r3, %r4, %r5}, [%r1];", 16, 4),
+        ("ld.shared.v4.b32 {%r2, %r3, %r4, %r5}, [%r1];", 128, 32),
+        ("@%p1 ld.shared.v4.b32 {%r2, %r3, %r4, %r5}, [%r1];", 16, 1),  # eight lanes
+        ("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r2, %r3, %r4, %r5}, [%r1];", 16, 4),
+        ("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r2, %r3, %r4, %r5}, [%r1];", 128, 32),
+        ("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r2, %r3, %r4, %r5}, [%r1];", 144, 4),
+        ("cp.async.cg.shared.global [%r1], [%rd1], 16, %r6; cp.async.wait_all;", 16, 4),
+        ("cp.async.cg.shared.global [%r1], [%rd1], 16, %r6; cp.async.wait_all;", 32, 8),
+    ],
+)
+def test_bank_conflicts_are_counted(instruction, stride, clocks):
+    emu = Emulator(check=False)  # of memory that nobody has written
+    emu.run_ptx(BANKS_PTX.replace("INSTRUCTION", instruction), "banks", 1, 32, (stride,))
+    assert emu.launches[0].counters.shared_clocks == clocks
 
 
 @pytest.mark.parametrize(

@@ -150,8 +150,15 @@ KERNELS = {
         ],
     ),
     "attention_backward_dq": (
-        "attention_backward_dq_kernelI13__nv_bfloat16Li64E",
+        "attention_backward_dq_kernelI13__nv_bfloat16Li64ELi2E",
         lambda: [backward(seqlen_q=70, seqlen_k=200), backward(seqlen_q=70, seqlen_k=200, layout="offset")],
+    ),
+    "attention_backward_dq, one stage": (
+        "attention_backward_dq_kernelI13__nv_bfloat16Li128ELi1E",
+        lambda: [
+            backward(seqlen_q=70, seqlen_k=200, head_dim=128),
+            backward(seqlen_q=70, seqlen_k=200, head_dim=128, layout="offset"),
+        ],
     ),
     "attention_backward_dkdv": (
         "attention_backward_dkdv_kernelI13__nv_bfloat16Li64E",
