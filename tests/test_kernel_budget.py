@@ -340,7 +340,7 @@ def nvccs(tmp_path_factory):
     nvcc = setup_py.find_nvcc(os.environ) or missing("no nvcc")
     folder, own = setup_py.read_toolkit(nvcc)
     newest = setup_py.choose_ptxas({}, own, setup_py.available_ptxas(setup_py.build_tree(os.environ)))
-    found = {str(own): nvcc}
+    found = {str(own): str(Path(folder) / "nvcc")}
     if newest.version != own.version:
         found[str(newest)] = setup_py.nvcc_with(newest, folder, tmp_path_factory.mktemp("a toolkit"))
     return found
