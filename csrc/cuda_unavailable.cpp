@@ -3,18 +3,25 @@
 #include <string>
 
 #include "andromeda/attention.h"
+#include "andromeda/cuda_status.h"
 #include "andromeda/qk_norm_rotary.h"
 
 namespace andromeda::cuda {
 namespace {
 
+constexpr char kReason[] =
+    "this installation was built without CUDA kernels. With a CUDA toolkit installed, "
+    "ANDROMEDA_CUDA=1 pip install -v --force-reinstall --no-deps <source folder> builds them";
+
 [[noreturn]] void unavailable(const char* operation) {
-  throw std::runtime_error(std::string(operation) +
-                           ": this installation was built without CUDA kernels. With a CUDA toolkit installed, "
-                           "ANDROMEDA_CUDA=1 pip install -v --force-reinstall --no-deps <source folder> builds them");
+  throw std::runtime_error(std::string(operation) + ": " + kReason);
 }
 
 }  // namespace
+
+CudaVersions cuda_versions() { return {}; }
+
+CudaStatus cuda_status(int) { return {kReason, "", true}; }
 
 AttentionWorkspace attention_forward_workspace(const AttentionParams&) { unavailable("attention_forward"); }
 

@@ -1,6 +1,7 @@
 """andromeda._C called directly: how tensors are read, what is refused before memory is touched, threads."""
 
 import math
+import re
 import sys
 import threading
 import time
@@ -319,6 +320,25 @@ def test_a_dimension_beyond_int_is_refused():
     call = attention_call(batch=1, seqlen_q=1, num_heads=1, num_kv_heads=1, head_dim=1)
     with pytest.raises(ValueError, match=r"k must have fewer than 2\^31 elements in dimension 1, got 2147483648"):
         _C.attention_forward(**call | {"k": wide, "v": wide})
+
+
+def test_cuda_versions_need_no_device():
+    versions, compiler = _C.cuda_versions(), _C.build_info()["cuda_compiler"]
+    assert versions.keys() == {"runtime", "driver"}
+    if compiler is None:
+        assert versions == {"runtime": None, "driver": None}
+    else:
+        assert compiler.startswith(f"nvcc {versions['runtime']}.")
+    assert versions["driver"] is None or re.fullmatch(r"\d+\.\d", versions["driver"])
+
+
+def test_cuda_status_is_an_answer_not_an_error():
+    for device in (0, 1000):
+        status = _C.cuda_status(device)
+        assert status.keys() == {"device_error", "kernel_error", "lasting"}
+    assert status["device_error"]  # there is no device 1000
+    if _C.build_info()["cuda_compiler"] and not torch.cuda.is_available():
+        assert re.fullmatch(r"cudaError\w+, .+", _C.cuda_status(0)["device_error"])
 
 
 def test_optional_tensors():

@@ -39,6 +39,7 @@ BUDGET = tomllib.loads((TESTS / "kernel_budget.toml").read_text())
 EVERY = BUDGET.pop("every")
 # The devices that run the code of an architecture. 8.6 and 8.9 take the code of 8.0.
 DEVICES = {"sm_80": ("A100", "RTX 3090", "L4"), "sm_90a": ("H200",)}
+NEVER_LAUNCHED = "probe"  # csrc/cuda/cuda_status.cu: only loaded
 
 
 # ---- tools ----------------------------------------------------------------------------------------------------------
@@ -145,7 +146,7 @@ def read_kernels(cuobjdump, path):
     names = output_of(demangle, input="\n".join(symbol for _, symbol in kernels)).splitlines()
     named = {(where, readable(name)): kernels[where, key] for (where, key), name in zip(kernels, names, strict=True)}
     assert len(named) == len(kernels), f"two kernels share a name: {sorted(names)}"
-    return named
+    return {key: kernel for key, kernel in named.items() if key[1] != NEVER_LAUNCHED}
 
 
 # ---- the library ----------------------------------------------------------------------------------------------------

@@ -60,6 +60,8 @@ class Settings:
     blocks: linear indices of the blocks to run; None runs all.
     capturing: whether streams are being captured into a graph.
     current_device: the CUDA device at the call, 0 or 1.
+    driver_version: the newest CUDA that the driver runs, 13000 for 13.0; 0: there is none; None: that of the build.
+    failures: calls of the runtime that fail, with their errors: {"cudaSetDevice": "cudaErrorNoDevice"}.
     """
 
     device: str | Device = "A100"
@@ -69,6 +71,8 @@ class Settings:
     blocks: tuple[int, ...] | None = None
     capturing: bool = False
     current_device: int = 0
+    driver_version: int | None = None
+    failures: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 class DeviceTensor:
@@ -177,7 +181,8 @@ class Emulator:
             setattr(device, field.name, getattr(pretended, field.name) * (1024 if kibibytes else 1))
         settings.schedule = getattr(self._host.Schedule, given.schedule)
         settings.seed, settings.check, settings.blocks = given.seed, given.check, list(given.blocks or ())
-        self._host.set_up(device, settings, given.capturing, given.current_device)
+        version = self._host.runtime_version if given.driver_version is None else given.driver_version
+        self._host.set_up(device, settings, given.capturing, given.current_device, version, given.failures)
 
     def tensor(self, source, *, name, writable=False, device_index=0):
         """A copy of a CPU tensor with its strides and alignment. Gaps between its rows are part of the buffer."""
