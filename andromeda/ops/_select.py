@@ -98,11 +98,10 @@ def cuda_unavailable(device: torch.device) -> list[str]:
     The first call makes the device ready. An answer that may change, such as memory that is short or a device that
     another process has to itself, is not kept: the next call asks again.
     """
-    if device in _lasting_answers:
-        return _lasting_answers[device]
-    reasons, lasting = _first_obstacle(device)
-    if lasting:
-        _lasting_answers[device] = reasons
+    if (reasons := _lasting_answers.get(device)) is None:
+        reasons, lasting = _first_obstacle(device)
+        if lasting:
+            _lasting_answers[device] = reasons
     return reasons
 
 
