@@ -96,13 +96,18 @@ def read_ptxas(path):
     return Ptxas(str(path), tuple(map(int, found.groups()))) if found else None
 
 
-def read_toolkit(nvcc):
+def read_toolkit(nvcc, environ):
     """The folder of an nvcc, behind scripts that only call it, and the `Ptxas` it runs; None, None: it is no nvcc."""
-    try:
-        said = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True).stderr
-    except OSError:
-        return None, None
-    facts = dict(re.findall(r"^#\$ (_HERE_|PATH)=(.*)$", said, re.MULTILINE))
+    facts = {}
+    for host in filter(None, ("gcc", environ.get("CUDAHOSTCXX"), environ.get("CXX"), "c++", "clang++")):
+        # nvcc says nothing without a compiler for the host's half; which one changes nothing here.
+        command = [nvcc, "--dryrun", "-ccbin", host, "-x", "cu", "-c", os.devnull]
+        try:
+            said = subprocess.run(command, capture_output=True, text=True).stderr
+        except OSError:
+            return None, None
+        if facts := dict(re.findall(r"^#\$ (_HERE_|PATH)=(.*)$", said, re.MULTILINE)):
+            break
     ptxas = read_ptxas(shutil.which("ptxas", path=facts.get("PATH", "")) or "")
     return (os.path.abspath(facts["_HERE_"]), ptxas) if ptxas and "_HERE_" in facts else (None, None)
 
@@ -174,7 +179,7 @@ def nvcc_with(ptxas, nvcc_folder, tree):
 def cuda_compiler(environ, tree):
     """The nvcc to compile with in a CMake tree, which runs the chosen ptxas, and a line about that; or None, None."""
     nvcc = find_nvcc(environ)
-    nvcc_folder, own = read_toolkit(nvcc) if nvcc else (None, None)
+    nvcc_folder, own = read_toolkit(nvcc, environ) if nvcc else (None, None)
     if own is None:
         return nvcc, None
     chosen = choose_ptxas(environ, own, available_ptxas(tree))
@@ -187,7 +192,7 @@ def wheels_for_building(environ):
     nvcc = find_nvcc(environ)
     if nvcc is None or environ.get("ANDROMEDA_PTXAS") or platform.machine() not in ("x86_64", "aarch64"):
         return []
-    _, own = read_toolkit(nvcc)
+    _, own = read_toolkit(nvcc, environ)
     if own is None or own.version >= SOUND_PTXAS or own.version[0] != TESTED_PTXAS[0]:
         return []
     kept = choose_ptxas(environ, own, available_ptxas(build_tree(environ)))

@@ -29,9 +29,7 @@ def gather_info() -> dict:
         dtype = str(_select.usual_dtype(device)).removeprefix("torch.")
         try:
             report = _select.report(device)
-        except (
-            RuntimeError
-        ) as error:  # of torch: the device is there, but for instance another process has it to itself
+        except RuntimeError as error:  # torch: the device is there, but another process has it to itself, for instance
             facts["cuda"]["error"] = str(error).partition("\n")[0]
             continue
         for operation, reasons in report.items():

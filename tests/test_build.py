@@ -203,12 +203,20 @@ def fake_toolkit(tmp_path):
 def test_the_toolkit_behind_a_script(setup_py, fake_toolkit, tmp_path):
     folder = fake_toolkit("13.0.88")
     nvcc = write_program(tmp_path / "nvcc", f'exec "{folder}/nvcc" "$@"')
-    assert setup_py.read_toolkit(nvcc) == (str(folder), (str(folder / "ptxas"), (13, 0, 88)))
+    assert setup_py.read_toolkit(nvcc, {}) == (str(folder), (str(folder / "ptxas"), (13, 0, 88)))
+
+
+def test_an_nvcc_that_needs_a_host_compiler(setup_py, fake_toolkit, tmp_path):
+    folder = fake_toolkit("13.0.88")
+    nvcc = write_program(tmp_path / "nvcc", f'[ "$3" = /my/c++ ] || exit 1; exec "{folder}/nvcc" "$@"')
+    assert setup_py.read_toolkit(nvcc, {"CXX": "g++"}) == (None, None)
+    for name in ("CXX", "CUDAHOSTCXX"):
+        assert setup_py.read_toolkit(nvcc, {name: "/my/c++"})[0] == str(folder)
 
 
 def test_a_compiler_that_is_no_nvcc(setup_py, toolkit, tmp_path):
     for compiler in (write_program(tmp_path / "clang", "echo what? >&2; exit 1"), toolkit("empty") / "bin" / "nvcc"):
-        assert setup_py.read_toolkit(compiler) == (None, None)
+        assert setup_py.read_toolkit(compiler, {}) == (None, None)
         environ = {"CUDACXX": str(compiler), "PATH": ""}
         assert setup_py.cuda_compiler(environ, tmp_path) == (str(compiler), None)
         assert setup_py.wheels_for_building(environ) == []

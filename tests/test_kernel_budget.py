@@ -339,7 +339,7 @@ def nvccs(tmp_path_factory):
     """{version of ptxas: an nvcc that runs it}: nvcc's own, then the newest at hand if that is another one."""
     setup_py = emulator.build._setup_py()
     nvcc = setup_py.find_nvcc(os.environ) or missing("no nvcc")
-    folder, own = setup_py.read_toolkit(nvcc)
+    folder, own = setup_py.read_toolkit(nvcc, os.environ)
     newest = setup_py.choose_ptxas({}, own, setup_py.available_ptxas(setup_py.build_tree(os.environ)))
     found = {str(own): str(Path(folder) / "nvcc")}
     if newest.version != own.version:
