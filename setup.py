@@ -130,7 +130,7 @@ def choose_ptxas(environ, own, available):
     if choice == "nvcc":
         return own
     if choice:
-        chosen = read_ptxas(choice)
+        chosen = read_ptxas(os.path.abspath(shutil.which(choice) or choice))
         if chosen is None:
             raise SystemExit(f"andromeda: ANDROMEDA_PTXAS must be nvcc or the path of a ptxas, got {choice!r}")
         if chosen.version < own.version:
@@ -142,14 +142,15 @@ def choose_ptxas(environ, own, available):
 def describe_ptxas(chosen, own):
     """The line that says which ptxas was chosen, and what is known against it."""
     line = f"andromeda: ptxas {chosen} assembles the CUDA kernels"
-    if chosen.version != own.version:
-        return f"{line} (nvcc's own is {own}): {chosen.path}"
+    line += ": nvcc's own" if chosen.version == own.version else f" (nvcc's own is {own}): {chosen.path}"
+    if chosen.version[0] != own.version[0]:
+        line += f". Drivers that run CUDA {own.version[0]} only do not load its code"
     if chosen.version >= SOUND_PTXAS:
-        return f"{line}: nvcc's own"
+        return line
     remedy = f"pip install {PTXAS_WHEEL}" if own.version[0] == SOUND_PTXAS[0] else "a CUDA toolkit of version 13.1"
     return (
-        f"{line}: nvcc's own. 12.8.93 and 13.0.88 are known to give some code for sm_90a wrong shared-memory "
-        f"addresses, and {dotted(SOUND_PTXAS)} is not. To get a newer one: {remedy}, or ANDROMEDA_PTXAS=<its path>"
+        f"{line}. 12.8.93 and 13.0.88 are known to give some code for sm_90a wrong shared-memory addresses, and "
+        f"{dotted(SOUND_PTXAS)} is not. To get a newer one: {remedy}, or ANDROMEDA_PTXAS=<its path>"
     )
 
 

@@ -263,6 +263,7 @@ def test_the_line_about_ptxas(setup_py):
         "andromeda: ptxas 13.5.37 assembles the CUDA kernels (nvcc's own is 13.0.88): /w/ptxas"
     )
     assert line((13, 1, 80), (13, 1, 80)) == "andromeda: ptxas 13.1.80 assembles the CUDA kernels: nvcc's own"
+    assert line((14, 1, 2), (13, 5, 37)).endswith("/w/ptxas. Drivers that run CUDA 13 only do not load its code")
     for own, remedy in (
         ((13, 0, 88), "pip install nvidia-cuda-nvcc=="),
         ((12, 8, 93), "a CUDA toolkit of version 13.1"),

@@ -440,6 +440,9 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* st
   emulator::Function* function = nullptr;
   std::shared_ptr<const emulator::Kernel> kernel;
   if (const cudaError_t error = emulator::look_up("cudaFuncGetAttributes", stub, function, kernel)) return error;
+  if (driver().capturing && thread_state.capture_mode != cudaStreamCaptureModeRelaxed) {
+    return fail(cudaErrorStreamCaptureUnsupported, "cudaFuncGetAttributes during a capture: it may load the kernel");
+  }
   *attributes = {};
   attributes->sharedSizeBytes = emulator::static_shared_of(*kernel);
   attributes->maxThreadsPerBlock = static_cast<int>(emulator::max_threads_of(*kernel));

@@ -42,7 +42,7 @@ struct Driver {
   Device device;
   Settings settings;
   PtxLibrary ptx;
-  int version;                                  // the newest CUDA that it runs, 13000 for 13.0; 0: there is no driver
+  int version = CUDART_VERSION;                 // the newest CUDA that it runs, 13000 for 13.0; 0: there is no driver
   std::map<std::string, cudaError_t> failures;  // what these calls of the runtime return, by name
   std::set<int> contexts;                       // devices that were made ready
   bool capturing = false;                       // every stream
