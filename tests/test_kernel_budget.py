@@ -61,15 +61,23 @@ def places(folder):
     return [Path(home) / folder for home in homes]
 
 
-def find_cuobjdump():
-    """The program, or None. It calls nvdisasm, which must be of its version: from the same folder."""
+def find_cuobjdump(path):
+    """The first program that reads all of a file, or None: one of an older CUDA than the file's often does not.
+
+    It calls nvdisasm, which must be of its version: from the same folder.
+    """
     for folder in [*places("bin"), *map(Path, os.get_exec_path())]:
         if all(shutil.which(name, path=folder) for name in ("cuobjdump", "nvdisasm")):
-            return folder / "cuobjdump"
+            command = [folder / "cuobjdump", "--dump-elf", path]
+            if subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0:
+                return folder / "cuobjdump"
     return None
 
 
-NO_CUOBJDUMP = "no cuobjdump with nvdisasm beside it: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+NO_CUOBJDUMP = (
+    "no cuobjdump with nvdisasm beside it that reads the object code: "
+    "pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+)
 
 
 def output_of(*command, **options):
@@ -156,7 +164,7 @@ def read_kernels(cuobjdump, path):
 def cuobjdump():
     if not _C.build_info()["cuda_architectures"]:
         missing("the library was built without CUDA")
-    return find_cuobjdump() or missing(NO_CUOBJDUMP)
+    return find_cuobjdump(_C.__file__) or missing(NO_CUOBJDUMP)
 
 
 @pytest.fixture(scope="session")
@@ -361,11 +369,12 @@ def assemble(nvcc, ptx, architecture, folder):
     return target
 
 
-def assemble_all(nvcc, architectures, folder, cuobjdump):
+def assemble_all(nvcc, architectures, folder):
     """Like `read_kernels` of the library."""
     jobs = [(architecture, ptx) for architecture in architectures for ptx in compiled_ptx(architecture)]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        files = pool.map(lambda job: assemble(nvcc, job[1], job[0], folder), jobs)
+        files = list(pool.map(lambda job: assemble(nvcc, job[1], job[0], folder), jobs))
+        cuobjdump = find_cuobjdump(files[0]) or missing(NO_CUOBJDUMP)
         tables = pool.map(lambda file: read_kernels(cuobjdump, file), files)
         return {key: kernel for table in tables for key, kernel in table.items()}
 
@@ -395,7 +404,7 @@ def difference_table(kernels, others):
     return [*lines, f"  {same} of {len(kernels)} kernels: the same instructions, in number"]
 
 
-def test_every_ptxas_keeps_the_budget(kernels, nvccs, occupancy, cuobjdump, tmp_path):
+def test_every_ptxas_keeps_the_budget(kernels, nvccs, occupancy, tmp_path):
     """The library's ptxas is judged by the tests above. Another one gets the PTX of the same kernels."""
     another_ptxas(nvccs)
     for architecture in DEVICES:
@@ -403,7 +412,7 @@ def test_every_ptxas_keeps_the_budget(kernels, nvccs, occupancy, cuobjdump, tmp_
     kernels = {key: kernel for key, kernel in kernels.items() if key[0] in DEVICES}
     used = _C.build_info()["ptxas"]
     for version in nvccs.keys() - {used}:
-        others = assemble_all(nvccs[version], DEVICES, tmp_path, cuobjdump)
+        others = assemble_all(nvccs[version], DEVICES, tmp_path)
         assert others.keys() == kernels.keys(), "the library is not of these sources"
         emulator.build.announce("\n".join([f"ptxas {used} -> {version}:", *difference_table(kernels, others)]))
         for (architecture, name), kernel in others.items():
@@ -539,7 +548,7 @@ def test_other_code_does_not_stop_the_build(compile_kernels):
     assert status == 0, output
 
 
-def test_a_change_of_ptxas_compiles_again(nvccs, cuobjdump, tmp_path, monkeypatch):
+def test_a_change_of_ptxas_compiles_again(nvccs, tmp_path, monkeypatch):
     """Neither ninja nor ccache may take what one ptxas has made for the work of another."""
     another_ptxas(nvccs)
     monkeypatch.setenv("CCACHE_DIR", str(tmp_path / "cache"))
@@ -548,12 +557,13 @@ def test_a_change_of_ptxas_compiles_again(nvccs, cuobjdump, tmp_path, monkeypatc
         project.configure(nvccs[version])
         status, output = project.compile(CLEAN)
         assert status == 0, output
-        listing = output_of(cuobjdump, "--dump-elf", project.folder / "build" / project.object)
+        made = project.folder / "build" / project.object
+        listing = output_of(find_cuobjdump(made) or missing(NO_CUOBJDUMP), "--dump-elf", made)
         assert set(re.findall(r"Tool Version:.* V([\d.]+)", listing)) == {version}
 
 
 def main(path=_C.__file__):
-    kernels = read_kernels(find_cuobjdump() or sys.exit(NO_CUOBJDUMP), path)
+    kernels = read_kernels(find_cuobjdump(path) or sys.exit(NO_CUOBJDUMP), path)
     for (architecture, name), kernel in sorted(kernels.items(), key=lambda item: item[0][::-1]):
         print(f"{name} {architecture}: {kernel.registers} registers, {kernel.local} bytes local,", end=" ")
         print(f"{kernel.static_shared} bytes static shared, at most {kernel.max_threads} threads")
