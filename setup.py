@@ -1,25 +1,47 @@
 """Hands CMakeLists.txt to CMake. Sources, flags and default architectures are there; the choices of a user are here.
 
 ANDROMEDA_CUDA=auto|0|1   build the CUDA kernels: when an nvcc is found (default), never, or fail without one
+ANDROMEDA_PTXAS           what assembles the CUDA kernels: a path, or nvcc: its own. Default: the newest of that, the
+                          wheel nvidia-cuda-nvcc's, and an earlier build's
+ANDROMEDA_BUILD_TREE      folder for CMake's tree (default: build/cmake-<Python>)
 TORCH_CUDA_ARCH_LIST      "8.0;9.0+PTX"; or CMAKE_CUDA_ARCHITECTURES, CUDAARCHS in CMake's spelling
 MAX_JOBS                  compilers at a time
+
+It is the build backend as well: setuptools' own, which asks for that wheel where nvcc's ptxas is an old one.
 """
 
 import fcntl
-import importlib
+import importlib.util
+import operator
 import os
+import platform
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
-from setuptools import Extension, setup
+from setuptools import Extension, build_meta, setup
+from setuptools.build_meta import (  # noqa: F401  # of the build backend: those that stay as they are
+    build_editable,
+    build_sdist,
+    build_wheel,
+    get_requires_for_build_sdist,
+    prepare_metadata_for_build_editable,
+    prepare_metadata_for_build_wheel,
+)
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 GIB_PER_COMPILER = 2.5  # nvcc's peak for one template-heavy file
+
+# Identical PTX for sm_90a was seen to get wrong shared-memory addresses from ptxas 12.8.93 and 13.0.88, and right ones
+# from 13.1.80: https://github.com/fla-org/flash-linear-attention/pull/1262
+SOUND_PTXAS = (13, 1, 80)
+# The tested one, as in constraints.txt: 47 MB to download (aarch64: 41), 125 with the wheels that this one demands.
+TESTED_PTXAS = (13, 5, 37)
 
 
 def find_nvcc(environ, toolkit="/usr/local/cuda"):
@@ -44,6 +66,146 @@ def find_nvcc(environ, toolkit="/usr/local/cuda"):
             "  to skip it:  ANDROMEDA_CUDA=0 pip install -v ."
         )
     return nvcc
+
+
+def dotted(version):
+    return ".".join(map(str, version))
+
+
+PTXAS_WHEEL = f"nvidia-cuda-nvcc=={dotted(TESTED_PTXAS)}"
+
+
+class Ptxas(NamedTuple):
+    path: str
+    version: tuple[int, int, int]
+
+    def __str__(self):
+        return dotted(self.version)
+
+
+version_of = operator.attrgetter("version")
+
+
+def read_ptxas(path):
+    """The `Ptxas` at a path; None if there is none that runs."""
+    try:
+        said = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+    except OSError:
+        return None
+    found = re.search(r"\bV(\d+)\.(\d+)\.(\d+)", said)
+    return Ptxas(str(path), tuple(map(int, found.groups()))) if found else None
+
+
+def read_toolkit(nvcc, environ):
+    """The folder of an nvcc, behind scripts that only call it, and the `Ptxas` it runs; None, None: it is no nvcc."""
+    facts = {}
+    for host in filter(None, ("gcc", environ.get("CUDAHOSTCXX"), environ.get("CXX"), "c++", "clang++")):
+        # nvcc says nothing without a compiler for the host's half; which one changes nothing here.
+        command = [nvcc, "--dryrun", "-ccbin", host, "-x", "cu", "-c", os.devnull]
+        try:
+            said = subprocess.run(command, capture_output=True, text=True).stderr
+        except OSError:
+            return None, None
+        if facts := dict(re.findall(r"^#\$ (_HERE_|PATH)=(.*)$", said, re.MULTILINE)):
+            break
+    ptxas = read_ptxas(shutil.which("ptxas", path=facts.get("PATH", "")) or "")
+    return (os.path.abspath(facts["_HERE_"]), ptxas) if ptxas and "_HERE_" in facts else (None, None)
+
+
+def available_ptxas(tree):
+    """Those of wheels in the building environment, and what earlier builds have put into a CMake tree."""
+    package = importlib.util.find_spec("nvidia")
+    places = [Path(place) for place in package.submodule_search_locations] if package else []
+    paths = [path for place in places for path in place.glob("*/bin/ptxas")] + list(tree.glob("ptxas-*/bin/ptxas"))
+    return list(filter(None, map(read_ptxas, paths)))
+
+
+def choose_ptxas(environ, own, available):
+    """The `Ptxas` that assembles the kernels: nvcc's own, or a newer one.
+
+    Never an older one, which would not understand the PTX that nvcc writes; nor by itself one of another major version,
+    whose code the drivers of nvcc's version do not load.
+    """
+    choice = environ.get("ANDROMEDA_PTXAS")
+    if choice == "nvcc":
+        return own
+    if choice:
+        chosen = read_ptxas(os.path.abspath(shutil.which(choice) or choice))
+        if chosen is None:
+            raise SystemExit(f"andromeda: ANDROMEDA_PTXAS must be nvcc or the path of a ptxas, got {choice!r}")
+        if chosen.version < own.version:
+            raise SystemExit(f"andromeda: ANDROMEDA_PTXAS must not be older than nvcc's own, {own}, got {chosen}")
+        return chosen
+    return max([own, *(ptxas for ptxas in available if ptxas.version[0] == own.version[0])], key=version_of)
+
+
+def describe_ptxas(chosen, own):
+    """The line that says which ptxas was chosen, and what is known against it."""
+    line = f"andromeda: ptxas {chosen} assembles the CUDA kernels"
+    line += ": nvcc's own" if chosen.version == own.version else f" (nvcc's own is {own}): {chosen.path}"
+    if chosen.version[0] != own.version[0]:
+        line += f". Drivers that run CUDA {own.version[0]} only do not load its code"
+    if chosen.version >= SOUND_PTXAS:
+        return line
+    remedy = f"pip install {PTXAS_WHEEL}" if own.version[0] == SOUND_PTXAS[0] else "a CUDA toolkit of version 13.1"
+    return (
+        f"{line}. 12.8.93 and 13.0.88 are known to give some code for sm_90a wrong shared-memory addresses, and "
+        f"{dotted(SOUND_PTXAS)} is not. To get a newer one: {remedy}, or ANDROMEDA_PTXAS=<its path>"
+    )
+
+
+def nvcc_with(ptxas, nvcc_folder, tree):
+    """The path of an nvcc in `tree` that runs another ptxas, of which the tree keeps a copy.
+
+    nvcc looks for its parts where its nvcc.profile says, which it finds in the folder by whose name it was called. So
+    this one is a link in a folder of links to all other parts, with that file changed. The copy, because the wheel of
+    an isolated build is gone after it, while tests and the next build still compile in this tree.
+    """
+    folder = tree / f"ptxas-{ptxas}" / "bin"
+    copy = folder / "ptxas"
+    if Path(ptxas.path) != copy:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        shutil.copy2(ptxas.path, folder / "ptxas.part")  # with its time: ccache and ninja see the same file
+        os.replace(folder / "ptxas.part", copy)
+    for part in Path(nvcc_folder).iterdir():
+        if part.name not in ("ptxas", "nvcc.profile"):
+            (folder / part.name).unlink(missing_ok=True)
+            (folder / part.name).symlink_to(part)
+    profile = Path(nvcc_folder, "nvcc.profile").read_text().replace("$(_HERE_)", nvcc_folder)
+    (folder / "nvcc.profile").write_text(f"{profile}\nPATH += $(_HERE_):\n")  # += puts it first
+    return str(folder / "nvcc")
+
+
+def cuda_compiler(environ, tree):
+    """The nvcc to compile with in a CMake tree, which runs the chosen ptxas, and a line about that; or None, None."""
+    nvcc = find_nvcc(environ)
+    nvcc_folder, own = read_toolkit(nvcc, environ) if nvcc else (None, None)
+    if own is None:
+        return nvcc, None
+    chosen = choose_ptxas(environ, own, available_ptxas(tree))
+    line = describe_ptxas(chosen, own)
+    return (nvcc if chosen.version == own.version else nvcc_with(chosen, nvcc_folder, tree)), line
+
+
+def wheels_for_building(environ):
+    """What an isolated build needs besides pyproject.toml's list: the tested ptxas, where nvcc's own is not sound."""
+    nvcc = find_nvcc(environ)
+    if nvcc is None or environ.get("ANDROMEDA_PTXAS") or platform.machine() not in ("x86_64", "aarch64"):
+        return []
+    _, own = read_toolkit(nvcc, environ)
+    if own is None or own.version >= SOUND_PTXAS or own.version[0] != TESTED_PTXAS[0]:
+        return []
+    kept = choose_ptxas(environ, own, available_ptxas(build_tree(environ)))
+    return [] if kept.version >= TESTED_PTXAS else [PTXAS_WHEEL]
+
+
+def get_requires_for_build_wheel(config_settings=None):
+    return [*build_meta.get_requires_for_build_wheel(config_settings), *wheels_for_building(os.environ)]
+
+
+def get_requires_for_build_editable(config_settings=None):
+    return [*build_meta.get_requires_for_build_editable(config_settings), *wheels_for_building(os.environ)]
 
 
 def cuda_architectures(environ):
@@ -87,13 +249,18 @@ def program(package, folder):
         return package
 
 
+def build_tree(environ):
+    """CMake's tree, which stays: the next build is incremental."""
+    usual = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+    return Path(environ.get("ANDROMEDA_BUILD_TREE") or usual).resolve()
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext):
         import pybind11
 
-        nvcc = find_nvcc(os.environ)
         jobs = job_count(os.environ, *machine())
-        tree = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"  # kept: the next install is incremental
+        tree = build_tree(os.environ)
         cmake, ninja = program("cmake", "CMAKE_BIN_DIR"), program("ninja", "BIN_DIR")
         # The tools of an isolated build live in a folder of that one build: their paths must be given every time.
         configure = [cmake, "-S", str(ROOT), "-B", str(tree), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
@@ -101,11 +268,14 @@ class CMakeBuild(build_ext):
         configure += [f"-DANDROMEDA_VERSION={self.distribution.get_version()}"]
         configure += [f"-DANDROMEDA_CUDA={os.environ.get('ANDROMEDA_CUDA') or 'auto'}"]
         configure += [f"-DANDROMEDA_CUDA_ARCHITECTURES={cuda_architectures(os.environ)}"]
-        configure += [f"-DCMAKE_CUDA_COMPILER={nvcc}"] if nvcc else []
 
         tree.mkdir(parents=True, exist_ok=True)
         with open(tree / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two builds in one tree would spoil ninja's records
+            nvcc, about_ptxas = cuda_compiler(os.environ, tree)
+            if about_ptxas:
+                print(about_ptxas, flush=True)
+            configure += [f"-DCMAKE_CUDA_COMPILER={nvcc}"] if nvcc else []
             self.build(ext, tree, configure, nvcc, jobs)
 
     def build(self, ext, tree, configure, nvcc, jobs):

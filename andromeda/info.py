@@ -21,12 +21,18 @@ def gather_info() -> dict:
         "packages": {name: _installed(name) for name in packages},
         "torch_cuda": torch.version.cuda,
         "extension": _extension(_select),
+        "cuda": _cuda_versions(_select),
         "devices": _devices(torch),
         "operations": {},
     }
     for device in ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",):
         dtype = str(_select.usual_dtype(device)).removeprefix("torch.")
-        for operation, reasons in _select.report(device).items():
+        try:
+            report = _select.report(device)
+        except RuntimeError as error:  # torch: the device is there, but another process has it to itself, for instance
+            facts["cuda"]["error"] = str(error).partition("\n")[0]
+            continue
+        for operation, reasons in report.items():
             chosen = next((name for name, why in reasons.items() if not why), None)
             run = {"dtype": dtype, "runs": chosen, "reasons": reasons}
             facts["operations"].setdefault(operation, {})[device] = run
@@ -49,6 +55,11 @@ def _extension(select) -> dict:
         "cpu_isa": select.extension.cpu_isa(),
         "cpu_isas": list(select.extension.cpu_isas()),
     }
+
+
+def _cuda_versions(select) -> dict:
+    """CUDA of the kernels and the newest that the driver runs; None where there is none. No device is touched."""
+    return {"runtime": None, "driver": None} if select.extension is None else select.extension.cuda_versions()
 
 
 def _devices(torch) -> list[dict]:
@@ -102,6 +113,12 @@ def info_table(facts: dict) -> str:
         section("Extension", rows)
     else:
         section("Extension", [("not loaded", extension["reason"])])
+
+    cuda = facts["cuda"]
+    rows = [("kernels built with", cuda["runtime"]), ("torch built with", facts["torch_cuda"])]
+    rows += [("driver runs", cuda["driver"])]
+    rows += [("not usable", cuda["error"])] if "error" in cuda else []
+    section("CUDA", [(name, _short(version)) for name, version in rows])
 
     rows = []
     for device in facts["devices"]:

@@ -3,16 +3,19 @@
 #include <string>
 
 #include "andromeda/attention.h"
+#include "andromeda/cuda_status.h"
 #include "andromeda/graph_capture.h"
 #include "andromeda/qk_norm_rotary.h"
 
 namespace andromeda::cuda {
 namespace {
 
+constexpr char kReason[] =
+    "this installation was built without CUDA kernels. With a CUDA toolkit installed, "
+    "ANDROMEDA_CUDA=1 pip install -v --force-reinstall --no-deps <source folder> builds them";
+
 [[noreturn]] void unavailable(const char* operation) {
-  throw std::runtime_error(std::string(operation) +
-                           ": this installation was built without CUDA kernels. With a CUDA toolkit installed, "
-                           "ANDROMEDA_CUDA=1 pip install -v --force-reinstall --no-deps <source folder> builds them");
+  throw std::runtime_error(std::string(operation) + ": " + kReason);
 }
 
 }  // namespace
@@ -21,6 +24,10 @@ namespace {
 unsigned long long capture_id(CUstream_st*) { return 0; }
 
 bool permit_work_beside_captures(bool permitted) { return permitted; }
+
+CudaVersions cuda_versions() { return {}; }
+
+CudaStatus cuda_status(int) { return {kReason, "", true}; }
 
 AttentionWorkspace attention_forward_workspace(const AttentionParams&) { unavailable("attention_forward"); }
 

@@ -1,6 +1,7 @@
 """andromeda._C called directly: how tensors are read, what is refused before memory is touched, threads."""
 
 import math
+import re
 import sys
 import threading
 import time
@@ -349,6 +350,25 @@ def test_tables_may_have_more_rows():
     _C.qk_norm_rotary_forward(**call)
     _C.qk_norm_rotary_forward(**other)
     assert torch.equal(call["q_out"], other["q_out"]) and torch.equal(call["k_out"], other["k_out"])
+
+
+def test_cuda_versions_need_no_device():
+    versions, compiler = _C.cuda_versions(), _C.build_info()["cuda_compiler"]
+    assert versions.keys() == {"runtime", "driver"}
+    if compiler is None:
+        assert versions == {"runtime": None, "driver": None}
+    else:
+        assert compiler.startswith(f"nvcc {versions['runtime']}.")
+    assert versions["driver"] is None or re.fullmatch(r"\d+\.\d", versions["driver"])
+
+
+def test_cuda_status_is_an_answer_not_an_error():
+    for device in (0, 1000):
+        status = _C.cuda_status(device)
+        assert status.keys() == {"device_error", "kernel_error", "lasting"}
+    assert status["device_error"]  # there is no device 1000
+    if _C.build_info()["cuda_compiler"] and not torch.cuda.is_available():
+        assert re.fullmatch(r"cudaError\w+, .+", _C.cuda_status(0)["device_error"])
 
 
 def test_optional_tensors():

@@ -39,7 +39,9 @@ def test_build_info():
     if info["cuda_compiler"] is None:
         assert info["cuda_architectures"] == []
         assert info["cuda_flags"] is None
+        assert info["ptxas"] is None
     else:
+        assert re.fullmatch(r"\d+\.\d+\.\d+", info["ptxas"])
         assert re.fullmatch(r"nvcc \d+\.\d+.*", info["cuda_compiler"])
         assert info["cuda_architectures"]
         assert all(re.fullmatch(r"\d+[af]?(-real|-virtual)?", name) for name in info["cuda_architectures"])
@@ -166,6 +168,166 @@ def test_no_nvcc(setup_py, tmp_path):
 def test_unknown_cuda_choice(setup_py, value):
     with pytest.raises(SystemExit, match=f"ANDROMEDA_CUDA must be auto, 0 or 1, got '{value}'"):
         setup_py.find_nvcc({"ANDROMEDA_CUDA": value})
+
+
+# ---- setup.py: the ptxas ---------------------------------------------------------------------------------------------
+
+
+def write_program(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def write_ptxas(path, version):
+    return write_program(path, f"echo 'Cuda compilation tools, release {version.rpartition('.')[0]}, V{version}'")
+
+
+@pytest.fixture
+def fake_toolkit(tmp_path):
+    """make(version) is a toolkit in a path with blanks: an nvcc that tells where its parts are, a ptxas, and others."""
+
+    def make(version):
+        folder = tmp_path / f"cuda {version}" / "bin"
+        write_ptxas(folder / "ptxas", version)
+        write_program(folder / "nvcc", f"echo '#$ _HERE_={folder}' >&2; echo '#$ PATH={folder}:/bin' >&2")
+        write_program(folder / "cudafe++", "")
+        (folder / "crt").mkdir()
+        (folder / "nvcc.profile").write_text("TOP = $(_HERE_)/..\nPATH += $(TOP)/nvvm/bin:$(_HERE_):\n")
+        return folder
+
+    return make
+
+
+def test_the_toolkit_behind_a_script(setup_py, fake_toolkit, tmp_path):
+    folder = fake_toolkit("13.0.88")
+    nvcc = write_program(tmp_path / "nvcc", f'exec "{folder}/nvcc" "$@"')
+    assert setup_py.read_toolkit(nvcc, {}) == (str(folder), (str(folder / "ptxas"), (13, 0, 88)))
+
+
+def test_an_nvcc_that_needs_a_host_compiler(setup_py, fake_toolkit, tmp_path):
+    folder = fake_toolkit("13.0.88")
+    nvcc = write_program(tmp_path / "nvcc", f'[ "$3" = /my/c++ ] || exit 1; exec "{folder}/nvcc" "$@"')
+    assert setup_py.read_toolkit(nvcc, {"CXX": "g++"}) == (None, None)
+    for name in ("CXX", "CUDAHOSTCXX"):
+        assert setup_py.read_toolkit(nvcc, {name: "/my/c++"})[0] == str(folder)
+
+
+def test_a_compiler_that_is_no_nvcc(setup_py, toolkit, tmp_path):
+    for compiler in (write_program(tmp_path / "clang", "echo what? >&2; exit 1"), toolkit("empty") / "bin" / "nvcc"):
+        assert setup_py.read_toolkit(compiler, {}) == (None, None)
+        environ = {"CUDACXX": str(compiler), "PATH": ""}
+        assert setup_py.cuda_compiler(environ, tmp_path) == (str(compiler), None)
+        assert setup_py.wheels_for_building(environ) == []
+
+
+@pytest.mark.parametrize(
+    ("own", "available", "expected"),
+    [
+        ((13, 0, 88), [], (13, 0, 88)),
+        ((13, 0, 88), [(13, 1, 80), (13, 5, 37), (13, 4, 92)], (13, 5, 37)),
+        ((13, 0, 88), [(14, 0, 10), (12, 9, 86)], (13, 0, 88)),
+        ((13, 6, 1), [(13, 5, 37)], (13, 6, 1)),
+        ((12, 8, 93), [(13, 5, 37), (12, 9, 86)], (12, 9, 86)),
+    ],
+    ids=["alone", "newest", "other-major", "own-is-newer", "cuda-12"],
+)
+def test_which_ptxas(setup_py, own, available, expected):
+    own, *available = (setup_py.Ptxas("somewhere", version) for version in (own, *available))
+    for environ in ({}, {"ANDROMEDA_PTXAS": ""}):
+        assert setup_py.choose_ptxas(environ, own, available).version == expected
+    assert setup_py.choose_ptxas({"ANDROMEDA_PTXAS": "nvcc"}, own, available) is own
+
+
+def test_a_named_ptxas(setup_py, tmp_path):
+    own = setup_py.Ptxas("somewhere", (13, 0, 88))
+
+    def choose(path):
+        return setup_py.choose_ptxas({"ANDROMEDA_PTXAS": str(path)}, own, [setup_py.Ptxas("x", (13, 5, 37))])
+
+    named = write_ptxas(tmp_path / "a b" / "ptxas", "14.1.2")
+    assert choose(named) == (str(named), (14, 1, 2))
+    with pytest.raises(SystemExit, match=r"must not be older than nvcc's own, 13\.0\.88, got 12\.9\.86"):
+        choose(write_ptxas(tmp_path / "old", "12.9.86"))
+    for wrong in (tmp_path / "nowhere", tmp_path, write_program(tmp_path / "other", "echo nothing")):
+        with pytest.raises(SystemExit, match=f"ANDROMEDA_PTXAS must be nvcc or the path of a ptxas, got '{wrong}'"):
+            choose(wrong)
+
+
+def test_the_line_about_ptxas(setup_py):
+    def line(chosen, own):
+        return setup_py.describe_ptxas(setup_py.Ptxas("/w/ptxas", chosen), setup_py.Ptxas("/o/ptxas", own))
+
+    assert line((13, 5, 37), (13, 0, 88)) == (
+        "andromeda: ptxas 13.5.37 assembles the CUDA kernels (nvcc's own is 13.0.88): /w/ptxas"
+    )
+    assert line((13, 1, 80), (13, 1, 80)) == "andromeda: ptxas 13.1.80 assembles the CUDA kernels: nvcc's own"
+    assert line((14, 1, 2), (13, 5, 37)).endswith("/w/ptxas. Drivers that run CUDA 13 only do not load its code")
+    for own, remedy in (
+        ((13, 0, 88), "pip install nvidia-cuda-nvcc=="),
+        ((12, 8, 93), "a CUDA toolkit of version 13.1"),
+    ):
+        told = line(own, own)
+        assert "12.8.93 and 13.0.88 are known" in told and remedy in told and "ANDROMEDA_PTXAS=" in told
+
+
+def test_an_nvcc_with_another_ptxas(setup_py, fake_toolkit, tmp_path):
+    folder, tree = fake_toolkit("13.0.88"), tmp_path / "a tree"
+    wheel = write_ptxas(tmp_path / "wheel" / "bin" / "ptxas", "13.5.37")
+    environ = {"CUDACXX": str(folder / "nvcc"), "PATH": "", "ANDROMEDA_PTXAS": str(wheel)}
+    nvcc, told = setup_py.cuda_compiler(environ, tree)
+    made = tree / "ptxas-13.5.37" / "bin"
+    assert nvcc == str(made / "nvcc") and "13.5.37" in told
+    assert {path.name for path in made.iterdir()} == {path.name for path in folder.iterdir()}
+    assert all((made / name).samefile(folder / name) for name in ("nvcc", "cudafe++", "crt"))
+    assert (made / "nvcc.profile").read_text().split("\n") == [
+        f"TOP = {folder}/..", f"PATH += $(TOP)/nvvm/bin:{folder}:", "", "PATH += $(_HERE_):", ""
+    ]  # fmt: skip
+
+    shutil.rmtree(tmp_path / "wheel")  # an isolated build is over
+    del environ["ANDROMEDA_PTXAS"]
+    assert setup_py.cuda_compiler(environ, tree)[0] == nvcc
+    assert setup_py.read_ptxas(made / "ptxas").version == (13, 5, 37)
+    environ["ANDROMEDA_PTXAS"] = "nvcc"
+    assert setup_py.cuda_compiler(environ, tree)[0] == str(folder / "nvcc")
+
+
+def test_when_an_isolated_build_asks_for_the_wheel(setup_py, fake_toolkit, tmp_path, monkeypatch):
+    old, new, other = (fake_toolkit(version) / "nvcc" for version in ("13.0.88", "13.1.80", "12.8.93"))
+    environ = {"PATH": "", "ANDROMEDA_BUILD_TREE": str(tmp_path / "tree")}
+
+    def asked_for(nvcc, **changes):
+        return setup_py.wheels_for_building(environ | {"CUDACXX": str(nvcc)} | changes)
+
+    monkeypatch.setattr(
+        setup_py, "find_nvcc", lambda environ, find=setup_py.find_nvcc: find(environ, tmp_path / "none")
+    )
+    monkeypatch.setattr(setup_py.importlib.util, "find_spec", lambda name: None)  # no wheel is installed
+    assert asked_for(old) == [setup_py.PTXAS_WHEEL]
+    assert asked_for(new) == asked_for(other) == setup_py.wheels_for_building(environ) == []
+    assert asked_for(old, ANDROMEDA_CUDA="0") == asked_for(old, ANDROMEDA_PTXAS="nvcc") == []
+    write_ptxas(tmp_path / "tree" / "ptxas-13.5.37" / "bin" / "ptxas", "13.5.37")  # of an earlier build
+    assert asked_for(old) == []
+    monkeypatch.setattr(setup_py.platform, "machine", lambda: "ppc64le")
+    assert asked_for(old, ANDROMEDA_BUILD_TREE=str(tmp_path)) == []
+
+
+def test_the_tested_ptxas_is_pinned_and_strict(setup_py):
+    assert setup_py.PTXAS_WHEEL in (ROOT / "constraints.txt").read_text().splitlines()
+    strict = re.search(r"set\(strict_ptxas ([\d. ]+)\)", (ROOT / "CMakeLists.txt").read_text()).group(1).split()
+    assert ".".join(map(str, setup_py.TESTED_PTXAS[:2])) in strict
+
+
+def test_setup_py_is_a_whole_build_backend(setup_py):
+    from setuptools import build_meta
+
+    assert [
+        name for name in build_meta.__all__ if name.islower() and name != "__legacy__" and not hasattr(setup_py, name)
+    ] == []
+
+
+# ---- setup.py: architectures and jobs --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

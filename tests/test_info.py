@@ -24,12 +24,51 @@ def test_info_as_a_process():
         assert runs["cpu"]["reasons"]["cuda"] != []
 
 
+def test_versions_of_cuda(capsys, monkeypatch):
+    from andromeda.ops import _select
+
+    if _select.extension.build_info()["cuda_architectures"]:
+        assert main(["info", "--json"]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert facts["extension"]["build"]["ptxas"] and facts["cuda"]["runtime"]
+    for driver in ("12.4", None):
+        monkeypatch.setattr(
+            _select.extension, "cuda_versions", lambda driver=driver: {"runtime": "13.0", "driver": driver}
+        )
+        assert main(["info"]) == 0
+        lines = {line.strip() for line in capsys.readouterr().out.splitlines()}
+        assert {"kernels built with  13.0", f"driver runs         {driver or 'none'}"} <= lines
+
+
+def test_info_of_a_device_that_cannot_be_used(capsys, monkeypatch):
+    """As in the exclusive mode: the device is counted, and its first tensor is refused."""
+    import torch
+
+    from andromeda.ops import _select
+
+    report = _select.report
+
+    def refused(device):
+        if device == "cuda":
+            raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCompile with ...")
+        return report(device)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(_select, "report", refused)
+    assert main(["info"]) == 0
+    shown = capsys.readouterr().out
+    assert "not usable          CUDA error: CUDA-capable device(s) is/are busy or unavailable\n" in shown
+    assert "attention on cpu, float32: cpu runs" in shown
+
+
 def test_info_table(capsys):
     assert main(["info"]) == 0
     shown = capsys.readouterr().out
     for part in (
         "Versions",
         "Extension",
+        "CUDA",
         "Devices",
         "torch",
         "attention on cpu, float32:",

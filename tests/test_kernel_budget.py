@@ -6,6 +6,7 @@ kernel_budget.toml. What kernels use, of the library or of another file with obj
     python tests/test_kernel_budget.py [FILE]
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import importlib.util
@@ -21,6 +22,7 @@ from collections import Counter
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import emulator.build
 import pytest
 import torch
 
@@ -37,6 +39,7 @@ BUDGET = tomllib.loads((TESTS / "kernel_budget.toml").read_text())
 EVERY = BUDGET.pop("every")
 # The devices that run the code of an architecture. 8.6 and 8.9 take the code of 8.0.
 DEVICES = {"sm_80": ("A100", "RTX 3090", "L4"), "sm_90a": ("H200",)}
+NEVER_LAUNCHED = "probe"  # csrc/cuda/cuda_status.cu: only loaded
 
 
 # ---- tools ----------------------------------------------------------------------------------------------------------
@@ -58,15 +61,23 @@ def places(folder):
     return [Path(home) / folder for home in homes]
 
 
-def find_cuobjdump():
-    """The program, or None. It calls nvdisasm, which must be of its version: from the same folder."""
+def find_cuobjdump(path):
+    """The first program that reads all of a file, or None: one of an older CUDA than the file's often does not.
+
+    It calls nvdisasm, which must be of its version: from the same folder.
+    """
     for folder in [*places("bin"), *map(Path, os.get_exec_path())]:
         if all(shutil.which(name, path=folder) for name in ("cuobjdump", "nvdisasm")):
-            return folder / "cuobjdump"
+            command = [folder / "cuobjdump", "--dump-elf", path]
+            if subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0:
+                return folder / "cuobjdump"
     return None
 
 
-NO_CUOBJDUMP = "no cuobjdump with nvdisasm beside it: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+NO_CUOBJDUMP = (
+    "no cuobjdump with nvdisasm beside it that reads the object code: "
+    "pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+)
 
 
 def output_of(*command, **options):
@@ -143,7 +154,7 @@ def read_kernels(cuobjdump, path):
     names = output_of(demangle, input="\n".join(symbol for _, symbol in kernels)).splitlines()
     named = {(where, readable(name)): kernels[where, key] for (where, key), name in zip(kernels, names, strict=True)}
     assert len(named) == len(kernels), f"two kernels share a name: {sorted(names)}"
-    return named
+    return {key: kernel for key, kernel in named.items() if key[1] != NEVER_LAUNCHED}
 
 
 # ---- the library ----------------------------------------------------------------------------------------------------
@@ -153,7 +164,7 @@ def read_kernels(cuobjdump, path):
 def cuobjdump():
     if not _C.build_info()["cuda_architectures"]:
         missing("the library was built without CUDA")
-    return find_cuobjdump() or missing(NO_CUOBJDUMP)
+    return find_cuobjdump(_C.__file__) or missing(NO_CUOBJDUMP)
 
 
 @pytest.fixture(scope="session")
@@ -281,26 +292,38 @@ def test_every_entry_has_a_kernel(kernels, entry, architecture):
     assert covered(kernels, entry, architecture), f"no kernel {entry} in the library: {sorted(kernels)}"
 
 
+def check_registers_and_memory(name, kernel, limits, ptxas):
+    made_by = f"{name}, made by ptxas {ptxas}"
+    assert kernel.registers <= limits["registers"], made_by
+    assert kernel.local <= limits["local"], made_by
+    assert kernel.max_threads in (0, limits["threads"]), f"{name}: __launch_bounds__ is not as in kernel_budget.toml"
+
+
+def check_instructions(name, kernel, limits):
+    short = {op: kernel.count(op) for op, least in limits["require"].items() if kernel.count(op) < least}
+    assert not short, f"{name} has too few {short}, of {limits['require']}"
+    present = {op: kernel.count(op) for op in limits["forbid"] if kernel.count(op)}
+    assert not present, f"{name} has {present}"
+
+
+def check_blocks(name, kernel, limits, occupancy):
+    """Too few blocks hide no latency; none at all is a launch that fails."""
+    use = f"{kernel.registers} {limits['threads']} {kernel.static_shared} {limits['shared']}"
+    blocks = occupancy([f"{use} {device}" for device in limits["min_blocks"]])
+    for (device, least), number in zip(limits["min_blocks"].items(), blocks, strict=True):
+        assert number >= max(least, 1), f"{name} on {device}: {use} (registers, threads, shared memory)"
+
+
 @every_entry
 def test_registers_and_memory(kernels, entry, architecture):
-    limits = limits_of(entry, architecture)
     for name, kernel in covered(kernels, entry, architecture):
-        made_by = f"{name}, made by {_C.build_info()['cuda_compiler']}"
-        assert kernel.registers <= limits["registers"], made_by
-        assert kernel.local <= limits["local"], made_by
-        assert kernel.max_threads in (0, limits["threads"]), (
-            f"{name}: __launch_bounds__ is not as in kernel_budget.toml"
-        )
+        check_registers_and_memory(name, kernel, limits_of(entry, architecture), _C.build_info()["ptxas"])
 
 
 @every_entry
 def test_instructions(kernels, entry, architecture):
-    limits = limits_of(entry, architecture)
     for name, kernel in covered(kernels, entry, architecture):
-        short = {op: kernel.count(op) for op, least in limits["require"].items() if kernel.count(op) < least}
-        assert not short, f"{name} has too few {short}, of {limits['require']}"
-        present = {op: kernel.count(op) for op in limits["forbid"] if kernel.count(op)}
-        assert not present, f"{name} has {present}"
+        check_instructions(name, kernel, limits_of(entry, architecture))
 
 
 @pytest.fixture(scope="session")
@@ -317,14 +340,10 @@ def occupancy(tmp_path_factory):
 
 @every_entry
 def test_blocks_per_multiprocessor(kernels, occupancy, entry, architecture):
-    """Too few blocks hide no latency; none at all is a launch that fails."""
     limits = limits_of(entry, architecture)
     assert set(limits["min_blocks"]) == set(DEVICES[architecture])
     for name, kernel in covered(kernels, entry, architecture):
-        use = f"{kernel.registers} {limits['threads']} {kernel.static_shared} {limits['shared']}"
-        blocks = occupancy([f"{use} {device}" for device in limits["min_blocks"]])
-        for (device, least), number in zip(limits["min_blocks"].items(), blocks, strict=True):
-            assert number >= max(least, 1), f"{name} on {device}: {use} (registers, threads, shared memory)"
+        check_blocks(name, kernel, limits, occupancy)
 
 
 def every_variant(emulated):
@@ -355,6 +374,96 @@ def test_launches_are_as_in_the_budget(emulated):
         assert launch.shared_bytes <= BUDGET[entry]["shared"], name
         launched.add(entry)
     assert launched == set(BUDGET), "entries whose kernels were not launched"
+
+
+# ---- with every ptxas -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def nvccs(tmp_path_factory):
+    """{version of ptxas: an nvcc that runs it}: nvcc's own, then the newest at hand if that is another one."""
+    setup_py = emulator.build._setup_py()
+    nvcc = setup_py.find_nvcc(os.environ) or missing("no nvcc")
+    folder, own = setup_py.read_toolkit(nvcc, os.environ)
+    newest = setup_py.choose_ptxas({}, own, setup_py.available_ptxas(setup_py.build_tree(os.environ)))
+    found = {str(own): str(Path(folder) / "nvcc")}
+    if newest.version != own.version:
+        found[str(newest)] = setup_py.nvcc_with(newest, folder, tmp_path_factory.mktemp("a toolkit"))
+    return found
+
+
+def another_ptxas(nvccs):
+    """Goes on where there are two."""
+    if len(nvccs) == 1:
+        missing(f"no ptxas but nvcc's own {next(iter(nvccs))}: pip install {emulator.build._setup_py().PTXAS_WHEEL}")
+
+
+def assemble(nvcc, ptx, architecture, folder):
+    """Object code of a PTX file, with the flags of the project."""
+    number, target = architecture.removeprefix("sm_"), folder / f"{architecture}_{ptx.stem}.fatbin"
+    gencode = f"-gencode=arch=compute_{number},code={architecture}"
+    output_of(nvcc, "-fatbin", *_C.build_info()["cuda_flags"].split(), gencode, ptx, "-o", target)
+    return target
+
+
+def assemble_all(nvcc, architectures, folder):
+    """Like `read_kernels` of the library."""
+    jobs = [(architecture, ptx) for architecture in architectures for ptx in compiled_ptx(architecture)]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        files = list(pool.map(lambda job: assemble(nvcc, job[1], job[0], folder), jobs))
+        cuobjdump = find_cuobjdump(files[0]) or missing(NO_CUOBJDUMP)
+        tables = pool.map(lambda file: read_kernels(cuobjdump, file), files)
+        return {key: kernel for table in tables for key, kernel in table.items()}
+
+
+def compiled_ptx(architecture):
+    return emulator.build.compile_ptx(architecture.removeprefix("sm_"))
+
+
+def differences(kernel, other):
+    """What two ptxas made of the same PTX: "UIADD3 6 -> 14, registers 96 -> 104"; without what fills up cache lines."""
+    pairs = {
+        field: (getattr(kernel, field), getattr(other, field)) for field in ("registers", "local", "static_shared")
+    }
+    opcodes = sorted((kernel.instructions.keys() | other.instructions.keys()) - {"NOP"})
+    pairs |= {opcode: (kernel.instructions[opcode], other.instructions[opcode]) for opcode in opcodes}
+    return ", ".join(f"{what} {before} -> {after}" for what, (before, after) in pairs.items() if before != after)
+
+
+def difference_table(kernels, others):
+    """One line for the kernels of an architecture with the same differences; then how many have none."""
+    alike = {}
+    for architecture, name in sorted(kernels):
+        what = differences(kernels[architecture, name], others[architecture, name])
+        alike.setdefault((architecture, what), []).append(name)
+    same = sum(len(names) for (_, what), names in alike.items() if not what)
+    lines = [f"  {where:7} {' '.join(names)}: {what}" for (where, what), names in alike.items() if what]
+    return [*lines, f"  {same} of {len(kernels)} kernels: the same instructions, in number"]
+
+
+def test_every_ptxas_keeps_the_budget(kernels, nvccs, occupancy, tmp_path):
+    """The library's ptxas is judged by the tests above. Another one gets the PTX of the same kernels."""
+    another_ptxas(nvccs)
+    for architecture in DEVICES:
+        in_library(architecture)
+    kernels = {key: kernel for key, kernel in kernels.items() if key[0] in DEVICES}
+    used = _C.build_info()["ptxas"]
+    for version in nvccs.keys() - {used}:
+        others = assemble_all(nvccs[version], DEVICES, tmp_path)
+        assert others.keys() == kernels.keys(), "the library is not of these sources"
+        emulator.build.announce("\n".join([f"ptxas {used} -> {version}:", *difference_table(kernels, others)]))
+        for (architecture, name), kernel in others.items():
+            (entry,) = (entry for entry in BUDGET if fnmatchcase(name, entry))
+            limits = limits_of(entry, architecture)
+            check_registers_and_memory(name, kernel, limits, version)
+            check_instructions(name, kernel, limits)
+            check_blocks(name, kernel, limits, occupancy)
+
+
+def test_the_library_names_its_ptxas(cuobjdump):
+    listing = output_of(cuobjdump, "--dump-elf", _C.__file__)
+    tools = {version for name, version in re.findall(r"Tool Name:\s+(\w+)\s+Tool Version:.* V([\d.]+)", listing)}
+    assert tools == {_C.build_info()["ptxas"]}
 
 
 # ---- what stops the build -------------------------------------------------------------------------------------------
@@ -414,34 +523,45 @@ def find_tool(name):
     return shutil.which(name, path=path) or missing(f"{name} is not installed")
 
 
-@pytest.fixture(scope="module")
-def compile_kernels(tmp_path_factory):
-    """compile_kernels(source) -> (status, output): in place of a kernel file, with all the flags of the project."""
-    pybind11 = pytest.importorskip("pybind11")
-    nvcc = shutil.which(
-        os.environ.get("CUDACXX", "nvcc"), path=os.pathsep.join([*os.get_exec_path(), *map(str, places("bin"))])
-    )
-    if nvcc is None:
-        missing("no nvcc")
-    cmake, ninja = find_tool("cmake"), find_tool("ninja")
-    project = tmp_path_factory.mktemp("planted") / "a path with blanks"
-    for folder in ("csrc", "tests"):
-        shutil.copytree(ROOT / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "CMakeLists.txt", project)
-    output_of(
-        cmake, "-S", project, "-B", project / "build", "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
-        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}",
-        f"-DCMAKE_CUDA_COMPILER={nvcc}", "-DANDROMEDA_CUDA_ARCHITECTURES=80;90a-real",
-    )  # fmt: skip
+class Project:
+    """The project in another folder, where a source takes the place of a kernel file; with all its flags."""
 
-    def compile_kernels(source):
-        (project / "csrc" / "cuda" / "qk_norm_rotary.cu").write_text(source)
-        target = "CMakeFiles/cuda_kernels.dir/csrc/cuda/qk_norm_rotary.cu.o"
-        command = [ninja, "-C", project / "build", target]
+    SOURCE = Path("csrc/cuda/qk_norm_rotary.cu")
+
+    def __init__(self, folder):
+        self.folder, self.ninja = folder, find_tool("ninja")
+        self.object = Path(f"CMakeFiles/cuda_kernels.dir/{self.SOURCE}.o")
+        for name in ("csrc", "tests"):
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "CMakeLists.txt", folder)
+
+    def configure(self, nvcc):
+        """The tree for a compiler, as setup.py does it; what CMake said."""
+        pybind11 = pytest.importorskip("pybind11")
+        return output_of(
+            find_tool("cmake"), "--fresh", "-S", self.folder, "-B", self.folder / "build", "-G", "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={self.ninja}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_CUDA_COMPILER={nvcc}",
+            "-DANDROMEDA_CUDA_ARCHITECTURES=80;90a-real",
+        )  # fmt: skip
+
+    def compile(self, source):
+        """(status, output) of the compiler."""
+        (self.folder / self.SOURCE).write_text(source)
+        command = [self.ninja, "-C", self.folder / "build", self.object]
         result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         return result.returncode, result.stdout
 
-    return compile_kernels
+
+@pytest.fixture(scope="module", params=[0, 1], ids=["own ptxas", "newest ptxas"])
+def compile_kernels(request, nvccs, tmp_path_factory):
+    """compile_kernels(source) -> (status, output): in place of a kernel file, with all the flags of the project."""
+    if request.param == 1:
+        another_ptxas(nvccs)
+    version, nvcc = list(nvccs.items())[request.param]
+    project = Project(tmp_path_factory.mktemp("planted") / "a path with blanks")
+    assert f"ptxas {version}" in project.configure(nvcc)
+    return project.compile
 
 
 @pytest.mark.parametrize(
@@ -465,8 +585,22 @@ def test_other_code_does_not_stop_the_build(compile_kernels):
     assert status == 0, output
 
 
+def test_a_change_of_ptxas_compiles_again(nvccs, tmp_path, monkeypatch):
+    """Neither ninja nor ccache may take what one ptxas has made for the work of another."""
+    another_ptxas(nvccs)
+    monkeypatch.setenv("CCACHE_DIR", str(tmp_path / "cache"))
+    project = Project(tmp_path / "a path with blanks")
+    for version in [*nvccs, *nvccs]:
+        project.configure(nvccs[version])
+        status, output = project.compile(CLEAN)
+        assert status == 0, output
+        made = project.folder / "build" / project.object
+        listing = output_of(find_cuobjdump(made) or missing(NO_CUOBJDUMP), "--dump-elf", made)
+        assert set(re.findall(r"Tool Version:.* V([\d.]+)", listing)) == {version}
+
+
 def main(path=_C.__file__):
-    kernels = read_kernels(find_cuobjdump() or sys.exit(NO_CUOBJDUMP), path)
+    kernels = read_kernels(find_cuobjdump(path) or sys.exit(NO_CUOBJDUMP), path)
     for (architecture, name), kernel in sorted(kernels.items(), key=lambda item: item[0][::-1]):
         print(f"{name} {architecture}: {kernel.registers} registers, {kernel.local} bytes local,", end=" ")
         print(f"{kernel.static_shared} bytes static shared, at most {kernel.max_threads} threads")

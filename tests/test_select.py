@@ -1,7 +1,9 @@
 """Backend choice, the extension's absence, and what `andromeda info` reads."""
 
+import os
 import subprocess
 import sys
+import types
 
 import conftest
 import pytest
@@ -68,30 +70,83 @@ def test_backend_argument():
     ],
 )
 def test_architectures(built_for, capability, runs, monkeypatch):
-    class Extension:
-        @staticmethod
-        def build_info():
-            return {"cuda_architectures": built_for}
-
-    monkeypatch.setattr(_select, "extension", Extension)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    reasons = _select.cuda_unavailable.__wrapped__(torch.device("cuda"))  # not the remembered answer
+    pretend(monkeypatch, built_for, capability)
     name = ".".join(map(str, capability))
-    assert reasons == ([] if runs else [f"compute capability {name} (built for {', '.join(built_for)})"])
+    expected = [] if runs else [f"compute capability {name} (built for {', '.join(built_for)})"]
+    assert _select.cuda_unavailable(torch.device("cuda", 0)) == expected
+
+
+def pretend(monkeypatch, built_for=("80",), capability=(8, 0), **status):
+    """An extension with these answers; a list of the devices that it is asked about."""
+    asked = []
+    answer = {"device_error": None, "kernel_error": None, "lasting": True} | status
+    extension = types.SimpleNamespace(
+        build_info=lambda: {"cuda_architectures": list(built_for)},
+        cuda_versions=lambda: {"runtime": "13.0", "driver": "12.4"},
+        cuda_status=lambda index: asked.append(index) or answer,
+    )
+    monkeypatch.setattr(_select, "extension", extension)
+    monkeypatch.setattr(_select, "_lasting_answers", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    return asked
 
 
 def test_cuda_without_an_extension_or_kernels(monkeypatch):
+    monkeypatch.setattr(_select, "_lasting_answers", {})
     monkeypatch.setattr(_select, "extension", None)
     monkeypatch.setattr(_select, "extension_error", "not built")
-    assert _select.cuda_unavailable.__wrapped__(torch.device("cuda")) == ["not built"]
+    assert _select.cuda_unavailable(torch.device("cuda", 0)) == ["not built"]
+    assert pretend(monkeypatch, built_for=()) == []
+    assert _select.cuda_unavailable(torch.device("cuda", 0)) == ["the extension was built without CUDA"]
 
-    class Extension:
-        @staticmethod
-        def build_info():
-            return {"cuda_architectures": []}
 
-    monkeypatch.setattr(_select, "extension", Extension)
-    assert _select.cuda_unavailable.__wrapped__(torch.device("cuda")) == ["the extension was built without CUDA"]
+def test_an_error_of_the_device_comes_with_both_versions(monkeypatch):
+    pretend(monkeypatch, device_error="cudaErrorInsufficientDriver, too old", capability=(7, 5))
+    assert _select.cuda_unavailable(torch.device("cuda", 0)) == [
+        "cudaErrorInsufficientDriver, too old (built with CUDA 13.0, the driver runs 12.4)"
+    ]
+
+
+def test_an_error_of_the_kernels_is_told_by_the_capability_first(monkeypatch):
+    device = torch.device("cuda", 0)
+    pretend(monkeypatch, capability=(7, 5), kernel_error="cudaErrorNoKernelImageForDevice, none")
+    assert _select.cuda_unavailable(device) == ["compute capability 7.5 (built for 80)"]
+    pretend(monkeypatch, kernel_error="cudaErrorUnsupportedPtxVersion, too new")
+    assert _select.cuda_unavailable(device) == [
+        "cudaErrorUnsupportedPtxVersion, too new (built with CUDA 13.0, the driver runs 12.4)"
+    ]
+
+
+@pytest.mark.parametrize("lasting", [True, False])
+def test_only_an_answer_that_lasts_is_kept(monkeypatch, lasting):
+    asked = pretend(monkeypatch, device_error="cudaErrorX, y", lasting=lasting)
+    for _ in range(3):
+        assert "cudaErrorX" in _select.cuda_unavailable(torch.device("cuda", 0))[0]
+    assert asked == ([0] if lasting else [0, 0, 0])
+
+
+def test_answers_are_kept_per_device(monkeypatch):
+    asked = pretend(monkeypatch)
+    for index in (0, 1, 0, 1):
+        assert _select.cuda_unavailable(torch.device("cuda", index)) == []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert _select.cuda_unavailable(torch.device("cuda")) == []
+    assert _select.cuda_unavailable(torch.device("cpu")) == []
+    assert asked == [0, 1, 3]
+
+
+def test_a_forked_child_asks_again():
+    """CUDA does not work in the child of a process that has used it, whatever the parent was told."""
+    device = torch.device("cuda", 7)
+    _select._lasting_answers[device] = ["of the parent"]
+    try:
+        child = os.fork()
+        if child == 0:
+            os._exit(len(_select._lasting_answers))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert _select._lasting_answers[device] == ["of the parent"]
+    finally:
+        _select.cuda_unavailable.cache_clear()
 
 
 def test_report_lists_every_backend_of_every_operation():

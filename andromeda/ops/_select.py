@@ -6,8 +6,8 @@ and `andromeda info`, so that a fallback is never secret.
 """
 
 import contextlib
-import functools
 import importlib
+import os
 from collections.abc import Callable, Hashable
 
 import torch
@@ -89,20 +89,49 @@ def choose(op: str, backend: str, unsupported: Callable[[str], list[str]]) -> st
     )
 
 
-@functools.cache
+_lasting_answers = {}  # device -> reasons
+os.register_at_fork(after_in_child=_lasting_answers.clear)  # what worked in a process does not work in its children
+
+
 def cuda_unavailable(device: torch.device) -> list[str]:
-    """Why the compiled CUDA kernels cannot run on this device; empty when they can, or when it is no CUDA device."""
+    """Why the compiled CUDA kernels cannot run on this device; empty when they can, or when it is no CUDA device.
+
+    The first call makes the device ready. An answer that may change, such as memory that is short or a device that
+    another process has to itself, is not kept: the next call asks again.
+    """
+    if (reasons := _lasting_answers.get(device)) is None:
+        reasons, lasting = _first_obstacle(device)
+        if lasting:
+            _lasting_answers[device] = reasons
+    return reasons
+
+
+cuda_unavailable.cache_clear = _lasting_answers.clear
+
+
+def _first_obstacle(device: torch.device) -> tuple[list[str], bool]:
+    """The reasons of `cuda_unavailable` and whether they last as long as this process."""
     if extension is None:
-        return [extension_error]
+        return [extension_error], True
     built_for = extension.build_info()["cuda_architectures"]
     if not built_for:
-        return ["the extension was built without CUDA"]
+        return ["the extension was built without CUDA"], True
     if device.type != "cuda":
-        return []
+        return [], True
+    status = extension.cuda_status(torch.cuda.current_device() if device.index is None else device.index)
+    if error := status["device_error"]:  # before torch is asked, which may raise on such a device
+        return [_with_versions(error)], status["lasting"]
     capability = torch.cuda.get_device_capability(device)
-    if any(_runs_on(architecture, *capability) for architecture in built_for):
-        return []
-    return [f"compute capability {capability[0]}.{capability[1]} (built for {', '.join(built_for)})"]
+    if not any(_runs_on(architecture, *capability) for architecture in built_for):
+        return [f"compute capability {capability[0]}.{capability[1]} (built for {', '.join(built_for)})"], True
+    if error := status["kernel_error"]:
+        return [_with_versions(error)], status["lasting"]
+    return [], True
+
+
+def _with_versions(error: str) -> str:
+    versions = extension.cuda_versions()
+    return f"{error} (built with CUDA {versions['runtime']}, the driver runs {versions['driver'] or 'none'})"
 
 
 def _runs_on(architecture: str, major: int, minor: int) -> bool:
@@ -126,12 +155,13 @@ _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 def plan(key: Hashable, device: torch.device, make: Callable[[], tuple]) -> tuple:
     """`make()`, a plan whose first element is the backend, remembered for later calls with this key.
 
-    key: all that the plan depends on. Where a GPU is passed over, the reason may pass as well: nothing is remembered.
+    key: all that the plan depends on. Where a GPU's kernels are passed over, the reason may pass as well: nothing is
+        remembered.
     """
     found = _plans.get(key)
     if found is None:
         found = make()
-        if device.type != "cuda" or DEVICE_TYPES.get(found[0]) == "cuda":
+        if device.type != DEVICE_TYPES["cuda"] or found[0] == "cuda":
             if len(_plans) >= _MAX_PLANS:
                 _plans.clear()
             _plans[key] = found

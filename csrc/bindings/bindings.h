@@ -14,6 +14,7 @@ namespace andromeda::bindings {
 inline CUstream_st* as_stream(std::uintptr_t stream) { return reinterpret_cast<CUstream_st*>(stream); }
 
 void bind_attention(pybind11::module_& m);
+void bind_cuda_status(pybind11::module_& m);
 void bind_graph_capture(pybind11::module_& m);
 void bind_qk_norm_rotary(pybind11::module_& m);
 void bind_token_shift_norm(pybind11::module_& m);

@@ -8,6 +8,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &andromeda::bindings::build_info, "How this library was built.");
   m.def("cpu_isa", &andromeda::cpu::cpu_isa, "The instruction set in use.");
   m.def("cpu_isas", &andromeda::cpu::cpu_isas, "Instruction sets this machine can run, lowest first.");
+  andromeda::bindings::bind_cuda_status(m);
   andromeda::bindings::bind_attention(m);
   andromeda::bindings::bind_graph_capture(m);
   andromeda::bindings::bind_qk_norm_rotary(m);

@@ -1,10 +1,17 @@
 #!/bin/sh
-# nvcc.sh COMMAND...: runs a compiler (with or without ccache in front) and fails on what it calls a note.
+# nvcc.sh PTXAS COMMAND...: runs a compiler (with or without ccache in front) and fails on what it calls a note.
+#
+# PTXAS is the assembler that the compiler calls. ccache must take its content into account, and does not by itself: it
+# would give what one ptxas has made to a build with another. ninja sees it in the command.
 #
 # ptxas says in notes of the series C75.. that the code is correct and slow: it made wgmma wait for every product, since
 # registers of one in flight are used, or it ignored setmaxnreg. No option of it makes them errors, as -Werror does with
 # the warnings about spills.
 # A shell script: the path of cmake changes with every isolated build, and a new command would compile everything again.
+
+CCACHE_EXTRAFILES=$1${CCACHE_EXTRAFILES:+:$CCACHE_EXTRAFILES}
+export CCACHE_EXTRAFILES
+shift
 
 exec 3>&1
 messages=$("$@" 2>&1 >&3)

@@ -61,6 +61,8 @@ class Settings:
     blocks: linear indices of the blocks to run; None runs all.
     capture: the number of the capture into a graph that every stream is part of; 0: none.
     current_device: the CUDA device at the call, 0 or 1.
+    driver_version: the newest CUDA that the driver runs, 13000 for 13.0; 0: there is none; None: that of the build.
+    failures: calls of the runtime that fail, with their errors: {"cudaSetDevice": "cudaErrorNoDevice"}.
     """
 
     device: str | Device = "A100"
@@ -71,6 +73,8 @@ class Settings:
     blocks: tuple[int, ...] | None = None
     capture: int = 0
     current_device: int = 0
+    driver_version: int | None = None
+    failures: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 class DeviceTensor:
@@ -180,7 +184,8 @@ class Emulator:
         settings.schedule = getattr(self._host.Schedule, given.schedule)
         settings.seed, settings.check, settings.blocks = given.seed, given.check, list(given.blocks or ())
         settings.execute = given.execute
-        self._host.set_up(device, settings, given.capture, given.current_device)
+        version = self._host.runtime_version if given.driver_version is None else given.driver_version
+        self._host.set_up(device, settings, given.capture, given.current_device, version, given.failures)
 
     def tensor(self, source, *, name, writable=False, device_index=0):
         """A copy of a CPU tensor with its strides and alignment. Gaps between its rows are part of the buffer."""

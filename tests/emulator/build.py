@@ -81,6 +81,23 @@ def ptx_files():
 
 
 @functools.cache
+def compile_ptx(architecture):
+    """The PTX of the kernels in csrc/cuda for "80" or "90a".
+
+    Raises:
+        RuntimeError: the build failed; with what the compiler said.
+    """
+    tree, failure = _build()
+    if not failure:
+        with _locked(tree):
+            failure = _run([_tools()[0], "--build", str(tree), "--target", f"ptx_{architecture}"])
+    if failure:
+        raise RuntimeError(failure)
+    paths = map(Path, (tree / f"ptx_{architecture}.txt").read_text().splitlines())
+    return [path for path in paths if path.parent.name == "cuda"]
+
+
+@functools.cache
 def _build():
     """The tree and the reason why it could not be built, if so: a failure is not tried again by every test."""
     cmake, ninja = _tools()
@@ -129,7 +146,7 @@ def _options(ninja, *, new):
         "Python_EXECUTABLE": sys.executable,
     }
     if new:
-        options["CMAKE_CUDA_COMPILER"] = _setup_py().find_nvcc(os.environ)
+        options["CMAKE_CUDA_COMPILER"], _ = _setup_py().cuda_compiler(os.environ, OWN_TREE)
         options["ANDROMEDA_CUDA_ARCHITECTURES"] = _setup_py().cuda_architectures(os.environ)
     return options
 

@@ -14,6 +14,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <utility>
 
 #include "memory.h"
 #include "tma.h"
@@ -73,35 +74,56 @@ std::string describe(const dim3& size) {
   return std::to_string(size.x) + " x " + std::to_string(size.y) + " x " + std::to_string(size.z);
 }
 
+#define NAMED(error) {error, #error}
+constexpr std::pair<cudaError_t, const char*> kErrors[] = {
+    NAMED(cudaSuccess),
+    NAMED(cudaErrorCompatNotSupportedOnDevice),
+    NAMED(cudaErrorDevicesUnavailable),
+    NAMED(cudaErrorInitializationError),
+    NAMED(cudaErrorInsufficientDriver),
+    NAMED(cudaErrorInvalidConfiguration),
+    NAMED(cudaErrorInvalidDevice),
+    NAMED(cudaErrorInvalidDeviceFunction),
+    NAMED(cudaErrorInvalidKernelImage),
+    NAMED(cudaErrorInvalidPtx),
+    NAMED(cudaErrorInvalidValue),
+    NAMED(cudaErrorJitCompilationDisabled),
+    NAMED(cudaErrorJitCompilerNotFound),
+    NAMED(cudaErrorLaunchFailure),
+    NAMED(cudaErrorMemoryAllocation),
+    NAMED(cudaErrorNoDevice),
+    NAMED(cudaErrorNoKernelImageForDevice),
+    NAMED(cudaErrorNotSupported),
+    NAMED(cudaErrorStreamCaptureUnsupported),
+    NAMED(cudaErrorSystemDriverMismatch),
+    NAMED(cudaErrorSystemNotReady),
+    NAMED(cudaErrorUnsupportedPtxVersion),
+};
+#undef NAMED
+
 const char* name_of_error(cudaError_t error) {
-  switch (error) {
-    case cudaSuccess:
-      return "cudaSuccess";
-    case cudaErrorInvalidValue:
-      return "cudaErrorInvalidValue";
-    case cudaErrorInvalidConfiguration:
-      return "cudaErrorInvalidConfiguration";
-    case cudaErrorInvalidDevice:
-      return "cudaErrorInvalidDevice";
-    case cudaErrorInvalidDeviceFunction:
-      return "cudaErrorInvalidDeviceFunction";
-    case cudaErrorNoKernelImageForDevice:
-      return "cudaErrorNoKernelImageForDevice";
-    case cudaErrorMemoryAllocation:
-      return "cudaErrorMemoryAllocation";
-    case cudaErrorLaunchFailure:
-      return "cudaErrorLaunchFailure";
-    case cudaErrorNotSupported:
-      return "cudaErrorNotSupported";
-    case cudaErrorStreamCaptureUnsupported:
-      return "cudaErrorStreamCaptureUnsupported";
-    default:
-      return "cudaErrorUnknown";
+  for (const auto& [known, name] : kErrors) {
+    if (known == error) return name;
   }
+  return "cudaErrorUnknown";
+}
+
+// What a call returns whatever its arguments are: a driver is missing or of an older major version than this runtime,
+// or a test wants the call to fail.
+cudaError_t refusal(const char* call) {
+  if (driver().version / 1000 < CUDART_VERSION / 1000) {
+    return fail(cudaErrorInsufficientDriver, "the driver runs CUDA " + std::to_string(driver().version) +
+                                                 ", the runtime is of " + std::to_string(CUDART_VERSION));
+  }
+  const auto wanted = driver().failures.find(call);
+  if (wanted == driver().failures.end()) return cudaSuccess;
+  return fail(wanted->second, std::string(call) + " is to fail");
 }
 
 // The function and its kernel for the pretended device.
-cudaError_t look_up(const void* stub, Function*& function, std::shared_ptr<const Kernel>& kernel) {
+cudaError_t look_up(const char* call, const void* stub, Function*& function, std::shared_ptr<const Kernel>& kernel) {
+  if (const cudaError_t error = refusal(call)) return error;
+  driver().contexts.insert(thread_state.device);
   const auto entry = functions().find(stub);
   if (entry == functions().end()) return fail(cudaErrorInvalidDeviceFunction, "not a registered __global__ function");
   function = &entry->second;
@@ -167,7 +189,7 @@ cudaError_t launch(const void* stub, const dim3& grid, const dim3& block, void**
 
   Function* function = nullptr;
   std::shared_ptr<const Kernel> kernel;
-  if (const cudaError_t error = look_up(stub, function, kernel)) return refused(error);
+  if (const cudaError_t error = look_up("cudaLaunchKernel", stub, function, kernel)) return refused(error);
   if (const cudaError_t error = check_launch(*function, *kernel, grid, block, dynamic)) return refused(error);
 
   std::vector<std::uint8_t> parameters;
@@ -292,6 +314,13 @@ Driver& driver() {
   return driver;
 }
 
+cudaError_t error_of_name(const std::string& name) {
+  for (const auto& [error, known] : kErrors) {
+    if (known == name) return error;
+  }
+  return cudaSuccess;
+}
+
 void run_reported(const Kernel& kernel, const std::string& name, Dim3 grid, Dim3 block, std::size_t dynamic_shared,
                   const std::vector<std::uint8_t>& parameters, int device_index) {
   std::vector<Report>& reports = driver().reports;
@@ -395,7 +424,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* st
 cudaError_t cudaFuncSetAttribute(const void* stub, cudaFuncAttribute attribute, int value) {
   emulator::Function* function = nullptr;
   std::shared_ptr<const emulator::Kernel> kernel;
-  if (const cudaError_t error = emulator::look_up(stub, function, kernel)) return error;
+  if (const cudaError_t error = emulator::look_up("cudaFuncSetAttribute", stub, function, kernel)) return error;
   if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) return cudaSuccess;  // a hint about speed
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) {
     return fail(cudaErrorInvalidValue, "the emulator does not know function attribute " + std::to_string(attribute));
@@ -413,7 +442,10 @@ cudaError_t cudaFuncSetAttribute(const void* stub, cudaFuncAttribute attribute, 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* stub) {
   emulator::Function* function = nullptr;
   std::shared_ptr<const emulator::Kernel> kernel;
-  if (const cudaError_t error = emulator::look_up(stub, function, kernel)) return error;
+  if (const cudaError_t error = emulator::look_up("cudaFuncGetAttributes", stub, function, kernel)) return error;
+  if (driver().capture != 0 && thread_state.capture_mode != cudaStreamCaptureModeRelaxed) {
+    return fail(cudaErrorStreamCaptureUnsupported, "cudaFuncGetAttributes during a capture: it may load the kernel");
+  }
   *attributes = {};
   attributes->sharedSizeBytes = emulator::static_shared_of(*kernel);
   attributes->maxThreadsPerBlock = static_cast<int>(emulator::max_threads_of(*kernel));
@@ -427,7 +459,9 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, 
                                                                    std::size_t dynamic, unsigned /*flags*/) {
   emulator::Function* function = nullptr;
   std::shared_ptr<const emulator::Kernel> kernel;
-  if (const cudaError_t error = emulator::look_up(stub, function, kernel)) return error;
+  if (const cudaError_t error =
+          emulator::look_up("cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags", stub, function, kernel))
+    return error;
   if (const cudaError_t error = emulator::check_launch(*function, *kernel, dim3(1), dim3(threads), dynamic)) {
     return error;
   }
@@ -446,25 +480,35 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
 // ---- devices --------------------------------------------------------------------------------------------------------
 
 cudaError_t cudaGetDeviceCount(int* count) {
+  if (const cudaError_t error = emulator::refusal("cudaGetDeviceCount")) return error;
   *count = emulator::Driver::kNumDevices;
   return cudaSuccess;
 }
 
 cudaError_t cudaGetDevice(int* device) {
+  if (const cudaError_t error = emulator::refusal("cudaGetDevice")) return error;
   *device = thread_state.device;
   return cudaSuccess;
 }
 
 cudaError_t cudaSetDevice(int device) {
+  if (const cudaError_t error = emulator::refusal("cudaSetDevice")) return error;
   if (device < 0 || device >= emulator::Driver::kNumDevices) {
     return fail(cudaErrorInvalidDevice,
                 "device " + std::to_string(device) + " of " + std::to_string(emulator::Driver::kNumDevices));
   }
   thread_state.device = device;
+  driver().contexts.insert(device);
+  return cudaSuccess;
+}
+
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = driver().version;
   return cudaSuccess;
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device_index) {
+  if (const cudaError_t error = emulator::refusal("cudaDeviceGetAttribute")) return error;
   if (device_index < 0 || device_index >= emulator::Driver::kNumDevices) {
     return fail(cudaErrorInvalidDevice, "device " + std::to_string(device_index));
   }
@@ -573,11 +617,6 @@ cudaError_t cudaDeviceSynchronize() { return emulator::record_call("cudaDeviceSy
 cudaError_t cudaStreamSynchronize(cudaStream_t /*stream*/) { return emulator::record_call("cudaStreamSynchronize"); }
 cudaError_t cudaEventSynchronize(cudaEvent_t /*event*/) { return emulator::record_call("cudaEventSynchronize"); }
 
-cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
-  std::swap(*mode, emulator::thread_state.capture_mode);
-  return cudaSuccess;
-}
-
 cudaError_t cudaStreamIsCapturing(cudaStream_t /*stream*/, cudaStreamCaptureStatus* status) {
   *status = driver().capture != 0 ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
@@ -592,6 +631,12 @@ cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatu
                                      std::size_t* /*count*/) {
   if (driver().capture != 0) *id = driver().capture;
   return cudaStreamIsCapturing(stream, status);
+}
+
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  if (const cudaError_t error = emulator::refusal("cudaThreadExchangeStreamCaptureMode")) return error;
+  std::swap(*mode, thread_state.capture_mode);
+  return cudaSuccess;
 }
 
 }  // extern "C"

@@ -1,9 +1,12 @@
 // The pretended driver behind the CUDA runtime of cudart.cpp: the device, what was asked of it, and what went wrong.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -39,14 +42,20 @@ struct Driver {
   Device device;
   Settings settings;
   PtxLibrary ptx;
-  unsigned long long capture = 0;        // the number of the capture that every stream is part of, or 0
-  std::map<const void*, int> device_of;  // beginnings of the buffers that are not on device 0
+  int version = CUDART_VERSION;                 // the newest CUDA that it runs, 13000 for 13.0; 0: there is no driver
+  std::map<std::string, cudaError_t> failures;  // what these calls of the runtime return, by name
+  std::set<int> contexts;                       // devices that were made ready
+  unsigned long long capture = 0;               // the number of the capture that every stream is part of, or 0
+  std::map<const void*, int> device_of;         // beginnings of the buffers that are not on device 0
   std::vector<Launch> launches;
   std::vector<std::string> calls;  // allocations and synchronisations, by name
   std::vector<Report> reports;
 };
 
 Driver& driver();
+
+// By the name of an error; cudaSuccess if the emulator does not know it.
+cudaError_t error_of_name(const std::string& name);
 
 // Runs a grid with the settings of the driver and appends to its reports; a pointer to memory of another device than
 // `device_index` is one of them.

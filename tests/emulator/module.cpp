@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <map>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -140,6 +141,11 @@ void bind_subject(py::module_ m) {
     if (error == cudaSuccess) error = cudaFree(pointer);
     return describe(error);
   });
+  m.def("current_device", [] {
+    int device = -1;
+    cudaGetDevice(&device);
+    return device;
+  });
   m.def("is_capturing", [] {
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     cudaStreamIsCapturing(nullptr, &status);
@@ -264,13 +270,24 @@ PYBIND11_MODULE(_emulator, m) {
         [](std::uintptr_t address, int device) { driver().device_of[reinterpret_cast<void*>(address)] = device; });
 
   m.def("set_ptx_files", [](const std::vector<std::string>& paths) { driver().ptx.set_files(paths); });
-  m.def("set_up", [](const Device& device, const Settings& settings, unsigned long long capture, int current_device) {
+  m.attr("runtime_version") = CUDART_VERSION;
+  m.def("set_up", [](const Device& device, const Settings& settings, unsigned long long capture, int current_device,
+                     int driver_version, const std::map<std::string, std::string>& failures) {
     driver().device = device;
     driver().settings = settings;
     driver().capture = capture;
+    driver().version = CUDART_VERSION;
+    driver().failures.clear();
     set_device(current_device);
+    driver().version = driver_version;
+    for (const auto& [call, name] : failures) {
+      driver().failures[call] = error_of_name(name);
+      if (driver().failures[call] == cudaSuccess) throw py::value_error("the emulator does not know the error " + name);
+    }
+    driver().contexts.clear();
   });
   m.def("gpu_exchange_table", &gpu_exchange_table);
+  m.def("contexts", [] { return driver().contexts; });
   m.def("check_no_error_left", &check_no_error_left);
   m.def("take_launches", [] { return take(driver().launches); });
   m.def("take_reports", [] { return take(driver().reports); });

@@ -13,6 +13,7 @@ from numerics import nan_filled
 
 import emulator
 from andromeda.ops import _select
+from andromeda.ops.attention import attention
 from andromeda.ops.qk_norm_rotary import qk_norm_rotary
 from emulator import DEVICES, Device, EmulatedExtension, Emulator
 
@@ -262,6 +263,134 @@ def test_a_pointer_of_another_device_is_reported(emu, subject):
     emu.reports.clear()
     subject(input=far.data_ptr())
     assert [report.kind for report in emu.reports] == ["device"] and '"out" is on device 0' in emu.reports[0].text
+
+
+# ---- the first use of a device --------------------------------------------------------------------------------------
+
+
+def test_the_driver_runs_the_runtimes_of_its_major_version(emu, subject):
+    built = emu._host.runtime_version
+    for version in (built, built // 1000 * 1000, built + 1000):
+        emu.settings.driver_version = version
+        assert subject() == "cudaSuccess"
+    for version in (built // 1000 * 1000 - 10, 0):
+        emu.settings.driver_version = version
+        assert subject().startswith(
+            f"cudaErrorInsufficientDriver: emulated: the driver runs CUDA {version}, the runtime"
+        )
+        assert emu.launches[-1].error == "cudaErrorInsufficientDriver"
+
+
+def test_a_call_fails_as_told(emu, subject):
+    emu.settings.failures = {"cudaLaunchKernel": "cudaErrorDevicesUnavailable"}
+    assert subject() == "cudaErrorDevicesUnavailable: emulated: cudaLaunchKernel is to fail"
+    emu.settings.failures = {"cudaLaunchKernel": "cudaErrorOfNobody"}
+    with pytest.raises(ValueError, match="the emulator does not know the error cudaErrorOfNobody"):
+        subject()
+
+
+def test_versions_touch_no_device(emu):
+    emu.settings.driver_version = 12040
+    emu.settings.failures = {"cudaSetDevice": "cudaErrorNoDevice"}
+    with emu:
+        versions = emu.extension.cuda_versions()
+        assert emu._host.contexts() == set()
+    built = emu._host.runtime_version
+    assert versions == {"runtime": f"{built // 1000}.{built % 1000 // 10}", "driver": "12.4"}
+    emu.settings.driver_version = 0
+    with emu:
+        assert emu.extension.cuda_versions()["driver"] is None
+    emu.assert_clean()
+
+
+@pytest.mark.parametrize("current", [0, 1])
+@pytest.mark.parametrize(
+    "failures", [{}, {"cudaFuncGetAttributes": "cudaErrorMemoryAllocation"}], ids=["works", "fails"]
+)
+def test_the_status_of_a_device_leaves_no_trace(emu, current, failures):
+    """No launch, no error for the next call; the current device stays, and no other one is made ready."""
+    emu.settings.current_device, emu.settings.failures, emu.settings.capture = current, failures, 1
+    with emu:
+        status = emu.extension.cuda_status(1)
+        assert emu._host.contexts() == {1}
+        assert emu._host.subject.current_device() == current
+        assert emu._host.subject.last_errors() == ["cudaSuccess"] * 3
+    emu.assert_clean()
+    assert emu.launches == emu.calls == []
+    assert (status["kernel_error"] or "").startswith("cudaErrorMemoryAllocation" if failures else "")
+    assert status["device_error"] is None and status["lasting"] == (not failures)
+
+
+def test_the_status_of_a_device_that_is_not_there(emu):
+    with emu:
+        assert emu.extension.cuda_status(2)["device_error"].startswith("cudaErrorInvalidDevice")
+    emu.assert_clean()
+
+
+@pytest.fixture
+def first_use(emulated, monkeypatch):
+    """Operations on CPU tensors ask the pretended device 0, through the real `cuda_unavailable`."""
+    monkeypatch.setattr(_select, "_lasting_answers", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(_select, "cuda_unavailable", lambda device: cuda_unavailable(torch.device("cuda", 0)))
+    return emulated
+
+
+cuda_unavailable = _select.cuda_unavailable  # before a fixture replaces it
+LASTING = [
+    ("driver", "cudaErrorInsufficientDriver"),
+    ("cudaSetDevice", "cudaErrorNoDevice"),
+    ("cudaSetDevice", "cudaErrorSystemDriverMismatch"),
+    ("cudaSetDevice", "cudaErrorCompatNotSupportedOnDevice"),
+    ("cudaFuncGetAttributes", "cudaErrorNoKernelImageForDevice"),
+    ("cudaFuncGetAttributes", "cudaErrorInvalidKernelImage"),
+    ("cudaFuncGetAttributes", "cudaErrorUnsupportedPtxVersion"),
+    ("cudaFuncGetAttributes", "cudaErrorInvalidPtx"),
+    ("cudaFuncGetAttributes", "cudaErrorJitCompilerNotFound"),
+    ("cudaFuncGetAttributes", "cudaErrorJitCompilationDisabled"),
+]
+PASSING = [
+    ("cudaSetDevice", "cudaErrorInitializationError"),  # also of a forked child
+    ("cudaSetDevice", "cudaErrorDevicesUnavailable"),
+    ("cudaSetDevice", "cudaErrorSystemNotReady"),
+    ("cudaSetDevice", "cudaErrorMemoryAllocation"),
+    ("cudaFuncGetAttributes", "cudaErrorMemoryAllocation"),
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "lasts"),
+    [*((*case, True) for case in LASTING), *((*case, False) for case in PASSING)],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_error_of_the_first_use_is_a_reason_and_a_fallback(first_use, call, error, lasts):
+    q = torch.randn(1, 70, 2, 64, dtype=torch.bfloat16)
+    expected = attention(q, q, q, backend="reference")
+    first_use.settings.driver_version = 12040 if call == "driver" else None
+    first_use.settings.failures = {} if call == "driver" else {call: error}
+
+    assert torch.equal(attention(q, q, q), expected)
+    reason = rf"cuda: {error}, emulated: .* \(built with CUDA \d+\.\d, the driver runs \d+\.\d\)"
+    with pytest.raises(NotImplementedError, match=reason):
+        attention(q, q, q, backend="cuda")
+    with pytest.raises(NotImplementedError, match=reason):
+        qk_norm_rotary(q, q, backend="cuda")
+    assert first_use.launches == []
+
+    first_use.settings.driver_version, first_use.settings.failures = None, {}
+    attention(q, q, q)
+    assert bool(first_use.launches) != lasts
+
+
+def test_a_device_that_works_is_asked_once(first_use):
+    q = torch.randn(1, 70, 2, 64, dtype=torch.bfloat16)
+    attention(q, q, q)
+    first_use.settings.failures = {"cudaSetDevice": "cudaErrorDevicesUnavailable"}
+    attention(q, q, q)
+    assert len(first_use.launches) == 2
+
+
+# ---- graphs and memory ----------------------------------------------------------------------------------------------
 
 
 def test_capture(emu, subject):
