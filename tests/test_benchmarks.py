@@ -37,7 +37,7 @@ def test_short_calls_share_a_sample(load, monkeypatch):
         calls[name] += 1
         now[0] += 0.5 if calls[name] == 1 and name == "first call slow" else seconds
 
-    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0], time=lambda: 1000.0 + now[0]))
     functions = {
         "first call slow": lambda: call("first call slow", 0.003),
         "long": lambda: call("long", 0.025),
@@ -47,6 +47,8 @@ def test_short_calls_share_a_sample(load, monkeypatch):
     assert calls == {"first call slow": 2 + 3 * 7, "long": 2 + 3, "very long": 1 + 3}  # warm-up and three samples
     assert timings["first call slow"].samples_ms == pytest.approx([3.0] * 3)  # of a call, not of a sample
     assert timings["long"].samples_ms == pytest.approx([25.0] * 3)
+    spent = 0.003 * 21 + 0.025 * 3 + 2.0 * 3
+    assert all(measured.interval[1] - measured.interval[0] == pytest.approx(spent) for measured in timings.values())
 
     timings = timing.measure(functions, device="cpu", rounds=50, budget_s=0.0)
     assert [len(measured.samples_ms) for measured in timings.values()] == [2, 2, 2]  # rounds there must be
