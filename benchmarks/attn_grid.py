@@ -77,8 +77,10 @@ def main(argv: list[str] | None = None) -> None:
 
     def write(finished: bool = False) -> None:
         if args.json:
-            state = {} if finished else {"unfinished": True}
-            report.write_json(args.json, rows, report.environment(args.device), notes, {"lines": done, **state})
+            known = bars.of_device(args.device) if args.device == "cuda" else None
+            extra = {"lines": done, "bars": bars.evaluate(rows, known) if known else []}
+            extra |= {} if finished else {"unfinished": True}
+            report.write_json(args.json, rows, report.environment(args.device), notes, extra)
 
     for line in GRID:
         if line in done:

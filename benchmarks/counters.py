@@ -167,8 +167,9 @@ def profile(ncu: str, subject: str, folder: Path) -> tuple[list[dict[str, str]],
             return launches, notes
         said = "\n".join([said, result.stdout, result.stderr])
         errors = [line.strip() for line in said.splitlines() if "==ERROR==" in line] or said.strip().splitlines()[-1:]
-        if any(word in said for word in NOT_ALLOWED):
-            raise Refused(next((line for line in errors if any(word in line for word in NOT_ALLOWED)), errors[0]))
+        for line in errors:
+            if any(word in line for word in NOT_ALLOWED):
+                raise Refused(line)
         unknown = [name for name in metrics if any(re.search(rf"\b{re.escape(name)}", line) for line in errors)]
         if not unknown or len(unknown) == len(metrics):
             raise RuntimeError(f"ncu, exit code {result.returncode}: {' '.join(errors) or 'no kernel was watched'}")

@@ -81,10 +81,11 @@ def build_pair(args: argparse.Namespace, seqlen: int) -> tuple[torch.nn.Module, 
     is not installed."""
     alibi_heads = max(args.heads // 2, 1)
     torch.manual_seed(0)
-    ours = andromeda.Andromeda(
-        num_tokens=args.num_tokens, max_seq_len=seqlen, dim=args.dim, depth=args.depth, dim_head=args.dim_head,
-        heads=args.heads, alibi_num_heads=alibi_heads,
-    )  # fmt: skip
+    with torch.device(args.device):  # a GPU draws the weights of a large model in no time
+        ours = andromeda.Andromeda(
+            num_tokens=args.num_tokens, max_seq_len=seqlen, dim=args.dim, depth=args.depth, dim_head=args.dim_head,
+            heads=args.heads, alibi_num_heads=alibi_heads,
+        )  # fmt: skip
     if importlib.util.find_spec("x_transformers") is None:
         return ours.to(args.device), None
     from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper

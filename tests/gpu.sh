@@ -109,6 +109,14 @@ device=cuda sizes=() collect=()
 
 benchmark() { "$PYTHON" "benchmarks/$1.py" --device "$device" --json "$parts/${2:-$1}.json" "${@:3}" "${sizes[@]}"; }
 
+# The benchmarks of operations that memory limits.
+of_memory() {
+  local name
+  for name in qk_norm_rotary token_shift_norm; do
+    [[ ! -f benchmarks/$name.py ]] || echo "$name"
+  done
+}
+
 # pytest, with a file of counts for gpu.json. PART NAME ARGUMENTS...
 count_tests() {
   PART="$parts/$1.json" "$PYTHON" -m pytest -q -p gpu_report -p no:cacheprovider --device "$device" "${collect[@]}" "${@:2}"
@@ -181,10 +189,11 @@ run_quick() {
     echo "attempt $attempt of attn_grid ended with code $code"
   done
   ((code == 0)) || failed=1
-  benchmark qk_norm_rotary qk_norm_rotary --quick --seqlen "$([[ $device == cuda ]] && echo 32768 || echo 64)" || failed=1
-  if [[ -f benchmarks/token_shift_norm.py ]]; then
-    benchmark token_shift_norm token_shift_norm --quick || failed=1
-  fi
+  local name tokens=32768
+  [[ $device == cuda ]] || tokens=64
+  for name in $(of_memory); do
+    benchmark "$name" "$name" --quick --seqlen "$tokens" || failed=1 # --quick: two rounds, no torch.compile
+  done
   return "$failed"
 }
 
@@ -266,17 +275,16 @@ run_sanitizer() {
 }
 
 run_bench() {
-  local failed=0 pass
+  local failed=0 pass name
   local -a shape=(--dtype bfloat16)
   [[ -n ${REHEARSE:-} ]] || shape+=(--seqlen 8192 --keys 131072)
   for pass in forward backward decode; do
     benchmark attn "attn_$pass" --pass "$pass" "${shape[@]}" --contenders andromeda sdpa flash_attn || failed=1
   done
   benchmark model || failed=1
-  benchmark qk_norm_rotary || failed=1
-  if [[ -f benchmarks/token_shift_norm.py ]]; then
-    benchmark token_shift_norm || failed=1
-  fi
+  for name in $(of_memory); do
+    benchmark "$name" || failed=1
+  done
   for pass in forward decode backward; do # FlexAttention compiles for longer than all the others run
     benchmark attn "flex_$pass" --pass "$pass" "${shape[@]}" --contenders andromeda flex || failed=1
   done
@@ -358,7 +366,7 @@ if [[ -z ${REHEARSE:-} ]] && grep -q '"gpu": null' "$SCRATCH/facts.json"; then
   echo "gpu.sh: torch of $PYTHON finds no CUDA device" >&2
   exit 1
 fi
-: >"$OUT/gpu.log"
+printf '== a call of %s: %s\n' "$(date '+%F %T')" "$only" >>"$OUT/gpu.log"
 # shellcheck disable=SC2086  # words
 report begin $only
 

@@ -200,7 +200,8 @@ def merge(data: dict, step: str) -> list[str]:
 def finish(data: dict) -> dict:
     """What follows from the rest: bars and predictions."""
     parts = [part for step in data["measured"].values() for part in step.values()]
-    data["bars"] = [bar for part in parts for bar in part.get("bars") or [] if bar.get("measured") is not None]
+    known = [bar for part in parts for bar in part.get("bars") or [] if bar.get("measured") is not None]
+    data["bars"] = list({(bar.get("what"), bar.get("bar")): bar for bar in known}.values())  # the last of each counts
     rows = [row for part in parts for row in part.get("rows", [])]
     try:
         data["predictions"] = predictions.compare(rows, data["environment"].get("gpu") or "")

@@ -175,15 +175,62 @@ def test_bars_know_their_gpu(load, monkeypatch):
         assert bars.of_device("cuda") == known
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("step", ["forward", "decode"])
-def test_effective_work_is_what_the_windows_hold(load, step):
+def test_effective_work_is_what_the_windows_hold(load, step, causal):
     cases = load("cases")
-    case = cases.AttentionCase(step, 300, num_heads=6, alibi_heads=4)
+    case = cases.AttentionCase(step, 300, num_heads=6, alibi_heads=4, causal=causal)
     positions = range(case.seqlen - case.seqlen_q, case.seqlen)
-    visible = [(head, p - key) for head in range(6) for p in positions for key in range(p + 1)]
+    keys = {p: range(p + 1 if causal else case.seqlen) for p in positions}
+    visible = [(head, abs(p - key)) for head in range(6) for p in positions for key in keys[p]]
     inside = [pair for pair in visible if pair[1] < case.windows[pair[0]]]
     assert 0 < len(inside) < len(visible)
+    assert case.flops == 2 * 2 * len(visible) * case.head_dim
     assert case.effective_flops / case.flops == pytest.approx(len(inside) / len(visible))
+
+
+@pytest.mark.parametrize("windows", [False, True])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("step, seqlen", [("forward", 640), ("forward", 700), ("decode", 1000)])
+def test_mask_of_blocks_is_that_of_pairs(load, step, seqlen, causal, windows):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    case = load("cases").AttentionCase(step, seqlen, num_heads=6, alibi_heads=5, causal=causal)
+    mask = load("cases").block_mask(case, windows=windows)
+    heads = case.num_heads if windows else None
+    expected = create_block_mask(mask.mask_mod, None, heads, case.seqlen_q, seqlen, device="cpu")
+    assert mask.seq_lengths == expected.seq_lengths == (case.seqlen_q, seqlen)
+
+    def blocks(numbers, indices):
+        return [
+            [sorted(row[:count].tolist()) for row, count in zip(rows, counts, strict=True)]
+            for rows, counts in zip(indices[0], numbers[0], strict=True)
+        ]
+
+    for kind in ("kv", "full_kv"):
+        found, wanted = (
+            blocks(getattr(m, f"{kind}_num_blocks"), getattr(m, f"{kind}_indices")) for m in (mask, expected)
+        )
+        assert found == wanted
+    assert causal is False or windows is False or mask.sparsity() > 10 or step == "decode"
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kv_heads", [1, 3])
+@pytest.mark.parametrize("step", ["forward", "decode"])
+def test_exact_rows(load, step, kv_heads, causal):
+    """Against the reference, which repeats key heads and builds the bias in another way."""
+    from andromeda.reference import attention as reference
+
+    cases = load("cases")
+    case = cases.AttentionCase(step, 90, 2, 6, kv_heads, 16, 3, causal=causal)
+    inputs = cases.AttentionInputs(case)
+    rows, exact = inputs.exact_rows(20)
+    assert len(rows) == (20 if step == "forward" else 1)
+    assert {0, case.seqlen_q - 1} <= set(rows.tolist())
+    options = {"causal": causal, "softmax_scale": cases.LOGIT_SCALE, "alibi_slopes": inputs.slopes.double()}
+    expected = reference.attention(*(x.double() for x in (inputs.q, inputs.k, inputs.v)), **options)[0]
+    torch.testing.assert_close(exact.double(), expected[:, rows], rtol=0, atol=1e-5)
 
 
 def test_what_a_contender_says(load):
@@ -241,6 +288,168 @@ def test_peers_may_fail_but_not_the_kernels(load, tmp_path, monkeypatch, capsys)
     with pytest.raises(SystemExit, match=r"andromeda, no windows did not run decode .*: no kernel for this"):
         attn.main([*arguments, "--json", str(tmp_path / "attn.json")])
     assert {row["op"] for row in json.loads((tmp_path / "attn.json").read_text())["rows"]} == {"matmul", "copy"}
+
+
+DECODE = ["--device", "cpu", "--dtype", "float32", "--pass", "decode", "--keys", "64", "--quick"]
+
+
+def spoil(cases, monkeypatch, name, change):
+    """The function of `cases` that makes a contender gives another result."""
+    make = getattr(cases, name)
+
+    def spoilt(*arguments, **options):
+        forward = make(*arguments, **options)
+        return lambda: change(forward())
+
+    monkeypatch.setattr(cases, name, spoilt)
+
+
+@pytest.mark.parametrize("change", [lambda out: out + 0.01, lambda out: out * torch.nan])
+def test_a_peer_that_differs_is_a_note(load, tmp_path, monkeypatch, change):
+    spoil(load("cases"), monkeypatch, "sdpa", change)
+    path = tmp_path / "attn.json"
+    load("attn").main([*DECODE, "--json", str(path)])
+    data = json.loads(path.read_text())
+    names = {row["backend"] for row in data["rows"]}
+    assert {"andromeda", "andromeda, no windows", "sdpa, no bias"} <= names  # the last computes something else
+    assert "sdpa, bias tensor" not in names
+    assert any(note.startswith("sdpa, bias tensor, decode b1 n64") and "not timed" in note for note in data["notes"])
+
+
+def test_kernels_of_ours_that_differ_end_with_an_error_after_all_is_written(load, tmp_path, monkeypatch):
+    """Both rows of ours are wrong in the same way: the peers alone would be taken for wrong."""
+    spoil(load("cases"), monkeypatch, "andromeda", lambda out: out + 0.01)
+    path = tmp_path / "attn.json"
+    with pytest.raises(SystemExit, match=r"andromeda, decode .* differs by 0.01 from plain torch: not timed"):
+        load("attn").main([*DECODE, "--json", str(path)])
+    assert "sdpa, bias tensor" in {row["backend"] for row in json.loads(path.read_text())["rows"]}
+
+
+def test_an_error_between_the_rows_that_are_judged_is_seen(load, monkeypatch):
+    cases = load("cases")
+    inputs = cases.AttentionInputs(cases.AttentionCase("forward", 500, num_heads=2, alibi_heads=1))
+    judge = load("attn").Judge(inputs)
+    out = cases.andromeda(inputs, windows=False)()
+    assert judge.objection("first", out) is None
+    assert 1 not in judge.rows
+    out = out.clone()
+    out[:, 1] += 1
+    assert judge.objection("second", out) == "differs by 1 from first"
+
+
+def test_every_case_is_written_when_it_ends(load, tmp_path, monkeypatch):
+    attn = load("attn")
+    path, run, seen = tmp_path / "attn.json", attn.run, []
+
+    def watched(case, args):
+        if path.exists():
+            data = json.loads(path.read_text())
+            seen.append((data["unfinished"], {row["shape"] for row in data["rows"]}))
+        return run(case, args)
+
+    monkeypatch.setattr(attn, "run", watched)
+    attn.main([*DECODE, "--keys", "32", "64", "--contenders", "andromeda", "--json", str(path)])
+    assert seen == [(True, {"b1 n32 h24/1 d128"})]
+    data = json.loads(path.read_text())
+    assert "unfinished" not in data
+    assert {row["backend"] for row in data["rows"] if row["op"] == "attention"} == {
+        "andromeda",
+        "andromeda, no windows",
+    }
+    begin, end = data["rows"][0]["measured_at"]
+    assert 0 <= end - begin < 60
+
+
+@pytest.fixture
+def grid(load, monkeypatch):
+    """attn_grid.py with three short lines; the fixture's list has what ran."""
+    module, ran = load("attn_grid"), []
+    monkeypatch.setattr(module, "GRID", [f"--pass decode --keys {keys}" for keys in (2048, 4096, 8192)])
+
+    def run(case, args, memory):
+        ran.append(case.seqlen)
+        if case.seqlen == 64:
+            raise RuntimeError("an illegal memory access was encountered")
+        return [{"op": "attention", "shape": case.shape, "median_ms": 1.0}], []
+
+    monkeypatch.setattr(module.attn, "run", run)
+    return module, ran
+
+
+def test_a_case_that_fails_leaves_the_others(grid, tmp_path, capsys):
+    module, ran = grid
+    with pytest.raises(SystemExit, match=r"andromeda did not run decode b1 n64 .*illegal memory access"):
+        module.main(["--device", "cpu", "--quick", "--json", str(tmp_path / "grid.json")])
+    assert ran == [32, 64, 128]
+    data = json.loads((tmp_path / "grid.json").read_text())
+    assert [row["shape"][:7] for row in data["rows"]] == ["b1 n32 ", "b1 n128"]
+    assert "unfinished" not in data
+
+
+def test_another_process_goes_on_where_one_was_spoilt(grid, tmp_path, monkeypatch):
+    module, ran = grid
+    arguments = ["--device", "cpu", "--quick", "--resume", "--json", str(tmp_path / "grid.json")]
+    monkeypatch.setattr(module, "is_spoilt", lambda device: ran[-1] == 64)
+    with pytest.raises(SystemExit) as end:
+        module.main(arguments)
+    assert end.value.code == module.SPOILT
+    assert json.loads((tmp_path / "grid.json").read_text())["unfinished"] is True
+    with pytest.raises(SystemExit, match="illegal memory access"):
+        module.main(arguments)
+    assert ran == [32, 64, 128]
+    assert len(json.loads((tmp_path / "grid.json").read_text())["rows"]) == 2
+
+
+def test_lines_of_the_grid_are_arguments_of_attn(load):
+    module = load("attn_grid")
+    args = module.parse(["--device", "cpu"])
+    shapes = [case.shape for line in module.GRID for case in load("attn").all_cases(module.arguments_of(line, args))]
+    assert shapes[:3] == ["b1 n8192 h24/1 d128", "b1 n8192 h24/1 d128", "b1 n131072 h24/1 d128"]
+    assert {"b1 n8192 h24/1 d64", "b1 n8192 h16/16 d128", "b64 n2048 h24/1 d128"} <= set(shapes)
+    with pytest.raises(SystemExit):
+        module.parse(["--device", "cpu", "--resume"])
+
+
+def test_model_without_its_peer(load, tmp_path, monkeypatch):
+    model = load("model")
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "x_transformers" else find_spec(name, *more)
+    )
+    small = ["--dim", "32", "--depth", "1", "--heads", "2", "--dim-head", "16", "--seqlen", "16", "--quick"]
+    steps = ["--pass", "forward", "training", "generation", "--dtype", "bfloat16"]
+    model.main(["--device", "cpu", *small, *steps, "--json", str(tmp_path / "model.json")])
+    data = json.loads((tmp_path / "model.json").read_text())
+    assert [(row["pass"], row["backend"]) for row in data["rows"]] == [
+        (step, "andromeda") for step in ("forward", "training", "generation")
+    ]
+    row = data["rows"][-1]
+    assert row["tokens_per_s"] == pytest.approx(4 / row["median_ms"] * 1e3)
+    assert "x-transformers is not installed" in data["notes"][0]
+
+
+def test_autocast_is_entered_for_each_call(load):
+    """One around all steps of a training would keep the weights that it rounded for the first."""
+    model = load("model")
+    weight, x = torch.nn.Parameter(torch.ones(4, 4)), torch.ones(1, 4)
+    call = model.rounded(lambda: x @ weight, model.parse(["--device", "cpu", "--dtype", "bfloat16"]))
+    before = call()
+    with torch.no_grad():
+        weight += 1
+    assert before.dtype == torch.bfloat16
+    assert not torch.equal(before, call())
+
+
+def test_flops_of_the_model_are_those_that_torch_counts(load):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = load("model")
+    shape = ["--dim", "64", "--depth", "2", "--heads", "2", "--dim-head", "32", "--quick", "--device", "cpu"]
+    ours, _ = model.build_pair(model.parse(shape), 128)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        ours(torch.zeros(1, 128, dtype=torch.int64))
+    counted = model.flops_per_token(ours, 128) * 128
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.03)  # norms, rotation, the diagonal
 
 
 def test_rotary_command_prints_and_writes(load, capsys, tmp_path):
