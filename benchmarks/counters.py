@@ -3,8 +3,8 @@
     python benchmarks/counters.py [--ncu PATH] [--json F]
     python benchmarks/counters.py --without-ncu [--device cpu] [--quick]   # only the calls that it would watch
 
-Each of `SUBJECTS` is a process of its own, so that one that fails leaves the others, and is written when it ends. Its
-first call, which builds things, is not watched. What the columns are, per launch:
+Each of `SUBJECTS` is a process of its own, so that one that fails leaves the others, and is written when it ends. First
+calls, which build things, are not watched. What the columns are, per launch:
 
     shared_per_tile   wavefronts of shared memory, 128 bytes and a clock each, per tile of the score matrix (TILES:
                       queries and keys)
@@ -30,6 +30,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import attn
@@ -39,6 +40,7 @@ import report
 import torch
 
 from andromeda.ops.qk_norm_rotary import qk_norm_rotary
+from andromeda.ops.token_shift_norm import token_shift_norm
 
 TIME, CYCLES = "gpu__time_duration.sum", "sm__cycles_elapsed.max"
 HMMA, ISSUED = "sm__inst_executed_pipe_tensor_op_hmma.sum", "sm__inst_issued.avg.per_cycle_active"
@@ -81,9 +83,17 @@ def attention_case(step: str, quick: bool) -> cases.AttentionCase:
     return cases.AttentionCase(step, seqlen // 64 if quick else seqlen, dtype=torch.bfloat16, device=device)
 
 
-ROTARY = {"seqlen": 32768, "heads": 24, "head_dim": 128, "rotary_dim": 64}  # that of benchmarks/qk_norm_rotary.py
-ROTARY_SHAPE = "b1 n{seqlen} h{heads}/1 d{head_dim} r{rotary_dim}".format(**ROTARY)
-ROTARY_BYTES = ROTARY["seqlen"] * (ROTARY["heads"] + 1) * ROTARY["head_dim"] * 2  # of q and k
+# The shapes of benchmarks/qk_norm_rotary.py and token_shift_norm.py on a GPU, and what a pass reads at least: q and k,
+# or x and the residual, and in the backward pass the gradients of two results.
+TOKENS, HEADS, HEAD_DIM, ROTARY_DIM, DIM = 32768, 24, 128, 64, 2560
+ROTARY_SHAPE = f"b1 n{TOKENS} h{HEADS}/1 d{HEAD_DIM} r{ROTARY_DIM}"
+SHIFT_SHAPE = f"b1 n{TOKENS} dim{DIM} s1"
+LEAST_BYTES = {
+    "qk_norm_rotary_forward": 2 * TOKENS * (HEADS + 1) * HEAD_DIM,
+    "qk_norm_rotary_backward": 2 * 2 * TOKENS * (HEADS + 1) * HEAD_DIM,
+    "token_shift_norm_forward": 2 * 2 * TOKENS * DIM,
+    "token_shift_norm_backward": 2 * 4 * TOKENS * DIM,
+}
 
 
 def call_attention(step: str, args: argparse.Namespace):
@@ -96,15 +106,36 @@ def call_attention(step: str, args: argparse.Namespace):
 
 
 def call_rotary(step: str, args: argparse.Namespace):
-    seqlen, head_dim = 64 if args.device == "cpu" else ROTARY["seqlen"], ROTARY["head_dim"]
-    q, k = (torch.randn(1, seqlen, n, head_dim, device=args.device).bfloat16() for n in (ROTARY["heads"], 1))
-    scales = [torch.rand(x.shape[2:], device=args.device) for x in (q, k)]
-    leaves = [x.requires_grad_(step == "backward") for x in (q, k, *scales)]
+    q, k = (torch.randn(1, tokens(args), heads, HEAD_DIM, device=args.device).bfloat16() for heads in (HEADS, 1))
+    q_scale, k_scale = (torch.rand(x.shape[2:], device=args.device) for x in (q, k))
 
     def forward():
-        options = {"q_scale": scales[0], "k_scale": scales[1], "rotary_dim": ROTARY["rotary_dim"], "xpos": True}
+        options = {"q_scale": q_scale, "k_scale": k_scale, "rotary_dim": ROTARY_DIM, "xpos": True}
         return qk_norm_rotary(q, k, **options, backend=args.device)
 
+    return pass_of(step, forward, (q, k, q_scale, k_scale))
+
+
+def call_shift(step: str, args: argparse.Namespace):
+    x, residual = (torch.randn(1, tokens(args), DIM, device=args.device).bfloat16() for _ in range(2))
+    scale, gamma = torch.rand(2, DIM, device=args.device)
+
+    def forward():
+        return token_shift_norm(
+            x, gamma=gamma, residual=residual, residual_scale=scale, alpha=2.0, shift=1, backend=args.device
+        )
+
+    return pass_of(step, forward, (x, residual, scale, gamma))
+
+
+def tokens(args: argparse.Namespace) -> int:
+    return 64 if args.device == "cpu" else TOKENS
+
+
+def pass_of(step: str, forward: Callable, leaves: tuple[torch.Tensor, ...]) -> Callable:
+    """The forward pass, or only the backward pass of it."""
+    for leaf in leaves:
+        leaf.requires_grad_(step == "backward")
     if step == "forward":
         return forward
     outs = forward()
@@ -113,27 +144,28 @@ def call_rotary(step: str, args: argparse.Namespace):
 
 
 SUBJECTS = {
-    "attention forward": (call_attention, "forward"),
-    "attention backward": (call_attention, "backward"),
-    "attention decode": (call_attention, "decode"),
-    "qk_norm_rotary forward": (call_rotary, "forward"),
-    "qk_norm_rotary backward": (call_rotary, "backward"),
+    "attention forward": (call_attention, ["forward"]),
+    "attention backward": (call_attention, ["backward"]),
+    "attention decode": (call_attention, ["decode"]),
+    "qk_norm_rotary": (call_rotary, ["forward", "backward"]),
+    "token_shift_norm": (call_shift, ["forward", "backward"]),
 }
 
 
 def make_calls(subject: str, args: argparse.Namespace) -> None:
-    """One call that is not watched, and one that is."""
-    build, step = SUBJECTS[subject]
-    call = build(step, args)
-    call()
-    if args.device == "cpu":
+    """Of each pass one call that is not watched, and one that is."""
+    build, steps = SUBJECTS[subject]
+    for step in steps:
+        call = build(step, args)
         call()
-        return
-    torch.cuda.synchronize()
-    torch.cuda.profiler.start()
-    call()
-    torch.cuda.synchronize()
-    torch.cuda.profiler.stop()
+        if args.device == "cpu":
+            call()
+            continue
+        torch.cuda.synchronize()
+        torch.cuda.profiler.start()
+        call()
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
 
 
 # ---- ncu ------------------------------------------------------------------------------------------------------------
@@ -222,7 +254,7 @@ def make_row(launch: dict[str, str], multiprocessors: int, major: int) -> dict:
     match = re.search(r"(\w+)_kernel", launch["kernel"])
     name = match[1] if match else launch["kernel"]
     value = {metric: number(launch.get(metric)) for metric in METRICS}
-    tiles, least = None, None
+    tiles, least = None, LEAST_BYTES.get(name)
     if name.startswith("attention"):
         case = attention_case("decode" if "decode" in name else "forward", quick=False)
         shape, backend = case.shape, bars.NO_WINDOWS
@@ -230,8 +262,8 @@ def make_row(launch: dict[str, str], multiprocessors: int, major: int) -> dict:
             least = case.bytes - case.dtype.itemsize * case.batch * case.seqlen_q * case.num_heads * case.head_dim
         tiles = visible_tiles(case, *TILES[name]) if name in TILES else None
     else:
-        shape, backend = ROTARY_SHAPE, bars.WINDOWS
-        least = ROTARY_BYTES * (2 if "backward" in name else 1)
+        shape = SHIFT_SHAPE if name.startswith("token_shift_norm") else ROTARY_SHAPE
+        backend = bars.WINDOWS
 
     def ratio(top: float | None, bottom: float | None, scale: float = 1.0) -> float | None:
         return None if top is None or not bottom else scale * top / bottom

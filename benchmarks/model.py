@@ -201,8 +201,10 @@ def flops_per_token(model: andromeda.Andromeda, seqlen: int) -> float:
 
 def peak_tflops() -> float | None:
     """What the vendor promises for dense bfloat16; None for a GPU that is not known here."""
-    from andromeda.training import peak_flops
-
+    try:
+        from andromeda.training import peak_flops
+    except ImportError:  # of transformers, without which training is not possible, but all that is measured here
+        return None
     peak = peak_flops(torch.device("cuda"))
     return None if peak is None else peak / 1e12
 

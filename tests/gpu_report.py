@@ -36,7 +36,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks"))
 
 import predictions  # noqa: E402
 import report  # noqa: E402
@@ -46,6 +46,7 @@ SOURCES = ("andromeda/**/*.py", "csrc/**/*", "CMakeLists.txt", "setup.py")  # wh
 NOT_RUN = 77  # exit code of a step that cannot run here; the last line of its log says why
 CLOCKS = ("sm_mhz", "memory_mhz", "power_w", "celsius")
 CLOCK_QUERY = "clocks.sm,clocks.mem,power.draw,temperature.gpu"
+LIMIT_QUERY = "name,driver_version,clocks.max.sm,clocks.max.mem,power.limit,mig.mode.current"
 MAX_FAILURES = 25
 
 
@@ -123,7 +124,7 @@ def facts() -> dict:
         "cuda_of_torch": torch.version.cuda,
         "versions": {name: version(name) for name in PACKAGES},
         "nvcc": (output_of("nvcc", "--version") or "not on PATH").splitlines()[-1],
-        "driver": (output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown"),
+        "nvidia_smi": output_of("nvidia-smi", f"--query-gpu={LIMIT_QUERY}", "--format=csv,noheader"),
     }
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
@@ -184,8 +185,12 @@ def read_part(path: Path) -> dict:
     rows = part.get("rows", []) if isinstance(part, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         return {"unreadable": "not an object with a list of rows"}
-    if not isinstance(part.get("notes", []), list) or not isinstance(part.get("bars") or [], list):
-        return {"unreadable": "notes and bars are not lists"}
+    if not isinstance(part.get("notes", []), list):
+        return {"unreadable": "notes are not a list"}
+    for name in ("bars", "failures"):
+        items = part.get(name) or []
+        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+            return {"unreadable": f"{name} are not objects in a list"}
     return part
 
 
@@ -205,7 +210,7 @@ def finish(data: dict) -> dict:
     rows = [row for part in parts for row in part.get("rows", [])]
     try:
         data["predictions"] = predictions.compare(rows, data["environment"].get("gpu") or "")
-    except (KeyError, TypeError, ValueError) as error:  # rows of another form; nothing that was measured may be lost
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:  # odd rows: nothing measured may be lost
         data["predictions"] = []
         data["predictions_failed"] = f"{type(error).__name__}: {error}"
     return data
@@ -342,6 +347,7 @@ def libraries(folder: str | None) -> None:
             note = f"only one assembler here ({found['default']}): `smoke` runs with it alone"
         else:
             note = f"two assemblers: {found['default']} and {found['second']}"
+            (Path(folder) / "complete").touch()
     print(note)
     report.write_text(parts_of("build") / "libraries.json", json.dumps({"ptxas": found, "notes": [note]}))
 
@@ -373,7 +379,7 @@ def show() -> int:
                 print(f"{step}, {name}: {note}")
     for step, name, part in tests_of(data):
         for failure in part["failures"]:
-            print(f"\n{step}, {name}: {failure['test']}\n{failure['text'][-1200:]}")
+            print(f"\n{step}, {name}: {failure.get('test')}\n{str(failure.get('text'))[-1200:]}")
     tests = [
         {"step": step, "tests": name, **{key: part.get(key) for key in TEST_COLUMNS[2:]}}
         for step, name, part in tests_of(data)

@@ -167,7 +167,7 @@ def test_no_ncu(load, monkeypatch, capsys):
 
 def test_calls_that_are_watched(load, capsys):
     load("counters").main(["--device", "cpu", "--without-ncu"])
-    assert "qk_norm_rotary backward" in capsys.readouterr().err
+    assert "token_shift_norm ..." in capsys.readouterr().err
 
 
 def test_kernels_that_are_named_exist(load):
@@ -212,8 +212,7 @@ def rows_of_the_benchmarks(load):
         "attention_backward_dq": columns - {"dram_of_least"},
         "attention_backward_dkdv": columns - {"dram_of_least"},
         "attention_decode": columns - {"shared_per_tile", "hmma_per_tile"},
-        "qk_norm_rotary_forward": {"dram_of_least"},
-        "qk_norm_rotary_backward": {"dram_of_least"},
+        **{kernel: {"dram_of_least"} for kernel in counters.LEAST_BYTES},
     }
     everything = dict.fromkeys(counters.METRICS, "1")
     for kernel, having in kernels.items():

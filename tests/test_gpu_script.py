@@ -29,7 +29,7 @@ STUB = r"""#!/bin/bash
 words=" $* "
 case $words in
   *"gpu_report.py facts"*) cat "$STUB/facts.json"; exit ;;
-  *"gpu_report.py libraries"*) echo "only one assembler here"; exit ;;
+  *"gpu_report.py libraries"*) [[ ! -e $STUB/two ]] || touch "$3/complete"; exit ;;
   *" tests/gpu_report.py "*) exec "$STUB_PYTHON" "$@" ;;
 esac
 printf '%s\n' "$*" >>"$STUB/calls"
@@ -434,6 +434,7 @@ def test_a_second_library(calls):
     """Built beside the first, with the other assembler and in a tree of its own; smoke runs with both."""
     told = '"${ANDROMEDA_PTXAS:-}, ${ANDROMEDA_BUILD_TREE:-}: $* in $PWD"'
     calls.program("python", STUB.replace('"$*" >>"$STUB/calls"', f'{told} >>"$STUB/calls"'))
+    (calls.folder / "two").touch()
     data = calls.run("--only", "build,smoke", PTXAS2="/opt/ptxas")
     second = calls.folder / "keep" / "second"
     made = (calls.folder / "calls").read_text()
@@ -442,6 +443,16 @@ def test_a_second_library(calls):
     assert not list((second / "andromeda").glob("_C*"))
     assert sorted(data["measured"]["smoke"]) == ["default", "second"]
     assert any(f"{ROOT}/tests/test_cuda.py" in line and line.endswith(f"in {second}") for line in made.splitlines())
+
+
+@pytest.mark.parametrize("action", ["fail", "hang"])
+def test_a_second_library_that_cannot_be_built(calls, action):
+    calls.rule(("--build-lib", action))
+    data = calls.run("--only", "build,smoke", STEP_SECONDS="10")
+    assert calls.results() == {"build": "passed", "smoke": "passed"}
+    assert list(data["measured"]["smoke"]) == ["default"]
+    assert "the second library was not built" in (calls.out / "gpu.log").read_text()
+    assert subprocess.run(["pgrep", "-f", str(calls.bin)], capture_output=True).returncode == 1  # nothing goes on
 
 
 def test_the_library_of_a_folder_is_the_one_that_is_loaded(tmp_path):
@@ -477,7 +488,7 @@ def test_equal_libraries_are_one(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(gpu_report, "assembler_of", lambda folder, answers=answers: next(answers))
         gpu_report.libraries(str(second))
         assert note in capsys.readouterr().out
-        assert second.exists() == (note == "two assemblers")
+        assert (second / "complete").exists() == second.exists() == (note == "two assemblers")
         shutil.rmtree(second, ignore_errors=True)
 
 
