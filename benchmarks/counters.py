@@ -186,9 +186,10 @@ class Refused(Exception):
 def profile(ncu: str, subject: str, folder: Path) -> tuple[list[dict[str, str]], list[str]]:
     """A dict of metrics per launch, and notes. Metrics that this ncu or GPU does not have are left out."""
     metrics, notes = list(METRICS), []
+    only_between = ["--profile-from-start", "off"]  # between start and stop of the CUDA profiler
     for attempt in range(4):
         log = folder / f"{attempt}.csv"
-        command = [ncu, "--target-processes", "all", "--clock-control", "none", "--profile-from-start", "off"]
+        command = [ncu, "--target-processes", "all", "--clock-control", "none", *only_between]
         command += ["--kernel-name-base", "demangled", "--kernel-name", "regex:.*andromeda.*"]
         command += ["--csv", "--page", "raw", "--print-units", "base", "--log-file", str(log)]
         command += ["--metrics", ",".join(metrics), sys.executable, __file__, "--device", "cuda", "--subject", subject]
@@ -197,17 +198,22 @@ def profile(ncu: str, subject: str, folder: Path) -> tuple[list[dict[str, str]],
         launches = read_csv(said)
         if launches:
             return launches, notes
-        said = "\n".join([said, result.stdout, result.stderr])
-        errors = [line.strip() for line in said.splitlines() if "==ERROR==" in line] or said.strip().splitlines()[-1:]
+        lines = [line.strip() for text in (said, result.stdout, result.stderr) for line in text.splitlines() if line]
+        errors = [line for line in lines if "==ERROR==" in line]
         for line in errors:
             if any(word in line for word in NOT_ALLOWED):
                 raise Refused(line)
         unknown = [name for name in metrics if any(re.search(rf"\b{re.escape(name)}", line) for line in errors)]
-        if not unknown or len(unknown) == len(metrics):
-            raise RuntimeError(f"ncu, exit code {result.returncode}: {' '.join(errors) or 'no kernel was watched'}")
-        notes.append(f"{subject}: ncu does not know {', '.join(unknown)}")
-        metrics = [name for name in metrics if name not in unknown]
-    raise RuntimeError(f"ncu refused metrics {attempt + 1} times")
+        if unknown and len(unknown) < len(metrics):
+            notes.append(f"{subject}: ncu does not know {', '.join(unknown)}")
+            metrics = [name for name in metrics if name not in unknown]
+        elif not errors and result.returncode == 0 and only_between:  # the profiler's marks did not reach ncu
+            notes.append(f"{subject}: watched from the start, the last launch of a kernel is the one that counts")
+            only_between = []
+        else:
+            last = [line for line in result.stderr.splitlines() if line.strip()][-1:]  # of the calls themselves
+            raise RuntimeError(f"ncu, exit code {result.returncode}: {' '.join(errors + last) or 'nothing watched'}")
+    raise RuntimeError(f"ncu watched nothing in {attempt + 1} attempts")
 
 
 def read_csv(text: str) -> list[dict[str, str]]:

@@ -350,6 +350,7 @@ export OUT=${OUT:-benchmarks/results} KEEP=${KEEP:-build/gpu} PYTHON=${PYTHON:-p
 mkdir -p "$OUT" "$KEEP"
 OUT=$(cd "$OUT" && pwd)
 KEEP=$(cd "$KEEP" && pwd)
+[[ $PYTHON != */* ]] || PYTHON=$(realpath -s "$PYTHON") # some commands start in another folder
 SCRATCH=$(mktemp -d)
 export SCRATCH SECOND=$KEEP/second
 running=() # processes of the step at hand

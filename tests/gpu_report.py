@@ -217,7 +217,7 @@ def finish(data: dict) -> dict:
 
 
 def watch(step: str, limit: int, parent: int) -> None:
-    """Until the step ends, or process `parent`, gpu.sh: the clocks, twice a second, and every result that is new."""
+    """Until the step ends, or process `parent`, gpu.sh: the clocks, and every result that is new."""
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     end = time.monotonic() + limit + 10
@@ -238,10 +238,10 @@ def watch(step: str, limit: int, parent: int) -> None:
 
 
 def start_sampler(step: str, limit: int, uuid: str | None) -> subprocess.Popen | None:
-    """nvidia-smi, writing a line twice a second; `timeout` ends it even if nobody is left to."""
+    """nvidia-smi, writing a line four times a second; `timeout` ends it even if nobody is left to."""
     which = [f"--id=GPU-{uuid.removeprefix('GPU-')}"] if uuid else []
     command = ["timeout", str(limit + 10), "nvidia-smi", f"--query-gpu=timestamp,{CLOCK_QUERY}"]
-    command += ["--format=csv,noheader,nounits", "-lms", "500", *which]
+    command += ["--format=csv,noheader,nounits", "-lms", "250", *which]
     try:
         with open(clocks_of(step), "w") as file:
             return subprocess.Popen(command, stdout=file, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)

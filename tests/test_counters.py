@@ -144,15 +144,29 @@ def test_no_permission(profile, message):
     assert printed.splitlines()[-1] == f"ncu may not read the counters here: {message}"
 
 
+def test_marks_that_do_not_reach_ncu(profile):
+    code = """
+if "--profile-from-start" in sys.argv:
+    log.write("==WARNING== No kernels were profiled.\\n")
+else:
+    log.write(WIDE)
+"""
+    error, data, _ = profile(code)
+    assert error is None
+    assert len(data["rows"]) == 10
+    assert "attention decode: watched from the start" in " ".join(data["notes"])
+
+
 def test_a_subject_that_fails_leaves_the_others(profile):
     code = """
 if subject == "attention backward":
     print("==ERROR== The application returned an error code (1).")
-    sys.exit(1)
+    sys.exit("RuntimeError: an illegal memory access was encountered")
 log.write(WIDE)
 """
     error, data, _ = profile(code)
     assert "andromeda: attention backward: ncu, exit code 1: ==ERROR== The application" in error
+    assert "an illegal memory access" in error
     assert len(data["rows"]) == 8
 
 
