@@ -1,12 +1,14 @@
 """Attention with ALiBi on half of the heads: this library beside what torch and other packages offer.
 
     python benchmarks/attn.py [--device cpu|cuda] [--dtype float32 bfloat16] [--seqlen 2048 8192] [--keys 8192 131072]
-                              [--pass forward backward decode] [--quick] [--json F] [--plot F]
+                              [--pass forward backward decode] [--batch 1] [--heads 24] [--kv-heads 1] [--head-dim 128]
+                              [--no-causal] [--contenders andromeda "sdpa cudnn"] [--quick] [--json F] [--plot F]
     python benchmarks/attn.py --long 131072 [--heads 24]   # one forward and backward pass: time and memory
 
-Same tensors, same process, interleaved rounds. Results are compared before anything is timed. `ratio` is the baseline's
-time divided by the row's: above 1 is faster. `tflops` counts causal work that a backend may skip (benchmarks/cases.py);
-`effective_tflops` only what lies inside the windows of the rows that use them.
+Same tensors, same process, interleaved rounds. Results are compared before anything is timed: some rows with plain
+torch in float32, all of them with each other. What differs is left out and named; where it is this library's, the exit
+code is 1. `ratio` is the baseline's time divided by the row's: above 1 is faster. `tflops` counts causal work that a
+backend may skip (benchmarks/cases.py); `effective_tflops` only what lies inside the windows of the rows that use them.
 
 Each section also times what the machine can do. `of_matmul` is the row's tflops divided by those of torch's product of
 two matrices: on a CPU float32 and 2048 x 2048, whatever the dtype of the section, on a GPU 8192 x 8192 of that dtype.
@@ -32,7 +34,7 @@ import torch
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Largest difference between two ways to compute an output of magnitude about 1, checked before timing.
 AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 1e-2}
-DEFAULT_SHAPE = (1, 24, 128)  # batch, heads, head_dim: what the bars are for
+DEFAULT_SHAPE = (1, 24, 1, 128, True)  # batch, heads, key heads, head_dim, causal: what the bars are for
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -44,10 +46,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pass", dest="steps", choices=("forward", "backward", "decode"), nargs="+")
     parser.add_argument("--long", type=int, metavar="SEQLEN", help="instead: time and memory of one pass")
     parser.add_argument("--heads", type=int, default=24)
+    parser.add_argument("--kv-heads", type=int, default=1)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--causal", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--contenders", nargs="+", metavar="NAME", help="only rows whose names begin so (default: all)")
     parser.add_argument("--baseline", default="sdpa, bias tensor", help="the row that ratios refer to")
     parser.add_argument("--rounds", type=int, default=10, help="samples per row, fewer when they take long")
+    parser.add_argument("--budget", type=float, default=60.0, help="seconds of a case in which rounds may begin")
     report.add_arguments(parser)
     args = parser.parse_args(argv)
     args.seqlen = args.seqlen or ([256] if args.quick else [2048, 8192])
@@ -66,15 +72,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def make_case(step: str, seqlen: int, dtype: str, args: argparse.Namespace) -> cases.AttentionCase:
     return cases.AttentionCase(
-        step, seqlen, args.batch, args.heads, 1, args.head_dim, args.heads // 2, DTYPES[dtype], args.device
-    )
+        step, seqlen, args.batch, args.heads, args.kv_heads, args.head_dim, args.heads // 2, DTYPES[dtype], args.device,
+        args.causal,
+    )  # fmt: skip
 
 
-def prepare(case: cases.AttentionCase, *, quick: bool) -> tuple[dict, list[str]]:
-    """A function to time per contender that can run the case; what could not run, and why."""
+def contenders(case: cases.AttentionCase, args: argparse.Namespace) -> list[cases.Contender]:
+    found = cases.contenders(case, compiled=not args.quick)
+    return [c for c in found if args.contenders is None or c.name.startswith(tuple(args.contenders))]
+
+
+def prepare(case: cases.AttentionCase, args: argparse.Namespace) -> tuple[dict, list[str]]:
+    """A function to time per contender that can run the case; what could not run, or differs, and why."""
     inputs = cases.AttentionInputs(case)
-    functions, notes, expected = {}, [], None
-    for contender in cases.contenders(case, compiled=not quick):
+    judge = Judge(inputs)
+    functions, notes = {}, []
+    for contender in contenders(case, args):
         with warnings.catch_warnings(record=True) as warned:  # torch tells the reasons of a refusal in warnings
             warnings.simplefilter("always")
             try:
@@ -92,16 +105,31 @@ def prepare(case: cases.AttentionCase, *, quick: bool) -> tuple[dict, list[str]]
                     torch.cuda.synchronize()  # an error of the call ends here, not in the next contender
             except Exception as error:  # whatever another package raises: its row is missing, the others are not
                 reasons = [str(reason.message) for reason in warned]
-                failed = f"{contender.name} did not run {case.step} {case.shape} {case.dtype}"
-                notes.append(f"{failed}: {describe(error, reasons)}")
+                notes.append(f"{contender.name} did not run {case}: {describe(error, reasons)}")
                 continue
-        if contender.exact:
-            expected = out.detach() if expected is None else expected
-            difference = (out.detach().float() - expected.float()).abs().max().item()
-            if not difference <= AGREEMENT[case.dtype]:
-                sys.exit(f"attn.py: {contender.name} differs by {difference:.2g} from the first row: not timed")
+        if contender.exact and (objection := judge.objection(contender.name, out.detach())):
+            notes.append(f"{contender.name}, {case}, {objection}: not timed")
+            continue
         functions[contender.name] = function
     return functions, notes
+
+
+class Judge:
+    """Holds an output against plain torch, at some rows, and everywhere against the first output that agreed there."""
+
+    def __init__(self, inputs: cases.AttentionInputs):
+        self.rows, self.exact = inputs.exact_rows()
+        self.agreement = AGREEMENT[inputs.case.dtype]
+        self.first: tuple[str, torch.Tensor] | None = None
+
+    def objection(self, name: str, out: torch.Tensor) -> str | None:
+        difference = (out[:, self.rows].float() - self.exact).abs().max().item()
+        if not difference <= self.agreement:
+            return f"differs by {difference:.2g} from plain torch"
+        if self.first is None:
+            self.first = name, out
+        difference = (out.float() - self.first[1].float()).abs().max().item()
+        return None if difference <= self.agreement else f"differs by {difference:.2g} from {self.first[0]}"
 
 
 def describe(error: Exception, warned: list[str]) -> str:
@@ -111,7 +139,7 @@ def describe(error: Exception, warned: list[str]) -> str:
 
 
 def exit_if_missing(notes: list[str]) -> None:
-    """A peer that cannot run is a note; this library's own kernels must run. To be called when all is written."""
+    """A peer that fails or differs is a note; this library's own kernels must not. To be called when all is written."""
     if missing := [note for note in notes if note.startswith(bars.WINDOWS)]:
         sys.exit("\n".join(missing))
 
@@ -128,12 +156,14 @@ def yardsticks(case: cases.AttentionCase) -> dict:
     return found
 
 
-def run(case: cases.AttentionCase, args: argparse.Namespace) -> tuple[list[dict], list[str]]:
+def run(case: cases.AttentionCase, args: argparse.Namespace, *, memory: bool = True) -> tuple[list[dict], list[str]]:
+    """Rows and notes. memory: also the peak of one more call of each, which takes a collection of garbage before it."""
     with torch.set_grad_enabled(case.step == "backward"):
-        functions, notes = prepare(case, quick=args.quick)
+        functions, notes = prepare(case, args)
         functions |= yardsticks(case)
-        timings = timing.measure(functions, device=case.device, rounds=args.rounds, budget_s=60)
-        memory = {name: timing.peak_memory_mb(function, case.device) for name, function in functions.items()}
+        timings = timing.measure(functions, device=case.device, rounds=args.rounds, budget_s=args.budget)
+        watched = functions.items() if memory else ()
+        peaks = {name: timing.peak_memory_mb(function, case.device) for name, function in watched}
     # Floating point operations and bytes of one call; everything that is not named here is attention.
     matmul = bars.matmul(case).name
     product, copied = 2.0 * bars.matmul(case).side ** 3, 2.0 * case.cache_elements * case.dtype.itemsize
@@ -166,7 +196,7 @@ def run(case: cases.AttentionCase, args: argparse.Namespace) -> tuple[list[dict]
             flops=flops,
             bytes_moved=bytes_moved,
             spreads=spreads,
-            peak_memory_mb=memory[name],
+            peak_memory_mb=peaks.get(name),
             effective_tflops=case.effective_flops / measured.median_ms / 1e9 if name in windowed else None,
         )
         rows.append(row)
@@ -215,7 +245,8 @@ def run_long(case: cases.AttentionCase) -> list[dict]:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    title = f"Causal attention, ALiBi on {args.heads // 2} of {args.heads} heads, one key head"
+    title = f"{'Causal attention' if args.causal else 'Attention'}, ALiBi on {args.heads // 2} of {args.heads} heads, "
+    title += "one key head" if args.kv_heads == 1 else f"{args.kv_heads} key heads"
     rows = []
     if args.long:
         for dtype in args.dtype:
@@ -228,19 +259,29 @@ def main(argv: list[str] | None = None) -> None:
     notes = [f"Ratios refer to `{args.baseline}`. `sdpa, no bias` computes less than asked: it is there for its speed."]
     if args.quick:
         notes.append("--quick leaves out flex_attention: compiling it takes longer than everything else.")
-    for dtype in args.dtype:
-        for step in args.steps:
-            for seqlen in args.keys if step == "decode" else args.seqlen:
-                case = make_case(step, seqlen, dtype, args)
-                print(f"{step} {case.shape} {dtype} ...", file=sys.stderr)
-                new_rows, new_notes = run(case, args)
-                rows += new_rows
-                notes += new_notes
-    known = bars.of_device(args.device)
-    default_shape = (args.batch, args.heads, args.head_dim) == DEFAULT_SHAPE
-    lines = bars.evaluate(rows, known) if known and default_shape else None
-    report.finish(args, rows, device=args.device, title=title, notes=notes, bars=lines)
+    for case in all_cases(args):
+        print(f"{case} ...", file=sys.stderr)
+        new_rows, new_notes = run(case, args)
+        rows += new_rows
+        notes += new_notes
+        report.save_unfinished(args, rows, device=args.device, notes=notes, bars=judged_by_bars(rows, args))
+    report.finish(args, rows, device=args.device, title=title, notes=notes, bars=judged_by_bars(rows, args))
     exit_if_missing(notes)
+
+
+def all_cases(args: argparse.Namespace) -> list[cases.AttentionCase]:
+    return [
+        make_case(step, seqlen, dtype, args)
+        for dtype in args.dtype
+        for step in args.steps
+        for seqlen in (args.keys if step == "decode" else args.seqlen)
+    ]
+
+
+def judged_by_bars(rows: list[dict], args: argparse.Namespace) -> list[dict] | None:
+    known = bars.of_device(args.device)
+    default_shape = (args.batch, args.heads, args.kv_heads, args.head_dim, args.causal) == DEFAULT_SHAPE
+    return bars.evaluate(rows, known) if known and default_shape else None
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from andromeda.ops.attention import attention
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
 LOGIT_SCALE = 10.0  # of unit queries and keys: QK norm without learned scales (SPEC 5.2)
 LOGIT_BOUND = LOGIT_SCALE * (1 + 2**-7)  # bfloat16 rounds the unit vectors (gpu_kernels 1.2)
+FLEX_BLOCK = 128  # queries and keys of a block of FlexAttention's mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +35,10 @@ class AttentionCase:
     alibi_heads: int = 12
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
+    causal: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.step} {self.shape} {str(self.dtype).removeprefix('torch.')}"
 
     @property
     def seqlen_q(self) -> int:
@@ -37,11 +46,12 @@ class AttentionCase:
 
     @property
     def shape(self) -> str:
-        return f"b{self.batch} n{self.seqlen} h{self.num_heads}/{self.num_kv_heads} d{self.head_dim}"
+        shape = f"b{self.batch} n{self.seqlen} h{self.num_heads}/{self.num_kv_heads} d{self.head_dim}"
+        return shape if self.causal else f"{shape} non-causal"
 
     @property
     def flops(self) -> float:
-        """Two products forward, five backward, over the visible half of the score matrix; skipped tiles count as work
+        """Two products forward, five backward, over the visible part of the score matrix; skipped tiles count as work
         done, so that all backends are compared by the same number."""
         products = 5 if self.step == "backward" else 2
         return 2.0 * products * self.batch * self.num_heads * self._pairs * self.head_dim
@@ -49,7 +59,8 @@ class AttentionCase:
     @property
     def _pairs(self) -> float:
         """Visible pairs of query and key in one head."""
-        return self.seqlen_q * self.seqlen - self.seqlen_q * (self.seqlen_q - 1) / 2
+        hidden = self.seqlen_q * (self.seqlen_q - 1) / 2 if self.causal else 0
+        return self.seqlen_q * self.seqlen - hidden
 
     @property
     def slopes(self) -> list[float]:
@@ -71,6 +82,9 @@ class AttentionCase:
         for window in self.windows:
             short = min(max(window - first, 0), self.seqlen_q)  # rows that see no more keys than the window holds
             inside += short * first + short * (short + 1) / 2 + (self.seqlen_q - short) * window
+            if not self.causal:
+                short = min(window, self.seqlen_q)  # rows that see fewer keys after them than the window holds
+                inside += short * (short - 1) / 2 + (self.seqlen_q - short) * (window - 1)
         return self.flops * inside / (self.num_heads * self._pairs)
 
     @property
@@ -111,8 +125,26 @@ class AttentionInputs:
         case = self.case
         query = torch.arange(case.seqlen - case.seqlen_q, case.seqlen, device=case.device)[:, None]
         key = torch.arange(case.seqlen, device=case.device)[None, :]
-        bias = -self.slopes[:, None, None] * (query - key)
-        return bias.masked_fill_(key > query, float("-inf")).to(case.dtype)[None]
+        bias = -self.slopes[:, None, None] * (query - key).abs()
+        if case.causal:
+            bias.masked_fill_(key > query, float("-inf"))
+        return bias.to(case.dtype)[None]
+
+    def exact_rows(self, count: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+        """Up to `count` queries, spread over all, and the outputs of these, (batch, count, num_heads, head_dim), by
+        plain torch in float32: the judge of all kernels, at lengths at which the whole of it would not fit."""
+        case = self.case
+        rows = torch.linspace(0, case.seqlen_q - 1, min(count, case.seqlen_q), device=case.device).round().long()
+        query = (rows + case.seqlen - case.seqlen_q)[:, None]
+        key = torch.arange(case.seqlen, device=case.device)[None, :]
+        q, k, v = (tensor.detach().float() for tensor in (self.q[:, rows], self.k, self.v))
+        q = q.unflatten(2, (case.num_kv_heads, -1))  # heads of one key head beside each other
+        scores = LOGIT_SCALE * torch.einsum("bqghd,bkgd->bghqk", q, k).flatten(1, 2)
+        scores -= self.slopes[:, None, None] * (query - key).abs()
+        if case.causal:
+            scores.masked_fill_(key > query, float("-inf"))
+        weights = scores.softmax(dim=-1).unflatten(1, (case.num_kv_heads, -1))
+        return rows, torch.einsum("bghqk,bkgd->bqghd", weights, v).flatten(2, 3)
 
 
 Forward = Callable[[], torch.Tensor]  # returns (batch, seqlen_q, num_heads, head_dim)
@@ -120,12 +152,12 @@ Forward = Callable[[], torch.Tensor]  # returns (batch, seqlen_q, num_heads, hea
 
 def andromeda(inputs: AttentionInputs, *, windows: bool) -> Forward:
     """The compiled kernels of the device: without them the reference would run, under the same name."""
-    bound = inputs.bound if windows else None
+    case, bound = inputs.case, inputs.bound if windows else None
 
     def forward() -> torch.Tensor:
         return attention(
-            inputs.q, inputs.k, inputs.v, causal=True, softmax_scale=LOGIT_SCALE, alibi_slopes=inputs.slopes,
-            logit_bound=bound, backend=inputs.case.device,
+            inputs.q, inputs.k, inputs.v, causal=case.causal, softmax_scale=LOGIT_SCALE, alibi_slopes=inputs.slopes,
+            logit_bound=bound, backend=case.device,
         )  # fmt: skip
 
     return forward
@@ -135,7 +167,7 @@ def sdpa(inputs: AttentionInputs, *, biased: bool, kernel: str | None = None) ->
     """kernel: the one name of torch.nn.attention.SDPBackend that may run; None leaves the choice to torch."""
     case = inputs.case
     bias = inputs.bias() if biased else None
-    causal = not biased and case.step != "decode"
+    causal = case.causal and not biased and case.step != "decode"
     groups = case.num_heads // case.num_kv_heads
     # Of these kernels one wants as many key heads as heads: expanded, for a single key head without a copy.
     expanded = kernel == "EFFICIENT_ATTENTION"
@@ -155,28 +187,15 @@ def sdpa(inputs: AttentionInputs, *, biased: bool, kernel: str | None = None) ->
 
 def flex(inputs: AttentionInputs, *, windows: bool = False) -> Forward:
     """windows: the block mask leaves out what `logit_bound` permits the kernels of this library to leave out."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
     case, slopes = inputs.case, inputs.slopes
     shift = case.seqlen - case.seqlen_q
-    window = torch.tensor(case.windows, device=case.device)
 
     def score_mod(score, batch, head, query, key):
-        return score - slopes[head] * (query + shift - key)
+        return score - slopes[head] * (query + shift - key).abs()
 
-    def visible(batch, head, query, key):
-        return query + shift >= key
-
-    def visible_in_window(batch, head, query, key):
-        distance = query + shift - key
-        return (distance >= 0) & (distance < window[head])
-
-    if windows:
-        mask = create_block_mask(
-            visible_in_window, None, case.num_heads, case.seqlen_q, case.seqlen, device=case.device
-        )
-    else:
-        mask = create_block_mask(visible, None, None, case.seqlen_q, case.seqlen, device=case.device)
+    mask = block_mask(case, windows=windows)
     # After a second length torch.compile makes programs for any length: slower ones, and the one for a single query is
     # not valid C++ (torch 2.13). It also gives up after eight programs. Each case therefore starts afresh.
     torch.compiler.reset()
@@ -191,13 +210,52 @@ def flex(inputs: AttentionInputs, *, windows: bool = False) -> Forward:
     return forward
 
 
+def block_mask(case: AttentionCase, *, windows: bool) -> BlockMask:
+    """FlexAttention's mask of a case. What a head sees is a range of distances, so that the corners of a block tell
+    whether it holds a visible pair, and whether all are: `create_block_mask` looks at every pair of every head, for
+    which 24 heads of 8192 queries need tens of gigabytes."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    shift = case.seqlen - case.seqlen_q
+    reach = torch.tensor(case.windows if windows else [case.seqlen], device=case.device)
+    first = torch.zeros_like(reach) if case.causal else 1 - reach  # a head sees the distances first ... reach - 1
+
+    def visible(batch, head, query, key):
+        return query + shift >= key if case.causal else query >= 0
+
+    def visible_in_window(batch, head, query, key):
+        distance = query + shift - key
+        return (distance >= first[head]) & (distance < reach[head])
+
+    def corners(length):
+        begin = torch.arange(0, length, FLEX_BLOCK, device=case.device)
+        return begin, begin + FLEX_BLOCK - 1
+
+    (query, last_query), (key, last_key) = corners(case.seqlen_q), corners(case.seqlen)
+    whole = (last_query < case.seqlen_q)[:, None] & (last_key < case.seqlen)
+    last_query, last_key = last_query.clamp_max(case.seqlen_q - 1), last_key.clamp_max(case.seqlen - 1)
+    nearest, farthest = (query + shift)[:, None] - last_key, (last_query + shift)[:, None] - key
+    first_of, reach_of = first[:, None, None], reach[:, None, None]
+    some = (farthest >= first_of) & (nearest < reach_of)
+    every = (nearest >= first_of) & (farthest < reach_of) & whole
+
+    def ordered(blocks):  # (heads, query blocks, key blocks): how many of a row, and which, those first
+        number = blocks.sum(dim=-1, dtype=torch.int32)
+        return number[None], blocks.int().argsort(dim=-1, descending=True, stable=True).int()[None]
+
+    return BlockMask.from_kv_blocks(
+        *ordered(some & ~every), *ordered(every), BLOCK_SIZE=FLEX_BLOCK, 
+        mask_mod=visible_in_window if windows else visible, seq_lengths=(case.seqlen_q, case.seqlen),
+    )  # fmt: skip
+
+
 def flash_attn(inputs: AttentionInputs, *, module: str, biased: bool) -> Forward:
     """The packages flash_attn (2), flash_attn_interface (3) and flash_attn.cute (4); of these, 2 alone has ALiBi."""
     function = importlib.import_module(module).flash_attn_func
     options = {"alibi_slopes": inputs.slopes} if biased else {}
 
     def forward() -> torch.Tensor:
-        out = function(inputs.q, inputs.k, inputs.v, softmax_scale=LOGIT_SCALE, causal=True, **options)
+        out = function(inputs.q, inputs.k, inputs.v, softmax_scale=LOGIT_SCALE, causal=inputs.case.causal, **options)
         return out[0] if isinstance(out, tuple) else out  # later ones return the log-sum-exp as well
 
     return forward
@@ -219,15 +277,17 @@ def contenders(case: AttentionCase, *, compiled: bool = True) -> list[Contender]
         Contender("sdpa, bias tensor", lambda inputs: sdpa(inputs, biased=True)),
         Contender("sdpa, no bias", lambda inputs: sdpa(inputs, biased=False), exact=False),
     ]
-    # On a CPU, FlexAttention is compiled for inference only.
+    if case.device == "cuda":
+        found += _cuda_contenders()
+    # Last, because compiling takes longer than all else. On a CPU, FlexAttention is compiled for inference only.
     if compiled and not (case.device == "cpu" and case.step == "backward"):
         found.append(Contender("flex_attention", flex))
-    if case.device == "cuda":
-        found += _cuda_contenders(compiled)
+        if case.device == "cuda":
+            found.append(Contender("flex_attention, windows", lambda inputs: flex(inputs, windows=True), windowed=True))
     return found
 
 
-def _cuda_contenders(compiled: bool) -> list[Contender]:
+def _cuda_contenders() -> list[Contender]:
     def named(kernel: str, biased: bool) -> Callable[[AttentionInputs], Forward]:
         return lambda inputs: sdpa(inputs, biased=biased, kernel=kernel)
 
@@ -241,8 +301,6 @@ def _cuda_contenders(compiled: bool) -> list[Contender]:
         Contender("sdpa cudnn, no bias", named("CUDNN_ATTENTION", False), exact=False),
         Contender("sdpa flash, no bias", named("FLASH_ATTENTION", False), exact=False),
     ]
-    if compiled:
-        found.append(Contender("flex_attention, windows", lambda inputs: flex(inputs, windows=True), windowed=True))
     if _installed("flash_attn"):
         found.append(Contender("flash_attn 2", package("flash_attn", True)))
     if _installed("flash_attn_interface"):

@@ -24,6 +24,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--context", type=int, nargs="+")
     model_benchmark.add_model_arguments(parser)
     args = parser.parse_args(argv)
+    model_benchmark.set_shape(args, model_benchmark.CPU_SHAPE)
     args.context = args.context or ([128] if args.quick else [512, 4096])
     if args.quick:
         args.rounds = 2
@@ -32,6 +33,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def run(context: int, args: argparse.Namespace) -> list[dict]:
     ours, other = model_benchmark.build_pair(args, context + 64)
+    if other is None:
+        sys.exit("benchmarks/decode.py compares with x-transformers: pip install x-transformers==2.31.10")
     tokens = torch.randint(args.num_tokens, (1, context), device=args.device)
     cache = Cache(capacity=context + 64)
 

@@ -1,17 +1,29 @@
 """The model beside x-transformers with the same weights: forward pass and training step, time and memory.
 
-    python benchmarks/model.py [--device cpu|cuda] [--seqlen 4096] [--pass forward training] [--quick] [--json F]
+    python benchmarks/model.py [--device cpu|cuda] [--seqlen 4096] [--pass forward training generation] [--quick]
+                               [--dtype float32|bfloat16] [--json F]
 
 Both models compute the same function; their outputs are compared before anything is timed. Every flag is at its
 default. The vocabulary is small (bytes): the output projection is the same matrix product on both sides and would only
-hide the rest (--num-tokens 50304 shows by how much). `ratio` is x-transformers' time divided by the row's.
+hide the rest (--num-tokens 50304 shows by how much). `ratio` is x-transformers' time divided by the row's. Where
+x-transformers is missing or fails, its row is.
+
+On a GPU the model has the width of the constructor's defaults and a quarter of their depth, and runs under autocast to
+bfloat16, as training does there: the kernels take no float32. `mfu` is the model's own operations per second, without
+recomputation and with half of the score matrix, divided by the dense bfloat16 peak of the vendor's data sheet
+(`peak_tflops`). `generation` continues a prompt of that many tokens by `--new-tokens`, one at a time with the cache;
+tokens per second count the prompt's time in. Nothing stands beside it: x-transformers has no cache for ALiBi with xPos.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
+from collections.abc import Callable
 
+import attn
+import bars
 import report
 import timing
 import torch
@@ -19,41 +31,65 @@ import torch
 import andromeda
 
 BASELINE = "x-transformers"
+GPU_SHAPE = {"dim": 2560, "depth": 8, "heads": 24, "dim_head": 128, "num_tokens": 50304}
+CPU_SHAPE = {"dim": 512, "depth": 4, "heads": 8, "dim_head": 64, "num_tokens": 256}
+# Two float32 computations of logits of magnitude 1 (SPEC 15 allows 2e-5 for one of them against float64); under
+# autocast each layer's operands are rounded to eight bits.
+AGREEMENT = {"float32": 1e-4, "bfloat16": 0.1}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The device and the shape of the two models; how much is measured, shown and written."""
     report.add_device_argument(parser)
-    parser.add_argument("--dim", type=int, default=512)
-    parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--dim-head", type=int, default=64)
-    parser.add_argument("--num-tokens", type=int, default=256)
+    parser.add_argument("--dim", type=int)
+    parser.add_argument("--depth", type=int)
+    parser.add_argument("--heads", type=int)
+    parser.add_argument("--dim-head", type=int)
+    parser.add_argument("--num-tokens", type=int)
     parser.add_argument("--rounds", type=int, default=7)
     report.add_arguments(parser)
+
+
+def set_shape(args: argparse.Namespace, shape: dict[str, int]) -> None:
+    """What the command line leaves open."""
+    for name, value in shape.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seqlen", type=int, nargs="+")
-    parser.add_argument("--pass", dest="steps", choices=("forward", "training"), nargs="+")
+    parser.add_argument("--pass", dest="steps", choices=("forward", "training", "generation"), nargs="+")
+    parser.add_argument("--dtype", choices=AGREEMENT, help="float32, or bfloat16 by autocast (default on a GPU)")
+    parser.add_argument("--new-tokens", type=int, help="of generation")
     add_model_arguments(parser)
     args = parser.parse_args(argv)
+    cuda = args.device == "cuda"
+    set_shape(args, GPU_SHAPE if cuda and not args.quick else CPU_SHAPE)
     args.seqlen = args.seqlen or ([256] if args.quick else [4096])
-    args.steps = args.steps or ["forward", "training"]
+    args.steps = args.steps or ["forward", "training", *(["generation"] if cuda else [])]
+    args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
+    args.new_tokens = args.new_tokens or (4 if args.quick else 64)
     if args.quick:
         args.rounds = 2
     return args
 
 
-def build_pair(args: argparse.Namespace, seqlen: int) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Our model and x-transformers' wrapper of the same function (SPEC 14), with equal weights."""
-    try:
-        from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
-    except ImportError:
-        sys.exit("benchmarks/model.py compares with x-transformers: pip install x-transformers==2.31.10")
+def build_pair(args: argparse.Namespace, seqlen: int) -> tuple[torch.nn.Module, torch.nn.Module | None]:
+    """Our model and x-transformers' wrapper of the same function (SPEC 14), with equal weights; None where that package
+    is not installed."""
     alibi_heads = max(args.heads // 2, 1)
     torch.manual_seed(0)
+    with torch.device(args.device):  # a GPU draws the weights of a large model in no time
+        ours = andromeda.Andromeda(
+            num_tokens=args.num_tokens, max_seq_len=seqlen, dim=args.dim, depth=args.depth, dim_head=args.dim_head,
+            heads=args.heads, alibi_num_heads=alibi_heads,
+        )  # fmt: skip
+    if importlib.util.find_spec("x_transformers") is None:
+        return ours.to(args.device), None
+    from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
+
     other = TransformerWrapper(
         num_tokens=args.num_tokens,
         max_seq_len=seqlen,
@@ -65,54 +101,115 @@ def build_pair(args: argparse.Namespace, seqlen: int) -> tuple[torch.nn.Module, 
             scale_residual=True, scale_residual_constant=(2 * args.depth) ** 0.25, verbose=False,
         ),
     )  # fmt: skip
-    ours = andromeda.Andromeda(
-        num_tokens=args.num_tokens, max_seq_len=seqlen, dim=args.dim, depth=args.depth, dim_head=args.dim_head,
-        heads=args.heads, alibi_num_heads=alibi_heads,
-    )  # fmt: skip
     ours.load_x_transformers(other.state_dict())
     wrapped = AutoregressiveWrapper(other, ignore_index=-100, pad_value=0)
     return ours.to(args.device), wrapped.to(args.device)
 
 
-def run(step: str, seqlen: int, args: argparse.Namespace) -> list[dict]:
-    ours, other = build_pair(args, seqlen)
+Calls = dict[str, Callable[[], object]]
+
+
+def calls_of(step: str, seqlen: int, args: argparse.Namespace) -> tuple[torch.nn.Module, Calls]:
+    """Our model, and what is timed, by name."""
+    ours, other = build_pair(args, seqlen + args.new_tokens * (step == "generation"))
     tokens = torch.randint(args.num_tokens, (1, seqlen + (step == "training")), device=args.device)
     if step == "forward":
-        with torch.no_grad():
-            difference = (ours(tokens) - other.net(tokens)).abs().max().item()
-        # Two float32 computations of logits of magnitude 1 (SPEC 15 allows 2e-5 for one of them against float64).
-        if not difference < 1e-4:
-            sys.exit(f"model.py: the two models differ by {difference:.2g}: not timed")
-        functions = {
-            "andromeda": torch.no_grad()(lambda: ours(tokens)),
-            BASELINE: torch.no_grad()(lambda: other.net(tokens)),
-        }
+        calls = {bars.WINDOWS: lambda: ours(tokens), BASELINE: lambda: other.net(tokens)}
+    elif step == "training":
+        calls = {bars.WINDOWS: lambda: ours(tokens, return_loss=True), BASELINE: lambda: other(tokens)}
     else:
-        functions = {
-            "andromeda": training_step(ours, lambda: ours(tokens, return_loss=True)),
-            BASELINE: training_step(other, lambda: other(tokens)),
-        }
-    timings = timing.measure(functions, device=args.device, rounds=args.rounds, budget_s=90)
-    memory = {name: timing.peak_memory_mb(function, args.device) for name, function in functions.items()}
+        calls = {bars.WINDOWS: lambda: ours.generate(tokens, args.new_tokens, temperature=0)}
+    if other is None:
+        calls.pop(BASELINE, None)
+    calls = {name: rounded(call, args) for name, call in calls.items()}
+    if step == "training":
+        models = {bars.WINDOWS: ours, BASELINE: other}
+        calls = {name: training_step(models[name], call) for name, call in calls.items()}
+    return ours, calls
+
+
+def rounded(call: Callable, args: argparse.Namespace) -> Callable:
+    """The call in the precision asked for. Each one enters autocast anew: it would else keep the rounded weights."""
+    if args.dtype == "float32":
+        return call
+
+    def under_autocast() -> object:
+        with torch.autocast(args.device, torch.bfloat16):
+            return call()
+
+    return under_autocast
+
+
+def prepare(step: str, calls: Calls, args: argparse.Namespace) -> tuple[Calls, list[str]]:
+    """The calls that run and agree with ours, and of the others why not."""
+    functions, notes, expected = {}, [], None
+    for name, call in calls.items():
+        try:
+            result = call()
+        except Exception as error:  # whatever another package raises: its row is missing, ours is not
+            notes.append(f"{name} did not run {step}: {attn.describe(error, [])}")
+            continue
+        if step == "forward":
+            expected = result.float() if expected is None else expected
+            difference = (result.float() - expected).abs().max().item()
+            if not difference < AGREEMENT[args.dtype]:
+                notes.append(f"{bars.WINDOWS} and {name} differ by {difference:.2g}: the latter is not timed")
+                continue
+        functions[name] = call
+    return functions, notes
+
+
+def run(step: str, seqlen: int, args: argparse.Namespace) -> tuple[list[dict], list[str]]:
+    model, calls = calls_of(step, seqlen, args)
+    with torch.set_grad_enabled(step == "training"):
+        functions, notes = prepare(step, calls, args)
+        timings = timing.measure(functions, device=args.device, rounds=args.rounds, budget_s=90)
+        memory = {name: timing.peak_memory_mb(function, args.device) for name, function in functions.items()}
     shape = f"b1 n{seqlen} dim{args.dim} depth{args.depth} h{args.heads}/1 d{args.dim_head} v{args.num_tokens}"
-    return [
-        report.make_row(
+    flops, peak = None, None
+    if args.device == "cuda" and step != "generation":
+        flops = flops_per_token(model, seqlen) * seqlen * (3 if step == "training" else 1)
+        peak = peak_tflops()
+    rows = []
+    for name, measured in timings.items():
+        ratio = {"ratio": timing.paired_ratio(timings[BASELINE], measured)} if BASELINE in timings else {}
+        row = report.make_row(
             measured,
             op="model",
             step=step,
             shape=shape,
-            dtype="float32",
+            dtype=args.dtype,
             device=args.device,
             backend=name,
-            tokens=seqlen,
-            spreads={"ratio": timing.paired_ratio(timings[BASELINE], measured)},
+            flops=flops,
+            tokens=args.new_tokens if step == "generation" else seqlen,
+            spreads=ratio,
             peak_memory_mb=memory[name],
+            **({} if peak is None else {"mfu": flops / measured.median_ms / 1e9 / peak, "peak_tflops": peak}),
         )
-        for name, measured in timings.items()
-    ]
+        rows.append(row)
+    return rows, notes
 
 
-def training_step(model: torch.nn.Module, loss_of):
+def flops_per_token(model: andromeda.Andromeda, seqlen: int) -> float:
+    """Of a forward pass: two per parameter that multiplies, which the token table does not, and per layer two products
+    with the half of the keys that a token sees."""
+    config = model.config
+    parameters = sum(parameter.numel() for parameter in model.parameters()) - config.num_tokens * config.dim
+    return 2.0 * (parameters + config.depth * config.heads * config.dim_head * seqlen)
+
+
+def peak_tflops() -> float | None:
+    """What the vendor promises for dense bfloat16; None for a GPU that is not known here."""
+    try:
+        from andromeda.training import peak_flops
+    except ImportError:  # of transformers, without which training is not possible, but all that is measured here
+        return None
+    peak = peak_flops(torch.device("cuda"))
+    return None if peak is None else peak / 1e12
+
+
+def training_step(model: torch.nn.Module, loss_of: Callable) -> Callable[[], None]:
     """Loss, gradients and an AdamW update."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 
@@ -124,22 +221,35 @@ def training_step(model: torch.nn.Module, loss_of):
     return step
 
 
+def comparison(step: str, seqlen: int, rows: list[dict]) -> list[str]:
+    """The sentence that says how our row compares; none without both rows."""
+    by_name = {row["backend"]: row for row in rows}
+    if not {bars.WINDOWS, BASELINE} <= by_name.keys():
+        return []
+    ours, other = by_name[bars.WINDOWS], by_name[BASELINE]
+    low, high = ours["ratio_range"]
+    text = f"{step}, {seqlen} tokens: {ours['ratio']:.2f}x the speed of x-transformers"
+    text += f" (rounds {low:.2f} to {high:.2f})"
+    if ours["peak_memory_mb"] is not None:
+        text += f", {ours['peak_memory_mb'] / other['peak_memory_mb']:.2f} of its peak memory"
+    return [text + "."]
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     rows, notes = [], []
+    if importlib.util.find_spec("x_transformers") is None:
+        notes.append("x-transformers is not installed, so nothing is compared: pip install x-transformers==2.31.10")
     for step in args.steps:
         for seqlen in args.seqlen:
             print(f"{step} {seqlen} tokens ...", file=sys.stderr)
-            new = run(step, seqlen, args)
+            new, problems = run(step, seqlen, args)
             rows += new
-            ours, other = new
-            low, high = ours["ratio_range"]
-            text = f"{step}, {seqlen} tokens: {ours['ratio']:.2f}x the speed of x-transformers"
-            text += f" (rounds {low:.2f} to {high:.2f})"
-            if ours["peak_memory_mb"] is not None:
-                text += f", {ours['peak_memory_mb'] / other['peak_memory_mb']:.2f} of its peak memory"
-            notes.append(text + ".")
-    report.finish(args, rows, device=args.device, title="Model, float32, every flag at its default", notes=notes)
+            notes += problems + comparison(step, seqlen, new)
+            report.save_unfinished(args, rows, device=args.device, notes=notes)
+    title = f"Model, {args.dtype}, every flag at its default"
+    report.finish(args, rows, device=args.device, title=title, notes=notes)
+    attn.exit_if_missing(notes)
 
 
 if __name__ == "__main__":

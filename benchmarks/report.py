@@ -24,7 +24,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 COLUMNS = (
     "op", "pass", "shape", "dtype", "device", "backend", "median_ms", "p20_ms", "p80_ms",
-    "tflops", "effective_tflops", "gbps", "tokens_per_s", "ratio", "of_matmul", "of_copy", "peak_memory_mb",
+    "tflops", "effective_tflops", "gbps", "tokens_per_s", "ratio", "of_matmul", "of_copy", "mfu", "peak_memory_mb",
     "workspace_mb",
 )  # fmt: skip
 BAR_COLUMNS = ("what", "bar", "measured", "rounds", "verdict")
@@ -52,6 +52,9 @@ def make_row(
     flops, bytes_moved, tokens: the work of one call; the row shows it per second.
     spreads: columns that are compared round by round; NAME becomes `NAME` (the median) and `NAME_range` (JSON only).
     more: further columns as they are.
+
+    `measured_at` (JSON only) says when the rounds ran: what else is recorded at that time, clocks for instance, belongs
+    to them.
     """
     seconds = measured.median_ms / 1e3
     row = {
@@ -73,6 +76,8 @@ def make_row(
     for name, (median, low, high) in (spreads or {}).items():
         row[name] = median
         row[f"{name}_range"] = [low, high]
+    if measured.interval is not None:
+        row["measured_at"] = [round(moment, 3) for moment in measured.interval]
     return {**row, **more, "samples_ms": [round(sample, 6) for sample in measured.samples_ms]}
 
 
@@ -230,6 +235,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes and few repetitions: does it run?")
     parser.add_argument("--json", metavar="FILE", help="write rows, versions and commit")
     parser.add_argument("--plot", metavar="FILE", help="write a bar chart (.png, .svg, .pdf)")
+
+
+def save_unfinished(
+    args: argparse.Namespace, rows: list[dict], *, device: str, notes: list[str], bars: list[dict] | None = None
+) -> None:
+    """Write what there is so far to the file of `--json`: after every case, so that an end by force loses one case."""
+    if args.json:
+        extra = {"bars": bars} if bars else {}
+        write_json(args.json, rows, environment(device), notes, {"unfinished": True, **extra})
 
 
 def finish(

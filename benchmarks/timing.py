@@ -26,6 +26,7 @@ WARM_UP_MS = 1000.0
 @dataclasses.dataclass
 class Timing:
     samples_ms: list[float]
+    interval: tuple[float, float] | None = None  # seconds since 1970: when the rounds began and ended
 
     def quantile(self, fraction: float) -> float:
         ordered = sorted(self.samples_ms)
@@ -96,14 +97,15 @@ def measure(
     calls = {name: _warm_up(function, device, flush) for name, function in functions.items()}
     samples: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
-    begin = time.perf_counter()
+    begin, begin_of_day = time.perf_counter(), time.time()
     for done in range(rounds):
         if done >= 2 and time.perf_counter() - begin > budget_s:
             break
         first = done % max(len(names), 1)
         for name in names[first:] + names[:first]:
             samples[name].append(_sample(functions[name], calls[name], device, flush))
-    return {name: Timing(values) for name, values in samples.items()}
+    interval = begin_of_day, time.time()
+    return {name: Timing(values, interval) for name, values in samples.items()}
 
 
 def measure_once(function: Callable[[], object], device: str) -> tuple[Timing, float | None]:

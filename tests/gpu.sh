@@ -1,53 +1,79 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU, in one command of at most nine minutes:
+# Everything that needs an NVIDIA GPU, the most valuable evidence first. A GPU is to be had for minutes: what is found
+# out is in gpu.json at every moment, whatever ends this script.
 #
-#   build      the extension for this card, in place, with what is installed: nothing is fetched
+#   build      the extension for this card, in place, with what is installed: nothing is fetched. Beside it, where a
+#              second assembler (ptxas) is there, a second library of the same PTX: an assembler can be wrong, and a
+#              test that executes PTX cannot see it
+#   smoke      small calls of every kernel against the exact result, with each library
+#   quick      own kernels at many shapes, beside what torch has without a compiler, a matrix product and a copy
+#   profile    hardware counters of each kernel (ncu), beside what its machine code lets one expect
 #   tests      the tests that take a device, on the GPU: every kernel against the reference, and tests/test_cuda.py
-#   sanitizer  small calls of every kernel under each tool of compute-sanitizer, if there is one
 #   wrappers   single instructions and tile functions: the GPU and the emulator beside plain torch
-#   bench      attention forward, backward and decoding beside other packages; qk_norm_rotary
-#   host       the other tests, which need no GPU but meet other versions here; in the time that is left
+#   sanitizer  small calls of every kernel under each tool of compute-sanitizer: memcheck and racecheck, then the others
+#   bench      attention beside other packages, FlexAttention last; qk_norm_rotary; the model: forward, training step,
+#              generation
+#   host       the other tests, which need no GPU but meet other versions here. Only if named by --only
 #
-#   tests/gpu.sh [--only build,tests,...] [--list]
+#   tests/gpu.sh [--only build,smoke,...] [--budget SECONDS] [--list] [--rehearse]
 #
-# A step that fails does not stop the later ones; one that ends early leaves its time to them. A table comes last. The
-# exit code is 0 if every step passed. From the environment:
+# No failure stops a later step. A step ends with its allowance, to which those before it add what they did not use; the
+# last one has all that is left of the budget. A call with --only goes on with the gpu.json that an earlier one left in
+# OUT, or, where OUT is emptied between calls, in build/gpu: results are replaced step by step, each has the commit that
+# it is of. If the sources of the library, or the GPU, are not those of that file, it starts anew and says so; in OUT
+# the earlier file is kept as gpu-COMMIT.json. --rehearse takes the CPU in place of the GPU: every step with its real
+# commands, at tiny sizes, where no GPU is.
 #
-#   OUT                   folder for a log of each step and gpu.json (default: benchmarks/results)
-#   BUDGET                seconds for all of it (540)
+# Tables come last: times, counts of tests, bars, predictions (benchmarks/predictions.json) beside what was measured,
+# and what became of each step. The exit code is 0 if every step passed, or could not run for lack of a tool. In OUT:
+#
+#   gpu.json           tests/gpu_report.py says what is in it
+#   gpu.log            what the steps printed, one after the other
+#   gpu_memcheck.log   and racecheck, initcheck, synccheck
+#
+# From the environment:
+#
+#   OUT                   the folder for these (default: benchmarks/results)
+#   BUDGET                as --budget (540)
 #   PYTHON                the interpreter with torch (python3)
 #   WHEELS                a folder of wheels that are missing here, hypothesis for instance; installed beside, not into
+#   PTXAS2                the assembler of the second library, as setup.py takes it for ANDROMEDA_PTXAS: a path, or
+#                         nvcc for its own (default), which is another one if a newer was found
 #   TORCH_CUDA_ARCH_LIST  default: this card's alone; set to nothing: the list of CMakeLists.txt
 #   COMMIT                what to record where there is no git
+#   KEEP                  where the second library is, and the copy of gpu.json (build/gpu)
+#   STEP_SECONDS          the allowance of every step, in place of its own
 #
-# shellcheck disable=SC2329  # the steps are called by name
+# shellcheck disable=SC2317,SC2329  # the steps are called by name
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-STEPS=(build tests sanitizer wrappers bench host)
-declare -A ALLOWANCE=([build]=150 [tests]=130 [sanitizer]=60 [wrappers]=60 [bench]=130 [host]=10) # seconds
+STEPS=(build smoke quick profile tests wrappers sanitizer bench host)
+# Seconds. Estimates for sixteen cores and a Hopper card: a library is compiled in 40 to 60 s, both at a time; `import
+# torch` and a context take 6 s; a case of `quick` 1 to 2 s; a kernel under ncu 8 s, nearly all of it the start.
+declare -A ALLOWANCE=([build]=95 [smoke]=35 [quick]=65 [profile]=45 [tests]=120 [wrappers]=45 [sanitizer]=60
+  [bench]=120 [host]=60)
 DEVICE_TESTS=(tests/test_attention.py tests/test_qk_norm_rotary.py tests/test_token_shift_norm.py)
 NOT_RUN=77 # exit code of a step that cannot run here; the last line of its log says why
+SPOILT=75  # of benchmarks/attn_grid.py: an error of the GPU; a new process can go on
 
 usage() { sed -n '2,/^# shellcheck/{/^# shellcheck/d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}"; }
 
-only=${STEPS[*]}
-inside="" # the step that this process is
+need() { [[ -n ${2:-} ]] || { echo "gpu.sh: $1 needs a value" >&2; exit 2; }; }
+
+only="" inside="" # inside: the step that this process is
+BUDGET=${BUDGET:-540}
 while (($#)); do
   case $1 in
-    --only)
-      only=${2:?--only needs a list of steps}
-      only=${only//,/ }
-      shift
+    --only | --budget | --inside)
+      need "$1" "${2:-}"
+      set -- "$1=$2" "${@:3}"
+      continue
       ;;
-    --only=*)
-      only=${1#--only=}
-      only=${only//,/ }
-      ;;
-    --inside)
-      inside=$2
-      shift
-      ;;
+    --only=*) only=${1#*=} only=${only//,/ } ;;
+    --budget=*) BUDGET=${1#*=} ;;
+    --inside=*) inside=${1#*=} ;;
+    --rehearse) export REHEARSE=1 ;;
     --list)
       printf '%s\n' "${STEPS[@]}"
       exit
@@ -57,23 +83,50 @@ while (($#)); do
       exit
       ;;
     *)
-      echo "gpu.sh: unknown argument '$1'; known are --only STEPS, --list, --help" >&2
+      echo "gpu.sh: unknown argument '$1'; known are --only, --budget, --list, --rehearse, --help" >&2
       exit 2
       ;;
   esac
   shift
 done
+only=${only:-${STEPS[*]/host/}}
 for name in $only; do
   if [[ " ${STEPS[*]} " != *" $name "* ]]; then
     echo "gpu.sh: --only knows ${STEPS[*]}, got '$name'" >&2
     exit 2
   fi
 done
+if [[ ! $BUDGET =~ ^[0-9]+$ ]]; then
+  echo "gpu.sh: --budget must be a number of seconds, got '$BUDGET'" >&2
+  exit 2
+fi
 
 # ---- the steps: each is this script again, under `timeout`, with --inside -------------------------------------------
 
+# What differs in a rehearsal: the device, the sizes, and that tests are only collected.
+device=cuda sizes=() collect=()
+[[ -z ${REHEARSE:-} ]] || device=cpu sizes=(--quick) collect=(--collect-only)
+
+benchmark() { "$PYTHON" "benchmarks/$1.py" --device "$device" --json "$parts/${2:-$1}.json" "${@:3}" "${sizes[@]}"; }
+
+# The benchmarks of operations that memory limits.
+of_memory() {
+  local name
+  for name in qk_norm_rotary token_shift_norm; do
+    [[ ! -f benchmarks/$name.py ]] || echo "$name"
+  done
+}
+
+# pytest, with a file of counts for gpu.json. PART NAME ARGUMENTS...
+count_tests() {
+  PART="$parts/$1.json" "$PYTHON" -m pytest -q -p gpu_report -p no:cacheprovider --device "$device" "${collect[@]}" "${@:2}"
+}
+
+# Several processes at once, where pytest can: most of a test is launching and comparing.
+workers() { if [[ -z ${REHEARSE:-} ]] && "$PYTHON" -c 'import xdist' 2>/dev/null; then echo "-n ${1:-4}"; fi; }
+
 run_build() {
-  if [[ -z ${TORCH_CUDA_ARCH_LIST+set} ]]; then
+  if [[ -z ${TORCH_CUDA_ARCH_LIST+set} && -z ${REHEARSE:-} ]]; then
     # Hopper's own instructions need the name that no other chip answers to.
     TORCH_CUDA_ARCH_LIST=$("$PYTHON" -c '
 import torch
@@ -82,26 +135,104 @@ print(f"{major}.{minor}" + ("a" if (major, minor) == (9, 0) else ""))')
     export TORCH_CUDA_ARCH_LIST
   fi
   echo "architectures: ${TORCH_CUDA_ARCH_LIST:-those of CMakeLists.txt}"
-  ANDROMEDA_CUDA=1 "$PYTHON" setup.py build_ext --inplace
-  "$PYTHON" -c '
+  local second=""
+  if [[ -z ${REHEARSE:-} ]]; then
+    export ANDROMEDA_CUDA=1
+    build_second >"$SCRATCH/second.log" 2>&1 &
+    second=$!
+  fi
+  if ! "$PYTHON" setup.py build_ext --inplace; then
+    [[ -z $second ]] || kill "$second" || true
+    return 1
+  fi
+  if [[ -n $second ]]; then
+    "$PYTHON" -c '
 import torch
 from andromeda.ops import _select
 reasons = _select.cuda_unavailable(torch.device("cuda", 0))
 if reasons:
     raise SystemExit("the kernels do not run on this GPU: " + "; ".join(reasons))'
+  fi
   "$PYTHON" -m andromeda info
+  if [[ -n $second ]]; then # it must not cost the step: what is needed is there
+    while kill -0 "$second" 2>/dev/null && ((SECONDS + 8 < ${STEP_LIMIT:?})); do sleep 0.2; done
+    if kill "$second" 2>/dev/null || ! wait "$second"; then
+      echo "the second library was not built, or not in time:"
+      tail -n 5 "$SCRATCH/second.log"
+    else
+      "$PYTHON" tests/gpu_report.py libraries "$SECOND"
+    fi
+  fi
 }
 
-# Several processes at once, where pytest can: most of a test is launching and comparing.
-workers() { "$PYTHON" -c 'import xdist' 2>/dev/null && echo "-n ${1:-4}" || true; }
+# The Python files beside a library of another assembler: a process that starts in this folder imports these.
+build_second() {
+  rm -rf "$SECOND"
+  mkdir -p "$SECOND/andromeda"
+  ANDROMEDA_PTXAS=${PTXAS2:-nvcc} ANDROMEDA_BUILD_TREE="$SECOND-tree" "$PYTHON" setup.py build_ext \
+    --build-lib "$SECOND" --build-temp "$SECOND-temp"
+  local file
+  for file in andromeda/*; do
+    [[ $file == */_C.* || $file == */__pycache__ ]] || ln -sfn "$PWD/$file" "$SECOND/$file"
+  done
+}
+
+run_smoke() {
+  local failed=0 root=$PWD
+  count_tests default tests/test_cuda.py -k small_calls || failed=1
+  if [[ -f $SECOND/complete ]]; then
+    (cd "$SECOND" && LIBRARY=$SECOND count_tests second --rootdir "$root" -c "$root/pyproject.toml" \
+      "$root/tests/test_cuda.py" -k small_calls) || failed=1
+  fi
+  return "$failed"
+}
+
+run_quick() {
+  local failed=0 code=$SPOILT attempt
+  for attempt in 1 2 3 4 5; do # each goes on behind the line that ended the one before
+    code=0
+    benchmark attn_grid attn_grid --resume || code=$?
+    ((code == SPOILT || code > 128)) || break
+    echo "attempt $attempt of attn_grid ended with code $code"
+  done
+  ((code == 0)) || failed=1
+  local name tokens=32768
+  [[ $device == cuda ]] || tokens=64
+  for name in $(of_memory); do
+    benchmark "$name" "$name" --quick --seqlen "$tokens" || failed=1 # --quick: two rounds, no torch.compile
+  done
+  return "$failed"
+}
+
+run_profile() {
+  if [[ -n ${REHEARSE:-} ]]; then
+    benchmark counters counters --without-ncu
+  else
+    benchmark counters
+  fi
+}
 
 run_tests() {
   local failed=0
   # These watch the memory of the GPU and keep it busy: alone.
-  "$PYTHON" -m pytest -q --device cuda -p no:cacheprovider tests/test_cuda.py || failed=1
+  count_tests cuda --maxfail=25 --durations=15 tests/test_cuda.py || failed=1
   # shellcheck disable=SC2046  # two words
-  "$PYTHON" -m pytest -q --device cuda -p no:cacheprovider $(workers) "${DEVICE_TESTS[@]}" || failed=1
+  count_tests device --maxfail=25 --durations=15 $(workers) "${DEVICE_TESTS[@]}" || failed=1
   return "$failed"
+}
+
+run_wrappers() { count_tests wrappers -rA tests/emulator/test_wrappers.py; }
+
+find_sanitizer() {
+  local candidate
+  for candidate in "$(command -v compute-sanitizer || true)" "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer" \
+    $("$PYTHON" -c 'import sys; print(*(p + "/nvidia/cu13/bin/compute-sanitizer" for p in sys.path if p))'); do
+    if [[ -f $candidate ]]; then
+      [[ -x $candidate ]] || chmod +x "$candidate" # pip leaves the program of the wheel without the permission
+      echo "$candidate"
+      return
+    fi
+  done
 }
 
 # What the tools are known to report wrongly, and what is done about it:
@@ -111,47 +242,60 @@ run_tests() {
 #              each tensor is an allocation.
 #   racecheck, synccheck   other libraries' kernels are not looked at: theirs are not ours to mend, and take minutes.
 #   initcheck  looks at all kernels, or it would not see what torch's write.
+sanitize() { # TOOL SANITIZER
+  local -a tool=()
+  if [[ -n $2 ]]; then
+    tool=("$2" --tool "$1" --report-api-errors no --error-exitcode 9 --print-limit 20)
+    [[ $1 == initcheck ]] || tool+=(--kernel-name kns=andromeda)
+  fi
+  PART="$parts/$1.json" PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${tool[@]}" "$PYTHON" -m pytest -q -p gpu_report \
+    -p no:cacheprovider --device "$device" "${collect[@]}" tests/test_cuda.py -k small_calls
+}
+
 run_sanitizer() {
-  local sanitizer="" candidate tool failed=0
-  for candidate in "$(command -v compute-sanitizer || true)" "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer" \
-    $("$PYTHON" -c 'import sys; print(*(p + "/nvidia/cu13/bin/compute-sanitizer" for p in sys.path if p))'); do
-    [[ -n $sanitizer || ! -f $candidate ]] || sanitizer=$candidate
-  done
-  if [[ -z $sanitizer ]]; then
+  local sanitizer failed=0 pair tool code
+  sanitizer=$(find_sanitizer)
+  [[ -z $sanitizer ]] || "$sanitizer" --version
+  if [[ -z $sanitizer && -z ${REHEARSE:-} ]]; then
     echo "compute-sanitizer not found (PATH, CUDA_HOME, wheel nvidia-cuda-sanitizer-api)"
     return "$NOT_RUN"
   fi
-  [[ -x $sanitizer ]] || chmod +x "$sanitizer" # pip leaves the program of the wheel without the permission
-  "$sanitizer" --version
-  local -A process=()
-  for tool in memcheck racecheck initcheck synccheck; do # most of their time is spent before the first kernel
-    local -a filter=(--kernel-name kns=andromeda)
-    [[ $tool != initcheck ]] || filter=()
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" "${filter[@]}" --report-api-errors no \
-      --error-exitcode 9 --print-limit 20 "$PYTHON" -m pytest -q --device cuda -p no:cacheprovider tests/test_cuda.py \
-      -k small_calls >"$scratch/$tool.log" 2>&1 &
-    process[$tool]=$!
-  done
-  for tool in memcheck racecheck initcheck synccheck; do
-    local code=0
-    wait "${process[$tool]}" || code=$?
-    printf '\n== %s: exit code %d\n' "$tool" "$code"
-    cat "$scratch/$tool.log"
-    ((code == 0)) || failed=1
+  local -A process
+  for pair in "memcheck racecheck" "initcheck synccheck"; do # two at a time: most of it is spent before a kernel runs
+    [[ -z ${REHEARSE:-} || $pair == memcheck* ]] || break
+    if ((SECONDS + 20 > ${STEP_LIMIT:?})); then
+      echo "$pair: no time left"
+      continue
+    fi
+    for tool in $pair; do
+      sanitize "$tool" "$sanitizer" >"$OUT/gpu_$tool.log" 2>&1 &
+      process[$tool]=$!
+    done
+    for tool in $pair; do
+      code=0
+      wait "${process[$tool]}" || code=$?
+      echo "== $tool: exit code $code; $(grep -h 'ERROR SUMMARY\|RACECHECK SUMMARY' "$OUT/gpu_$tool.log" | tail -n 1)"
+      ((code == 0)) || { failed=1 && tail -n 15 "$OUT/gpu_$tool.log"; }
+    done
   done
   return "$failed"
 }
 
-run_wrappers() { "$PYTHON" -m pytest -q -rA --device cuda -p no:cacheprovider tests/emulator/test_wrappers.py; }
-
 run_bench() {
-  local failed=0
-  # One command each: what was measured survives if time runs out later.
+  local failed=0 pass name
+  local -a shape=(--dtype bfloat16)
+  [[ -n ${REHEARSE:-} ]] || shape+=(--seqlen 8192 --keys 131072)
   for pass in forward backward decode; do
-    "$PYTHON" benchmarks/attn.py --device cuda --dtype bfloat16 --pass "$pass" --seqlen 8192 --keys 131072 \
-      --json "$scratch/attn_$pass.json" || failed=1
+    benchmark attn "attn_$pass" --pass "$pass" "${shape[@]}" --contenders andromeda sdpa flash_attn || failed=1
   done
-  "$PYTHON" benchmarks/qk_norm_rotary.py --device cuda --json "$scratch/qk_norm_rotary.json" || failed=1
+  benchmark model || failed=1
+  for name in $(of_memory); do
+    benchmark "$name" || failed=1
+  done
+  for pass in forward decode backward; do # FlexAttention compiles for longer than all the others run
+    benchmark attn "flex_$pass" --pass "$pass" "${shape[@]}" --contenders andromeda flex || failed=1
+    [[ -z ${REHEARSE:-} ]] || break
+  done
   return "$failed"
 }
 
@@ -184,127 +328,91 @@ for path in sorted(pathlib.Path("tests").glob("test_*.py")):
 PYTHON_CODE
   )
   echo "not run here: tests/emulator but for its wrappers (the same on every machine)"
+  device=cpu
   # shellcheck disable=SC2046  # two words
-  "$PYTHON" -m pytest -q -p no:cacheprovider $(workers 8) "${files[@]}"
+  count_tests host $(workers 8) "${files[@]}"
 }
 
 if [[ -n $inside ]]; then
+  parts=$SCRATCH/parts/$inside
+  mkdir -p "$parts"
   "run_$inside"
   exit
 fi
 
 # ---- running them ---------------------------------------------------------------------------------------------------
 
-export OUT=${OUT:-benchmarks/results} PYTHON=${PYTHON:-python3} PYTHONUNBUFFERED=1
-BUDGET=${BUDGET:-540}
-mkdir -p "$OUT"
-OUT=$(cd "$OUT" && pwd)
-scratch=$(mktemp -d)
-export scratch
-trap 'rm -rf "$scratch"' EXIT
-export PYTHONPATH="$PWD:$scratch/site${PYTHONPATH:+:$PYTHONPATH}"
-if [[ -n ${WHEELS:-} ]]; then
-  "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$scratch/site" "$WHEELS"/*.whl
+if [[ -n ${REHEARSE:-} ]]; then # never beside the results of a GPU, and at the pace of any machine
+  STEP_SECONDS=${STEP_SECONDS:-300} BUDGET=2400
+  KEEP=${KEEP:-build/gpu/rehearsal} OUT=${OUT:-${KEEP:-build/gpu/rehearsal}/out}
 fi
-
-clocks() {
-  nvidia-smi --format=csv,noheader,nounits \
-    --query-gpu=name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu 2>/dev/null || true
+export OUT=${OUT:-benchmarks/results} KEEP=${KEEP:-build/gpu} PYTHON=${PYTHON:-python3} PYTHONUNBUFFERED=1
+mkdir -p "$OUT" "$KEEP"
+OUT=$(cd "$OUT" && pwd)
+KEEP=$(cd "$KEEP" && pwd)
+[[ $PYTHON != */* ]] || PYTHON=$(realpath -s "$PYTHON") # some commands start in another folder
+SCRATCH=$(mktemp -d)
+export SCRATCH SECOND=$KEEP/second
+running=() # processes of the step at hand
+trap 'rm -rf "$SCRATCH"' EXIT
+trap 'stop TERM' TERM
+trap 'stop INT' INT
+stop() { # by a signal: gpu.json is in order, and says of the step at hand that it did not end
+  trap - TERM INT
+  ((${#running[@]} == 0)) || kill -TERM "${running[@]}" 2>/dev/null || true
+  wait
+  echo "gpu.sh: ended by SIG$1; what is finished is in $OUT/gpu.json" >&2
+  exit 143
 }
+report() { "$PYTHON" tests/gpu_report.py "$@"; }
 
-if ! "$PYTHON" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
+export PYTHONPATH="$PWD:$PWD/tests:$SCRATCH/site${PYTHONPATH:+:$PYTHONPATH}"
+if [[ -n ${WHEELS:-} ]]; then
+  "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$SCRATCH/site" "$WHEELS"/*.whl ||
+    echo "gpu.sh: the wheels of $WHEELS were not installed: going on without" >&2
+fi
+report facts >"$SCRATCH/facts.json"
+if [[ -z ${REHEARSE:-} ]] && grep -q '"gpu": null' "$SCRATCH/facts.json"; then
   echo "gpu.sh: torch of $PYTHON finds no CUDA device" >&2
   exit 1
 fi
-clocks >"$scratch/clocks_before"
-deadline=0
-status=0
+printf '== a call of %s: %s\n' "$(date '+%F %T')" "$only" >>"$OUT/gpu.log"
+# shellcheck disable=SC2086  # words
+report begin $only
+
+deadline=$SECONDS least=10 last="" # allowances count from here, the budget from the start
+[[ -z ${STEP_SECONDS:-} ]] || least=1
 for name in "${STEPS[@]}"; do
-  ((deadline += ALLOWANCE[$name])) || true
-  [[ $name != host ]] || deadline=$BUDGET
   [[ " $only " == *" $name "* ]] || continue
+  last=$name
+done
+for name in "${STEPS[@]}"; do
+  [[ " $only " == *" $name "* ]] || continue
+  ((deadline += ${STEP_SECONDS:-${ALLOWANCE[$name]}}))
+  [[ $name != "$last" || -n ${STEP_SECONDS:-} ]] || deadline=$BUDGET
   limit=$(((deadline < BUDGET ? deadline : BUDGET) - SECONDS))
+  if ((limit < least)); then
+    printf '== %s: %s\n' "$name" "$(report end "$name" skipped 0 "$limit")"
+    continue
+  fi
+  printf '== %s (at %d s, at most %d s): ' "$name" "$SECONDS" "$limit"
   begin=$SECONDS
   code=0
-  if ((limit < 10)); then
-    echo "no time left" >"$OUT/gpu_$name.log"
-    code=$NOT_RUN
-  else
-    printf '== %s (at %d s, at most %d s)\n' "$name" "$SECONDS" "$limit"
-    timeout --kill-after=5 "$limit" tests/gpu.sh --inside "$name" >"$OUT/gpu_$name.log" 2>&1 || code=$?
-    [[ $name != bench ]] || clocks >"$scratch/clocks_after"
-  fi
-  case $code in
-    0) result=passed ;;
-    "$NOT_RUN") result="not run: $(tail -n 1 "$OUT/gpu_$name.log")" ;;
-    124 | 137) result="out of time after $limit s" ;;
-    *) result="failed, exit code $code" ;;
-  esac
+  printf '\n== %s (at %d s, at most %d s)\n' "$name" "$SECONDS" "$limit" >>"$OUT/gpu.log"
+  log_before=$(wc -c <"$OUT/gpu.log")
+  "$PYTHON" tests/gpu_report.py watch "$name" "$limit" $$ &
+  watcher=$!
+  STEP_LIMIT=$limit timeout --kill-after=5 "$limit" tests/gpu.sh ${REHEARSE:+--rehearse} --inside "$name" \
+    >>"$OUT/gpu.log" 2>&1 </dev/null &
+  running=("$!" "$watcher")
+  wait "${running[0]}" || code=$?
+  kill "$watcher" 2>/dev/null || true
+  wait "$watcher" || true
+  kill -KILL -- "-${running[0]}" 2>/dev/null || true # the group of `timeout`: what the step left behind
+  running=()
+  report end "$name" "$code" $((SECONDS - begin)) "$limit" || echo "not recorded" # go on: the next may be
   if ((code != 0 && code != NOT_RUN)); then
-    status=1
-    tail -n 25 "$OUT/gpu_$name.log"
+    tail -c +$((log_before + 1)) "$OUT/gpu.log" | tail -n 25
   fi
-  printf '%s\t%d\t%s\n' "$name" $((SECONDS - begin)) "$result" >>"$scratch/steps.tsv"
 done
-
-# ---- one file of results and one table ------------------------------------------------------------------------------
-
-"$PYTHON" - "$OUT/gpu.json" <<'PYTHON_CODE'
-import importlib.metadata, json, os, pathlib, platform, subprocess, sys
-
-sys.path.insert(0, "benchmarks")
-import report
-import torch
-
-PACKAGES = ("torch", "triton", "transformers", "pytest", "pybind11", "cmake", "ninja", "flash-attn")
-scratch = pathlib.Path(os.environ["scratch"])
-
-def command(*words):
-    try:
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-def version(name):
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-def clocks(name):
-    path = scratch / name
-    fields = ("name", "driver", "sm_mhz", "memory_mhz", "max_sm_mhz", "power_limit_w", "celsius")
-    if not path.exists():
-        return None
-    return [dict(zip(fields, line.split(", "))) for line in path.read_text().splitlines()]
-
-commit = report.commit()
-gpu = torch.cuda.get_device_properties(0)
-facts = {
-    "commit": os.environ.get("COMMIT", commit) if commit == "unknown" else commit,
-    "gpu": gpu.name,
-    "multiprocessors": gpu.multi_processor_count,
-    "memory_mib": gpu.total_memory // 2**20,
-    "clocks_before": clocks("clocks_before"),
-    "clocks_after": clocks("clocks_after"),
-    "python": platform.python_version(),
-    "cuda_of_torch": torch.version.cuda,
-    "nvcc": (command("nvcc", "--version") or "not on PATH").splitlines()[-1],
-    "versions": {name: version(name) for name in PACKAGES},
-}
-lines = (line.split("\t") for line in (scratch / "steps.tsv").read_text().splitlines())
-steps = [{"step": name, "seconds": int(seconds), "result": result} for name, seconds, result in lines]
-measured = {path.stem: json.loads(path.read_text()) for path in sorted(scratch.glob("*.json"))}
-bars = [bar for data in measured.values() for bar in data.get("bars", ()) if bar["measured"] is not None]
-data = {"environment": facts, "steps": steps, "bars": bars, "measured": measured}
-report.write_text(pathlib.Path(sys.argv[1]), json.dumps(data, indent=1) + "\n")
-
-columns = ("op", "pass", "shape", "backend", "median_ms", "tflops", "effective_tflops", "gbps", "of_matmul", "of_copy")
-for name, found in measured.items():
-    print(report.table(found["rows"], columns), *found["notes"], "", sep="\n")
-print(report.table(steps, ("step", "seconds", "result")))
-if bars:
-    print(report.table(bars, report.BAR_COLUMNS))
-print(f"{facts['gpu']}, torch {torch.__version__}, commit {facts['commit']}; logs and gpu.json in {os.environ['OUT']}")
-PYTHON_CODE
-exit $status
+report show

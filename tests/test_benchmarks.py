@@ -37,7 +37,7 @@ def test_short_calls_share_a_sample(load, monkeypatch):
         calls[name] += 1
         now[0] += 0.5 if calls[name] == 1 and name == "first call slow" else seconds
 
-    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0], time=lambda: 1000.0 + now[0]))
     functions = {
         "first call slow": lambda: call("first call slow", 0.003),
         "long": lambda: call("long", 0.025),
@@ -47,6 +47,8 @@ def test_short_calls_share_a_sample(load, monkeypatch):
     assert calls == {"first call slow": 2 + 3 * 7, "long": 2 + 3, "very long": 1 + 3}  # warm-up and three samples
     assert timings["first call slow"].samples_ms == pytest.approx([3.0] * 3)  # of a call, not of a sample
     assert timings["long"].samples_ms == pytest.approx([25.0] * 3)
+    spent = 0.003 * 21 + 0.025 * 3 + 2.0 * 3
+    assert all(measured.interval[1] - measured.interval[0] == pytest.approx(spent) for measured in timings.values())
 
     timings = timing.measure(functions, device="cpu", rounds=50, budget_s=0.0)
     assert [len(measured.samples_ms) for measured in timings.values()] == [2, 2, 2]  # rounds there must be
@@ -173,15 +175,61 @@ def test_bars_know_their_gpu(load, monkeypatch):
         assert bars.of_device("cuda") == known
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("step", ["forward", "decode"])
-def test_effective_work_is_what_the_windows_hold(load, step):
+def test_effective_work_is_what_the_windows_hold(load, step, causal):
     cases = load("cases")
-    case = cases.AttentionCase(step, 300, num_heads=6, alibi_heads=4)
+    case = cases.AttentionCase(step, 300, num_heads=6, alibi_heads=4, causal=causal)
     positions = range(case.seqlen - case.seqlen_q, case.seqlen)
-    visible = [(head, p - key) for head in range(6) for p in positions for key in range(p + 1)]
+    keys = {p: range(p + 1 if causal else case.seqlen) for p in positions}
+    visible = [(head, abs(p - key)) for head in range(6) for p in positions for key in keys[p]]
     inside = [pair for pair in visible if pair[1] < case.windows[pair[0]]]
     assert 0 < len(inside) < len(visible)
+    assert case.flops == 2 * 2 * len(visible) * case.head_dim
     assert case.effective_flops / case.flops == pytest.approx(len(inside) / len(visible))
+
+
+@pytest.mark.parametrize("windows", [False, True])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("step, seqlen", [("forward", 640), ("forward", 700), ("decode", 1000)])
+def test_mask_of_blocks_is_that_of_pairs(load, step, seqlen, causal, windows):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    case = load("cases").AttentionCase(step, seqlen, num_heads=6, alibi_heads=5, causal=causal)
+    mask = load("cases").block_mask(case, windows=windows)
+    heads = case.num_heads if windows else None
+    expected = create_block_mask(mask.mask_mod, None, heads, case.seqlen_q, seqlen, device="cpu")
+    assert mask.seq_lengths == expected.seq_lengths == (case.seqlen_q, seqlen)
+
+    def blocks(numbers, indices):
+        return [
+            [sorted(row[:count].tolist()) for row, count in zip(rows, counts, strict=True)]
+            for rows, counts in zip(indices[0], numbers[0], strict=True)
+        ]
+
+    for kind in ("kv", "full_kv"):
+        found, wanted = (
+            blocks(getattr(m, f"{kind}_num_blocks"), getattr(m, f"{kind}_indices")) for m in (mask, expected)
+        )
+        assert found == wanted
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kv_heads", [1, 3])
+@pytest.mark.parametrize("step", ["forward", "decode"])
+def test_exact_rows(load, step, kv_heads, causal):
+    """Against the reference, which repeats key heads and builds the bias in another way."""
+    from andromeda.reference import attention as reference
+
+    cases = load("cases")
+    case = cases.AttentionCase(step, 90, 2, 6, kv_heads, 16, 3, causal=causal)
+    inputs = cases.AttentionInputs(case)
+    rows, exact = inputs.exact_rows(20)
+    assert len(rows) == (20 if step == "forward" else 1)
+    assert {0, case.seqlen_q - 1} <= set(rows.tolist())
+    options = {"causal": causal, "softmax_scale": cases.LOGIT_SCALE, "alibi_slopes": inputs.slopes.double()}
+    expected = reference.attention(*(x.double() for x in (inputs.q, inputs.k, inputs.v)), **options)[0]
+    torch.testing.assert_close(exact.double(), expected[:, rows], rtol=0, atol=1e-5)
 
 
 def test_what_a_contender_says(load):

@@ -1,0 +1,111 @@
+"""Attention at many shapes, for a first look at a GPU: own rows, two of torch's that need no compiler, and yardsticks.
+
+    python benchmarks/attn_grid.py [--device cpu|cuda] [--quick] [--resume] [--json F]
+
+Each line of `GRID` is a call of benchmarks/attn.py, the most important first. All run in one process, since starting
+one takes as long as measuring several cases, and what is measured is written after every case. A case that fails is a
+note. A process that an error of the GPU has spoilt can do nothing more: it ends with exit code 75, and --resume goes on
+behind the line that failed, in a new process. --quick divides all lengths by 64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import attn
+import bars
+import report
+import torch
+
+GRID = (
+    "--pass forward backward --seqlen 8192",
+    "--pass decode --keys 131072",
+    "--pass forward backward --seqlen 8192 --head-dim 64",
+    "--pass decode --keys 8192 --batch 16",
+    "--pass decode --keys 2048 --batch 64",
+    "--pass forward backward --seqlen 2048",
+    "--pass forward backward --seqlen 16384",
+    "--pass forward backward --seqlen 32768",
+    "--pass forward backward --seqlen 8192 --heads 16 --kv-heads 16",
+    "--pass forward backward --seqlen 8192 --dtype float16",
+    "--pass forward backward --seqlen 8192 --no-causal",
+)
+PEERS = ("sdpa cudnn, no bias", "sdpa flash, no bias")
+SPOILT = 75  # exit code: call again with --resume
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    report.add_device_argument(parser)
+    parser.add_argument("--resume", action="store_true", help="leave out the lines that the file of --json has")
+    report.add_arguments(parser)
+    args = parser.parse_args(argv)
+    if args.resume and not args.json:
+        parser.error("--resume needs --json FILE, the file to go on with")
+    return args
+
+
+def arguments_of(line: str, args: argparse.Namespace) -> argparse.Namespace:
+    """What a line asks attn.py for."""
+    words = line.split()
+    if args.quick:
+        words = [str(int(word) // 64) if word.isdecimal() and int(word) >= 2048 else word for word in words]
+    common = ["--device", args.device, "--dtype", "bfloat16", "--contenders", bars.WINDOWS, *PEERS]
+    return attn.parse([*common, "--rounds", "2" if args.quick else "5", "--budget", "3", *words])
+
+
+def is_spoilt(device: str) -> bool:
+    """Whether an earlier error keeps this process from using the GPU."""
+    if device == "cpu":
+        return False
+    try:
+        torch.ones(1, device=device).sum().item()
+    except RuntimeError:
+        return True
+    return False
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    rows, notes, done = [], [], []
+    if args.resume and Path(args.json).exists():
+        earlier = json.loads(Path(args.json).read_text())
+        rows, notes, done = earlier["rows"], earlier["notes"], earlier["lines"]
+
+    def write(finished: bool = False) -> None:
+        if args.json:
+            known = bars.of_device(args.device) if args.device == "cuda" else None
+            extra = {"lines": done, "bars": bars.evaluate(rows, known) if known else []}
+            extra |= {} if finished else {"unfinished": True}
+            report.write_json(args.json, rows, report.environment(args.device), notes, extra)
+
+    for line in GRID:
+        if line in done:
+            continue
+        done.append(line)  # before it runs: a line that ends the process is not tried again
+        notes.append(f"{line}: was begun, and ended the process")
+        write()
+        notes.pop()
+        request = arguments_of(line, args)
+        for case in attn.all_cases(request):
+            print(f"{case} ...", file=sys.stderr)
+            try:
+                new_rows, new_notes = attn.run(case, request, memory=False)
+            except Exception as error:  # one case less; memory that is not there, or a GPU that an error has spoilt
+                new_rows, new_notes = [], [f"{bars.WINDOWS} did not run {case}: {attn.describe(error, [])}"]
+            rows += new_rows
+            notes += new_notes
+            write()
+            if is_spoilt(args.device):
+                sys.exit(SPOILT)
+    write(finished=True)
+    args.json = None  # it is written, with the lines
+    report.finish(args, rows, device=args.device, title="Attention, many shapes", notes=notes)
+    attn.exit_if_missing(notes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""The commands of the benchmarks: who judges a result, what is written when, what another process goes on with."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="the benchmarks are not part of this copy")
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Import a file of the folder by name, as a command started there does."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module
+
+
+DECODE = ["--device", "cpu", "--dtype", "float32", "--pass", "decode", "--keys", "64", "--quick"]
+
+
+def spoil(cases, monkeypatch, name, change):
+    """The function of `cases` that makes a contender gives another result."""
+    make = getattr(cases, name)
+
+    def spoilt(*arguments, **options):
+        forward = make(*arguments, **options)
+        return lambda: change(forward())
+
+    monkeypatch.setattr(cases, name, spoilt)
+
+
+@pytest.mark.parametrize("change", [lambda out: out + 0.01, lambda out: out * torch.nan])
+def test_a_peer_that_differs_is_a_note(load, tmp_path, monkeypatch, change):
+    spoil(load("cases"), monkeypatch, "sdpa", change)
+    path = tmp_path / "attn.json"
+    load("attn").main([*DECODE, "--json", str(path)])
+    data = json.loads(path.read_text())
+    names = {row["backend"] for row in data["rows"]}
+    assert {"andromeda", "andromeda, no windows", "sdpa, no bias"} <= names  # the last computes something else
+    assert "sdpa, bias tensor" not in names
+    assert any(note.startswith("sdpa, bias tensor, decode b1 n64") and "not timed" in note for note in data["notes"])
+
+
+def test_kernels_of_ours_that_differ_end_with_an_error_after_all_is_written(load, tmp_path, monkeypatch):
+    """Both rows of ours are wrong in the same way: the peers alone would be taken for wrong."""
+    spoil(load("cases"), monkeypatch, "andromeda", lambda out: out + 0.01)
+    path = tmp_path / "attn.json"
+    with pytest.raises(SystemExit, match=r"andromeda, decode .* differs by 0.01 from plain torch: not timed"):
+        load("attn").main([*DECODE, "--json", str(path)])
+    assert "sdpa, bias tensor" in {row["backend"] for row in json.loads(path.read_text())["rows"]}
+
+
+def test_an_error_between_the_rows_that_are_judged_is_seen(load, monkeypatch):
+    cases = load("cases")
+    inputs = cases.AttentionInputs(cases.AttentionCase("forward", 500, num_heads=2, alibi_heads=1))
+    judge = load("attn").Judge(inputs)
+    out = cases.andromeda(inputs, windows=False)()
+    assert judge.objection("first", out) is None
+    assert 1 not in judge.rows
+    out = out.clone()
+    out[:, 1] += 1
+    assert judge.objection("second", out) == "differs by 1 from first"
+
+
+def test_every_case_is_written_when_it_ends(load, tmp_path, monkeypatch):
+    attn = load("attn")
+    path, run, seen = tmp_path / "attn.json", attn.run, []
+
+    def watched(case, args):
+        if path.exists():
+            data = json.loads(path.read_text())
+            seen.append((data["unfinished"], {row["shape"] for row in data["rows"]}))
+        return run(case, args)
+
+    monkeypatch.setattr(attn, "run", watched)
+    attn.main([*DECODE, "--keys", "32", "64", "--contenders", "andromeda", "--json", str(path)])
+    assert seen == [(True, {"b1 n32 h24/1 d128"})]
+    data = json.loads(path.read_text())
+    assert "unfinished" not in data
+    assert {row["backend"] for row in data["rows"] if row["op"] == "attention"} == {
+        "andromeda",
+        "andromeda, no windows",
+    }
+    begin, end = data["rows"][0]["measured_at"]
+    assert 0 <= end - begin < 60
+
+
+@pytest.fixture
+def grid(load, monkeypatch):
+    """attn_grid.py with three short lines; the fixture's list has what ran."""
+    module, ran = load("attn_grid"), []
+    monkeypatch.setattr(module, "GRID", [f"--pass decode --keys {keys}" for keys in (2048, 4096, 8192)])
+
+    def run(case, args, memory):
+        ran.append(case.seqlen)
+        if case.seqlen == 64:
+            raise RuntimeError("an illegal memory access was encountered")
+        return [{"op": "attention", "shape": case.shape, "median_ms": 1.0}], []
+
+    monkeypatch.setattr(module.attn, "run", run)
+    return module, ran
+
+
+def test_a_case_that_fails_leaves_the_others(grid, tmp_path, capsys):
+    module, ran = grid
+    with pytest.raises(SystemExit, match=r"andromeda did not run decode b1 n64 .*illegal memory access"):
+        module.main(["--device", "cpu", "--quick", "--json", str(tmp_path / "grid.json")])
+    assert ran == [32, 64, 128]
+    data = json.loads((tmp_path / "grid.json").read_text())
+    assert [row["shape"][:7] for row in data["rows"]] == ["b1 n32 ", "b1 n128"]
+    assert "unfinished" not in data
+
+
+def test_another_process_goes_on_where_one_was_spoilt(grid, tmp_path, monkeypatch):
+    module, ran = grid
+    arguments = ["--device", "cpu", "--quick", "--resume", "--json", str(tmp_path / "grid.json")]
+    monkeypatch.setattr(module, "is_spoilt", lambda device: ran[-1] == 64)
+    with pytest.raises(SystemExit) as end:
+        module.main(arguments)
+    assert end.value.code == module.SPOILT
+    assert json.loads((tmp_path / "grid.json").read_text())["unfinished"] is True
+    with pytest.raises(SystemExit, match="illegal memory access"):
+        module.main(arguments)
+    assert ran == [32, 64, 128]
+    assert len(json.loads((tmp_path / "grid.json").read_text())["rows"]) == 2
+
+
+def test_lines_of_the_grid_are_arguments_of_attn(load):
+    module = load("attn_grid")
+    args = module.parse(["--device", "cpu"])
+    shapes = [case.shape for line in module.GRID for case in load("attn").all_cases(module.arguments_of(line, args))]
+    assert shapes[:3] == ["b1 n8192 h24/1 d128", "b1 n8192 h24/1 d128", "b1 n131072 h24/1 d128"]
+    assert {"b1 n8192 h24/1 d64", "b1 n8192 h16/16 d128", "b64 n2048 h24/1 d128"} <= set(shapes)
+    with pytest.raises(SystemExit):
+        module.parse(["--device", "cpu", "--resume"])
+
+
+def test_model_without_its_peer(load, tmp_path, monkeypatch):
+    model = load("model")
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "x_transformers" else find_spec(name, *more)
+    )
+    small = ["--dim", "32", "--depth", "1", "--heads", "2", "--dim-head", "16", "--seqlen", "16", "--quick"]
+    steps = ["--pass", "forward", "training", "generation", "--dtype", "bfloat16"]
+    model.main(["--device", "cpu", *small, *steps, "--json", str(tmp_path / "model.json")])
+    data = json.loads((tmp_path / "model.json").read_text())
+    assert [(row["pass"], row["backend"]) for row in data["rows"]] == [
+        (step, "andromeda") for step in ("forward", "training", "generation")
+    ]
+    row = data["rows"][-1]
+    assert row["tokens_per_s"] == pytest.approx(4 / row["median_ms"] * 1e3)
+    assert "x-transformers is not installed" in data["notes"][0]
+
+
+def test_autocast_is_entered_for_each_call(load):
+    """One around all steps of a training would keep the weights that it rounded for the first."""
+    model = load("model")
+    weight, x = torch.nn.Parameter(torch.ones(4, 4)), torch.ones(1, 4)
+    call = model.rounded(lambda: x @ weight, model.parse(["--device", "cpu", "--dtype", "bfloat16"]))
+    before = call()
+    with torch.no_grad():
+        weight += 1
+    assert before.dtype == torch.bfloat16
+    assert not torch.equal(before, call())
+
+
+def test_flops_of_the_model_are_those_that_torch_counts(load):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = load("model")
+    shape = ["--dim", "64", "--depth", "2", "--heads", "2", "--dim-head", "32", "--quick", "--device", "cpu"]
+    ours, _ = model.build_pair(model.parse(shape), 128)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        ours(torch.zeros(1, 128, dtype=torch.int64))
+    counted = model.flops_per_token(ours, 128) * 128
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.03)  # norms, rotation, the diagonal
