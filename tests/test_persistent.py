@@ -90,7 +90,7 @@ def test_of_two_threads_the_first_result_is_kept():
 
 
 def test_on_the_cpu_the_oldest_make_room():
-    kept = [weakref.ref(_persistent.keep("kind", CPU, key, ones())) for key in range(40)]
+    kept = [weakref.ref(_persistent.keep("kind", CPU, key, ones())) for key in range(100)]
     assert sum(entry() is not None for entry in kept) == _persistent._CPU_ENTRIES
     assert kept[-1]() is not None
 

@@ -24,7 +24,7 @@ import torch
 
 from andromeda.ops import _select
 
-_CPU_ENTRIES = 16  # of each kind
+_CPU_ENTRIES = 64  # of each kind
 _SLAB = 2**14  # semaphores that are allocated at once: 64 KiB
 _SMALLEST = 2**8  # semaphores that one stream gets
 
