@@ -20,8 +20,8 @@
 # No failure stops a later step. A step ends with its allowance, to which those before it add what they did not use; the
 # last one has all that is left of the budget. A call with --only goes on with the gpu.json that an earlier one left in
 # OUT, or, where OUT is emptied between calls, in build/gpu: results are replaced step by step, each has the commit that
-# it is of. If the sources of the library, or the GPU, are not those of that file, it starts anew and says so; in OUT
-# the earlier file is kept as gpu-COMMIT.json. --rehearse takes the CPU in place of the GPU: every step with its real
+# it is of. If the sources of the library, or the GPU, are not those of that file, it starts anew and says so; the
+# earlier file is kept in OUT as gpu-COMMIT.json. --rehearse takes the CPU in place of the GPU: every step with its real
 # commands, at tiny sizes, where no GPU is.
 #
 # Tables come last: times, counts of tests, bars, predictions (benchmarks/predictions.json) beside what was measured,

@@ -19,6 +19,7 @@ outlives OUT. What others wrote is not trusted: a file that is no JSON, or has a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -44,6 +45,7 @@ import report  # noqa: E402
 PACKAGES = ("torch", "triton", "transformers", "pytest", "hypothesis", "pybind11", "cmake", "ninja", "flash-attn")
 SOURCES = ("andromeda/**/*.py", "csrc/**/*", "CMakeLists.txt", "setup.py")  # what results are the results of
 NOT_RUN = 77  # exit code of a step that cannot run here; the last line of its log says why
+SAME = ("sources", "gpu")  # what a later call must share with an earlier one to go on with its results
 CLOCKS = ("sm_mhz", "memory_mhz", "power_w", "celsius")
 CLOCK_QUERY = "clocks.sm,clocks.mem,power.draw,temperature.gpu"
 LIMIT_QUERY = "name,driver_version,clocks.max.sm,clocks.max.mem,power.limit,mig.mode.current"
@@ -155,20 +157,19 @@ def begin(steps: list[str]) -> None:
     if earlier is not None:
         try:
             found = json.loads(earlier.read_text())
-            before = {name: found["environment"].get(name) for name in ("sources", "gpu", "commit")}
-            same = all(before[name] == environment[name] for name in ("sources", "gpu"))
-            if same:
+            of = found["environment"]
+            reasons = [f"has another {name}, {of.get(name)}" for name in SAME if of.get(name) != environment[name]]
+            if not reasons:
                 data["steps"], data["measured"] = dict(found["steps"]), dict(found["measured"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            same, before = False, {"commit": f"unreadable ({type(error).__name__})", "gpu": None}
-        if same and data["steps"]:
-            print(f"going on with {earlier}, which has {', '.join(data['steps'])} (commit {before['commit']})")
-        elif not same:
-            aside = out_file().with_name(f"gpu-{re.sub(r'[^0-9A-Za-z]+', '-', str(before['commit']))[:40]}.json")
-            if earlier == out_file():
-                os.replace(earlier, aside)
-            print(f"{earlier.name} is of commit {before['commit']} on {before['gpu']}: starting anew", end="")
-            print(f", it is kept as {aside.name}" if earlier == out_file() else "")
+            of, reasons = {}, [f"cannot be read ({type(error).__name__})"]
+        if reasons:
+            name = re.sub(r"[^0-9A-Za-z]+", "-", str(of.get("commit", "unreadable")))
+            aside = out_file().with_name(f"gpu-{name}.json")
+            shutil.copyfile(earlier, aside)
+            print(f"{earlier} {' and '.join(reasons)}: starting anew, it is kept as {aside.name}")
+        elif data["steps"]:
+            print(f"going on with {earlier}, which has {', '.join(data['steps'])} (commit {of['commit']})")
     data["this_call"] = {"steps": steps, "at": time.strftime("%Y-%m-%d %H:%M:%S")}
     save(finish(data))
 
@@ -234,7 +235,8 @@ def watch(step: str, limit: int, parent: int) -> None:
             save(finish(data))
     if sampler is not None:
         sampler.terminate()  # `timeout` passes it on
-        sampler.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver that hangs must not keep the next step waiting
+            sampler.wait(timeout=3)
 
 
 def start_sampler(step: str, limit: int, uuid: str | None) -> subprocess.Popen | None:
