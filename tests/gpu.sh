@@ -357,8 +357,9 @@ running=() # processes of the step at hand
 trap 'rm -rf "$SCRATCH"' EXIT
 trap 'stop TERM' TERM
 trap 'stop INT' INT
+trap 'stop HUP' HUP
 stop() { # by a signal: gpu.json is in order, and says of the step at hand that it did not end
-  trap - TERM INT
+  trap - TERM INT HUP
   ((${#running[@]} == 0)) || kill -TERM "${running[@]}" 2>/dev/null || true
   wait
   echo "gpu.sh: ended by SIG$1; what is finished is in $OUT/gpu.json" >&2
@@ -370,6 +371,7 @@ export PYTHONPATH="$PWD:$PWD/tests:$SCRATCH/site${PYTHONPATH:+:$PYTHONPATH}"
 if [[ -n ${WHEELS:-} ]]; then
   "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$SCRATCH/site" "$WHEELS"/*.whl ||
     echo "gpu.sh: the wheels of $WHEELS were not installed: going on without" >&2
+  find "$SCRATCH/site" -path '*/bin/*' -type f -exec chmod +x {} + || true # not every wheel says that they are programs
 fi
 report facts >"$SCRATCH/facts.json"
 if [[ -z ${REHEARSE:-} ]] && grep -q '"gpu": null' "$SCRATCH/facts.json"; then

@@ -12,7 +12,9 @@ where gpu.json is, SCRATCH, where a step leaves NAME.json files in parts/STEP, a
 outlives OUT. What others wrote is not trusted: a file that is no JSON, or has another form, is named and left out.
 
     environment   the machine, the versions, the commit and a digest of the sources that the library is made of
-    steps         STEP: result, seconds, limit, commit, what the clocks were (median, lowest, highest)
+    this_call     the steps asked for, and what became of them
+    steps         STEP, of this call or an earlier one: result, seconds, limit, commit, and the clocks while it ran
+                  (median, lowest, highest; null where `no_clocks` says why)
     measured      STEP: NAME: rows and notes of a benchmark, counts of tests, libraries
     bars, predictions    what the rows were meant to reach (benchmarks/bars.py), and expected to be (predictions.json)
 """
@@ -284,7 +286,9 @@ def summarise(samples: list[tuple[float, dict[str, float]]]) -> dict | None:
 def add_clocks(data: dict, step: str) -> None:
     """Of the whole step, and to each row those of the seconds in which it was measured."""
     samples = read_clocks(clocks_of(step))
-    data["steps"][step]["clocks"] = summarise(samples) or "not known: nvidia-smi gave no clocks"
+    data["steps"][step]["clocks"] = summarise(samples)
+    if not samples:
+        data["steps"][step]["no_clocks"] = "nvidia-smi gave none" if clocks_of(step).exists() else "not looked at"
     for part in data["measured"].get(step, {}).values():
         for row in part.get("rows", []):
             if isinstance(row.get("measured_at"), list) and len(row["measured_at"]) == 2:
@@ -320,18 +324,18 @@ def end(step: str, code: str, seconds: int, limit: int) -> None:
     data = load()
     result = result_of(code, seconds, limit)
     unreadable = merge(data, step)
-    if unreadable:
-        result = f"failed, results unreadable: {', '.join(unreadable)}" if code == "0" else result
-    data["steps"][step] = {
-        "result": result,
-        "seconds": seconds,
-        "limit": limit,
-        "commit": data["environment"]["commit"],
-        "at": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }
-    if code == "skipped":  # what an earlier call measured is not touched
-        data["steps"][step]["seconds"] = 0
-    else:
+    if unreadable and code == "0":
+        result = f"failed, results unreadable: {', '.join(unreadable)}"
+    data["this_call"].setdefault("results", {})[step] = result
+    if code != "skipped" or step not in data["steps"]:  # a step that had no time does not undo that of an earlier call
+        data["steps"][step] = {
+            "result": result,
+            "seconds": seconds,
+            "limit": limit,
+            "commit": data["environment"]["commit"],
+            "at": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
+    if code != "skipped":
         add_clocks(data, step)
     save(finish(data))
     print(result)
@@ -397,7 +401,8 @@ def show() -> int:
     machine = data["environment"]
     print(f"{machine.get('gpu')}, torch {machine['versions']['torch']}, commit {machine['commit']}; ", end="")
     print(f"gpu.json and logs in {os.environ['OUT']}")
-    results = [data["steps"].get(step, {}).get("result", "begun, did not end") for step in data["this_call"]["steps"]]
+    ended = data["this_call"].get("results", {})
+    results = [ended.get(step, "did not end") for step in data["this_call"]["steps"]]
     return int(not all(result == "passed" or result.startswith("not run") for result in results))
 
 
