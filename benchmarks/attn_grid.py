@@ -75,33 +75,35 @@ def main(argv: list[str] | None = None) -> None:
         earlier = json.loads(Path(args.json).read_text())
         rows, notes, done = earlier["rows"], earlier["notes"], earlier["lines"]
 
-    def write(finished: bool = False) -> None:
+    def write(at_work_on: str | None = None) -> None:
+        """What would be true if nothing were written any more."""
         if args.json:
             known = bars.of_device(args.device) if args.device == "cuda" else None
             extra = {"lines": done, "bars": bars.evaluate(rows, known) if known else []}
-            extra |= {} if finished else {"unfinished": True}
-            report.write_json(args.json, rows, report.environment(args.device), notes, extra)
+            more = []
+            if at_work_on:
+                extra["unfinished"] = True
+                more = [f"{bars.WINDOWS}: the process ended at {at_work_on}"]
+            report.write_json(args.json, rows, report.environment(args.device), notes + more, extra)
 
     for line in GRID:
         if line in done:
             continue
         done.append(line)  # before it runs: a line that ends the process is not tried again
-        notes.append(f"{line}: was begun, and ended the process")
-        write()
-        notes.pop()
         request = arguments_of(line, args)
         for case in attn.all_cases(request):
             print(f"{case} ...", file=sys.stderr)
+            write(at_work_on=str(case))
             try:
                 new_rows, new_notes = attn.run(case, request, memory=False)
             except Exception as error:  # one case less; memory that is not there, or a GPU that an error has spoilt
                 new_rows, new_notes = [], [f"{bars.WINDOWS} did not run {case}: {attn.describe(error, [])}"]
             rows += new_rows
             notes += new_notes
-            write()
             if is_spoilt(args.device):
+                write(at_work_on=str(case))
                 sys.exit(SPOILT)
-    write(finished=True)
+    write()
     args.json = None  # it is written, with the lines
     report.finish(args, rows, device=args.device, title="Attention, many shapes", notes=notes)
     attn.exit_if_missing(notes)

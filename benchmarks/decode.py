@@ -73,6 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     for context in args.context:
         print(f"context {context} ...", file=sys.stderr)
         rows += run(context, args)
+        report.save_unfinished(args, rows, device=args.device, notes=[])
     report.finish(args, rows, device=args.device, title="Generation, one token at a time", notes=[])
 
 

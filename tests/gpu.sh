@@ -20,8 +20,8 @@
 # No failure stops a later step. A step ends with its allowance, to which those before it add what they did not use; the
 # last one has all that is left of the budget. A call with --only goes on with the gpu.json that an earlier one left in
 # OUT, or, where OUT is emptied between calls, in build/gpu: results are replaced step by step, each has the commit that
-# it is of. If the sources of the library, or the GPU, are not those of that file, it starts anew and says so; in OUT
-# the earlier file is kept as gpu-COMMIT.json. --rehearse takes the CPU in place of the GPU: every step with its real
+# it is of. If the sources of the library, or the GPU, are not those of that file, it starts anew and says so; the
+# earlier file is kept in OUT as gpu-COMMIT.json. --rehearse takes the CPU in place of the GPU: every step with its real
 # commands, at tiny sizes, where no GPU is.
 #
 # Tables come last: times, counts of tests, bars, predictions (benchmarks/predictions.json) beside what was measured,
@@ -357,8 +357,9 @@ running=() # processes of the step at hand
 trap 'rm -rf "$SCRATCH"' EXIT
 trap 'stop TERM' TERM
 trap 'stop INT' INT
+trap 'stop HUP' HUP
 stop() { # by a signal: gpu.json is in order, and says of the step at hand that it did not end
-  trap - TERM INT
+  trap - TERM INT HUP
   ((${#running[@]} == 0)) || kill -TERM "${running[@]}" 2>/dev/null || true
   wait
   echo "gpu.sh: ended by SIG$1; what is finished is in $OUT/gpu.json" >&2
@@ -370,6 +371,7 @@ export PYTHONPATH="$PWD:$PWD/tests:$SCRATCH/site${PYTHONPATH:+:$PYTHONPATH}"
 if [[ -n ${WHEELS:-} ]]; then
   "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$SCRATCH/site" "$WHEELS"/*.whl ||
     echo "gpu.sh: the wheels of $WHEELS were not installed: going on without" >&2
+  find "$SCRATCH/site" -path '*/bin/*' -type f -exec chmod +x {} + || true # not every wheel says that they are programs
 fi
 report facts >"$SCRATCH/facts.json"
 if [[ -z ${REHEARSE:-} ]] && grep -q '"gpu": null' "$SCRATCH/facts.json"; then

@@ -12,13 +12,16 @@ where gpu.json is, SCRATCH, where a step leaves NAME.json files in parts/STEP, a
 outlives OUT. What others wrote is not trusted: a file that is no JSON, or has another form, is named and left out.
 
     environment   the machine, the versions, the commit and a digest of the sources that the library is made of
-    steps         STEP: result, seconds, limit, commit, what the clocks were (median, lowest, highest)
+    this_call     the steps asked for, and what became of them
+    steps         STEP, of this call or an earlier one: result, seconds, limit, commit, and the clocks while it ran
+                  (median, lowest, highest; null where `no_clocks` says why)
     measured      STEP: NAME: rows and notes of a benchmark, counts of tests, libraries
     bars, predictions    what the rows were meant to reach (benchmarks/bars.py), and expected to be (predictions.json)
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -44,6 +47,7 @@ import report  # noqa: E402
 PACKAGES = ("torch", "triton", "transformers", "pytest", "hypothesis", "pybind11", "cmake", "ninja", "flash-attn")
 SOURCES = ("andromeda/**/*.py", "csrc/**/*", "CMakeLists.txt", "setup.py")  # what results are the results of
 NOT_RUN = 77  # exit code of a step that cannot run here; the last line of its log says why
+SAME = ("sources", "gpu")  # what a later call must share with an earlier one to go on with its results
 CLOCKS = ("sm_mhz", "memory_mhz", "power_w", "celsius")
 CLOCK_QUERY = "clocks.sm,clocks.mem,power.draw,temperature.gpu"
 LIMIT_QUERY = "name,driver_version,clocks.max.sm,clocks.max.mem,power.limit,mig.mode.current"
@@ -155,20 +159,19 @@ def begin(steps: list[str]) -> None:
     if earlier is not None:
         try:
             found = json.loads(earlier.read_text())
-            before = {name: found["environment"].get(name) for name in ("sources", "gpu", "commit")}
-            same = all(before[name] == environment[name] for name in ("sources", "gpu"))
-            if same:
+            of = found["environment"]
+            reasons = [f"has another {name}, {of.get(name)}" for name in SAME if of.get(name) != environment[name]]
+            if not reasons:
                 data["steps"], data["measured"] = dict(found["steps"]), dict(found["measured"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            same, before = False, {"commit": f"unreadable ({type(error).__name__})", "gpu": None}
-        if same and data["steps"]:
-            print(f"going on with {earlier}, which has {', '.join(data['steps'])} (commit {before['commit']})")
-        elif not same:
-            aside = out_file().with_name(f"gpu-{re.sub(r'[^0-9A-Za-z]+', '-', str(before['commit']))[:40]}.json")
-            if earlier == out_file():
-                os.replace(earlier, aside)
-            print(f"{earlier.name} is of commit {before['commit']} on {before['gpu']}: starting anew", end="")
-            print(f", it is kept as {aside.name}" if earlier == out_file() else "")
+            of, reasons = {}, [f"cannot be read ({type(error).__name__})"]
+        if reasons:
+            name = re.sub(r"[^0-9A-Za-z]+", "-", str(of.get("commit", "unreadable")))
+            aside = out_file().with_name(f"gpu-{name}.json")
+            shutil.copyfile(earlier, aside)
+            print(f"{earlier} {' and '.join(reasons)}: starting anew, it is kept as {aside.name}")
+        elif data["steps"]:
+            print(f"going on with {earlier}, which has {', '.join(data['steps'])} (commit {of['commit']})")
     data["this_call"] = {"steps": steps, "at": time.strftime("%Y-%m-%d %H:%M:%S")}
     save(finish(data))
 
@@ -234,7 +237,8 @@ def watch(step: str, limit: int, parent: int) -> None:
             save(finish(data))
     if sampler is not None:
         sampler.terminate()  # `timeout` passes it on
-        sampler.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver that hangs must not keep the next step waiting
+            sampler.wait(timeout=3)
 
 
 def start_sampler(step: str, limit: int, uuid: str | None) -> subprocess.Popen | None:
@@ -282,7 +286,9 @@ def summarise(samples: list[tuple[float, dict[str, float]]]) -> dict | None:
 def add_clocks(data: dict, step: str) -> None:
     """Of the whole step, and to each row those of the seconds in which it was measured."""
     samples = read_clocks(clocks_of(step))
-    data["steps"][step]["clocks"] = summarise(samples) or "not known: nvidia-smi gave no clocks"
+    data["steps"][step]["clocks"] = summarise(samples)
+    if not samples:
+        data["steps"][step]["no_clocks"] = "nvidia-smi gave none" if clocks_of(step).exists() else "not looked at"
     for part in data["measured"].get(step, {}).values():
         for row in part.get("rows", []):
             if isinstance(row.get("measured_at"), list) and len(row["measured_at"]) == 2:
@@ -318,18 +324,18 @@ def end(step: str, code: str, seconds: int, limit: int) -> None:
     data = load()
     result = result_of(code, seconds, limit)
     unreadable = merge(data, step)
-    if unreadable:
-        result = f"failed, results unreadable: {', '.join(unreadable)}" if code == "0" else result
-    data["steps"][step] = {
-        "result": result,
-        "seconds": seconds,
-        "limit": limit,
-        "commit": data["environment"]["commit"],
-        "at": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }
-    if code == "skipped":  # what an earlier call measured is not touched
-        data["steps"][step]["seconds"] = 0
-    else:
+    if unreadable and code == "0":
+        result = f"failed, results unreadable: {', '.join(unreadable)}"
+    data["this_call"].setdefault("results", {})[step] = result
+    if code != "skipped" or step not in data["steps"]:  # a step that had no time does not undo that of an earlier call
+        data["steps"][step] = {
+            "result": result,
+            "seconds": seconds,
+            "limit": limit,
+            "commit": data["environment"]["commit"],
+            "at": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
+    if code != "skipped":
         add_clocks(data, step)
     save(finish(data))
     print(result)
@@ -395,7 +401,8 @@ def show() -> int:
     machine = data["environment"]
     print(f"{machine.get('gpu')}, torch {machine['versions']['torch']}, commit {machine['commit']}; ", end="")
     print(f"gpu.json and logs in {os.environ['OUT']}")
-    results = [data["steps"].get(step, {}).get("result", "begun, did not end") for step in data["this_call"]["steps"]]
+    ended = data["this_call"].get("results", {})
+    results = [ended.get(step, "did not end") for step in data["this_call"]["steps"]]
     return int(not all(result == "passed" or result.startswith("not run") for result in results))
 
 

@@ -125,7 +125,30 @@ def test_another_process_goes_on_where_one_was_spoilt(grid, tmp_path, monkeypatc
     with pytest.raises(SystemExit, match="illegal memory access"):
         module.main(arguments)
     assert ran == [32, 64, 128]
-    assert len(json.loads((tmp_path / "grid.json").read_text())["rows"]) == 2
+    data = json.loads((tmp_path / "grid.json").read_text())
+    assert len(data["rows"]) == 2
+    assert sum("the process ended at decode b1 n64 h24/1 d128" in note for note in data["notes"]) == 1
+
+
+def test_a_case_that_ends_the_process_is_named(grid, tmp_path, monkeypatch):
+    module, ran = grid
+    arguments = ["--device", "cpu", "--quick", "--resume", "--json", str(tmp_path / "grid.json")]
+    run = module.attn.run
+
+    def die(case, args, memory):
+        if case.seqlen == 64:
+            raise KeyboardInterrupt  # stands for a signal: nothing more is written
+        return run(case, args, memory)
+
+    monkeypatch.setattr(module.attn, "run", die)
+    with pytest.raises(KeyboardInterrupt):
+        module.main(arguments)
+    data = json.loads((tmp_path / "grid.json").read_text())
+    assert [row["shape"][:7] for row in data["rows"]] == ["b1 n32 "]
+    monkeypatch.setattr(module.attn, "run", run)
+    with pytest.raises(SystemExit, match="the process ended at decode b1 n64"):
+        module.main(arguments)
+    assert ran == [32, 128]
 
 
 def test_lines_of_the_grid_are_arguments_of_attn(load):

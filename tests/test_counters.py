@@ -237,6 +237,8 @@ def rows_of_the_benchmarks(load):
     shape = f"b1 n{request.seqlen} h{request.heads}/1 d{request.head_dim} r{request.head_dim // 2}"
     for step in ("forward", "backward"):
         found["qk_norm_rotary", step, shape, request.dtype, load("bars").WINDOWS] = {"of_copy"}
+        if (FOLDER / "token_shift_norm.py").exists():
+            found["token_shift_norm", step, counters.SHIFT_SHAPE, "bfloat16", load("bars").WINDOWS] = {"of_copy"}
     return found
 
 
@@ -249,11 +251,14 @@ def test_predictions_name_rows_that_are_measured(load):
             assert (*key[:-1], entry["against"]) in found
 
 
-def test_the_shape_of_qk_norm_rotary_is_that_of_its_benchmark(load, tmp_path):
-    path = tmp_path / "rotary.json"
-    load("qk_norm_rotary").main(["--device", "cpu", "--seqlen", "16", "--quick", "--json", str(path)])
-    shape = json.loads(path.read_text())["rows"][0]["shape"]
-    assert shape.replace("n16 ", "n32768 ") == load("counters").ROTARY_SHAPE
+@pytest.mark.parametrize(("name", "shape"), [("qk_norm_rotary", "ROTARY_SHAPE"), ("token_shift_norm", "SHIFT_SHAPE")])
+def test_the_shape_that_is_watched_is_that_of_the_benchmark(load, tmp_path, name, shape):
+    if not (FOLDER / f"{name}.py").exists():
+        pytest.skip(f"no benchmark of {name} in this version")
+    path = tmp_path / "rows.json"
+    load(name).main(["--device", "cpu", "--seqlen", "16", "--quick", "--json", str(path)])
+    measured = json.loads(path.read_text())["rows"][0]["shape"]
+    assert measured.replace("n16 ", "n32768 ") == getattr(load("counters"), shape)
 
 
 ENTRY = {
