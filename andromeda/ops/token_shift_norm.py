@@ -10,9 +10,11 @@ from andromeda.reference import token_shift_norm as reference
 NAME = "token_shift_norm"
 
 # Gradients of gamma and residual_scale are summed over runs of tokens first, then over the runs. Their number depends
-# on shapes alone, so the result does not depend on the number of threads.
-_MAX_PARTIALS = 64
-_MIN_TOKENS_PER_PARTIAL = 16
+# on shapes and the kind of device alone, so the result depends on neither threads nor timing. On a GPU a run is a
+# block, and there are at most as many as it works on at a time. A partial sum is as many bytes as a token of float32:
+# it takes a number of tokens to pay for one.
+_MAX_CPU_PARTIALS = 64
+_MIN_TOKENS_PER_PARTIAL = {"cpu": 16, "cuda": 32}
 
 
 def token_shift_norm(
@@ -88,8 +90,6 @@ def unsupported(backend, x) -> list[str]:
         return []
     if backend == "triton":
         return ["no Triton kernel in this version"]
-    if backend == "cuda":
-        return ["no CUDA kernel in this version"]
     if _select.extension is None:
         return [_select.extension_error]
     reasons = []
@@ -99,6 +99,8 @@ def unsupported(backend, x) -> list[str]:
         reasons.append("dtype float64 (built for float32, float16, bfloat16)")
     if max(x.shape) >= 2**31:
         reasons.append(f"a dimension of x {tuple(x.shape)} above 2**31 - 1")
+    if backend == "cuda":
+        reasons += _select.cuda_unavailable(x.device)
     return reasons
 
 
@@ -175,20 +177,22 @@ def _forward(x, residual, residual_scale, gamma, history, key_start, alpha, shif
         if shift > 0:
             shifted.copy_(exact_shifted)
     else:
-        _select.extension.token_shift_norm_forward(
-            x=x,
-            residual=residual,
-            residual_scale=_dense(residual_scale),
-            gamma=_dense(gamma),
-            history=history,
-            key_start=_dense(key_start),
-            y=y if y.ndim == 3 else None,
-            shifted=shifted if shift > 0 else None,
-            alpha=alpha,
-            shift=shift,
-            position=position,
-            num_threads=torch.get_num_threads(),
-        )
+        with torch.cuda.device_of(x):
+            _select.extension.token_shift_norm_forward(
+                x=x,
+                residual=residual,
+                residual_scale=_dense(residual_scale),
+                gamma=_dense(gamma),
+                history=history,
+                key_start=_dense(key_start),
+                y=y if y.ndim == 3 else None,
+                shifted=shifted if shift > 0 else None,
+                alpha=alpha,
+                shift=shift,
+                position=position,
+                num_threads=torch.get_num_threads(),
+                stream=_select.current_stream(x.device),
+            )
     return y, shifted
 
 
@@ -215,32 +219,42 @@ def _backward(dy, dshifted, x, residual, residual_scale, gamma, key_start, alpha
             if result is not None:
                 gradient.copy_(result)
     else:
-        num_partials = min(_MAX_PARTIALS, 1 + x.shape[0] * x.shape[1] // _MIN_TOKENS_PER_PARTIAL)
+        num_partials = _num_partials(backend, x)
         scale_partial, gamma_partial = (
             None if vector is None else vector.new_empty((num_partials, *vector.shape))
             for vector in (residual_scale, gamma)
         )
-        _select.extension.token_shift_norm_backward(
-            x=x,
-            residual=residual,
-            residual_scale=_dense(residual_scale),
-            gamma=_dense(gamma),
-            key_start=_dense(key_start),
-            dy=dy,
-            dshifted=dshifted,
-            dx=dx,
-            dresidual=None if residual is None else dresidual,
-            dresidual_scale_partial=scale_partial,
-            dgamma_partial=gamma_partial,
-            alpha=alpha,
-            shift=shift,
-            position=position,
-            num_threads=torch.get_num_threads(),
-        )
+        with torch.cuda.device_of(x):
+            _select.extension.token_shift_norm_backward(
+                x=x,
+                residual=residual,
+                residual_scale=_dense(residual_scale),
+                gamma=_dense(gamma),
+                key_start=_dense(key_start),
+                dy=dy,
+                dshifted=dshifted,
+                dx=dx,
+                dresidual=None if residual is None else dresidual,
+                dresidual_scale_partial=scale_partial,
+                dgamma_partial=gamma_partial,
+                alpha=alpha,
+                shift=shift,
+                position=position,
+                num_threads=torch.get_num_threads(),
+                stream=_select.current_stream(x.device),
+            )
         for gradient, partial in ((dresidual_scale, scale_partial), (dgamma, gamma_partial)):
             if partial is not None:
                 torch.sum(partial, dim=0, out=gradient)
     return gradients
+
+
+def _num_partials(backend, x) -> int:
+    most = _MAX_CPU_PARTIALS
+    if backend == "cuda":
+        with torch.cuda.device_of(x):
+            most = _select.extension.token_shift_norm_backward_runs(x=x)
+    return min(most, 1 + x.shape[0] * x.shape[1] // _MIN_TOKENS_PER_PARTIAL[backend])
 
 
 def _fake_forward(x, residual, residual_scale, gamma, history, key_start, alpha, shift, *args):
