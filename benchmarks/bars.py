@@ -23,6 +23,7 @@ WINDOWS = "andromeda"  # with a logit bound, which permits windows
 NO_WINDOWS = "andromeda, no windows"
 
 ROTARY_OF_COPY = 0.85  # of qk_norm_rotary on a GPU
+SHIFT_OF_COPY = 0.85  # of token_shift_norm on a GPU
 LONG_WORKSPACE_MB = 1000.0  # of a pass over 131 072 tokens, beyond its inputs and results
 
 
@@ -139,14 +140,14 @@ def evaluate(rows: list[dict], bars: tuple[Bar, ...] = BARS) -> list[dict]:
     return lines
 
 
-def evaluate_rotary(rows: list[dict]) -> list[dict]:
-    """The bar on bandwidth for this library's rows of qk_norm_rotary."""
+def evaluate_copy(rows: list[dict], at_least: float) -> list[dict]:
+    """The bar on bandwidth for this library's rows of an operation that is limited by memory."""
     lines = []
     for row in rows:
         if row["backend"] == WINDOWS:
             spread = (row["of_copy"], *row["of_copy_range"])
             what = f"{row['op']}, {row['pass']} {row['shape']} {row['dtype']}"
-            lines.append(_line(what, f">= {ROTARY_OF_COPY:g} x {COPY} rate", spread, spread[0] >= ROTARY_OF_COPY))
+            lines.append(_line(what, f">= {at_least:g} x {COPY} rate", spread, spread[0] >= at_least))
     return lines
 
 

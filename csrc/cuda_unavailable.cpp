@@ -6,6 +6,7 @@
 #include "andromeda/cuda_status.h"
 #include "andromeda/graph_capture.h"
 #include "andromeda/qk_norm_rotary.h"
+#include "andromeda/token_shift_norm.h"
 
 namespace andromeda::cuda {
 namespace {
@@ -45,6 +46,14 @@ void qk_norm_rotary_forward(const QkNormRotaryParams&, CUstream_st*) { unavailab
 
 void qk_norm_rotary_backward(const QkNormRotaryBackwardParams&, CUstream_st*) {
   unavailable("qk_norm_rotary_backward");
+}
+
+int token_shift_norm_backward_runs(DType, int) { unavailable("token_shift_norm_backward_runs"); }
+
+void token_shift_norm_forward(const TokenShiftNormParams&, CUstream_st*) { unavailable("token_shift_norm_forward"); }
+
+void token_shift_norm_backward(const TokenShiftNormBackwardParams&, CUstream_st*) {
+  unavailable("token_shift_norm_backward");
 }
 
 }  // namespace andromeda::cuda

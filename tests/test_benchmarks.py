@@ -248,7 +248,7 @@ def test_bar_on_memory(load, used, verdict):
     assert (line["measured"], line["verdict"]) == (used, verdict)
 
 
-@pytest.mark.parametrize("command", ["attn", "decode", "model", "qk_norm_rotary"])
+@pytest.mark.parametrize("command", ["attn", "decode", "model", "qk_norm_rotary", "token_shift_norm"])
 def test_a_gpu_that_is_not_there_is_refused(load, command, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     module = load(command)
@@ -289,15 +289,35 @@ def test_peers_may_fail_but_not_the_kernels(load, tmp_path, monkeypatch, capsys)
     assert {row["op"] for row in json.loads((tmp_path / "attn.json").read_text())["rows"]} == {"matmul", "copy"}
 
 
-def test_rotary_command_prints_and_writes(load, capsys, tmp_path):
-    path = tmp_path / "rotary.json"
-    load("qk_norm_rotary").main(["--device", "cpu", "--seqlen", "16", "--quick", "--json", str(path)])
+@pytest.mark.parametrize(
+    ("command", "arguments", "elements"),
+    [
+        ("qk_norm_rotary", [], {"forward": 2 * 25 * 128, "backward": 3 * 25 * 128}),
+        ("token_shift_norm", ["--dim", "40", "--shift", "2"], {"forward": 4 * 40, "backward": 6 * 40}),
+    ],
+)
+def test_memory_bound_commands_print_and_write(load, capsys, tmp_path, command, arguments, elements):
+    """elements: that one token moves."""
+    path = tmp_path / f"{command}.json"
+    load(command).main(["--device", "cpu", "--seqlen", "16", "--quick", "--json", str(path), *arguments])
     assert "of_copy" in capsys.readouterr().out
     data = json.loads(path.read_text())
-    assert [(row["pass"], row["backend"]) for row in data["rows"]] == [
-        (step, name) for step in ("forward", "backward") for name in ("andromeda", "torch", "memory copy")
+    assert [(row["pass"], row["op"], row["backend"]) for row in data["rows"]] == [
+        (step, op, name)
+        for step in ("forward", "backward")
+        for op, name in ((command, "andromeda"), (command, "torch"), ("copy", "memory copy"))
     ]
+    for row in data["rows"]:
+        assert row["gbps"] == pytest.approx(16 * 2 * elements[row["pass"]] / row["median_ms"] / 1e6)
     row = data["rows"][0]
-    assert row["gbps"] == pytest.approx(2 * 16 * 25 * 128 * 2 / row["median_ms"] / 1e6)
-    [line, _] = load("bars").evaluate_rotary(data["rows"])
+    [line, _] = load("bars").evaluate_copy(data["rows"], 0.85)
     assert (line["measured"], line["verdict"]) == (row["of_copy"], "met" if row["of_copy"] >= 0.85 else "missed")
+
+
+def test_a_memory_bound_result_that_is_off_is_not_timed(load, monkeypatch):
+    benchmark = load("token_shift_norm")
+    monkeypatch.setattr(benchmark, "token_shift_norm", lambda x, **options: (x, x))
+    with pytest.raises(
+        SystemExit, match=r"token_shift_norm.py: forward of andromeda: result 0 is off by .*: not timed"
+    ):
+        benchmark.main(["--device", "cpu", "--seqlen", "16", "--dim", "40", "--quick"])

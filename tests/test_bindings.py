@@ -89,6 +89,7 @@ def token_shift_call(batch=2, seqlen=3, dim=16, shift=1):
         "shift": shift,
         "position": 0,
         "num_threads": 1,
+        "stream": 0,
     }
 
 
@@ -332,6 +333,13 @@ def test_qk_norm_rotary_refuses(change, message):
 def test_token_shift_norm_refuses(change, message):
     with pytest.raises(ValueError, match=f"^token_shift_norm_backward: {message}"):
         _C.token_shift_norm_backward(**token_shift_backward_call() | change)
+
+
+def test_runs_are_those_of_a_gpu():
+    with pytest.raises(ValueError, match=r"^token_shift_norm_backward_runs: x must be on a CUDA device, got cpu"):
+        _C.token_shift_norm_backward_runs(x=torch.zeros(1, 1, 16))
+    with pytest.raises(ValueError, match=r"^token_shift_norm_backward_runs: x must have 3 dimensions"):
+        _C.token_shift_norm_backward_runs(x=torch.zeros(1, 16))
 
 
 def test_a_dimension_beyond_int_is_refused():

@@ -1,7 +1,8 @@
 """What only a GPU can show: streams, graphs, memory, tensors of more than 2^31 elements. Needs `--device cuda`.
 
-What the kernels compute is tested on any device by test_attention.py and test_qk_norm_rotary.py, and without a GPU by
-tests/emulator. tests/gpu.sh runs all of it, and `test_small_calls` once more under each tool of compute-sanitizer.
+What the kernels compute is tested on any device by test_attention.py, test_qk_norm_rotary.py and
+test_token_shift_norm.py, and without a GPU by tests/emulator. tests/gpu.sh runs all of it, and `test_small_calls` once
+more under each tool of compute-sanitizer.
 """
 
 import concurrent.futures
@@ -26,7 +27,9 @@ from andromeda.ops import _persistent, _select
 from andromeda.ops import attention as op
 from andromeda.ops.attention import attention
 from andromeda.ops.qk_norm_rotary import qk_norm_rotary
+from andromeda.ops.token_shift_norm import token_shift_norm
 from andromeda.reference import qk_norm_rotary as rotary_reference
+from andromeda.reference import token_shift_norm as shift_reference
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 GIB = 2**30
@@ -101,6 +104,33 @@ def rotate_and_return(q, k, q_scale, k_scale, *douts):
     return (*(out.detach() for out in outs), *torch.autograd.grad(outs, leaves, douts))
 
 
+def draw_shift(device, seed):
+    """x, residual, history, residual_scale, gamma, and gradients of both results."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator)
+
+    x, residual, dy, dshifted = (draw(2, 150, 640).to(device, BFLOAT16) for _ in range(4))
+    history = draw(2, 2, 640).to(device, BFLOAT16)
+    return x, residual, history, draw(640).to(device), draw(640).to(device), dy, dshifted
+
+
+def shift(x, residual, history, residual_scale, gamma, *douts):
+    return token_shift_norm(
+        x, residual=residual, residual_scale=residual_scale, gamma=gamma, alpha=1.5, shift=2, history=history,
+        backend="cuda",
+    )  # fmt: skip
+
+
+def shift_and_return(x, residual, history, residual_scale, gamma, *douts):
+    leaves = x, residual, residual_scale, gamma = [
+        tensor.detach().requires_grad_() for tensor in (x, residual, residual_scale, gamma)
+    ]
+    outs = shift(x, residual, history, residual_scale, gamma)
+    return (*(out.detach() for out in outs), *torch.autograd.grad(outs, leaves, douts))
+
+
 SUBJECTS = [
     Subject("attention forward", functools.partial(draw_attention, 300, 300), attend),
     Subject("attention backward", functools.partial(draw_attention, 300, 300), attend_and_return),
@@ -108,6 +138,8 @@ SUBJECTS = [
     Subject("attention continuation", functools.partial(draw_attention, 7, 5000), attend_and_return),
     Subject("qk_norm_rotary forward", draw_rotary, rotate),
     Subject("qk_norm_rotary backward", draw_rotary, rotate_and_return),
+    Subject("token_shift_norm forward", draw_shift, shift),
+    Subject("token_shift_norm backward", draw_shift, shift_and_return),
 ]
 every_subject = pytest.mark.parametrize("subject", SUBJECTS, ids=str)
 
@@ -591,6 +623,28 @@ def test_offsets_beyond_32_bits_in_qk_norm_rotary(device):
         assert_same([result[part] for result in results], expected, f"entry {entry}")
 
 
+def test_offsets_beyond_32_bits_in_token_shift_norm(device):
+    require_memory(30)
+    batch, seqlen, dim = 6600, 128, 2560
+    assert batch * seqlen * dim > 2**31
+    x, residual, dshifted = (torch.randn(batch, seqlen, dim, device=device, dtype=BFLOAT16) for _ in range(3))
+    gamma = torch.randn(dim, device=device)
+
+    def call(x, residual, dshifted):
+        leaves = [x.detach().requires_grad_(), residual.detach().requires_grad_()]
+        outs = token_shift_norm(leaves[0], residual=leaves[1], gamma=gamma, shift=1, backend="cuda")
+        return (*(out.detach() for out in outs), *torch.autograd.grad(outs[1], leaves, dshifted))
+
+    with numerics.nan_filled():
+        results = call(x, residual, dshifted)
+    for result in results:
+        assert_written(result)
+    for entry in (0, batch // 2, batch - 1):
+        part = slice(entry, entry + 1)
+        expected = call(x[part], residual[part], dshifted[part])
+        assert_same([result[part] for result in results], expected, f"entry {entry}")
+
+
 @pytest.mark.parametrize("seqlen_q, seqlen_k", [(3, 3), (1, 40)], ids=["prefill", "decode"])
 def test_more_entries_than_a_grid_has_rows(seqlen_q, seqlen_k, device):
     """The y and z axes of a grid end at 65 535."""
@@ -711,3 +765,33 @@ def test_small_calls_of_qk_norm_rotary(dtype, device):
             numerics.assert_rows_close(result, exact, dtype, kind="output" if index < 2 else "gradient")
         else:  # of scales: sums over tokens, in float32
             torch.testing.assert_close(result.double(), exact, rtol=2e-2 if dtype in numerics.HALF else 1e-5, atol=1e-2)
+
+
+# Rows of one warp and of several, in chunks and not; longer than a block holds.
+@pytest.mark.parametrize("dim", [64, 1032, 517, 8200])
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16, FLOAT32], ids=str)
+def test_small_calls_of_token_shift_norm(dtype, dim, device):
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(2, 9, dim, generator=generator).to(dtype) for _ in range(4)]
+    vectors = torch.rand(2, dim, generator=generator) + 0.5
+    history = torch.randn(2, 2, dim, generator=generator).to(dtype)
+    key_start = torch.tensor([[0] * 4 + [4] * 5, [0] * 9], dtype=torch.int32)
+
+    def run(function, device, dtype, **options):
+        x, residual, *douts = (tensor.to(device, dtype) for tensor in rows)
+        scale, gamma = vectors.to(device, torch.float64 if dtype == torch.float64 else FLOAT32)
+        leaves = x, residual, scale, gamma = [leaf.detach().requires_grad_() for leaf in (x, residual, scale, gamma)]
+        outs = function(
+            x, residual=residual, residual_scale=scale, gamma=gamma, alpha=1.5, shift=2,
+            history=history.to(device, dtype), key_start=key_start.to(device), **options,
+        )  # fmt: skip
+        gradients = torch.autograd.grad(outs, leaves, douts)
+        return [result.detach().cpu() for result in (*outs, *gradients)]
+
+    results = run(token_shift_norm, device, dtype, backend="cuda")
+    exact = run(shift_reference.token_shift_norm, "cpu", torch.float64)
+    for index, (result, expected) in enumerate(zip(results, exact, strict=True)):
+        if index < 4:
+            numerics.assert_rows_close(result, expected, dtype, kind="output" if index < 2 else "gradient")
+        else:  # of vectors: sums over tokens, in float32
+            torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-4)

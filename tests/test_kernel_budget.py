@@ -27,6 +27,7 @@ import pytest
 import torch
 
 from andromeda import _C, attention, qk_norm_rotary
+from andromeda.ops.token_shift_norm import token_shift_norm
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -262,7 +263,8 @@ def limits_of(entry, architecture):
     limits = {key: value for layer in layers for key, value in layer.items() if key not in DEVICES}
     limits.pop("shared_clocks", None)  # of the kernels that have it: test_clocks_of_shared_memory
     limits["require"] = {key: value for layer in layers for key, value in layer.get("require", {}).items()}
-    known = {"registers", "local", "shared", "threads", "min_blocks", "require", "forbid"}
+    limits.setdefault("max_threads", limits["threads"])
+    known = {"registers", "local", "shared", "threads", "max_threads", "min_blocks", "require", "forbid"}
     assert set(limits) == known, f"{entry}, {architecture}: keys that differ: {sorted(set(limits) ^ known)}"
     return limits
 
@@ -296,7 +298,9 @@ def check_registers_and_memory(name, kernel, limits, ptxas):
     made_by = f"{name}, made by ptxas {ptxas}"
     assert kernel.registers <= limits["registers"], made_by
     assert kernel.local <= limits["local"], made_by
-    assert kernel.max_threads in (0, limits["threads"]), f"{name}: __launch_bounds__ is not as in kernel_budget.toml"
+    assert kernel.max_threads in (0, limits["max_threads"]), (
+        f"{name}: __launch_bounds__ is not as in kernel_budget.toml"
+    )
 
 
 def check_instructions(name, kernel, limits):
@@ -360,6 +364,9 @@ def every_variant(emulated):
     for dtype, head_dim in itertools.product((torch.float32, torch.float16, torch.bfloat16), (6, 64, 512)):
         q, k = torch.randn(2, 1, 2, 1, head_dim, dtype=dtype).requires_grad_().unbind()
         qk_norm_rotary(q, k, rotary_dim=4, backend="cuda")[0].sum().backward()
+    for dtype, first in itertools.product((torch.float32, torch.float16, torch.bfloat16), (0, 1)):
+        x = torch.randn(1, 1, 2561, dtype=dtype)[..., first : first + 2560].requires_grad_()
+        token_shift_norm(x, gamma=torch.zeros(2560), backend="cuda")[0].sum().backward()
 
 
 def test_launches_are_as_in_the_budget(emulated):

@@ -188,7 +188,7 @@ def reports(monkeypatch):
     conftest.without_use.cache_clear()
 
 
-@pytest.mark.parametrize("operation", ["attention", "qk_norm_rotary"])
+@pytest.mark.parametrize("operation", ["attention", "qk_norm_rotary", "token_shift_norm"])
 def test_on_the_cpu_no_test_loses_its_backends(operation, monkeypatch):
     left_out = set(conftest.without_use(operation, "cpu"))
     assert not left_out & {"cpu", "reference"}

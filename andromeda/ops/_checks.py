@@ -101,6 +101,15 @@ def is_exact(tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, d
     )
 
 
+def is_floating(tensor: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> bool:
+    """Whether it is a tensor of this shape, device and one of FLOAT_DTYPES; any strides."""
+    return (
+        isinstance(tensor, torch.Tensor)
+        and is_exact(tensor, shape, tensor.dtype, device)
+        and tensor.dtype in FLOAT_DTYPES
+    )
+
+
 def check_finite_number(op: str, name: str, value: float) -> float:
     """The value as a float."""
     if isinstance(value, bool) or not isinstance(value, int | float):

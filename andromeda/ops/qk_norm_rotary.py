@@ -139,23 +139,14 @@ def _is_usual(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, ori
         and dtype in _checks.FLOAT_DTYPES
         and k.dtype == dtype
         and k.device == device
-        and (q_scale is None or _is_scale(q_scale, num_heads, head_dim, device))
-        and (k_scale is None or _is_scale(k_scale, num_kv_heads, head_dim, device))
+        and (q_scale is None or _checks.is_floating(q_scale, (num_heads, head_dim), device))
+        and (k_scale is None or _checks.is_floating(k_scale, (num_kv_heads, head_dim), device))
         and type(normalize) is type(xpos) is bool
         and type(rotary_dim) is type(position) is int
         and (origin is None or type(origin) is int)
         and xpos <= rotary_dim <= head_dim
         and rotary_dim >= 0
         and rotary_dim % 2 == 0
-    )
-
-
-def _is_scale(scale, heads, head_dim, device) -> bool:
-    return (
-        isinstance(scale, torch.Tensor)
-        and scale.shape == (heads, head_dim)
-        and scale.dtype in _checks.FLOAT_DTYPES
-        and scale.device == device
     )
 
 

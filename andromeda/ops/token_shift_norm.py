@@ -10,9 +10,11 @@ from andromeda.reference import token_shift_norm as reference
 NAME = "token_shift_norm"
 
 # Gradients of gamma and residual_scale are summed over runs of tokens first, then over the runs. Their number depends
-# on shapes alone, so the result does not depend on the number of threads.
-_MAX_PARTIALS = 64
-_MIN_TOKENS_PER_PARTIAL = 16
+# on shapes and the kind of device alone, so the result depends on neither threads nor timing. On a GPU a run is a
+# block, and there are at most as many as it works on at a time. A partial sum is as many bytes as a token of float32:
+# it takes a number of tokens to pay for one.
+_MAX_CPU_PARTIALS = 64
+_MIN_TOKENS_PER_PARTIAL = {"cpu": 16, "cuda": 32}
 
 
 def token_shift_norm(
@@ -61,16 +63,13 @@ def token_shift_norm(
         ValueError, TypeError: the call is wrong on every machine.
         NotImplementedError: no backend (or not the one asked for) can run it here; says why, each.
     """
-    _checks.check_tensor(NAME, "x", x, ("batch", "seqlen", "dim"))
-    if residual is not None:
-        _checks.check_tensor(NAME, "residual", residual, ("batch", "seqlen", "dim"))
-    alpha = _check(x, gamma, residual, residual_scale, alpha, shift, history, key_start, position)
+    if not _is_usual(x, gamma, residual, residual_scale, alpha, shift, history, key_start, position):
+        alpha = _checked(x, gamma, residual, residual_scale, alpha, shift, history, key_start, position)
     backend = _select.backend_argument(NAME, backend)
     if gamma is None and residual is None and shift == 0:
         return x, x
     compute_dtype = _compute_dtype(x)
-    residual_scale = None if residual_scale is None else residual_scale.to(compute_dtype)
-    gamma = None if gamma is None else gamma.to(compute_dtype)
+    residual_scale, gamma = _to(compute_dtype, residual_scale, gamma)
     differentiable = x, residual, residual_scale, gamma
     arguments = *differentiable, history, key_start, alpha, shift, position, backend
     if _select.needs_function(*differentiable):
@@ -88,8 +87,6 @@ def unsupported(backend, x) -> list[str]:
         return []
     if backend == "triton":
         return ["no Triton kernel in this version"]
-    if backend == "cuda":
-        return ["no CUDA kernel in this version"]
     if _select.extension is None:
         return [_select.extension_error]
     reasons = []
@@ -99,11 +96,54 @@ def unsupported(backend, x) -> list[str]:
         reasons.append("dtype float64 (built for float32, float16, bfloat16)")
     if max(x.shape) >= 2**31:
         reasons.append(f"a dimension of x {tuple(x.shape)} above 2**31 - 1")
+    if backend == "cuda":
+        reasons += _select.cuda_unavailable(x.device)
     return reasons
 
 
-def _check(x, gamma, residual, residual_scale, alpha, shift, history, key_start, position) -> float:
-    """Returns alpha as a float."""
+def _is_usual(x, gamma, residual, residual_scale, alpha, shift, history, key_start, position) -> bool:
+    """Whether nothing is wrong, which most calls learn here in a few microseconds.
+
+    What this does not let pass is looked at again by `_checked`, which finds the words for what is wrong.
+    """
+    if not _checks.has_axes(x, 3):
+        return False
+    batch, seqlen, dim = x.shape
+    dtype, device = x.dtype, x.device
+    if not (
+        dtype in _checks.FLOAT_DTYPES
+        and type(shift) is type(position) is int
+        and 0 <= shift < dim
+        and type(alpha) is float
+        and -math.inf < alpha < math.inf
+    ):
+        return False
+    if residual is None:
+        if residual_scale is not None:
+            return False
+    elif not (_checks.has_axes(residual, 3) and _checks.is_exact(residual, x.shape, dtype, device)):
+        return False
+    if history is not None and not (
+        _checks.has_axes(history, 3)
+        and _checks.is_exact(history, (batch, shift, dim), dtype, device)
+        and not history.requires_grad
+    ):
+        return False
+    for vector in (gamma, residual_scale):
+        if vector is not None and not _checks.is_floating(vector, (dim,), device):
+            return False
+    return key_start is None or _checks.is_exact(key_start, (batch, seqlen), torch.int32, device)
+
+
+def _checked(x, gamma, residual, residual_scale, alpha, shift, history, key_start, position) -> float:
+    """alpha as a float.
+
+    Raises:
+        ValueError, TypeError: see `token_shift_norm`.
+    """
+    _checks.check_tensor(NAME, "x", x, ("batch", "seqlen", "dim"))
+    if residual is not None:
+        _checks.check_tensor(NAME, "residual", residual, ("batch", "seqlen", "dim"))
     _checks.check_dtypes(NAME, **{"x": x} if residual is None else {"x": x, "residual": residual})
     batch, seqlen, dim = x.shape
     _check_int("shift", shift)
@@ -147,7 +187,7 @@ def _compute_dtype(x) -> torch.dtype:
 
 
 def _to(dtype, *tensors):
-    return (None if tensor is None else tensor.to(dtype) for tensor in tensors)
+    return (tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors)
 
 
 def _dense(tensor):
@@ -155,7 +195,7 @@ def _dense(tensor):
 
 
 def _forward(x, residual, residual_scale, gamma, history, key_start, alpha, shift, position, backend):
-    backend = _select.choose(NAME, backend, lambda name: unsupported(name, x))
+    backend, _ = _plan(backend, x)
     y, shifted = _fake_forward(x, residual, residual_scale, gamma, history, key_start, alpha, shift)
     if backend == "reference":
         wide_x, wide_residual, wide_history = _to(_compute_dtype(x), x, residual, history)
@@ -175,25 +215,27 @@ def _forward(x, residual, residual_scale, gamma, history, key_start, alpha, shif
         if shift > 0:
             shifted.copy_(exact_shifted)
     else:
-        _select.extension.token_shift_norm_forward(
-            x=x,
-            residual=residual,
-            residual_scale=_dense(residual_scale),
-            gamma=_dense(gamma),
-            history=history,
-            key_start=_dense(key_start),
-            y=y if y.ndim == 3 else None,
-            shifted=shifted if shift > 0 else None,
-            alpha=alpha,
-            shift=shift,
-            position=position,
-            num_threads=torch.get_num_threads(),
-        )
+        with _select.device_guard(x.device):
+            _select.extension.token_shift_norm_forward(
+                x=x,
+                residual=residual,
+                residual_scale=_dense(residual_scale),
+                gamma=_dense(gamma),
+                history=history,
+                key_start=_dense(key_start),
+                y=y if y.ndim == 3 else None,
+                shifted=shifted if shift > 0 else None,
+                alpha=alpha,
+                shift=shift,
+                position=position,
+                num_threads=torch.get_num_threads(),
+                stream=_select.current_stream(x.device),
+            )
     return y, shifted
 
 
 def _backward(dy, dshifted, x, residual, residual_scale, gamma, key_start, alpha, shift, position, backend):
-    backend = _select.choose(NAME, backend, lambda name: unsupported(name, x))
+    backend, num_partials = _plan(backend, x)
     gradients = _fake_backward(dy, dshifted, x, residual, residual_scale, gamma)
     dx, dresidual, dresidual_scale, dgamma = gradients
     if backend == "reference":
@@ -215,32 +257,51 @@ def _backward(dy, dshifted, x, residual, residual_scale, gamma, key_start, alpha
             if result is not None:
                 gradient.copy_(result)
     else:
-        num_partials = min(_MAX_PARTIALS, 1 + x.shape[0] * x.shape[1] // _MIN_TOKENS_PER_PARTIAL)
         scale_partial, gamma_partial = (
             None if vector is None else vector.new_empty((num_partials, *vector.shape))
             for vector in (residual_scale, gamma)
         )
-        _select.extension.token_shift_norm_backward(
-            x=x,
-            residual=residual,
-            residual_scale=_dense(residual_scale),
-            gamma=_dense(gamma),
-            key_start=_dense(key_start),
-            dy=dy,
-            dshifted=dshifted,
-            dx=dx,
-            dresidual=None if residual is None else dresidual,
-            dresidual_scale_partial=scale_partial,
-            dgamma_partial=gamma_partial,
-            alpha=alpha,
-            shift=shift,
-            position=position,
-            num_threads=torch.get_num_threads(),
-        )
+        with _select.device_guard(x.device):
+            _select.extension.token_shift_norm_backward(
+                x=x,
+                residual=residual,
+                residual_scale=_dense(residual_scale),
+                gamma=_dense(gamma),
+                key_start=_dense(key_start),
+                dy=dy,
+                dshifted=dshifted,
+                dx=dx,
+                dresidual=None if residual is None else dresidual,
+                dresidual_scale_partial=scale_partial,
+                dgamma_partial=gamma_partial,
+                alpha=alpha,
+                shift=shift,
+                position=position,
+                num_threads=torch.get_num_threads(),
+                stream=_select.current_stream(x.device),
+            )
         for gradient, partial in ((dresidual_scale, scale_partial), (dgamma, gamma_partial)):
             if partial is not None:
                 torch.sum(partial, dim=0, out=gradient)
     return gradients
+
+
+def _plan(backend, x) -> tuple[str, int]:
+    """The backend of a call and, for its gradients, the number of partial sums."""
+
+    def make():
+        chosen = _select.choose(NAME, backend, lambda name: unsupported(name, x))
+        return chosen, 0 if chosen == "reference" else _num_partials(chosen, x)
+
+    return _select.plan((NAME, backend, x.device, x.dtype, x.shape), x.device, make)
+
+
+def _num_partials(backend, x) -> int:
+    most = _MAX_CPU_PARTIALS
+    if backend == "cuda":
+        with _select.device_guard(x.device):
+            most = _select.extension.token_shift_norm_backward_runs(x=x)
+    return min(most, 1 + x.shape[0] * x.shape[1] // _MIN_TOKENS_PER_PARTIAL[backend])
 
 
 def _fake_forward(x, residual, residual_scale, gamma, history, key_start, alpha, shift, *args):

@@ -70,15 +70,6 @@ class Call {
     }
   }
 
-  void cpu_only() const {
-    if (leader_.device == Device::kCpu) return;
-    pybind11::set_error(PyExc_NotImplementedError,
-                        (name() + ": no CUDA kernel in this version, the tensors must be on the cpu, got " +
-                         describe(leader_) + "; backend='reference' runs there")
-                            .c_str());
-    throw pybind11::error_already_set();
-  }
-
   void threads(int num_threads) const {
     if (num_threads < 1) value_error("num_threads", "be at least 1", std::to_string(num_threads));
   }

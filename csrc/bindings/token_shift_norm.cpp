@@ -1,4 +1,4 @@
-// Packs TokenShiftNormParams; the GIL is released while the kernel runs.
+// Packs TokenShiftNormParams; the GIL is released while the kernel runs or is launched.
 #include "andromeda/token_shift_norm.h"
 
 #include "bindings.h"
@@ -16,7 +16,6 @@ TokenShiftNormParams pack_input(const Call& call, const TensorView& x, const Opt
                                 const OptionalTensor& residual_scale, const OptionalTensor& gamma,
                                 const OptionalTensor& key_start, float alpha, std::int64_t shift, std::int64_t position,
                                 int num_threads) {
-  call.cpu_only();
   call.threads(num_threads);
   call.dimensions("x", x, 3);
   const std::int64_t batch = x.shape[0], seqlen = x.shape[1], dim = x.shape[2];
@@ -46,7 +45,7 @@ TokenShiftNormParams pack_input(const Call& call, const TensorView& x, const Opt
 void forward(const TensorView& x, const OptionalTensor& residual, const OptionalTensor& residual_scale,
              const OptionalTensor& gamma, const OptionalTensor& history, const OptionalTensor& key_start,
              const OptionalTensor& y, const OptionalTensor& shifted, float alpha, std::int64_t shift,
-             std::int64_t position, int num_threads) {
+             std::int64_t position, int num_threads, std::uintptr_t stream) {
   const Call call("token_shift_norm_forward", x, "x");
   TokenShiftNormParams params =
       pack_input(call, x, residual, residual_scale, gamma, key_start, alpha, shift, position, num_threads);
@@ -64,14 +63,18 @@ void forward(const TensorView& x, const OptionalTensor& residual, const Optional
   }
   if (is_empty(x)) return;
   const py::gil_scoped_release release;
-  cpu::token_shift_norm_forward(params, num_threads);
+  if (x.device == Device::kCpu) {
+    cpu::token_shift_norm_forward(params, num_threads);
+  } else {
+    cuda::token_shift_norm_forward(params, as_stream(stream));
+  }
 }
 
 void backward(const TensorView& x, const OptionalTensor& residual, const OptionalTensor& residual_scale,
               const OptionalTensor& gamma, const OptionalTensor& key_start, const OptionalTensor& dy,
               const OptionalTensor& dshifted, const TensorView& dx, const OptionalTensor& dresidual,
               const OptionalTensor& dresidual_scale_partial, const OptionalTensor& dgamma_partial, float alpha,
-              std::int64_t shift, std::int64_t position, int num_threads) {
+              std::int64_t shift, std::int64_t position, int num_threads, std::uintptr_t stream) {
   const Call call("token_shift_norm_backward", x, "x");
   TokenShiftNormBackwardParams params{};
   params.forward = pack_input(call, x, residual, residual_scale, gamma, key_start, alpha, shift, position, num_threads);
@@ -108,7 +111,18 @@ void backward(const TensorView& x, const OptionalTensor& residual, const Optiona
   // Without rows the partial sums are still to be written: zero.
   if (is_empty(x) && !dresidual_scale_partial.has_value() && !dgamma_partial.has_value()) return;
   const py::gil_scoped_release release;
-  cpu::token_shift_norm_backward(params, num_threads);
+  if (x.device == Device::kCpu) {
+    cpu::token_shift_norm_backward(params, num_threads);
+  } else {
+    cuda::token_shift_norm_backward(params, as_stream(stream));
+  }
+}
+
+int backward_runs(const TensorView& x) {
+  const Call call("token_shift_norm_backward_runs", x, "x");
+  call.dimensions("x", x, 3);
+  if (x.device == Device::kCpu) call.value_error("x", "be on a CUDA device", describe(x));
+  return cuda::token_shift_norm_backward_runs(x.dtype, call.size("x", x, 2));
 }
 
 }  // namespace
@@ -118,12 +132,14 @@ void bind_token_shift_norm(py::module_& m) {
   m.def("token_shift_norm_forward", &forward,
         "csrc/include/andromeda/token_shift_norm.h. Writes y and shifted, where given.", py::kw_only(), arg("x"),
         arg("residual"), arg("residual_scale"), arg("gamma"), arg("history"), arg("key_start"), arg("y"),
-        arg("shifted"), arg("alpha"), arg("shift"), arg("position"), arg("num_threads"));
+        arg("shifted"), arg("alpha"), arg("shift"), arg("position"), arg("num_threads"), arg("stream"));
   m.def("token_shift_norm_backward", &backward,
         "csrc/include/andromeda/token_shift_norm.h. Writes dx, dresidual and the partial sums.", py::kw_only(),
         arg("x"), arg("residual"), arg("residual_scale"), arg("gamma"), arg("key_start"), arg("dy"), arg("dshifted"),
         arg("dx"), arg("dresidual"), arg("dresidual_scale_partial"), arg("dgamma_partial"), arg("alpha"), arg("shift"),
-        arg("position"), arg("num_threads"));
+        arg("position"), arg("num_threads"), arg("stream"));
+  m.def("token_shift_norm_backward_runs", &backward_runs,
+        "The best number of partial sums for many tokens like those of x, on a GPU.", py::kw_only(), arg("x"));
 }
 
 }  // namespace andromeda::bindings

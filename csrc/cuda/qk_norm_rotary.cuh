@@ -31,6 +31,7 @@
 #include <cstdint>
 
 #include "andromeda/qk_norm_rotary.h"
+#include "inverse_sqrt.cuh"
 #include "load.cuh"
 #include "warp.cuh"
 
@@ -208,14 +209,10 @@ __device__ inline bool above_floor(float sum_of_squares) {
   return !(sum_of_squares < kNormFloor * kNormFloor);  // true for NaN, which must reach the result
 }
 
-// 1 / max(norm, floor). rsqrtf is within 2 ulp, plenty for rows of half precision; a step of Newton's method brings it
-// to 1 ulp for float32. An infinite sum gives 0, and the step would make that NaN.
+// 1 / max(norm, floor).
 template <typename T>
 __device__ inline float inverse_norm(float sum_of_squares) {
-  if (!above_floor(sum_of_squares)) return 1.0f / kNormFloor;
-  const float estimate = rsqrtf(sum_of_squares);
-  if (sizeof(T) < sizeof(float) || !(sum_of_squares <= FLT_MAX)) return estimate;
-  return fmaf(0.5f * estimate, fmaf(-sum_of_squares * estimate, estimate, 1.0f), estimate);
+  return above_floor(sum_of_squares) ? inverse_sqrt<T>(sum_of_squares) : 1.0f / kNormFloor;
 }
 
 template <typename T, Access kAccess, int kChunks, int kRows>

@@ -16,4 +16,14 @@ __device__ inline void sum_over_group(float (&values)[kCount], int group_log2) {
   }
 }
 
+// The same over the whole warp.
+template <int kCount>
+__device__ inline void sum_over_warp(float (&values)[kCount]) {
+#pragma unroll
+  for (int offset = kWarpLanes / 2; offset > 0; offset >>= 1) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] += __shfl_xor_sync(kWholeWarp, values[i], offset);
+  }
+}
+
 }  // namespace andromeda::cuda

@@ -16,12 +16,14 @@ from pathlib import Path
 import pytest
 import test_attention as whole
 import test_qk_norm_rotary as rotary
+import test_token_shift_norm as shift
 import torch
 from numerics import nan_filled
 
 from andromeda.ops import _persistent
 from andromeda.ops import attention as attention_op
 from andromeda.ops import qk_norm_rotary as rotary_op
+from andromeda.ops import token_shift_norm as shift_op
 from emulator import Device
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
@@ -131,7 +133,24 @@ def rotary_backward(**changes):
     return Trial(functools.partial(rotary_op._backward, *arguments, "cuda"))
 
 
+def shift_arguments(changes):
+    case = shift.Case("", seqlen=9, **changes)
+    tensors, options = case.tensors(torch.bfloat16), case.options(dtype=torch.bfloat16)
+    return tensors, options["history"], (None, case.alpha, case.shift, case.position, "cuda")
+
+
+def shift_forward(**changes):
+    tensors, history, options = shift_arguments(changes)
+    return Trial(functools.partial(shift_op._forward, *tensors, history, *options))
+
+
+def shift_backward(**changes):
+    tensors, _, options = shift_arguments(changes)
+    return Trial(functools.partial(shift_op._backward, *shift.random_like([tensors[0]] * 2), *tensors, *options))
+
+
 ROTARY = "qk_norm_rotary_backward_kernelI13__nv_bfloat16LNS0_6AccessE"
+SHIFT, CHUNKS, ELEMENTS = "token_shift_norm_", *(f"kernelI13__nv_bfloat16LNS0_6AccessE{access}E" for access in (0, 1))
 # name: part of the mangled name; cases
 KERNELS = {
     "attention_forward": (
@@ -176,6 +195,23 @@ KERNELS = {
     "qk_norm_rotary_backward": (f"{ROTARY}0ELi1E", lambda: [rotary_backward()]),
     "qk_norm_rotary_backward, long rows": (f"{ROTARY}0ELi2E", lambda: [rotary_backward(head_dim=264)]),
     "qk_norm_rotary_backward, elements": (f"{ROTARY}1ELi2E", lambda: [rotary_backward(head_dim=36)]),
+    # Rows of several warps that share a block, and one alone, of one tile and of several.
+    "token_shift_norm_forward": (
+        f"{SHIFT}forward_{CHUNKS}",
+        lambda: [shift_forward(dim=dim) for dim in (1032, 2560, 8200)],
+    ),
+    "token_shift_norm_forward, elements": (
+        f"{SHIFT}forward_{ELEMENTS}",
+        lambda: [shift_forward(dim=dim) for dim in (517, 5121)],
+    ),
+    "token_shift_norm_backward": (
+        f"{SHIFT}backward_{CHUNKS}",
+        lambda: [shift_backward(dim=dim) for dim in (1032, 2560, 8200)],
+    ),
+    "token_shift_norm_backward, elements": (
+        f"{SHIFT}backward_{ELEMENTS}",
+        lambda: [shift_backward(dim=dim) for dim in (517, 5121)],
+    ),
 }
 
 

@@ -48,8 +48,10 @@ class Memory:
         return self.emu.empty(shape, torch.float32, name=name)
 
     def _sparse(self, name, shape):
-        strides, size = [0] * 4, 1
-        for axis in sorted(range(4), key=lambda axis: (axis == self.axis, -axis)):  # the far one is the outermost
+        strides, size = [0] * len(shape), 1
+        for axis in sorted(
+            range(len(shape)), key=lambda axis: (axis == self.axis, -axis)
+        ):  # the far one is the outermost
             strides[axis] = size
             size *= shape[axis]
         strides[self.axis] = -(-self.reach // (shape[self.axis] - 1) // 8) * 8  # rows start at chunks of 16 bytes
@@ -160,6 +162,40 @@ def rotary_backward(memory):
     return dq.memory, dk.memory, *(partial.cpu() for partial in partials.values())
 
 
+def shift_operands(memory):
+    batch, seqlen, dim, shift = BATCH, 12, 64, 3
+    vectors = torch.randn(2, dim, generator=memory.generator)
+    return {
+        "x": memory.given("x", batch, seqlen, dim),
+        "residual": memory.given("residual", batch, seqlen, dim),
+        "residual_scale": memory.floats("residual_scale", values=vectors[0]),
+        "gamma": memory.floats("gamma", values=vectors[1]),
+        "key_start": None,
+        "alpha": 1.5,
+        "shift": shift,
+        "position": 0,
+        "num_threads": 1,
+        "stream": 0,
+    }
+
+
+def shift_forward(memory):
+    call = shift_operands(memory)
+    history = memory.given("history", BATCH, call["shift"], 64)
+    y, shifted = (memory.result(name, *call["x"].shape) for name in ("y", "shifted"))
+    EmulatedExtension(memory.emu).token_shift_norm_forward(**call, history=history, y=y, shifted=shifted)
+    return y.memory, shifted.memory
+
+
+def shift_backward(memory):
+    call = shift_operands(memory)
+    given = {name: memory.given(name, *call["x"].shape) for name in ("dy", "dshifted")}
+    results = {name: memory.result(name, *call["x"].shape) for name in ("dx", "dresidual")}
+    partials = {name: memory.floats(name, 3, 64) for name in ("dresidual_scale_partial", "dgamma_partial")}
+    EmulatedExtension(memory.emu).token_shift_norm_backward(**call, **given, **results, **partials)
+    return *(result.memory for result in results.values()), *(partial.cpu() for partial in partials.values())
+
+
 # Operation: its kernels, the call.
 OPERATIONS = {
     "forward": (["attention_forward_kernelI13__nv_bfloat16Li64E"], forward),
@@ -176,7 +212,19 @@ OPERATIONS = {
         ["qk_norm_rotary_backward_kernelI13__nv_bfloat16LNS0_6AccessE0ELi1E"],
         rotary_backward,
     ),
+    "token_shift_norm_forward": (
+        ["token_shift_norm_forward_kernelI13__nv_bfloat16LNS0_6AccessE0E"],
+        shift_forward,
+    ),
+    "token_shift_norm_backward": (
+        ["token_shift_norm_backward_kernelI13__nv_bfloat16LNS0_6AccessE0E"],
+        shift_backward,
+    ),
 }
+# Tensors of token_shift_norm have no heads.
+every_axis = pytest.mark.parametrize(
+    ("name", "axis"), [(name, axis) for name in OPERATIONS for axis in AXES if axis != "head" or "shift" not in name]
+)
 
 
 def device_for(name):
@@ -185,8 +233,7 @@ def device_for(name):
 
 
 @pytest.mark.parametrize("reach", REACHES)
-@pytest.mark.parametrize("axis", AXES)
-@pytest.mark.parametrize("name", OPERATIONS)
+@every_axis
 def test_offsets_beyond_32_bits(name, axis, reach, emu):
     emu.settings.device = device_for(name)
     kernels, call = OPERATIONS[name]
@@ -207,8 +254,7 @@ def in_32_bits(text):
     )
 
 
-@pytest.mark.parametrize("axis", AXES)
-@pytest.mark.parametrize("name", OPERATIONS)
+@every_axis
 def test_products_in_32_bits_are_found(name, axis, emu):
     """As an access outside every buffer, or where another of the huge tensors lies there, as wrong numbers."""
     emu.settings.device = device_for(name)

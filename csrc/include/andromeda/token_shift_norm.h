@@ -15,6 +15,8 @@
 
 #include "andromeda/tensor_view.h"
 
+struct CUstream_st;  // what cudaStream_t names: declaring it keeps CUDA headers out of this one
+
 namespace andromeda {
 
 struct TokenShiftNormParams {
@@ -49,5 +51,13 @@ namespace cpu {
 void token_shift_norm_forward(const TokenShiftNormParams& params, int num_threads);
 void token_shift_norm_backward(const TokenShiftNormBackwardParams& params, int num_threads);
 }  // namespace cpu
+
+namespace cuda {
+// How many runs of the backward pass the current device works on at a time, for rows of this dim and dtype: the best
+// num_partials for many tokens. More would be done in a second round that leaves part of the device idle.
+int token_shift_norm_backward_runs(DType dtype, int dim);
+void token_shift_norm_forward(const TokenShiftNormParams& params, CUstream_st* stream);
+void token_shift_norm_backward(const TokenShiftNormBackwardParams& params, CUstream_st* stream);
+}  // namespace cuda
 
 }  // namespace andromeda
