@@ -419,7 +419,9 @@ def cloned(results):
     return tuple(result.clone() for result in results)
 
 
-FORWARDS = [subject for subject in SUBJECTS if subject.call in (attend, rotate)]
+# Whose arguments with these numbers get gradients.
+LEAVES = {attend: (0, 1, 2), rotate: (0, 1, 2, 3), shift: (0, 1, 3, 4)}
+FORWARDS = [subject for subject in SUBJECTS if subject.call in LEAVES]
 
 
 @pytest.mark.parametrize("subject", FORWARDS, ids=str)
@@ -438,11 +440,12 @@ def test_reduce_overhead_with_gradients(subject, device, reduce_overhead):
     compiled = reduce_overhead(subject.call)
 
     def step(function, seed):
-        tensors = subject.draw(device, seed)
-        count = 3 if subject.call is attend else 4
-        leaves = [x.detach().requires_grad_() for x in tensors[:count]]
+        tensors = list(subject.draw(device, seed))
+        for index in LEAVES[subject.call]:
+            tensors[index] = tensors[index].detach().requires_grad_()
+        leaves = [tensor for tensor in tensors if tensor.requires_grad]
         torch.compiler.cudagraph_mark_step_begin()
-        outs = [out for out in function(*leaves, *tensors[count:]) if out.requires_grad]
+        outs = [out for out in function(*tensors) if out.requires_grad]
         generator = torch.Generator(device).manual_seed(seed)
         douts = [torch.randn(out.shape, device=device, generator=generator).to(out) for out in outs]
         return cloned([*(out.detach() for out in outs), *torch.autograd.grad(outs, leaves, douts)])

@@ -17,6 +17,7 @@ from andromeda.ops import _persistent, _rotary, _select
 from andromeda.ops import attention as attention_op
 from andromeda.ops import qk_norm_rotary as rotary_op
 from andromeda.ops import token_shift_norm as shift_op
+from andromeda.ops.token_shift_norm import token_shift_norm
 
 CPU = torch.device("cpu")
 WINDOW = _rotary.window  # the fixture `emulated` has one of its own
@@ -296,10 +297,18 @@ def attend(q, k):
 def with_gradients(call, q, k):
     leaves = [x.detach().requires_grad_() for x in (q, k)]
     outs = call(*leaves)
-    return [out.detach() for out in outs], *torch.autograd.grad([out.sum() for out in outs], leaves)
+    gradients = torch.autograd.grad([out.sum() for out in outs], leaves, allow_unused=True)
+    return [out.detach() for out in outs], [gradient for gradient in gradients if gradient is not None]
+
+
+def shift(q, k):
+    x = q.flatten(2)
+    return token_shift_norm(x, residual=x, gamma=torch.ones(x.shape[2]), shift=1, backend="cuda")
 
 
 CALLS = {
+    "token_shift_norm": (5, 9, shift),
+    "token_shift_norm, gradients": (40, 9, functools.partial(with_gradients, shift)),
     "qk_norm_rotary": (5, 9, rotate),
     "qk_norm_rotary, gradients": (5, 9, functools.partial(with_gradients, rotate)),
     "attention": (140, 140, attend),
