@@ -1,7 +1,7 @@
 // Blocks of a kernel that one multiprocessor holds, by the rules in NVIDIA's cuda_occupancy.h: needs no GPU.
 //
-// A line of the input is "registers threads static_shared dynamic_shared device", bytes where it is memory. The line of
-// the output is the number; 0 means that a launch fails. tests/test_kernel_budget.py compiles and asks it.
+// A line of the input is "registers threads static_shared dynamic_shared barriers device", bytes where it is memory.
+// The line of the output is the number; 0 means that a launch fails. tests/test_kernel_budget.py compiles and asks it.
 #include <cuda_occupancy.h>
 
 #include <climits>
@@ -42,10 +42,10 @@ cudaOccDeviceProp properties_of(const Device& device) {
 }
 
 int main() {
-  int registers, threads;
+  int registers, threads, barriers;
   std::size_t static_shared, dynamic_shared;
   std::string name;
-  while (std::cin >> registers >> threads >> static_shared >> dynamic_shared &&
+  while (std::cin >> registers >> threads >> static_shared >> dynamic_shared >> barriers &&
          std::getline(std::cin >> std::ws, name)) {
     const Device* found = nullptr;
     for (const Device& device : kDevices) {
@@ -58,11 +58,11 @@ int main() {
     const cudaOccDeviceProp properties = properties_of(*found);
     cudaOccFuncAttributes kernel;
     kernel.maxThreadsPerBlock = INT_MAX;
+    kernel.numBlockBarriers = barriers;
     kernel.numRegs = registers;
     kernel.sharedSizeBytes = static_shared;
     kernel.shmemLimitConfig = FUNC_SHMEM_LIMIT_OPTIN;
     kernel.maxDynamicSharedSizeBytes = dynamic_shared;
-    kernel.numBlockBarriers = 1;
     const cudaOccDeviceState state;
     cudaOccResult result;
     if (cudaOccMaxActiveBlocksPerMultiprocessor(&result, &properties, &kernel, &state, threads, dynamic_shared) !=

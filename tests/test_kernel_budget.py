@@ -96,6 +96,7 @@ class Kernel:
     local: int  # bytes per thread: spills, and arrays that are indexed at run time
     static_shared: int  # bytes per block
     max_threads: int = 0  # per block, of __launch_bounds__; 0: not given
+    barriers: int = 1  # of the 16 of a block; a multiprocessor has two for each block that it can hold
     instructions: Counter = dataclasses.field(default_factory=Counter)  # opcode with its modifiers -> how many
 
     def count(self, prefix):
@@ -145,10 +146,13 @@ def read_kernels(cuobjdump, path):
             kernels[architecture, symbol].instructions.update(instruction.findall(function))
 
     bounds = re.compile(r"EIATTR_MAX_THREADS\s+Format:\s+EIFMT_SVAL\s+Value:\s+(0x\w+)\s+(0x\w+)\s+(0x\w+)")
+    barriers = re.compile(r"EIATTR_NUM_BARRIERS\s+Format:\s+EIFMT_BVAL\s+Value:\s+(0x\w+)")
     for architecture, text in code("--dump-elf"):
         for section in re.split(r"\n\.nv\.info\.", text)[1:]:
+            symbol = section.split(None, 1)[0]
+            if found := barriers.search(section):
+                kernels[architecture, symbol].barriers = int(found.group(1), 16)
             if found := bounds.search(section):
-                symbol = section.split(None, 1)[0]
                 kernels[architecture, symbol].max_threads = math.prod(int(size, 16) for size in found.groups())
 
     demangle = shutil.which("c++filt") or missing("no c++filt (binutils)")
@@ -312,10 +316,10 @@ def check_instructions(name, kernel, limits):
 
 def check_blocks(name, kernel, limits, occupancy):
     """Too few blocks hide no latency; none at all is a launch that fails."""
-    use = f"{kernel.registers} {limits['threads']} {kernel.static_shared} {limits['shared']}"
+    use = f"{kernel.registers} {limits['threads']} {kernel.static_shared} {limits['shared']} {kernel.barriers}"
     blocks = occupancy([f"{use} {device}" for device in limits["min_blocks"]])
     for (device, least), number in zip(limits["min_blocks"].items(), blocks, strict=True):
-        assert number >= max(least, 1), f"{name} on {device}: {use} (registers, threads, shared memory)"
+        assert number >= max(least, 1), f"{name} on {device}: {use} (registers, threads, shared memory, barriers)"
 
 
 @every_entry
@@ -610,7 +614,8 @@ def main(path=_C.__file__):
     kernels = read_kernels(find_cuobjdump(path) or sys.exit(NO_CUOBJDUMP), path)
     for (architecture, name), kernel in sorted(kernels.items(), key=lambda item: item[0][::-1]):
         print(f"{name} {architecture}: {kernel.registers} registers, {kernel.local} bytes local,", end=" ")
-        print(f"{kernel.static_shared} bytes static shared, at most {kernel.max_threads} threads")
+        print(f"{kernel.static_shared} bytes static shared, at most {kernel.max_threads} threads,", end=" ")
+        print(f"{kernel.barriers} barriers")
         print("   ", ", ".join(f"{opcode} {number}" for opcode, number in sorted(kernel.instructions.items())))
 
 

@@ -14,7 +14,7 @@ NAME = "token_shift_norm"
 # block, and there are at most as many as it works on at a time. A partial sum is as many bytes as a token of float32:
 # it takes a number of tokens to pay for one.
 _MAX_CPU_PARTIALS = 64
-_MIN_TOKENS_PER_PARTIAL = {"cpu": 16, "cuda": 32}
+_MIN_TOKENS_PER_PARTIAL = 16
 
 
 def token_shift_norm(
@@ -301,7 +301,7 @@ def _num_partials(backend, x) -> int:
     if backend == "cuda":
         with _select.device_guard(x.device):
             most = _select.extension.token_shift_norm_backward_runs(x=x)
-    return min(most, 1 + x.shape[0] * x.shape[1] // _MIN_TOKENS_PER_PARTIAL[backend])
+    return min(most, 1 + x.shape[0] * x.shape[1] // _MIN_TOKENS_PER_PARTIAL)
 
 
 def _fake_forward(x, residual, residual_scale, gamma, history, key_start, alpha, shift, *args):

@@ -68,6 +68,8 @@ bool in_chunks(const TokenShiftNormBackwardParams& params) {
          in_chunks(params.dresidual_scale_partial) && in_chunks(params.dgamma_partial);
 }
 
+Channels channels_of(std::int64_t count) { return {static_cast<float>(count), 1.0f / static_cast<float>(count)}; }
+
 Segments segments_of(const TokenShiftNormParams& params) {
   const std::int64_t width = params.dim / (params.shift + 1);
   const int bits = ceil_log2(width);
@@ -89,9 +91,9 @@ RowPlan plan_rows(const TokenShiftNormParams& params, std::int64_t num_runs) {
   plan.step_seq = plan.num_groups % std::max(params.seqlen, 1);
   const std::int64_t tile = plan.num_lanes * kLaneChannels<T, kAccess>;
   plan.num_tiles = static_cast<int>(ceil_div(params.dim, tile));
-  plan.tile_share = 1.0f / static_cast<float>(tile);
-  plan.last_tile_share = 1.0f / static_cast<float>(params.dim - (plan.num_tiles - 1) * tile);
-  plan.row_share = 1.0f / static_cast<float>(params.dim);
+  plan.tile = channels_of(tile);
+  plan.last_tile = channels_of(params.dim - (plan.num_tiles - 1) * tile);
+  plan.row = channels_of(params.dim);
   plan.segments = segments_of(params);
 
   if (num_runs == 0) {

@@ -22,10 +22,11 @@
 // dshifted; dx, dresidual). gamma and residual_scale come from L1. Backward adds 8 bytes per channel and run for the
 // partial sums, which lanes keep in registers while they walk the run.
 //
-// Blocks per multiprocessor at dim 2560, half precision: six forward (64 registers), three backward (128), so that 60
-// KB of loads can be in flight in both, where an H200 needs about 30 to be busy all the time. A warp spends about 560
-// instructions on its 512 channels of a row forward and 900 backward (counted in the sm_90a code, without key_start),
-// where an H200 has time for 790 and 1180 while memory moves their bytes. Float32: four and two blocks of ten warps.
+// Blocks per multiprocessor at dim 2560, half precision: seven forward (56 registers), three backward (128), so that 60
+// KB of loads and more can be in flight, where an H200 needs about 30 to be busy all the time. A warp spends about 640
+// instructions on its 512 channels of a row forward and 1040 backward (counted along the sm_90a code, without
+// key_start), where an H200 has time for 790 and 1180 while memory moves their bytes, and an H100 for 1130 and 1690.
+// Float32: four and two blocks of ten warps.
 //
 // Not supported: float64. The binding has checked shapes; the .cu checks what is left.
 #pragma once
@@ -46,8 +47,8 @@ namespace andromeda::cuda {
 template <typename T, Access kAccess>
 inline constexpr int kLaneChannels = kAccess == Access::kChunk ? 2 * kChunkWidth<T> : 8;
 
-// Longer rows are cut into tiles. The bound leaves a lane 128 registers, or 96 with fewer channels: the accumulators of
-// the backward pass just fit.
+// Longer rows are cut into tiles. The bound leaves a lane of the backward pass 128 registers, or 96 with fewer
+// channels: its sums just fit.
 template <typename T, Access kAccess>
 inline constexpr int kMaxRowLanes = kLaneChannels<T, kAccess> == 16 ? 512 : 640;
 
@@ -64,37 +65,41 @@ struct Segments {
   __device__ int delay(unsigned channel) const { return segment(channel) <= shift ? segment(channel) : 0; }
 };
 
+struct Channels {
+  float count, share;  // share: 1 / count
+};
+
 // How rows are dealt to blocks and lanes. Block i owns run i of the tokens, which are numbered through the batch.
 struct RowPlan {
-  std::int64_t num_tokens;                       // batch * seqlen
-  int num_runs, run_length;                      // length in tokens; the last runs may be shorter or empty
-  int num_groups;                                // groups of lanes in a block, with a row each
-  int num_lanes;                                 // of a group
-  int warp_lanes_log2;                           // of a group inside one warp
-  int num_tiles;                                 // of a row
-  int step_batch, step_seq;                      // num_groups == step_batch * seqlen + step_seq
-  float tile_share, last_tile_share, row_share;  // 1 / channels
+  std::int64_t num_tokens;   // batch * seqlen
+  int num_runs, run_length;  // length in tokens; the last runs may be shorter or empty
+  int num_groups;            // groups of lanes in a block, with a row each
+  int num_lanes;             // of a group
+  int warp_lanes_log2;       // of a group inside one warp
+  int num_tiles;             // of a row
+  int step_batch, step_seq;  // num_groups == step_batch * seqlen + step_seq
+  Channels tile, last_tile, row;
   Segments segments;
 };
 
 // A group's place in its block, and among the tokens.
 struct RowPlace {
   int group, num_tokens;  // of the run
-  int token;              // the group's next, counted from the first of the run
-  unsigned batch, seq;    // its coordinates, unsigned because that makes cheaper products
+  int token;              // the block's next, counted from the first of the run; the group's is `group` later
+  unsigned batch, seq;    // coordinates of the group's next, unsigned because that makes cheaper products
 
   __device__ RowPlace(const RowPlan& plan, int seqlen) {
     group = static_cast<int>(threadIdx.x) / plan.num_lanes;
-    token = group;
+    token = 0;
     const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * plan.run_length;
     const std::int64_t left = plan.num_tokens - first;  // not positive for an empty run
     num_tokens = static_cast<int>(min(left, static_cast<std::int64_t>(plan.run_length)));
     const int divisor = max(seqlen, 1);  // without tokens gamma may still have a gradient, which is zero
-    batch = static_cast<unsigned>((first + token) / divisor);
-    seq = static_cast<unsigned>(first + token - static_cast<std::int64_t>(batch) * divisor);
+    batch = static_cast<unsigned>((first + group) / divisor);
+    seq = static_cast<unsigned>(first + group - static_cast<std::int64_t>(batch) * divisor);
   }
 
-  __device__ bool inside() const { return token < num_tokens; }
+  __device__ bool inside() const { return token + group < num_tokens; }
 
   __device__ void next(const RowPlan& plan, unsigned seqlen) {
     token += plan.num_groups;
@@ -232,8 +237,9 @@ __device__ inline void store_floats(float* target, const float* values) {
 
 // Whether the row `delay` tokens before row `seq` of a batch entry belongs to something else. The row must exist.
 __device__ inline bool is_hidden(const TokenShiftNormParams& params, unsigned batch, unsigned seq, int delay) {
+  if (params.key_start == nullptr) return false;
   const std::int32_t* start = params.key_start + static_cast<std::int64_t>(batch) * params.seqlen + seq;
-  return params.key_start != nullptr && params.position + seq - delay < __ldg(start);
+  return params.position + seq - delay < __ldg(start);
 }
 
 // Whether the sequence has a row `delay` tokens after the group's.
@@ -247,14 +253,17 @@ __device__ inline bool is_handed_on(const TokenShiftNormParams& params, const Ro
 }
 
 // Scatters y of the group's row: to `shifted`, `delay` tokens later. What comes to the group's own row of `shifted`
-// from before this call has nobody else to bring it.
+// from before this call has nobody else to bring it. own: in that row.
 template <typename T, int kWidth>
-__device__ inline void scatter(const TokenShiftNormParams& params, const RowPlace& place, unsigned channel, int delay,
-                               const Piece<T, kWidth>& y) {
-  T* own = place.row_of(static_cast<T*>(params.shifted), params.shifted_stride) + channel;
+__device__ inline void scatter(const TokenShiftNormParams& params, const RowPlace& place, T* own, unsigned channel,
+                               int delay, const Piece<T, kWidth>& y) {
   if (has_later(params, place, delay)) {
-    const bool hidden = is_hidden(params, place.batch, place.seq + delay, delay);
-    store_piece(own + delay * params.shifted_stride.seq, hidden ? Piece<T, kWidth>{} : y);
+    T* later = own + delay * params.shifted_stride.seq;
+    if (is_hidden(params, place.batch, place.seq + delay, delay)) {
+      store_piece(later, Piece<T, kWidth>{});
+    } else {
+      store_piece(later, y);
+    }
   }
   if (place.seq < static_cast<unsigned>(delay)) {
     const bool known = params.history != nullptr && !is_hidden(params, place.batch, place.seq, delay);
@@ -307,7 +316,6 @@ struct RowLane {
   WarpSums& warp_sums;
   unsigned dim;
   int lane;
-  int turn = 0;
 
   __device__ RowLane(const RowPlan& plan, RowPlace& place, WarpSums& warp_sums, int dim)
       : plan(plan), place(place), warp_sums(warp_sums), dim(dim) {
@@ -430,6 +438,7 @@ struct RowLane {
   // y and `shifted`, of the same rounded values.
   __device__ void store_outputs(const TokenShiftNormParams& params, const float (&values)[kChannels], int tile) const {
     T* y_row = place.row_of(static_cast<T*>(params.y), params.y_stride);
+    T* shifted_row = place.row_of(static_cast<T*>(params.shifted), params.shifted_stride);
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
       const unsigned first = channel(tile, piece);
@@ -438,63 +447,57 @@ struct RowLane {
       if (params.y != nullptr) store_piece(y_row + first, y);
       if (params.shifted == nullptr) continue;
       if (!is_mixed(first)) {
-        scatter(params, place, first, plan.segments.delay(first), y);
+        scatter(params, place, shifted_row + first, first, plan.segments.delay(first), y);
       } else {
 #pragma unroll 1
         for (unsigned one = first; one < first + kWidth; ++one) {
-          scatter(params, place, one, plan.segments.delay(one), Piece<T, 1>{y.rotate(T(0.0f))});
+          scatter(params, place, shifted_row + one, one, plan.segments.delay(one), Piece<T, 1>{y.rotate(T(0.0f))});
         }
       }
     }
   }
 
   // Replaces each value by its sum over the lanes of the row, the same bits in all of them.
+  // turn: which place the sums of warps meet in, 0 and 1 in turn.
   template <int kCount>
-  __device__ void sum_over_row(float (&values)[kCount]) {
+  __device__ void sum_over_row(float (&values)[kCount], int turn) const {
     if (plan.num_lanes < kWarpLanes) return sum_over_group(values, plan.warp_lanes_log2);
     sum_over_warp(values);
     if (plan.num_lanes == kWarpLanes) return;
     const int num_warps = plan.num_lanes / kWarpLanes;
     float4* sums = warp_sums.values[turn] + place.group * num_warps;
-    turn ^= 1;
     static_assert(kCount <= 4);
     if (lane % kWarpLanes == 0) {
       float4 own{};
       memcpy(&own, values, sizeof values);
       sums[lane / kWarpLanes] = own;
     }
-    sync_row();  // the sums of the row's warps are there
+    // The sums of the row's warps are there. Of all rows of the block: a barrier for each row would have a number that
+    // is computed, and a kernel that computes one occupies all 16, which leaves a multiprocessor of Hopper four blocks.
+    __syncthreads();
+    // A lane fetches the sums of one warp, and all add them up: fewer instructions than a loop in every lane.
+    float of_warp[4] = {};
+    static_assert(kMaxRowWarps <= kWarpLanes);
+    if (lane % kWarpLanes < num_warps) memcpy(of_warp, &sums[lane % kWarpLanes], sizeof of_warp);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) values[i] = 0.0f;
-#pragma unroll 1
-    for (int warp = 0; warp < num_warps; ++warp) {
-      float of_warp[4];
-      memcpy(of_warp, &sums[warp], sizeof of_warp);
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) values[i] += of_warp[i];
-    }
-  }
-
-  // A barrier of the group's warps alone: rows of one block do not wait for each other.
-  __device__ void sync_row() const {
-    asm volatile("bar.sync %0, %1;" ::"r"(place.group + 1), "r"(plan.num_lanes) : "memory");
+    for (int i = 0; i < kCount; ++i) values[i] = of_warp[i];
+    sum_over_warp(values);
   }
 
   // Of one tile, from which its mean is taken away. e: for the backward pass, else nullptr.
   template <typename E>
   __device__ Statistics centre(float (&u)[kChannels], const E& e, int tile) {
     constexpr bool kGradient = !std::is_same_v<E, std::nullptr_t>;
-    const unsigned capacity = static_cast<unsigned>(plan.num_lanes) * kChannels;
+    const Channels& channels = tile == plan.num_tiles - 1 ? plan.last_tile : plan.tile;
     Statistics result{};
-    result.count = static_cast<float>(min(dim - tile * capacity, capacity));
-    const float share = tile == plan.num_tiles - 1 ? plan.last_tile_share : plan.tile_share;
+    result.count = channels.count;
     float sum[1] = {};
 #pragma unroll
     for (int i = 0; i < kChannels; ++i) sum[0] += u[i];
-    sum_over_row(sum);
+    sum_over_row(sum, 0);
     // A quotient: what the product with 1 / count leaves is added.
-    result.mean = sum[0] * share;
-    result.mean = fmaf(fmaf(-result.mean, result.count, sum[0]), share, result.mean);
+    result.mean = sum[0] * channels.share;
+    result.mean = fmaf(fmaf(-result.mean, result.count, sum[0]), channels.share, result.mean);
 
     float sums[kGradient ? 3 : 1] = {};
 #pragma unroll
@@ -510,7 +513,7 @@ struct RowLane {
         }
       }
     }
-    sum_over_row(sums);
+    sum_over_row(sums, 1);
     result.squares = sums[0];
     if constexpr (kGradient) {
       result.e = sums[1];
@@ -541,8 +544,8 @@ __global__ void __launch_bounds__(kMaxRowLanes<T, kAccess>, kAccess == Access::k
   Lane lane(plan, place, warp_sums, params.dim);
   const bool norm = params.gamma != nullptr;
 
-  // The trip count is that of the whole block, because shuffles need whole warps.
-  for (int first = 0; first < place.num_tokens; first += plan.num_groups) {
+  // The trip count is that of the whole block, for its barriers, and because shuffles need whole warps.
+  while (place.token < place.num_tokens) {
     // Step 1: read the row. Of several tiles the last one stays in registers.
     const int last = plan.num_tiles - 1;
     float u[Lane::kChannels];
@@ -561,7 +564,7 @@ __global__ void __launch_bounds__(kMaxRowLanes<T, kAccess>, kAccess == Access::k
       if (tile == last) break;
       ++tile;
     }
-    const float inverse = inverse_sqrt<T>(fmaf(statistics.squares, plan.row_share, kLayerNormEpsilon));
+    const float inverse = inverse_sqrt<T>(fmaf(statistics.squares, plan.row.share, kLayerNormEpsilon));
 
     // Step 2: normalise, write.
     while (true) {
@@ -664,8 +667,8 @@ __global__ void __launch_bounds__(kMaxRowLanes<T, kAccess>)
   RunSum<Lane> dgamma(params.dgamma_partial, 1.0f, lane);
   const bool norm = forward.gamma != nullptr;
 
-  // The trip count is that of the whole block, because shuffles need whole warps.
-  for (int first = 0; first < place.num_tokens; first += plan.num_groups) {
+  // The trip count is that of the whole block, for its barriers, and because shuffles need whole warps.
+  while (place.token < place.num_tokens) {
     // Step 1: read the row. Of several tiles the last one stays in registers.
     const int last = plan.num_tiles - 1;
     float u[Lane::kChannels], g[Lane::kChannels];
@@ -689,9 +692,9 @@ __global__ void __launch_bounds__(kMaxRowLanes<T, kAccess>)
       ++tile;
     }
     // Of float32 accuracy for dgamma, whatever T is.
-    const float inverse = inverse_sqrt<float>(fmaf(statistics.squares, plan.row_share, kLayerNormEpsilon));
-    const float from_e = -statistics.e * plan.row_share * inverse;
-    const float from_u_hat = -statistics.product * plan.row_share * inverse * inverse;
+    const float inverse = inverse_sqrt<float>(fmaf(statistics.squares, plan.row.share, kLayerNormEpsilon));
+    const float from_e = -statistics.e * plan.row.share * inverse;
+    const float from_u_hat = -statistics.product * plan.row.share * inverse * inverse;
 
     // Step 2: the gradients.
     while (true) {

@@ -195,22 +195,22 @@ KERNELS = {
     "qk_norm_rotary_backward": (f"{ROTARY}0ELi1E", lambda: [rotary_backward()]),
     "qk_norm_rotary_backward, long rows": (f"{ROTARY}0ELi2E", lambda: [rotary_backward(head_dim=264)]),
     "qk_norm_rotary_backward, elements": (f"{ROTARY}1ELi2E", lambda: [rotary_backward(head_dim=36)]),
-    # Rows of several warps that share a block, and one alone, of one tile and of several.
+    # Rows of several warps, four of which share a block, two, and one alone, of one tile and of several.
     "token_shift_norm_forward": (
         f"{SHIFT}forward_{CHUNKS}",
-        lambda: [shift_forward(dim=dim) for dim in (1032, 2560, 8200)],
+        lambda: [shift_forward(dim=dim) for dim in (520, 1032, 8200)],
     ),
     "token_shift_norm_forward, elements": (
         f"{SHIFT}forward_{ELEMENTS}",
-        lambda: [shift_forward(dim=dim) for dim in (517, 5121)],
+        lambda: [shift_forward(dim=dim) for dim in (260, 517, 5121)],
     ),
     "token_shift_norm_backward": (
         f"{SHIFT}backward_{CHUNKS}",
-        lambda: [shift_backward(dim=dim) for dim in (1032, 2560, 8200)],
+        lambda: [shift_backward(dim=dim) for dim in (520, 1032, 8200)],
     ),
     "token_shift_norm_backward, elements": (
         f"{SHIFT}backward_{ELEMENTS}",
-        lambda: [shift_backward(dim=dim) for dim in (517, 5121)],
+        lambda: [shift_backward(dim=dim) for dim in (260, 517, 5121)],
     ),
 }
 

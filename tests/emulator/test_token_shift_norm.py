@@ -8,6 +8,7 @@ import test_token_shift_norm as operation
 import torch
 from numerics import nan_filled
 
+from andromeda import Andromeda
 from andromeda.ops import _select
 from andromeda.ops import token_shift_norm as op
 from andromeda.ops.token_shift_norm import token_shift_norm
@@ -98,7 +99,7 @@ def test_long_rows(emulated, norm, residual):
 @pytest.mark.parametrize("dim", [64, 520, 8200])
 def test_more_runs_than_tokens(emulated, monkeypatch, dim):
     """The last ones are empty, and write zeros."""
-    monkeypatch.setattr(op, "_MIN_TOKENS_PER_PARTIAL", {"cuda": 1})
+    monkeypatch.setattr(op, "_MIN_TOKENS_PER_PARTIAL", 1)
     judge(Case("", batch=1, seqlen=5, dim=dim), torch.bfloat16)
 
 
@@ -195,7 +196,7 @@ def test_stream_grid_and_calls(emulated, monkeypatch):
     assert forward.stream == backward.stream == 0x1234
     assert forward.block == backward.block == (160, 1, 1) and forward.shared_bytes == backward.shared_bytes == 0
     assert forward.grid == (51, 1, 1)  # a row each
-    assert backward.grid == (2, 1, 1)  # a run of partial sums each
+    assert backward.grid == (4, 1, 1)  # a run of partial sums each
     assert emulated.calls == []
 
 
@@ -207,14 +208,25 @@ def test_a_block_walks_several_rows(emulated):
     assert emulated.launches[0].grid == (2100, 1, 1)
 
 
-def test_the_model_takes_the_kernel(emulated, monkeypatch):
-    """What the default chooses on a device of the kernels."""
-    x = torch.randn(1, 3, 64)
-    chosen = []
+@pytest.mark.parametrize("deepnorm", [True, False], ids=["deepnorm", "prenorm"])
+def test_no_operation_of_the_model_falls_back(emulated, monkeypatch, deepnorm):
+    """Training and cached decoding in half precision."""
+    emulated.settings.check = False
+    chosen = set()
     choose = _select.choose
-    monkeypatch.setattr(_select, "choose", lambda *args: chosen.append(choose(*args)) or chosen[-1])
-    token_shift_norm(x, gamma=torch.zeros(64), shift=1)
-    assert chosen == ["cuda"]
+
+    def watched(op, *rest):
+        backend = choose(op, *rest)
+        chosen.add((op, backend))
+        return backend
+
+    monkeypatch.setattr(_select, "choose", watched)
+    model = Andromeda(
+        num_tokens=23, max_seq_len=48, dim=24, depth=1, dim_head=8, heads=2, alibi_num_heads=1, deepnorm=deepnorm
+    ).bfloat16()
+    model(torch.arange(12).view(2, 6), return_loss=True).backward()
+    model.generate(torch.arange(3), 2, temperature=0.0)
+    assert chosen == {(op, "cuda") for op in ("attention", "qk_norm_rotary", "token_shift_norm")}
 
 
 def test_results_between_rows_are_left_alone(emulated):
