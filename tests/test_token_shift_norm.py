@@ -714,3 +714,14 @@ def test_a_backend_that_cannot_says_why():
         token_shift_norm(X, gamma=ROW, backend="cuda")
     with pytest.raises(NotImplementedError, match=r"(?s)backend 'cpu' .* cpu: +dtype float64"):
         token_shift_norm(X.double(), gamma=ROW, backend="cpu")
+
+
+def test_rows_before_their_key_start(backend, device):
+    """Padding that is told to begin after itself hands nothing on, not even to itself: the reference kept it once."""
+    x = torch.arange(1.0, 16, device=device).reshape(1, 3, 5)  # segments of two channels, one left over
+    key_start = torch.full((1, 3), 2, dtype=torch.int32, device=device)
+    x.requires_grad_()
+    _, shifted = token_shift_norm(x, shift=1, key_start=key_start, backend=backend)
+    assert shifted[0].tolist() == [[0] * 5, [0] * 5, [11, 12, 0, 0, 15]]
+    shifted.sum().backward()
+    assert x.grad[0].tolist() == [[0] * 5, [0] * 5, [1, 1, 0, 0, 1]]

@@ -136,30 +136,33 @@ def _is_usual(q, k, v, alibi_slopes, logit_bound, key_start) -> bool:
 
     What this does not let pass is looked at again by `_checked`, which finds the words for what is wrong.
     """
-    if not (_checks.has_axes(q, 4) and _checks.has_axes(k, 4) and _checks.has_axes(v, 4)):
+    if not (isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)):
+        return False
+    if not q.ndim == k.ndim == v.ndim == 4:
         return False
     batch, seqlen_q, num_heads, head_dim = q.shape
-    _, _, num_kv_heads, k_head_dim = k.shape
+    k_batch, _, num_kv_heads, k_head_dim = k_shape = k.shape
     dtype, device = q.dtype, q.device
-    if not (
+    return (
         head_dim == k_head_dim > 0
-        and k.shape == v.shape
-        and k.shape[0] == batch
+        and batch == k_batch
         and num_kv_heads > 0
         and num_heads % num_kv_heads == 0
+        and v.shape == k_shape
+        and q.stride(3) == k.stride(3) == v.stride(3) == 1
         and dtype in _checks.FLOAT_DTYPES
         and k.dtype == v.dtype == dtype
         and k.device == v.device == device
         and device.type in ("cpu", "cuda")
         and not torch.is_autocast_enabled(device.type)
-    ):
-        return False
-    for constant in (alibi_slopes, logit_bound):
-        if constant is not None and not _checks.is_exact(constant, (num_heads,), torch.float32, device):
-            return False
-    if alibi_slopes is not None and alibi_slopes.requires_grad:
-        return False
-    return key_start is None or _checks.is_exact(key_start, (batch, seqlen_q), torch.int32, device)
+        and (alibi_slopes is None or (_is_per_head(alibi_slopes, num_heads, device) and not alibi_slopes.requires_grad))
+        and (logit_bound is None or _is_per_head(logit_bound, num_heads, device))
+        and (key_start is None or _checks.is_exact(key_start, (batch, seqlen_q), torch.int32, device))
+    )
+
+
+def _is_per_head(tensor, num_heads, device) -> bool:
+    return _checks.is_exact(tensor, (num_heads,), torch.float32, device)
 
 
 def _checked(q, k, v, alibi_slopes, logit_bound, key_start):

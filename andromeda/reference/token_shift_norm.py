@@ -36,11 +36,10 @@ def token_shift(y, shift, history=None, key_start=None, position=0):
     batch, seqlen, dim = y.shape
     segments = []
     for delay, channels in _segments(dim, shift):
-        if delay == 0:
-            segments.append(y[..., channels])
-            continue
-        before = y.new_zeros(batch, shift, dim) if history is None else history
-        segment = torch.cat((before[:, shift - delay :, channels], y[..., channels]), dim=1)[:, :seqlen]
+        segment = y[..., channels]
+        if delay > 0:
+            before = y.new_zeros(batch, shift, dim) if history is None else history
+            segment = torch.cat((before[:, shift - delay :, channels], segment), dim=1)[:, :seqlen]
         segments.append(segment if key_start is None else segment.masked_fill(_hidden(key_start, position, delay), 0))
     return torch.cat(segments, dim=-1)
 
@@ -51,7 +50,7 @@ def token_shift_transposed(dshifted, shift, key_start=None, position=0):
     dy = torch.zeros_like(dshifted)
     for delay, channels in _segments(dim, shift):
         segment = dshifted[..., channels]
-        if delay > 0 and key_start is not None:
+        if key_start is not None:
             segment = segment.masked_fill(_hidden(key_start, position, delay), 0)
         dy[:, : max(seqlen - delay, 0), channels] = segment[:, delay:]
     return dy

@@ -9,9 +9,10 @@ processor, so that other processes matter little; the least of several runs coun
 import argparse
 import gc
 import json
-import platform
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -98,9 +99,11 @@ def main():
     for row in rows:
         print(f"{row['call']:{width}}  {row['us']:5.1f} us  (median {row['median_us']:.1f})")
     if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump({"torch": torch.__version__, "python": platform.python_version(), "rows": rows}, file, indent=1)
-            file.write("\n")
+        sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+        import report
+
+        data = {"environment": report.environment("cpu"), "rows": rows}
+        report.write_text(Path(arguments.json), json.dumps(data, indent=1) + "\n")
 
 
 if __name__ == "__main__":

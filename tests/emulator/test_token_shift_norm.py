@@ -239,3 +239,7 @@ def test_results_between_rows_are_left_alone(emulated):
     )
     assert torch.equal(shifted, operation.reference.token_shift(x, 1))
     assert (storage[:, 5] == 7).all() and (storage[..., 0] == 7).all() and (storage[..., 17:] == 7).all()
+
+
+def test_rows_before_their_key_start(emulated):
+    operation.test_rows_before_their_key_start("cuda", CPU)
