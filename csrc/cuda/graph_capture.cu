@@ -18,7 +18,10 @@ unsigned long long capture_id(CUstream_st* stream) {
 
 bool permit_work_beside_captures(bool permitted) {
   cudaStreamCaptureMode mode = permitted ? cudaStreamCaptureModeRelaxed : cudaStreamCaptureModeGlobal;
-  ANDROMEDA_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode), kNoLaunch);
+  if (cudaThreadExchangeStreamCaptureMode(&mode) != cudaSuccess) {
+    cudaGetLastError();  // reported here, so no later call may find it again
+    return permitted;
+  }
   return mode == cudaStreamCaptureModeRelaxed;
 }
 

@@ -422,6 +422,13 @@ def test_a_thread_may_be_permitted_to_work_beside_captures(emu):
         assert runtime.synchronize().endswith("during a capture")
 
 
+def test_a_driver_that_is_too_old_forbids_no_memory(emu):
+    emu.settings.driver_version, emu.settings.capture = 12040, 5
+    with emu:
+        assert emu.extension.permit_work_beside_captures(True) is True
+        assert emu.extension.permit_work_beside_captures(False) is False
+
+
 def test_a_launch_that_does_nothing(emu, subject):
     emu.settings.execute = False
     before = subject.out.cpu()

@@ -9,7 +9,8 @@ namespace andromeda::cuda {
 unsigned long long capture_id(CUstream_st* stream);
 
 // Whether this thread may allocate and wait while other threads capture, which it forbids by default: a graph whose
-// parts depended on such calls would be wrong. Returns what was in force before.
+// parts depended on such calls would be wrong. Returns what was in force before. Where the driver is too old for this
+// library nothing changes: memory is kept there, too, for models that run on plain torch.
 bool permit_work_beside_captures(bool permitted);
 
 }  // namespace andromeda::cuda
