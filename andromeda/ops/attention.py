@@ -273,9 +273,9 @@ def _plan(direction, backend, q, k, causal, softmax_scale) -> Plan:
 
 def _make_plan(direction, backend, q, k, causal, softmax_scale) -> Plan:
     backend = _select.choose("attention", backend, lambda name: unsupported(name, q, k, k, softmax_scale=softmax_scale))
-    splits = {"num_splits": _NUM_SPLITS} if direction == "forward" else {}
     if backend != "cuda" or 0 in (*q.shape, k.shape[1]):
-        return Plan(backend, 0, 0, splits)
+        return Plan(backend, 0, 0, {})
+    splits = {"num_splits": _NUM_SPLITS} if direction == "forward" else {}
     batch, seqlen_q, num_heads, head_dim = q.shape
     with _select.device_guard(q.device):
         sizes = getattr(_select.extension, f"attention_{direction}_workspace")(
