@@ -107,9 +107,8 @@ def test_constants():
 
 @pytest.fixture
 def place(monkeypatch):
-    """Sets the stream and the capture that calls are part of."""
-    state = {"stream": 1, "capture": 0}
-    monkeypatch.setattr(_select, "current_stream", lambda device: state["stream"])
+    """place(capture=0): sets the capture that calls are part of."""
+    state = {"capture": 0}
     monkeypatch.setattr(_select, "capture_id", lambda device: state["capture"])
     return lambda **changes: state.update(changes)
 
@@ -119,26 +118,25 @@ def addresses(semaphores):
 
 
 def test_each_stream_and_each_capture_has_its_own(place):
-    assert _persistent.semaphores(CPU, 0) is None
+    assert _persistent.semaphores(CPU, 0, 1) is None
     seen = set()
     for stream, capture in ((1, 0), (2, 0), (1, 5), (2, 5), (1, 6)):
-        place(stream=stream, capture=capture)
-        semaphores = _persistent.semaphores(CPU, 3)
+        place(capture=capture)
+        semaphores = _persistent.semaphores(CPU, 3, stream)
         assert semaphores.dtype == torch.int32 and semaphores.numel() >= 3 and not semaphores.any()
-        assert _persistent.semaphores(CPU, 3) is semaphores
+        assert _persistent.semaphores(CPU, 3, stream) is semaphores
         assert not addresses(semaphores) & seen
         seen |= addresses(semaphores)
 
 
-def test_a_larger_request_leaves_the_smaller_one_to_who_has_it(place):
-    small = _persistent.semaphores(CPU, 3)
-    large = _persistent.semaphores(CPU, 1000)
+def test_a_larger_request_leaves_the_smaller_one_to_who_has_it():
+    small = _persistent.semaphores(CPU, 3, 1)
+    large = _persistent.semaphores(CPU, 1000, 1)
     assert large.numel() >= 1000 and not addresses(large) & addresses(small)
-    assert _persistent.semaphores(CPU, 3) is large
-    huge = _persistent.semaphores(CPU, 10**6)
+    assert _persistent.semaphores(CPU, 3, 1) is large
+    huge = _persistent.semaphores(CPU, 10**6, 1)
     assert huge.numel() >= 10**6 and not huge.any()
-    place(stream=2)
-    assert not addresses(_persistent.semaphores(CPU, 3)) & (addresses(small) | addresses(large) | addresses(huge))
+    assert not addresses(_persistent.semaphores(CPU, 3, 2)) & (addresses(small) | addresses(large) | addresses(huge))
 
 
 def test_many_captures_share_few_allocations(place, monkeypatch):
@@ -147,7 +145,7 @@ def test_many_captures_share_few_allocations(place, monkeypatch):
     monkeypatch.setattr(_persistent, "_made_apart", lambda *arguments: made.append(1) or apart(*arguments))
     for capture in range(60):
         place(capture=capture)
-        _persistent.semaphores(CPU, 200)
+        _persistent.semaphores(CPU, 200, 1)
     assert len(made) == 1
 
 

@@ -49,16 +49,18 @@ def keep(kind: str, device: torch.device, key: Hashable, make: Callable[[], torc
     return tensor
 
 
-def semaphores(device: torch.device, count: int) -> torch.Tensor | None:
+def semaphores(device: torch.device, count: int, stream: int) -> torch.Tensor | None:
     """At least `count` counters of a kernel whose last block combines the others' results: int32 zeros; None for 0.
 
     Every launch leaves them zero, so the launches of one stream, which follow each other, share them, and none of them
     needs a launch of its own. The launches of one stream inside one captured graph do so too; each capture has its own,
     because its graph may run beside any stream and any other graph.
+
+    stream: the current one of the device, as `_select.current_stream` gives it.
     """
     if count == 0:
         return None
-    place = device, _select.current_stream(device), _select.capture_id(device)
+    place = device, stream, _select.capture_id(device)
     found = _semaphores.get(place)
     if found is None or found.numel() < count:
         with _lock:

@@ -168,23 +168,27 @@ def plan(key: Hashable, device: torch.device, make: Callable[[], tuple]) -> tupl
     return found
 
 
+# These functions are on the way of every call. They take the device of a tensor, which has an index if it is a GPU's:
+# to read that is quicker than to compare its type.
+
+
 def device_guard(device: torch.device) -> contextlib.AbstractContextManager:
     """Makes a GPU the current one for a launch; costs next to nothing where it is that already."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
+    if device.index is None or device.index == torch.cuda.current_device():
         return _NO_GUARD
     return torch.cuda.device(device)
 
 
 def current_stream(device: torch.device) -> int:
     """The cudaStream_t on which torch works on this device, as a number; 0 for the CPU."""
-    if device.type != "cuda":
+    if device.index is None:
         return 0
     return torch.cuda.current_stream(device).cuda_stream if _raw_stream is None else _raw_stream(device.index)
 
 
 def capture_id(device: torch.device) -> int:
     """The number of the CUDA graph that the calls of this moment become part of; 0 when they run at once."""
-    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+    if device.index is None or not torch.cuda.is_current_stream_capturing():
         return 0
     return extension.capture_id(current_stream(device))
 

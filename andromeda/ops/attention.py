@@ -143,6 +143,7 @@ def _is_usual(q, k, v, alibi_slopes, logit_bound, key_start) -> bool:
     batch, seqlen_q, num_heads, head_dim = q.shape
     k_batch, _, num_kv_heads, k_head_dim = k_shape = k.shape
     dtype, device = q.dtype, q.device
+    device_type = device.type
     return (
         head_dim == k_head_dim > 0
         and batch == k_batch
@@ -153,8 +154,8 @@ def _is_usual(q, k, v, alibi_slopes, logit_bound, key_start) -> bool:
         and dtype in _checks.FLOAT_DTYPES
         and k.dtype == v.dtype == dtype
         and k.device == v.device == device
-        and device.type in ("cpu", "cuda")
-        and not torch.is_autocast_enabled(device.type)
+        and device_type in ("cpu", "cuda")
+        and not torch.is_autocast_enabled(device_type)
         and (alibi_slopes is None or (_is_per_head(alibi_slopes, num_heads, device) and not alibi_slopes.requires_grad))
         and (logit_bound is None or _is_per_head(logit_bound, num_heads, device))
         and (key_start is None or _checks.is_exact(key_start, (batch, seqlen_q), torch.int32, device))
@@ -217,11 +218,11 @@ def _check_values(alibi_slopes, key_start) -> None:
 
 
 def _forward(q, k, v, alibi_slopes, logit_bound, key_start, causal, softmax_scale, backend):
-    if q.device.type == "cpu":
+    if q.is_cpu:
         _check_values(alibi_slopes, key_start)
     plan = _plan("forward", backend, q, k, causal, softmax_scale)
     out, softmax_lse = _fake_forward(q, k, v, alibi_slopes, logit_bound, key_start, causal, softmax_scale, backend)
-    if out.numel() == 0 or k.shape[1] == 0:
+    if plan.is_empty:
         out.zero_()
         softmax_lse.fill_(float("-inf"))
     elif plan.backend in ("cpu", "cuda"):
@@ -238,7 +239,7 @@ def _forward(q, k, v, alibi_slopes, logit_bound, key_start, causal, softmax_scal
 def _backward(dout, q, k, v, out, softmax_lse, alibi_slopes, logit_bound, key_start, causal, softmax_scale, backend):
     plan = _plan("backward", backend, q, k, causal, softmax_scale)
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    if out.numel() == 0 or k.shape[1] == 0:
+    if plan.is_empty:
         for gradient in (dq, dk, dv):
             gradient.zero_()
     elif plan.backend in ("cpu", "cuda"):
@@ -260,6 +261,7 @@ class Plan(NamedTuple):
     """What does not depend on the data of a call."""
 
     backend: str
+    is_empty: bool  # there is nothing to compute
     num_values: int  # of the workspace, floats
     num_tickets: int
     splits: dict  # the argument num_splits, where a direction has it: what the workspace was made for
@@ -273,8 +275,9 @@ def _plan(direction, backend, q, k, causal, softmax_scale) -> Plan:
 
 def _make_plan(direction, backend, q, k, causal, softmax_scale) -> Plan:
     backend = _select.choose("attention", backend, lambda name: unsupported(name, q, k, k, softmax_scale=softmax_scale))
-    if backend != "cuda" or 0 in (*q.shape, k.shape[1]):
-        return Plan(backend, 0, 0, {})
+    is_empty = 0 in (*q.shape, k.shape[1])
+    if backend != "cuda" or is_empty:
+        return Plan(backend, is_empty, 0, 0, {})
     splits = {"num_splits": _NUM_SPLITS} if direction == "forward" else {}
     batch, seqlen_q, num_heads, head_dim = q.shape
     with _select.device_guard(q.device):
@@ -290,7 +293,7 @@ def _make_plan(direction, backend, q, k, causal, softmax_scale) -> Plan:
         )
     if direction == "forward":
         splits = {"num_splits": sizes[2]}
-    return Plan(backend, *sizes[:2], splits)
+    return Plan(backend, False, *sizes[:2], splits)
 
 
 def _arguments(q, k, v, alibi_slopes, logit_bound, key_start, out, softmax_lse, causal, softmax_scale):
@@ -311,11 +314,12 @@ def _arguments(q, k, v, alibi_slopes, logit_bound, key_start, out, softmax_lse, 
 
 def _resources(plan, device):
     """What a compiled kernel works with besides its tensors: threads on the CPU; memory and a stream on a GPU."""
+    stream = _select.current_stream(device)
     return {
         "num_threads": torch.get_num_threads(),
         "workspace": torch.empty(plan.num_values, dtype=torch.float32, device=device) if plan.num_values else None,
-        "tickets": _persistent.semaphores(device, plan.num_tickets),
-        "stream": _select.current_stream(device),
+        "tickets": _persistent.semaphores(device, plan.num_tickets, stream),
+        "stream": stream,
         **plan.splits,
     }
 
