@@ -148,20 +148,6 @@ __device__ inline std::int64_t offset_of(const SeqStrides& stride, int batch, in
   return batch * stride.batch + seq * stride.seq + head * stride.head;
 }
 
-// A chunk element by element, for rows that do not lie in chunks. What is missing (count <= 0 or < 8) is zero.
-template <typename T>
-__device__ inline uint4 load_elements(const T* source, int count) {
-  std::uint32_t words[4] = {};
-#pragma unroll
-  for (int i = 0; i < kChunkWidth<T>; ++i) {
-    if (i < count) {
-      const std::uint32_t bits = __ldg(reinterpret_cast<const unsigned short*>(source) + i);
-      words[i / 2] |= bits << (16 * (i % 2));
-    }
-  }
-  return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
 // Begins to copy the query rows of the block; rows and channels that do not exist become zero.
 template <int kHeadDim, int kRows, typename T>
 __device__ inline void load_queries(std::uint32_t tile, const AttentionParams& params, const DecodePlan& plan,
@@ -182,10 +168,7 @@ __device__ inline void load_queries(std::uint32_t tile, const AttentionParams& p
     if (plan.in_chunks) {
       cp_async(target, source, channels > 0 ? kChunkBytes : 0);
     } else {
-      const uint4 bits = load_elements(source, channels);
-      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(target), "r"(bits.x), "r"(bits.y), "r"(bits.z),
-                   "r"(bits.w)
-                   : "memory");
+      copy_elements(target, source, channels);
     }
   }
 }
