@@ -556,3 +556,10 @@ def test_a_library_of_another_folder_is_refused(tmp_path):
     assert result.returncode == 4
     assert f"the library must come from {tmp_path / 'second'}" in result.stderr
     assert part is None
+
+
+def test_a_rehearsal_is_not_called_a_pass(monkeypatch):
+    assert gpu_report.result_of("0", 1, 10) == "passed"
+    monkeypatch.setenv("REHEARSE", "1")
+    assert gpu_report.result_of("0", 1, 10) == "rehearsed: no GPU, tests only collected"
+    assert gpu_report.result_of("1", 1, 10) == "failed, exit code 1"
