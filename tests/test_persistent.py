@@ -158,7 +158,8 @@ class Streams:
     def __init__(self, capturing):
         self.capturing, self.events, self.current = capturing, [], None
 
-    def Stream(self, device):
+    def Stream(self, device, priority):
+        assert priority < 0
         self.capturing -= 1
         return self.capturing >= 0
 

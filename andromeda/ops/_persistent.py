@@ -118,9 +118,13 @@ def _apart(device):
 
 
 def _uncaptured_stream(device):
-    """torch has few streams and hands them out in turn: one may be the stream that another thread captures."""
+    """torch has few streams and hands them out in turn: one may be the stream that another thread captures.
+
+    Of those with a high priority, which torch's own graphs do not take: in some versions the pool of a warm-up owns
+    what is allocated on its stream, whichever thread asks.
+    """
     for _ in range(64):
-        stream = torch.cuda.Stream(device)
+        stream = torch.cuda.Stream(device, priority=-1)
         with torch.cuda.stream(stream):
             if not torch.cuda.is_current_stream_capturing():
                 return stream
