@@ -48,9 +48,11 @@ def _seed():
 
 
 @pytest.fixture(autouse=True)
-def _no_plans(monkeypatch):
+def _no_plans():
     """Tests change what a plan depends on: the extension, the devices of a backend."""
-    monkeypatch.setattr(_select, "_plans", {})
+    _select._plans.clear()
+    yield
+    _select._plans.clear()
 
 
 @pytest.fixture

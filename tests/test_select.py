@@ -135,14 +135,15 @@ def test_answers_are_kept_per_device(monkeypatch):
     assert asked == [0, 1, 3]
 
 
-def test_a_forked_child_asks_again():
+def test_a_forked_child_asks_again(monkeypatch):
     """CUDA does not work in the child of a process that has used it, whatever the parent was told."""
     device = torch.device("cuda", 7)
     _select._lasting_answers[device] = ["of the parent"]
+    monkeypatch.setitem(_select._plans, "of the parent", ("cuda",))
     try:
         child = os.fork()
         if child == 0:
-            os._exit(len(_select._lasting_answers))
+            os._exit(len(_select._lasting_answers) + len(_select._plans))
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert _select._lasting_answers[device] == ["of the parent"]
     finally:

@@ -147,6 +147,7 @@ def _runs_on(architecture: str, major: int, minor: int) -> bool:
 
 _plans = {}  # what was decided for calls of one kind: see `plan`
 _MAX_PLANS = 4096
+os.register_at_fork(after_in_child=_plans.clear)  # they hold the answers above
 _NO_GUARD = contextlib.nullcontext()
 # An int instead of a torch.cuda.Stream, in a tenth of the time; not every torch has it.
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
