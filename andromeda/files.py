@@ -9,8 +9,12 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+import xxhash
+
+_BLOCK_BYTES = 1 << 20
 
 
 def flush(path: str | os.PathLike) -> None:
@@ -68,6 +72,36 @@ def write_json(path: str | os.PathLike, value) -> None:
     finally:
         new.unlink(missing_ok=True)
     flush(path.parent)
+
+
+def checksum(path: str | os.PathLike) -> str:
+    """XXH3-128 of a file's bytes, in hexadecimal: it finds what disks and copies damage, not what somebody forges."""
+    state = xxhash.xxh3_128()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(_BLOCK_BYTES):
+            state.update(block)
+    return state.hexdigest()
+
+
+def checksums(folder: Path, names: Iterable[str] | None = None) -> dict[str, dict]:
+    """{name: {"bytes": size, "xxh3_128": checksum}} of files in `folder`, by names relative to it; default: all."""
+    if names is None:
+        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return {name: {"bytes": (folder / name).stat().st_size, "xxh3_128": checksum(folder / name)} for name in names}
+
+
+def damages(folder: Path, recorded: dict[str, dict]) -> list[str]:
+    """One line per file of `folder` that is not as `checksums` recorded it; empty if all are."""
+    found = []
+    for name, entry in recorded.items():
+        path = folder / name
+        if not path.is_file():
+            found.append(f"{name} is missing")
+        elif (size := path.stat().st_size) != entry["bytes"]:
+            found.append(f"{name} must have {entry['bytes']} bytes, got {size}")
+        elif checksum(path) != entry["xxh3_128"]:
+            found.append(f"{name} has other content than was written (checksum differs)")
+    return found
 
 
 def _other_name(path: Path) -> Path:

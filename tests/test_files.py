@@ -113,3 +113,27 @@ def test_permissions_are_those_of_any_new_file(tmp_path):
         os.umask(before)
     assert (tmp_path / "figures.json").stat().st_mode & 0o777 == 0o640
     assert (tmp_path / "rows").stat().st_mode & 0o777 == 0o750
+
+
+def test_checksums_find_every_damage(tmp_path):
+    for name, content in (("a", b"one"), ("b/c", b"two" * 1_000_000), ("empty", b"")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    recorded = files.checksums(tmp_path)
+    assert list(recorded) == ["a", "b/c", "empty"]
+    assert recorded["empty"] == {
+        "bytes": 0,
+        "xxh3_128": "99aa06d3014798d86001c324468d497f",
+    }  # of the XXH3 specification
+    assert files.damages(tmp_path, recorded) == []
+    flipped = bytearray((tmp_path / "b/c").read_bytes())
+    flipped[1_500_000] ^= 1
+    (tmp_path / "b/c").write_bytes(flipped)
+    (tmp_path / "a").unlink()
+    (tmp_path / "empty").write_bytes(b"x")
+    assert files.damages(tmp_path, recorded) == [
+        "a is missing",
+        "b/c has other content than was written (checksum differs)",
+        "empty must have 0 bytes, got 1",
+    ]
+    assert list(files.checksums(tmp_path, ["empty"])) == ["empty"]
