@@ -17,9 +17,10 @@ import torch
 L2_FLUSH_BYTES = 256 << 20  # larger than any second-level cache of a GPU
 MIN_SAMPLE_MS = 20.0  # a call of 1 ms alone would time the caches that the function before it left behind
 MAX_GPU_CALLS = 20  # of a sample: a GPU's caches are flushed before each call, so that many calls are no truer than few
-# A GPU that waits for the host would count the host's time: Python needs tens of microseconds for a kernel of ten. So
-# the GPU is kept busy, for about a quarter of a millisecond, while the host queues the call and both events.
-HEAD_START_CYCLES = 400_000
+# A GPU that waits for the host would count the host's time: Python needs tens of microseconds for a kernel of ten, and
+# hundreds for a backward pass, which another thread of torch queues. So the GPU is kept busy, for about a millisecond,
+# while the host queues the call and both events.
+HEAD_START_CYCLES = 2_000_000
 WARM_UP_MS = 1000.0
 
 

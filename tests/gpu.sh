@@ -40,7 +40,7 @@
 #   PTXAS2                the assembler of the second library, as setup.py takes it for ANDROMEDA_PTXAS: a path, or
 #                         nvcc for its own (default), which is another one if a newer was found
 #   TORCH_CUDA_ARCH_LIST  default: this card's alone; set to nothing: the list of CMakeLists.txt
-#   COMMIT                what to record where there is no git
+#   COMMIT                what to record (default: what git says)
 #   KEEP                  where the second library is, and the copy of gpu.json (build/gpu)
 #   STEP_SECONDS          the allowance of every step, in place of its own
 #

@@ -109,8 +109,8 @@ def tree_digest() -> str:
 
 
 def commit() -> str:
-    known = report.commit()
-    return os.environ.get("COMMIT", known) if known == "unknown" else known
+    """COMMIT if it is given: a copy of a checkout may have the git of another state."""
+    return os.environ.get("COMMIT") or report.commit()
 
 
 def facts() -> dict:

@@ -494,7 +494,7 @@ def test_kernels_load_in_either_way(loading, device):
     program = (
         "import torch, test_cuda\n"
         f"device = torch.device({str(device)!r})\n"
-        "torch.cuda.set_device(device)\n"
+        "torch.cuda.set_device(device.index or 0)\n"
         "for subject in test_cuda.SUBJECTS:\n"
         "    tensors = subject.draw(device, 0)\n"
         "    expected = subject.call(*tensors)\n"
