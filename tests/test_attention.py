@@ -914,7 +914,9 @@ def hide_somewhere(case, inputs, backend):
         entry, row, head, channel = (torch.randint(size, (), generator=generator).item() for size in shape)
         channels = channel if index % 2 == 0 else slice(None)
         value = NOT_FINITE[(case.seed + index) % 3]
-        check_hidden(change(inputs, **{name: getattr(inputs, name).clone()}), backend, name, entry, row, head, channels, value)
+        check_hidden(
+            change(inputs, **{name: getattr(inputs, name).clone()}), backend, name, entry, row, head, channels, value
+        )
 
 
 @law(masks=MASKS)
