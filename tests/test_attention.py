@@ -855,6 +855,134 @@ def test_p19_gradcheck(causal, masked, device):
     assert torch.autograd.gradcheck(lambda *t: reference.attention(*t, **plain)[0], leaves)
 
 
+# ---- what a row does not see ----------------------------------------------------------------------------------------
+
+NOT_FINITE = (math.nan, math.inf, -math.inf)
+TENSORS = ("q", "k", "v", "dout")
+
+
+def visible_pairs(inputs):
+    """(batch, num_heads, seqlen_q, seqlen_k): which keys each query sees."""
+    masks = {"causal": inputs.options["causal"], "key_start": inputs.options.get("key_start")}
+    zeros = (torch.zeros_like(t) for t in (inputs.q, inputs.k))
+    _, hidden = reference._logits(*zeros, softmax_scale=1.0, alibi_slopes=None, first_query=None, **masks)
+    return ~hidden.flatten(1, 2)
+
+
+def check_hidden(inputs, backend, name, entry, row, head, channel, value):
+    """A number that is not finite reaches what sees it, and all else is as if 0 were in its place.
+
+    name, entry, row, head, channel: the number's place; channel: a slice may name several.
+    """
+    place = getattr(inputs, name)[entry, row, head]
+    place[channel] = 0.0
+    expected = run(inputs, backend)
+    place[channel] = value
+    results = run(inputs, backend)
+
+    visible = visible_pairs(inputs)
+    rows = torch.zeros_like(visible[..., 0])  # of out and dq: those that see it
+    group = rows.shape[1] // inputs.k.shape[2]
+    if name in ("q", "dout"):
+        rows[entry, head, row] = visible[entry, head, row].any()
+    else:
+        rows[entry, head * group : (head + 1) * group] = visible[entry, head * group : (head + 1) * group, :, row]
+    keys = (visible & rows[..., None]).any(2).unflatten(1, (-1, group)).any(2)  # of dk and dv: those that such rows see
+    rows, keys = rows.transpose(1, 2), keys.transpose(1, 2)
+    for index, seen in enumerate((rows, rows, rows, keys, keys)):
+        result, clean = results[index], expected[index]
+        if index == 1:
+            result, clean = result.transpose(1, 2), clean.transpose(1, 2)
+        assert_same(result[~seen], clean[~seen], backend)
+    if not math.isnan(value) or "logit_bound" in inputs.options:  # what a window leaves out is not seen by all of them
+        return
+    out, _, dq, dk, dv = results
+    if name in ("q", "k"):
+        assert out[rows].isnan().all() and dk[keys].isnan().all() and dv[keys].isnan().all()
+    elif name == "v":
+        assert out[rows][:, channel].isnan().all() and dk[keys].isnan().all()
+    else:
+        assert dk[keys].isnan().all() and dv[keys][:, channel].isnan().all()
+    assert dq[rows].isnan().all()
+
+
+def hide_somewhere(case, inputs, backend):
+    """`check_hidden` for every tensor, at places that follow from the case."""
+    generator = torch.Generator().manual_seed(case.seed)
+    for index, name in enumerate(TENSORS):
+        shape = getattr(inputs, name).shape
+        entry, row, head, channel = (torch.randint(size, (), generator=generator).item() for size in shape)
+        channels = channel if index % 2 == 0 else slice(None)
+        value = NOT_FINITE[(case.seed + index) % 3]
+        check_hidden(
+            change(inputs, **{name: getattr(inputs, name).clone()}), backend, name, entry, row, head, channels, value
+        )
+
+
+@law(masks=MASKS)
+def test_what_is_not_finite_reaches_only_what_sees_it(case, inputs, backend):
+    hide_somewhere(case, inputs, backend)
+
+
+# One number in each corner of tiles, blocks of rows and panels, and of the windows and documents that end inside them.
+HIDDEN = [
+    Case(batch=1, seqlen_q=n, seqlen_k=t, num_heads=2, head_dim=d, alibi=alibi, causal=causal, mask=mask)
+    for n, t, d, alibi, causal, mask in (
+        (5, 5, 8, "none", True, "none"),
+        (100, 100, 16, "some", True, "none"),
+        (200, 200, 20, "none", True, "documents"),
+        (97, 193, 33, "all", True, "window"),
+        (13, 210, 64, "some", False, "padding"),
+        (60, 130, 8, "none", False, "ahead"),
+        (130, 60, 16, "all", True, "blind"),
+        (1, 400, 40, "some", True, "padding"),  # decoding: values are read where they lie
+        (3, 400, 40, "none", True, "window"),
+    )
+]
+
+
+@pytest.mark.parametrize("case", HIDDEN, ids=str)
+@pytest.mark.parametrize("name", TENSORS)
+def test_every_place_is_hidden_from_what_does_not_see_it(name, case, backend, device):
+    inputs = make(case, device)
+    require(backend, *inputs.tensors(), **inputs.options)
+    seqlen = getattr(inputs, name).shape[1]
+    rows = {0, 1, seqlen // 2, seqlen - 2, seqlen - 1, *(edge + side for edge in (12, 96, 192) for side in (-1, 0))}
+    for row in sorted(row for row in rows if 0 <= row < seqlen):
+        spoilt = change(inputs, **{name: getattr(inputs, name).clone()})
+        check_hidden(spoilt, backend, name, 0, row, 0, row % case.head_dim, NOT_FINITE[row % 3])
+
+
+@pytest.mark.parametrize("value", NOT_FINITE, ids=str)
+@pytest.mark.parametrize("name", TENSORS)
+@pytest.mark.parametrize("mask", ["documents", "none", "window"])
+def test_windows_of_a_bound_hide_as_well(mask, name, value, backend, device):
+    case = Case(batch=1, seqlen_q=300, seqlen_k=300, num_heads=2, head_dim=16, alibi="all", mask=mask)
+    inputs = bounded(case, 1.0, device)
+    require(backend, *inputs.tensors(), **inputs.options)
+    check_hidden(inputs, backend, name, 0, 150, 0, slice(None), value)
+
+
+def test_every_number_hidden_from_a_document_at_once(backend, device):
+    """All of one packed document, in all tensors: the others do not notice."""
+    case = Case(batch=1, seqlen_q=200, seqlen_k=200, num_heads=4, num_kv_heads=2)
+    inputs = make(case, device)
+    starts = torch.tensor([0] * 50 + [50] * 70 + [120] * 80, dtype=torch.int32, device=device)[None]
+    inputs = with_options(inputs, key_start=starts)
+    require(backend, *inputs.tensors(), **inputs.options)
+    document = slice(50, 120)
+    for tensor in (inputs.q, inputs.k, inputs.v, inputs.dout):
+        tensor[:, document] = 0.0
+    expected = run(inputs, backend)
+    inputs.q[:, document], inputs.k[:, document] = math.inf, math.nan
+    inputs.v[:, document], inputs.dout[:, document] = -math.inf, math.nan
+    others = torch.ones(200, dtype=torch.bool, device=device)
+    others[document] = False
+    for index, (result, clean) in enumerate(zip(run(inputs, backend), expected, strict=True)):
+        axis = 2 if index == 1 else 1
+        assert_same(result.transpose(0, axis)[others], clean.transpose(0, axis)[others], backend)
+
+
 # ---- memory, threads, processes -------------------------------------------------------------------------------------
 
 

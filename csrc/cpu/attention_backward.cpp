@@ -79,11 +79,13 @@ struct PackedKeys {
         panels_size(kTileK * round_up(plan.head_dim, kCols)),
         key_columns(plan.kv_at_once * plan.key_tiles * columns_size),
         value_columns(plan.kv_at_once * plan.key_tiles * columns_size),
-        key_panels(plan.kv_at_once * plan.key_tiles * panels_size) {}
+        key_panels(plan.kv_at_once * plan.key_tiles * panels_size),
+        not_finite(plan.kv_at_once * plan.key_tiles) {}
   std::int64_t columns_size, panels_size;
-  Buffer key_columns;    // for q k^T
-  Buffer value_columns;  // for dout v^T
-  Buffer key_panels;     // for ds k
+  Buffer key_columns;       // for q k^T
+  Buffer value_columns;     // for dout v^T
+  Buffer key_panels;        // for ds k
+  Memory<bool> not_finite;  // of each tile: keys that the panels have as 0
 };
 
 // What one thread works on: a tile of query rows against a tile of keys.
@@ -93,9 +95,13 @@ struct QueryTile {
         queries(kTileQ * stride),
         douts(kTileQ * stride),
         p(kTileQ * kTileK),
-        ds(kTileQ * kTileK) {}
+        ds(kTileQ * kTileK),
+        row(stride),
+        rest(stride) {}
   std::int64_t stride;  // of queries and douts
   Buffer queries, douts, p, ds;
+  Buffer row, rest;               // one of each
+  Noticed in_queries, in_douts;  // numbers that are not finite
   Row rows[kTileQ];
   RowBlock blocks[kBlocks];
   double lse[kTileQ];  // in base 2
@@ -108,6 +114,7 @@ template <typename T>
 void load_rows(const AttentionBackwardParams& backward_params, const Head& head, std::int64_t batch, std::int64_t a,
                std::int64_t query, const float* delta, QueryTile& tile) {
   const AttentionParams& params = backward_params.forward;
+  tile.in_queries = tile.in_douts = Noticed();
   const auto q_row = [&](std::int64_t i) { return row_of<T>(params.q, params.q_stride, batch, i, a); };
   const auto dout_row = [&](std::int64_t i) {
     return row_of<T>(backward_params.dout, backward_params.dout_stride, batch, i, a);
@@ -124,8 +131,9 @@ void load_rows(const AttentionBackwardParams& backward_params, const Head& head,
     tile.blocks[r / kRows].include(row, head.slope != 0.0f);
     tile.lse[r] = row.empty() ? 0.0 : lse[r] * kLog2EDouble;  // infinite for an empty row; every weight of it is masked
     tile.delta[r] = delta[r];
-    read_row(q_row(query + r), params.head_dim, params.softmax_scale * kLog2E, tile.queries.get() + r * tile.stride);
-    read_row(dout_row(query + r), params.head_dim, 1.0f, tile.douts.get() + r * tile.stride);
+    read_row(q_row(query + r), params.head_dim, params.softmax_scale * kLog2E, tile.queries.get() + r * tile.stride,
+             tile.in_queries);
+    read_row(dout_row(query + r), params.head_dim, 1.0f, tile.douts.get() + r * tile.stride, tile.in_douts);
   }
   // The next tile's rows, which lie too far apart for the hardware to foresee them, come while this one is computed.
   for (std::int64_t i = query + kTileQ; i < smaller(query + 2 * kTileQ, params.seqlen_q); ++i) {
@@ -148,9 +156,16 @@ void multiply_columns(const QueryTile& tile, const float* rows, const float* col
   }
 }
 
-// sums (kTileK x head_dim) += weights^T (kTileK x kTileQ) * rows (kTileQ x head_dim).
-void add_transposed(const QueryTile& tile, const float* weights, const float* rows, float* sums, std::int64_t key,
-                    int num_keys, int head_dim) {
+// sums (kTileK x head_dim) += weights^T (kTileK x kTileQ) * rows (kTileQ x head_dim). Of the rows only what is finite
+// is left, and the rest is added first.
+void add_transposed(const QueryTile& tile, const float* weights, float* rows, const Noticed& in_rows, float* sums,
+                    std::int64_t key, int num_keys, int head_dim) {
+  for (int r = 0; in_rows.any() && r < tile.num_rows; ++r) {
+    if (!set_apart(rows + r * tile.stride, head_dim, tile.rest.get())) continue;
+    for (int column = 0; column < num_keys; ++column)
+      if (tile.rows[r].sees(key + column))
+        add_scaled(sums + column * tile.stride, weights[r * kTileK + column], tile.rest.get(), head_dim);
+  }
   for (int channel = 0; channel < head_dim; channel += kCols) {
     for (int column = 0; column < num_keys; column += kRows) {
       Range blocks{0, 0};  // of rows that see one of the keys
@@ -165,6 +180,19 @@ void add_transposed(const QueryTile& tile, const float* weights, const float* ro
           sums + column * tile.stride + channel, tile.stride, static_cast<int>(smaller(kRows, num_keys - column)),
           static_cast<int>(end - begin));
     }
+  }
+}
+
+// dq += ds * keys for what is not finite in `keys`, rows of a tensor, of which the products know nothing.
+template <typename T>
+void add_not_finite(const QueryTile& tile, const T* keys, std::int64_t stride, float* dq, std::int64_t key,
+                    int num_keys, int head_dim) {
+  for (int column = 0; column < num_keys; ++column) {
+    read_row(keys + column * stride, head_dim, 1.0f, tile.row.get());
+    if (!set_apart(tile.row.get(), head_dim, tile.rest.get())) continue;
+    for (int r = 0; r < tile.num_rows; ++r)
+      if (tile.rows[r].sees(key + column))
+        add_scaled(dq + r * tile.stride, tile.ds.get()[r * kTileK + column], tile.rest.get(), head_dim);
   }
 }
 
@@ -240,8 +268,8 @@ void backward(const AttentionBackwardParams& backward_params, int num_threads) {
 
   // delta, and which key tiles each query tile sees: (batch * head, query tile).
   const Buffer delta(plan.heads * params.seqlen_q);
-  const Buffer range_memory(plan.heads * plan.query_tiles * (sizeof(Range) / sizeof(float)));
-  Range* ranges = reinterpret_cast<Range*>(range_memory.get());
+  const Memory<Range> range_memory(plan.heads * plan.query_tiles);
+  Range* ranges = range_memory.get();
   parallel_for(num_threads, plan.heads * plan.query_tiles, [&](std::int64_t task) {
     const std::int64_t batch = task / plan.query_tiles / params.num_heads;
     const std::int64_t head = task / plan.query_tiles % params.num_heads;
@@ -288,9 +316,12 @@ void backward(const AttentionBackwardParams& backward_params, int num_threads) {
         pack_columns(v + column * params.v_stride.seq, params.v_stride.seq, rows, head_dim,
                      packed.value_columns.get() + offset);
       }
+      bool not_finite = false;
       for (int channel = 0; channel < head_dim; channel += kCols)
-        pack_panel(k + channel, params.k_stride.seq, num_keys, static_cast<int>(smaller(kCols, head_dim - channel)),
-                   packed.key_panels.get() + task * packed.panels_size + channel * kTileK);
+        not_finite |= pack_panel(k + channel, params.k_stride.seq, num_keys,
+                                 static_cast<int>(smaller(kCols, head_dim - channel)),
+                                 packed.key_panels.get() + task * packed.panels_size + channel * kTileK);
+      packed.not_finite.get()[task] = not_finite;
     });
 
     for (std::int64_t first_head = 0; first_head < plan.group; first_head += plan.heads_at_once) {
@@ -324,13 +355,17 @@ void backward(const AttentionBackwardParams& backward_params, int num_threads) {
             multiply_columns(tile, tile.douts.get(), packed.value_columns.get() + pack * packed.columns_size,
                              tile.ds.get(), key, num_keys, head_dim);
             differentiate(tile, description.slope, key, num_keys);
-            add_transposed(tile, tile.p.get(), tile.douts.get(), dv_tile, key, num_keys, head_dim);
-            add_transposed(tile, tile.ds.get(), tile.queries.get(), dk_tile, key, num_keys, head_dim);
+            add_transposed(tile, tile.p.get(), tile.douts.get(), tile.in_douts, dv_tile, key, num_keys, head_dim);
+            add_transposed(tile, tile.ds.get(), tile.queries.get(), tile.in_queries, dk_tile, key, num_keys, head_dim);
             const std::int64_t index = (kv * head_count + member) * plan.query_tiles + query_tile;
             float* dq_tile = dq.get() + (kv * plan.heads_at_once + member) * plan.dq_size + query * plan.stride;
             turns.wait(index, static_cast<std::int32_t>(key_tile - range.begin));
             if (key_tile == range.begin) clear(dq_tile, kTileQ * plan.stride);
             add_dq(tile, packed.key_panels.get() + pack * packed.panels_size, dq_tile, key, num_keys, head_dim);
+            if (packed.not_finite.get()[pack]) {
+              const T* keys = row_of<T>(params.k, params.k_stride, batch, key, (first_kv + kv) % params.num_kv_heads);
+              add_not_finite(tile, keys, params.k_stride.seq, dq_tile, key, num_keys, head_dim);
+            }
             turns.pass(index);
           }
         }

@@ -68,9 +68,10 @@ struct KeyTile {
     const int rows = static_cast<int>(smaller(kCols, num_keys - column));
     pack_columns(k + column * k_stride, k_stride, rows, head_dim, panel);
   }
-  void pack_values(int channel, float* panel) const {
+  // Returns whether there are values that are not finite, which the panel has as 0.
+  bool pack_values(int channel, float* panel) const {
     const int width = static_cast<int>(smaller(kCols, head_dim - channel));
-    pack_panel(v + channel, v_stride, num_keys, width, panel);
+    return pack_panel(v + channel, v_stride, num_keys, width, panel);
   }
   // (head_dim, kCols): the columns of kCols keys.
   const float* keys(int column) const {
@@ -79,10 +80,10 @@ struct KeyTile {
     return buffer;
   }
   // (kTileK, kCols): kCols channels of the values. Without other readers than one query tile they are best read where
-  // they lie, if there are that many channels.
-  const float* values(int channel) const {
+  // they lie, if there are that many channels, and nobody multiplies what he does not see by 0.
+  const float* values(int channel) {
     if (buffer == nullptr) return panels + channel * kTileK;
-    pack_values(channel, buffer);
+    not_finite |= pack_values(channel, buffer);
     return buffer;
   }
   bool values_in_place(int channel) const { return buffer != nullptr && channel + kCols <= head_dim; }
@@ -92,6 +93,7 @@ struct KeyTile {
   const T *k, *v;
   const float *columns = nullptr, *panels = nullptr;
   float* buffer = nullptr;
+  bool not_finite = false;  // values that their panels have as 0
 };
 
 // The lengths of a tile's keys, from their columns.
@@ -114,7 +116,9 @@ class PackedKeys {
         values_size_(kTileK * round_up(params.head_dim, kCols)),
         columns_(plan.shared_keys ? plan.kv_heads * plan.key_tiles * columns_size_ : 0),
         values_(plan.shared_keys ? plan.kv_heads * plan.key_tiles * values_size_ : 0),
-        lengths_(plan.shared_keys ? plan.kv_heads * plan.key_tiles * kTileK : 0) {}
+        lengths_(plan.shared_keys ? plan.kv_heads * plan.key_tiles * kTileK : 0),
+        endless_(plan.shared_keys ? plan.kv_heads * plan.key_tiles * kTileK : 0),
+        not_finite_(plan.shared_keys ? plan.kv_heads * plan.key_tiles : 0) {}
 
   template <typename T>
   void fill(const AttentionParams& params, const Plan& plan, int num_threads) const {
@@ -124,16 +128,29 @@ class PackedKeys {
       float* packed = columns(kv_head, tile);
       for (int column = 0; column < keys.num_keys; column += kCols)
         keys.pack_keys(column, packed + column * keys.head_dim);
+      bool not_finite = false;
       for (int channel = 0; channel < keys.head_dim; channel += kCols)
-        keys.pack_values(channel, values(kv_head, tile) + channel * kTileK);
+        not_finite |= keys.pack_values(channel, values(kv_head, tile) + channel * kTileK);
+      not_finite_.get()[task] = not_finite;
       measure_keys(packed, keys.num_keys, keys.head_dim, lengths_.get() + task * kTileK);
     });
     // Of all keys up to each one: a causal row's bound must not depend on later keys. A NaN is passed over: the rows
-    // that see it are NaN anyway.
+    // that see it are NaN anyway. Infinite lengths are kept apart: they are none of those that `key_start` hides them
+    // from.
     for (std::int64_t kv_head = 0; kv_head < plan.kv_heads; ++kv_head) {
       float* lengths = lengths_.get() + kv_head * plan.key_tiles * kTileK;
-      for (std::int64_t key = 1; key < params.seqlen_k; ++key)
-        lengths[key] = lengths[key] > lengths[key - 1] ? lengths[key] : lengths[key - 1];
+      std::int64_t* endless = endless_.get() + kv_head * plan.key_tiles * kTileK;
+      float longest = 0.0f;
+      std::int64_t last_endless = -1;
+      for (std::int64_t key = 0; key < params.seqlen_k; ++key) {
+        if (lengths[key] == HUGE_VALF) {
+          last_endless = key;
+        } else if (lengths[key] > longest) {
+          longest = lengths[key];
+        }
+        lengths[key] = longest;
+        endless[key] = last_endless;
+      }
     }
   }
   float* columns(std::int64_t kv_head, std::int64_t tile) const {
@@ -142,14 +159,21 @@ class PackedKeys {
   float* values(std::int64_t kv_head, std::int64_t tile) const {
     return values_.get() + (kv_head * key_tiles_ + tile) * values_size_;
   }
-  // No key before `end` is longer.
-  float longest(std::int64_t kv_head, std::int64_t end) const {
-    return lengths_.get()[kv_head * key_tiles_ * kTileK + end - 1];
+  bool not_finite(std::int64_t kv_head, std::int64_t tile) const {
+    return not_finite_.get()[kv_head * key_tiles_ + tile];
+  }
+  // No key that the row sees is longer.
+  float longest(std::int64_t kv_head, const Row& row) const {
+    const std::int64_t last = kv_head * key_tiles_ * kTileK + row.end - 1;
+    return endless_.get()[last] >= row.first ? HUGE_VALF : lengths_.get()[last];
   }
 
  private:
   std::int64_t key_tiles_, columns_size_, values_size_;
-  Buffer columns_, values_, lengths_;
+  Buffer columns_, values_;
+  Buffer lengths_;                // of the longest key up to each one, but those of infinite length
+  Memory<std::int64_t> endless_;  // the last of those up to each key, or -1
+  Memory<bool> not_finite_;       // of each tile: values that the panels have as 0
 };
 
 // What one thread works on: a tile of query rows, and a tile of keys where those are not shared.
@@ -160,10 +184,13 @@ struct QueryTile {
         weights(kTileQ * kTileK),
         out(kTileQ * stride),
         sums(kTileQ * kLanes),
-        panel(kCols * larger(kTileK, params.head_dim)) {}
+        panel(kCols * larger(kTileK, params.head_dim)),
+        values(stride),
+        rest(stride) {}
 
   std::int64_t stride;  // of queries and out
   Buffer queries, weights, out, sums, panel;
+  Buffer values, rest;  // a row each
   Row rows[kTileQ];
   Head heads[kTileQ];
   bool bounded[kTileQ];
@@ -229,7 +256,7 @@ Range load_queries(const AttentionParams& params, const Plan& plan, const Packed
     read_row(query_row(r), params.head_dim, params.softmax_scale * kLog2E, query);
     float bound = head.bound;
     if (params.logit_bound == nullptr && plan.shared_keys && !row.empty())
-      bound = length(query, params.head_dim) * packed.longest(index.kv_head, row.end);
+      bound = length(query, params.head_dim) * packed.longest(index.kv_head, row);
     tile.bounded[r] = bound <= kLargestBound && (!biased || row.sees_itself());  // false for NaN
     tile.references[r] = tile.bounded[r] ? std::ceil(bound) : kNegative;
   }
@@ -251,8 +278,21 @@ void multiply_scores(const QueryTile& tile, const KeyTile<T>& keys, std::int64_t
   }
 }
 
+// out += weights * values for the values that are not finite, of which the products know nothing.
 template <typename T>
-void multiply_values(const QueryTile& tile, const KeyTile<T>& keys, std::int64_t key, Foresight& next) {
+void add_not_finite(const QueryTile& tile, const KeyTile<T>& keys, std::int64_t key) {
+  for (int column = 0; column < keys.num_keys; ++column) {
+    read_row(keys.v + column * keys.v_stride, keys.head_dim, 1.0f, tile.values.get());
+    if (!set_apart(tile.values.get(), keys.head_dim, tile.rest.get())) continue;
+    for (int r = 0; r < tile.num_rows; ++r)
+      if (tile.rows[r].sees(key + column))
+        add_scaled(tile.out.get() + r * tile.stride, tile.weights.get()[r * kTileK + column], tile.rest.get(),
+                   keys.head_dim);
+  }
+}
+
+template <typename T>
+void multiply_values(const QueryTile& tile, KeyTile<T>& keys, std::int64_t key, Foresight& next) {
   const auto multiply = [&](int channel, const auto* values, std::int64_t stride) {
     for (int block = 0; block < tile.num_blocks; ++block) {
       const Range columns = tile.blocks[block].columns(key, keys.num_keys);
@@ -264,13 +304,17 @@ void multiply_values(const QueryTile& tile, const KeyTile<T>& keys, std::int64_t
                                                   tile.rows_of(block), depth, next.take(depth, values));
     }
   };
+  bool hides_nothing = true;
+  for (int block = 0; block < tile.num_blocks; ++block)
+    hides_nothing = hides_nothing && tile.blocks[block].hides_nothing(key, keys.num_keys);
   for (int channel = 0; channel < keys.head_dim; channel += kCols) {
-    if (keys.values_in_place(channel)) {
+    if (hides_nothing && keys.values_in_place(channel)) {
       multiply(channel, keys.v + channel, keys.v_stride);
     } else {
       multiply(channel, keys.values(channel), kCols);
     }
   }
+  if (keys.not_finite) add_not_finite(tile, keys, key);
 }
 
 // The softmax of one row and the keys [begin, end) of a tile that starts at `key`: scores become weights in place,
@@ -356,8 +400,6 @@ template <typename T>
 void store_row(const AttentionParams& params, const TileIndex& index, int r, bool empty, float reference, float sum,
                float* row) {
   T* out = row_of<T>(params.out, params.out_stride, index.batch, index.query_of(r), index.head_of(r));
-  // The weights of a row that sees nothing are all 0, but 0 * NaN of a value row would not be.
-  if (empty) clear(row, row_stride(params.head_dim));
   write_row(row, params.head_dim, empty ? 0.0f : 1.0f / sum, out);
   const std::int64_t head = index.batch * params.num_heads + index.head_of(r);
   params.softmax_lse[head * params.seqlen_q + index.query_of(r)] =
@@ -431,6 +473,7 @@ void forward(const AttentionParams& params, int num_threads) {
       if (plan.shared_keys) {
         keys.columns = packed.columns(index.kv_head, t);
         keys.panels = packed.values(index.kv_head, t);
+        keys.not_finite = packed.not_finite(index.kv_head, t);
         const int width = params.head_dim;
         next_values = Foresight(keys.panels, width, kTileK, width);
         if (t > begin) next_keys = Foresight(packed.columns(index.kv_head, t - 1), width, kTileK, width);

@@ -90,9 +90,10 @@ inline Head describe_head(const AttentionParams& params, int head) {
 struct Row {
   std::int64_t position, first, end;
   bool empty() const { return first >= end; }
+  bool sees(std::int64_t key) const { return first <= key && key < end; }
   // Whether the row's own key is visible: then its weight bounds the softmax sum from below, which both the window and
   // the softmax without a running maximum rely on. Without a bias any visible key does as well.
-  bool sees_itself() const { return first <= position && position < end; }
+  bool sees_itself() const { return sees(position); }
 };
 
 inline Row describe_row(const AttentionParams& params, const Head& head, std::int64_t batch, std::int64_t query) {
@@ -132,22 +133,29 @@ struct Range {
 // kRows rows that a product computes at once: what they have in common decides which keys they skip, and which tiles
 // need no mask.
 struct RowBlock {
-  Range seen;   // keys that some row sees
-  Range plain;  // keys that every row sees, and, if it has a bias, at or left of its position: the bias is linear there
+  Range seen;    // keys that some row sees
+  Range common;  // keys that every row sees
+  Range plain;   // those, and, if a row has a bias, at or left of its position: the bias is linear there
 
   void include(const Row& row, bool biased) {
-    const Range mine{row.first, biased ? smaller(row.end, row.position + 1) : row.end};
     seen.include(row.first, row.end);
-    plain = {larger(plain.begin, mine.begin), row.empty() ? 0 : smaller(plain.end, mine.end)};
+    const std::int64_t end = row.empty() ? 0 : row.end;
+    common = {larger(common.begin, row.first), smaller(common.end, end)};
+    plain = {common.begin, smaller(plain.end, biased ? smaller(end, row.position + 1) : end)};
   }
   // The part of a tile of num_keys keys from `key` on that the products must compute: whole panels on the left.
   Range columns(std::int64_t key, int num_keys) const {
     const std::int64_t begin = larger(seen.begin - key, 0) / kCols * kCols, end = smaller(seen.end - key, num_keys);
     return begin < end ? Range{begin, end} : Range{0, 0};
   }
+  // Whether every row sees all that the products compute.
+  bool hides_nothing(std::int64_t key, int num_keys) const {
+    const Range computed = columns(key, num_keys);
+    return computed.empty() || (common.begin <= key + computed.begin && key + computed.end <= common.end);
+  }
   bool is_plain(std::int64_t key) const { return plain.begin <= key && key + kTileK <= plain.end; }
 };
 
-inline constexpr RowBlock kNoRows{{0, 0}, {0, kUnlimited}};
+inline constexpr RowBlock kNoRows{{0, 0}, {0, kUnlimited}, {0, kUnlimited}};
 
 }  // namespace andromeda::cpu::ANDROMEDA_ISA

@@ -35,21 +35,23 @@ inline std::int64_t larger(std::int64_t a, std::int64_t b) { return a > b ? a : 
 // Between rows of `width` numbers in scratch memory, of which round_up(width, kCols) are there to be read.
 inline std::int64_t row_stride(int width) { return round_up(width, kCols) + kLanes; }
 
-// Uninitialised floats, aligned to a cache line.
-class Buffer {
+// Uninitialised memory of plain numbers, aligned to a cache line.
+template <typename T>
+class Memory {
  public:
-  explicit Buffer(std::int64_t count)
-      : data_(static_cast<float*>(std::aligned_alloc(64, round_up(larger(count, 1) * sizeof(float), 64)))) {
+  explicit Memory(std::int64_t count)
+      : data_(static_cast<T*>(std::aligned_alloc(64, round_up(larger(count, 1) * sizeof(T), 64)))) {
     if (data_ == nullptr) throw std::bad_alloc();
   }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { std::free(data_); }
-  float* get() const { return data_; }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  ~Memory() { std::free(data_); }
+  T* get() const { return data_; }
 
  private:
-  float* data_;
+  T* data_;
 };
+using Buffer = Memory<float>;
 
 inline void clear(float* x, std::int64_t count) { std::memset(x, 0, count * sizeof(float)); }
 
@@ -186,19 +188,68 @@ inline void multiply_rows(const float* a, std::int64_t a_stride, const B* b, std
   multiply_rows<kOrder, kResult>(a, a_stride, b, b_stride, c, c_stride, rows, depth, nothing);
 }
 
+// ---- numbers that are not finite ------------------------------------------------------------------------------------
+//
+// A product over keys or queries multiplies what a row does not see by 0, and 0 * NaN is a NaN. So where a product sums
+// over the rows of an operand, the operand is finite: numbers that are not are taken for 0, and added afterwards, by
+// add_scaled(), to the sums that do see them.
+
+// Notices numbers that are not finite, for two operations a vector.
+class Noticed {
+ public:
+  void look_at(Vec x) { bits_ |= (IntVec)(x * 0.0f); }  // a zero of either sign, or a NaN
+  bool any() const {
+    std::int32_t bits = 0;
+    for (int lane = 0; lane < kLanes; ++lane) bits |= bits_[lane];
+    return (bits & 0x7f800000) != 0;
+  }
+
+ private:
+  IntVec bits_{};
+};
+
+inline IntVec is_finite(Vec x) { return ((IntVec)x & 0x7f800000) != 0x7f800000; }
+
+// Numbers that are not finite become 0, and are kept in `rest`, which is 0 elsewhere. Returns whether there are any.
+inline bool set_apart(float* row, int width, float* rest) {
+  Noticed noticed;
+  for (int channel = 0; channel < width; channel += kLanes) {
+    const Vec x = load(row + channel);
+    noticed.look_at(x);
+    store(row + channel, select(is_finite(x), x, Vec{}));
+    store(rest + channel, select(is_finite(x), Vec{}, x));
+  }
+  return noticed.any();
+}
+
+inline void add_scaled(float* sums, float weight, const float* row, int width) {
+  for (int channel = 0; channel < width; channel += kLanes)
+    store(sums + channel, load(sums + channel) + weight * load(row + channel));
+}
+
 // ---- operands: any dtype and strides in, zero-padded float32 out ----------------------------------------------------
 
 // One row of `width` numbers as float32, times `factor`, zero up to a multiple of kCols.
 template <typename T>
-inline void read_row(const T* x, int width, float factor, float* row) {
+inline void read_row(const T* x, int width, float factor, float* row, Noticed& noticed) {
+  const auto put = [&](int channel, Vec numbers) {
+    noticed.look_at(numbers);
+    store(row + channel, numbers);
+  };
   int channel = 0;
-  for (; channel + kLanes <= width; channel += kLanes) store(row + channel, load(x + channel) * factor);
+  for (; channel + kLanes <= width; channel += kLanes) put(channel, load(x + channel) * factor);
   if (channel < width) {
-    store(row + channel, load_first(x + channel, width - channel) * factor);
+    put(channel, load_first(x + channel, width - channel) * factor);
     channel += kLanes;
   }
   for (const int end = static_cast<int>(round_up(width, kCols)); channel < end; channel += kLanes)
     store(row + channel, Vec{});
+}
+
+template <typename T>
+inline void read_row(const T* x, int width, float factor, float* row) {
+  Noticed ignored;
+  read_row(x, width, factor, row, ignored);
 }
 
 template <typename T>
@@ -255,20 +306,28 @@ inline void pack_columns(const T* x, std::int64_t stride, int rows, int width, f
 // Rows of a tensor become a panel (rows, kCols) of up to kCols of their channels, zero behind the last one. What a
 // product over rows reads is then one stream, which the hardware fetches ahead; of rows as they lie it would fetch two
 // cache lines at a time, and those of a power-of-two stride evict each other.
+//
+// Numbers that are not finite become 0. Returns whether there are any.
 template <typename T>
-inline void pack_panel(const T* x, std::int64_t stride, int rows, int width, float* panel) {
+inline bool pack_panel(const T* x, std::int64_t stride, int rows, int width, float* panel) {
+  Noticed noticed;
+  const auto put = [&](int row, Vec left, Vec right) {
+    noticed.look_at(left);
+    noticed.look_at(right);
+    store(panel + row * kCols, left);
+    store(panel + row * kCols + kLanes, right);
+  };
   if (width >= kCols) {
 #pragma GCC unroll 4
-    for (int row = 0; row < rows; ++row) {
-      store(panel + row * kCols, load(x + row * stride));
-      store(panel + row * kCols + kLanes, load(x + row * stride + kLanes));
-    }
-    return;
+    for (int row = 0; row < rows; ++row) put(row, load(x + row * stride), load(x + row * stride + kLanes));
+  } else {
+    for (int row = 0; row < rows; ++row, x += stride)
+      put(row, load_up_to(x, width), width > kLanes ? load_up_to(x + kLanes, width - kLanes) : Vec{});
   }
-  for (int row = 0; row < rows; ++row, x += stride, panel += kCols) {
-    store(panel, load_up_to(x, width));
-    store(panel + kLanes, width > kLanes ? load_up_to(x + kLanes, width - kLanes) : Vec{});
-  }
+  if (!noticed.any()) return false;
+  float rest[kCols];
+  for (int row = 0; row < rows; ++row) set_apart(panel + row * kCols, kCols, rest);
+  return true;
 }
 
 }  // namespace andromeda::cpu::ANDROMEDA_ISA

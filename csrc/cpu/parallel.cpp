@@ -7,7 +7,6 @@
 #include <atomic>
 #include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -66,8 +65,8 @@ void run_tasks(int num_threads, std::int64_t num_tasks, TaskFunction function, c
     threads.reserve(num_threads - 1);
     try {
       for (int i = 1; i < num_threads; ++i) threads.emplace_back(run_job, &job);
-    } catch (const std::system_error&) {
-      // The system has no more threads to give: those that started share the work.
+    } catch (const std::exception&) {
+      // The system has no more threads to give, or no memory for one: those that started share the work.
     }
     job.run();
     for (std::thread& thread : threads) thread.join();

@@ -97,6 +97,22 @@ __device__ inline void scale_gradients(float (&ds)[kGroups][kTiles][4], float (&
       }
     }
     if (!__any_sync(kWholeWarp, largest >= 0x1p15f)) return;
+    if (__any_sync(kWholeWarp, largest == __int_as_float(0x7f800000))) {
+      // Infinities are those of their rows: the others keep their digits.
+      largest = 0.0f;
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float size = fabsf(ds[group][n][i]);
+            if (size < __int_as_float(0x7f800000)) largest = fmaxf(largest, size);
+          }
+        }
+      }
+      if (!__any_sync(kWholeWarp, largest >= 0x1p15f)) return;
+    }
     // Floats that are not negative are ordered like their bits.
     const int exponent = (__reduce_max_sync(kWholeWarp, __float_as_int(largest)) >> 23) - 127;
     const float ratio = __int_as_float((127 + 14 - exponent) << 23);
@@ -279,8 +295,8 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
                                ? fmaf(slope2, static_cast<float>(tile_row), lse2) - kWeightScaleLog2<T>
                                : __int_as_float(0x7f800000);
     target.minus_delta[tile_row] = minus_delta;
-    target.first[tile_row] = row.first;
-    target.end[tile_row] = row.end;
+    target.first[tile_row] = exists ? row.first : kUnlimited;
+    target.end[tile_row] = exists ? row.end : 0;
   }
 
   // A lane's rows: g and g + 8 of each of the warp's groups.
@@ -351,7 +367,8 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
                                                                                        k_tile + stage);
       const bool left_of_diagonal = forward.causal || key + kKeys - 1 <= warp_position;
       if (!left_of_diagonal) mirror_bias(scores, raw_slope, position, lane_key);
-      if (!reach.is_plain(key, kKeys)) hide(scores, spans + place.warp_row, lane_key);
+      const bool plain = reach.is_plain(key, kKeys);
+      if (!plain) hide(scores, spans + place.warp_row, lane_key, ds);
 #pragma unroll
       for (int group = 0; group < kQueryGroups; ++group) {
 #pragma unroll
@@ -368,7 +385,11 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
         std::uint32_t operand[kQueryGroups][4];
 #pragma unroll
         for (int group = 0; group < kQueryGroups; ++group) pack_operand<T>(operand[group], ds[group], step);
-        multiply_step<T, kHeadDim, kKeys>(dq, operand, k_tile + stage, step);
+        if (plain) {
+          multiply_step<T, kHeadDim, kKeys>(dq, operand, k_tile + stage, step);
+        } else {
+          multiply_step<T, kHeadDim, kKeys, kQueryGroups, true>(dq, operand, k_tile + stage, step);
+        }
       }
     }
     if constexpr (kStages == 2) stage ^= kStageBytes;
@@ -458,8 +479,8 @@ __device__ inline void weigh(float (&scores)[kBackwardTile / 8][4], const QueryT
   }
 }
 
-// Hides what the queries do not see; `key` is that of the lane's row g.
-__device__ inline void hide_keys(float (&exponents)[kBackwardTile / 8][4], const QueryTile& tile, int key) {
+// Sets what the queries do not see to `value`; `key` is that of the lane's row g.
+__device__ inline void hide_keys(float (&scores)[kBackwardTile / 8][4], const QueryTile& tile, int key, float value) {
   const int column = read_thread_index() % 4 * 2;
 #pragma unroll
   for (int n = 0; n < kBackwardTile / 8; ++n) {
@@ -470,7 +491,7 @@ __device__ inline void hide_keys(float (&exponents)[kBackwardTile / 8][4], const
     for (int i = 0; i < 4; ++i) {
       const int row_key = key + i / 2 * 8;
       const bool hidden = row_key < first_of[i % 2] || row_key >= end_of[i % 2];
-      if (hidden) exponents[n][i] = -__int_as_float(0x7f800000);
+      if (hidden) scores[n][i] = value;
     }
   }
 }
@@ -585,7 +606,8 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
     float weights[1][kTiles][4] = {};
     multiply_transposed<T, kHeadDim, kTile, kTile, 1>(weights, k_tile, warp_row, q_tile);
     weigh(weights[0], tile, plan.scale2, slope2, lane_key - position, forward.causal || key + kTile - 1 <= position);
-    if (!visit.is_plain()) hide_keys(weights[0], tile, lane_key);
+    const bool plain = uniform(visit.is_plain()) != 0;  // it is needed to the end of the loop
+    if (!plain) hide_keys(weights[0], tile, lane_key, -__int_as_float(0x7f800000));
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
@@ -601,6 +623,15 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
     cp_async_wait<0>();
     __syncthreads();  // dout is there
     multiply_transposed<T, kHeadDim, kTile, kTile, 1>(ds, v_tile, warp_row, dout_tile);
+    if (!plain) {
+      hide_keys(ds[0], tile, lane_key, 0.0f);
+      // A gradient that is not finite would be clamped in the product: its weights carry it.
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) weights[0][n][i] = fmaf(ds[0][n][i], 0.0f, weights[0][n][i]);
+      }
+    }
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
@@ -613,7 +644,11 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
 #pragma unroll
     for (int step = 0; step < kTile / 16; ++step) {
       pack_operand<T>(operand[0], ds[0], step);
-      multiply_step<T, kHeadDim, kTile, 1>(dk, operand, q_tile, step);
+      if (plain) {
+        multiply_step<T, kHeadDim, kTile, 1>(dk, operand, q_tile, step);
+      } else {
+        multiply_step<T, kHeadDim, kTile, 1, true>(dk, operand, q_tile, step);
+      }
     }
     visit.advance(forward, plan, batch, heads_end, key);
     __syncthreads();  // everyone has finished with q and `tile`
@@ -621,7 +656,11 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
     cp_async_commit();
 #pragma unroll
     for (int step = 0; step < kTile / 16; ++step) {
-      multiply_step<T, kHeadDim, kTile, 1>(dv, weight_operands[step], dout_tile, step);
+      if (plain) {
+        multiply_step<T, kHeadDim, kTile, 1>(dv, weight_operands[step], dout_tile, step);
+      } else {
+        multiply_step<T, kHeadDim, kTile, 1, true>(dv, weight_operands[step], dout_tile, step);
+      }
     }
   }
 

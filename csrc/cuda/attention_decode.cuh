@@ -572,7 +572,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
     __syncwarp();  // the keys have been read by all lanes
     load_slice(keys, slice + kStages, keys_of(slice));
 
-    if (!reach.is_plain(key, kSlice)) hide(scores, shared->rows, lane_key);
+    const bool plain = reach.is_plain(key, kSlice);
+    if (!plain) hide(scores, shared->rows, lane_key);
     update_softmax<kHeadDim>(scores, rows, out, plan.scale2);
     std::uint32_t weights[kGroups][4];
 #pragma unroll
@@ -580,7 +581,12 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
 
     cp_async_wait<kYounger>();
     __syncwarp();  // the values of all lanes have arrived
-    multiply_step<T, kHeadDim, kSlice>(out, weights, values_of(slice), 0);
+    if (plain || is_finite<T, Tiles::kSliceBytes>(values_of(slice))) {
+      multiply_step<T, kHeadDim, kSlice>(out, weights, values_of(slice), 0);
+    } else {
+      multiply_step<T, kHeadDim, kSlice, kGroups, true>(out, weights, values_of(slice), 0);
+      add_not_finite<T, kHeadDim, kSlice>(out, shared->rows, key, values_of(slice));
+    }
     __syncwarp();  // the values have been read by all lanes
     load_slice(values, slice + kStages, values_of(slice));
   }

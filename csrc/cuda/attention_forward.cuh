@@ -256,7 +256,11 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
         multiply_transposed<T, kHeadDim, kForwardQueries, kForwardKeys>(scores, q_tile, place.warp_row, k_tile);
         // With a causal mask what lies right of the diagonal is hidden, and without a bias there is nothing to mirror.
         const bool left_of_diagonal = params.causal || raw_slope == 0.0f || key + kForwardKeys <= warp_position + 1;
-        if (!left_of_diagonal) mirror_bias(scores, raw_slope, position, lane_key);
+        if (!left_of_diagonal) {
+          const ForwardPlace again = ForwardPlace::read();  // or the product would keep `position` in a register
+          const int offset = block.query + (params.seqlen_k - params.seqlen_q);
+          mirror_bias(scores, raw_slope, offset + again.warp_row + again.row, key + again.column);
+        }
         const Reach& stored_reach = common.reach[place.warp_row / kForwardWarpRows];
         if (!stored_reach.is_plain(key, kForwardKeys)) hide(scores, common.rows + place.warp_row, lane_key);
         if (!common.is_bounded) move_references(reference, out, rounded_sum, common.own_sum(), scores, plan.scale2);
@@ -270,13 +274,25 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
         cp_async_commit();
       }
       if (touched) {
+        const int warp_row = ForwardPlace::read().warp_row;
+        const bool plain = common.reach[warp_row / kForwardWarpRows].is_plain(key, kForwardKeys);
+        // With a tile that is not finite, whoever is not to see all of it takes the slow way.
+        const auto add_values = [&](auto clamped) {
 #pragma unroll
-        for (int step = 0; step < kForwardKeys / 16; ++step) {
+          for (int step = 0; step < kForwardKeys / 16; ++step) {
 #pragma unroll
-          for (int group = 0; group < kForwardGroups; ++group) {
-            mma<T>(rounded_sum[group], weights[step][group], kPairOfOnes<T>, kPairOfOnes<T>);
+            for (int group = 0; group < kForwardGroups; ++group) {
+              mma<T>(rounded_sum[group], weights[step][group], kPairOfOnes<T>, kPairOfOnes<T>);
+            }
+            multiply_step<T, kHeadDim, kForwardKeys, kForwardGroups, decltype(clamped)::value>(out, weights[step],
+                                                                                               v_tile, step);
           }
-          multiply_step<T, kHeadDim, kForwardKeys>(out, weights[step], v_tile, step);
+        };
+        if (plain || is_finite<T, kTileBytes<kForwardKeys, kHeadDim>>(v_tile)) {
+          add_values(std::false_type{});
+        } else {
+          add_values(std::true_type{});
+          add_not_finite<T, kHeadDim, kForwardKeys>(out, common.rows + warp_row, key, v_tile);
         }
       }
       key -= kForwardKeys;

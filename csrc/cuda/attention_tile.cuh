@@ -156,8 +156,8 @@ __device__ inline void multiply_transposed(float (&scores)[kGroups][kRowsB / 8][
 }
 
 // result += a b: `a` holds columns 16 * step ... of a 16 * kGroups row operand in registers, b the rows of the same
-// numbers of a tile.
-template <typename T, int kHeadDim, int kRowsB, int kGroups>
+// numbers of a tile. kClamped: of b what is finite, because some of `a` are zeros in place of what is hidden.
+template <typename T, int kHeadDim, int kRowsB, int kGroups, bool kClamped = false>
 __device__ inline void multiply_step(float (&result)[kGroups][kHeadDim / 8][4], const std::uint32_t (&a)[kGroups][4],
                                      std::uint32_t b, int step) {
   const int lane = read_thread_index() % kWarpLanes;
@@ -167,10 +167,73 @@ __device__ inline void multiply_step(float (&result)[kGroups][kHeadDim / 8][4], 
     std::uint32_t columns[4];
     const std::uint32_t b_rows = (n >> 2) * (kRowsB * kPanelRowBytes) + step * (16 * kPanelRowBytes);
     ldmatrix_transposed(columns, (b_base ^ ((n & 3) << 5)) + b_rows);
+    if constexpr (kClamped) {
+#pragma unroll
+      for (std::uint32_t& pair : columns) pair = clamp_finite<T>(pair);
+    }
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
       mma<T>(result[group][2 * n], a[group], columns[0], columns[1]);
       mma<T>(result[group][2 * n + 1], a[group], columns[2], columns[3]);
+    }
+  }
+}
+
+// Whether a tile of kBytes holds finite numbers only; the same in all lanes of the warp.
+template <typename T, int kBytes>
+__device__ inline bool is_finite(std::uint32_t tile) {
+  std::uint32_t sum = 0;
+  const std::uint32_t first = tile + read_thread_index() % kWarpLanes * kChunkBytes;
+#pragma unroll 4
+  for (int at = 0; at < kBytes; at += kWarpLanes * kChunkBytes) {
+    std::uint32_t words[4];
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(first + at)
+                 : "memory");
+#pragma unroll
+    for (const std::uint32_t word : words) look_at<T>(sum, word);
+  }
+  return !__any_sync(kWholeWarp, (sum & 0x7FFF7FFFu) != 0);
+}
+
+// result += b for the numbers of a tile that are not finite, in the rows that see them: what a clamped product has left
+// out, of weights that are not negative. `rows` are those of `hide`; `key` is row 0 of the tile.
+template <typename T, int kHeadDim, int kRowsB, int kGroups, typename R>
+__device__ inline void add_not_finite(float (&result)[kGroups][kHeadDim / 8][4], const R* rows, int key,
+                                      std::uint32_t b) {
+  const int lane = read_thread_index() % kWarpLanes;
+#pragma unroll 1
+  for (int row = 0; row < kRowsB; ++row) {
+    bool sees[kGroups][2];
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const R& own = rows[group * 16 + half * 8 + (lane >> 2)];
+        sees[group][half] = own.first <= key + row && key + row < own.end;
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n) {
+      std::uint32_t bits;
+      asm volatile("ld.shared.b32 %0, [%1];\n"
+                   : "=r"(bits)
+                   : "r"(b + chunk_offset<kRowsB>(row, n) + ((lane & 3) << 2))
+                   : "memory");
+      Pair<T> pair;
+      memcpy(&pair, &bits, sizeof pair);
+      const float2 numbers = to_floats(pair);
+      const float left = isfinite(numbers.x) ? 0.0f : numbers.x, right = isfinite(numbers.y) ? 0.0f : numbers.y;
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if (!sees[group][half]) continue;
+          result[group][n][2 * half] += left;
+          result[group][n][2 * half + 1] += right;
+        }
+      }
     }
   }
 }
@@ -372,8 +435,10 @@ __device__ inline void mirror_bias(float (&scores)[kGroups][kTiles][4], float ra
 
 // Hides, after the product, what a row does not see: a NaN in a hidden key must not survive. `rows` are those of the
 // block's tile in shared memory, from the warp's first row on, each a Row or a KeySpan.
-template <int kGroups, int kTiles, typename R>
-__device__ inline void hide(float (&scores)[kGroups][kTiles][4], const R* rows, int key) {
+//
+// `gradients`: of the weights, or nothing; what is hidden becomes 0.
+template <int kGroups, int kTiles, typename R, typename... Gradients>
+__device__ inline void hide(float (&scores)[kGroups][kTiles][4], const R* rows, int key, Gradients&... gradients) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {
@@ -386,7 +451,10 @@ __device__ inline void hide(float (&scores)[kGroups][kTiles][4], const R* rows, 
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int column = 8 * n + i;
-          if (column < first || column >= end) scores[group][n][2 * half + i] = -__int_as_float(0x7f800000);
+          if (column < first || column >= end) {
+            scores[group][n][2 * half + i] = -__int_as_float(0x7f800000);
+            ((gradients[group][n][2 * half + i] = 0.0f), ...);
+          }
         }
       }
     }

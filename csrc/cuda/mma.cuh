@@ -88,6 +88,34 @@ __device__ inline std::uint32_t pack(float low, float high) {
   return bits;
 }
 
+// Numbers that are not finite become the largest one: what is multiplied by 0 is then 0.
+template <typename T>
+__device__ inline std::uint32_t clamp_finite(std::uint32_t pair) {
+  std::uint32_t result;
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    asm("{\n.reg .b32 low;\nmin.bf16x2 low, %1, %2;\nmax.bf16x2 %0, low, %3;\n}\n"
+        : "=r"(result)
+        : "r"(pair), "r"(0x7F7F7F7Fu), "r"(0xFF7FFF7Fu));
+  } else {
+    static_assert(std::is_same_v<T, __half>);
+    asm("{\n.reg .b32 low;\nmin.f16x2 low, %1, %2;\nmax.f16x2 %0, low, %3;\n}\n"
+        : "=r"(result)
+        : "r"(pair), "r"(0x7BFF7BFFu), "r"(0xFBFFFBFFu));
+  }
+  return result;
+}
+
+// Adds 0 * pair, element by element: a sum that was zero is a NaN from the first number on that is not finite.
+template <typename T>
+__device__ inline void look_at(std::uint32_t& sum, std::uint32_t pair) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    asm("fma.rn.bf16x2 %0, %1, %2, %0;\n" : "+r"(sum) : "r"(pair), "r"(0));
+  } else {
+    static_assert(std::is_same_v<T, __half>);
+    asm("fma.rn.f16x2 %0, %1, %2, %0;\n" : "+r"(sum) : "r"(pair), "r"(0));
+  }
+}
+
 // Two ones of T: the B operand whose product is the sum of a row.
 template <typename T>
 inline constexpr std::uint32_t kPairOfOnes = std::is_same_v<T, __nv_bfloat16> ? 0x3F803F80u : 0x3C003C00u;

@@ -195,6 +195,58 @@ def test_windows_skip_far_keys(seqlen_q, emulated):
     assert torch.equal(attention(*inputs.tensors(), **inputs.options, backend="cuda"), expected)
 
 
+# One number that is not finite, hidden from some or all rows of a tile: of the forward kernel (both widths), of the one
+# for few queries, of both backward kernels.
+HIDDEN = alternate(
+    [
+        small(seqlen_q=n, seqlen_k=t, head_dim=d, num_heads=h, alibi=alibi, causal=causal, mask=mask)
+        for n, t, d, h, alibi, causal, mask in (
+            (70, 70, 64, 2, "some", True, "none"),
+            (130, 150, 128, 1, "none", True, "documents"),
+            (40, 110, 64, 2, "all", True, "window"),
+            (40, 75, 100, 1, "some", False, "padding"),
+            (100, 60, 64, 1, "none", True, "none"),  # rows that see nothing
+            (60, 130, 64, 2, "none", False, "ahead"),
+            (2, 150, 64, 8, "some", True, "none"),
+            (1, 150, 128, 5, "none", True, "padding"),
+            (3, 140, 80, 6, "all", True, "documents"),
+        )
+    ]
+)
+
+
+@pytest.mark.parametrize("name", whole.TENSORS)
+@pytest.mark.parametrize("case", HIDDEN, ids=str)
+def test_what_is_hidden_stays_hidden(case, name, emulated):
+    emulate(emulated, case)
+    inputs = make(case, torch.device("cpu"))
+    seqlen = getattr(inputs, name).shape[1]
+    for index, row in enumerate(sorted({0, seqlen // 2, seqlen - 1})):
+        value = whole.NOT_FINITE[(index + case.seqlen_q) % 3]
+        channel = slice(None) if index == 1 else (37 * index + 5) % case.head_dim
+        spoilt = whole.change(inputs, **{name: getattr(inputs, name).clone()})
+        whole.check_hidden(spoilt, "cuda", name, 0, row, 0, channel, value)
+
+
+@pytest.mark.parametrize("name", whole.TENSORS)
+def test_one_infinite_row_leaves_the_others_their_digits(name, emulated):
+    """Gradients in float16 share a scale, which must not follow an infinity."""
+    case = small(seqlen_q=96, seqlen_k=96, num_heads=1, dtype=FLOAT16, mask="documents", seed=3)
+    whole.check_hidden(make(case, torch.device("cpu")), "cuda", name, 0, 95, 0, 7, math.inf)
+
+
+def test_what_is_seen_is_not_hidden(emulated):
+    """In tiles that hide something, too: an infinite value is that of its channel alone."""
+    case = small(seqlen_q=70, seqlen_k=70, num_heads=2)
+    inputs = make(case, torch.device("cpu"))
+    inputs.v[:, 66, :, 5], inputs.v[:, 67, :, 6] = -math.inf, math.nan
+    for queries in (slice(0, 70), slice(67, 70)):  # of both kernels
+        out = attention(inputs.q[:, queries], inputs.k, inputs.v, causal=True, backend="cuda")
+        assert out[:, -4:, :, 5].isneginf().all() if out.shape[1] > 3 else out[..., 5].isneginf().all()
+        assert out[:, -3:, :, 6].isnan().all() and out[..., 7:].isfinite().all()
+        assert out[:, :-4].isfinite().all() and out[:, :-3, :, 6].isfinite().all()
+
+
 # ---- laws -----------------------------------------------------------------------------------------------------------
 
 LAWS = {name: test.law for name, test in vars(whole).items() if hasattr(test, "law")}
