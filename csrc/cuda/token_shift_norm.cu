@@ -172,9 +172,9 @@ int token_shift_norm_backward_runs(DType dtype, int dim) {
     const RowPlan plan = plan_rows<T, Access::kChunk>(params, 1);
     launch.num_threads = plan.num_groups * plan.num_lanes;
     const auto kernel = staged_kernel<T, Access::kChunk>(launch);
-    ANDROMEDA_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&num_blocks, kernel, launch.num_threads,
-                                                                       launch.shared_bytes),
-                         launch);
+    ANDROMEDA_CUDA_CHECK(
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&num_blocks, kernel, launch.num_threads, launch.shared_bytes),
+        launch);
   });
   return num_multiprocessors * std::max(num_blocks, 1);
 }
