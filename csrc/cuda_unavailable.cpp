@@ -48,6 +48,7 @@ void qk_norm_rotary_backward(const QkNormRotaryBackwardParams&, CUstream_st*) {
   unavailable("qk_norm_rotary_backward");
 }
 
+int qk_norm_rotary_backward_runs(DType, int, int, int) { unavailable("qk_norm_rotary_backward_runs"); }
 int token_shift_norm_backward_runs(DType, int) { unavailable("token_shift_norm_backward_runs"); }
 
 void token_shift_norm_forward(const TokenShiftNormParams&, CUstream_st*) { unavailable("token_shift_norm_forward"); }

@@ -340,6 +340,11 @@ def test_runs_are_those_of_a_gpu():
         _C.token_shift_norm_backward_runs(x=torch.zeros(1, 1, 16))
     with pytest.raises(ValueError, match=r"^token_shift_norm_backward_runs: x must have 3 dimensions"):
         _C.token_shift_norm_backward_runs(x=torch.zeros(1, 16))
+    q = torch.zeros(1, 1, 2, 8)
+    with pytest.raises(ValueError, match=r"^qk_norm_rotary_backward_runs: q must be on a CUDA device, got cpu"):
+        _C.qk_norm_rotary_backward_runs(q=q, k=q)
+    with pytest.raises(ValueError, match=r"^qk_norm_rotary_backward_runs: k must have 4 dimensions"):
+        _C.qk_norm_rotary_backward_runs(q=q, k=q[0])
 
 
 def test_a_dimension_beyond_int_is_refused():

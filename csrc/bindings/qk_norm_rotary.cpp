@@ -165,6 +165,14 @@ void backward(const TensorView& q, const TensorView& k, const OptionalTensor& q_
   }
 }
 
+int backward_runs(const TensorView& q, const TensorView& k) {
+  const Call call("qk_norm_rotary_backward_runs", q);
+  call.dimensions("q", q, 4);
+  call.dimensions("k", k, 4);
+  if (q.device == Device::kCpu) call.value_error("q", "be on a CUDA device", describe(q));
+  return cuda::qk_norm_rotary_backward_runs(q.dtype, call.size("q", q, 3), call.size("q", q, 2), call.size("k", k, 2));
+}
+
 }  // namespace
 
 void bind_qk_norm_rotary(py::module_& m) {
@@ -179,6 +187,9 @@ void bind_qk_norm_rotary(py::module_& m) {
         arg("q_row") = 0, arg("k_row") = 0, arg("factors") = py::none(), arg("q_factor_row") = 0,
         arg("k_factor_row") = 0, arg("dq_out"), arg("dk_out"), arg("dq"), arg("dk"), arg("dq_scale_partial"),
         arg("dk_scale_partial"), arg("normalize"), arg("num_threads"), arg("stream"));
+  m.def("qk_norm_rotary_backward_runs", &backward_runs,
+        "The best number of partial sums for many tokens like those of q and k, on a GPU.", py::kw_only(), arg("q"),
+        arg("k"));
 }
 
 }  // namespace andromeda::bindings

@@ -106,23 +106,6 @@ inline unsigned checked_grid(const AttentionParams& params, const char* kernel, 
   return static_cast<unsigned>(num_blocks);
 }
 
-// Above 48 KiB a kernel must be allowed its dynamic shared memory, once on each device. A kernel is always launched
-// with the same size.
-template <typename Kernel>
-void allow_shared_bytes(Kernel* kernel, const Launch& launch) {
-  static std::mutex mutex;
-  static std::set<std::pair<Kernel*, int>> allowed;
-  int device = 0;
-  ANDROMEDA_CUDA_CHECK(cudaGetDevice(&device), launch);
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (allowed.count({kernel, device}) != 0) return;
-  ANDROMEDA_CUDA_CHECK(
-      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(launch.shared_bytes)),
-      launch);
-  allowed.insert({kernel, device});
-}
-
 // Calls function(TypeTag<T>, std::integral_constant<int, kHeadDim>) with what the kernels are built for: a head_dim
 // between is padded with zeros to the next one. After check_attention.
 template <typename Function>

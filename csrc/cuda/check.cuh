@@ -4,8 +4,11 @@
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace andromeda::cuda {
 
@@ -44,7 +47,24 @@ inline void check(cudaError_t status, const char* call, const Launch& launch) {
                            " (kernels are built for " + describe_architectures() + ")");
 }
 
-}  // namespace andromeda::cuda
-
 // ANDROMEDA_CUDA_CHECK(cudaGetLastError(), launch): std::runtime_error unless the call returns cudaSuccess.
 #define ANDROMEDA_CUDA_CHECK(call, launch) ::andromeda::cuda::check((call), #call, (launch))
+
+// Above 48 KiB a kernel must be allowed its dynamic shared memory, once on each device. launch: with the largest
+// size that the kernel is ever launched with.
+template <typename Kernel>
+void allow_shared_bytes(Kernel* kernel, const Launch& launch) {
+  static std::mutex mutex;
+  static std::set<std::pair<Kernel*, int>> allowed;
+  int device = 0;
+  ANDROMEDA_CUDA_CHECK(cudaGetDevice(&device), launch);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device}) != 0) return;
+  ANDROMEDA_CUDA_CHECK(
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           static_cast<int>(launch.shared_bytes)),
+      launch);
+  allowed.insert({kernel, device});
+}
+
+}  // namespace andromeda::cuda

@@ -93,6 +93,11 @@ Pitch pitch_of(const OperandPlan& plan, int seqlen, const SeqStrides& stride) {
   return {inside, inside + stride.batch - seqlen * stride.seq};
 }
 
+// Of the heads that a block has at a time: the largest power of two that divides their number, if there are groups.
+int tile_heads_log2_of(int num_heads, int num_groups) {
+  return floor_log2(std::min(num_heads & -num_heads, num_groups));
+}
+
 // num_runs == 0: as many as keep the device busy.
 OperandPlan plan_operand(const QkNormRotaryOperand& operand, const QkNormRotaryParams& params, int group_log2,
                          std::int64_t num_runs) {
@@ -102,8 +107,7 @@ OperandPlan plan_operand(const QkNormRotaryOperand& operand, const QkNormRotaryP
   if (operand.num_heads == 0 || (plan.num_tokens == 0 && num_runs == 0)) return plan;  // no blocks
 
   const int num_groups = kThreads >> group_log2;
-  const int even_part = operand.num_heads & -operand.num_heads;  // the largest power of two that divides it
-  plan.tile_heads_log2 = floor_log2(std::min(even_part, num_groups));
+  plan.tile_heads_log2 = tile_heads_log2_of(operand.num_heads, num_groups);
   plan.num_head_tiles = operand.num_heads >> plan.tile_heads_log2;
   plan.num_token_lanes = num_groups >> plan.tile_heads_log2;
   plan.step_seq = plan.num_token_lanes % std::max(operand.seqlen, 1);
@@ -181,7 +185,37 @@ void dispatch(const Params& params, CUstream_st* stream) {
   });
 }
 
+// Blocks for one run of an operand with so many heads.
+int count_head_tiles(int num_heads, int group_log2) {
+  return num_heads == 0 ? 0 : num_heads >> tile_heads_log2_of(num_heads, kThreads >> group_log2);
+}
+
+template <typename T, int kChunks>
+int count_runs(int head_dim, int q_heads, int k_heads) {
+  const Launch launch{"qk_norm_rotary_backward", 0, kThreads, 0};
+  int device = 0, num_multiprocessors = 0, num_blocks = 0;
+  ANDROMEDA_CUDA_CHECK(cudaGetDevice(&device), launch);
+  ANDROMEDA_CUDA_CHECK(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device), launch);
+  const auto kernel = qk_norm_rotary_backward_kernel<T, Access::kChunk, kChunks>;
+  ANDROMEDA_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&num_blocks, kernel, kThreads, 0), launch);
+  const int group_log2 = group_log2_of<T>(head_dim, kChunks);
+  const int tiles = count_head_tiles(q_heads, group_log2) + count_head_tiles(k_heads, group_log2);
+  return std::max(num_multiprocessors * num_blocks / std::max(tiles, 1), 1);
+}
+
 }  // namespace
+
+int qk_norm_rotary_backward_runs(DType dtype, int head_dim, int q_heads, int k_heads) {
+  check_rows(head_dim, 0);
+  int runs = 0;
+  dispatch_dtype<StorageTypes>(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const bool wide = head_dim > kWarpLanes * kChunkWidth<T>;
+    runs =
+        wide ? count_runs<T, kWideChunks<T>>(head_dim, q_heads, k_heads) : count_runs<T, 1>(head_dim, q_heads, k_heads);
+  });
+  return runs;
+}
 
 void qk_norm_rotary_forward(const QkNormRotaryParams& params, CUstream_st* stream) { dispatch(params, stream); }
 

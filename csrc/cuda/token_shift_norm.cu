@@ -120,6 +120,16 @@ void launch(const TokenShiftNormParams& params, CUstream_st* stream) {
   ANDROMEDA_CUDA_CHECK(cudaGetLastError(), (Launch{"token_shift_norm_forward", num_blocks, num_threads, 0}));
 }
 
+// The kernel, allowed the shared memory of its longest rows; sets that of a block of launch.num_threads.
+template <typename T, Access kAccess>
+auto staged_kernel(Launch& launch) {
+  const auto kernel = &token_shift_norm_backward_kernel<T, kAccess>;
+  launch.shared_bytes = kMaxRowLanes<T, kAccess> * kStagedBytes<kAccess>;
+  allow_shared_bytes(kernel, launch);
+  launch.shared_bytes = launch.num_threads * kStagedBytes<kAccess>;
+  return kernel;
+}
+
 template <typename T, Access kAccess>
 void launch(const TokenShiftNormBackwardParams& params, CUstream_st* stream) {
   const bool summed = params.dresidual_scale_partial != nullptr || params.dgamma_partial != nullptr;
@@ -128,9 +138,11 @@ void launch(const TokenShiftNormBackwardParams& params, CUstream_st* stream) {
                                 std::to_string(params.num_partials));
   }
   const RowPlan plan = plan_rows<T, kAccess>(params.forward, summed ? params.num_partials : 0);
-  const unsigned num_blocks = plan.num_runs, num_threads = plan.num_groups * plan.num_lanes;
-  token_shift_norm_backward_kernel<T, kAccess><<<num_blocks, num_threads, 0, stream>>>(params, plan);
-  ANDROMEDA_CUDA_CHECK(cudaGetLastError(), (Launch{"token_shift_norm_backward", num_blocks, num_threads, 0}));
+  Launch launch{"token_shift_norm_backward", 0, static_cast<unsigned>(plan.num_groups * plan.num_lanes), 0};
+  const auto kernel = staged_kernel<T, kAccess>(launch);
+  launch.num_blocks = plan.num_runs;
+  kernel<<<launch.num_blocks, launch.num_threads, launch.shared_bytes, stream>>>(params, plan);
+  ANDROMEDA_CUDA_CHECK(cudaGetLastError(), launch);
 }
 
 template <typename Params>
@@ -158,10 +170,11 @@ int token_shift_norm_backward_runs(DType dtype, int dim) {
   dispatch_dtype<StorageTypes>(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const RowPlan plan = plan_rows<T, Access::kChunk>(params, 1);
-    const auto kernel = token_shift_norm_backward_kernel<T, Access::kChunk>;
     launch.num_threads = plan.num_groups * plan.num_lanes;
-    ANDROMEDA_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&num_blocks, kernel, launch.num_threads, 0),
-                         launch);
+    const auto kernel = staged_kernel<T, Access::kChunk>(launch);
+    ANDROMEDA_CUDA_CHECK(
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&num_blocks, kernel, launch.num_threads, launch.shared_bytes),
+        launch);
   });
   return num_multiprocessors * std::max(num_blocks, 1);
 }

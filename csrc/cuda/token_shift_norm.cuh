@@ -39,6 +39,7 @@
 #include "andromeda/token_shift_norm.h"
 #include "inverse_sqrt.cuh"
 #include "load.cuh"
+#include "mma.cuh"
 #include "warp.cuh"
 
 namespace andromeda::cuda {
@@ -116,6 +117,14 @@ struct RowPlace {
     return tensor + batch * stride.batch + seq * stride.seq;
   }
 };
+
+// What a backward pass reads of a row, in the order in which it lies in shared memory on its way.
+enum class Operand { kX, kResidual, kDy, kDshifted };
+inline constexpr int kOperands = 4;
+
+// Dynamic shared memory of a backward pass, per lane: two chunks of each operand. Its sums need less at the end.
+template <Access kAccess>
+inline constexpr int kStagedBytes = kAccess == Access::kChunk ? kOperands * 2 * kChunkBytes : 8 * sizeof(float);
 
 // ---- pieces: what a lane moves in one access ------------------------------------------------------------------------
 
@@ -380,6 +389,71 @@ struct RowLane {
     gather_mixed(dshifted, params, tile);
 #pragma unroll
     for (int i = 0; i < kChannels; ++i) g[i] = element(dy, i) + element(dshifted, i);
+  }
+
+  // The same of a row that `request_input` asked for, and the request for the row after it, while this one is worked
+  // on. A lane copies and reads places of its own, so that no barrier is needed.
+  __device__ void take_input(float (&u)[kChannels], float (&g)[kChannels], Pieces& residual, unsigned char* staged,
+                             const TokenShiftNormBackwardParams& params) const {
+    cp_async_wait<0>();
+    Pieces x, dy, dshifted;
+    take_row(x, staged, Operand::kX);
+    take_row(residual, staged, Operand::kResidual);
+    take_row(dy, staged, Operand::kDy);
+    take_row(dshifted, staged, Operand::kDshifted);
+    add_residual(u, x, residual, params.forward, 0);
+    gather_mixed(dshifted, params, 0);
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) g[i] = element(dy, i) + element(dshifted, i);
+    RowPlace ahead = place;
+    ahead.next(plan, params.forward.seqlen);
+    request_input(staged, params, ahead);
+  }
+
+  // Begins to copy what a backward pass reads of the row at `at`, of one tile; zeros where there is nothing.
+  __device__ void request_input(unsigned char* staged, const TokenShiftNormBackwardParams& params,
+                                const RowPlace& at) const {
+    request_row(staged, Operand::kX, params.forward.x, params.forward.x_stride, at);
+    request_row(staged, Operand::kResidual, params.forward.residual, params.forward.residual_stride, at);
+    request_row(staged, Operand::kDy, params.dy, params.dy_stride, at);
+    const T* own = at.row_of(static_cast<const T*>(params.dshifted), params.dshifted_stride);
+    const bool inside = at.inside() && params.dshifted != nullptr;
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      const unsigned first = channel(0, piece);
+      const int delay = plan.segments.delay(first);
+      const bool whole = inside && first < dim && !is_mixed(first);
+      const bool exists = whole && is_handed_on(params.forward, at, delay);
+      cp_async(place_of(staged, Operand::kDshifted, piece), own + delay * params.dshifted_stride.seq + first,
+               exists ? kChunkBytes : 0);
+    }
+    cp_async_commit();
+  }
+
+  __device__ void request_row(unsigned char* staged, Operand operand, const void* tensor, const RowStrides& stride,
+                              const RowPlace& at) const {
+    const bool inside = at.inside() && tensor != nullptr;
+    const T* row = at.row_of(static_cast<const T*>(tensor), stride);
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      const unsigned first = channel(0, piece);
+      cp_async(place_of(staged, operand, piece), row + first, inside && first < dim ? kChunkBytes : 0);
+    }
+  }
+
+  __device__ void take_row(Pieces& pieces, const unsigned char* staged, Operand operand) const {
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      pieces[piece].bits = *reinterpret_cast<const uint4*>(staged + offset_of(operand, piece));
+    }
+  }
+
+  __device__ static unsigned offset_of(Operand operand, int piece) {
+    return ((static_cast<int>(operand) * kPieces + piece) * blockDim.x + threadIdx.x) * kChunkBytes;
+  }
+
+  __device__ static std::uint32_t place_of(unsigned char* staged, Operand operand, int piece) {
+    return shared_address(staged) + offset_of(operand, piece);
   }
 
   __device__ void add_residual(float (&u)[kChannels], const Pieces& x, const Pieces& residual,
@@ -659,13 +733,17 @@ __global__ void __launch_bounds__(kMaxRowLanes<T, kAccess>)
                                      const __grid_constant__ RowPlan plan) {
   using Lane = RowLane<T, kAccess>;
   __shared__ WarpSums warp_sums;
-  __shared__ alignas(kChunkBytes) float group_sums[kSharedRowLanes * Lane::kChannels];
+  extern __shared__ __align__(kChunkBytes) unsigned char staged[];
   const TokenShiftNormParams& forward = params.forward;
   RowPlace place(plan, forward.seqlen);
   Lane lane(plan, place, warp_sums, forward.dim);
   RunSum<Lane> dresidual_scale(params.dresidual_scale_partial, forward.alpha, lane);
   RunSum<Lane> dgamma(params.dgamma_partial, 1.0f, lane);
   const bool norm = forward.gamma != nullptr;
+  constexpr bool kStaged = kAccess == Access::kChunk;
+  if constexpr (kStaged) {
+    if (plan.num_tiles == 1) lane.request_input(staged, params, place);
+  }
 
   // The trip count is that of the whole block, for its barriers, and because shuffles need whole warps.
   while (place.token < place.num_tokens) {
@@ -678,7 +756,11 @@ __global__ void __launch_bounds__(kMaxRowLanes<T, kAccess>)
     int tile = norm ? 0 : last;
     while (true) {
       lane.forget();
-      lane.load_input(u, g, residual, params, tile);
+      if (kStaged && plan.num_tiles == 1) {
+        if constexpr (kStaged) lane.take_input(u, g, residual, staged, params);
+      } else {
+        lane.load_input(u, g, residual, params, tile);
+      }
       if (norm) {
         float e[Lane::kChannels];
         lane.load_vector(e, forward.gamma, tile);
@@ -729,6 +811,9 @@ __global__ void __launch_bounds__(kMaxRowLanes<T, kAccess>)
     place.next(plan, forward.seqlen);
   }
 
+  if constexpr (kStaged) cp_async_wait<0>();
+  auto* group_sums = reinterpret_cast<float*>(staged);  // what was requested has been read by the lanes it belongs to
+  if (plan.num_groups > 1) __syncthreads();
   dgamma.finish(lane, group_sums);
   if (plan.num_groups > 1) __syncthreads();  // those are added up: their place is free
   dresidual_scale.finish(lane, group_sums);

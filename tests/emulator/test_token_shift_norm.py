@@ -194,7 +194,8 @@ def test_stream_grid_and_calls(emulated, monkeypatch):
     )
     forward, backward = emulated.launches
     assert forward.stream == backward.stream == 0x1234
-    assert forward.block == backward.block == (160, 1, 1) and forward.shared_bytes == backward.shared_bytes == 0
+    assert forward.block == backward.block == (160, 1, 1)
+    assert forward.shared_bytes == 0 and backward.shared_bytes == 160 * 4 * 2 * 16  # two chunks of each operand a lane
     assert forward.grid == (51, 1, 1)  # a row each
     assert backward.grid == (4, 1, 1)  # a run of partial sums each
     assert emulated.calls == []
