@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cctype>
+#include <cstdlib>
 #include <cstring>
 #include <sstream>
 #include <stdexcept>
@@ -21,6 +22,15 @@ constexpr std::size_t kVariableAlignment = 256;  // at least what any access nee
 bool starts_with(const std::string& text, const char* prefix) { return text.rfind(prefix, 0) == 0; }
 
 std::size_t round_up(std::size_t value, std::size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Numbers are read by the C library: where a compiler links its C++ library into each library, the facets of locales
+// that a stream reads numbers by are mixed up between two of them, and the process ends.
+std::size_t number_of(const std::string& word, int line) {
+  char* end = nullptr;
+  const unsigned long long value = std::strtoull(word.c_str(), &end, 10);
+  if (word.empty() || *end != '\0') fail(line, "no number", word);
+  return static_cast<std::size_t>(value);
+}
 
 int count_lines(const std::string& text, std::size_t from, std::size_t to) {
   return static_cast<int>(std::count(text.begin() + from, text.begin() + to, '\n'));
@@ -85,7 +95,8 @@ Variable parse_variable(const std::string& text, int line) {
   std::string word, declarator;
   while (words >> word) {
     if (word == ".align") {
-      words >> variable.alignment;
+      words >> word;
+      variable.alignment = number_of(word, line);
     } else if (word == ".extern") {
       variable.is_extern = true;
     } else if (word == ".shared" || word == ".global" || word == ".const" || word == ".local" || word == ".param") {
@@ -196,8 +207,10 @@ class BodyParser {
     if (starts_with(text_.substr(at, 5), ".loc ") || starts_with(text_.substr(at, 5), ".loc\t")) {
       const std::size_t end = std::min(text_.find('\n', at), text_.size());
       std::istringstream words(text_.substr(at + 4, end - at - 4));
-      int line = 0, file = 0;
-      words >> file >> line;
+      std::string file_word, line_word;
+      words >> file_word >> line_word;
+      const int file = static_cast<int>(number_of(file_word, line_));
+      const int line = static_cast<int>(number_of(line_word, line_));
       if (line != 0) {  // 0: code of no line in particular
         source_file_ = file;
         source_line_ = line;
@@ -555,13 +568,13 @@ class ModuleParser {
     for (const char* word : {".maxntid", ".reqntid"}) {
       const std::size_t at = text.find(word);
       if (at == std::string::npos) continue;
-      std::istringstream numbers(text.substr(at + 8));
-      std::size_t product = 1, size = 0;
-      char comma = ',';
-      while (comma == ',' && numbers >> size) {
-        product *= size;
-        if (!(numbers >> comma)) break;
-      }
+      const char* next = text.c_str() + at + std::strlen(word);
+      std::size_t product = 1;
+      do {
+        char* end = nullptr;
+        product *= std::strtoull(next, &end, 10);
+        next = end + std::strspn(end, kSpace);
+      } while (*next++ == ',');
       entry->max_threads = product;
     }
   }

@@ -1,12 +1,26 @@
 #include "ptx_library.h"
 
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <fstream>
-#include <sstream>
+#include <memory>
 #include <stdexcept>
 
 namespace emulator {
+namespace {
+
+// By the C library, as numbers are (parser.cpp): a file stream needs a facet of a locale.
+std::string read_file(const std::string& path) {
+  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path.c_str(), "rb"), &std::fclose);
+  if (file == nullptr) throw std::runtime_error("cannot read " + path);
+  std::string text;
+  char block[1 << 16];
+  while (const std::size_t count = std::fread(block, 1, sizeof block, file.get())) text.append(block, count);
+  if (std::ferror(file.get()) != 0) throw std::runtime_error("cannot read " + path);
+  return text;
+}
+
+}  // namespace
 
 void PtxLibrary::set_files(std::vector<std::string> paths) {
   files_.clear();
@@ -16,11 +30,7 @@ void PtxLibrary::set_files(std::vector<std::string> paths) {
 
 void PtxLibrary::read() {
   for (File& file : files_) {
-    std::ifstream stream(file.path);
-    if (!stream) throw std::runtime_error("cannot read " + file.path);
-    std::stringstream content;
-    content << stream.rdbuf();
-    file.text = content.str();
+    file.text = read_file(file.path);
     const std::size_t target = file.text.find("\n.target sm_");
     if (target == std::string::npos) throw std::runtime_error(file.path + " has no .target");
     char* suffix = nullptr;
