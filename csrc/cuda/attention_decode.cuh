@@ -27,15 +27,15 @@
 // to the workspace and draws a ticket; of a group of shares the last to arrive adds them, always in the order of their
 // numbers, so that a result does not depend on timing. The groups' sums are added in the same way, until one is left:
 //
-//   256 shares of 24 rows     0 ... 6  | 7 ... 13 | ... |  252 ... 255      the last of each group of 7
-//   37 sums                      0 ... 6     | 7 ... 13 | ... | 35 36       the last of each group of 7
-//   6 sums                                   0 ... 5                        the last of all, which writes the rows
+//   128 shares of 24 rows     0 ... 5  | 6 ... 11 | ... |  126 127          the last of each group of 6
+//   22 sums                      0 ... 5     | 6 ... 11 | ... | 18 ... 21   the last of each group of 6
+//   4 sums                                   0 ... 3                        the last of all, which writes the rows
 //
 // All that a block adds is on its way at once: the others' results go into the tiles' place in shared memory, past the
-// registers, and its own stays in registers. A group is as large as the tiles have room for (kFanIn at most). A level
-// takes about 2000 clocks (a write, two fences and a ticket between them, one trip to L2) and what one SM gets from L2,
-// 64 bytes a clock: for 24 rows, 128 wide, 9.2 KiB or 147 clocks for each result. The three levels above are 3 * 2000 +
-// 20 * 147 = 8900 clocks; two with groups of 16, which need a second trip, 2 * (2000 + 700 + 16 * 147) = 10100.
+// registers, and its own stays in registers. A group is as large as the tiles have room for (kFanIn at most). On an
+// H200 a level takes 1.9 us (a write, two fences and a ticket between them, one trip to L2) and 0.67 us for each result
+// of 24 rows, 128 wide, 9.2 KiB: the four warps of one block fetch and add them one after the other. The three levels
+// above are 17 of the 44 us that 131072 keys take.
 //
 // The softmax is the one with a running maximum, in every call: its cost hides behind memory. The largest weight of a
 // row is then exactly 1, and the sum of the unrounded weights is a good enough divisor (gpu_kernels 1.3).

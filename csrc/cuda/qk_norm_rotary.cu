@@ -199,7 +199,7 @@ int count_runs(int head_dim, int q_heads, int k_heads) {
   const auto kernel = qk_norm_rotary_backward_kernel<T, Access::kChunk, kChunks>;
   ANDROMEDA_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&num_blocks, kernel, kThreads, 0), launch);
   const int group_log2 = group_log2_of<T>(head_dim, kChunks);
-  const int tiles = count_head_tiles(q_heads, group_log2) + count_head_tiles(k_heads, group_log2);
+  const int tiles = std::max(count_head_tiles(q_heads, group_log2), count_head_tiles(k_heads, group_log2));
   return std::max(num_multiprocessors * num_blocks / std::max(tiles, 1), 1);
 }
 

@@ -333,24 +333,32 @@ def test_splits_keep_what_is_not_finite(emulated, monkeypatch):
 
 
 def test_bytes_on_the_way_of_the_last_block(emulated, monkeypatch):
-    """131072 keys on an H200 are 256 shares. The last block to arrive writes a partial result for each level and reads
-    the others of its groups: bytes that nothing hides. As 32-bit numbers, in two levels of 16 that were all read back,
-    they were 2 * 17 results of 24 rows * 128 * 4 bytes and 32 rows * 8 bytes."""
-    heads, head_dim, num_splits = 24, 128, 256
+    """131072 keys on an H200 are 128 shares. The last block to arrive writes a partial result for each level and reads
+    the others of its groups: bytes that nothing hides."""
+    heads, head_dim, num_splits = 24, 128, 128
     sizes = {"batch": 1, "seqlen_q": 1, "num_heads": heads, "num_kv_heads": 1, "head_dim": head_dim, "causal": True}
     emulated.settings.device = "H200"
     chosen = _select.extension.attention_forward_workspace(seqlen_k=131072, **sizes)
     few_keys = {"seqlen_k": 64 * num_splits, "num_splits": num_splits}
     assert chosen == _select.extension.attention_forward_workspace(**few_keys, **sizes)
 
-    # 7 + 7 + 6 in three levels. The first block comes last, so that all its groups are full.
+    # 6 + 6 + 4 in three levels. The first block comes last, so that all its groups are full.
     partial_bytes = heads * (3 * head_dim + 8)
-    assert chosen == ((256 + 37 + 6) * partial_bytes / 4, 37 + 6 + 1, num_splits)
+    assert chosen == ((128 + 22 + 4) * partial_bytes / 4, 22 + 4 + 1, num_splits)
     emulated.settings.blocks = (*range(1, num_splits), 0)
     monkeypatch.setattr(op, "_NUM_SPLITS", num_splits)
     case = small(seqlen_q=1, seqlen_k=64 * num_splits, num_heads=heads, head_dim=head_dim)
     attention(*make(case, torch.device("cpu")).tensors(), causal=True, backend="cuda")
     read = emulated.launches[-1].counters.foreign_bytes
-    assert read == (6 + 6 + 5) * partial_bytes
-    before = 2 * 17 * (24 * 128 * 4 + 32 * 8)
-    assert read + 3 * partial_bytes <= before / 2
+    assert read == (5 + 5 + 3) * partial_bytes
+
+
+@pytest.mark.parametrize(
+    "batch, seqlen_k, measured", [(1, 131072, (128, 132)), (16, 8192, (8, 8)), (64, 2048, (2, 4)), (1, 8192, (24, 64))]
+)
+def test_number_of_shares_is_the_fastest_measured(emulated, batch, seqlen_k, measured):
+    """On an H200, 24 heads of 128 channels: within 4 % of the best number of shares of these keys."""
+    emulated.settings.device = "H200"
+    sizes = {"seqlen_q": 1, "num_heads": 24, "num_kv_heads": 1, "head_dim": 128, "causal": True}
+    chosen = _select.extension.attention_forward_workspace(batch=batch, seqlen_k=seqlen_k, **sizes)[2]
+    assert measured[0] <= chosen <= measured[1]

@@ -65,7 +65,7 @@ void qk_norm_rotary_backward(const QkNormRotaryBackwardParams& params, int num_t
 namespace cuda {
 void qk_norm_rotary_forward(const QkNormRotaryParams& params, CUstream_st* stream);
 void qk_norm_rotary_backward(const QkNormRotaryBackwardParams& params, CUstream_st* stream);
-// The number of partials for many tokens at which the blocks of both operands run at the same time, all of them.
+// The number of partials for many tokens at which the larger operand has as many blocks as run at the same time.
 int qk_norm_rotary_backward_runs(DType dtype, int head_dim, int q_heads, int k_heads);
 }  // namespace cuda
 
