@@ -276,7 +276,7 @@ def test_a_bad_number_stays_in_its_row(backend, tensors_for, value):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("normalize", [True, False], ids=["norm", "no_norm"])
-def test_a_row_that_nobody_uses_adds_nothing(normalize, value, backend, tensors_for):
+def test_a_row_that_nobody_uses_adds_nothing(backend, tensors_for, normalize, value):
     """Its gradient is 0, as that of a hidden key: what it holds reaches no gradient, its own neither."""
     q, k, q_scale, k_scale = tensors_for(PLAIN)
     options = {"normalize": normalize, "rotary_dim": 8, "backend": backend}

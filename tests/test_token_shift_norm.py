@@ -313,7 +313,7 @@ def test_a_bad_number_stays_in_its_row(backend, tensors_for, value):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "no_norm"])
-def test_what_key_start_hides_does_not_count(norm, value, backend, tensors_for, device):
+def test_what_key_start_hides_does_not_count(backend, tensors_for, device, norm, value):
     """Rows before their own `key_start`, and what comes to them: neither results nor gradients of others know them."""
     case = Case("", batch=1, seqlen=11, dim=40, shift=2, norm=norm)
     x, residual, residual_scale, gamma = tensors_for(case)
