@@ -5,6 +5,9 @@ import dataclasses
 import functools
 import math
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import hypothesis
 import numerics
@@ -941,16 +944,36 @@ HIDDEN = [
 ]
 
 
-@pytest.mark.parametrize("case", HIDDEN, ids=str)
-@pytest.mark.parametrize("name", TENSORS)
-def test_every_place_is_hidden_from_what_does_not_see_it(name, case, backend, device):
-    inputs = make(case, device)
-    require(backend, *inputs.tensors(), **inputs.options)
+def hide_at_edges(case, inputs, name, backend):
     seqlen = getattr(inputs, name).shape[1]
     rows = {0, 1, seqlen // 2, seqlen - 2, seqlen - 1, *(edge + side for edge in (12, 96, 192) for side in (-1, 0))}
     for row in sorted(row for row in rows if 0 <= row < seqlen):
         spoilt = change(inputs, **{name: getattr(inputs, name).clone()})
         check_hidden(spoilt, backend, name, 0, row, 0, row % case.head_dim, NOT_FINITE[row % 3])
+
+
+@pytest.mark.parametrize("case", HIDDEN, ids=str)
+@pytest.mark.parametrize("name", TENSORS)
+def test_every_place_is_hidden_from_what_does_not_see_it(name, case, backend, device):
+    inputs = make(case, device)
+    require(backend, *inputs.tensors(), **inputs.options)
+    hide_at_edges(case, inputs, name, backend)
+
+
+@pytest.mark.parametrize("isa", _select.extension.cpu_isas()[:-1] if _select.extension else [])
+def test_every_place_is_hidden_with_each_instruction_set(isa):
+    """The last one is what the other tests run."""
+    code = """
+import torch
+from test_attention import HIDDEN, TENSORS, hide_at_edges, make
+for case in HIDDEN:
+    for name in TENSORS:
+        hide_at_edges(case, make(case, torch.device("cpu")), name, "cpu")
+"""
+    environ = os.environ | {"ANDROMEDA_CPU_ISA": isa, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, env=environ, cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize("value", NOT_FINITE, ids=str)

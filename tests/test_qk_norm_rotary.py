@@ -274,6 +274,26 @@ def test_a_bad_number_stays_in_its_row(backend, tensors_for, value):
     assert torch.equal(q_bad, q_good) and torch.equal(k_bad, k_good)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("normalize", [True, False], ids=["norm", "no_norm"])
+def test_a_row_that_nobody_uses_adds_nothing(backend, tensors_for, normalize, value):
+    """Its gradient is 0, as that of a hidden key: what it holds reaches no gradient, its own neither."""
+    q, k, q_scale, k_scale = tensors_for(PLAIN)
+    options = {"normalize": normalize, "rotary_dim": 8, "backend": backend}
+    douts = random_like([q, k])
+    douts[0][1, 3], douts[1][0, 2] = 0.0, 0.0
+
+    def gradients(number):
+        leaves = [t.clone() for t in (q, k, q_scale, k_scale)]
+        leaves[0][1, 3, 1], leaves[1][0, 2, :, 5] = number, number
+        leaves = [t.requires_grad_() for t in leaves]
+        outputs = qk_norm_rotary(*leaves[:2], q_scale=leaves[2], k_scale=leaves[3], **options)
+        return torch.autograd.grad(outputs, leaves, douts)
+
+    for found, expected in zip(gradients(value), gradients(1.0), strict=True):
+        assert torch.equal(found, expected) and found.isfinite().all()
+
+
 # ---- laws -----------------------------------------------------------------------------------------------------------
 
 

@@ -311,6 +311,35 @@ def test_a_bad_number_stays_in_its_row(backend, tensors_for, value):
     assert torch.equal(y_bad, y_good) and torch.equal(shifted_bad, shifted_good)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "no_norm"])
+def test_what_key_start_hides_does_not_count(backend, tensors_for, device, norm, value):
+    """Rows before their own `key_start`, and what comes to them: neither results nor gradients of others know them."""
+    case = Case("", batch=1, seqlen=11, dim=40, shift=2, norm=norm)
+    x, residual, residual_scale, gamma = tensors_for(case)
+    starts = [5] * 8 + [8] * 3  # five rows of padding, then two documents
+    key_start = torch.tensor([starts], dtype=torch.int32, device=device)
+    (dshifted,) = random_like([x])
+
+    def results(number, document):
+        tensors = [x.clone(), residual.clone(), residual_scale, gamma]
+        dout = dshifted.clone()
+        for tensor in (*tensors[:2], dout):
+            tensor[:, :5] = number
+        dout[:, 5, 40 // 3 : 3 * (40 // 3)] = number  # of the first row's delayed segments
+        tensors[0][:, 5:8] += document
+        used = [None if t is None else t.requires_grad_() for t in tensors]
+        _, shifted = run(*used, alpha=1.5, shift=2, key_start=key_start, backend=backend)
+        leaves = [t for t in used if t is not None]
+        return shifted, *torch.autograd.grad(shifted, leaves, dout)
+
+    for found, expected in zip(results(value, 0.0), results(0.0, 0.0), strict=True):
+        assert torch.equal(found, expected) and found.isfinite().all()
+    for found, expected in zip(results(0.0, value)[:3], results(0.0, 0.0)[:3], strict=True):
+        others = [row for row in range(11) if not 5 <= row < 8]
+        assert torch.equal(found[:, others], expected[:, others])
+
+
 # ---- laws -----------------------------------------------------------------------------------------------------------
 
 

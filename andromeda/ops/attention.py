@@ -75,7 +75,8 @@ def attention(
         softmax_lse, with return_lse: (batch, num_heads, seqlen_q), float32 (float64 for float64), natural logarithm;
             -inf for a row that sees no key.
 
-        NaN in a hidden key has no effect on `out`; NaN in a hidden value may have, since 0 * NaN is NaN.
+        What a row does not see has no effect on its results and gradients, whatever is there: NaN and infinities in
+        hidden keys and values, in queries and output gradients that do not see a key, between documents, in padding.
 
     Raises:
         ValueError, TypeError: the call is wrong on every machine.

@@ -22,6 +22,7 @@ def transform(x, scale, table, normalize):
 def transform_backward(dout, x, scale, table, normalize):
     """Gradients of `transform` for x and scale (None without a scale), written out (SPEC 16.3)."""
     dx = rotate(dout, table, transpose=True)
+    x = x.masked_fill((dx == 0).all(-1, keepdim=True), 0)  # of a row that nobody uses 0 * nan would be nan
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     x_hat = x / norm.clamp_min(1e-12) if normalize else x
     dscale = None if scale is None else (dx * x_hat).sum(dim=(0, 1))

@@ -70,6 +70,7 @@ def token_shift_norm_backward(
     dgamma = dresidual = dresidual_scale = None
     if gamma is not None:
         u = norm_input(x, residual, residual_scale, alpha)
+        u = u.masked_fill((du == 0).all(-1, keepdim=True), 0)  # of a row that nobody uses 0 * nan would be nan
         gain = 1 + gamma
         _, mean, inverse = torch.native_layer_norm(u, gain.shape, gain, None, EPSILON)
         du, dgamma, _ = torch.ops.aten.native_layer_norm_backward(
@@ -77,7 +78,9 @@ def token_shift_norm_backward(
         )
     if residual is not None:
         dresidual = du * (alpha if residual_scale is None else alpha * residual_scale)
-        dresidual_scale = None if residual_scale is None else alpha * (du * residual).sum(dim=(0, 1))
+        dresidual_scale = (
+            None if residual_scale is None else alpha * (du * residual.masked_fill(du == 0, 0)).sum(dim=(0, 1))
+        )
     return du, dresidual, dresidual_scale, dgamma
 
 

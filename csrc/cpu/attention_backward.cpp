@@ -100,7 +100,7 @@ struct QueryTile {
         rest(stride) {}
   std::int64_t stride;  // of queries and douts
   Buffer queries, douts, p, ds;
-  Buffer row, rest;               // one of each
+  Buffer row, rest;              // one of each
   Noticed in_queries, in_douts;  // numbers that are not finite
   Row rows[kTileQ];
   RowBlock blocks[kBlocks];
@@ -318,9 +318,9 @@ void backward(const AttentionBackwardParams& backward_params, int num_threads) {
       }
       bool not_finite = false;
       for (int channel = 0; channel < head_dim; channel += kCols)
-        not_finite |= pack_panel(k + channel, params.k_stride.seq, num_keys,
-                                 static_cast<int>(smaller(kCols, head_dim - channel)),
-                                 packed.key_panels.get() + task * packed.panels_size + channel * kTileK);
+        not_finite |=
+            pack_panel(k + channel, params.k_stride.seq, num_keys, static_cast<int>(smaller(kCols, head_dim - channel)),
+                       packed.key_panels.get() + task * packed.panels_size + channel * kTileK);
       packed.not_finite.get()[task] = not_finite;
     });
 

@@ -198,11 +198,7 @@ inline void multiply_rows(const float* a, std::int64_t a_stride, const B* b, std
 class Noticed {
  public:
   void look_at(Vec x) { bits_ |= (IntVec)(x * 0.0f); }  // a zero of either sign, or a NaN
-  bool any() const {
-    std::int32_t bits = 0;
-    for (int lane = 0; lane < kLanes; ++lane) bits |= bits_[lane];
-    return (bits & 0x7f800000) != 0;
-  }
+  bool any() const { return ANDROMEDA_ISA::any(bits_ & 0x7f800000); }
 
  private:
   IntVec bits_{};

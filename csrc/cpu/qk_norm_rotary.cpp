@@ -77,6 +77,7 @@ inline void forward_row(const T* x, const float* scale, const float* table, T* o
 }
 
 // With g the rotated-back gradient and e = scale * g:  dscale += g * x_hat,  dx = (e - x_hat <x_hat, e>) / norm.
+// A row that nobody uses (dout is 0: a hidden key, for instance) adds nothing to dscale, whatever it holds.
 template <typename T>
 inline void backward_row(const T* x, const float* scale, const float* table, const T* dout, T* dx, float* dscale,
                          const RowShape& row) {
@@ -89,13 +90,16 @@ inline void backward_row(const T* x, const float* scale, const float* table, con
 
   // Pass 1: ||x||^2 and <x, e>.
   Vec squares{}, products{};
+  IntVec not_zero{};
   if (row.normalize) {
     for_each_vector(0, row.head_dim, [&](int channel, int count) __attribute__((always_inline)) {
-      const Vec value = load_up_to(x + channel, count);
+      const Vec value = load_up_to(x + channel, count), unscaled = unscaled_gradient(channel, count);
       squares += value * value;
-      products += value * gradient(unscaled_gradient(channel, count), channel, count);
+      products += value * gradient(unscaled, channel, count);
+      not_zero |= unscaled != 0.0f;
     });
   }
+  const bool project = row.normalize && any(not_zero);
   const Divisor divisor = divisor_of(reduce_add(squares), row.normalize);
   const Vec inverse = broadcast(divisor.inverse);
   // In this order: inverse may be 1e12, and its cube does not fit a float.
@@ -107,9 +111,10 @@ inline void backward_row(const T* x, const float* scale, const float* table, con
     const Vec e = gradient(unscaled, channel, count);
     const Vec x_hat = load_up_to(x + channel, count) * inverse;
     if (dscale != nullptr) {
-      store_up_to(dscale + channel, load_up_to(dscale + channel, count) + unscaled * x_hat, count);
+      const Vec term = select(unscaled != 0.0f, unscaled * x_hat, Vec{});
+      store_up_to(dscale + channel, load_up_to(dscale + channel, count) + term, count);
     }
-    store_up_to(dx + channel, row.normalize ? (e - x_hat * along) * inverse : e, count);
+    store_up_to(dx + channel, project ? (e - x_hat * along) * inverse : e, count);
   });
 }
 

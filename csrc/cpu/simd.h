@@ -130,6 +130,12 @@ inline void store_first(T* p, Vec v, int count) {
 
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
+inline bool any(IntVec mask) {
+  std::int32_t bits = 0;
+  for (int lane = 0; lane < kLanes; ++lane) bits |= mask[lane];
+  return bits != 0;
+}
+
 inline IntVec lane_index() {
   IntVec v;
   for (int lane = 0; lane < kLanes; ++lane) v[lane] = lane;

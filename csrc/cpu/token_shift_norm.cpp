@@ -147,6 +147,7 @@ void forward_token(const TokenShiftNormParams& params, const Token& token) {
 // With g the gradient of y from both outputs, e = g * (1 + gamma) and u_hat the normalised input:
 //   du = (e - mean(e) - u_hat * mean(e * u_hat)) * inverse      dgamma += g * u_hat
 //   dx = du      dresidual = factor * du      dresidual_scale += alpha * residual * du
+// A row that nobody uses (g is 0: it is padding, for instance) adds nothing to any sum, whatever it holds.
 template <typename T>
 void backward_token(const TokenShiftNormBackwardParams& params, const Token& token, float* dresidual_scale,
                     float* dgamma) {
@@ -177,19 +178,23 @@ void backward_token(const TokenShiftNormBackwardParams& params, const Token& tok
 
   Statistics statistics{};
   Vec mean_e{}, mean_product{};
+  bool used = true;
   if (norm) {
     statistics = statistics_of(input, forward.dim);
+    IntVec not_zero{};
     for_each_gradient([&](int channel, int count, Vec g) __attribute__((always_inline)) {
+      not_zero |= g != 0.0f;
       const Vec e = g * gain(channel, count);  // 0 in the lanes after the last channel
       mean_e += e;
       mean_product += e * ((input.load(channel, count) - statistics.mean) * statistics.inverse);
     });
     mean_e = broadcast(reduce_add(mean_e) / static_cast<float>(forward.dim));
     mean_product = broadcast(reduce_add(mean_product) / static_cast<float>(forward.dim));
+    used = any(not_zero);
   }
   for_each_gradient([&](int channel, int count, Vec g) __attribute__((always_inline)) {
     Vec du = g;
-    if (norm) {
+    if (norm && used) {
       const Vec u_hat = (input.load(channel, count) - statistics.mean) * statistics.inverse;
       du = (g * gain(channel, count) - mean_e - u_hat * mean_product) * statistics.inverse;
       if (dgamma != nullptr) store_up_to(dgamma + channel, load_up_to(dgamma + channel, count) + g * u_hat, count);
@@ -198,7 +203,8 @@ void backward_token(const TokenShiftNormBackwardParams& params, const Token& tok
     if (dresidual == nullptr) return;
     store_up_to(dresidual + channel, input.factor(channel, count) * du, count);
     if (dresidual_scale != nullptr) {
-      const Vec term = input.alpha * load_up_to(input.residual + channel, count) * du;
+      const Vec product = input.alpha * load_up_to(input.residual + channel, count) * du;
+      const Vec term = select(du != 0.0f, product, Vec{});
       store_up_to(dresidual_scale + channel, load_up_to(dresidual_scale + channel, count) + term, count);
     }
   });

@@ -93,14 +93,12 @@ template <typename T>
 __device__ inline std::uint32_t clamp_finite(std::uint32_t pair) {
   std::uint32_t result;
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    asm("{\n.reg .b32 low;\nmin.bf16x2 low, %1, %2;\nmax.bf16x2 %0, low, %3;\n}\n"
-        : "=r"(result)
-        : "r"(pair), "r"(0x7F7F7F7Fu), "r"(0xFF7FFF7Fu));
+    asm("min.bf16x2 %0, %1, %2;\n" : "=r"(result) : "r"(pair), "r"(0x7F7F7F7Fu));
+    asm("max.bf16x2 %0, %0, %1;\n" : "+r"(result) : "r"(0xFF7FFF7Fu));
   } else {
     static_assert(std::is_same_v<T, __half>);
-    asm("{\n.reg .b32 low;\nmin.f16x2 low, %1, %2;\nmax.f16x2 %0, low, %3;\n}\n"
-        : "=r"(result)
-        : "r"(pair), "r"(0x7BFF7BFFu), "r"(0xFBFFFBFFu));
+    asm("min.f16x2 %0, %1, %2;\n" : "=r"(result) : "r"(pair), "r"(0x7BFF7BFFu));
+    asm("max.f16x2 %0, %0, %1;\n" : "+r"(result) : "r"(0xFBFFFBFFu));
   }
   return result;
 }

@@ -359,6 +359,20 @@ __global__ void __launch_bounds__(kThreads)
       sums[1] = add_dot(sums[1], value, g[i] * scale[i]);
     }
     if (params.normalize) sum_over_group(sums, plan.group_log2);
+    // A row that nobody uses (its g is 0: a hidden key, for instance) adds nothing, whatever it holds: 0 * NaN.
+    if (__any_sync(kWholeWarp, isnan(sums[1]))) {
+      float used[1] = {0.0f};
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) {
+        if (g[i].x != 0.0f || g[i].y != 0.0f) used[0] = 1.0f;
+      }
+      if (params.normalize) sum_over_group(used, plan.group_log2);
+      if (used[0] == 0.0f) {
+        sums[0] = sums[1] = 0.0f;
+#pragma unroll
+        for (Chunk<T>& chunk : chunks) chunk = Chunk<T>{};
+      }
+    }
 
     // Step 3: both gradients. In this order: inverse may be 1e12, and its cube does not fit a float.
     const float inverse = params.normalize ? inverse_norm<T>(sums[0]) : 1.0f;

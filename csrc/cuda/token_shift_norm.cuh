@@ -777,11 +777,18 @@ __global__ void __launch_bounds__(kMaxRowLanes<T, kAccess>)
     const float inverse = inverse_sqrt<float>(fmaf(statistics.squares, plan.row.share, kLayerNormEpsilon));
     const float from_e = -statistics.e * plan.row.share * inverse;
     const float from_u_hat = -statistics.product * plan.row.share * inverse * inverse;
+    // A row that nobody uses (its g is 0: padding, for instance) adds nothing to any sum, whatever it holds: 0 * NaN.
+    const bool may_be_unused = norm && statistics.e == 0.0f && isnan(statistics.product);
 
     // Step 2: the gradients.
     while (true) {
       lane.forget();
-      if (norm) {
+      bool unused = may_be_unused;
+      if (may_be_unused) {
+#pragma unroll
+        for (int i = 0; i < Lane::kChannels; ++i) unused = unused && g[i] == 0.0f;
+      }
+      if (norm && !unused) {
         const float offset = (centre - statistics.mean) * inverse;
         float gamma[Lane::kChannels];
         lane.load_vector(gamma, forward.gamma, tile);
@@ -798,6 +805,10 @@ __global__ void __launch_bounds__(kMaxRowLanes<T, kAccess>)
       if (forward.residual != nullptr) {
 #pragma unroll
         for (int i = 0; i < Lane::kChannels; ++i) u[i] = Lane::element(residual, i);
+        if (!norm || unused) {
+#pragma unroll
+          for (int i = 0; i < Lane::kChannels; ++i) u[i] = g[i] == 0.0f ? 0.0f : u[i];
+        }
         dresidual_scale.add(u, g, lane, tile);
         lane.load_factor(u, forward, tile);
 #pragma unroll

@@ -150,6 +150,10 @@ LAWS_WITH_A_DEVICE = [
     (operation.test_calls_on_pieces_equal_one_call, (1,) * 17, False),
     (operation.test_calls_on_pieces_equal_one_call, (1, 2, 13, 1), True),
     (operation.test_documents_are_separate,),
+    *[
+        (operation.test_what_key_start_hides_does_not_count, norm, value)
+        for norm, value in ((True, math.nan), (True, math.inf), (False, math.nan), (False, -math.inf))
+    ],
     (operation.test_opcheck, "deepnorm"),
     (operation.test_opcheck, "shift_only"),
     (operation.test_opcheck, "documents_and_history"),
