@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from andromeda import files, packing
-from andromeda.documents import Source, clean, open_source
+from andromeda.documents import Source, clean, open_source, whole_texts
 from andromeda.tokenizer import AndromedaTokenizer
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class DatasetBuilder:
             RuntimeError: a tokenizer process died.
         """
         settings = _tokenizer_settings(self.tokenizer)
-        source = open_source(self.dataset_name, self.split)
+        source = open_source(self.dataset_name, self.split, text_column=self.text_column, errors=self.errors)
         fingerprint = source.fingerprint()
         dataset = None
         if fingerprint is not None:
@@ -207,7 +207,8 @@ class DatasetBuilder:
 
         begin = time.monotonic()
         statistics: Counter = Counter()
-        texts = clean(source.documents(self.text_column, self.errors, statistics), self.errors, statistics)
+        documents = source.documents(statistics)
+        texts = whole_texts(clean(documents, self.errors, statistics))
         digest = hashlib.sha256() if fingerprint is None else None
         if digest is not None:
             texts = _hashed(texts, digest)
@@ -300,7 +301,7 @@ class DatasetBuilder:
 
     def _check_space(self, source: Source, batch: list[str], tokens: int, dtype: str) -> None:
         """Compare the free space with what the whole source will need if it is like its first batch."""
-        size = source.size(self.text_column)
+        size = source.size()
         if size is None:
             return
         copies = 2 if self.packing == "bfd" else 1

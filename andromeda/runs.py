@@ -135,10 +135,11 @@ def _check_same_tokenizer(folder: Path, tokenizer):
 
 def texts_of(source, text_column: str | None = None, split: str | None = None, errors: str = "strict"):
     """The documents of a source, as the packing will see them."""
-    from andromeda.documents import clean, open_source
+    from andromeda.documents import clean, open_source, whole_texts
 
     counts: Counter = Counter()
-    return clean(open_source(source, split).documents(text_column, errors, counts), errors, counts)
+    documents = open_source(source, split, text_column=text_column, errors=errors).documents(counts)
+    return whole_texts(clean(documents, errors, counts))
 
 
 def pack(source, target: Path, tokenizer, **options):
