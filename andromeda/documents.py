@@ -553,9 +553,7 @@ def clean(documents: Iterable[Document], errors: str, statistics: Counter) -> It
         yield document
 
 
-def _clean_parts(
-    first: Document, following: Iterator[Document], errors: str, statistics: Counter
-) -> Iterator[Document]:
+def _clean_parts(first: Document, rest: Iterator[Document], errors: str, statistics: Counter) -> Iterator[Document]:
     """`clean` for the parts of one document: `first` and as many of those that follow as belong to it.
 
     Parts wait, in a file if they are many, while they are all white space; and with errors="skip" all of them do,
