@@ -37,7 +37,8 @@ def value_kind(value) -> Kind:
         return TEXT
     if value is None:
         return Kind("null")
-    return Kind(type(value).__name__, may_be_text=not is_number(value))
+    name = "object" if isinstance(value, dict) else type(value).__name__
+    return Kind(name, may_be_text=not is_number(value))
 
 
 def is_number(value) -> bool:
@@ -113,7 +114,7 @@ def choose(tables: list[tuple[str, Columns]], wanted: str | None) -> Choice:
     for _, columns in tables:
         for name, kind in columns.items():
             together[name] = together[name] | kind if name in together else kind
-    where = tables[0][0] if len(tables) == 1 else f"the files from {tables[0][0]} to {tables[-1][0]}"
+    where = tables[0][0] + (f", with {len(tables) - 1} more looked at," if len(tables) > 1 else "")
     possible = [name for name, kind in together.items() if kind.may_be_text]
     if wanted is not None:
         choice = Choice(wanted)

@@ -52,15 +52,15 @@ _KINDS = (  # first bytes of what is not text; binary ones among them, so that n
      "audio or video"),
     (rb"\x7fELF|MZ.{0,62}\0|[\xcf\xce]\xfa\xed\xfe|\xfe\xed\xfa[\xcf\xce]|\xca\xfe\xba\xbe|\0asm|BC\xc0\xde",
      "a program"),
-    (rb"\x80[\x02-\x05][(X\]}cJKM\x8a\x8c\x95]", "a Python pickle"),
+    (rb"\x80[\x02-\x05][(X\]}cJKM\x8a\x8c\x95]|\([ld]p\d+\n", "a Python pickle"),
     (rb"SQLite format 3\0", "an SQLite database"),
     (rb"\x89HDF\r\n\x1a\n|CDF[\x01\x02]", "an HDF5 or NetCDF file"),
     (rb"\x93NUMPY", "a NumPy array"),
     (rb".{4}\0{4}\{", "a safetensors file"),
     (rb"GGUF[\x01-\x09]\0", "a GGUF model"),
     (rb"\0\x01\0\0\0|OTTO\0|wOF[F2]\0", "a font"),
-    (rb"\xff\xfe\0\0|\0\0\xfe\xff", "text in UTF-32; convert it: iconv -f UTF-32 -t UTF-8"),
-    (rb"\xff\xfe|\xfe\xff", "text in UTF-16; convert it: iconv -f UTF-16 -t UTF-8"),
+    (rb"\xff\xfe\0\0|\0\0\xfe\xff", "text in UTF-32 (iconv -f UTF-32 -t UTF-8 converts it)"),
+    (rb"\xff\xfe|\xfe\xff", "text in UTF-16 (iconv -f UTF-16 -t UTF-8 converts it)"),
 )  # fmt: skip
 _KINDS_COMPILED = tuple((re.compile(pattern, re.DOTALL), kind) for pattern, kind in _KINDS)
 _BAD_BYTES = re.compile("[\0\udc80-\udcff]")
@@ -77,7 +77,7 @@ def recognise(head: bytes) -> str | None:
     """What a file with these first bytes is, in words; None if it may be text."""
     for pattern, kind in _PACKED:
         if pattern.match(head):
-            return f"a {kind} file"
+            return _a_file(kind)
     for pattern, kind in _KINDS_COMPILED:
         if pattern.match(head):
             return kind
@@ -107,13 +107,17 @@ def open_input(path: Path, where: str, stream: BinaryIO | None = None) -> Iterat
         packing = _packing(head)
         if promised and packing is None:
             got = recognise(head) or ("an empty file" if not head else "a file that is not compressed")
-            raise SourceError(f"{where} must be a {promised} file, as its name says, got {got}")
+            raise SourceError(f"{where} must be {_a_file(promised)}, as its name says, got {got}")
         if packing is not None:
             file = io.BufferedReader(_Unpacked(file, packing, where), HEAD_BYTES)
             head, file = _look(file)
             if twice := _packing(head):
-                raise SourceError(f"{where} must be compressed once, got a {twice} file inside a {packing} file")
+                raise SourceError(f"{where} must be compressed once, got {_a_file(twice)} in {_a_file(packing)}")
         yield Input(file, head)
+
+
+def _a_file(packing: str) -> str:
+    return f"{'an' if packing == 'xz' else 'a'} {packing} file"
 
 
 def _packing(head: bytes) -> str | None:
@@ -286,7 +290,9 @@ def check_text(head: bytes, where: str) -> None:
     """Raise unless a file that begins with `head` may be text."""
     if kind := recognise(head):
         table = next((name for name in ("parquet", "arrow") if name in kind.lower()), None)
-        advice = f"; format={table!r} reads it, and so does the right suffix, .{table}" if table else ""
+        advice = "; unpack or convert it, or leave it out"
+        if table:
+            advice = f"; format={table!r} reads it, and so does the right suffix, .{table}"
         raise SourceError(f"{where} must be UTF-8 text, got {kind}{advice}")
     if len(head) == HEAD_BYTES:
         head = head[: end_of_last_character(head)]

@@ -514,7 +514,7 @@ def _located(name: str) -> Iterator[None]:
     """Whatever goes wrong inside names the source."""
     try:
         yield
-    except SourceError:
+    except (SourceError, MemoryError):
         raise
     except OSError as error:
         if error.filename is None:

@@ -150,7 +150,9 @@ def is_saved_dataset(folder: Path) -> bool:
     if (folder / "dataset_info.json").is_file() and "_data_files" in _read_object(folder / "state.json"):
         return True
     splits = _read_object(folder / "dataset_dict.json").get("splits")
-    return isinstance(splits, list) and all(isinstance(split, str) and (folder / split).is_dir() for split in splits)
+    if not isinstance(splits, list) or not splits:
+        return False
+    return all(isinstance(split, str) and (folder / split / "state.json").is_file() for split in splits)
 
 
 def _read_object(path: Path) -> dict:

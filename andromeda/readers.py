@@ -20,6 +20,7 @@ from andromeda.columns import (
     is_number,
     record_columns,
     schema_columns,
+    value_kind,
 )
 from andromeda.decoding import (
     BLOCK_BYTES,
@@ -384,8 +385,8 @@ def check_record(record: dict, column: str, where: str) -> None:
     for name, value in record.items():
         if name != column and value is not None and not is_number(value):
             raise SourceError(
-                f"{where}: {column!r} was the only column that may be text so far, and now {name!r} is a "
-                f"{type(value).__name__}; choose with text_column"
+                f"{where}: {column!r} was the only column that may be text so far, and now {name!r} is one, too "
+                f"({value_kind(value).name}); choose with text_column"
             )
 
 
@@ -437,7 +438,7 @@ class CsvReader(Reader):
         for line, row in self._rows:
             place = f"{self.name}, line {line}, column {choice.column!r}"
             if len(row) != len(header):
-                raise SourceError(f"{place}: must have {len(header)} fields, got {len(row)}")
+                raise SourceError(f"{place}: must have {len(header)} fields as the header, got {len(row)}")
             yield Document(row[column], place)
 
     def _read(self) -> Iterator[tuple[int, list[str]]]:
@@ -486,19 +487,15 @@ class ParquetReader(Reader):
         self.columns()
         rows = itertools.count()
         with _ArrowErrors(self.name, "a Parquet"):
-            for batch in self._table.iter_batches(batch_size=self._batch_size(choice.column), columns=[choice.column]):
+            for batch in self._table.iter_batches(batch_size=self._batch_size(), columns=[choice.column]):
                 yield from arrow_documents(batch.column(0), choice.column, self.name, rows, self._decode)
         self._decode.finish()
 
-    def _batch_size(self, column: str) -> int:
-        """Rows whose text is about BATCH_BYTES."""
+    def _batch_size(self) -> int:
+        """Rows of about BATCH_BYTES."""
         metadata = self._table.metadata
-        size = 0
-        for group in range(metadata.num_row_groups):
-            chunks = metadata.row_group(group)
-            for index in range(chunks.num_columns):
-                if chunks.column(index).path_in_schema == column:
-                    size += chunks.column(index).total_uncompressed_size
+        # Not the sizes of single columns: pyarrow ends the process when it finds damage while it tells them.
+        size = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
         return batch_rows(size, metadata.num_rows)
 
 
@@ -549,11 +546,12 @@ class _ArrowErrors:
     def __exit__(self, kind, error, traceback) -> None:
         import pyarrow
 
-        known = isinstance(error, (pyarrow.ArrowException, UnicodeDecodeError))
+        # A damaged length may ask for more memory than there is.
+        known = isinstance(error, (pyarrow.ArrowException, UnicodeDecodeError, MemoryError))
         # pyarrow says OSError of what it cannot read, without a number; with one it comes from the disk.
         if known or (isinstance(error, OSError) and error.errno is None):
             raise SourceError(
-                f"{self._name} must be {self._kind} file, it is damaged or something else: {error}"
+                f"{self._name} must be {self._kind} file, it is damaged or something else: {error or kind.__name__}"
             ) from error
 
 

@@ -233,7 +233,7 @@ def test_values_that_are_not_text():
         ("a.jsonl", "[1]\n", r"a.jsonl, line 1 must be an object or a string, got list"),
         ("a.json", '[{"text": "a"}', r"a.json must be JSON: .* at byte 14"),
         ("a.csv", 'text\n"unclosed\n', r"a.csv, line 2 must be csv"),
-        ("a.csv", "id,text\n1,a,b\n", r"a.csv, line 2, column 'text': must have 2 fields, got 3"),
+        ("a.csv", "id,text\n1,a,b\n", r"a.csv, line 2, column 'text': must have 2 fields as the header, got 3"),
         ("a.parquet", "text", r"a.parquet must be a Parquet file"),
         ("a.arrow", "text", r"a.arrow must be an Arrow file"),
     ],
