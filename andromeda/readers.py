@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from operator import itemgetter
 from typing import BinaryIO, NamedTuple
 
 from andromeda.columns import (
@@ -18,6 +19,7 @@ from andromeda.columns import (
     Columns,
     arrow_kind,
     is_number,
+    is_string,
     record_columns,
     schema_columns,
     value_kind,
@@ -69,12 +71,12 @@ class Document(NamedTuple):
     continues: bool = False  # the next Document continues this one
 
 
-def suffix_format(path: Path) -> str | None:
+def suffix_format(path: str | os.PathLike) -> str | None:
     """The format that the name of a file promises; that of the content for a compressed file."""
-    suffix = path.suffix.lower()
-    if suffix in COMPRESSED_SUFFIXES:
-        suffix = Path(path.stem).suffix.lower()
-    return FORMAT_OF_SUFFIX.get(suffix)
+    stem, suffix = os.path.splitext(os.fspath(path))
+    if suffix.lower() in COMPRESSED_SUFFIXES:
+        suffix = os.path.splitext(stem)[1]
+    return FORMAT_OF_SUFFIX.get(suffix.lower())
 
 
 def content_format(head: bytes) -> str:
@@ -201,19 +203,22 @@ def _num_bytes(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogateescape"))
 
 
-class _Line(NamedTuple):
-    text: str  # with its end
-    number: int  # from 1
-    offset: int  # in bytes
-
-
-def _lines(file: BinaryIO, decode: Decoder, statistics: Counter) -> Iterator[_Line]:
-    offset = 0
+def _lines(file: BinaryIO, decode: Decoder, statistics: Counter) -> Iterator[tuple[str, int]]:
+    """(text with its end, byte offset) of each line, without a byte order mark."""
+    offset = good = 0
     for number, line in enumerate(file, 1):
-        mark = length_of_mark(line) if number == 1 else 0
-        statistics["byte_order_marks"] += bool(mark)
-        start = offset + mark
-        yield _Line(decode(line[mark:] if mark else line, start, f", line {number}"), number, start)
+        if number == 1 and (mark := length_of_mark(line)):
+            statistics["byte_order_marks"] += 1
+            line = line[mark:]
+            offset = mark
+        try:
+            text = line.decode()
+            good += len(line)
+        except UnicodeDecodeError:
+            decode.count_good(good)
+            good = 0
+            text = decode(line, offset, f", line {number}")
+        yield text, offset
         offset += len(line)
 
 
@@ -257,7 +262,8 @@ class JsonLinesReader(Reader):
 
     def _read(self) -> Iterator[tuple]:
         """(record, place, length of its text) of each record."""
-        for line, number, offset in _lines(self._file, self._decode, self._statistics):
+        lines = _lines(self._file, self._decode, self._statistics)
+        for number, (line, offset) in enumerate(lines, 1):
             if line.isspace():
                 continue
             try:
@@ -406,8 +412,8 @@ class CsvReader(Reader):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self._delimiter = "\t" if self.format == "tsv" else ","
-        lines = (line.text for line in _lines(self._file, self._decode, self._statistics))
-        self._csv = csv.reader(lines, delimiter=self._delimiter, strict=True)
+        lines = _lines(self._file, self._decode, self._statistics)
+        self._csv = csv.reader(map(itemgetter(0), lines), delimiter=self._delimiter, strict=True)
         self._rows = self._read()
         self._line, self._header = next(self._rows, (0, []))
 
@@ -570,22 +576,20 @@ def arrow_documents(array, column: str, name: str, rows: Iterator[int], decode: 
     Args:
         array: `pyarrow.Array`, which may come from a damaged file.
         column, name: for messages.
-        rows: numbers of the rows.
+        rows: numbers of the rows, for messages; those of this batch are taken.
         decode: of the file.
     """
     array = _sound(array)
     step = batch_rows(array.nbytes, len(array))
+    is_text = is_string(array.type)
     for begin in range(0, len(array), step):
-        part = array.slice(begin, step)
-        size = 0
-        for value in part.to_pylist():
-            row = next(rows)
+        values = array.slice(begin, step).to_pylist()
+        if is_text:
+            decode.count_good(sum(map(len, filter(None, values))))
+        for value, row in zip(values, rows, strict=False):
             if isinstance(value, bytes):
                 value = decode(value, 0, f", row {row}, column {column!r}")
-            elif isinstance(value, str):
-                size += len(value)
             yield Document(value, f"{name}, row {row}, column {column!r}")
-        decode.count_good(size)
 
 
 def _sound(array):
