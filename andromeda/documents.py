@@ -32,6 +32,7 @@ from andromeda.columns import (
 )
 from andromeda.decoding import BLOCK_BYTES, COMPRESSED_SUFFIXES, REMEDY, Decoder, SourceError, open_input
 from andromeda.folders import Skipped, is_rows, is_saved_dataset, walk
+from andromeda.packing import MAX_BATCH_DOCUMENTS
 from andromeda.readers import (
     FORMATS,
     Document,
@@ -272,14 +273,23 @@ class _Stream(Source):
         return len(self._dataset) if hasattr(self._dataset, "__len__") else None
 
     def documents(self, statistics: Counter) -> Iterator[Document]:
+        known = None if self._features is None else _feature_columns(self._features, self.name)
+        decode = Decoder(self.name, self.errors)
+        if known is not None and self.errors != "strict":  # as Python objects, strings that are not UTF-8 would fail
+            self.column = choose([(self.name, known)], self.text_column).column
+            rows = itertools.count()
+            with _located(self.name):
+                for batch in self._dataset.with_format("arrow").iter(batch_size=MAX_BATCH_DOCUMENTS):
+                    for chunk in batch.column(self.column).chunks:
+                        yield from arrow_documents(chunk, self.column, self.name, rows, decode)
+            decode.finish()
+            return
         records = self._records()
         first = list(itertools.islice(records, SAMPLE_RECORDS))
         if not first:
             return
-        known = None if self._features is None else _feature_columns(self._features, self.name)
         choice = choose([(self.name, known or record_columns(first))], self.text_column)
         self.column = column = choice.column
-        decode = Decoder(self.name, self.errors)
         for row, record in enumerate(itertools.chain(first, records)):
             place = f"{self.name}, row {row}"
             if choice.guessed and known is None:
