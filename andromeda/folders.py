@@ -113,7 +113,7 @@ def walk(
                 skipped.add(name, "hidden")
             elif not stat.S_ISREG(status.st_mode):
                 skipped.add(name, "pipes, sockets or devices")
-            elif entry in DESCRIPTIONS and not included:
+            elif entry in DESCRIPTIONS and not any(pattern.endswith(entry) for pattern in include):
                 skipped.add(name, "descriptions of data sets")
             elif not included and not is_known(entry):
                 skipped.add(name, "of no known kind")

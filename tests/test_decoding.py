@@ -214,7 +214,7 @@ def test_text_is_not_taken_for_something_else(text):
 )
 def test_too_many_bad_bytes_are_an_error_in_any_case(data, errors):
     decode = Decoder("a.txt", errors)
-    with pytest.raises(SourceError, match="a.txt must be UTF-8.*looks like a binary file or text of another") as caught:
+    with pytest.raises(SourceError, match=r"a.txt must be UTF-8.*looks like a binary file") as caught:
         for begin in range(0, len(data), 50):
             decode(data[begin : begin + 50])
         decode.finish()
@@ -243,7 +243,9 @@ def test_the_share_is_looked_at_while_a_long_file_is_read(monkeypatch):
 
 
 def test_strict_decoding_names_the_place():
-    with pytest.raises(SourceError, match=r"a.txt, line 3 must be UTF-8, got byte 0xe9 at byte 103: .*errors='replace'"):
+    with pytest.raises(
+        SourceError, match=r"a.txt, line 3 must be UTF-8, got byte 0xe9 at byte 103: .*errors='replace'"
+    ):
         Decoder("a.txt", "strict")(b"caf\xe9", 100, ", line 3")
 
 
