@@ -239,7 +239,7 @@ class JsonLinesReader(Reader):
         for record in itertools.islice(self._records, SAMPLE_RECORDS):
             self._first.append(record)
             size += record[2]
-            if size > SAMPLE_BYTES:
+            if size > SAMPLE_BYTES and len(self._first) > 1:
                 break
         return record_columns(record for record, _, _ in self._first)
 
@@ -297,10 +297,12 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 class JsonReader(JsonLinesReader):
     """One list of records, or records one after the other, on any number of lines."""
 
+    _has_list = False
+
     def is_single_object(self) -> bool:
         if self._first is None:
             self.columns()
-        return len(self._first) == 1 and isinstance(self._first[0][0], dict)
+        return not self._has_list and len(self._first) == 1 and isinstance(self._first[0][0], dict)
 
     def _read(self) -> Iterator[tuple]:
         decode, huge = json.JSONDecoder().raw_decode, _WITH_HUGE_NUMBERS.raw_decode
@@ -318,7 +320,7 @@ class JsonReader(JsonLinesReader):
                 text.position += 1
                 start = text.next_character()
             elif start == "[" and not in_list:
-                in_list = True
+                in_list = self._has_list = True
                 text.position += 1
                 continue
             place = f"record {number}"

@@ -408,7 +408,7 @@ def test_strings_that_are_not_utf8(writer, kind):
         array = array.view(pyarrow.binary())
     data, format = WRITERS[writer](pyarrow.table({"text": array})), writer.split()[0]
     if (writer, kind) == ("parquet", "categories"):  # which pyarrow reads only whole
-        with pytest.raises(SourceError, match="a.parquet must be .*: Invalid UTF8 payload"):
+        with pytest.raises(SourceError, match=r"a.parquet must be .*: Invalid UTF8 payload"):
             texts_of(data, format)
         return
     assert texts_of(data, format) == ["caf\udce9!", "hello\udcff", "ok"]
