@@ -272,7 +272,7 @@ def test_a_guessed_column_is_watched_to_the_end():
 def test_single_objects():
     for data, single in (
         ('{"a": 1}', True),
-        ('[{"a": 1}]', True),
+        ('[{"a": 1}]', False),
         ('{"a": 1}{"a": 2}', False),
         ('"a"', False),
         ("", False),
