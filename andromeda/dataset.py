@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from andromeda import files, packing
-from andromeda.documents import Source, check_name, clean, open_source, whole_texts
+from andromeda.documents import Source, check_name, clean, glob_patterns, open_source, whole_texts
 from andromeda.tokenizer import AndromedaTokenizer
 
 if TYPE_CHECKING:
@@ -147,8 +147,8 @@ class DatasetBuilder:
         self.doc_mask = doc_mask
         self.label_first_token = label_first_token
         self.errors = errors
-        self.include = (include,) if isinstance(include, str) else tuple(include)
-        self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        self.include = glob_patterns(include, "include")
+        self.exclude = glob_patterns(exclude, "exclude")
         self.separator = separator
         self.format = format
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()

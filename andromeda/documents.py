@@ -88,7 +88,12 @@ class Source:
 
     def facts(self) -> dict:
         """What a user should know of a source that has been read: column, formats of files, what was skipped."""
-        return {"text_column": self.column, "formats": dict(self._formats), "skipped": self.skipped.lines()}
+        return {
+            "text_column": self.column,
+            "formats": dict(self._formats),
+            "skipped": self.skipped.lines(),
+            "notes": self.skipped.notes,
+        }
 
 
 def check_name(name) -> None:
@@ -123,7 +128,7 @@ def open_source(
     if isinstance(name, Source):
         return name
     check_name(name)
-    include, exclude = _patterns(include, "include"), _patterns(exclude, "exclude")
+    include, exclude = glob_patterns(include, "include"), glob_patterns(exclude, "exclude")
     if format is not None and format not in FORMATS:
         raise ValueError(f"DatasetBuilder: format must be one of {', '.join(FORMATS)} or None, got {format!r}")
     if separator is not None and not (isinstance(separator, str) and separator):
@@ -172,7 +177,8 @@ def open_source(
     return _hf_source(_load_from_hub(text, split or "train"), None, text, text_column, errors)
 
 
-def _patterns(patterns: str | Iterable[str], argument: str) -> tuple[str, ...]:
+def glob_patterns(patterns: str | Iterable[str] | None, argument: str) -> tuple[str, ...]:
+    """One or several patterns of names as a tuple; raises if one is not a string or is empty."""
     patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
     for pattern in patterns:
         if not (isinstance(pattern, str) and pattern.strip()):
@@ -364,7 +370,7 @@ class _Files(Source):
         if not self._files:
             raise SourceError(
                 f"{path} must hold files of a known kind (text, source code, json, jsonl, parquet, csv, arrow), "
-                f"found {'; '.join(self.skipped.lines()) or 'no files'}"
+                f"found {'; '.join(self.skipped.lines() + self.skipped.notes) or 'no files'}"
             )
 
     def fingerprint(self) -> str:

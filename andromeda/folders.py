@@ -38,8 +38,8 @@ class Skipped:
         return sum(self._counts.values())
 
     def lines(self) -> list[str]:
-        """A line for each reason, such as "2 of no known kind: a.png, b.bin", and the notes."""
-        return self.notes + [
+        """A line for each reason, such as "2 of no known kind: a.png, b.bin"."""
+        return [
             f"{count:,} {reason}: {', '.join(self._names[reason])}"
             + (f" and {count - MAX_NAMES:,} more" if count > MAX_NAMES else "")
             for reason, count in self._counts.items()

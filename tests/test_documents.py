@@ -20,8 +20,10 @@ import pyarrow.parquet
 import pytest
 
 from andromeda import documents
+from andromeda.dataset import DatasetBuilder
 from andromeda.decoding import SourceError
 from andromeda.documents import Document, clean, open_source, texts_of_words, whole_texts
+from andromeda.tokenizer import AndromedaTokenizer
 
 TEXTS = ["first\nline two", "", "zweites Dokument: ü, 🥊", " \t\n", 'with "quotes", commas\r\nand lines']
 KEPT = [text for text in TEXTS if text.strip()]
@@ -228,7 +230,8 @@ def test_what_a_source_says_of_itself(tmp_path):
     assert source.facts() == {
         "text_column": "content",
         "formats": {"jsonl": 1, "text": 1},
-        "skipped": ["the pattern 'nothing' matches nothing", "1 hidden: .h", "1 of no known kind: c.bin"],
+        "skipped": ["1 hidden: .h", "1 of no known kind: c.bin"],
+        "notes": ["the pattern 'nothing' matches nothing"],
     }
 
 
@@ -455,6 +458,25 @@ def test_faults_in_pipes_are_located(tmp_path):
     ):
         with pipe(tmp_path / name, data) as path, pytest.raises(SourceError, match=message):
             texts_of(path, **options)
+
+
+def test_the_builder_passes_the_options_on(tmp_path):
+    tokenizer = AndromedaTokenizer.train(["one two three four"] * 3, 300)
+    write_files(tmp_path / "src", {"a.log": "one|two|three", "b.log": "four", "c.md": "five", "d.bin": "x"})
+    options = {"include": "*.log", "exclude": ["b.*"], "separator": "|", "format": "text"}
+    builder = DatasetBuilder(
+        tmp_path / "src", 4, tokenizer=tokenizer, packing="bfd", cache_dir=tmp_path / "cache", progress=False, **options
+    )
+    rows = builder.build_dataset()
+    assert (rows.statistics["documents"], rows.statistics["files"], rows.statistics["ignored_files"]) == (3, 1, 3)
+    assert rows.metadata["formats"] == {"text": 1} and rows.metadata["text_column"] is None
+    assert rows.metadata["skipped"] == ["3 excluded: b.log, c.md, d.bin"]
+    assert builder.build_dataset().path == rows.path
+    (tmp_path / "src" / "a.log").write_text("six|two|three")  # of the same size
+    os.utime(tmp_path / "src" / "a.log", ns=(1, 1))
+    assert builder.build_dataset().path != rows.path
+    with pytest.raises(ValueError, match="dataset_name must not be empty"):
+        DatasetBuilder("", 4, tokenizer=tokenizer)
 
 
 # Columns
