@@ -228,6 +228,8 @@ def _lines(file: BinaryIO, decode: Decoder, statistics: Counter) -> Iterator[tup
 class JsonLinesReader(Reader):
     """A JSON object or string on each line."""
 
+    _unit = "line"
+
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self._records = self._read()
@@ -244,24 +246,25 @@ class JsonLinesReader(Reader):
         return record_columns(record for record, _, _ in self._first)
 
     def documents(self, choice: Choice | None) -> Iterator[Document]:
-        name, column = self.name, None if choice is None else choice.column
-        guessed = choice is not None and choice.guessed
-        for record, place, _ in itertools.chain(self._first or (), self._records):
+        where = f"{self.name}, {self._unit} "
+        column, guessed = (None, False) if choice is None else choice
+        end = f", column {column!r}"
+        for record, number, _ in itertools.chain(self._first or (), self._records):
             if isinstance(record, dict):
                 if guessed:
-                    check_record(record, column, f"{name}, {place}")
+                    check_record(record, column, f"{where}{number}")
                 if column is None:
-                    raise self.error(f", {place} must be a string as the records before it, got an object")
+                    raise SourceError(f"{where}{number} must be a string as the records before it, got an object")
                 if column not in record:
-                    raise missing_column(record, column, f"{name}, {place}")
-                yield Document(record[column], f"{name}, {place}, column {column!r}")
+                    raise missing_column(record, column, f"{where}{number}")
+                yield Document(record[column], f"{where}{number}{end}")
             elif isinstance(record, str):
-                yield Document(record, f"{name}, {place}")
+                yield Document(record, f"{where}{number}")
             else:
-                raise self.error(f", {place} must be an object or a string, got {type(record).__name__}")
+                raise SourceError(f"{where}{number} must be an object or a string, got {type(record).__name__}")
 
     def _read(self) -> Iterator[tuple]:
-        """(record, place, length of its text) of each record."""
+        """(record, number, length of its text) of each record."""
         lines = _lines(self._file, self._decode, self._statistics)
         for number, (line, offset) in enumerate(lines, 1):
             if line.isspace():
@@ -275,7 +278,7 @@ class JsonLinesReader(Reader):
                     record = _WITH_HUGE_NUMBERS.decode(line)
             except (ValueError, RecursionError) as error:
                 raise self._json_error(error, line, offset, f", line {number}") from error
-            yield record, f"line {number}", len(line)
+            yield record, number, len(line)
 
     def _json_error(self, error: Exception, text: str, offset: int, place: str) -> SourceError:
         if isinstance(error, json.JSONDecodeError):
@@ -291,12 +294,14 @@ class JsonLinesReader(Reader):
 
 # Python reads integers of thousands of digits only if asked to; numbers need only be told from text here.
 _WITH_HUGE_NUMBERS = json.JSONDecoder(parse_int=float)
+_DECODE = json.JSONDecoder().raw_decode
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class JsonReader(JsonLinesReader):
     """One list of records, or records one after the other, on any number of lines."""
 
+    _unit = "record"
     _has_list = False
 
     def is_single_object(self) -> bool:
@@ -305,43 +310,43 @@ class JsonReader(JsonLinesReader):
         return not self._has_list and len(self._first) == 1 and isinstance(self._first[0][0], dict)
 
     def _read(self) -> Iterator[tuple]:
-        decode, huge = json.JSONDecoder().raw_decode, _WITH_HUGE_NUMBERS.raw_decode
         text = _Text(text_blocks(self._file, self._decode, self._statistics))
-        number, in_list, expected = 0, False, ""
-        while (start := text.next_character()) or in_list:
-            if expected and start not in ("]", expected):
-                raise self.error(f" must be JSON: Expecting {expected!r} or ']' at byte {text.place()}")
-            if in_list and start == "]":
-                in_list, expected = False, ""
+        number, in_list = 0, False
+        while start := text.next_character():
+            if start == "[" and not in_list:
+                self._has_list = True
                 text.position += 1
+                in_list = text.next_character() != "]"
+                text.position += not in_list
                 continue
-            if expected:
-                expected = ""
-                text.position += 1
-                start = text.next_character()
-            elif start == "[" and not in_list:
-                in_list = self._has_list = True
-                text.position += 1
-                continue
-            place = f"record {number}"
-            while True:
-                try:
-                    record, end = decode(text.held, text.position)
-                except (ValueError, RecursionError) as error:
-                    if not isinstance(error, (json.JSONDecodeError, RecursionError)) and decode is not huge:
-                        decode = huge
-                        continue
-                    if text.may_go_on(error) and text.read_more():
-                        continue
-                    raise self._json_error(error, text.held, text.offset, f", {place}") from error
-                length = end - text.position
-                # A number at the end of what was read may have more digits.
-                if end < len(text.held) or isinstance(record, (dict, str, list)) or not text.read_more():
-                    break
-            yield record, place, length
+            record, length = self._value(text, number)
+            yield record, number, length
             text.position += length
             number += 1
-            expected = "," if in_list else ""
+            if in_list:
+                if (mark := text.next_character()) not in (",", "]"):
+                    raise self.error(f" must be JSON: Expecting ',' or ']' at byte {text.place()}")
+                text.position += 1
+                in_list = mark == ","
+        if in_list:
+            raise self.error(f" must be JSON: Expecting a value at byte {text.place()}")
+
+    def _value(self, text: _Text, number: int) -> tuple[object, int]:
+        """The value at the position, which stays there, and its length."""
+        decode = _DECODE
+        while True:
+            try:
+                record, end = decode(text.held, text.position)
+            except (ValueError, RecursionError) as error:
+                if not isinstance(error, (json.JSONDecodeError, RecursionError)) and decode is _DECODE:
+                    decode = _WITH_HUGE_NUMBERS.raw_decode
+                elif not (text.may_go_on(error) and text.read_more()):
+                    raise self._json_error(error, text.held, text.offset, f", record {number}") from error
+                continue
+            length = end - text.position
+            # A number at the end of what was read may have more digits.
+            if end < len(text.held) or isinstance(record, (dict, str, list)) or not text.read_more():
+                return record, length
 
 
 class _Text:
