@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from andromeda import files, packing
-from andromeda.documents import Source, clean, open_source
+from andromeda.documents import Source, check_name, clean, glob_patterns, open_source, whole_texts
 from andromeda.tokenizer import AndromedaTokenizer
 
 if TYPE_CHECKING:
@@ -53,10 +53,13 @@ class DatasetBuilder:
 
     Args:
         dataset_name: what to pack.
-            * a directory: all files below it whose kind is known, in the order of their names, without hidden ones.
-              Plain text and source code are one document per file. Or what `Dataset.save_to_disk` wrote.
+            * a directory: all files below it whose kind is known, in the order of their names, without hidden ones;
+              links are followed, and a file is read once. Plain text and source code are one document per file. Or
+              what `Dataset.save_to_disk` wrote.
             * a file: json, jsonl, parquet, csv, tsv or arrow with one document per record; anything else is one
-              document of plain text. `.gz`, `.bz2` and `.xz` are unpacked on the way.
+              document of plain text, unless its content is a table or JSON lines. gzip, bzip2, xz and zstd are
+              unpacked on the way. Archives, pictures and other binary files are refused.
+            * a pipe, or "-" for standard input, read once and therefore not looked up in the cache first.
             * the name of a data set on the Hugging Face hub.
             * a `datasets.Dataset`, or an `IterableDataset`, which is read anew by every build.
         seq_len: ids per row.
@@ -65,7 +68,9 @@ class DatasetBuilder:
         hf_account_repo: repository on the hub, `owner/name`, to upload the rows to.
         tokenizer: name, directory or tokenizer.json, read as `AndromedaTokenizer` does; or a tokenizer object, which
             must have an end-of-sequence token and is not changed.
-        text_column: column that holds the documents. Default: `text`, else the only column of strings.
+        text_column: column that holds the documents. Default: `text`, else the only one that may: a column of strings,
+            categories, lists or objects, or one that is empty in the first records, may be text, one of numbers or
+            times may not. All files of a source must have the column.
         split: split of a hub data set or `DatasetDict` (default "train").
         packing: "stream" cuts rows from the stream of all documents: no padding, only the last remainder (< seq_len
             ids) is left out. "bfd" keeps documents whole where they fit a row (best-fit decreasing) and pads.
@@ -73,7 +78,13 @@ class DatasetBuilder:
         label_first_token: whether the first token of a document is to be predicted, from the end of the one before; if
             not, its label is -100.
         errors: what to do with bytes that are not UTF-8, NUL characters and lone surrogates: "strict" raises with file
-            and position, "replace" puts U+FFFD in their place, "skip" leaves the document out. Both count.
+            and position, "replace" puts U+FFFD in their place, "skip" leaves the document out. Both count. More than
+            5 % of such bytes in a file are an error in any case.
+        include, exclude: patterns as of a shell, or one, for the files of a directory: `*.py` for a name, `tests` for
+            a folder, `docs/*.md` for a path below the directory. With `include`, only what matches it is read, of
+            whatever kind.
+        separator: text between two documents in plain text, such as "<|endoftext|>".
+        format: "text", "json", "jsonl", "csv", "tsv", "parquet" or "arrow": read all files so, whatever their names.
         cache_dir: where built data sets are kept. Default: $ANDROMEDA_CACHE/datasets, else
             $XDG_CACHE_HOME/andromeda/datasets, else ~/.cache/andromeda/datasets.
         progress: show a progress bar if stderr is a terminal.
@@ -83,8 +94,7 @@ class DatasetBuilder:
 
     The cache key is made of the source (paths, sizes and times of change, or the fingerprint of a `Dataset`), the
     tokenizer and the arguments that change rows. A build appears in the cache complete or not at all; what an
-    interrupted one left is removed by a later one. The documents of a few batches are in memory (a text file is one
-    document), never the corpus.
+    interrupted one left is removed by a later one. The documents of a few batches are in memory, never the corpus.
 
     Raises:
         TypeError, ValueError: an argument is wrong. FileNotFoundError: there is no such path.
@@ -104,6 +114,10 @@ class DatasetBuilder:
         doc_mask: bool = False,
         label_first_token: bool = True,
         errors: str = "strict",
+        include: str | Iterable[str] = (),
+        exclude: str | Iterable[str] = (),
+        separator: str | None = None,
+        format: str | None = None,
         cache_dir: str | os.PathLike | None = None,
         progress: bool = True,
     ):
@@ -121,6 +135,7 @@ class DatasetBuilder:
         for name, value in (("hf_account_repo", hf_account_repo), ("text_column", text_column), ("split", split)):
             if value is not None and not (isinstance(value, str) and value):
                 raise TypeError(f"DatasetBuilder: {name} must be a non-empty string or None, got {value!r}")
+        check_name(dataset_name)
         self.dataset_name = dataset_name
         self.seq_len = seq_len
         self.num_cpu = num_cpu
@@ -132,6 +147,10 @@ class DatasetBuilder:
         self.doc_mask = doc_mask
         self.label_first_token = label_first_token
         self.errors = errors
+        self.include = glob_patterns(include, "include")
+        self.exclude = glob_patterns(exclude, "exclude")
+        self.separator = separator
+        self.format = format
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
         self.progress = progress
         self._needed_bytes = 0  # on the disk, estimated during a build
@@ -150,7 +169,16 @@ class DatasetBuilder:
             RuntimeError: a tokenizer process died.
         """
         settings = _tokenizer_settings(self.tokenizer)
-        source = open_source(self.dataset_name, self.split)
+        source = open_source(
+            self.dataset_name,
+            self.split,
+            text_column=self.text_column,
+            errors=self.errors,
+            include=self.include,
+            exclude=self.exclude,
+            separator=self.separator,
+            format=self.format,
+        )
         fingerprint = source.fingerprint()
         dataset = None
         if fingerprint is not None:
@@ -207,7 +235,8 @@ class DatasetBuilder:
 
         begin = time.monotonic()
         statistics: Counter = Counter()
-        texts = clean(source.documents(self.text_column, self.errors, statistics), self.errors, statistics)
+        documents = source.documents(statistics)
+        texts = whole_texts(clean(documents, self.errors, statistics))
         digest = hashlib.sha256() if fingerprint is None else None
         if digest is not None:
             texts = _hashed(texts, digest)
@@ -276,6 +305,7 @@ class DatasetBuilder:
             "pad_token_id": settings.pad_token_id,
             "tokenizer_hash": settings.hash,
             "statistics": counts,
+            **source.facts(),
         }
         (directory / METADATA_FILE).write_text(json.dumps(metadata, indent=1), encoding="utf-8")
         files.flush_tree(directory)
@@ -300,7 +330,7 @@ class DatasetBuilder:
 
     def _check_space(self, source: Source, batch: list[str], tokens: int, dtype: str) -> None:
         """Compare the free space with what the whole source will need if it is like its first batch."""
-        size = source.size(self.text_column)
+        size = source.size()
         if size is None:
             return
         copies = 2 if self.packing == "bfd" else 1

@@ -133,12 +133,13 @@ def _check_same_tokenizer(folder: Path, tokenizer):
         raise UsageError(f"the rows in {folder} were packed with another tokenizer; pack the text with the one in use")
 
 
-def texts_of(source, text_column: str | None = None, split: str | None = None, errors: str = "strict"):
-    """The documents of a source, as the packing will see them."""
-    from andromeda.documents import clean, open_source
+def texts_of(source, text_column: str | None = None, split: str | None = None, errors: str = "strict", **options):
+    """The documents of a source, as the packing will see them; long ones in parts, between words."""
+    from andromeda.documents import clean, open_source, texts_of_words
 
+    opened = open_source(source, split, text_column=text_column, errors=errors, **options)
     counts: Counter = Counter()
-    return clean(open_source(source, split).documents(text_column, errors, counts), errors, counts)
+    return texts_of_words(clean(opened.documents(counts), errors, counts))
 
 
 def pack(source, target: Path, tokenizer, **options):
