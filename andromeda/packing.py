@@ -477,6 +477,16 @@ def _end_with_stdin() -> None:
     os._exit(1)
 
 
+def row_schema(seq_len: int, dtype: str, with_length: bool):
+    """The `pyarrow.Schema` of rows; see `RowWriter`."""
+    import pyarrow
+
+    fields = {"input_ids": pyarrow.list_(pyarrow.type_for_alias(dtype), seq_len)}
+    if with_length:
+        fields["length"] = pyarrow.int32()
+    return pyarrow.schema(fields)
+
+
 class RowWriter:
     """Writes rows of `seq_len` ids to an Arrow stream with one column `input_ids`, a list of fixed size.
 
@@ -495,10 +505,7 @@ class RowWriter:
         self.rows = 0
         self.rows_per_batch = max(1, BLOCK_BYTES // (seq_len * 2))
         self._arrow = pyarrow
-        fields = {"input_ids": pyarrow.list_(pyarrow.type_for_alias(dtype), seq_len)}
-        if with_length:
-            fields["length"] = pyarrow.int32()
-        self._schema = pyarrow.schema(fields)
+        self._schema = row_schema(seq_len, dtype, with_length)
         self._file = _HashedFile(path)
         self._stream = pyarrow.ipc.new_stream(self._file, self._schema)
 
