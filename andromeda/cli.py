@@ -460,7 +460,7 @@ def _generate(arguments) -> int:
     else:
         prompt = existing(arguments.prompt_file, "--prompt-file").read_text(encoding="utf-8")
     model = load_model(folder, arguments.device, arguments.dtype)
-    ids = tokenizer.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = tokenizer.encode_prompt(prompt)
     eos = tokenizer.tokenizer.eos_token_id
     if not ids:
         if eos is None:

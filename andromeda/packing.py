@@ -655,9 +655,7 @@ class BestFitPacker:
         while view:
             count = self._spool.readinto(view)
             if not count:
-                raise OSError(
-                    errno.EIO, "DatasetBuilder: the file of tokens was cut short by somebody", self._spool.name
-                )
+                raise OSError(errno.EIO, "DatasetBuilder: somebody cut the file of tokens short", self._spool.name)
             view = view[count:]
 
     def abandon(self) -> None:
