@@ -10,7 +10,6 @@ import logging
 import operator
 import os
 import re
-import secrets
 import shutil
 import sys
 import time
@@ -35,9 +34,9 @@ if TYPE_CHECKING:
 FORMAT = 1  # part of the cache key: raised when a change alters the rows
 DATA_FILE = "data.arrow"
 METADATA_FILE = "metadata.json"
-STALE_SECONDS = 60  # a directory this young may belong to a builder that has not locked it yet
 IGNORED_LABEL = -100
 
+_BUILDING = ".building-"  # start of the names of unfinished data sets
 _OTHER_PLACE = "Another place can be chosen with cache_dir, ANDROMEDA_CACHE or --out"
 
 _METADATA_KEYS = {
@@ -196,8 +195,7 @@ class DatasetBuilder:
     def _build(self, source: Source, settings: _TokenizerSettings, fingerprint: str | None) -> PackedDataset:
         with self._write_errors():
             self.cache_dir.mkdir(parents=True, exist_ok=True)
-            _remove_stale(self.cache_dir)
-            with _temporary_directory(self.cache_dir) as temporary:
+            with files.temporary_folder(self.cache_dir, _BUILDING) as temporary:
                 content_hash = self._write(source, settings, fingerprint, temporary)
                 path = self._cache_path(source, settings, fingerprint or content_hash)
                 if not _is_complete(path):  # another builder may have been faster
@@ -323,7 +321,9 @@ class DatasetBuilder:
     @contextlib.contextmanager
     def _write_errors(self) -> Iterator[None]:
         """In the block, what could not be written is said in words: what is needed, what is free, what to do."""
-        with files.writing(self.cache_dir, "packed rows", whole="nothing was kept", remedy=_OTHER_PLACE):
+        hidden = files.is_temporary(self.cache_dir.name)  # of a command, which says itself what it cannot write
+        explaining = files.writing(self.cache_dir, "packed rows", whole="nothing was kept", remedy=_OTHER_PLACE)
+        with contextlib.nullcontext() if hidden else explaining:
             try:
                 yield
             except OSError as error:
@@ -339,7 +339,6 @@ class DatasetBuilder:
             f"DatasetBuilder: {what} for the packed rows, {need} needed, {free:.1f} MB free; nothing was kept. Make "
             f"room there. {_OTHER_PLACE}"
         )
-        # A hidden name is one that `andromeda build-dataset` builds under, for the folder beside it.
         place = self.cache_dir.parent if files.is_temporary(self.cache_dir.name) else self.cache_dir
         error = OSError(number, text, str(place))
         error.is_explained = True  # type: ignore[attr-defined] (for files.writing)
@@ -380,7 +379,7 @@ class PackedDataset(torch.utils.data.Dataset):
         statistics: counts of documents, dropped documents, tokens, rows, left-over tokens and padding.
         seq_len, vocab_size, eos_token_id, pad_token_id, tokenizer_hash: `vocab_size` is the smallest number of
             embeddings that serves all ids of the tokenizer.
-        content: XXH3-128 of the rows, which tells data sets apart.
+        content_checksum: XXH3-128 of the file of rows, which tells data sets apart.
         hf: the same rows as a `datasets.Dataset`.
 
     Opening it reads no rows: `verify` compares them with the checksum that was taken while they were written.
@@ -404,7 +403,7 @@ class PackedDataset(torch.utils.data.Dataset):
         self._batches, self._lengths = _map_rows(self.path / DATA_FILE, self.metadata)
 
     @cached_property
-    def content(self) -> str:
+    def content_checksum(self) -> str:
         return self.metadata.get("xxh3_128") or files.checksum(self.path / DATA_FILE)
 
     def verify(self) -> bool:
@@ -632,39 +631,7 @@ def _map_rows(path: Path, metadata: dict) -> tuple[list[np.ndarray], np.ndarray 
     return rows, lengths
 
 
-# The cache: temporary directories, locks, names
-
-
-@contextlib.contextmanager
-def _temporary_directory(parent: Path) -> Iterator[Path]:
-    """A new directory, locked while in use; removed at the end unless it was renamed."""
-    import fcntl
-
-    path = parent / f".building-{secrets.token_hex(8)}"
-    path.mkdir()
-    lock = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-        os.close(lock)
-
-
-def _remove_stale(parent: Path) -> None:
-    """Remove what builders left that were killed: directories without a lock."""
-    import fcntl
-
-    for path in parent.glob(".building-*"):
-        with contextlib.suppress(OSError):  # locked: in use; gone: somebody else removed it
-            if time.time() - path.stat().st_mtime < STALE_SECONDS:
-                continue
-            lock = os.open(path, os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
-            finally:
-                os.close(lock)
+# The cache: locks and names
 
 
 def _install(temporary: Path, path: Path) -> None:
@@ -677,7 +644,7 @@ def _install(temporary: Path, path: Path) -> None:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
         # What has the name is damaged, or has just been written by another builder: out of the way with it.
-        with _temporary_directory(path.parent) as trash, contextlib.suppress(FileNotFoundError):
+        with files.temporary_folder(path.parent, _BUILDING) as trash, contextlib.suppress(FileNotFoundError):
             os.rename(path, trash / "replaced")
     else:
         raise OSError(errno.EEXIST, "DatasetBuilder: other processes keep replacing the data set", str(path))

@@ -8,7 +8,6 @@ import json
 import operator
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -217,19 +216,20 @@ class AndromedaTokenizer:
         """Write the tokenizer to the directory `path`; `AndromedaTokenizer(path)` reads it back.
 
         Every file is written under a temporary name, synced and renamed.
+
+        Raises:
+            OSError: something could not be written; says why and what to do.
         """
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        with (
-            files.writing(path, "the tokenizer"),
-            tempfile.TemporaryDirectory(prefix=".tokenizer-", dir=path) as temporary,
-        ):
-            self.tokenizer.save_pretrained(temporary)
-            # tokenizer.json is what `AndromedaTokenizer(path)` looks for, so it comes last.
-            for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == "tokenizer.json"):
-                files.flush(file)
-                os.replace(file, path / file.name)
-        files.flush(path)
+        path = Path(os.path.abspath(path))
+        with files.writing(path, "the tokenizer"):
+            path.mkdir(parents=True, exist_ok=True)
+            with files.temporary_folder(path, ".tokenizer-") as temporary:
+                self.tokenizer.save_pretrained(temporary)
+                # tokenizer.json is what `AndromedaTokenizer(path)` looks for, so it comes last.
+                for file in sorted(temporary.iterdir(), key=lambda file: file.name == "tokenizer.json"):
+                    files.flush(file)
+                    os.replace(file, path / file.name)
+            files.flush(path)
 
     @classmethod
     def train(
