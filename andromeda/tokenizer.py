@@ -107,11 +107,17 @@ class AndromedaTokenizer:
         self.tokenizer = _load(pretrained, options)
         self.tokenizer.padding_side = "right"
         if extra_ids:
-            from tokenizers import AddedToken
+            self._add_extra_ids([f"<extra_id_{index}>" for index in range(extra_ids)])
 
-            names = [f"<extra_id_{index}>" for index in range(extra_ids)]
-            # Special ones would not be read from texts.
-            self.tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in names])
+    def _add_extra_ids(self, names: list[str]) -> None:
+        from tokenizers import AddedToken, Tokenizer
+
+        added = self.tokenizer.added_tokens_decoder.values()
+        were_special = any(token.special and token.content in names for token in added)
+        # Special ones would not be read from texts.
+        self.tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in names])
+        if were_special:  # tokenizers forgets that only when it reads the tokenizer anew
+            self.tokenizer._tokenizer = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
 
     def __len__(self) -> int:
         """Number of ids, appended tokens included."""
@@ -220,6 +226,8 @@ class AndromedaTokenizer:
         Raises:
             OSError: something could not be written; says why and what to do.
         """
+        if not os.fspath(path):
+            raise ValueError("AndromedaTokenizer.save: path must not be empty; '.' is the current directory")
         path = Path(os.path.abspath(path))
         with files.writing(path, "the tokenizer"):
             path.mkdir(parents=True, exist_ok=True)
