@@ -619,7 +619,9 @@ def _map_rows(path: Path, metadata: dict) -> tuple[list[np.ndarray], np.ndarray 
         lengths = None
         if metadata["packing"] == "bfd":
             lengths = np.concatenate([np.empty(0, np.int32), *(batch.column("length").to_numpy() for batch in batches)])
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # of the disk; Arrow's own have none
+            raise
         raise ValueError(f"PackedDataset: {path} must be an Arrow stream: {error}") from error
     found = sum(map(len, rows))
     if found != metadata["rows"] or any(len(batch) != metadata["rows_per_batch"] for batch in rows[:-1]):
