@@ -20,7 +20,10 @@ def main() -> int:
     from andromeda import cli
 
     interrupts.raise_in_commands()
-    return cli.main()
+    code = cli.main()
+    if interrupts.seen():
+        interrupts.end(code)
+    return code
 
 
 if __name__ == "__main__":

@@ -7,8 +7,11 @@ a few seconds, removes the files that are being written and ends the process.
 Nothing here imports torch.
 """
 
+import atexit
+import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -42,6 +45,15 @@ _seen: list[int] = []  # signals that `_raise` has handled
 def seen() -> bool:
     """Whether a signal has raised `Interrupted` in this process: what failed afterwards failed because of it."""
     return bool(_seen)
+
+
+def end(code: int) -> None:
+    """End the process after a command has cleaned up: Python would take seconds to take libraries apart."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def leave_at_once() -> None:

@@ -90,6 +90,17 @@ def test_the_block_in_which_it_comes_cleans_up(tmp_path, number):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_end_after_the_clean_up():
+    """Python would wait for the thread, and for what libraries do at its end."""
+    program = """
+        import atexit, threading
+        threading.Thread(target=time.sleep, args=(30,)).start()
+        atexit.register(print, "done", file=sys.stderr)
+        interrupts.end(143)
+    """
+    assert run(program) == (143, "done\n")
+
+
 def test_a_second_signal_does_not_wait_for_the_clean_up(tmp_path):
     program = """
         interrupts._CLEAN_UP_SECONDS = 60
