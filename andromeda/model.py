@@ -495,9 +495,9 @@ def cross_entropy(logits, targets, *, ignore_index=-100, count=None) -> torch.Te
     checked = count is None and targets.device.type == "cpu" and not torch.compiler.is_compiling()
     if checked and not bool((targets != ignore_index).any()):
         raise ValueError(
-            f"Andromeda: labels must hold a token to predict, got {ignore_index} (ignored) at every position that has a "
-            "token before it; leave the batch out, or give the number of targets of the whole step (num_items_in_batch) "
-            "where batches share one mean"
+            f"Andromeda: labels must hold a token to predict, got {ignore_index} (ignored) at every position that has "
+            "a token before it; leave the batch out, or give the number of targets of the whole step "
+            "(num_items_in_batch) where batches share one mean"
         )
     return _CrossEntropy.apply(logits, targets, ignore_index, count)
 

@@ -19,12 +19,18 @@ TEXTS = ["def add(a, b):\n    return a + b\n", "for name in names:\n    print(na
 
 
 class Rows(torch.utils.data.Dataset):
-    """Rows that count up, with different starts: something a tiny model can learn. `fail_at`: as if killed there."""
+    """Rows that count up, with different starts: something a tiny model can learn.
+
+    fail_at: as if killed when so many rows have been read since `begin`.
+    """
 
     def __init__(self, count=24, seqlen=12, fail_at=None):
         start = torch.arange(count)[:, None] * 7
         self.ids = (start + torch.arange(seqlen)) % 50 + 2
-        self.ids_read, self.fail_at = 0, fail_at
+        self.ids_read, self.fail_at = -(10**6), fail_at
+
+    def begin(self):
+        self.ids_read = 0
 
     def __len__(self):
         return len(self.ids)
@@ -98,7 +104,12 @@ def test_the_saved_model_is_the_trained_one(tmp_path, tokenizer):
 
 def test_checkpoints_hold_no_pickle_of_arguments_and_old_ones_go(tmp_path):
     train(new_model(), Rows(), settings(tmp_path, keep=2))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-6", "checkpoint-8", "model"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint-6",
+        "checkpoint-8",
+        "history.jsonl",
+        "model",
+    ]
     for folder in tmp_path.iterdir():
         assert not (folder / "training_args.bin").exists()
 
@@ -151,8 +162,9 @@ def test_progress_evaluations_and_samples_are_shown(tmp_path, tokenizer, capsys)
 
 
 def test_a_killed_run_continues_bit_for_bit(tmp_path, uninterrupted):
+    rows = Rows(fail_at=10)
     with pytest.raises(Killed):
-        train(new_model(), Rows(fail_at=12), settings(tmp_path))
+        train(new_model(), rows, settings(tmp_path), on_start=rows.begin)
     assert latest_checkpoint(tmp_path) is not None
     model = new_model()
     result = train(model, Rows(), settings(tmp_path), resume=True)
@@ -192,7 +204,7 @@ def test_a_run_killed_while_it_writes_a_checkpoint(tmp_path, monkeypatch, uninte
         patch.setattr(training._Trainer, stage, replacement)
         with pytest.raises(Killed):
             train(new_model(), Rows(), settings(tmp_path))
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".partial", "checkpoint-2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".partial", "checkpoint-2", "history.jsonl"]
     model = new_model()
     train(model, Rows(), settings(tmp_path), resume=True)
     assert_same(weights(model), uninterrupted)
@@ -271,8 +283,7 @@ def test_a_signal_ends_the_step_saves_and_stops(tmp_path, uninterrupted, number)
 
     before = signal.getsignal(number)
     rows = Interrupting()
-    rows.ids_read = -3  # the rows that the fingerprint reads
-    result = train(new_model(), rows, settings(tmp_path, save_every=0))
+    result = train(new_model(), rows, settings(tmp_path, save_every=0), on_start=rows.begin)
     assert result.interrupted == number.name
     assert 2 <= result.steps <= 4 and _step(result.checkpoint) == result.steps
     assert signal.getsignal(number) is before
@@ -291,10 +302,10 @@ def _step(checkpoint) -> int:
 @pytest.mark.parametrize(
     "options, text",
     [
-        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": 0}, r"steps must be in \[1, 2147483647\], got 0"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
         ({"warmup_steps": 9}, r"warmup_steps must be between 0 and steps \(8\), got 9"),
-        ({"seed": -1}, "seed must not be negative"),
+        ({"seed": -1}, r"seed must be in \[0, 4294967295\], got -1"),
         ({"min_learning_rate_ratio": 2.0}, "min_learning_rate_ratio must be in"),
         ({"device": "tpu"}, "device must be None or 'cpu', got 'tpu'"),
         ({"trainer": {"max_step": 3}}, "must name arguments of TrainingArguments, got max_step"),
