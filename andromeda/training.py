@@ -56,6 +56,7 @@ MANIFEST = "andromeda_checkpoint.json"  # the last file written into a checkpoin
 MODEL = "model"  # folder of the trained model in the output folder
 HISTORY = "history.jsonl"  # the figures of the run in the output folder
 _PARTIAL = ".partial"  # folder of what is being written
+LEFT_BY_A_START = (HISTORY, _PARTIAL)  # what a run without a checkpoint has written, which a new one writes anew
 _MANIFEST_FORMAT = 2  # 1 had sizes in place of checksums, and no seal
 _IGNORED = -100  # label of a token that is not predicted
 _SEAL = "xxh3_128"  # key of a JSON object that holds the checksum of all others
@@ -1014,6 +1015,9 @@ class _Guard(TrainerCallback):
             source = "the model" if trainer.resumed_from is None else trainer.resumed_from.name
             raise FloatingPointError(f"train: {source} must have finite weights, got NaN or Inf in {_some(names)}")
         if state.is_world_process_zero:
+            for path in Path(args.output_dir).iterdir():
+                if files.is_temporary(path.name) and path.is_file():  # a killed start was writing it
+                    path.unlink()
             if self.on_start is not None:
                 self.on_start()
             trainer.history = _History(Path(args.output_dir, HISTORY), state.log_history)
