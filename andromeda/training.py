@@ -6,7 +6,7 @@ What is added to Trainer:
   file and renamed. A run that is killed at any moment leaves only whole `checkpoint-<step>` folders, and only those
   whose files are still as they were written are resumed from. The trained model is saved as `model/` in the same way;
 * a run whose loss, gradient norm or weights are no longer finite ends with an error that names the step. It saves
-  nothing, so that every checkpoint on the disk has finite weights;
+  nothing, so that every checkpoint on the disk has finite weights, which gave a finite loss when it was written;
 * a resumed run does what an uninterrupted one would have done, bit for bit on a CPU, or refuses: every checkpoint
   carries the settings and a fingerprint of the data that its continuation needs;
 * a first Ctrl-C (or SIGTERM) finishes the step, saves a checkpoint and stops; a second one, or one before the training
@@ -750,6 +750,7 @@ class _Trainer(Trainer):
         self.flops_per_token = 6 * self.model.num_parameters(exclude_embeddings=True)
         self.record = _StepRecord(self.args.device, scaled=self.accelerator.scaler is not None)
         self.history = None
+        self.batch = None  # the last one
         self.evaluated = None
         self.resumed_from = resumed_from
         clip = self.accelerator.clip_grad_norm_
@@ -763,6 +764,7 @@ class _Trainer(Trainer):
     # ---- losses
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        self.batch = inputs
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.record.add_part(loss, num_items_in_batch)
         return loss
@@ -822,20 +824,30 @@ class _Trainer(Trainer):
             step, loss, norm = min(bad)
             self._fail(round(step), f"step {step:.0f} had loss {loss:g} and gradient norm {norm:g}")
 
-    def stop_unless_weights_are_finite(self, after: str):
-        """End the run if the weights, or the averages that the optimiser keeps, hold NaN or Inf: nothing to save."""
+    def stop_unless_good(self, model):
+        """End the run if what is to be saved now is useless: the last checkpoint is better.
+
+        The weights and the averages that the optimiser keeps must be finite, and so must be the loss that the weights
+        give, on the last batch: finite weights may be so large that nothing can be computed with them.
+        """
         names = nonfinite_parameters(self.model)
         state = {} if self.optimizer is None else self.optimizer.state
         averages = [
             _local(value) for values in state.values() for value in values.values() if isinstance(value, torch.Tensor)
         ]
-        averages_are_finite = all(_are_finite(averages))
-        flag = torch.tensor([bool(names), not averages_are_finite], dtype=torch.int64, device=self.args.device)
-        weights, moments = self.accelerator.reduce(flag, reduction="sum").tolist()
-        if weights:
-            self._fail(self.state.global_step, f"{after} there is NaN or Inf in {_some(names) or 'the weights'}")
-        if moments:
-            self._fail(self.state.global_step, f"{after} there is NaN or Inf in the averages of the optimiser")
+        found = torch.tensor([bool(names), not all(_are_finite(averages)), False], device=self.args.device)
+        if self.batch is not None:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = self.compute_loss(model, self._prepare_inputs(self.batch), num_items_in_batch=1)
+            found[2] = ~torch.isfinite(loss)
+        faults = self.accelerator.reduce(found.to(torch.int64), reduction="sum").tolist()
+        for fault, place in zip(
+            faults,
+            (_some(names) or "the weights", "the averages of the optimiser", "the loss that its last batch has now"),
+            strict=True,
+        ):
+            if fault:
+                self._fail(self.state.global_step, f"after step {self.state.global_step} NaN or Inf is in {place}")
 
     def _fail(self, step: int, what: str):
         newest = latest_checkpoint(self.args.output_dir)
@@ -877,7 +889,7 @@ class _Trainer(Trainer):
         folder = Path(self.args.output_dir)
         partial = folder / _PARTIAL / f"checkpoint-{self.state.global_step}"
         whole = folder / partial.name
-        self.stop_unless_weights_are_finite(f"after step {self.state.global_step}")
+        self.stop_unless_good(model)
         newest = latest_checkpoint(folder) if self.args.should_save else None
         whole_still = f"{Path(newest).name} is whole" if newest else "there is no earlier checkpoint"
         if self.args.should_save:
@@ -913,7 +925,7 @@ class _Trainer(Trainer):
     def save_whole_model(self):
         """Save the model and its tokenizer in the output folder as `model/`: whole or absent, unsharded if it was."""
         partial = Path(self.args.output_dir, _PARTIAL, MODEL)
-        self.stop_unless_weights_are_finite(f"after step {self.state.global_step}")
+        self.stop_unless_good(self.model_wrapped)
         if self.args.should_save:
             shutil.rmtree(partial.parent, ignore_errors=True)
         self.accelerator.wait_for_everyone()
