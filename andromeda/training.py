@@ -85,7 +85,7 @@ _PEAK_TFLOPS = {
 
 @dataclasses.dataclass(frozen=True)
 class _Bounds:
-    """The numbers that a setting may be. Infinity is no value, only a bound that excludes nothing finite."""
+    """The numbers that a setting may be; never NaN or infinity."""
 
     kind: type  # int or float
     low: float
@@ -104,18 +104,19 @@ class _Bounds:
         if isinstance(value, bool) or not isinstance(value, wanted):
             what = "a whole number" if self.kind is int else "a number"
             raise TypeError(f"{owner}: {name} must be {what}, got {value!r}")
-        too_low = value <= self.low if self.open_low else not value >= self.low
-        too_high = value >= self.high if self.open_high else not value <= self.high
-        if too_low or too_high or value != value:
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        if not (above and below):  # NaN is neither
             raise ValueError(f"{owner}: {name} must be {self}, got {value}")
         return self.kind(value)
 
     def __str__(self) -> str:
-        if self.high == math.inf:
+        if self.high == _LARGEST:
             return "positive and finite" if self.open_low else f"finite and at least {self.low}"
         return f"in {'(' if self.open_low else '['}{self.low}, {self.high}{')' if self.open_high else ']'}"
 
 
+_LARGEST = sys.float_info.max
 _MOST = 2**31 - 1  # no count is larger: some libraries below hold it in 32 bits
 
 
@@ -171,12 +172,12 @@ class TrainSettings:
         **dict.fromkeys(("steps", "batch_size", "gradient_accumulation", "log_every", "keep"), _Bounds(int, 1, _MOST)),
         **dict.fromkeys(("save_every", "eval_every", "sample_every", "num_workers"), _Bounds(int, 0, _MOST)),
         "warmup_steps": _Bounds(int, 0, _MOST),
-        "learning_rate": _Bounds(float, 0, math.inf, open_low=True, open_high=True),
+        "learning_rate": _Bounds(float, 0, _LARGEST, open_low=True),
         "min_learning_rate_ratio": _Bounds(float, 0, 1),
-        "weight_decay": _Bounds(float, 0, math.inf, open_high=True),
+        "weight_decay": _Bounds(float, 0, _LARGEST),
         "adam_beta1": _Bounds(float, 0, 1, open_high=True),
         "adam_beta2": _Bounds(float, 0, 1, open_high=True),
-        "max_grad_norm": _Bounds(float, 0, math.inf, open_high=True),
+        "max_grad_norm": _Bounds(float, 0, _LARGEST),
         "seed": _Bounds(int, 0, 2**32 - 1),  # numpy takes no larger one
     }
 
