@@ -104,11 +104,15 @@ class _Bounds:
         if isinstance(value, bool) or not isinstance(value, wanted):
             what = "a whole number" if self.kind is int else "a number"
             raise TypeError(f"{owner}: {name} must be {what}, got {value!r}")
-        above = value > self.low if self.open_low else value >= self.low
-        below = value < self.high if self.open_high else value <= self.high
+        try:
+            result = self.kind(value)
+        except OverflowError:  # a whole number beyond all of float
+            result = math.nan
+        above = result > self.low if self.open_low else result >= self.low
+        below = result < self.high if self.open_high else result <= self.high
         if not (above and below):  # NaN is neither
             raise ValueError(f"{owner}: {name} must be {self}, got {value}")
-        return self.kind(value)
+        return result
 
     def __str__(self) -> str:
         if self.high == _LARGEST:
