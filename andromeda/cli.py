@@ -10,6 +10,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -20,7 +21,7 @@ from pathlib import Path
 from andromeda import __version__, interrupts, threads
 from andromeda.arguments import integer, not_empty, number
 from andromeda.config import ModelConfig
-from andromeda.files import check_output, check_output_folder, write_json
+from andromeda.files import check_output, check_output_folder, is_temporary, write_json
 from andromeda.runs import (
     SIZES,
     UsageError,
@@ -31,7 +32,6 @@ from andromeda.runs import (
     pack,
     parameter_count,
     read_device,
-    read_json,
     read_prompt,
     round_up,
     say,
@@ -310,8 +310,11 @@ def _build_dataset(arguments) -> int:
 _TRAIN = """\
 Train a model on rows made by `build-dataset` (or on a text source, packed on the way).
 
-Checkpoints go to DIR/checkpoint-N, the trained model to DIR/model. A run that was interrupted, in whatever way,
-continues exactly with `andromeda train --out DIR --resume`; it remembers its options.
+Checkpoints go to DIR/checkpoint-N, the trained model to DIR/model, the figures of the run (step, loss, learning rate,
+gradient norm, tokens/s, evaluations) to DIR/history.jsonl, one JSON object per line. A run that was interrupted, in
+whatever way, continues exactly with `andromeda train --out DIR --resume`; it remembers its options. Ctrl-C finishes the
+step, saves and stops; a second Ctrl-C stops at once. A run that becomes unstable (a loss that is not finite) ends with
+an error that names the step, and keeps its checkpoints.
 
 Options that are not listed here go to transformers' TrainingArguments, so `torchrun --nproc-per-node 8 -m andromeda
 train ... --fsdp` shards the model over eight devices.
@@ -400,7 +403,7 @@ def _train(arguments) -> int:
 
 
 def _train_in(folder: Path, arguments, again: str) -> int:
-    from andromeda.training import TrainSettings, evaluate, train
+    from andromeda.training import TrainSettings, evaluate, sealed, train
 
     first = int(os.environ.get("RANK", "0")) == 0  # of the processes that torchrun started, one writes and speaks
     options = _train_choices(arguments, folder, first)
@@ -410,7 +413,7 @@ def _train_in(folder: Path, arguments, again: str) -> int:
             **{name: options[name] for name in _settings_names() if name in options},
         )
         settings.training_arguments()
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
 
     start = find_model(options["start"]) if "start" in options else None
@@ -419,14 +422,24 @@ def _train_in(folder: Path, arguments, again: str) -> int:
     rows = open_rows(options["data"], tokenizer=tokenizer, **packing)
     held_out = open_rows(options["eval_data"], tokenizer=tokenizer, **packing) if "eval_data" in options else None
     model = _new_model(options, rows, settings.seed) if start is None else load_model(start, "cpu", None)
-    if first and not arguments.resume:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / _OPTIONS_FILE, {"andromeda": __version__, "options": options})
     if first:
         say(f"training {parameter_count(model):,} parameters on {len(rows):,} rows of {rows.seq_len:,} tokens")
     # A run that did not come to its first checkpoint begins anew, which is just as exact.
     resume = arguments.resume and any(folder.glob("checkpoint-*"))
-    result = train(model, rows, settings, eval_dataset=held_out, tokenizer=tokenizer, resume=resume)
+
+    def remember():
+        # After all checks: options that fail them must not stand in the way of the corrected ones.
+        write_json(folder / _OPTIONS_FILE, sealed({"andromeda": __version__, "options": options}))
+
+    result = train(
+        model,
+        rows,
+        settings,
+        eval_dataset=held_out,
+        tokenizer=tokenizer,
+        resume=resume,
+        on_start=None if resume and (folder / _OPTIONS_FILE).is_file() else remember,
+    )
     if not first:
         return 0
     if result.interrupted:
@@ -461,22 +474,48 @@ def _train_choices(arguments, folder: Path, first: bool) -> dict:
             given[name] = str(Path(given[name]).resolve())  # a run may be resumed from another folder
     if arguments.rest:
         given["trainer"] = _trainer_options(arguments.rest)
+    missing = [flag for flag, name in (("ROWS", "data"), ("--steps", "steps")) if name not in given]
     record = folder / _OPTIONS_FILE
     if not arguments.resume:
-        if first and folder.exists() and any(folder.iterdir()):
-            what = "holds a run; continue it with --resume" if record.is_file() else "is not empty; remove it"
-            raise UsageError(f"--out must be a new or empty folder, got {folder}, which {what}, or choose another")
-        if missing := [flag for flag, name in (("ROWS", "data"), ("--steps", "steps")) if name not in given]:
+        if first and (held := _what_holds(folder)):
+            raise UsageError(f"--out must be a new or empty folder, got {folder}, which {held}, or choose another")
+        if missing:
             raise UsageError(f"train needs {' and '.join(missing)} (or --resume)")
         return given
     if not record.is_file():
-        raise UsageError(f"--resume needs the folder of a run in --out, got {folder}, which has no {_OPTIONS_FILE}")
-    stored = read_json(record)["options"]
+        # The run may have been killed before it could write the file: then all options are to be given again.
+        if missing or not folder.is_dir():
+            raise UsageError(
+                f"--resume needs the folder of a run in --out, got {folder}, which has no {_OPTIONS_FILE}; give ROWS "
+                "and all options again if a run was begun there"
+            )
+        return given
+    from andromeda.training import read_sealed
+
+    try:
+        stored = read_sealed(record, ("options",))["options"]
+    except ValueError as error:
+        raise UsageError(f"{error}; remove it and give ROWS and all options again with --resume") from error
+    # Before its first checkpoint nothing depends on the options: they may be corrected.
+    begun = any(folder.glob("checkpoint-*"))
     changed = [name for name, value in given.items() if stored.get(name) != value and name not in _FREE_ON_RESUME]
-    if changed:
+    if changed and begun:
         lines = [f"\n    {name}: was {stored.get(name)!r}, is {given[name]!r}" for name in changed]
         raise UsageError(f"--resume continues a run as it was started, these options differ:{''.join(lines)}")
     return stored | given
+
+
+def _what_holds(folder: Path) -> str | None:
+    """What is in the way of a new run in `folder`, and the remedy; None if there is nothing but a start that failed."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if not names:
+        return None
+    from andromeda.training import LEFT_BY_A_START
+
+    names = {name for name in names if name not in (_OPTIONS_FILE, *LEFT_BY_A_START) and not is_temporary(name)}
+    if any(re.fullmatch(r"checkpoint-\d+|model", name) for name in names):
+        return "holds a run; continue it with --resume"
+    return "is not empty; remove what is in it" if names else None
 
 
 def _settings_names() -> set[str]:

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from andromeda.files import damages, read_json, whole_folder
+from andromeda.files import whole_folder
 
 if TYPE_CHECKING:
     import torch
@@ -131,9 +131,6 @@ def _decoded(data: bytes, where: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads text
 
 
-_MANIFEST = "andromeda_checkpoint.json"
-
-
 def load_model(folder: Path, device: "str | torch.device | None", dtype: str | None, *, finite: bool = False):
     """The model in a folder that `find_model` found, in evaluation mode.
 
@@ -152,10 +149,11 @@ def load_model(folder: Path, device: "str | torch.device | None", dtype: str | N
 
     from andromeda import Andromeda
     from andromeda.huggingface import AndromedaForCausalLM
+    from andromeda.training import check_saved_model, nonfinite_parameters
 
     device = read_device(None) if device is None else device
     dtype = getattr(torch, dtype or "float32")
-    _check_files(folder)
+    check_saved_model(folder)
     if (folder / "andromeda.json").is_file():
         model = AndromedaForCausalLM.from_andromeda(Andromeda.load(folder, device=device, dtype=dtype)).eval()
     else:
@@ -164,35 +162,12 @@ def load_model(folder: Path, device: "str | torch.device | None", dtype: str | N
                 model = AndromedaForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
         except StrictDataclassError as error:
             raise ValueError(f"{folder / 'config.json'} describes no model: {error}") from error
-    if odd := non_finite_parameters(model):
+    if odd := nonfinite_parameters(model):
         text = f"{len(odd)} of {len(list(model.parameters()))} parameters of {folder} are not finite: {_some(odd)}"
         if finite:
             raise ValueError(f"{text}; the training diverged, take an earlier checkpoint")
         say(f"andromeda: warning: {text}; the training diverged, what the model writes means nothing")
     return model
-
-
-def _check_files(folder: Path) -> None:
-    """Compare the files of a model with the checksums in its manifest, if there is one that has them."""
-    if not (folder / _MANIFEST).is_file():
-        return
-    recorded = read_json(folder / _MANIFEST, ("files",))["files"]
-    read = {
-        name: entry
-        for name, entry in recorded.items()
-        if name.endswith((".json", ".safetensors")) and isinstance(entry, dict) and "xxh3_128" in entry
-    }
-    if found := damages(folder, read):
-        raise ValueError(f"{folder} is damaged: {'; '.join(found)}; take another checkpoint or copy it anew")
-
-
-def non_finite_parameters(model) -> list[str]:
-    """Names of the parameters that hold NaN or infinity. The least and the largest value show both, in one pass."""
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.numel() and not all(bool(value.isfinite()) for value in parameter.detach().aminmax())
-    ]
 
 
 def _some(names: list[str]) -> str:

@@ -142,6 +142,112 @@ def test_train_refuses_a_used_folder_and_changed_options(rows, trained, capsys):
     assert code == 2 and "steps: was 6, is 7" in said
 
 
+BAD_STARTS = {
+    "vocabulary": ("--num-tokens", 10),
+    "rows of a step": ("--batch-size", 100_000),
+    "warm-up": ("--warmup-steps", 9),
+    "evaluation data": ("--eval-every", 1),
+    "evaluation rows": ("--eval-data", "nowhere"),
+    "weights": ("--from", "nowhere"),
+    "tokenizer": ("--tokenizer", "nowhere"),
+    "heads": ("--alibi-num-heads", 3),
+    "arguments of transformers": ("--max_steps", 3),
+}
+
+
+@pytest.mark.parametrize("words", BAD_STARTS.values(), ids=BAD_STARTS)
+def test_a_start_that_fails_its_checks_leaves_no_run(rows, tmp_path, capsys, monkeypatch, words):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    command = ["train", rows, "--out", tmp_path / "run", "--steps", "1", *FAST]
+    code, _ = failing(capsys, *command, *words)
+    assert code in (1, 2) and not (tmp_path / "run" / "train.json").exists()
+    monkeypatch.setattr(training, "train", lambda *args, **options: sys.exit(99))
+    for resume in ([], ["--resume"]) if (tmp_path / "run").exists() else ([],):
+        with pytest.raises(SystemExit, match="99"):  # it comes to the training
+            run(*command, *resume)
+
+
+LEFT_BY_KILLS = {
+    "before the file of the run": [],
+    "while it is written": [".train.json.0123456789abcdef"],
+    "after it": ["train.json"],
+    "after the history": ["train.json", "history.jsonl"],
+    "in the first checkpoint": ["train.json", "history.jsonl", ".partial/checkpoint-1/model.safetensors"],
+}
+
+
+@pytest.mark.parametrize("resume", [False, True], ids=["start", "--resume"])
+@pytest.mark.parametrize("names", LEFT_BY_KILLS.values(), ids=LEFT_BY_KILLS)
+def test_a_run_killed_before_its_first_checkpoint_starts_over(rows, tmp_path, names, resume):
+    """With other options, too: nothing depends on the old ones yet."""
+    folder = tmp_path / "run"
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        options = {"data": str(rows), "steps": 7, "depth": 1, "num_tokens": 10}
+        path.write_text(json.dumps(training.sealed({"options": options})) if name == "train.json" else '{"half')
+    folder.mkdir(exist_ok=True)
+    words = [*FAST, "--num-tokens", "512", "--seed", "3", *(["--resume"] if resume else [])]
+    assert run("train", rows, "--out", folder, "--steps", "2", *words) == 0
+    assert {path.name for path in folder.iterdir()} == {"train.json", "history.jsonl", "checkpoint-2", "model"}
+    stored = json.loads((folder / "train.json").read_text())["options"]
+    assert (stored["steps"], stored["seed"], stored["num_tokens"]) == (2, 3, 512)
+
+
+def test_a_folder_with_something_else_is_no_place_for_a_run(rows, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("keep me")
+    code, said = failing(capsys, "train", rows, "--out", tmp_path, "--steps", "1", *FAST)
+    assert code == 2 and "is not empty; remove what is in it, or choose another" in said
+    code, said = failing(capsys, "train", "--out", tmp_path, "--resume")
+    assert code == 2 and "has no train.json; give ROWS and all options again" in said
+
+
+def test_free_options_that_are_given_on_resume_win(rows, trained, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    seen = []
+    monkeypatch.setattr(training, "train", lambda *args, **options: seen.append(args[2]) or sys.exit(99))
+    words = ["--keep", "5", "--log-every", "3", "--sample-prompt", "def", "--save-every", "1"]
+    with pytest.raises(SystemExit, match="99"):
+        run("train", "--out", folder, "--resume", *words)
+    (settings,) = seen
+    assert (settings.keep, settings.log_every, settings.sample_prompt, settings.save_every) == (5, 3, "def", 1)
+    assert (settings.steps, settings.learning_rate) == (6, 1e-2)
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"andromeda": "0.1"}', "\0", "flip"])
+def test_a_damaged_file_of_a_run_is_named(rows, trained, tmp_path, capsys, damage):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    record = folder / "train.json"
+    record.write_text(record.read_text().replace('"steps": 6', '"steps": 7') if damage == "flip" else damage)
+    code, said = failing(capsys, "train", "--out", folder, "--resume")
+    assert code == 2 and f"{record} is damaged" in said and "remove it and give ROWS and all options again" in said
+    record.unlink()
+    shutil.rmtree(folder / "checkpoint-6")
+    assert run("train", rows, "--out", folder, "--resume", "--steps", "6", "--save-every", "2", *FAST) == 0
+    assert json.loads(record.read_text())["options"]["steps"] == 6
+    assert (folder / "model" / "model.safetensors").read_bytes() == (
+        trained / "model" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_files_of_runs_without_a_checksum_are_read(rows, trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    stored = json.loads((folder / "train.json").read_text())
+    assert stored.pop("xxh3_128")
+    (folder / "train.json").write_text(json.dumps(stored))
+    assert run("train", "--out", folder, "--resume") == 0
+
+
+def test_a_run_that_diverges_is_an_error(rows, tmp_path, capsys):
+    words = ["--steps", "30", "--learning-rate", "1e3", "--warmup-steps", "1", "--save-every", "2", "--device", "cpu"]
+    code, said = failing(capsys, "train", rows, "--out", tmp_path / "run", *MODEL, "--batch-size", "2", *words)
+    assert code == 1 and "step " in said and "lower learning_rate (now 1000)" in said and "loss 0.000" not in said
+    assert not (tmp_path / "run" / "model").exists()
+
+
 def test_train_passes_options_on_to_transformers(rows, tmp_path, capsys):
     words = ["train", rows, "--out", tmp_path / "run", "--steps", "1", *FAST]
     assert run(*words, "--adam_epsilon", "1e-6", "--optim", "adamw_torch") == 0
