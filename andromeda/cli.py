@@ -601,7 +601,7 @@ def _generate(arguments) -> int:
     prompt = read_prompt(arguments.prompt, arguments.prompt_file)
     tokenizer = tokenizer_of(folder, arguments.tokenizer)
     model = load_model(folder, device, arguments.dtype)
-    ids = tokenizer.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = tokenizer.encode_prompt(prompt)
     eos = tokenizer.tokenizer.eos_token_id
     if not ids:
         if eos is None:

@@ -13,6 +13,7 @@ import lzma
 import os
 import re
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ TEXT_SUFFIXES = frozenset({
 })
 # fmt: on
 RECORD_SUFFIXES = frozenset({".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv", ".arrow"})
+BLOCK_BYTES = 1 << 20  # longer text files arrive in parts of this size
 COMPRESSED_SUFFIXES = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
@@ -37,23 +39,32 @@ class Source:
     """Where documents come from."""
 
     name: str
+    text_column: str | None = None
+    errors: str = "strict"
 
     def fingerprint(self) -> str | None:
         """Changes with the documents; None if only reading them all would tell."""
         raise NotImplementedError
 
-    def size(self, text_column: str | None) -> int | None:
+    def size(self) -> int | None:
         """About how many bytes of text there are; None if that is not known."""
         raise NotImplementedError
 
     def num_documents(self) -> int | None:
         raise NotImplementedError
 
-    def documents(self, text_column: str | None, errors: str, statistics: Counter) -> Iterator[Document]:
+    def documents(self, statistics: Counter) -> Iterator[Document]:
         raise NotImplementedError
 
 
-def open_source(name, split: str | None) -> Source:
+def open_source(name, split: str | None = None, *, text_column: str | None = None, errors: str = "strict") -> Source:
+    """The source that a path, a name on the hub or an object of `datasets` stands for."""
+    source = _open_source(name, split)
+    source.text_column, source.errors = text_column, errors
+    return source
+
+
+def _open_source(name, split: str | None) -> Source:
     datasets = sys.modules.get("datasets")  # who holds an object of it has loaded it
     if datasets is not None and isinstance(
         name, (datasets.Dataset, datasets.IterableDataset, datasets.DatasetDict, datasets.IterableDatasetDict)
@@ -124,19 +135,19 @@ class _Rows(Source):
     def fingerprint(self) -> str:
         return f"dataset {self._dataset._fingerprint}"
 
-    def size(self, text_column: str | None) -> int | None:
+    def size(self) -> int | None:
         table = self._dataset.data  # all rows, the dataset may have chosen some of them
-        return table.column(self._column(text_column)).nbytes * len(self._dataset) // len(table) if len(table) else None
+        return table.column(self._column()).nbytes * len(self._dataset) // len(table) if len(table) else None
 
     def num_documents(self) -> int:
         return len(self._dataset)
 
-    def _column(self, text_column: str | None) -> str:
+    def _column(self) -> str:
         columns = {name: _feature_kind(feature) for name, feature in self._dataset.features.items()}
-        return _choose_column(columns, text_column, self.name)
+        return _choose_column(columns, self.text_column, self.name)
 
-    def documents(self, text_column, errors, statistics) -> Iterator[Document]:
-        column = self._column(text_column)
+    def documents(self, statistics) -> Iterator[Document]:
+        column = self._column()
         table = self._dataset.select_columns([column]).with_format("arrow")
         row = 0
         for batch in table.iter(batch_size=MAX_BATCH_DOCUMENTS):
@@ -155,17 +166,17 @@ class _Stream(Source):
     def fingerprint(self) -> None:
         return None
 
-    def size(self, text_column: str | None) -> None:
+    def size(self) -> None:
         return None
 
     def num_documents(self) -> None:
         return None
 
-    def documents(self, text_column, errors, statistics) -> Iterator[Document]:
+    def documents(self, statistics) -> Iterator[Document]:
         column = None
         for row, record in enumerate(self._dataset):
             if column is None:
-                column = _choose_column(_record_kinds(record), text_column, self.name)
+                column = _choose_column(_record_kinds(record), self.text_column, self.name)
             yield _field(record, column, f"{self.name}, row {row}")
 
 
@@ -218,7 +229,7 @@ class _Files(Source):
         stats = [(str(path.absolute()), path.stat()) for path in self._files]
         return json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
 
-    def size(self, text_column: str | None) -> int:
+    def size(self) -> int:
         def text_bytes(path: Path) -> int:
             packed = path.suffix.lower() in COMPRESSED_SUFFIXES  # text, to about a quarter
             return path.stat().st_size * (4 if packed else 1)
@@ -228,12 +239,12 @@ class _Files(Source):
     def num_documents(self) -> int | None:
         return len(self._files) if all(_kind(path) == ".txt" for path in self._files) else None
 
-    def documents(self, text_column, errors, statistics) -> Iterator[Document]:
+    def documents(self, statistics) -> Iterator[Document]:
         statistics["ignored_files"] = self._ignored.total()
         for path in self._files:
             statistics["files"] += 1
             with _open(path) as file:
-                yield from _READERS[_kind(path)](file, str(path), text_column, errors, statistics)
+                yield from _READERS[_kind(path)](file, str(path), self.text_column, self.errors, statistics)
 
 
 def _inner_suffix(path: Path) -> str:
@@ -271,6 +282,66 @@ def _lines(file, where: str, errors: str, statistics: Counter) -> Iterator[tuple
         offset += len(line)
 
 
+def _blocks(file, where: str, errors: str, statistics: Counter) -> Iterator[tuple[str, int]]:
+    """(text, byte offset) of consecutive parts of a text file of about BLOCK_BYTES, cut between characters."""
+    offset, rest = 0, b""
+    while block := file.read(BLOCK_BYTES):
+        data = rest + block
+        if offset == 0 and not rest and data.startswith(codecs.BOM_UTF8):
+            statistics["byte_order_marks"] += 1
+            offset = len(codecs.BOM_UTF8)
+            data = data[offset:]
+        end = _end_of_last_character(data)
+        if end:
+            yield _decode(data[:end], where, offset, errors), offset
+        offset, rest = offset + end, data[end:]
+    if rest:
+        yield _decode(rest, where, offset, errors), offset
+
+
+def _end_of_last_character(data: bytes) -> int:
+    """How many bytes of UTF-8 there are before a character that is not whole at the end."""
+    for back in range(1, min(4, len(data)) + 1):
+        lead = data[-back]
+        if lead & 0xC0 != 0x80:  # not one of the bytes that continue a character
+            size = 1 if lead < 0xC0 else 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
+            return len(data) - back if size > back else len(data)
+    return len(data)
+
+
+def _split_text(blocks: Iterable[tuple[str, int]], where: str, separator: str | None) -> Iterator[Document]:
+    """One document, or those between the separators, from consecutive parts of a text; long ones in parts."""
+    if separator is None:
+        before = None
+        for block in blocks:
+            if before is not None:
+                yield Document(before[0], where, before[1], continues=True)
+            before = block
+        text, offset = before or ("", 0)
+        yield Document(text, where, offset)
+        return
+    number, text, offset = 0, "", 0
+    for block, start in blocks:
+        text, offset = (text + block, offset) if text else (block, start)
+        *whole, text = text.split(separator)
+        for piece in whole:
+            yield Document(piece, f"{where}, document {number}", offset)
+            offset += _num_bytes(piece) + _num_bytes(separator)
+            number += 1
+        # The end may be the start of a separator, and the last part of a document must not be empty.
+        if len(text) > len(separator):
+            part = text[: -len(separator)]
+            yield Document(part, f"{where}, document {number}", offset, continues=True)
+            offset += _num_bytes(part)
+            text = text[-len(separator) :]
+    if text or not number:
+        yield Document(text, f"{where}, document {number}", offset)
+
+
+def _num_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogateescape"))
+
+
 def _read_all(file, where: str, errors: str, statistics: Counter) -> tuple[str, int]:
     """The text of a whole file and the byte offset at which it starts."""
     data = file.read()
@@ -280,8 +351,7 @@ def _read_all(file, where: str, errors: str, statistics: Counter) -> tuple[str, 
 
 
 def _read_text(file, where, text_column, errors, statistics) -> Iterator[Document]:
-    text, offset = _read_all(file, where, errors, statistics)
-    yield Document(text, where, offset)
+    yield from _split_text(_blocks(file, where, errors, statistics), where, None)
 
 
 def _read_json_lines(file, where, text_column, errors, statistics) -> Iterator[Document]:
@@ -444,14 +514,25 @@ _READERS = {
 
 
 class Document(NamedTuple):
+    """A document, or a part of one: the parts of a long text follow each other, and none of them is empty."""
+
     text: str | None
     where: str  # file or data set, with line or row
     offset: int = 0  # bytes of `where` before the text, for messages
+    continues: bool = False  # the next Document continues this one
 
 
-def clean(documents: Iterable[Document], errors: str, statistics: Counter) -> Iterator[str]:
-    """The texts that are to be packed; what is left out or repaired is counted."""
-    for text, where, offset in documents:
+def clean(documents: Iterable[Document], errors: str, statistics: Counter) -> Iterator[Document]:
+    """The documents that are to be packed; what is left out or repaired is counted.
+
+    A document in parts stays in parts (`continues`), and is kept, repaired or left out as a whole.
+    """
+    documents = iter(documents)
+    for document in documents:
+        if document.continues:
+            yield from _clean_parts(document, documents, errors, statistics)
+            continue
+        text, where, _, _ = document
         if text is None or text == "":
             statistics["empty_documents"] += 1
             continue
@@ -460,18 +541,81 @@ def clean(documents: Iterable[Document], errors: str, statistics: Counter) -> It
         bad = _first_bad_character(text)
         if bad is not None:
             if errors == "strict":
-                kind = "a NUL character" if text[bad] == "\0" else f"the lone surrogate U+{ord(text[bad]):04X}"
-                position = offset + len(text[:bad].encode())
-                raise ValueError(f"DatasetBuilder: {where} must be text, got {kind} at byte {position}; {_REMEDY}")
+                raise _bad_character(document, bad)
             if errors == "skip":
                 statistics["skipped_documents"] += 1
                 continue
             statistics["repaired_documents"] += 1
-            text = _BAD_CHARACTERS.sub("\N{REPLACEMENT CHARACTER}", text)
-        if text.isspace():
+            document = document._replace(text=_BAD_CHARACTERS.sub("\N{REPLACEMENT CHARACTER}", text))
+        if document.text.isspace():
             statistics["empty_documents"] += 1
             continue
-        yield text
+        yield document
+
+
+def _clean_parts(first: Document, rest: Iterator[Document], errors: str, statistics: Counter) -> Iterator[Document]:
+    """`clean` for the parts of one document: `first` and as many of those that follow as belong to it.
+
+    Parts wait, in a file if they are many, while they are all white space; and with errors="skip" all of them do,
+    because the last may be the bad one.
+    """
+    with tempfile.SpooledTemporaryFile(max_size=16 * BLOCK_BYTES) as waiting:
+        blank, skipped, repaired = True, False, False
+        part = first
+        while True:
+            text = part.text
+            bad = None if skipped else _first_bad_character(text)
+            if bad is not None:
+                if errors == "strict":
+                    raise _bad_character(part, bad)
+                skipped = errors == "skip"
+                repaired = True
+                text = _BAD_CHARACTERS.sub("\N{REPLACEMENT CHARACTER}", text)
+            blank = blank and text.isspace()
+            waits = blank or errors == "skip"
+            if waits and not skipped:
+                waiting.write(text.encode())
+            elif not skipped:
+                yield from _read_back(waiting, part, continues=True)
+                yield part._replace(text=text)
+            if not part.continues:
+                break
+            part = next(rest)
+        if skipped:
+            statistics["skipped_documents"] += 1
+        elif blank:
+            statistics["empty_documents"] += 1
+        else:
+            yield from _read_back(waiting, part, continues=False)
+        statistics["repaired_documents"] += repaired and not skipped
+
+
+def _read_back(waiting, like: Document, continues: bool) -> Iterator[Document]:
+    """The parts that were written to `waiting`, which is empty afterwards."""
+    if not waiting.tell():
+        return
+    waiting.seek(0)
+    for part in _split_text(_blocks(waiting, like.where, "strict", Counter()), like.where, None):
+        yield part._replace(continues=part.continues or continues)
+    waiting.seek(0)
+    waiting.truncate()
+
+
+def whole_texts(documents: Iterable[Document]) -> Iterator[str]:
+    """The texts of documents; the parts of one are joined, which holds all of it in memory."""
+    parts = []
+    for document in documents:
+        parts.append(document.text)
+        if not document.continues:
+            yield "".join(parts)
+            parts.clear()
+
+
+def _bad_character(document: Document, index: int) -> ValueError:
+    text, where, offset, _ = document
+    kind = "a NUL character" if text[index] == "\0" else f"the lone surrogate U+{ord(text[index]):04X}"
+    position = offset + len(text[:index].encode())
+    return ValueError(f"DatasetBuilder: {where} must be text, got {kind} at byte {position}; {_REMEDY}")
 
 
 _BAD_CHARACTERS = re.compile("[\0\ud800-\udfff]")

@@ -486,3 +486,37 @@ def damages(folder: Path, recorded: dict[str, dict]) -> list[str]:
         elif checksum(path) != entry["xxh3_128"]:
             found.append(f"{name} has other content than was written (checksum differs)")
     return found
+
+
+# ---- folders to work in
+
+
+@contextlib.contextmanager
+def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A new folder `<prefix><random>` in `parent`, locked while in use; removed at the end unless it was renamed.
+
+    Those of this prefix that killed processes left are removed first.
+    """
+    _remove_stale_folders(parent, prefix)
+    path = parent / f"{prefix}{secrets.token_hex(8)}"
+    path.mkdir()
+    lock = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove_stale_folders(parent: Path, prefix: str) -> None:
+    for path in parent.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError):  # locked: in use; gone: somebody else removed it
+            if time.time() - path.stat().st_mtime < _STALE_SECONDS:
+                continue
+            lock = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(lock)

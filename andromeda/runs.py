@@ -237,9 +237,11 @@ def _check_same_tokenizer(folder: Path, tokenizer):
 def texts_of(source, text_column: str | None = None, split: str | None = None, errors: str = "strict"):
     """The documents of a source, as the packing will see them."""
     from andromeda.documents import clean, open_source
+    from andromeda.packing import in_parts
 
     counts: Counter = Counter()
-    return clean(open_source(source, split).documents(text_column, errors, counts), errors, counts)
+    documents = open_source(source, split, text_column=text_column, errors=errors).documents(counts)
+    return in_parts(clean(documents, errors, counts))
 
 
 def pack(source, target: Path, tokenizer, **options):

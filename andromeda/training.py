@@ -1325,8 +1325,10 @@ class _Progress(TrainerCallback):
 
 def sample_text(model, tokenizer, prompt: str, *, tokens: int, temperature: float = 0.8, seed: int = 0) -> str:
     """`prompt` and its continuation by `tokens` sampled tokens. Leaves the random generators as they were."""
+    from andromeda.tokenizer import token_ids
+
     tokenizer = _hf_tokenizer(tokenizer)
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id or 0]
+    ids = token_ids(tokenizer, prompt) or [tokenizer.eos_token_id or 0]
     plain = model.to_andromeda() if isinstance(model, AndromedaForCausalLM) else model
     device = next(plain.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)

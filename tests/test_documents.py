@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from andromeda.documents import clean, open_source
+from andromeda.documents import clean, open_source, whole_texts
 
 TEXTS = ["first\nline two", "", "zweites Dokument: ü, 🥊", " \t\n", 'with "quotes", commas\r\nand lines']
 KEPT = [text for text in TEXTS if text.strip()]
@@ -22,8 +22,8 @@ KEPT = [text for text in TEXTS if text.strip()]
 def texts_of(source, errors="strict", text_column=None, split=None):
     """The documents of a source and the counts."""
     counts = Counter()
-    documents = open_source(source, split).documents(text_column, errors, counts)
-    return list(clean(documents, errors, counts)), counts
+    documents = open_source(source, split, text_column=text_column, errors=errors).documents(counts)
+    return list(whole_texts(clean(documents, errors, counts))), counts
 
 
 def write_json_lines(path):
