@@ -24,6 +24,7 @@ import xxhash
 _BLOCK_BYTES = 1 << 20
 _STALE_SECONDS = 60  # a temporary folder this young may belong to a process that has not locked it yet
 _MAX_LINKS = 40  # as in Linux
+_unfinished: set[Path] = set()  # what is being written at this moment
 
 
 # ---- before the work
@@ -196,9 +197,12 @@ def _write_into(target: Path, data: bytes) -> None:
 
 
 def _replace_file(target: Path, data: bytes) -> None:
+    _remove_stale(target)
     new = _other_name(target)
+    _unfinished.add(new)
     try:
         with open(new, "xb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
             file.write(data)
             file.flush()
             with contextlib.suppress(FileNotFoundError):
@@ -207,6 +211,7 @@ def _replace_file(target: Path, data: bytes) -> None:
         os.replace(new, target)
     finally:
         new.unlink(missing_ok=True)
+        _unfinished.discard(new)
     flush(target.parent)
 
 
@@ -261,31 +266,55 @@ def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(target)
         new = _other_name(target)
-        new.mkdir()
-        lock = os.open(new, os.O_RDONLY)
+        _unfinished.add(new)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield new
-            replace_folder(new, target)
+            new.mkdir()
+            with _locked(new):
+                yield new
+                replace_folder(new, target)
         finally:
             shutil.rmtree(new, ignore_errors=True)
-            os.close(lock)
+            _unfinished.discard(new)
 
 
 def _remove_stale(target: Path) -> None:
-    """Remove the temporary folders of `target` that no process has locked."""
-    for path in target.parent.iterdir():
-        if target.name not in (path.name[1:-17], path.name[1:-21]) or not is_temporary(path.name):
-            continue
-        with contextlib.suppress(OSError):  # locked: in use; gone: somebody else removed it
-            if time.time() - path.stat().st_mtime < _STALE_SECONDS:
+    """Remove what has a temporary name of `target` and is not locked by the process that writes it."""
+    stem = _other_name(target).name[:-16]
+    with contextlib.suppress(OSError):  # a folder that may not be listed
+        for path in target.parent.iterdir():
+            if not path.name.startswith(stem) or not is_temporary(path.name):
                 continue
-            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
-            finally:
-                os.close(lock)
+            if path.name.endswith(".old") and not target.exists():
+                continue  # killed between two renames: all that is left of it
+            with contextlib.suppress(OSError):  # locked: in use; gone: somebody else removed it
+                if time.time() - path.stat().st_mtime < _STALE_SECONDS:
+                    continue
+                with _locked(path, fcntl.LOCK_NB):
+                    _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, flags: int = 0) -> Iterator[None]:
+    lock = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | flags)
+        yield
+    finally:
+        os.close(lock)
+
+
+def remove_unfinished() -> None:
+    """Remove what this process is writing at this moment; for a process that ends without its clean-up."""
+    for path in list(_unfinished):
+        with contextlib.suppress(OSError):
+            _remove(path)
 
 
 def is_temporary(name: str) -> bool:

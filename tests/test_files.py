@@ -388,20 +388,52 @@ def test_an_error_that_names_the_target_is_explained(tmp_path):
 # ---- what killed processes leave
 
 
+def stale(path):
+    path.mkdir() if path.name.startswith(".rows") else path.write_text("")
+    os.utime(path, (0, 0))
+    return path
+
+
 def test_what_a_killed_process_left_is_removed(tmp_path):
-    dead, other = (tmp_path / f".{name}.0123456789abcdef" for name in ("rows", "other"))
+    dead = stale(tmp_path / ".rows.0123456789abcdef")
+    old = stale(tmp_path / ".rows.1123456789abcdef.old")
     young = tmp_path / ".rows.fedcba9876543210"
-    old = tmp_path / ".rows.0123456789abcdef.old"
-    for folder in (dead, young, old, other):
-        folder.mkdir()
-    for folder in (dead, old, other):
-        os.utime(folder, (0, 0))
+    other = stale(tmp_path / ".other.0123456789abcdef")
+    young.mkdir()
     with files.whole_folder(tmp_path / "rows") as first:
+        assert not dead.exists() and old.exists()  # what is left of rows, as long as there are none
         os.utime(first, (0, 0))
         with files.whole_folder(tmp_path / "rows"):  # beside the first, which is locked
             pass
         assert first.is_dir()
-    assert set(names(tmp_path)) == {young.name, other.name, "rows"}
+    with files.whole_folder(tmp_path / "rows"):
+        pass
+    assert names(tmp_path) == [other.name, young.name, "rows"]
+
+
+def test_a_file_that_a_killed_process_left_is_removed(tmp_path):
+    stale(tmp_path / ".figures.json.0123456789abcdef")
+    files.write_json(tmp_path / "figures.json", 1)
+    assert names(tmp_path) == ["figures.json"]
+
+
+def test_what_is_being_written_can_be_removed_at_any_moment(tmp_path, monkeypatch):
+    (tmp_path / "rows").mkdir()
+    seen = []
+
+    def interrupted(*_):
+        seen.append(names(tmp_path))
+        files.remove_unfinished()
+        seen.append(names(tmp_path))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), files.whole_folder(tmp_path / "rows") as new:
+        (new / "half").write_text("")
+        patch.setattr(os, "fsync", interrupted)
+        files.write_json(tmp_path / "figures.json", 1)
+    assert len(seen[0]) == 3 and seen[1] == ["rows"]
+    files.remove_unfinished()
+    assert names(tmp_path) == ["rows"]
 
 
 @pytest.mark.parametrize(

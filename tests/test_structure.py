@@ -23,7 +23,8 @@ LAYERS = ("files", "reference", "ops", "model", "huggingface", "training", "comm
 LAYER_OF = {
     **dict.fromkeys(("config", "generation", "checkpoint", "model"), "model"),
     **dict.fromkeys(("packing", "tokenizer", "documents", "dataset"), "data"),
-    **dict.fromkeys(("__init__", "__main__", "cli", "info", "quickstart", "runs"), "commands"),
+    **dict.fromkeys(("__init__", "__main__", "arguments", "cli", "info", "interrupts", "quickstart"), "commands"),
+    **dict.fromkeys(("runs", "threads"), "commands"),
 }
 
 # csrc: the folders whose headers a folder may include, besides its own.
