@@ -234,14 +234,14 @@ def _check_same_tokenizer(folder: Path, tokenizer):
         raise UsageError(f"the rows in {folder} were packed with another tokenizer; pack the text with the one in use")
 
 
-def texts_of(source, text_column: str | None = None, split: str | None = None, errors: str = "strict"):
-    """The documents of a source, as the packing will see them."""
+def texts_of(source, text_column: str | None = None, split: str | None = None, errors: str = "strict", **options):
+    """The documents of a source, as the packing will see them; long ones in parts."""
     from andromeda.documents import clean, open_source
     from andromeda.packing import in_parts
 
+    opened = open_source(source, split, text_column=text_column, errors=errors, **options)
     counts: Counter = Counter()
-    documents = open_source(source, split, text_column=text_column, errors=errors).documents(counts)
-    return in_parts(clean(documents, errors, counts))
+    return in_parts(clean(opened.documents(counts), errors, counts))
 
 
 def pack(source, target: Path, tokenizer, **options):
