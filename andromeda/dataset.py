@@ -532,13 +532,13 @@ def default_cache_dir() -> Path:
         ValueError: it would be in the home directory, which is not known.
     """
     if chosen := os.environ.get("ANDROMEDA_CACHE"):
-        return _absolute(chosen, "ANDROMEDA_CACHE") / "datasets"
+        return _absolute(chosen, "DatasetBuilder: ANDROMEDA_CACHE") / "datasets"
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     if not os.path.isabs(base) and not base.startswith("~"):
         # So says the specification of that variable.
         warnings.warn(f"XDG_CACHE_HOME must be an absolute path, got {base!r}: it is not used", stacklevel=2)
         base = "~/.cache"
-    return _absolute(base, "the cache") / "andromeda" / "datasets"
+    return _absolute(base, "DatasetBuilder: the cache") / "andromeda" / "datasets"
 
 
 def _absolute(path: str | os.PathLike, name: str) -> Path:
@@ -553,14 +553,14 @@ def _absolute(path: str | os.PathLike, name: str) -> Path:
         head = os.environ.get("HOME") or _home_of_account()
         if not os.path.isabs(head):
             raise ValueError(
-                f"DatasetBuilder: {name} is in the home directory ({text}), which is not known: HOME is not set to an "
-                "absolute path and this user has no account; set ANDROMEDA_CACHE to a folder, or pass cache_dir"
+                f"{name} is in the home directory ({text}), which is not known: HOME is not set to an absolute path "
+                "and this user has no account; set ANDROMEDA_CACHE, or pass an absolute path as cache_dir"
             )
     elif head.startswith("~"):
         account, head = head, os.path.expanduser(head)
         if head == account:
             raise ValueError(
-                f"DatasetBuilder: {name} must be in the home directory of an account that there is, got {text!r}; a "
+                f"{name} must be in the home directory of an account that there is, got {text!r}; a "
                 f"folder of that name is './{text}'"
             )
     return Path(os.path.abspath(head + slash + tail))

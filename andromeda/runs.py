@@ -216,6 +216,8 @@ def open_rows(source: str, *, tokenizer, seq_len: int, doc_mask: bool):
 
     if (Path(source) / METADATA_FILE).is_file():
         rows = PackedDataset(source, doc_mask=doc_mask)
+        if not rows.verify():
+            say(f"andromeda: {source} is of an older version and has no checksums: damage would not be noticed")
         _check_same_tokenizer(Path(source), tokenizer)
         return rows
     from andromeda import DatasetBuilder

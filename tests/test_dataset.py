@@ -899,7 +899,7 @@ def test_no_home(no_account, monkeypatch, home, options):
     if home is not None:
         monkeypatch.setenv("HOME", home)
     with pytest.raises(
-        ValueError, match=r"home directory .* not known: HOME .*; set ANDROMEDA_CACHE .* pass cache_dir"
+        ValueError, match=r"home directory .* not known: HOME .*; set ANDROMEDA_CACHE, or pass .*cache_dir"
     ):
         DatasetBuilder("corpus", **options)
 
