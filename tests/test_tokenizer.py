@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -411,6 +412,23 @@ def test_a_process_that_dies_while_texts_are_sent(trainer):
 
     with pytest.raises(RuntimeError, match="the process that trains was killed by signal 9"):
         AndromedaTokenizer.train(texts(), 300)
+
+
+def test_a_process_that_nobody_waits_for_ends():
+    """It is at work for a second when the pipe closes, as it does when this process is killed."""
+    random = np.random.default_rng(0)
+    words = random.integers(ord("a"), ord("z"), (40_000, 12), dtype=np.uint8).tobytes().decode()
+    texts = [" ".join(words[begin : begin + 12] for begin in range(0, len(words), 12))]
+    process = packing._Trainer()
+    try:
+        options = {"vocab_size": 20_000, "show_progress": False}
+        process._send(b"", json.dumps({"tokenizer": tokenizer_json(), "trainer": options}).encode())
+        process._send(*packing._pack_texts(texts))
+        process._send(b"", b"")
+        process._process.stdin.close()
+        assert process._process.wait(60) == 1
+    finally:
+        process.kill()
 
 
 def test_errors_of_the_texts_and_of_the_trainer(trainer):
