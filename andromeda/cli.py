@@ -303,8 +303,9 @@ def _build_dataset(arguments) -> int:
     from andromeda.documents import open_source
 
     target = Path(arguments.out)
-    if not arguments.out.strip():
-        raise UsageError(f"--out must be the name of a new folder, got {arguments.out!r}")
+    for name, value in (("SOURCE", arguments.source), ("--out", arguments.out), ("--tokenizer", arguments.tokenizer)):
+        if value is not None and not value.strip():
+            raise UsageError(f"{name} must be a name, got {value!r}")
     if target.exists():
         raise UsageError(f"--out must be a new folder, got {target}, which exists; remove it or choose another")
     source = open_source(
@@ -344,6 +345,8 @@ def _build_dataset(arguments) -> int:
             print(f"{name.replace('_', ' '):12} {value:,}")
     for line in rows.metadata["skipped"]:
         print(f"left out     {line}")
+    for line in rows.metadata["notes"]:
+        print(f"note         {line}")
     print(f"vocabulary   {rows.vocab_size:,} ids (tokenizer in {target / 'tokenizer'})")
     return 0
 

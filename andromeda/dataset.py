@@ -25,7 +25,7 @@ import torch
 import xxhash
 
 from andromeda import files, packing
-from andromeda.documents import Source, check_name, clean, open_source
+from andromeda.documents import Source, check_name, clean, glob_patterns, open_source
 from andromeda.tokenizer import AndromedaTokenizer
 
 if TYPE_CHECKING:
@@ -153,8 +153,8 @@ class DatasetBuilder:
         self.doc_mask = doc_mask
         self.label_first_token = label_first_token
         self.errors = errors
-        self.include = (include,) if isinstance(include, str) else tuple(include)
-        self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        self.include = glob_patterns(include, "include")
+        self.exclude = glob_patterns(exclude, "exclude")
         self.separator = separator
         self.format = format
         self.cache_dir = default_cache_dir() if cache_dir is None else _absolute(cache_dir, "DatasetBuilder: cache_dir")

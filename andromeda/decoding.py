@@ -62,7 +62,7 @@ _KINDS = (  # first bytes of what is not text; binary ones among them, so that n
     (rb"\xff\xfe\0\0|\0\0\xfe\xff", "text in UTF-32 (iconv -f UTF-32 -t UTF-8 converts it)"),
     (rb"\xff\xfe|\xfe\xff", "text in UTF-16 (iconv -f UTF-16 -t UTF-8 converts it)"),
 )  # fmt: skip
-_KINDS_COMPILED = tuple((re.compile(pattern, re.DOTALL), kind) for pattern, kind in _KINDS)
+_ANY_KIND = re.compile(b"|".join(pattern for pattern, _ in _KINDS), re.DOTALL)
 _BAD_BYTES = re.compile("[\0\udc80-\udcff]")
 
 
@@ -75,13 +75,11 @@ class SourceError(ValueError):
 
 def recognise(head: bytes) -> str | None:
     """What a file with these first bytes is, in words; None if it may be text."""
-    for pattern, kind in _PACKED:
-        if pattern.match(head):
-            return _a_file(kind)
-    for pattern, kind in _KINDS_COMPILED:
-        if pattern.match(head):
-            return kind
-    return None
+    if packing := _packing(head):
+        return _a_file(packing)
+    if not _ANY_KIND.match(head):
+        return None
+    return next(kind for pattern, kind in _KINDS if re.compile(pattern, re.DOTALL).match(head))
 
 
 class Input(NamedTuple):
@@ -126,9 +124,11 @@ def _packing(head: bytes) -> str | None:
 
 def _look(file: BinaryIO) -> tuple[bytes, BinaryIO]:
     """The first bytes of a file, and the file as if they had not been read."""
-    head = b""
-    while len(head) < HEAD_BYTES and (more := file.read(HEAD_BYTES - len(head))):
+    head = file.read(HEAD_BYTES)
+    while 0 < len(head) < HEAD_BYTES and (more := file.read(HEAD_BYTES - len(head))):
         head += more
+    if len(head) < HEAD_BYTES:
+        return head, io.BytesIO(head)  # the whole file
     if file.seekable():
         file.seek(0)
         return head, file

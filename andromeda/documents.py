@@ -32,6 +32,7 @@ from andromeda.columns import (
 )
 from andromeda.decoding import BLOCK_BYTES, COMPRESSED_SUFFIXES, REMEDY, Decoder, SourceError, open_input
 from andromeda.folders import Skipped, is_rows, is_saved_dataset, walk
+from andromeda.packing import MAX_BATCH_DOCUMENTS
 from andromeda.readers import (
     FORMATS,
     Document,
@@ -87,7 +88,12 @@ class Source:
 
     def facts(self) -> dict:
         """What a user should know of a source that has been read: column, formats of files, what was skipped."""
-        return {"text_column": self.column, "formats": dict(self._formats), "skipped": self.skipped.lines()}
+        return {
+            "text_column": self.column,
+            "formats": dict(self._formats),
+            "skipped": self.skipped.lines(),
+            "notes": self.skipped.notes,
+        }
 
 
 def check_name(name) -> None:
@@ -122,7 +128,7 @@ def open_source(
     if isinstance(name, Source):
         return name
     check_name(name)
-    include, exclude = _patterns(include, "include"), _patterns(exclude, "exclude")
+    include, exclude = glob_patterns(include, "include"), glob_patterns(exclude, "exclude")
     if format is not None and format not in FORMATS:
         raise ValueError(f"DatasetBuilder: format must be one of {', '.join(FORMATS)} or None, got {format!r}")
     if separator is not None and not (isinstance(separator, str) and separator):
@@ -171,7 +177,8 @@ def open_source(
     return _hf_source(_load_from_hub(text, split or "train"), None, text, text_column, errors)
 
 
-def _patterns(patterns: str | Iterable[str], argument: str) -> tuple[str, ...]:
+def glob_patterns(patterns: str | Iterable[str] | None, argument: str) -> tuple[str, ...]:
+    """One or several patterns of names as a tuple; raises if one is not a string or is empty."""
     patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
     for pattern in patterns:
         if not (isinstance(pattern, str) and pattern.strip()):
@@ -239,7 +246,7 @@ class _Rows(Source):
 
     def documents(self, statistics: Counter) -> Iterator[Document]:
         table = self._dataset.with_format(None).select_columns([self.column]).with_format("arrow")
-        decode = Decoder(f"{self.name}, column {self.column!r}", self.errors)
+        decode = Decoder(self.name, self.errors)
         rows = itertools.count()
         with _located(self.name):
             for batch in table.iter(batch_size=batch_rows(self.size() or 0, len(table))):
@@ -272,14 +279,23 @@ class _Stream(Source):
         return len(self._dataset) if hasattr(self._dataset, "__len__") else None
 
     def documents(self, statistics: Counter) -> Iterator[Document]:
+        known = None if self._features is None else _feature_columns(self._features, self.name)
+        decode = Decoder(self.name, self.errors)
+        if known is not None and self.errors != "strict":  # as Python objects, strings that are not UTF-8 would fail
+            self.column = choose([(self.name, known)], self.text_column).column
+            rows = itertools.count()
+            with _located(self.name):
+                for batch in self._dataset.with_format("arrow").iter(batch_size=MAX_BATCH_DOCUMENTS):
+                    for chunk in batch.column(self.column).chunks:
+                        yield from arrow_documents(chunk, self.column, self.name, rows, decode)
+            decode.finish()
+            return
         records = self._records()
         first = list(itertools.islice(records, SAMPLE_RECORDS))
         if not first:
             return
-        known = None if self._features is None else _feature_columns(self._features, self.name)
         choice = choose([(self.name, known or record_columns(first))], self.text_column)
         self.column = column = choice.column
-        decode = Decoder(self.name, self.errors)
         for row, record in enumerate(itertools.chain(first, records)):
             place = f"{self.name}, row {row}"
             if choice.guessed and known is None:
@@ -339,24 +355,26 @@ class _Files(Source):
         self._format = format
         self._options = {"include": include, "exclude": exclude, "separator": separator, "format": format}
         self._skips_objects = False  # whether a lone JSON object without the column is a description of the data
+        self._objects: set[Path] = set()  # those
         if path.is_dir():
             if is_rows(path):
                 raise SourceError(
                     f"{path} must hold documents, got rows that are packed already: give them to `andromeda train` or "
                     "`andromeda eval`, or open them with andromeda.dataset.PackedDataset"
                 )
-            is_known = (lambda file: True) if format else suffix_format
-            self._files = walk(path, is_known, include, exclude, self.skipped)
+            is_known = (lambda name: True) if format else suffix_format
+            files = walk(path, is_known, include, exclude, self.skipped)
         else:
-            self._files = [path]
+            files = [path]
+        self._files = [(file, format or suffix_format(file)) for file in files]  # None: the content tells
         if not self._files:
             raise SourceError(
                 f"{path} must hold files of a known kind (text, source code, json, jsonl, parquet, csv, arrow), "
-                f"found {'; '.join(self.skipped.lines()) or 'no files'}"
+                f"found {'; '.join(self.skipped.lines() + self.skipped.notes) or 'no files'}"
             )
 
     def fingerprint(self) -> str:
-        stats = [(str(path.absolute()), path.stat()) for path in self._files]
+        stats = [(str(path.absolute()), path.stat()) for path, _ in self._files]
         files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
         return json.dumps({"files": files, **self._options})
 
@@ -365,23 +383,21 @@ class _Files(Source):
             packed = path.suffix.lower() in COMPRESSED_SUFFIXES  # text, to about a quarter
             return path.stat().st_size * (4 if packed else 1)
 
-        return sum(map(text_bytes, self._files))
+        return sum(text_bytes(path) for path, _ in self._files)
 
     def num_documents(self) -> int | None:
-        is_text = self._separator is None and all(
-            (self._format or suffix_format(path)) == "text" for path in self._files
-        )
-        return len(self._files) if is_text else None
+        formats = {format for _, format in self._files}
+        return len(self._files) if formats == {"text"} and self._separator is None else None
 
     def documents(self, statistics: Counter) -> Iterator[Document]:
         choice = self._choose()
         self.column = None if choice is None else choice.column
         self._formats.clear()
         statistics["ignored_files"] = self.skipped.total()
-        for path in self._files:
-            with self._open(path, statistics) as reader:
+        for path, format in self._files:
+            with self._open(path, format, statistics) as reader:
                 if not self._has_documents(reader, choice, path):
-                    statistics["ignored_files"] += 1
+                    statistics["ignored_files"] = self.skipped.total()
                     continue
                 statistics["files"] += 1
                 self._formats[reader.format] += 1
@@ -390,25 +406,25 @@ class _Files(Source):
             raise SourceError(f"separator must not be given for {self._root}, which holds no plain text")
 
     @contextlib.contextmanager
-    def _open(self, path: Path, statistics: Counter) -> Iterator[Reader]:
-        with _located(str(path)), open_input(path, str(path)) as source:
-            format = self._format or suffix_format(path) or content_format(source.head)
-            yield open_reader(source, str(path), format, self.errors, statistics, self._separator)
+    def _open(self, path: Path, format: str | None, statistics: Counter) -> Iterator[Reader]:
+        name = str(path)
+        with _located(name), open_input(path, name) as source:
+            format = format or content_format(source.head)
+            yield open_reader(source, name, format, self.errors, statistics, self._separator)
 
     def _choose(self) -> Choice | None:
         """The column of documents, one for all files; None if there are no records with columns."""
         wanted = self.text_column
-        formats = [(path, self._format or suffix_format(path)) for path in self._files]
         # Lone JSON objects are json files: the others are to be asked, too.
         groups = [
-            [path for path, format in formats if (format == "json") == is_json and format != "text"]
+            [file for file in self._files if (file[1] == "json") == is_json and file[1] != "text"]
             for is_json in (False, True)
         ]
         tables: list[tuple[str, Columns]] = []
         objects: list[tuple[str, Columns]] = []
         num_texts = len(self._files) - sum(map(len, groups))
-        for path in [*groups[0][:SAMPLE_FILES], *groups[1][:SAMPLE_FILES]]:
-            with self._open(path, Counter()) as reader:
+        for path, format in [*groups[0][:SAMPLE_FILES], *groups[1][:SAMPLE_FILES]]:
+            with self._open(path, format, Counter()) as reader:
                 columns = reader.columns(wanted)
                 if reader.format == "text":
                     num_texts += 1
@@ -418,10 +434,9 @@ class _Files(Source):
             self._skips_objects = True
             if tables:
                 return choose(tables, wanted)
-            if wanted is not None and not any(format != "text" for _, format in formats):
-                raise SourceError(f"text_column must be None for {self._root}, which is plain text, got {wanted!r}")
             if wanted is not None:
-                raise SourceError(f"text_column must be None for {self._root}, which has no columns, got {wanted!r}")
+                what = "is plain text" if num_texts == len(self._files) else "has no columns"
+                raise SourceError(f"text_column must be None for {self._root}, which {what}, got {wanted!r}")
             return None
         if num_texts and wanted is None and not any("text" in columns for _, columns in objects):
             name, columns = next((it for it in objects if any(kind.may_be_text for kind in it[1].values())), (None, {}))
@@ -441,7 +456,9 @@ class _Files(Source):
         columns = reader.columns(self.text_column)
         if self._skips_objects and reader.is_single_object() and (choice is None or choice.column not in columns):
             name = str(path.relative_to(self._root)) if path != self._root else str(path)
-            self.skipped.add(name, "single JSON objects without the text column")
+            if path not in self._objects:
+                self._objects.add(path)
+                self.skipped.add(name, "single JSON objects without the text column")
             return False
         if columns and choice is None:
             raise SourceError(f"{path} has columns and the files before it have none; choose with text_column")
@@ -505,7 +522,7 @@ class _Pipe(Source):
                 if value is not None and (format == "text") == (argument == "text_column"):
                     raise SourceError(f"{argument} must be None for {self.name}, which is read as {format}")
             self.column = None if choice is None else choice.column
-            self._formats[format] += 1
+            self._formats = Counter({format: 1})
             yield from reader.documents(choice)
 
 
@@ -537,12 +554,13 @@ def clean(documents: Iterable[Document], errors: str, statistics: Counter) -> It
         if document.continues:
             yield from _clean_parts(document, documents, errors, statistics)
             continue
-        text, where, _, _ = document
+        text = document.text
         if text is None or text == "":
             statistics["empty_documents"] += 1
             continue
         if not isinstance(text, str):
-            raise TypeError(f"DatasetBuilder: {where} must be a string, got {type(text).__name__} {text!r:.60}")
+            got = f"{type(text).__name__} {text!r:.60}"
+            raise TypeError(f"DatasetBuilder: {document.where} must be a string, got {got}")
         bad = _first_bad_character(text)
         if bad is not None:
             if errors == "strict":
@@ -551,8 +569,9 @@ def clean(documents: Iterable[Document], errors: str, statistics: Counter) -> It
                 statistics["skipped_documents"] += 1
                 continue
             statistics["repaired_documents"] += 1
-            document = document._replace(text=_BAD_CHARACTERS.sub("\N{REPLACEMENT CHARACTER}", text))
-        if document.text.isspace():
+            text = _BAD_CHARACTERS.sub("\N{REPLACEMENT CHARACTER}", text)
+            document = document._replace(text=text)
+        if text.isspace():
             statistics["empty_documents"] += 1
             continue
         yield document

@@ -38,8 +38,8 @@ class Skipped:
         return sum(self._counts.values())
 
     def lines(self) -> list[str]:
-        """A line for each reason, such as "2 of no known kind: a.png, b.bin", and the notes."""
-        return self.notes + [
+        """A line for each reason, such as "2 of no known kind: a.png, b.bin"."""
+        return [
             f"{count:,} {reason}: {', '.join(self._names[reason])}"
             + (f" and {count - MAX_NAMES:,} more" if count > MAX_NAMES else "")
             for reason, count in self._counts.items()
@@ -47,7 +47,7 @@ class Skipped:
 
 
 def walk(
-    root: Path, is_known: Callable[[Path], bool], include: Iterable[str], exclude: Iterable[str], skipped: Skipped
+    root: Path, is_known: Callable[[str], object], include: Iterable[str], exclude: Iterable[str], skipped: Skipped
 ) -> list[Path]:
     """Files below a folder, in the order of their names, those of a folder before its subfolders.
 
@@ -55,7 +55,7 @@ def walk(
 
     Args:
         root: the folder.
-        is_known: whether a file is to be taken.
+        is_known: of a name, whether such a file is to be taken.
         include: patterns; if there are any, a file is taken if it matches one, of whatever kind it is.
         exclude: patterns of files and folders to leave out.
         skipped: is told of everything that is left out.
@@ -83,26 +83,26 @@ def walk(
         raise error
 
     for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
+        below = os.path.relpath(folder, root)
+        prefix = "" if below == "." else f"{below}/"
         kept = []
         for entry in sorted(folders):
-            path = Path(folder, entry)
-            name = f"{path.relative_to(root)}/"
+            path, name = os.path.join(folder, entry), f"{prefix}{entry}/"
             if matches(name, exclude):
                 skipped.add(name, "excluded")
             elif entry.startswith("."):
                 skipped.add(name, "hidden")
-            elif is_rows(path):
+            elif is_rows(Path(path)):
                 skipped.add(name, "packed rows")
             elif is_first(os.stat(path), name):
                 kept.append(entry)
         folders[:] = kept
         for entry in sorted(files):
-            path = Path(folder, entry)
-            name = str(path.relative_to(root))
+            path, name = os.path.join(folder, entry), prefix + entry
             try:
                 status = os.stat(path)
             except OSError as error:  # a link to nothing, or to itself
-                if not path.is_symlink():
+                if not os.path.islink(path):
                     raise
                 skipped.add(name, f"broken links ({error.strerror})")
                 continue
@@ -113,14 +113,14 @@ def walk(
                 skipped.add(name, "hidden")
             elif not stat.S_ISREG(status.st_mode):
                 skipped.add(name, "pipes, sockets or devices")
-            elif entry in DESCRIPTIONS and not included:
+            elif entry in DESCRIPTIONS and not any(pattern.endswith(entry) for pattern in include):
                 skipped.add(name, "descriptions of data sets")
-            elif not included and not is_known(path):
+            elif not included and not is_known(entry):
                 skipped.add(name, "of no known kind")
             elif status.st_size == 0:
                 skipped.add(name, "empty")
             elif is_first(status, name):
-                found.append(path)
+                found.append(Path(path))
     skipped.notes += [f"the pattern {pattern!r} matches nothing" for pattern in sorted(unused)]
     return found
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from operator import itemgetter
 from typing import BinaryIO, NamedTuple
 
 from andromeda.columns import (
@@ -18,6 +19,7 @@ from andromeda.columns import (
     Columns,
     arrow_kind,
     is_number,
+    is_string,
     record_columns,
     schema_columns,
     value_kind,
@@ -69,12 +71,12 @@ class Document(NamedTuple):
     continues: bool = False  # the next Document continues this one
 
 
-def suffix_format(path: Path) -> str | None:
+def suffix_format(path: str | os.PathLike) -> str | None:
     """The format that the name of a file promises; that of the content for a compressed file."""
-    suffix = path.suffix.lower()
-    if suffix in COMPRESSED_SUFFIXES:
-        suffix = Path(path.stem).suffix.lower()
-    return FORMAT_OF_SUFFIX.get(suffix)
+    stem, suffix = os.path.splitext(os.fspath(path))
+    if suffix.lower() in COMPRESSED_SUFFIXES:
+        suffix = os.path.splitext(stem)[1]
+    return FORMAT_OF_SUFFIX.get(suffix.lower())
 
 
 def content_format(head: bytes) -> str:
@@ -201,19 +203,22 @@ def _num_bytes(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogateescape"))
 
 
-class _Line(NamedTuple):
-    text: str  # with its end
-    number: int  # from 1
-    offset: int  # in bytes
-
-
-def _lines(file: BinaryIO, decode: Decoder, statistics: Counter) -> Iterator[_Line]:
-    offset = 0
+def _lines(file: BinaryIO, decode: Decoder, statistics: Counter) -> Iterator[tuple[str, int]]:
+    """(text with its end, byte offset) of each line, without a byte order mark."""
+    offset = good = 0
     for number, line in enumerate(file, 1):
-        mark = length_of_mark(line) if number == 1 else 0
-        statistics["byte_order_marks"] += bool(mark)
-        start = offset + mark
-        yield _Line(decode(line[mark:] if mark else line, start, f", line {number}"), number, start)
+        if number == 1 and (mark := length_of_mark(line)):
+            statistics["byte_order_marks"] += 1
+            line = line[mark:]
+            offset = mark
+        try:
+            text = line.decode()
+            good += len(line)
+        except UnicodeDecodeError:
+            decode.count_good(good)
+            good = 0
+            text = decode(line, offset, f", line {number}")
+        yield text, offset
         offset += len(line)
 
 
@@ -222,6 +227,8 @@ def _lines(file: BinaryIO, decode: Decoder, statistics: Counter) -> Iterator[_Li
 
 class JsonLinesReader(Reader):
     """A JSON object or string on each line."""
+
+    _unit = "line"
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -234,30 +241,32 @@ class JsonLinesReader(Reader):
         for record in itertools.islice(self._records, SAMPLE_RECORDS):
             self._first.append(record)
             size += record[2]
-            if size > SAMPLE_BYTES:
+            if size > SAMPLE_BYTES and len(self._first) > 1:
                 break
         return record_columns(record for record, _, _ in self._first)
 
     def documents(self, choice: Choice | None) -> Iterator[Document]:
-        name, column = self.name, None if choice is None else choice.column
-        guessed = choice is not None and choice.guessed
-        for record, place, _ in itertools.chain(self._first or (), self._records):
+        where = f"{self.name}, {self._unit} "
+        column, guessed = (None, False) if choice is None else choice
+        end = f", column {column!r}"
+        for record, number, _ in itertools.chain(self._first or (), self._records):
             if isinstance(record, dict):
                 if guessed:
-                    check_record(record, column, f"{name}, {place}")
+                    check_record(record, column, f"{where}{number}")
                 if column is None:
-                    raise self.error(f", {place} must be a string as the records before it, got an object")
+                    raise SourceError(f"{where}{number} must be a string as the records before it, got an object")
                 if column not in record:
-                    raise missing_column(record, column, f"{name}, {place}")
-                yield Document(record[column], f"{name}, {place}, column {column!r}")
+                    raise missing_column(record, column, f"{where}{number}")
+                yield Document(record[column], f"{where}{number}{end}")
             elif isinstance(record, str):
-                yield Document(record, f"{name}, {place}")
+                yield Document(record, f"{where}{number}")
             else:
-                raise self.error(f", {place} must be an object or a string, got {type(record).__name__}")
+                raise SourceError(f"{where}{number} must be an object or a string, got {type(record).__name__}")
 
     def _read(self) -> Iterator[tuple]:
-        """(record, place, length of its text) of each record."""
-        for line, number, offset in _lines(self._file, self._decode, self._statistics):
+        """(record, number, length of its text) of each record."""
+        lines = _lines(self._file, self._decode, self._statistics)
+        for number, (line, offset) in enumerate(lines, 1):
             if line.isspace():
                 continue
             try:
@@ -269,7 +278,7 @@ class JsonLinesReader(Reader):
                     record = _WITH_HUGE_NUMBERS.decode(line)
             except (ValueError, RecursionError) as error:
                 raise self._json_error(error, line, offset, f", line {number}") from error
-            yield record, f"line {number}", len(line)
+            yield record, number, len(line)
 
     def _json_error(self, error: Exception, text: str, offset: int, place: str) -> SourceError:
         if isinstance(error, json.JSONDecodeError):
@@ -285,55 +294,59 @@ class JsonLinesReader(Reader):
 
 # Python reads integers of thousands of digits only if asked to; numbers need only be told from text here.
 _WITH_HUGE_NUMBERS = json.JSONDecoder(parse_int=float)
+_DECODE = json.JSONDecoder().raw_decode
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class JsonReader(JsonLinesReader):
     """One list of records, or records one after the other, on any number of lines."""
 
+    _unit = "record"
+    _has_list = False
+
     def is_single_object(self) -> bool:
         if self._first is None:
             self.columns()
-        return len(self._first) == 1 and isinstance(self._first[0][0], dict)
+        return not self._has_list and len(self._first) == 1 and isinstance(self._first[0][0], dict)
 
     def _read(self) -> Iterator[tuple]:
-        decode, huge = json.JSONDecoder().raw_decode, _WITH_HUGE_NUMBERS.raw_decode
         text = _Text(text_blocks(self._file, self._decode, self._statistics))
-        number, in_list, expected = 0, False, ""
-        while (start := text.next_character()) or in_list:
-            if expected and start not in ("]", expected):
-                raise self.error(f" must be JSON: Expecting {expected!r} or ']' at byte {text.place()}")
-            if in_list and start == "]":
-                in_list, expected = False, ""
+        number, in_list = 0, False
+        while start := text.next_character():
+            if start == "[" and not in_list:
+                self._has_list = True
                 text.position += 1
+                in_list = text.next_character() != "]"
+                text.position += not in_list
                 continue
-            if expected:
-                expected = ""
-                text.position += 1
-                start = text.next_character()
-            elif start == "[" and not in_list:
-                in_list = True
-                text.position += 1
-                continue
-            place = f"record {number}"
-            while True:
-                try:
-                    record, end = decode(text.held, text.position)
-                except (ValueError, RecursionError) as error:
-                    if not isinstance(error, (json.JSONDecodeError, RecursionError)) and decode is not huge:
-                        decode = huge
-                        continue
-                    if text.may_go_on(error) and text.read_more():
-                        continue
-                    raise self._json_error(error, text.held, text.offset, f", {place}") from error
-                length = end - text.position
-                # A number at the end of what was read may have more digits.
-                if end < len(text.held) or isinstance(record, (dict, str, list)) or not text.read_more():
-                    break
-            yield record, place, length
+            record, length = self._value(text, number)
+            yield record, number, length
             text.position += length
             number += 1
-            expected = "," if in_list else ""
+            if in_list:
+                if (mark := text.next_character()) not in (",", "]"):
+                    raise self.error(f" must be JSON: Expecting ',' or ']' at byte {text.place()}")
+                text.position += 1
+                in_list = mark == ","
+        if in_list:
+            raise self.error(f" must be JSON: Expecting a value at byte {text.place()}")
+
+    def _value(self, text: _Text, number: int) -> tuple[object, int]:
+        """The value at the position, which stays there, and its length."""
+        decode = _DECODE
+        while True:
+            try:
+                record, end = decode(text.held, text.position)
+            except (ValueError, RecursionError) as error:
+                if not isinstance(error, (json.JSONDecodeError, RecursionError)) and decode is _DECODE:
+                    decode = _WITH_HUGE_NUMBERS.raw_decode
+                elif not (text.may_go_on(error) and text.read_more()):
+                    raise self._json_error(error, text.held, text.offset, f", record {number}") from error
+                continue
+            length = end - text.position
+            # A number at the end of what was read may have more digits.
+            if end < len(text.held) or isinstance(record, (dict, str, list)) or not text.read_more():
+                return record, length
 
 
 class _Text:
@@ -406,8 +419,8 @@ class CsvReader(Reader):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self._delimiter = "\t" if self.format == "tsv" else ","
-        lines = (line.text for line in _lines(self._file, self._decode, self._statistics))
-        self._csv = csv.reader(lines, delimiter=self._delimiter, strict=True)
+        lines = _lines(self._file, self._decode, self._statistics)
+        self._csv = csv.reader(map(itemgetter(0), lines), delimiter=self._delimiter, strict=True)
         self._rows = self._read()
         self._line, self._header = next(self._rows, (0, []))
 
@@ -570,22 +583,20 @@ def arrow_documents(array, column: str, name: str, rows: Iterator[int], decode: 
     Args:
         array: `pyarrow.Array`, which may come from a damaged file.
         column, name: for messages.
-        rows: numbers of the rows.
+        rows: numbers of the rows, for messages; those of this batch are taken.
         decode: of the file.
     """
     array = _sound(array)
     step = batch_rows(array.nbytes, len(array))
+    is_text = is_string(array.type)
     for begin in range(0, len(array), step):
-        part = array.slice(begin, step)
-        size = 0
-        for value in part.to_pylist():
-            row = next(rows)
+        values = array.slice(begin, step).to_pylist()
+        if is_text:
+            decode.count_good(sum(map(len, filter(None, values))))
+        for value, row in zip(values, rows, strict=False):
             if isinstance(value, bytes):
                 value = decode(value, 0, f", row {row}, column {column!r}")
-            elif isinstance(value, str):
-                size += len(value)
             yield Document(value, f"{name}, row {row}, column {column!r}")
-        decode.count_good(size)
 
 
 def _sound(array):

@@ -1,29 +1,43 @@
 """Sources of documents: kinds of files, columns, and text that is not clean."""
 
 import bz2
+import contextlib
 import csv
 import gzip
+import io
 import json
 import lzma
+import os
+import re
+import sys
+import threading
 from collections import Counter
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from andromeda.documents import clean, open_source, whole_texts
+from andromeda import documents
+from andromeda.dataset import DatasetBuilder
+from andromeda.decoding import SourceError
+from andromeda.documents import Document, clean, open_source, texts_of_words, whole_texts
+from andromeda.tokenizer import AndromedaTokenizer
 
 TEXTS = ["first\nline two", "", "zweites Dokument: ü, 🥊", " \t\n", 'with "quotes", commas\r\nand lines']
 KEPT = [text for text in TEXTS if text.strip()]
 
 
-def texts_of(source, errors="strict", text_column=None, split=None):
+def texts_of(source, errors="strict", text_column=None, split=None, **options):
     """The documents of a source and the counts."""
+    opened = open_source(source, split, text_column=text_column, errors=errors, **options)
+    return texts_of_opened(opened, errors)
+
+
+def texts_of_opened(opened, errors="strict"):
     counts = Counter()
-    documents = open_source(source, split, text_column=text_column, errors=errors).documents(counts)
-    return list(whole_texts(clean(documents, errors, counts))), counts
+    return list(whole_texts(clean(opened.documents(counts), errors, counts))), counts
 
 
 def write_json_lines(path):
@@ -128,13 +142,142 @@ def test_directory_without_known_files(tmp_path):
 
 
 def test_fingerprint_follows_the_files(tmp_path):
-    (tmp_path / "a.txt").write_text("a")
-    before = open_source(tmp_path, None).fingerprint()
-    assert open_source(tmp_path, None).fingerprint() == before
-    (tmp_path / "a.txt").write_text("ab")
-    after = open_source(tmp_path, None).fingerprint()
+    path = tmp_path / "a.txt"
+    path.write_text("a")
+    seen = [open_source(tmp_path).fingerprint()]
+    assert open_source(tmp_path).fingerprint() == seen[0]
+    path.write_text("ab")
+    seen.append(open_source(tmp_path).fingerprint())
+    path.write_text("cd")  # of the same size, at another time
+    os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
+    seen.append(open_source(tmp_path).fingerprint())
     (tmp_path / "b.txt").write_text("b")
-    assert len({before, after, open_source(tmp_path, None).fingerprint()}) == 3
+    seen.append(open_source(tmp_path).fingerprint())
+    (tmp_path / "b.txt").rename(tmp_path / "c.txt")
+    seen.append(open_source(tmp_path).fingerprint())
+    for options in ({"include": "a*"}, {"exclude": "nothing"}, {"separator": "|"}, {"format": "text"}):
+        seen.append(open_source(tmp_path, **options).fingerprint())
+    assert len(set(seen)) == 9
+
+
+def write_files(root, files):
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+LINES = '{"content": "a line", "n": 1}\n'
+MANY = {f"{i:02}.jsonl": LINES for i in range(12)}  # more files than are looked at first
+
+
+@pytest.mark.parametrize(
+    ("files", "expected", "skipped"),
+    [
+        ({"a.jsonl": LINES, "dataset_info.json": {"description": "x"}}, ["a line"], "descriptions of data sets"),
+        ({"a.txt": "text", "state.json": {"step": 3}}, ["text"], "descriptions of data sets: state.json"),
+        ({"a.jsonl": LINES, "counts.json": {"files": 3}}, ["a line"], "single JSON objects .*: counts.json"),
+        ({"a.jsonl": LINES, "card.json": {"description": "x"}}, ["a line"], "single JSON objects .*: card.json"),
+        ({"a.txt": "text", "counts.json": {"files": 3}}, ["text"], "single JSON objects .*: counts.json"),
+        ({"a.jsonl": LINES, "b.json": {"content": "an object"}}, ["a line", "an object"], None),
+        ({"a.json": {"text": "one"}, "b.json": {"text": "two"}}, ["one", "two"], None),
+        ({"a.json": [{"content": "one"}], "z.json": {"x": "y"}}, ["one"], "single JSON objects .*: z.json"),
+        ({"a.jsonl": '"just"\n"strings"\n', "b.txt": "text"}, ["just", "strings", "text"], None),
+        ({"a.jsonl": LINES, "b.csv": "content\ncsv\n", "c.md": "text"}, ["a line", "csv", "text"], None),
+    ],
+    ids=["dataset_info", "state", "numbers", "description", "beside-text", "same-column", "objects", "json-list",
+         "strings", "formats"],
+)  # fmt: skip
+def test_folders_of_several_kinds(tmp_path, files, expected, skipped):
+    write_files(tmp_path, files)
+    source = open_source(tmp_path)
+    texts, counts = texts_of_opened(source)
+    assert texts == expected
+    assert texts_of_opened(source) == (texts, counts)  # read a second time
+    said = source.facts()["skipped"]
+    assert len(said) == (skipped is not None)
+    assert counts["ignored_files"] == len(said)
+    if skipped is not None:
+        assert re.search(skipped, said[0])
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a.jsonl": '{"prompt": "a"}\n', "b.jsonl": '{"completion": "b"}\n'}, "several columns"),
+        ({"a.csv": "x\n1\n", "b.jsonl": LINES}, "several columns"),
+        ({"a.json": {"x": "1"}, "b.json": {"y": "2"}}, "several columns"),
+        ({"a.json": {"text": "1"}, "b.json": {"y": "2"}}, "b.json must have the column 'text'"),
+        ({"a.txt": "text", "card.json": {"description": "x"}}, "card.json is one JSON object beside files of text"),
+        ({**MANY, "z.csv": "content,x\na,b\n"}, "z.csv: 'content' was the only"),
+        (
+            {**{f"{i:02}.jsonl": LINES for i in range(12)}, "z.jsonl": '{"n": 1}\n'},
+            "z.jsonl, line 1 must have the column",
+        ),
+        ({**{f"{i:02}.jsonl": '"a"\n' for i in range(12)}, "z.csv": "content\na\n"}, "z.csv has columns and the files"),
+    ],
+    ids=["lines", "formats", "objects", "text-in-one", "object-beside-text", "late-csv", "late-lines", "late-columns"],
+)
+def test_files_that_disagree(tmp_path, files, message):
+    write_files(tmp_path, files)
+    with pytest.raises(SourceError, match=message):
+        texts_of(tmp_path)
+
+
+def test_what_a_source_says_of_itself(tmp_path):
+    write_files(tmp_path, {"a.jsonl": LINES, "b.txt": "text", "c.bin": "x", ".h": "x"})
+    source = open_source(tmp_path, exclude="nothing")
+    texts_of_opened(source)
+    assert source.facts() == {
+        "text_column": "content",
+        "formats": {"jsonl": 1, "text": 1},
+        "skipped": ["1 hidden: .h", "1 of no known kind: c.bin"],
+        "notes": ["the pattern 'nothing' matches nothing"],
+    }
+
+
+def test_formats_and_separators(tmp_path):
+    write_files(tmp_path, {"part-0": LINES, "part-1": LINES, "story.log": "one|two"})
+    assert texts_of(tmp_path, format="jsonl", include="part-*")[0] == ["a line", "a line"]
+    assert texts_of(tmp_path / "part-0")[0] == ["a line"]  # by its content
+    assert texts_of(tmp_path / "part-0", format="text")[0] == [LINES]
+    assert texts_of(tmp_path / "story.log", separator="|")[0] == ["one", "two"]
+    assert open_source(tmp_path / "story.log", separator="|", format="text").num_documents() is None
+    with pytest.raises(SourceError, match=r"separator must not be given for .*part-0, which holds no plain text"):
+        texts_of(tmp_path / "part-0", separator="|")
+    with pytest.raises(SourceError, match=r"text_column must be None for .*story.log, which is plain text, got 'x'"):
+        texts_of(tmp_path / "story.log", format="text", text_column="x")
+
+
+def test_packed_rows_are_refused(tmp_path):
+    rows = tmp_path / "rows"
+    write_files(rows, {"metadata.json": {"seq_len": 8, "packing": "stream", "rows": 1}, "data.arrow": "x"})
+    with pytest.raises(SourceError, match="rows must hold documents, got rows that are packed already: give them to"):
+        open_source(rows)
+    with pytest.raises(SourceError, match="found 1 packed rows: rows/"):
+        open_source(tmp_path)
+
+
+def test_errors_of_the_disk_name_the_file(tmp_path, monkeypatch):
+    write_files(tmp_path, {"a.txt": "text", "b.txt": "text"})
+
+    def fail(file, *arguments):
+        raise OSError(5, "Input/output error")
+        yield
+
+    monkeypatch.setattr("andromeda.readers.text_blocks", fail)
+    with pytest.raises(OSError, match=r"Input/output error: '.*a.txt'"):
+        texts_of(tmp_path)
+
+
+def test_any_error_of_a_reader_names_the_file(tmp_path, monkeypatch):
+    write_files(tmp_path, {"a.txt": "text"})
+
+    def fail(*arguments):
+        raise KeyError("unheard of")
+
+    monkeypatch.setattr("andromeda.readers.text_blocks", fail)
+    with pytest.raises(SourceError, match=r"a.txt cannot be read: KeyError: 'unheard of'"):
+        texts_of(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -171,6 +314,171 @@ def test_saved_dataset(tmp_path):
         open_source(tmp_path / "two", "dev")
 
 
+def upper(batch):
+    return {"text": [text.upper() for text in batch["text"]]}
+
+
+def test_transforms_are_honoured():
+    dataset = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "n": [1, 2, 3]})
+    source = open_source(dataset.with_transform(upper))
+    assert texts_of_opened(source)[0] == ["A", "B", "C"]
+    assert source.fingerprint() is None  # what a function does cannot be told
+    assert texts_of(dataset.with_transform(upper).select([2, 0]))[0] == ["C", "A"]
+    assert texts_of(dataset.select([2, 0]).with_transform(upper))[0] == ["C", "A"]
+    assert texts_of(dataset.with_transform(lambda batch: {"body": batch["text"], "k": batch["n"]}))[0] == [
+        "a",
+        "b",
+        "c",
+    ]
+    with pytest.raises(SourceError, match="Dataset, row 0 cannot be read: ZeroDivisionError"):
+        texts_of(dataset.with_transform(lambda batch: {"text": 1 / 0}))
+
+
+@pytest.mark.parametrize("format", ["numpy", "torch", "arrow", "pandas"])
+def test_formats_do_not_change_texts(format):
+    dataset = datasets.Dataset.from_dict({"text": ["a", "b"], "other": ["x", "y"]})
+    assert texts_of(dataset.with_format(format))[0] == ["a", "b"]
+    assert texts_of(dataset.to_iterable_dataset().with_format(format))[0] == ["a", "b"]
+    assert texts_of(dataset.with_format(format, columns=["other"]))[0] == ["x", "y"]  # the others are hidden
+
+
+def test_columns_of_iterable_datasets():
+    def records():
+        yield {"id": "r1", "content": None}
+        yield {"id": "r2", "content": "hello"}
+
+    with pytest.raises(SourceError, match=r"several columns .* content \(null or string\)"):
+        texts_of(datasets.IterableDataset.from_generator(records))
+
+    def failing():
+        yield {"text": "a"}
+        raise KeyError("of the user")
+
+    with pytest.raises(SourceError, match="IterableDataset, row 1 cannot be read: KeyError: 'of the user'"):
+        texts_of(datasets.IterableDataset.from_generator(failing))
+
+
+def test_classes_and_pictures_are_no_text():
+    features = datasets.Features(
+        {"body": datasets.Value("string"), "label": datasets.ClassLabel(names=["x"]), "picture": datasets.Image()}
+    )
+    dataset = datasets.Dataset.from_dict({"body": ["a"], "label": [0], "picture": [None]}, features=features)
+    assert texts_of(dataset)[0] == ["a"]
+    assert texts_of(dataset.to_iterable_dataset())[0] == ["a"]
+
+
+@pytest.mark.parametrize("iterable", [False, True], ids=["Dataset", "IterableDataset"])
+def test_datasets_of_strings_that_are_not_utf8(iterable):
+    array = pyarrow.array([b"caf\xe9", b"good", b"a\0"]).view(pyarrow.string())
+    dataset = datasets.Dataset(pyarrow.table({"text": array}))
+    dataset = dataset.to_iterable_dataset() if iterable else dataset
+    assert texts_of(dataset, errors="replace")[0] == ["caf\ufffd", "good", "a\ufffd"]
+    texts, counts = texts_of(dataset, errors="skip")
+    assert texts == ["good"] and counts["skipped_documents"] == 2
+    with pytest.raises(ValueError, match="Dataset, row 0"):
+        texts_of(dataset)
+
+
+# Pipes
+
+
+@contextlib.contextmanager
+def pipe(path, data):
+    """A named pipe that `data` is written into once."""
+    os.mkfifo(path)
+    writer = threading.Thread(target=lambda: path.write_bytes(data), daemon=True)
+    writer.start()
+    yield path
+    writer.join(5)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "options", "expected", "format"),
+    [
+        ("p.txt", b"hello", {}, ["hello"], "text"),
+        ("p", b"hello", {}, ["hello"], "text"),
+        ("p", LINES.encode() * 3, {}, ["a line"] * 3, "jsonl"),
+        ("p", gzip.compress(LINES.encode()), {}, ["a line"], "jsonl"),
+        ("p.json", b'["a", "b"]', {}, ["a", "b"], "json"),
+        ("p", b"text\na\n", {"format": "csv"}, ["a"], "csv"),
+        ("p", b"a|b", {"separator": "|"}, ["a", "b"], "text"),
+    ],
+    ids=["text", "no-suffix", "lines", "gzip", "json", "csv", "separator"],
+)
+def test_pipes(tmp_path, name, data, options, expected, format):
+    with pipe(tmp_path / name, data) as path:
+        source = open_source(path, **options)
+        assert source.fingerprint() is None and source.size() is None
+        assert texts_of_opened(source)[0] == expected
+        assert source.facts()["formats"] == {format: 1}
+    with pytest.raises(SourceError, match=f"{name} can be read only once: write it to a file"):
+        texts_of_opened(source)
+
+
+def test_tables_through_pipes(tmp_path):
+    write_parquet(tmp_path / "table")
+    with pipe(tmp_path / "p", (tmp_path / "table").read_bytes()) as path:
+        assert texts_of(path)[0] == KEPT
+
+
+def test_pipes_are_kept_to_be_read_twice(tmp_path):
+    with pipe(tmp_path / "p.jsonl", LINES.encode()) as path:
+        source = open_source(path)
+        source.keep()
+        assert texts_of_opened(source) == texts_of_opened(source)
+        assert texts_of_opened(source)[0] == ["a line"]
+
+
+def test_standard_input(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(LINES.encode())))
+    assert texts_of("-")[0] == ["a line"]
+    with pytest.raises(ValueError, match="include must not be given for standard input"):
+        open_source("-", include="*.txt")
+
+
+def test_file_descriptors(tmp_path):
+    reading, writing = os.pipe()
+    os.write(writing, b"through a pipe")
+    os.close(writing)
+    assert texts_of(f"/dev/fd/{reading}")[0] == ["through a pipe"]
+    os.close(reading)
+    (tmp_path / "a.jsonl").write_text(LINES)
+    with open(tmp_path / "a.jsonl", "rb") as file:  # as `< a.jsonl` makes /dev/stdin
+        source = open_source(f"/dev/fd/{file.fileno()}")
+        assert source.name == "a.jsonl" and source.fingerprint() is not None
+        assert texts_of_opened(source)[0] == ["a line"]
+
+
+def test_faults_in_pipes_are_located(tmp_path):
+    for name, data, options, message in (
+        ("a", b"PK\3\4", {}, "a must be UTF-8 text, got a zip archive"),
+        ("b.jsonl", b"{", {}, "b.jsonl, line 1 must be JSON"),
+        ("c.jsonl", LINES.encode(), {"separator": "|"}, "separator must be None for .*c.jsonl, which is read as jsonl"),
+        ("d.txt", b"x", {"text_column": "x"}, "text_column must be None for .*d.txt, which is read as text"),
+    ):
+        with pipe(tmp_path / name, data) as path, pytest.raises(SourceError, match=message):
+            texts_of(path, **options)
+
+
+def test_the_builder_passes_the_options_on(tmp_path):
+    tokenizer = AndromedaTokenizer.train(["one two three four"] * 3, 300)
+    write_files(tmp_path / "src", {"a.log": "one|two|three", "b.log": "four", "c.md": "five", "d.bin": "x"})
+    options = {"include": "*.log", "exclude": ["b.*"], "separator": "|", "format": "text"}
+    builder = DatasetBuilder(
+        tmp_path / "src", 4, tokenizer=tokenizer, packing="bfd", cache_dir=tmp_path / "cache", progress=False, **options
+    )
+    rows = builder.build_dataset()
+    assert (rows.statistics["documents"], rows.statistics["files"], rows.statistics["ignored_files"]) == (3, 1, 3)
+    assert rows.metadata["formats"] == {"text": 1} and rows.metadata["text_column"] is None
+    assert rows.metadata["skipped"] == ["3 excluded: b.log, c.md, d.bin"]
+    assert builder.build_dataset().path == rows.path
+    (tmp_path / "src" / "a.log").write_text("six|two|three")  # of the same size
+    os.utime(tmp_path / "src" / "a.log", ns=(1, 1))
+    assert builder.build_dataset().path != rows.path
+    with pytest.raises(ValueError, match="dataset_name must not be empty"):
+        DatasetBuilder("", 4, tokenizer=tokenizer)
+
+
 # Columns
 
 
@@ -186,7 +494,7 @@ def test_saved_dataset(tmp_path):
 @pytest.mark.parametrize("kind", ["dataset", "jsonl", "parquet", "csv"])
 def test_column_choice(tmp_path, kind, columns, wanted, expected):
     if kind == "csv" and wanted is None:  # all of its fields are strings: a number may be a text
-        columns.pop("n", None)
+        columns = {name: values for name, values in columns.items() if name != "n"}
     dataset = datasets.Dataset.from_dict(columns)
     source = dataset
     if kind != "dataset":
@@ -273,6 +581,68 @@ def test_bad_text(tmp_path, name, data, message, repaired):
     assert (counts["skipped_documents"], counts["repaired_documents"]) == (0, 1)
 
 
+def parts_of(*texts):
+    return [Document(text, "a.txt", 10 * index, index < len(texts) - 1) for index, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize("waiting", [1, 1 << 20], ids=["on-disk", "in-memory"])
+@pytest.mark.parametrize(
+    ("texts", "errors", "expected", "counted"),
+    [
+        (["a", "b", "c"], "strict", ["abc"], None),
+        (["a", "b", "c"], "skip", ["abc"], None),
+        ([" ", "\n", "ü"], "strict", [" \nü"], None),
+        ([" ", "\n", "ü"], "skip", [" \nü"], None),
+        ([" ", "\n", "\t"], "strict", [], "empty_documents"),
+        ([" ", "\n", "\t"], "skip", [], "empty_documents"),
+        (["a", "b\0", "\udcff"], "skip", [], "skipped_documents"),
+        (["\0", " ", "b"], "skip", [], "skipped_documents"),
+        (["a", "b\0", "\udcff"], "replace", ["ab\ufffd\ufffd"], "repaired_documents"),
+        ([" ", "\0", " "], "replace", [" \ufffd "], "repaired_documents"),
+        (["a", " "], "strict", ["a "], None),
+        (["\N{BYTE ORDER MARK}", "a"], "skip", ["\N{BYTE ORDER MARK}a"], None),
+    ],
+    ids=range(12),
+)
+def test_documents_in_parts(monkeypatch, texts, errors, expected, counted, waiting):
+    """A document is kept, repaired or left out as a whole, wherever it is cut; what follows is not touched."""
+    monkeypatch.setattr(documents, "BLOCK_BYTES", waiting)
+    monkeypatch.setattr("andromeda.readers.BLOCK_BYTES", 4)
+    counts = Counter()
+    cleaned = list(clean([*parts_of(*texts), Document("next", "b.txt")], errors, counts))
+    assert all(part.text for part in cleaned)
+    assert list(whole_texts(cleaned)) == [*expected, "next"]
+    assert +counts == ({} if counted is None else {counted: 1})
+
+
+def test_parts_go_on_without_waiting():
+    """Long documents are not held back, but for white space at their start."""
+
+    def endless():
+        for index in range(5):
+            yield Document(" " if index < 2 else "text", "a.txt", continues=True)
+        raise RuntimeError("read too far")
+
+    cleaned = clean(endless(), "strict", Counter())
+    assert [next(cleaned).text for _ in range(4)] == ["  ", "text", "text", "text"]
+
+
+def test_a_fault_in_a_later_part_is_located():
+    with pytest.raises(ValueError, match=r"a.txt must be text, got a NUL character at byte 12"):
+        list(clean(parts_of("good", "ü\0"), "strict", Counter()))
+
+
+def test_long_texts_for_tokenizers_end_between_words():
+    parts = parts_of("one two th", "ree", " four fi", "ve  ", "six")
+    texts = list(texts_of_words([*parts, Document("seven", "b.txt")]))
+    assert texts == ["one two", " three four", " five", "  six", "seven"]
+
+
+def test_long_texts_without_words_are_cut(monkeypatch):
+    monkeypatch.setattr(documents, "BLOCK_BYTES", 2)
+    assert max(map(len, texts_of_words(parts_of(*["x" * 10] * 20)))) < 50
+
+
 def test_byte_order_mark_is_removed(tmp_path):
     for name, text in (("a.txt", "text"), ("b.jsonl", '{"text": "record"}\n'), ("c.json", '["item"]')):
         (tmp_path / name).write_text(text, encoding="utf-8-sig")
@@ -290,6 +660,43 @@ def test_byte_order_mark_is_removed(tmp_path):
 def test_missing_path(name):
     with pytest.raises(FileNotFoundError, match="dataset_name must be an existing path"):
         open_source(name, None)
+
+
+@pytest.mark.parametrize("name", ["", " ", "\t\n", Path(""), Path("."), PurePosixPath("")], ids=repr)
+def test_empty_names(name, tmp_path, monkeypatch):
+    """An unset variable must not mean the current directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "private.txt").write_text("private")
+    with pytest.raises(ValueError, match="dataset_name must not be"):
+        open_source(name)
+    assert texts_of(".")[0] == ["private"]
+    assert open_source(".").name == tmp_path.name
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"format": "xml"}, ValueError, "format must be one of text, json, .*, got 'xml'"),
+        ({"separator": ""}, TypeError, "separator must be a non-empty string or None, got ''"),
+        ({"include": ""}, TypeError, "include must be patterns such as .*, got ''"),
+        ({"exclude": [3]}, TypeError, "exclude must be patterns such as .*, got 3"),
+    ],
+    ids=["format", "separator", "include", "exclude"],
+)
+def test_wrong_options(tmp_path, options, error, message):
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(error, match=message):
+        open_source(tmp_path, **options)
+
+
+def test_options_that_a_source_does_not_have(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"exclude must not be given for a single file, got \('b',\)"):
+        open_source(tmp_path / "a.txt", exclude="b")
+    dataset = datasets.Dataset.from_dict({"text": ["a"]})
+    for option in ("include", "exclude", "separator", "format"):
+        with pytest.raises(ValueError, match=f"{option} must not be given for a data set"):
+            open_source(dataset, **{option: "text"})
 
 
 @pytest.mark.parametrize("name", [None, 3, ["a.txt"]])
