@@ -5,10 +5,9 @@ datasets, and are loaded when they are first named.
 """
 
 import importlib
-
-from andromeda.model import Andromeda, AndromedaEmbedding, AutoregressiveWrapper, Decoder, TransformerWrapper
-from andromeda.ops.attention import attention
-from andromeda.ops.qk_norm_rotary import qk_norm_rotary
+import os
+import sys
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"  # the one place: pyproject.toml and the build read it from here
 
@@ -23,9 +22,17 @@ __all__ = [
     "__version__",
     "attention",
     "qk_norm_rotary",
+    "use_available_processors",
 ]
 
-_MODULE_OF = {"AndromedaTokenizer": "andromeda.tokenizer", "DatasetBuilder": "andromeda.dataset"}
+_MODULE_OF = {
+    "AndromedaTokenizer": "andromeda.tokenizer",
+    "DatasetBuilder": "andromeda.dataset",
+    "use_available_processors": "andromeda.threads",
+    "attention": "andromeda.ops.attention",
+    "qk_norm_rotary": "andromeda.ops.qk_norm_rotary",
+}
+_MODULE_OF |= dict.fromkeys(set(__all__) - {*_MODULE_OF, "__version__"}, "andromeda.model")
 
 
 def __getattr__(name):
@@ -37,3 +44,17 @@ def __getattr__(name):
 
 def __dir__():
     return sorted({*globals(), *__all__})
+
+
+def _is_the_command() -> bool:
+    """Whether Python is on its way to `andromeda.__main__`: by `python -m andromeda`, or by the script of that name."""
+    if sys.argv[:1] == ["-m"]:  # so it is while Python looks for the module
+        return __name__ in sys.orig_argv
+    return bool(sys.argv) and os.path.basename(sys.argv[0]) == __name__
+
+
+# The command sets the handling of signals and the number of threads before torch is loaded.
+if TYPE_CHECKING or not _is_the_command():
+    from andromeda.model import Andromeda, AndromedaEmbedding, AutoregressiveWrapper, Decoder, TransformerWrapper
+    from andromeda.ops.attention import attention
+    from andromeda.ops.qk_norm_rotary import qk_norm_rotary

@@ -1,6 +1,30 @@
-"""`python -m andromeda ...` is `andromeda ...`."""
+"""`python -m andromeda ...`, and the script `andromeda`: all that must be there before torch is loaded.
 
-from andromeda.cli import main
+The package does not load torch in the process of the command (see `__init__.py`). So a signal ends it quietly from the
+first moment, and the number of threads can still be set.
+"""
+
+import os
+import sys
+
+from andromeda import interrupts, threads
+
+
+def main() -> int:
+    """Run the command that the words of this process name; returns its exit code."""
+    interrupts.leave_at_once()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed (`>&-`): no file that is opened later must get its number
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until the end)
+    threads.limit_environment()
+    from andromeda import cli
+
+    interrupts.raise_in_commands()
+    code = cli.main()
+    if interrupts.seen():
+        interrupts.end(code)
+    return code
+
 
 if __name__ == "__main__":
     raise SystemExit(main())

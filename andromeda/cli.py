@@ -1,77 +1,176 @@
 """The command `andromeda`: thin argument parsing over the public functions (API 5).
 
-Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
-Everything that loads transformers or datasets is imported by the command that needs it.
+Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 128 + n ended by
+signal n (130 for Ctrl-C). Everything that loads transformers or datasets is imported by the command that needs it.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import io
 import json
 import os
+import re
 import shlex
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
-from andromeda import __version__
+from andromeda import __version__, interrupts, threads
+from andromeda.arguments import integer, not_empty, number
 from andromeda.config import ModelConfig
-from andromeda.files import write_json
+from andromeda.files import check_output, check_output_folder, is_temporary, write_json
 from andromeda.runs import (
     SIZES,
     UsageError,
-    existing,
     find_model,
     load_model,
     load_tokenizer,
     open_rows,
     pack,
     parameter_count,
-    read_json,
+    read_device,
+    read_prompt,
     round_up,
     say,
     texts_of,
     tokenizer_of,
+    training_device,
 )
 
-INTERRUPTED = 130
-_FAILURES = (ArithmeticError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+SEED = integer(0, 2**32 - 1)  # what every random generator takes
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code. `argv`: the words after `andromeda`; default: those of this process."""
+    debug = os.environ.get("ANDROMEDA_DEBUG") == "1"
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # a sample may hold what the terminal cannot show
+        arguments = _read_arguments(argv)
+        debug = debug or arguments.debug
+        _check_outputs(arguments)
+        if arguments.command != "info" and (note := threads.note()):
+            say(f"andromeda: {note}")
+        code = arguments.run(arguments) or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()  # what cannot be written is an error here, not a complaint of Python at exit
+        return code
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # also panics of libraries in Rust, which are no Exception
+        return _failed(error, debug)
+
+
+def _of_stdout(error: BaseException) -> BaseException:
+    """An error of printing in words, others as they are. All that this file itself writes is stdout."""
+    if not isinstance(error, OSError) or error.errno is None or error.filename is not None:
+        return error
+    frame = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+    if frame.f_code.co_filename != __file__:
+        return error
+    _give_up_stdout()
+    return OSError(f"cannot write to standard output: {error.strerror}")
+
+
+def _give_up_stdout() -> None:
+    """Point stdout elsewhere, so that Python does not complain at exit about what it could not write."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _failed(error: BaseException, debug: bool) -> int:
+    """Say in a line what ended the command; returns the exit code. With `debug` what is no interruption is raised."""
+    if interrupt := _interrupt_behind(error):
+        say("andromeda: interrupted")
+        return interrupts.exit_code(interrupt)
+    if isinstance(error, BrokenPipeError):
+        _give_up_stdout()  # its reader has gone
+        return 1
+    error = _of_stdout(error)
+    if debug:
+        raise error
+    say(f"andromeda: error: {_message(error)}")
+    if isinstance(error, UsageError):
+        return 2
+    say("andromeda: --debug shows where this happened")
+    return 1
+
+
+def _interrupt_behind(error: BaseException) -> BaseException | None:
+    """The interruption that an error followed from: libraries turn one into errors of their own."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, KeyboardInterrupt):
+        seen = seen.__cause__ or seen.__context__
+    return error if seen is None and interrupts.seen() else seen
+
+
+# Their messages are sentences; those of others, such as KeyError, say little without the name of the class.
+_SAY_ENOUGH = (UsageError, OSError, ValueError, TypeError, RuntimeError, ImportError)
+
+
+def _message(error: BaseException) -> str:
+    """The text of an error: its further lines indented, and what it came up in if that is another error."""
+    kind = type(error).__name__
+    text = str(error).strip()
+    if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "can't allocate memory" in text:
+        text = f"not enough memory{f' ({text})' if text else ''}; a smaller batch, row or model needs less"
+    elif not text or not isinstance(error, _SAY_ENOUGH) or isinstance(error, RecursionError):
+        text = f"{kind}: {text}" if text else kind
+    first, *rest = text.splitlines()
+    lines = [first, *(line if line.startswith(" ") or not line else f"    {line}" for line in rest)]
+    before = error.__context__
+    if before is not None and error.__cause__ is None and not error.__suppress_context__:
+        lines.append(f"    (after {type(before).__name__}: {str(before).strip().partition(chr(10))[0]})")
+    return "\n".join(lines)
+
+
+def _read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest and not arguments.passes_on:
         parser.error(f"unrecognized arguments: {' '.join(rest)} (see `andromeda {arguments.command} --help`)")
     arguments.rest = rest
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a sample may hold what the terminal cannot show
-    debug = arguments.debug or os.environ.get("ANDROMEDA_DEBUG") == "1"
+    return arguments
+
+
+_INPUTS = ("source", "data", "eval_data", "checkpoint", "start", "tokenizer", "prompt_file")
+
+
+def _check_outputs(arguments: argparse.Namespace) -> None:
+    """Refuse what could not be written, before any work. One place for the outputs of all commands."""
+    folder, file = getattr(arguments, "out", None), getattr(arguments, "json", None)
+    file = file if isinstance(file, str) else None  # `info --json` is a switch
     try:
-        return arguments.run(arguments) or 0
-    except KeyboardInterrupt:
-        say("andromeda: interrupted")
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output has gone; point stdout elsewhere so that Python does not complain at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except UsageError as error:
-        if debug:
-            raise
-        say(f"andromeda: error: {error}")
-        return 2
-    except _FAILURES as error:
-        if debug:
-            raise
-        say(f"andromeda: error: {error or type(error).__name__}")
-        return 1
+        option = "--out"
+        if folder is not None:
+            check_output_folder(folder)
+        option = "--json"
+        # A file in the folder that the command will make.
+        if file is not None and not (folder and os.path.realpath(os.path.dirname(file)) == os.path.realpath(folder)):
+            check_output(file)
+    except OSError as error:
+        raise UsageError(f"{option}: {error}") from error
+    for what in _INPUTS:
+        given = getattr(arguments, what, None)
+        if (
+            file is not None
+            and given
+            and os.path.isfile(file)
+            and os.path.isfile(given)
+            and os.path.samefile(file, given)
+        ):
+            raise UsageError(f"--json: {file} is what the command reads; choose another file")
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.register("type", None, not_empty)  # of options without a type: the names of files and other things
+
     def error(self, message):
         self.exit(2, f"andromeda: error: {message}\n")
 
@@ -156,10 +255,12 @@ def _build_options(parser):
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; must not exist")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--tokenizer", metavar="NAME", help="hub name, folder or tokenizer.json")
-    which.add_argument("--train-tokenizer", type=int, metavar="N", help="train a byte-level BPE of N tokens on SOURCE")
-    parser.add_argument("--seq-len", type=int, default=1024, metavar="N", help="tokens per row")
+    which.add_argument(
+        "--train-tokenizer", type=integer(1), metavar="N", help="train a byte-level BPE of N tokens on SOURCE"
+    )
+    parser.add_argument("--seq-len", type=integer(1), default=1024, metavar="N", help="tokens per row")
     parser.add_argument(
-        "--num-cpu", type=int, metavar="N", help="processes that tokenise (default: one with all cores)"
+        "--num-cpu", type=integer(1, 1024), metavar="N", help="processes that tokenise (default: one with all cores)"
     )
     parser.add_argument(
         "--text-column", metavar="NAME", help="column with the text (default: `text`, or the only one that may be it)"
@@ -255,8 +356,11 @@ def _build_dataset(arguments) -> int:
 _TRAIN = """\
 Train a model on rows made by `build-dataset` (or on a text source, packed on the way).
 
-Checkpoints go to DIR/checkpoint-N, the trained model to DIR/model. A run that was interrupted, in whatever way,
-continues exactly with `andromeda train --out DIR --resume`; it remembers its options.
+Checkpoints go to DIR/checkpoint-N, the trained model to DIR/model, the figures of the run (step, loss, learning rate,
+gradient norm, tokens/s, evaluations) to DIR/history.jsonl, one JSON object per line. A run that was interrupted, in
+whatever way, continues exactly with `andromeda train --out DIR --resume`; it remembers its options. Ctrl-C finishes the
+step, saves and stops; a second Ctrl-C stops at once. A run that becomes unstable (a loss that is not finite) ends with
+an error that names the step, and keeps its checkpoints.
 
 Options that are not listed here go to transformers' TrainingArguments, so `torchrun --nproc-per-node 8 -m andromeda
 train ... --fsdp` shards the model over eight devices.
@@ -287,31 +391,31 @@ def _train_options(parser):
     )
     parser.add_argument("--tokenizer", metavar="NAME", help="default: the one inside ROWS")
     parser.add_argument(
-        "--seq-len", type=int, metavar="N", help="row length, when ROWS is a text source (default: 1024)"
+        "--seq-len", type=integer(1), metavar="N", help="row length, when ROWS is a text source (default: 1024)"
     )
     parser.add_argument("--doc-mask", action=argparse.BooleanOptionalAction, help=_DOC_MASK + " (default: yes)")
     parser.add_argument("--from", dest="start", metavar="CHECKPOINT", help="start from the weights of a saved model")
     parser.add_argument("--json", metavar="FILE", help="also write the figures of the end to a file")
 
     training = parser.add_argument_group("training")
-    for flag, kind, text in (
-        ("--steps", int, "optimiser steps (required unless --resume)"),
-        ("--batch-size", int, "rows per device and forward pass (default: 8)"),
-        ("--gradient-accumulation", int, "forward passes per step (default: 1)"),
-        ("--learning-rate", float, "peak of the cosine schedule (default: 3e-4)"),
-        ("--warmup-steps", int, "linear warm-up (default: one step in 25)"),
-        ("--weight-decay", float, "on matrices only (default: 0.1)"),
-        ("--max-grad-norm", float, "gradient clipping (default: 1.0)"),
-        ("--seed", int, "weights and order of the rows (default: 0)"),
-        ("--log-every", int, "steps between figures (default: 10)"),
-        ("--save-every", int, "steps between checkpoints (default: 500)"),
-        ("--eval-every", int, "steps between evaluations on --eval-data (default: at the end)"),
-        ("--sample-every", int, "steps between sample texts (default: none)"),
-        ("--sample-prompt", str, "what the sample texts continue"),
-        ("--keep", int, "checkpoints to keep (default: 2)"),
-        ("--num-workers", int, "processes that load rows (default: 0)"),
+    for flag, kind, metavar, text in (
+        ("--steps", integer(1), "N", "optimiser steps (required unless --resume)"),
+        ("--batch-size", integer(1), "N", "rows per device and forward pass (default: 8)"),
+        ("--gradient-accumulation", integer(1), "N", "forward passes per step (default: 1)"),
+        ("--learning-rate", number(0, above=True), "X", "peak of the cosine schedule (default: 3e-4)"),
+        ("--warmup-steps", integer(0), "N", "linear warm-up (default: one step in 25)"),
+        ("--weight-decay", number(0), "X", "on matrices only (default: 0.1)"),
+        ("--max-grad-norm", number(0), "X", "gradient clipping (default: 1.0)"),
+        ("--seed", SEED, "N", "weights and order of the rows (default: 0)"),
+        ("--log-every", integer(1), "N", "steps between figures (default: 10)"),
+        ("--save-every", integer(0), "N", "steps between checkpoints (default: 500)"),
+        ("--eval-every", integer(0), "N", "steps between evaluations on --eval-data (default: at the end)"),
+        ("--sample-every", integer(0), "N", "steps between sample texts (default: none)"),
+        ("--sample-prompt", str, "TEXT", "what the sample texts continue"),
+        ("--keep", integer(1), "N", "checkpoints to keep (default: 2)"),
+        ("--num-workers", integer(0, 1024), "N", "processes that load rows (default: 0)"),
     ):
-        training.add_argument(flag, type=kind, metavar={int: "N", float: "X", str: "TEXT"}[kind], help=text)
+        training.add_argument(flag, type=kind, metavar=metavar, help=text)
     training.add_argument("--device", choices=("cpu",), help="cpu, even where there is a GPU")
     training.add_argument(
         "--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on a GPU that has it)"
@@ -328,7 +432,8 @@ def _train_options(parser):
         if field.type is bool:
             model.add_argument(flag, action=argparse.BooleanOptionalAction, help=f"(default: {field.default})")
         else:
-            model.add_argument(flag, type=int, metavar="N", help=_MODEL_HELP[field.name])
+            least = 0 if field.name in ("shift_tokens", "alibi_num_heads") else 1
+            model.add_argument(flag, type=integer(least), metavar="N", help=_MODEL_HELP[field.name])
 
 
 def _train(arguments) -> int:
@@ -336,15 +441,15 @@ def _train(arguments) -> int:
     again = f"andromeda train --out {shlex.quote(str(folder))} --resume"
     try:
         return _train_in(folder, arguments, again)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if not (folder / _OPTIONS_FILE).is_file():
             raise
         say(f"andromeda: interrupted; this continues from the last checkpoint:\n    {again}")
-        return INTERRUPTED
+        return interrupts.exit_code(error)
 
 
 def _train_in(folder: Path, arguments, again: str) -> int:
-    from andromeda.training import TrainSettings, evaluate, train
+    from andromeda.training import TrainSettings, evaluate, sealed, train
 
     first = int(os.environ.get("RANK", "0")) == 0  # of the processes that torchrun started, one writes and speaks
     options = _train_choices(arguments, folder, first)
@@ -354,7 +459,7 @@ def _train_in(folder: Path, arguments, again: str) -> int:
             **{name: options[name] for name in _settings_names() if name in options},
         )
         settings.training_arguments()
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
 
     start = find_model(options["start"]) if "start" in options else None
@@ -363,14 +468,24 @@ def _train_in(folder: Path, arguments, again: str) -> int:
     rows = open_rows(options["data"], tokenizer=tokenizer, **packing)
     held_out = open_rows(options["eval_data"], tokenizer=tokenizer, **packing) if "eval_data" in options else None
     model = _new_model(options, rows, settings.seed) if start is None else load_model(start, "cpu", None)
-    if first and not arguments.resume:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / _OPTIONS_FILE, {"andromeda": __version__, "options": options})
     if first:
         say(f"training {parameter_count(model):,} parameters on {len(rows):,} rows of {rows.seq_len:,} tokens")
     # A run that did not come to its first checkpoint begins anew, which is just as exact.
     resume = arguments.resume and any(folder.glob("checkpoint-*"))
-    result = train(model, rows, settings, eval_dataset=held_out, tokenizer=tokenizer, resume=resume)
+
+    def remember():
+        # After all checks: options that fail them must not stand in the way of the corrected ones.
+        write_json(folder / _OPTIONS_FILE, sealed({"andromeda": __version__, "options": options}))
+
+    result = train(
+        model,
+        rows,
+        settings,
+        eval_dataset=held_out,
+        tokenizer=tokenizer,
+        resume=resume,
+        on_start=None if resume and (folder / _OPTIONS_FILE).is_file() else remember,
+    )
     if not first:
         return 0
     if result.interrupted:
@@ -405,22 +520,48 @@ def _train_choices(arguments, folder: Path, first: bool) -> dict:
             given[name] = str(Path(given[name]).resolve())  # a run may be resumed from another folder
     if arguments.rest:
         given["trainer"] = _trainer_options(arguments.rest)
+    missing = [flag for flag, name in (("ROWS", "data"), ("--steps", "steps")) if name not in given]
     record = folder / _OPTIONS_FILE
     if not arguments.resume:
-        if first and folder.exists() and any(folder.iterdir()):
-            what = "holds a run; continue it with --resume" if record.is_file() else "is not empty; remove it"
-            raise UsageError(f"--out must be a new or empty folder, got {folder}, which {what}, or choose another")
-        if missing := [flag for flag, name in (("ROWS", "data"), ("--steps", "steps")) if name not in given]:
+        if first and (held := _what_holds(folder)):
+            raise UsageError(f"--out must be a new or empty folder, got {folder}, which {held}, or choose another")
+        if missing:
             raise UsageError(f"train needs {' and '.join(missing)} (or --resume)")
         return given
     if not record.is_file():
-        raise UsageError(f"--resume needs the folder of a run in --out, got {folder}, which has no {_OPTIONS_FILE}")
-    stored = read_json(record)["options"]
+        # The run may have been killed before it could write the file: then all options are to be given again.
+        if missing or not folder.is_dir():
+            raise UsageError(
+                f"--resume needs the folder of a run in --out, got {folder}, which has no {_OPTIONS_FILE}; give ROWS "
+                "and all options again if a run was begun there"
+            )
+        return given
+    from andromeda.training import read_sealed
+
+    try:
+        stored = read_sealed(record, ("options",))["options"]
+    except ValueError as error:
+        raise UsageError(f"{error}; remove it and give ROWS and all options again with --resume") from error
+    # Before its first checkpoint nothing depends on the options: they may be corrected.
+    begun = any(folder.glob("checkpoint-*"))
     changed = [name for name, value in given.items() if stored.get(name) != value and name not in _FREE_ON_RESUME]
-    if changed:
+    if changed and begun:
         lines = [f"\n    {name}: was {stored.get(name)!r}, is {given[name]!r}" for name in changed]
         raise UsageError(f"--resume continues a run as it was started, these options differ:{''.join(lines)}")
     return stored | given
+
+
+def _what_holds(folder: Path) -> str | None:
+    """What is in the way of a new run in `folder`, and the remedy; None if there is nothing but a start that failed."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if not names:
+        return None
+    from andromeda.training import LEFT_BY_A_START
+
+    names = {name for name in names if name not in (_OPTIONS_FILE, *LEFT_BY_A_START) and not is_temporary(name)}
+    if any(re.fullmatch(r"checkpoint-\d+|model", name) for name in names):
+        return "holds a run; continue it with --resume"
+    return "is not empty; remove what is in it" if names else None
 
 
 def _settings_names() -> set[str]:
@@ -473,17 +614,21 @@ Continue a prompt with a trained model. The text appears as it is made.
 def _generate_options(parser):
     parser.add_argument("checkpoint", metavar="MODEL", help="folder of a saved model, a checkpoint or a run")
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--prompt", metavar="TEXT", help="what to continue")
-    which.add_argument("--prompt-file", metavar="FILE", help="file with what to continue; - is standard input")
-    parser.add_argument("--tokens", type=int, default=128, metavar="N", help="most tokens to generate")
-    parser.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0 takes the likeliest token")
+    which.add_argument("--prompt", type=str, metavar="TEXT", help="what to continue")
+    which.add_argument(
+        "--prompt-file", metavar="FILE", help="file with what to continue, in UTF-8; - is standard input"
+    )
+    parser.add_argument("--tokens", type=integer(1), default=128, metavar="N", help="most tokens to generate")
+    parser.add_argument("--temperature", type=number(0), default=0.8, metavar="X", help="0 takes the likeliest token")
     filters = parser.add_mutually_exclusive_group()
     filters.add_argument(
-        "--top-k", type=int, metavar="N", help="sample among the N likeliest tokens (default: a tenth)"
+        "--top-k", type=integer(1), metavar="N", help="sample among the N likeliest tokens (default: a tenth)"
     )
-    filters.add_argument("--top-p", type=float, metavar="X", help="sample among the likeliest that add up to X")
-    filters.add_argument("--min-p", type=float, metavar="X", help="drop tokens less than X times as likely as the best")
-    parser.add_argument("--seed", type=int, metavar="N", help="make the sample repeatable")
+    filters.add_argument("--top-p", type=number(0, 1), metavar="X", help="sample among the likeliest that add up to X")
+    filters.add_argument(
+        "--min-p", type=number(0, 1), metavar="X", help="drop tokens less than X times as likely as the best"
+    )
+    parser.add_argument("--seed", type=SEED, metavar="N", help="make the sample repeatable")
     parser.add_argument("--no-prompt", action="store_true", help="print the continuation only")
     _device_options(parser)
 
@@ -497,16 +642,12 @@ def _device_options(parser):
 def _generate(arguments) -> int:
     import torch
 
+    device = read_device(arguments.device)
     folder = find_model(arguments.checkpoint)
+    prompt = read_prompt(arguments.prompt, arguments.prompt_file)
     tokenizer = tokenizer_of(folder, arguments.tokenizer)
-    if arguments.prompt is not None:
-        prompt = arguments.prompt
-    elif arguments.prompt_file == "-":
-        prompt = sys.stdin.read()
-    else:
-        prompt = existing(arguments.prompt_file, "--prompt-file").read_text(encoding="utf-8")
-    model = load_model(folder, arguments.device, arguments.dtype)
-    ids = tokenizer.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    model = load_model(folder, device, arguments.dtype)
+    ids = tokenizer.encode_prompt(prompt)
     eos = tokenizer.tokenizer.eos_token_id
     if not ids:
         if eos is None:
@@ -581,11 +722,14 @@ def _eval_options(parser):
     parser.add_argument("checkpoint", metavar="MODEL", help="folder of a saved model, a checkpoint or a run")
     parser.add_argument("data", metavar="ROWS", help="folder of build-dataset, or a text source as there")
     parser.add_argument(
-        "--seq-len", type=int, metavar="N", help="row length, when ROWS is a text source (default: the model's window)"
+        "--seq-len",
+        type=integer(2),
+        metavar="N",
+        help="row length, when ROWS is a text source (default: the model's window)",
     )
     parser.add_argument("--doc-mask", action=argparse.BooleanOptionalAction, default=True, help=_DOC_MASK)
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows per forward pass")
-    parser.add_argument("--max-rows", type=int, metavar="N", help="look at the first N rows only")
+    parser.add_argument("--batch-size", type=integer(1), default=8, metavar="N", help="rows per forward pass")
+    parser.add_argument("--max-rows", type=integer(1), metavar="N", help="look at the first N rows only")
     parser.add_argument("--json", metavar="FILE", help="also write the figures to a file")
     _device_options(parser)
 
@@ -593,10 +737,11 @@ def _eval_options(parser):
 def _evaluate(arguments) -> int:
     from andromeda.training import evaluate
 
+    device = read_device(arguments.device)
     folder = find_model(arguments.checkpoint)
     tokenizer = tokenizer_of(folder, arguments.tokenizer)
-    model = load_model(folder, arguments.device, arguments.dtype)
-    seq_len = arguments.seq_len or model.config.max_position_embeddings
+    model = load_model(folder, device, arguments.dtype, finite=True)
+    seq_len = model.config.max_position_embeddings if arguments.seq_len is None else arguments.seq_len
     rows = open_rows(arguments.data, tokenizer=tokenizer, seq_len=seq_len, doc_mask=arguments.doc_mask)
     evaluation = evaluate(
         model,
@@ -621,7 +766,9 @@ def _print_evaluation(evaluation):
 
 def _evaluation_lines(evaluation) -> list[tuple[str, str]]:
     bits = (
-        f"{evaluation.bits_per_byte:.4f}" if evaluation.bits_per_byte else "unknown (the tokenizer is not byte-level)"
+        "unknown (the tokenizer is not byte-level)"
+        if evaluation.bits_per_byte is None
+        else f"{evaluation.bits_per_byte:.4f}"
     )
     return [
         ("loss", f"{evaluation.loss:.4f} nats per token, over {evaluation.tokens:,} tokens"),
@@ -641,26 +788,27 @@ An interrupted run continues when the same command is given again."""
 
 def _quickstart_options(parser):
     parser.add_argument("--out", default="andromeda-quickstart", metavar="DIR", help="folder to write")
-    parser.add_argument("--minutes", type=float, default=1.5, metavar="X", help="time to train for")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="weights, order of the rows and sample")
+    parser.add_argument(
+        "--minutes", type=number(0, 1e6, above=True), default=1.5, metavar="X", help="time to train for"
+    )
+    parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="weights, order of the rows and sample")
     parser.add_argument("--force", action="store_true", help="replace what an earlier quickstart left in DIR")
-    parser.add_argument("--device", choices=("cpu",), help="cpu, even where there is a GPU")
+    parser.add_argument("--device", metavar="NAME", help="cpu, even where there is a GPU, or cuda (default: a GPU)")
 
 
 def _quickstart(arguments) -> int:
     from andromeda.quickstart import quickstart
 
     out = Path(arguments.out)
-    options = {"minutes": arguments.minutes, "seed": arguments.seed, "device": arguments.device}
-    words = [
-        f"--{name} {value:g}" if name == "minutes" else f"--{name} {value}" for name, value in options.items() if value
-    ]
+    device = training_device(arguments.device)
+    options = {"minutes": arguments.minutes, "seed": arguments.seed, "device": device}
+    words = [f"--{option} {value}" for option, value in options.items() if value is not None]
     again = f"andromeda quickstart --out {shlex.quote(str(out))} {' '.join(words)}"
     try:
         outcome = quickstart(out, force=arguments.force, **options)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         say(f"andromeda: interrupted; this continues:\n    {again}")
-        return INTERRUPTED
+        return interrupts.exit_code(error)
     if isinstance(outcome, str):
         print(outcome)
         return 0

@@ -10,7 +10,6 @@ import logging
 import operator
 import os
 import re
-import secrets
 import shutil
 import sys
 import time
@@ -23,9 +22,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+import xxhash
 
 from andromeda import files, packing
-from andromeda.documents import Source, check_name, clean, glob_patterns, open_source, whole_texts
+from andromeda.documents import Source, check_name, clean, glob_patterns, open_source
 from andromeda.tokenizer import AndromedaTokenizer
 
 if TYPE_CHECKING:
@@ -34,8 +34,10 @@ if TYPE_CHECKING:
 FORMAT = 1  # part of the cache key: raised when a change alters the rows
 DATA_FILE = "data.arrow"
 METADATA_FILE = "metadata.json"
-STALE_SECONDS = 60  # a directory this young may belong to a builder that has not locked it yet
 IGNORED_LABEL = -100
+
+_BUILDING = ".building-"  # start of the names of unfinished data sets
+_OTHER_PLACE = "Another place can be chosen with cache_dir, ANDROMEDA_CACHE or --out"
 
 _METADATA_KEYS = {
     *("seq_len", "packing", "dtype", "rows", "rows_per_batch", "data_bytes", "statistics"),
@@ -86,15 +88,19 @@ class DatasetBuilder:
         separator: text between two documents in plain text, such as "<|endoftext|>".
         format: "text", "json", "jsonl", "csv", "tsv", "parquet" or "arrow": read all files so, whatever their names.
         cache_dir: where built data sets are kept. Default: $ANDROMEDA_CACHE/datasets, else
-            $XDG_CACHE_HOME/andromeda/datasets, else ~/.cache/andromeda/datasets.
+            $XDG_CACHE_HOME/andromeda/datasets, else ~/.cache/andromeda/datasets. Relative paths, here and in the other
+            arguments, are those of the moment when the builder is made.
         progress: show a progress bar if stderr is a terminal.
 
-    A document is followed by the end-of-sequence id, and only by it: text that spells that token stays text. Empty and
-    white-space documents are dropped and counted, and a byte order mark at the start of a file is removed.
+    A document is followed by the end-of-sequence id, and only by it: text that spells that token, or another special
+    token, stays text, as in `AndromedaTokenizer`. Empty and white-space documents are dropped and counted, and a byte
+    order mark at the start of a file is removed.
 
     The cache key is made of the source (paths, sizes and times of change, or the fingerprint of a `Dataset`), the
     tokenizer and the arguments that change rows. A build appears in the cache complete or not at all; what an
-    interrupted one left is removed by a later one. The documents of a few batches are in memory, never the corpus.
+    interrupted one left is removed by a later one, and one whose bytes have changed since is said and built again. A
+    few megabytes of text are in memory, never the corpus nor a long document, unless its tokenizer makes one word of
+    all of it (`packing.Seams`).
 
     Raises:
         TypeError, ValueError: an argument is wrong. FileNotFoundError: there is no such path.
@@ -136,11 +142,11 @@ class DatasetBuilder:
             if value is not None and not (isinstance(value, str) and value):
                 raise TypeError(f"DatasetBuilder: {name} must be a non-empty string or None, got {value!r}")
         check_name(dataset_name)
-        self.dataset_name = dataset_name
+        self.dataset_name = _from_here(dataset_name)
         self.seq_len = seq_len
         self.num_cpu = num_cpu
         self.hf_account_repo = hf_account_repo
-        self.tokenizer = tokenizer
+        self.tokenizer = _from_here(tokenizer)
         self.text_column = text_column
         self.split = split
         self.packing = packing
@@ -151,7 +157,7 @@ class DatasetBuilder:
         self.exclude = glob_patterns(exclude, "exclude")
         self.separator = separator
         self.format = format
-        self.cache_dir = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+        self.cache_dir = default_cache_dir() if cache_dir is None else _absolute(cache_dir, "DatasetBuilder: cache_dir")
         self.progress = progress
         self._needed_bytes = 0  # on the disk, estimated during a build
 
@@ -164,8 +170,9 @@ class DatasetBuilder:
         Raises:
             ValueError: fewer tokens than one row (with packing "stream"), no documents, no clear text column, or
                 malformed text or records; names file and position.
-            OSError: the disk is too small, which is estimated first; the hub cannot be reached; the upload failed,
-                after which the data set is complete in the cache and another call only uploads.
+            OSError: the disk is too small, which is estimated first, or the cache cannot be written; the hub cannot be
+                reached; the upload failed, after which the data set is complete in the cache and another call only
+                uploads.
             RuntimeError: a tokenizer process died.
         """
         settings = _tokenizer_settings(self.tokenizer)
@@ -207,24 +214,21 @@ class DatasetBuilder:
         if not path.exists():
             return None
         try:
-            return PackedDataset(path, doc_mask=self.doc_mask, label_first_token=self.label_first_token)
+            dataset = PackedDataset(path, doc_mask=self.doc_mask, label_first_token=self.label_first_token)
+            dataset.verify()
+            return dataset
         except (OSError, ValueError) as error:
             warnings.warn(f"DatasetBuilder: building again what is damaged in the cache: {error}", stacklevel=3)
             return None
 
     def _build(self, source: Source, settings: _TokenizerSettings, fingerprint: str | None) -> PackedDataset:
-        self.cache_dir.mkdir(parents=True, exist_ok=True)
-        _remove_stale(self.cache_dir)
-        with _temporary_directory(self.cache_dir) as temporary:
-            try:
+        with self._write_errors():
+            self.cache_dir.mkdir(parents=True, exist_ok=True)
+            with files.temporary_folder(self.cache_dir, _BUILDING) as temporary:
                 content_hash = self._write(source, settings, fingerprint, temporary)
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or isinstance(error, _NoSpaceError):
-                    raise
-                raise self._no_space() from error
-            path = self._cache_path(source, settings, fingerprint or content_hash)
-            if not _is_complete(path):  # another builder may have been faster
-                _install(temporary, path)
+                path = self._cache_path(source, settings, fingerprint or content_hash)
+                if not _is_complete(path):  # another builder may have been faster
+                    _install(temporary, path)
         return PackedDataset(path, doc_mask=self.doc_mask, label_first_token=self.label_first_token)
 
     def _write(
@@ -235,11 +239,11 @@ class DatasetBuilder:
 
         begin = time.monotonic()
         statistics: Counter = Counter()
-        documents = source.documents(statistics)
-        texts = whole_texts(clean(documents, self.errors, statistics))
+        texts = packing.in_parts(clean(source.documents(statistics), self.errors, statistics))
         digest = hashlib.sha256() if fingerprint is None else None
         if digest is not None:
             texts = _hashed(texts, digest)
+        texts = packing.pieces(texts, packing.Seams(settings.json))
         writer = packing.RowWriter(directory / DATA_FILE, self.seq_len, settings.dtype, self.packing == "bfd")
         packer: packing.StreamPacker | packing.BestFitPacker
         if self.packing == "bfd":
@@ -259,18 +263,20 @@ class DatasetBuilder:
                     for batch, ids, lengths in results:
                         if not statistics["tokens"]:
                             self._check_space(source, batch, len(ids), writer.dtype)
-                        packer.add(ids, lengths)
-                        documents = sum(map(bool, lengths))
-                        statistics["documents"] += documents
-                        statistics["empty_documents"] += len(lengths) - documents
+                        unfinished = {i for i, text in enumerate(batch) if isinstance(text, packing.Unfinished)}
+                        packer.add(ids, lengths, unfinished)
+                        ended = len(batch) - len(unfinished)
+                        empty = sum(not length and i not in unfinished for i, length in enumerate(lengths))
+                        statistics["documents"] += ended - empty
+                        statistics["empty_documents"] += empty
                         statistics["tokens"] += len(ids)
                         rate = statistics["tokens"] / (time.monotonic() - begin)
                         bar.set_postfix_str(
                             f"{statistics['tokens'] / 1e6:.1f} M tokens, {rate:.0f} tok/s", refresh=False
                         )
-                        bar.update(len(batch))
+                        bar.update(ended)
                 remainder = packer.finish()
-            writer.close()
+            checksum = writer.close()
         except BaseException:
             writer.abandon()
             if self.packing == "bfd":
@@ -300,6 +306,7 @@ class DatasetBuilder:
             "rows": writer.rows,
             "rows_per_batch": writer.rows_per_batch,
             "data_bytes": (directory / DATA_FILE).stat().st_size,
+            "xxh3_128": checksum,
             "vocab_size": settings.vocab_size,
             "eos_token_id": settings.eos_token_id,
             "pad_token_id": settings.pad_token_id,
@@ -307,6 +314,7 @@ class DatasetBuilder:
             "statistics": counts,
             **source.facts(),
         }
+        metadata["metadata_xxh3_128"] = _metadata_checksum(metadata)
         (directory / METADATA_FILE).write_text(json.dumps(metadata, indent=1), encoding="utf-8")
         files.flush_tree(directory)
         summary = f"packed {source.name}: " + ", ".join(f"{value} {name}" for name, value in counts.items() if value)
@@ -338,16 +346,33 @@ class DatasetBuilder:
             int(size * tokens / sum(len(text.encode()) for text in batch)) * np.dtype(dtype).itemsize * copies
         )
         if self._needed_bytes > shutil.disk_usage(self.cache_dir).free:
-            raise self._no_space()
+            raise self._no_space(errno.ENOSPC)
 
-    def _no_space(self) -> _NoSpaceError:
+    @contextlib.contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        """In the block, what could not be written is said in words: what is needed, what is free, what to do."""
+        hidden = files.is_temporary(self.cache_dir.name)  # of a command, which says itself what it cannot write
+        explaining = files.writing(self.cache_dir, "packed rows", whole="nothing was kept", remedy=_OTHER_PLACE)
+        with contextlib.nullcontext() if hidden else explaining:
+            try:
+                yield
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or getattr(error, "is_explained", False):
+                    raise
+                raise self._no_space(error.errno) from error
+
+    def _no_space(self, number: int) -> OSError:
         need = f"about {self._needed_bytes / 1e6:.1f} MB" if self._needed_bytes else "an unknown amount"
         free = shutil.disk_usage(self.cache_dir).free / 1e6
+        what = "no space" if number == errno.ENOSPC else "the disk quota leaves no space"
         text = (
-            f"DatasetBuilder: no space for the packed rows, {need} needed, {free:.1f} MB free; nothing was kept. "
-            "Choose another cache_dir or set ANDROMEDA_CACHE"
+            f"DatasetBuilder: {what} for the packed rows, {need} needed, {free:.1f} MB free; nothing was kept. Make "
+            f"room there. {_OTHER_PLACE}"
         )
-        return _NoSpaceError(errno.ENOSPC, text, str(self.cache_dir))
+        place = self.cache_dir.parent if files.is_temporary(self.cache_dir.name) else self.cache_dir
+        error = OSError(number, text, str(place))
+        error.is_explained = True  # type: ignore[attr-defined] (for files.writing)
+        return error
 
     def _upload(self, dataset: PackedDataset) -> None:
         from huggingface_hub import get_token
@@ -362,10 +387,6 @@ class DatasetBuilder:
                 f"DatasetBuilder: cannot upload to {self.hf_account_repo}: {error}.{token} The data set is complete in "
                 f"{dataset.path}: build_dataset() again only uploads, and without hf_account_repo opens it"
             ) from error
-
-
-class _NoSpaceError(OSError):
-    """The disk is too small for a build; names the directory and the need."""
 
 
 class PackedDataset(torch.utils.data.Dataset):
@@ -388,14 +409,17 @@ class PackedDataset(torch.utils.data.Dataset):
         statistics: counts of documents, dropped documents, tokens, rows, left-over tokens and padding.
         seq_len, vocab_size, eos_token_id, pad_token_id, tokenizer_hash: `vocab_size` is the smallest number of
             embeddings that serves all ids of the tokenizer.
+        content_checksum: XXH3-128 of the file of rows, which tells data sets apart.
         hf: the same rows as a `datasets.Dataset`.
+
+    Opening it reads no rows: `verify` compares them with the checksum that was taken while they were written.
 
     Raises:
         ValueError: the directory does not hold a complete data set of this version.
     """
 
     def __init__(self, path: str | os.PathLike, *, doc_mask: bool = False, label_first_token: bool = True):
-        self.path = Path(path)
+        self.path = _absolute(path, "PackedDataset: path")
         self.doc_mask = doc_mask
         self.label_first_token = label_first_token
         self.metadata = _read_metadata(self.path)
@@ -407,6 +431,26 @@ class PackedDataset(torch.utils.data.Dataset):
         self.tokenizer_hash: str = self.metadata["tokenizer_hash"]
         self._rows_per_batch: int = self.metadata["rows_per_batch"]
         self._batches, self._lengths = _map_rows(self.path / DATA_FILE, self.metadata)
+
+    @cached_property
+    def content_checksum(self) -> str:
+        return self.metadata.get("xxh3_128") or files.checksum(self.path / DATA_FILE)
+
+    def verify(self) -> bool:
+        """Whether the folder records checksums (those of older versions do not); all its bytes are compared with them.
+
+        Raises:
+            ValueError: a file has other content than was written; names it. OSError: it cannot be read.
+        """
+        if "xxh3_128" not in self.metadata:
+            return False
+        recorded = {DATA_FILE: {"bytes": self.metadata["data_bytes"], "xxh3_128": self.metadata["xxh3_128"]}}
+        damages = files.damages(self.path, recorded)
+        if self.metadata.get("metadata_xxh3_128") != _metadata_checksum(self.metadata):
+            damages.append(f"{METADATA_FILE} has other content than was written (checksum differs)")
+        if damages:
+            raise ValueError(f"PackedDataset: {self.path} is damaged: {'; '.join(damages)}; build it again")
+        return True
 
     @cached_property
     def hf(self) -> datasets.Dataset:
@@ -482,11 +526,60 @@ def document_starts(ids: np.ndarray, eos_token_id: int) -> np.ndarray:
 
 
 def default_cache_dir() -> Path:
-    """Where data sets are kept if `cache_dir` is not given; see `DatasetBuilder`."""
-    if os.environ.get("ANDROMEDA_CACHE"):
-        return Path(os.environ["ANDROMEDA_CACHE"]).expanduser() / "datasets"
+    """Where data sets are kept if `cache_dir` is not given, an absolute path; see `DatasetBuilder`.
+
+    Raises:
+        ValueError: it would be in the home directory, which is not known.
+    """
+    if chosen := os.environ.get("ANDROMEDA_CACHE"):
+        return _absolute(chosen, "DatasetBuilder: ANDROMEDA_CACHE") / "datasets"
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "andromeda" / "datasets"
+    if not os.path.isabs(base) and not base.startswith("~"):
+        # So says the specification of that variable.
+        warnings.warn(f"XDG_CACHE_HOME must be an absolute path, got {base!r}: it is not used", stacklevel=2)
+        base = "~/.cache"
+    return _absolute(base, "DatasetBuilder: the cache") / "andromeda" / "datasets"
+
+
+def _absolute(path: str | os.PathLike, name: str) -> Path:
+    """An absolute path, with `~` resolved; what it is relative to is the current directory of now."""
+    if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
+        raise TypeError(f"{name} must be a path, got {path!r:.80}")
+    text = os.fspath(path)
+    if not text:
+        raise ValueError(f"{name} must not be empty; '.' is the current directory")
+    head, slash, tail = text.partition("/")
+    if head == "~":
+        head = os.environ.get("HOME") or _home_of_account()
+        if not os.path.isabs(head):
+            raise ValueError(
+                f"{name} is in the home directory ({text}), which is not known: HOME is not set to an absolute path "
+                "and this user has no account; set ANDROMEDA_CACHE, or pass an absolute path as cache_dir"
+            )
+    elif head.startswith("~"):
+        account, head = head, os.path.expanduser(head)
+        if head == account:
+            raise ValueError(
+                f"{name} must be in the home directory of an account that there is, got {text!r}; a "
+                f"folder of that name is './{text}'"
+            )
+    return Path(os.path.abspath(head + slash + tail))
+
+
+def _home_of_account() -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.getuid()).pw_dir
+    except KeyError:
+        return ""
+
+
+def _from_here(name):
+    """A relative path that exists, as an absolute one: the current directory may be another when it is read."""
+    if isinstance(name, (str, os.PathLike)) and os.fspath(name) not in ("", "-") and os.path.exists(name):
+        return type(name)(os.path.abspath(name)) if isinstance(name, (str, Path)) else Path(os.path.abspath(name))
+    return name
 
 
 def _reopen(path: Path, doc_mask: bool, label_first_token: bool) -> PackedDataset:
@@ -497,70 +590,80 @@ def _read_metadata(path: Path) -> dict:
     try:
         metadata = json.loads((path / METADATA_FILE).read_text(encoding="utf-8"))
         size = (path / DATA_FILE).stat().st_size
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"PackedDataset: {path} must hold {METADATA_FILE} and {DATA_FILE}: {error}") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also of bytes that are not UTF-8
         raise ValueError(f"PackedDataset: {path / METADATA_FILE} must be JSON: {error}") from error
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         found = metadata.get("format") if isinstance(metadata, dict) else metadata
-        raise ValueError(f"PackedDataset: {path / METADATA_FILE} must have format {FORMAT}, got {found!r}")
+        raise ValueError(f"PackedDataset: {path / METADATA_FILE} must have format {FORMAT}, got {found!r:.80}")
     if missing := _METADATA_KEYS - metadata.keys():
         raise ValueError(f"PackedDataset: {path / METADATA_FILE} must have {', '.join(sorted(missing))}, got none")
     if size != metadata["data_bytes"]:
         raise ValueError(f"PackedDataset: {path / DATA_FILE} must have {metadata['data_bytes']} bytes, got {size}")
+    _check_metadata(metadata, path / METADATA_FILE)
     return metadata
+
+
+def _check_metadata(metadata: dict, path: Path) -> None:
+    """Every number in its range: a wrong one would be read as other rows, or as none, without an error."""
+
+    def check(name: str, is_right: bool, what: str) -> None:
+        if not is_right:
+            raise ValueError(f"PackedDataset: {path}: {name} must be {what}, got {metadata[name]!r:.80}")
+
+    def is_integer(name: str, least: int, most: int) -> bool:
+        value = metadata[name]
+        return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+    for name in ("seq_len", "rows_per_batch", "vocab_size"):
+        check(name, is_integer(name, 1, 2**32), "an integer from 1 to 2**32")
+    check("rows", is_integer("rows", 1, 2**62), "an integer from 1")
+    for name in ("eos_token_id", "pad_token_id"):
+        check(name, is_integer(name, 0, metadata["vocab_size"] - 1), f"in 0 ... {metadata['vocab_size'] - 1}")
+    check("dtype", metadata["dtype"] in ("uint16", "uint32"), "uint16 or uint32")
+    check("packing", metadata["packing"] in ("stream", "bfd"), "stream or bfd")
+    check("statistics", isinstance(metadata["statistics"], dict), "an object")
+    check("tokenizer_hash", isinstance(metadata["tokenizer_hash"], str), "a string")
+
+
+def _metadata_checksum(metadata: dict) -> str:
+    """XXH3-128 of all of it but this checksum itself."""
+    rest = {name: value for name, value in metadata.items() if name != "metadata_xxh3_128"}
+    return xxhash.xxh3_128_hexdigest(json.dumps(rest, sort_keys=True).encode())
 
 
 def _map_rows(path: Path, metadata: dict) -> tuple[list[np.ndarray], np.ndarray | None]:
     """Views (rows, seq_len) of the ids of each record batch, and the lengths of padded rows."""
     import pyarrow
 
+    expected = packing.row_schema(metadata["seq_len"], metadata["dtype"], metadata["packing"] == "bfd")
     try:
-        batches = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all().to_batches()
-    except pyarrow.ArrowInvalid as error:
+        reader = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
+        if not reader.schema.equals(expected):
+            raise ValueError(f"PackedDataset: {path} must have the columns {expected}, got {reader.schema}")
+        batches = list(reader)
+        for batch in batches:
+            batch.validate()  # a length that is not true would lead beyond the file, and the process to its end
+        rows = [batch.column(0).flatten().to_numpy().reshape(-1, metadata["seq_len"]) for batch in batches]
+        lengths = None
+        if metadata["packing"] == "bfd":
+            lengths = np.concatenate([np.empty(0, np.int32), *(batch.column("length").to_numpy() for batch in batches)])
+    except (pyarrow.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # of the disk; Arrow's own have none
+            raise
         raise ValueError(f"PackedDataset: {path} must be an Arrow stream: {error}") from error
-    rows = [batch.column(0).flatten().to_numpy().reshape(-1, metadata["seq_len"]) for batch in batches]
     found = sum(map(len, rows))
     if found != metadata["rows"] or any(len(batch) != metadata["rows_per_batch"] for batch in rows[:-1]):
         raise ValueError(f"PackedDataset: {path} must hold {metadata['rows']} rows, got {found}")
-    if metadata["packing"] != "bfd":
-        return rows, None
-    return rows, np.concatenate([batch.column("length").to_numpy() for batch in batches])
+    if lengths is not None and not (
+        len(lengths) == found and 0 < lengths.min() <= lengths.max() <= metadata["seq_len"]
+    ):
+        raise ValueError(f"PackedDataset: {path} must have lengths of 1 to {metadata['seq_len']} in each row")
+    return rows, lengths
 
 
-# The cache: temporary directories, locks, names
-
-
-@contextlib.contextmanager
-def _temporary_directory(parent: Path) -> Iterator[Path]:
-    """A new directory, locked while in use; removed at the end unless it was renamed."""
-    import fcntl
-
-    path = parent / f".building-{secrets.token_hex(8)}"
-    path.mkdir()
-    lock = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-        os.close(lock)
-
-
-def _remove_stale(parent: Path) -> None:
-    """Remove what builders left that were killed: directories without a lock."""
-    import fcntl
-
-    for path in parent.glob(".building-*"):
-        with contextlib.suppress(OSError):  # locked: in use; gone: somebody else removed it
-            if time.time() - path.stat().st_mtime < STALE_SECONDS:
-                continue
-            lock = os.open(path, os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
-            finally:
-                os.close(lock)
+# The cache: locks and names
 
 
 def _install(temporary: Path, path: Path) -> None:
@@ -573,7 +676,7 @@ def _install(temporary: Path, path: Path) -> None:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
         # What has the name is damaged, or has just been written by another builder: out of the way with it.
-        with _temporary_directory(path.parent) as trash, contextlib.suppress(FileNotFoundError):
+        with files.temporary_folder(path.parent, _BUILDING) as trash, contextlib.suppress(FileNotFoundError):
             os.rename(path, trash / "replaced")
     else:
         raise OSError(errno.EEXIST, "DatasetBuilder: other processes keep replacing the data set", str(path))
@@ -582,7 +685,7 @@ def _install(temporary: Path, path: Path) -> None:
 
 def _is_complete(path: Path) -> bool:
     try:
-        PackedDataset(path)
+        PackedDataset(path).verify()
     except (OSError, ValueError):
         return False
     return True
@@ -639,6 +742,6 @@ def _tokenizer_settings(tokenizer) -> _TokenizerSettings:
 def _hashed(texts: Iterable[str], digest) -> Iterator[str]:
     for text in texts:
         data = text.encode()
-        digest.update(len(data).to_bytes(8, "little"))
+        digest.update((len(data) | isinstance(text, packing.Unfinished) << 63).to_bytes(8, "little"))
         digest.update(data)
         yield text

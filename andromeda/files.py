@@ -1,20 +1,221 @@
 """Files and folders that appear whole or not at all, also when the machine loses power.
 
 What is new is written under another name on the same file system and synced to the disk; then it is renamed, and the
-folder that holds the name is synced.
+folder that holds the name is synced. A link stays, what it leads to is replaced; what is no ordinary file (a pipe, a
+terminal, `/dev/stdout`) is written into. `writing` says in words why something could not be written.
 """
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
+import stat
+import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import xxhash
 
 _BLOCK_BYTES = 1 << 20
+_STALE_SECONDS = 60  # a temporary folder this young may belong to a process that has not locked it yet
+_MAX_LINKS = 40  # as in Linux
+_unfinished: set[Path] = set()  # what is being written at this moment
+
+
+# ---- before the work
+
+
+def check_output(path: str | os.PathLike) -> None:
+    """Raise if the file `path` could not be written, as far as can be known without writing it.
+
+    Nothing is left behind. A file that is there may be replaced; pipes, terminals and the like are accepted.
+
+    Raises:
+        ValueError: the name is empty.
+        OSError: its folder is missing or may not be written to, it is a folder, or it is write-protected.
+    """
+    _check_name(path)
+    with _explaining(path):
+        target, special = _resolve(path)
+        if special:
+            _check_special(target)
+            return
+        if target.is_dir() or os.fspath(path).endswith("/"):
+            raise IsADirectoryError(errno.EISDIR, "it is a folder", str(target))
+        if target.exists() and not os.access(target, os.W_OK):
+            raise PermissionError(errno.EACCES, "the file is write-protected", str(target))
+        _try_to_make_a_file_in(target)
+
+
+def check_output_folder(path: str | os.PathLike) -> None:
+    """Raise if nothing could be written into the folder `path`, which need not exist yet, nor the folders above it.
+
+    Nothing is left behind.
+
+    Raises:
+        ValueError: the name is empty.
+        OSError: it, or what should hold it, is no folder or may not be written to.
+    """
+    _check_name(path)
+    with _explaining(path):
+        target, special = _resolve(path)
+        folder = target
+        while not special and not os.path.lexists(folder):
+            folder = folder.parent
+        if special or not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "it is no folder", str(folder))
+        _try_to_make_a_file_in(folder / "x")
+
+
+def _check_name(path: str | os.PathLike) -> None:
+    if not os.fspath(path):
+        raise ValueError("the name of what to write must not be empty, got ''")
+
+
+def _try_to_make_a_file_in(path: Path) -> None:
+    """Only trying tells: permissions, read-only and full file systems, quotas, access lists, too long names."""
+    new = _other_name(path)
+    os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    os.unlink(new)
+
+
+# ---- files
+
+
+def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+    """Write a file, replacing one that is there, whose permissions it keeps.
+
+    If `path` is a link, the file that it leads to is replaced. A pipe, a terminal, `/dev/stdout` or another descriptor
+    in `/dev/fd` is written into.
+
+    Raises:
+        OSError: it could not be written; says why, what is left and what to do.
+    """
+    _check_name(path)
+    with _explaining(path, whole=_what_is_left(path)):
+        target, special = _resolve(path)
+        if special:
+            _write_into(target, data)
+        else:
+            _replace_file(target, data)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """`write_bytes` of a text in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: str | os.PathLike, value) -> None:
+    """Write `value` as JSON into the file `path`, as `write_bytes` does."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: str | os.PathLike, keys: Iterable[str] = ()) -> dict:
+    """The object in a JSON file.
+
+    Args:
+        path: the file.
+        keys: names that the object must have.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no JSON object or lacks a key; names the file and the key or the place.
+    """
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # also of bytes that are not UTF-8
+        raise ValueError(f"{path} is damaged: it must be JSON, {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged: it must be a JSON object, got {type(value).__name__}")
+    if missing := [key for key in keys if key not in value]:
+        raise ValueError(f"{path} is damaged: it must have the key {', '.join(map(repr, missing))}, got none")
+    return value
+
+
+def _resolve(path: str | os.PathLike) -> tuple[Path, bool]:
+    """What a name leads to through all links, and whether that is written into instead of being replaced.
+
+    `/dev/stdout` leads to a descriptor that is open already, maybe of an ordinary file: replacing that file would lose
+    what was written to it before.
+    """
+    name = os.path.abspath(path)
+    for _ in range(_MAX_LINKS):
+        folder = os.path.realpath(os.path.dirname(name))
+        name = os.path.join(folder, os.path.basename(name))
+        if re.fullmatch(r"/proc/\d+(/task/\d+)?/fd|/dev/fd", folder):
+            return Path(name), True
+        if not os.path.islink(name):
+            break
+        name = os.path.join(folder, os.readlink(name))
+    else:
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), os.fspath(path))
+    try:
+        mode = os.stat(name).st_mode
+    except FileNotFoundError:
+        return Path(name), False
+    return Path(name), not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def _own_descriptor(target: Path) -> int | None:
+    """The number of a descriptor of this process, by its name in /proc."""
+    found = re.fullmatch(rf"(?:/proc/{os.getpid()}(?:/task/\d+)?|/dev)/fd/(\d+)", str(target))
+    return int(found[1]) if found else None
+
+
+def _check_special(target: Path) -> None:
+    descriptor = _own_descriptor(target)
+    if descriptor is not None:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "it is open for reading only", str(target))
+        return
+    mode = os.stat(target).st_mode
+    if stat.S_ISSOCK(mode) or stat.S_ISBLK(mode):
+        raise OSError(errno.EINVAL, f"it is a {'socket' if stat.S_ISSOCK(mode) else 'disk'}", str(target))
+    if not os.access(target, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target))
+
+
+def _write_into(target: Path, data: bytes) -> None:
+    _check_special(target)
+    descriptor = _own_descriptor(target)
+    if descriptor is None:
+        file = open(target, "wb", buffering=0)  # noqa: SIM115 (closed below; waits for the reader of a pipe)
+    else:
+        for stream in (sys.stdout, sys.stderr):  # what was printed before comes first
+            stream.flush()
+        file = open(os.dup(descriptor), "wb", buffering=0)  # noqa: SIM115 (goes on where others have written)
+    with file:
+        view = memoryview(data)
+        while view:
+            view = view[file.write(view) :]
+
+
+def _replace_file(target: Path, data: bytes) -> None:
+    _remove_stale(target)
+    new = _other_name(target)
+    _unfinished.add(new)
+    try:
+        with open(new, "xb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.write(data)
+            file.flush()
+            with contextlib.suppress(FileNotFoundError):
+                os.fchmod(file.fileno(), stat.S_IMODE(os.stat(target).st_mode))
+            os.fsync(file.fileno())
+        os.replace(new, target)
+    finally:
+        new.unlink(missing_ok=True)
+        _unfinished.discard(new)
+    flush(target.parent)
+
+
+# ---- folders
 
 
 def flush(path: str | os.PathLike) -> None:
@@ -35,43 +236,226 @@ def flush_tree(folder: Path) -> None:
 def replace_folder(new: Path, target: Path) -> None:
     """Sync the folder `new` and rename it to `target`, in place of a folder that is there.
 
-    Between two renames `target` may be absent, but it is never half of the old one or of the new one. The old one
-    becomes `<new>.old` and is removed.
+    If `target` is a link, the folder that it leads to is replaced. Between two renames `target` may be absent, but it
+    is never half of the old one or of the new one. The old one becomes `<new>.old` and is removed.
     """
-    flush_tree(new)
-    old = new.with_name(f"{new.name}.old")
-    if target.is_dir():
-        os.rename(target, old)
-    os.rename(new, target)
-    flush(target.parent)
+    target = Path(os.path.realpath(target))
+    with writing(target):
+        flush_tree(new)
+        old = new.with_name(f"{new.name}.old")
+        if target.is_dir():
+            os.rename(target, old)
+        os.rename(new, target)
+        flush(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
-    """A folder to write into; becomes `target`, replacing one that is there, if the block ends without an error."""
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    new = _other_name(target)
-    new.mkdir()
-    try:
-        yield new
-        replace_folder(new, target)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+    """A folder to write into; becomes `target`, replacing one that is there, if the block ends without an error.
+
+    If `target` is a link, the folder that it leads to is made or replaced. What earlier processes left that were killed
+    in the block is removed.
+
+    Raises:
+        OSError: something could not be written; says why, what is left and what to do.
+    """
+    _check_name(target)
+    target = Path(os.path.realpath(target))
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(target)
+        new = _other_name(target)
+        _unfinished.add(new)
+        try:
+            new.mkdir()
+            with _locked(new):
+                yield new
+                replace_folder(new, target)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+            _unfinished.discard(new)
 
 
-def write_json(path: str | os.PathLike, value) -> None:
-    """Write `value` as JSON into the file `path`, replacing one that is there."""
-    path = Path(path)
-    new = _other_name(path)
+def _remove_stale(target: Path) -> None:
+    """Remove what has a temporary name of `target` and is not locked by the process that writes it."""
+    stem = _other_name(target).name[:-16]
+    with contextlib.suppress(OSError):  # a folder that may not be listed
+        for path in target.parent.iterdir():
+            if not path.name.startswith(stem) or not is_temporary(path.name):
+                continue
+            if path.name.endswith(".old") and not target.exists():
+                continue  # killed between two renames: all that is left of it
+            with contextlib.suppress(OSError):  # locked: in use; gone: somebody else removed it
+                if time.time() - path.stat().st_mtime < _STALE_SECONDS:
+                    continue
+                with _locked(path, fcntl.LOCK_NB):
+                    _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, flags: int = 0) -> Iterator[None]:
+    lock = os.open(path, os.O_RDONLY)
     try:
-        new.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        flush(new)
-        os.replace(new, path)
+        fcntl.flock(lock, fcntl.LOCK_EX | flags)
+        yield
     finally:
-        new.unlink(missing_ok=True)
-    flush(path.parent)
+        os.close(lock)
+
+
+def remove_unfinished() -> None:
+    """Remove what this process is writing at this moment; for a process that ends without its clean-up."""
+    for path in list(_unfinished):
+        with contextlib.suppress(OSError):
+            _remove(path)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file or folder of this name is one that this module had not finished when its process was killed."""
+    return re.fullmatch(r"\..*\.[0-9a-f]{16}(\.old)?", name, re.DOTALL) is not None
+
+
+def _other_name(path: Path) -> Path:
+    """A hidden name beside `path` that nobody else uses, no longer than names may be."""
+    stem = os.fsdecode(os.fsencode(path.name)[:200])
+    return path.with_name(f".{stem}.{secrets.token_hex(8)}")
+
+
+# ---- why something could not be written
+
+_REMEDIES = {
+    errno.ENOSPC: "Make room there or choose another place",
+    errno.EDQUOT: "Make room there, ask for a larger quota or choose another place",
+    errno.EFBIG: "Raise the limit (`ulimit -f`) or choose a file system that takes files of this size",
+    errno.EROFS: "The file system is mounted read-only: choose another place",
+    errno.EACCES: "Choose another place, or change the permissions",
+    errno.EPERM: "Choose another place, or change the permissions",
+    errno.ENOENT: "Make the folder first, or choose another place",
+    errno.ENOTDIR: "Choose a place inside a folder",
+    errno.EISDIR: "Give the name of a file in it",
+    errno.ENAMETOOLONG: "Choose a shorter name",
+    errno.ELOOP: "The links lead in a circle: choose another place",
+    errno.EBUSY: "It is in use, as the mount point of a file system is: choose a place inside it",
+    errno.EXDEV: "It leads to another file system in the middle: choose a place inside one",
+    errno.EPIPE: "Whoever read it has gone",
+    errno.EIO: "Look at the disk and at the limit of file sizes (`ulimit -f`), or choose another place",
+}
+# Errors that reading never gives: they are about what is written, whatever else is done beside it.
+_OF_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EXDEV}
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike, what: str = "", *, whole: str = "", remedy: str = "") -> Iterator[None]:
+    """In the block, an error of writing to `path` becomes an OSError that says so in words.
+
+    That are errors that only writing has (a full disk, a quota, a read-only file system, a limit of file size), also
+    as safetensors, tokenizers and torch report them, and all others that name `path`, what is in it or beside it. The
+    error keeps its class and `errno`. Everything else passes as it is.
+
+    Args:
+        path: file or folder that is written.
+        what: what it is, such as "the checkpoint of step 500".
+        whole: what is still whole, such as "checkpoint-400 is whole". Default: whether something was there before.
+        remedy: what to do, beside what the kind of error asks for.
+    """
+    whole = whole or _what_is_left(path)
+    try:
+        yield
+    except Exception as error:
+        number = _error_number(error, Path(os.path.abspath(path)))
+        if number is None:
+            raise
+        raise explained(error, number, path, what, whole, remedy) from error
+
+
+@contextlib.contextmanager
+def _explaining(path: str | os.PathLike, whole: str = "") -> Iterator[None]:
+    """`writing` for a block in which every error is about `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or getattr(error, "is_explained", False):
+            raise
+        raise explained(error, error.errno, path, whole=whole) from error
+
+
+def explained(error: Exception, number: int, path, what: str = "", whole: str = "", remedy: str = "") -> OSError:
+    """The error of `writing`, for those who catch an error themselves. `number`: of `errno`."""
+    path = os.fspath(path)
+    own = isinstance(error, OSError) and error.errno == number
+    text = f"cannot write {what + ' to ' if what else ''}{path}: {(own and error.strerror) or os.strerror(number)}"
+    if own and isinstance(error.filename, str | bytes):
+        place = Path(os.fsdecode(error.filename))
+        place = place.parent if is_temporary(place.name) else place  # a name that nobody knows
+        text += f" ({place})" if place != Path(path) else ""
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        text += f", {_free(path) / 1e6:,.1f} MB free"
+    text += f"; {whole}" if whole else ""
+    text += "".join(f". {part}" for part in (remedy, _REMEDIES.get(number, "")) if part)
+    # Of the class that Python has for this number, but a reader that has gone is not that of stdout.
+    result = OSError(text) if number == errno.EPIPE else type(OSError(number, ""))(text)
+    result.errno = number
+    result.is_explained = True
+    return result
+
+
+def _error_number(error: Exception, path: Path) -> int | None:
+    """The `errno` of an error of writing to `path`; None if it is about something else, or explained already."""
+    if getattr(error, "is_explained", False):
+        return None
+    if isinstance(error, OSError):
+        if type(error).__module__ != "builtins":  # of the network, for instance
+            return None
+        if error.errno in _OF_WRITING or any(_belongs_to(name, path) for name in (error.filename, error.filename2)):
+            return error.errno
+    seen: BaseException | None = error
+    while seen is not None and not getattr(seen, "is_explained", False):
+        text = str(seen)
+        if isinstance(seen, OSError):
+            if seen.errno in _OF_WRITING:
+                return seen.errno
+        elif found := re.search(r"\(os error (\d+)\)", text):  # libraries written in Rust
+            if int(found[1]) in _OF_WRITING:
+                return int(found[1])
+        elif "PytorchStreamWriter failed" in text or ("inline_container" in text and "unexpected pos" in text):
+            return errno.ENOSPC if _free(path) < 16 << 20 else errno.EIO
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def _belongs_to(name: str | bytes | int | None, path: Path) -> bool:
+    """Whether a file named in an error is `path`, in it, above it, or a temporary one beside it."""
+    if not isinstance(name, str | bytes):
+        return False
+    named = Path(os.path.abspath(os.fsdecode(name)))
+    whole = (named, *named.parents)
+    beside = [part for part in whole if part.parent == path.parent and is_temporary(part.name)]
+    return path in whole or named in path.parents or bool(beside)
+
+
+def _what_is_left(path: str | os.PathLike) -> str:
+    if not os.path.lexists(path):
+        return "nothing is left there"
+    return "what was there before is unchanged" if os.path.isfile(path) or os.path.isdir(path) else ""
+
+
+def _free(path: str | os.PathLike) -> int:
+    """Bytes free for this user in the file system of `path`, or of the folder that is to hold it."""
+    folder = Path(os.path.realpath(path))
+    while not folder.exists():
+        folder = folder.parent
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize
+
+
+# ---- checksums
 
 
 def checksum(path: str | os.PathLike) -> str:
@@ -104,6 +488,35 @@ def damages(folder: Path, recorded: dict[str, dict]) -> list[str]:
     return found
 
 
-def _other_name(path: Path) -> Path:
-    """A hidden name beside `path` that nobody else uses."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+# ---- folders to work in
+
+
+@contextlib.contextmanager
+def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A new folder `<prefix><random>` in `parent`, locked while in use; removed at the end unless it was renamed.
+
+    Those of this prefix that killed processes left are removed first.
+    """
+    _remove_stale_folders(parent, prefix)
+    path = parent / f"{prefix}{secrets.token_hex(8)}"
+    path.mkdir()
+    lock = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove_stale_folders(parent: Path, prefix: str) -> None:
+    for path in parent.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError):  # locked: in use; gone: somebody else removed it
+            if time.time() - path.stat().st_mtime < _STALE_SECONDS:
+                continue
+            lock = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(lock)

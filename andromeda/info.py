@@ -63,7 +63,10 @@ def _cuda_versions(select) -> dict:
 
 
 def _devices(torch) -> list[dict]:
-    devices = [{"device": "cpu", "name": _cpu_name(), "threads": torch.get_num_threads(), "cores": os.cpu_count()}]
+    from andromeda import threads
+
+    cpu = {"device": "cpu", "name": _cpu_name(), "threads": torch.get_num_threads(), "cores": os.cpu_count()}
+    devices = [cpu | {"affinity": threads.affinity(), "quota": threads.quota()}]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
@@ -123,7 +126,7 @@ def info_table(facts: dict) -> str:
     rows = []
     for device in facts["devices"]:
         if device["device"] == "cpu":
-            detail = f"{device['threads']} of {device['cores']} threads"
+            detail = _processors(device)
         else:
             detail = f"compute capability {device['capability']}, {device['memory_gib']} GiB"
         rows.append((device["device"], f"{device['name']}, {detail}"))
@@ -141,6 +144,13 @@ def info_table(facts: dict) -> str:
                 lines.append(f"  {mark} {name:{width}}  {'; '.join(reasons) or 'available'}")
             lines.append("")
     return "\n".join(lines).rstrip()
+
+
+def _processors(cpu: dict) -> str:
+    """How many threads torch uses, and what would allow them."""
+    granted = "no quota" if cpu["quota"] is None else f"a quota of {cpu['quota']:g}"
+    threads = f"{cpu['threads']} thread{'s' * (cpu['threads'] != 1)}"
+    return f"{threads} on {cpu['cores']} processors (affinity: {cpu['affinity']}, {granted})"
 
 
 def _short(value) -> str:

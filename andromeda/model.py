@@ -482,12 +482,23 @@ def cross_entropy(logits, targets, *, ignore_index=-100, count=None) -> torch.Te
     Args:
         logits: (rows, num_tokens).
         targets: (rows,) int64.
-        count: default the number of these targets, which gives their mean (NaN for none); a number or scalar tensor
-            when several calls share one mean, as in gradient accumulation.
+        count: default the number of these targets, which gives their mean; a number or scalar tensor when several calls
+            share one mean, as in gradient accumulation. The sum over no target is 0, and so is its gradient, whatever
+            the count.
 
     Returns:
         Scalar, float32 or float64.
+
+    Raises:
+        ValueError: no target and no `count`. Checked on the CPU only, reading back would stall a GPU: 0 there.
     """
+    checked = count is None and targets.device.type == "cpu" and not torch.compiler.is_compiling()
+    if checked and not bool((targets != ignore_index).any()):
+        raise ValueError(
+            f"Andromeda: labels must hold a token to predict, got {ignore_index} (ignored) at every position that has "
+            "a token before it; leave the batch out, or give the number of targets of the whole step "
+            "(num_items_in_batch) where batches share one mean"
+        )
     return _CrossEntropy.apply(logits, targets, ignore_index, count)
 
 
@@ -506,7 +517,8 @@ class _CrossEntropy(torch.autograd.Function):
         wide = _wide(logits.dtype)
         lse = torch.cat([block.to(wide).logsumexp(-1) for block in logits.split(rows)])
         losses = lse - logits.gather(1, targets[:, None])[:, 0]
-        weights = counted.to(wide) / (counted.sum() if count is None else count)  # no target at all: NaN
+        count = counted.sum() if count is None else count
+        weights = counted.to(wide) / (count + (count == 0))  # no target at all: 0 / 1
         ctx.save_for_backward(logits, targets, lse, weights)
         ctx.rows = rows
         return (losses.masked_fill(~counted, 0) * weights).sum()

@@ -6,6 +6,7 @@ absent, and `quickstart.json` remembers what was chosen, so an interrupted run g
 
 import dataclasses
 import json
+import math
 import os
 import platform
 import random
@@ -17,7 +18,7 @@ import time
 from pathlib import Path
 
 from andromeda import __version__
-from andromeda.files import whole_folder, write_json
+from andromeda.files import check_output_folder, is_temporary, read_json, whole_folder, write_json
 from andromeda.runs import (
     SIZES,
     UsageError,
@@ -25,7 +26,6 @@ from andromeda.runs import (
     load_tokenizer,
     pack,
     parameter_count,
-    read_json,
     round_up,
     say,
     texts_of,
@@ -58,10 +58,15 @@ def quickstart(out: Path, *, minutes: float = 1.5, seed: int = 0, device: str | 
         A summary to print; or the `TrainResult` of a training that a signal stopped.
 
     Raises:
-        UsageError: `out` holds something else, a finished quickstart, or one with other settings.
+        UsageError: `out` holds something else, a finished quickstart, or one with other settings, or an argument is
+            out of range.
+        OSError: `out` cannot be written.
     """
-    if not minutes > 0:
-        raise UsageError(f"--minutes must be positive, got {minutes:g}")
+    if not 0 < minutes < math.inf:
+        raise UsageError(f"--minutes must be positive and finite, got {minutes:g}")
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"--seed must be from 0 to {2**32 - 1}, got {seed}")
+    check_output_folder(out)
     started = time.perf_counter()
     state = _begin(out, {"minutes": minutes, "seed": seed, "device": device}, force)
     return _run(out, state, started)
@@ -70,10 +75,11 @@ def quickstart(out: Path, *, minutes: float = 1.5, seed: int = 0, device: str | 
 def _begin(out: Path, settings: dict, force: bool) -> dict:
     """What is known of an interrupted quickstart in `out`, or a new record; refuses to touch anything else."""
     record = out / _RECORD
-    if out.exists() and any(out.iterdir()):
+    # A temporary name is our own record, of a process that was killed while it wrote it for the first time.
+    if out.exists() and not all(is_temporary(path.name) for path in out.iterdir()):
         if not record.is_file():
             raise UsageError(f"--out must be a new or empty folder, or one of an earlier quickstart, got {out}")
-        state = read_json(record)
+        state = {} if force else _read_record(record)
         if force:
             for name in ("corpus", "tokenizer", "rows", "run"):
                 shutil.rmtree(out / name, ignore_errors=True)
@@ -94,6 +100,13 @@ def _begin(out: Path, settings: dict, force: bool) -> dict:
     return state
 
 
+def _read_record(record: Path) -> dict:
+    try:
+        return read_json(record, ("status", "settings"))
+    except ValueError as error:
+        raise UsageError(f"{error}; --force starts anew, --out chooses another folder") from error
+
+
 def _run(out: Path, state: dict, started: float):
     import torch
 
@@ -108,7 +121,7 @@ def _run(out: Path, state: dict, started: float):
         with whole_folder(corpus) as folder:
             counts = _write_corpus(folder, int(state["settings"]["minutes"] * _CORPUS_BYTES_PER_MINUTE), seed)
             write_json(folder / "counts.json", counts)
-    counts = state["corpus"] = read_json(corpus / "counts.json")
+    counts = state["corpus"] = read_json(corpus / "counts.json", ("files", "bytes", "held_out_files"))
     say(f"  {counts['files']} files, {counts['bytes'] / 1e6:.1f} MB; {counts['held_out_files']} more are held out")
 
     _stage(2, "tokenizer: byte-level BPE")

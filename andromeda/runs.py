@@ -1,13 +1,16 @@
 """What the commands share: model sizes, and the folders they read and write (rows, models, tokenizers, JSON files)."""
 
 import contextlib
-import json
 import os
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from andromeda.files import whole_folder
+
+if TYPE_CHECKING:
+    import torch
 
 # Sizes to start from; every constructor argument has an option of its own on top.
 SIZES = {
@@ -24,11 +27,8 @@ class UsageError(Exception):
 
 def say(text: str = ""):
     """A message, to stderr: stdout is for results."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
+    if sys.stderr is not None:  # print would take stdout
+        print(text, file=sys.stderr, flush=True)
 
 
 def existing(path: str, what: str) -> Path:
@@ -54,23 +54,124 @@ def find_model(path: str) -> Path:
     )
 
 
-def load_model(folder: Path, device: str | None, dtype: str | None):
+def read_device(name: str | None) -> "torch.device":
+    """The device that --device names; None is a GPU if there is one, else the CPU.
+
+    Raises:
+        UsageError: there is no such device here; says which there are, and why there is no GPU.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name is None:
+        return torch.device("cuda" if gpus else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    kind, _, index = name.partition(":")
+    if kind == "cuda" and gpus and (name == kind or (index.isdecimal() and index.isascii() and int(index) < gpus)):
+        return torch.device(name)
+    here = ["cpu", *(f"cuda:{number}" for number in range(gpus))]
+    raise UsageError(
+        f"--device must be {' or '.join(here)}, got {name!r}{'' if gpus else '; ' + _why_no_gpu(torch)}; "
+        "leave --device out to take the best there is"
+    )
+
+
+def _why_no_gpu(torch) -> str:
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hidden = "" if visible is None else f", CUDA_VISIBLE_DEVICES is {visible!r}"
+    return f"torch {torch.__version__} sees no NVIDIA GPU{hidden}"
+
+
+def training_device(name: str | None) -> str | None:
+    """The device that --device names as training wants it: "cpu", or None for the GPU that is seen first.
+
+    Raises:
+        UsageError: there is no such device, or it is another GPU.
+    """
+    device = read_device(name)
+    if name is None or device.type == "cpu":
+        return name
+    if device.index:
+        raise UsageError(
+            f"--device must be cpu or cuda here, got {name!r}; CUDA_VISIBLE_DEVICES={device.index} chooses among GPUs"
+        )
+    return None
+
+
+def read_prompt(text: str | None, file: str | None) -> str:
+    """What --prompt or --prompt-file gives; "-" is standard input.
+
+    Raises:
+        UsageError: there is no such file, or what it holds is not UTF-8; names file and place.
+    """
+    if text is not None:
+        return _decoded(os.fsencode(text), "--prompt") if any("\udc80" <= char <= "\udcff" for char in text) else text
+    if file == "-":
+        if sys.stdin is None:
+            raise UsageError("--prompt-file - needs standard input, which is closed")
+        return _decoded(sys.stdin.buffer.read(), "--prompt-file: standard input")
+    path = existing(file, "--prompt-file")
+    if path.is_dir():
+        raise UsageError(f"--prompt-file must be a file, got the folder {file}")
+    return _decoded(path.read_bytes(), f"--prompt-file: {file}")
+
+
+def _decoded(data: bytes, where: str) -> str:
+    try:
+        text = data.decode("utf-8-sig")  # without a byte order mark
+    except UnicodeDecodeError as error:
+        begin = error.start + (3 if data.startswith(b"\xef\xbb\xbf") else 0)
+        raise UsageError(
+            f"{where} must be text in UTF-8, got the byte 0x{data[begin]:02x} at offset {begin}; "
+            "convert it first, as `iconv -f LATIN1 -t UTF-8` does"
+        ) from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads text
+
+
+def load_model(folder: Path, device: "str | torch.device | None", dtype: str | None, *, finite: bool = False):
+    """The model in a folder that `find_model` found, in evaluation mode.
+
+    What a manifest there says of the files is checked first.
+
+    Args:
+        device: None for a GPU if there is one.
+        dtype: of the weights; None is float32.
+        finite: refuse weights that are NaN or infinite, which are otherwise said to be so.
+
+    Raises:
+        ValueError: files are damaged, do not describe a model, or hold such weights; names them.
+    """
     import torch
     from huggingface_hub.errors import StrictDataclassError
 
     from andromeda import Andromeda
     from andromeda.huggingface import AndromedaForCausalLM
+    from andromeda.training import check_saved_model, nonfinite_parameters
 
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = read_device(None) if device is None else device
     dtype = getattr(torch, dtype or "float32")
+    check_saved_model(folder)
     if (folder / "andromeda.json").is_file():
-        return AndromedaForCausalLM.from_andromeda(Andromeda.load(folder, device=device, dtype=dtype)).eval()
-    try:
-        with _transformers_quietly():
-            return AndromedaForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-    except StrictDataclassError as error:
-        raise ValueError(f"{folder / 'config.json'} describes no model: {error}") from error
+        model = AndromedaForCausalLM.from_andromeda(Andromeda.load(folder, device=device, dtype=dtype)).eval()
+    else:
+        try:
+            with _transformers_quietly():
+                model = AndromedaForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+        except StrictDataclassError as error:
+            raise ValueError(f"{folder / 'config.json'} describes no model: {error}") from error
+    if odd := nonfinite_parameters(model):
+        text = f"{len(odd)} of {len(list(model.parameters()))} parameters of {folder} are not finite: {_some(odd)}"
+        if finite:
+            raise ValueError(f"{text}; the training diverged, take an earlier checkpoint")
+        say(f"andromeda: warning: {text}; the training diverged, what the model writes means nothing")
+    return model
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @contextlib.contextmanager
@@ -99,7 +200,7 @@ def load_tokenizer(source: str | Path):
 
 def tokenizer_of(folder: Path, override: str | None):
     """The tokenizer named on the command line, or the one saved with a model or data set."""
-    if override:
+    if override is not None:
         return load_tokenizer(override)
     for candidate in (folder, folder / "tokenizer"):
         if (candidate / "tokenizer.json").is_file():
@@ -115,6 +216,8 @@ def open_rows(source: str, *, tokenizer, seq_len: int, doc_mask: bool):
 
     if (Path(source) / METADATA_FILE).is_file():
         rows = PackedDataset(source, doc_mask=doc_mask)
+        if not rows.verify():
+            say(f"andromeda: {source} is of an older version and has no checksums: damage would not be noticed")
         _check_same_tokenizer(Path(source), tokenizer)
         return rows
     from andromeda import DatasetBuilder
@@ -134,12 +237,13 @@ def _check_same_tokenizer(folder: Path, tokenizer):
 
 
 def texts_of(source, text_column: str | None = None, split: str | None = None, errors: str = "strict", **options):
-    """The documents of a source, as the packing will see them; long ones in parts, between words."""
-    from andromeda.documents import clean, open_source, texts_of_words
+    """The documents of a source, as the packing will see them; long ones in parts."""
+    from andromeda.documents import clean, open_source
+    from andromeda.packing import in_parts
 
     opened = open_source(source, split, text_column=text_column, errors=errors, **options)
     counts: Counter = Counter()
-    return texts_of_words(clean(opened.documents(counts), errors, counts))
+    return in_parts(clean(opened.documents(counts), errors, counts))
 
 
 def pack(source, target: Path, tokenizer, **options):

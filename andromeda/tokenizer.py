@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import operator
 import os
-import tempfile
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from andromeda import files
+from andromeda import files, packing
 
 if TYPE_CHECKING:
     import tokenizers
@@ -21,8 +22,46 @@ if TYPE_CHECKING:
 PROBE_SECONDS = 5
 
 
+def check_texts(texts: Iterable[str], name: str) -> Iterator[str]:
+    """The texts, one after the other, each checked before it is handed on.
+
+    Args:
+        texts: what must be strings that UTF-8 can express.
+        name: of the argument and who takes it, as in "AndromedaTokenizer.train: texts".
+
+    Raises:
+        TypeError, ValueError: an item is not a string or holds a lone surrogate; names its index and the character.
+    """
+    for index, text in enumerate(texts):
+        yield check_text(text, f"{name}[{index}]")
+
+
+def check_text(text: str, name: str) -> str:
+    """`check_texts` for a single text."""
+    if not isinstance(text, str):
+        got = "None" if text is None else f"{type(text).__name__} {text!r:.80}"
+        raise TypeError(f"{name} must be a string, got {got}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = text[error.start]
+        hint = ""
+        if "\udc80" <= found <= "\udcff":
+            byte = ord(found) - 0xDC00
+            hint = f"; it stands for the byte 0x{byte:02x} of a text that is not UTF-8: read it in its own encoding"
+        raise ValueError(
+            f"{name} must be text that UTF-8 can express, got the lone surrogate {found!r} at character "
+            f"{error.start}{hint}"
+        ) from None
+    return text
+
+
 class AndromedaTokenizer:
     """Text to token ids and back.
+
+    Text is text: what spells the end token, the padding token or another special token of the vocabulary is not read as
+    one, neither by `tokenize_texts`, nor in a prompt, nor by `DatasetBuilder`, so no text can end a document. Only the
+    tokens of `extra_ids` are read wherever they stand: that is what they are asked for.
 
     Args:
         pretrained: name of a repository on the Hugging Face hub, a local directory, the path of a `tokenizer.json`, or
@@ -30,7 +69,7 @@ class AndromedaTokenizer:
             local cache first; the network is asked only for what is not there.
         eos_token: end of a document, written between documents by `DatasetBuilder`. None: the one the tokenizer has.
         pad_token: fills short rows. None: the one the tokenizer has.
-        extra_ids: adds this many special tokens `<extra_id_0>`, `<extra_id_1>`, ...
+        extra_ids: adds this many tokens `<extra_id_0>`, `<extra_id_1>`, ... to be written into texts.
         model_max_length: `tokenize_texts` cuts longer texts to this many ids.
 
     Tokens that the vocabulary does not have are appended to it in the order eos, pad, extra ids: 50277 and 50278 for
@@ -38,7 +77,8 @@ class AndromedaTokenizer:
 
     Attributes:
         tokenizer: the `transformers` tokenizer. Its `padding_side` is "right", as training wants it; set "left" before
-            batches of prompts for generation.
+            batches of prompts for generation. Called itself, it reads special tokens in texts, as everywhere in
+            transformers; `split_special_tokens=True` makes it follow the rule above.
 
     Raises:
         OSError: `pretrained` is neither a local tokenizer nor in the cache nor to be had from the hub; says which.
@@ -67,11 +107,17 @@ class AndromedaTokenizer:
         self.tokenizer = _load(pretrained, options)
         self.tokenizer.padding_side = "right"
         if extra_ids:
-            from tokenizers import AddedToken
+            self._add_extra_ids([f"<extra_id_{index}>" for index in range(extra_ids)])
 
-            names = [f"<extra_id_{index}>" for index in range(extra_ids)]
-            added = [AddedToken(name, normalized=False, special=True) for name in names]
-            self.tokenizer.add_tokens(added, special_tokens=True)
+    def _add_extra_ids(self, names: list[str]) -> None:
+        from tokenizers import AddedToken, Tokenizer
+
+        added = self.tokenizer.added_tokens_decoder.values()
+        were_special = any(token.special and token.content in names for token in added)
+        # Special ones would not be read from texts.
+        self.tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in names])
+        if were_special:  # tokenizers forgets that only when it reads the tokenizer anew
+            self.tokenizer._tokenizer = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
 
     def __len__(self) -> int:
         """Number of ids, appended tokens included."""
@@ -81,83 +127,117 @@ class AndromedaTokenizer:
         special = f"eos_token={self.tokenizer.eos_token!r}, pad_token={self.tokenizer.pad_token!r}"
         return f"{type(self).__name__}({len(self)} ids, {special}, model_max_length={self.tokenizer.model_max_length})"
 
-    def tokenize_texts(self, texts: str | Iterable[str]) -> torch.Tensor:
+    def tokenize_texts(self, texts: str | Iterable[str], *, special_tokens: bool = False) -> torch.Tensor:
         """Token ids of several texts, padded on the right to the longest and cut at `model_max_length`.
 
         Args:
             texts: strings; a single string counts as a list of one. The end token is not appended.
+            special_tokens: read the special tokens that a text spells, as a prompt for a chat model needs it.
 
         Returns:
             (len(texts), longest) int64; (0, 0) for no texts.
 
         Raises:
-            TypeError: an item is not a string; names its index.
+            TypeError, ValueError: an item is not a string, or not one that UTF-8 can express; names its index.
         """
         import torch
 
         if isinstance(texts, str):
             texts = [texts]
-        elif texts is None or isinstance(texts, (bytes, dict)) or not isinstance(texts, Iterable):
-            kind = type(texts).__name__
-            raise TypeError(f"AndromedaTokenizer.tokenize_texts: texts must be a list of strings, got {kind}")
-        texts = list(texts)
-        for index, text in enumerate(texts):
-            if not isinstance(text, str):
-                got = "None" if text is None else f"{type(text).__name__} {text!r:.80}"
-                raise TypeError(f"AndromedaTokenizer.tokenize_texts: texts[{index}] must be a string, got {got}")
-        if not texts:
+        rows = self._token_ids(texts, "AndromedaTokenizer.tokenize_texts", special_tokens)
+        if not rows:
             return torch.zeros((0, 0), dtype=torch.int64)
-        padding = self.tokenizer.pad_token is not None or len(texts) > 1
-        rows = self.tokenizer(texts, padding=padding, truncation=True)["input_ids"]
+        longest = max(map(len, rows))
+        if any(len(row) < longest for row in rows) and self.tokenizer.pad_token_id is None:
+            raise ValueError(
+                "AndromedaTokenizer.tokenize_texts: texts must have the same number of tokens, because the tokenizer "
+                f"has no padding token, got {min(map(len, rows))} to {longest}; give it a pad_token"
+            )
+        left = self.tokenizer.padding_side == "left"
+        for row in rows:
+            padding = [self.tokenizer.pad_token_id] * (longest - len(row))
+            row[:] = padding + row if left else row + padding
         return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), -1)
+
+    def _token_ids(self, texts: Iterable[str], caller: str, special_tokens: bool) -> list[list[int]]:
+        if texts is None or isinstance(texts, (str, bytes, dict)) or not isinstance(texts, Iterable):
+            raise TypeError(f"{caller}: texts must be a list of strings, got {type(texts).__name__}")
+        texts = list(check_texts(texts, f"{caller}: texts"))
+        if not texts:
+            return []
+        return self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=not special_tokens,
+            truncation=True,
+            return_attention_mask=False,
+        )["input_ids"]
+
+    def encode_prompt(self, prompt: str, *, special_tokens: bool = False) -> list[int]:
+        """Token ids of one text for `generate`, however long, read as `tokenize_texts` reads it.
+
+        Raises:
+            TypeError, ValueError: `prompt` is not a string, or not one that UTF-8 can express.
+        """
+        return token_ids(self.tokenizer, check_text(prompt, "AndromedaTokenizer.encode_prompt: prompt"), special_tokens)
 
     def decode(self, ids, skip_special_tokens: bool = True) -> str | list[str]:
         """Text of token ids.
 
         Args:
             ids: one row of ids (a tensor, an array, a list, a single id) or a batch of rows.
-            skip_special_tokens: leave out end, padding and other special tokens.
+            skip_special_tokens: leave out end, padding and other special tokens, and those of `extra_ids`.
 
         Returns:
             A string for one row, a list of strings for a batch. Ids that the vocabulary does not have (a model's
             embedding may be larger) have no text.
 
         Raises:
-            TypeError, ValueError: an id is not a whole number or is negative, which is how labels mark padding.
+            TypeError, ValueError: an id is not a whole number or is negative, which is how labels mark padding; names
+                its place.
         """
-        if hasattr(ids, "tolist"):
-            ids = ids.tolist()
-        if isinstance(ids, int):
-            ids = [ids]
-        rows = [row.tolist() if hasattr(row, "tolist") else row for row in ids]
-        if not any(isinstance(row, (list, tuple)) for row in rows):
-            return self._decode_row(rows, skip_special_tokens)
-        return [self._decode_row(row, skip_special_tokens) for row in rows]
+        rows = _to_lists(ids)
+        if not isinstance(rows, list):
+            rows = [rows]
+        if not any(isinstance(row, list) for row in rows):
+            return self._decode_row(rows, "ids", skip_special_tokens)
+        return [self._decode_row(row, f"row {index}: ids", skip_special_tokens) for index, row in enumerate(rows)]
 
-    def _decode_row(self, ids, skip_special_tokens: bool) -> str:
-        for index, token in enumerate(ids):
-            if isinstance(token, bool) or not isinstance(token, int):
-                raise TypeError(f"AndromedaTokenizer.decode: ids[{index}] must be an integer, got {token!r}")
-            if not 0 <= token < 2**32:
-                raise ValueError(f"AndromedaTokenizer.decode: ids[{index}] must be in 0 ... 2**32 - 1, got {token}")
-        return self.tokenizer.decode(
-            list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-        )
+    def _decode_row(self, row, name: str, skip_special_tokens: bool) -> str:
+        if not isinstance(row, list):
+            raise TypeError(
+                f"AndromedaTokenizer.decode: {name} must be a row of ids as the others are, got {row!r:.80}"
+            )
+        ids = [_check_id(token, f"{name}[{index}]") for index, token in enumerate(row)]
+        if skip_special_tokens and (extra := self._extra_ids()):
+            ids = [token for token in ids if token not in extra]
+        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+
+    def _extra_ids(self) -> set[int]:
+        """The ids of the tokens of `extra_ids`."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        return {index for index, token in added if _EXTRA_ID.fullmatch(token.content)}
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the tokenizer to the directory `path`; `AndromedaTokenizer(path)` reads it back.
 
         Every file is written under a temporary name, synced and renamed.
+
+        Raises:
+            OSError: something could not be written; says why and what to do.
         """
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".tokenizer-", dir=path) as temporary:
-            self.tokenizer.save_pretrained(temporary)
-            # tokenizer.json is what `AndromedaTokenizer(path)` looks for, so it comes last.
-            for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == "tokenizer.json"):
-                files.flush(file)
-                os.replace(file, path / file.name)
-        files.flush(path)
+        if not os.fspath(path):
+            raise ValueError("AndromedaTokenizer.save: path must not be empty; '.' is the current directory")
+        path = Path(os.path.abspath(path))
+        with files.writing(path, "the tokenizer"):
+            path.mkdir(parents=True, exist_ok=True)
+            with files.temporary_folder(path, ".tokenizer-") as temporary:
+                self.tokenizer.save_pretrained(temporary)
+                # tokenizer.json is what `AndromedaTokenizer(path)` looks for, so it comes last.
+                for file in sorted(temporary.iterdir(), key=lambda file: file.name == "tokenizer.json"):
+                    files.flush(file)
+                    os.replace(file, path / file.name)
+            files.flush(path)
 
     @classmethod
     def train(
@@ -173,38 +253,101 @@ class AndromedaTokenizer:
     ) -> AndromedaTokenizer:
         """Train a byte-level BPE tokenizer: any text encodes without unknown tokens and decodes to itself.
 
+        It is trained in a process of its own, which an exception in this one (Ctrl-C, or one that `texts` raises) ends
+        at once.
+
         Args:
-            texts: documents, read once.
+            texts: documents, read once and not kept in memory.
             vocab_size: number of ids at most, end and padding token (ids 0 and 1) and the 256 bytes included.
             min_frequency: a pair of tokens is merged only if it occurs this often.
-            eos_token, pad_token, model_max_length: as in the constructor.
+            eos_token, pad_token: two strings that differ, and not the characters that stand for bytes.
+            model_max_length: as in the constructor.
             progress: show the progress bars of `tokenizers`.
 
         Returns:
             The tokenizer; the same texts give the same one.
+
+        Raises:
+            TypeError, ValueError: an argument or one of the texts is wrong; names it, and the index of the text.
+            RuntimeError: the process that trains died, as it does when memory runs out; says how.
         """
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
-            raise TypeError(f"AndromedaTokenizer.train: vocab_size must be an integer, got {vocab_size!r}")
-        if vocab_size < len(alphabet) + 2:
-            least = f"{len(alphabet) + 2} (every byte, end, padding)"
-            raise ValueError(f"AndromedaTokenizer.train: vocab_size must be at least {least}, got {vocab_size}")
+        least = len(alphabet) + 2
+        for name, value, low in (
+            ("vocab_size", vocab_size, least),
+            ("min_frequency", min_frequency, 0),
+            ("model_max_length", model_max_length, 1),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"AndromedaTokenizer.train: {name} must be an integer, got {value!r}")
+            if value < low:
+                what = " (every byte, end, padding)" if name == "vocab_size" else ""
+                raise ValueError(f"AndromedaTokenizer.train: {name} must be at least {low}{what}, got {value}")
+        for name, token in (("eos_token", eos_token), ("pad_token", pad_token)):
+            if not isinstance(token, str) or not token:
+                raise TypeError(f"AndromedaTokenizer.train: {name} must be a non-empty string, got {token!r}")
+            check_text(token, f"AndromedaTokenizer.train: {name}")
+            if token in alphabet:
+                raise ValueError(
+                    f"AndromedaTokenizer.train: {name} must not be a single character that stands for a byte, got "
+                    f"{token!r}; texts would be full of it"
+                )
+        if eos_token == pad_token:
+            raise ValueError(f"AndromedaTokenizer.train: pad_token must differ from eos_token, got {pad_token!r} twice")
         if isinstance(texts, (str, bytes)):
             raise TypeError("AndromedaTokenizer.train: texts must be an iterable of documents, got a single string")
-        tokenizer = Tokenizer(models.BPE())
+        if texts is None or isinstance(texts, dict) or not isinstance(texts, Iterable):
+            raise TypeError(
+                f"AndromedaTokenizer.train: texts must be an iterable of documents, got {type(texts).__name__}"
+            )
+        # The alphabet is what finds the words of long texts; the trainer builds its own vocabulary.
+        tokenizer = Tokenizer(models.BPE({character: index for index, character in enumerate(alphabet)}, []))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            min_frequency=min_frequency,
-            special_tokens=[eos_token, pad_token],
-            initial_alphabet=alphabet,
-            show_progress=progress,
+        options = {
+            "vocab_size": vocab_size,
+            "min_frequency": min_frequency,
+            "special_tokens": [eos_token, pad_token],
+            "initial_alphabet": alphabet,
+            "show_progress": bool(progress),
+        }
+        checked = check_texts(texts, "AndromedaTokenizer.train: texts")
+        trained = packing.train_tokenizer(checked, tokenizer.to_str(), options)
+        return cls(
+            Tokenizer.from_str(trained), eos_token=eos_token, pad_token=pad_token, model_max_length=model_max_length
         )
-        tokenizer.train_from_iterator(texts, trainer)
-        return cls(tokenizer, eos_token=eos_token, pad_token=pad_token, model_max_length=model_max_length)
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, special_tokens: bool = False) -> list[int]:
+    """Ids of one text by the rule of `AndromedaTokenizer`, for a tokenizer of `transformers`."""
+    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=not special_tokens, truncation=False)
+    return encoded["input_ids"]
+
+
+_EXTRA_ID = re.compile(r"<extra_id_\d+>")
+
+
+def _to_lists(ids):
+    """Nested lists of a tensor, an array, a sequence of them, or what is no sequence as it is."""
+    if hasattr(ids, "tolist"):
+        return ids.tolist()
+    if isinstance(ids, (str, bytes, dict)) or not isinstance(ids, Iterable):
+        return ids
+    return [_to_lists(row) for row in ids]
+
+
+def _check_id(token, name: str) -> int:
+    try:
+        if isinstance(token, bool):
+            raise TypeError
+        token = operator.index(token)
+    except TypeError:
+        raise TypeError(f"AndromedaTokenizer.decode: {name} must be an integer, got {token!r:.80}") from None
+    if not 0 <= token < 2**32:
+        raise ValueError(f"AndromedaTokenizer.decode: {name} must be in 0 ... 2**32 - 1, got {token}")
+    return token
 
 
 def _load(pretrained, options: dict) -> PreTrainedTokenizerBase:

@@ -3,15 +3,19 @@
 import io
 import json
 import os
+import pickle
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow
 import pytest
+import safetensors
 import torch
 
-from andromeda import Andromeda, training
+from andromeda import Andromeda, cli, info, interrupts, training
 from andromeda.cli import main
 
 MODEL = ["--dim", "32", "--depth", "1", "--heads", "2", "--dim-head", "16", "--alibi-num-heads", "1"]
@@ -69,12 +73,6 @@ def test_help_of_every_command(capsys, command):
     assert end.value.code == 0
     shown = capsys.readouterr().out
     assert f"usage: andromeda {command}" in shown and "%" not in shown
-
-
-def test_the_module_runs_the_same_command():
-    from andromeda import __main__
-
-    assert __main__.main is main
 
 
 # ---- build-dataset
@@ -208,6 +206,112 @@ def test_train_refuses_a_used_folder_and_changed_options(rows, trained, capsys):
     assert code == 2 and "steps: was 6, is 7" in said
 
 
+BAD_STARTS = {
+    "vocabulary": ("--num-tokens", 10),
+    "rows of a step": ("--batch-size", 100_000),
+    "warm-up": ("--warmup-steps", 9),
+    "evaluation data": ("--eval-every", 1),
+    "evaluation rows": ("--eval-data", "nowhere"),
+    "weights": ("--from", "nowhere"),
+    "tokenizer": ("--tokenizer", "nowhere"),
+    "heads": ("--alibi-num-heads", 3),
+    "arguments of transformers": ("--max_steps", 3),
+}
+
+
+@pytest.mark.parametrize("words", BAD_STARTS.values(), ids=BAD_STARTS)
+def test_a_start_that_fails_its_checks_leaves_no_run(rows, tmp_path, capsys, monkeypatch, words):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    command = ["train", rows, "--out", tmp_path / "run", "--steps", "1", *FAST]
+    code, _ = failing(capsys, *command, *words)
+    assert code in (1, 2) and not (tmp_path / "run" / "train.json").exists()
+    monkeypatch.setattr(training, "train", lambda *args, **options: sys.exit(99))
+    for resume in ([], ["--resume"]) if (tmp_path / "run").exists() else ([],):
+        with pytest.raises(SystemExit, match="99"):  # it comes to the training
+            run(*command, *resume)
+
+
+LEFT_BY_KILLS = {
+    "before the file of the run": [],
+    "while it is written": [".train.json.0123456789abcdef"],
+    "after it": ["train.json"],
+    "after the history": ["train.json", "history.jsonl"],
+    "in the first checkpoint": ["train.json", "history.jsonl", ".partial/checkpoint-1/model.safetensors"],
+}
+
+
+@pytest.mark.parametrize("resume", [False, True], ids=["start", "--resume"])
+@pytest.mark.parametrize("names", LEFT_BY_KILLS.values(), ids=LEFT_BY_KILLS)
+def test_a_run_killed_before_its_first_checkpoint_starts_over(rows, tmp_path, names, resume):
+    """With other options, too: nothing depends on the old ones yet."""
+    folder = tmp_path / "run"
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        options = {"data": str(rows), "steps": 7, "depth": 1, "num_tokens": 10}
+        path.write_text(json.dumps(training.sealed({"options": options})) if name == "train.json" else '{"half')
+    folder.mkdir(exist_ok=True)
+    words = [*FAST, "--num-tokens", "512", "--seed", "3", *(["--resume"] if resume else [])]
+    assert run("train", rows, "--out", folder, "--steps", "2", *words) == 0
+    assert {path.name for path in folder.iterdir()} == {"train.json", "history.jsonl", "checkpoint-2", "model"}
+    stored = json.loads((folder / "train.json").read_text())["options"]
+    assert (stored["steps"], stored["seed"], stored["num_tokens"]) == (2, 3, 512)
+
+
+def test_a_folder_with_something_else_is_no_place_for_a_run(rows, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("keep me")
+    code, said = failing(capsys, "train", rows, "--out", tmp_path, "--steps", "1", *FAST)
+    assert code == 2 and "is not empty; remove what is in it, or choose another" in said
+    code, said = failing(capsys, "train", "--out", tmp_path, "--resume")
+    assert code == 2 and "has no train.json; give ROWS and all options again" in said
+
+
+def test_free_options_that_are_given_on_resume_win(rows, trained, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    seen = []
+    monkeypatch.setattr(training, "train", lambda *args, **options: seen.append(args[2]) or sys.exit(99))
+    words = ["--keep", "5", "--log-every", "3", "--sample-prompt", "def", "--save-every", "1"]
+    with pytest.raises(SystemExit, match="99"):
+        run("train", "--out", folder, "--resume", *words)
+    (settings,) = seen
+    assert (settings.keep, settings.log_every, settings.sample_prompt, settings.save_every) == (5, 3, "def", 1)
+    assert (settings.steps, settings.learning_rate) == (6, 1e-2)
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"andromeda": "0.1"}', "\0", "flip"])
+def test_a_damaged_file_of_a_run_is_named(rows, trained, tmp_path, capsys, damage):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    record = folder / "train.json"
+    record.write_text(record.read_text().replace('"steps": 6', '"steps": 7') if damage == "flip" else damage)
+    code, said = failing(capsys, "train", "--out", folder, "--resume")
+    assert code == 2 and f"{record} is damaged" in said and "remove it and give ROWS and all options again" in said
+    record.unlink()
+    shutil.rmtree(folder / "checkpoint-6")
+    assert run("train", rows, "--out", folder, "--resume", "--steps", "6", "--save-every", "2", *FAST) == 0
+    assert json.loads(record.read_text())["options"]["steps"] == 6
+    assert (folder / "model" / "model.safetensors").read_bytes() == (
+        trained / "model" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_files_of_runs_without_a_checksum_are_read(rows, trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    stored = json.loads((folder / "train.json").read_text())
+    assert stored.pop("xxh3_128")
+    (folder / "train.json").write_text(json.dumps(stored))
+    assert run("train", "--out", folder, "--resume") == 0
+
+
+def test_a_run_that_diverges_is_an_error(rows, tmp_path, capsys):
+    words = ["--steps", "30", "--learning-rate", "1e3", "--warmup-steps", "1", "--save-every", "2", "--device", "cpu"]
+    code, said = failing(capsys, "train", rows, "--out", tmp_path / "run", *MODEL, "--batch-size", "2", *words)
+    assert code == 1 and "step " in said and "lower learning_rate (now 1000)" in said and "loss 0.000" not in said
+    assert not (tmp_path / "run" / "model").exists()
+
+
 def test_train_passes_options_on_to_transformers(rows, tmp_path, capsys):
     words = ["train", rows, "--out", tmp_path / "run", "--steps", "1", *FAST]
     assert run(*words, "--adam_epsilon", "1e-6", "--optim", "adamw_torch") == 0
@@ -307,8 +411,8 @@ def test_eval_refuses_rows_of_another_tokenizer(trained, corpus, tmp_path, capsy
         ("info --jsn", "unrecognized arguments: --jsn (see `andromeda info --help`)"),
         ("train --out run", "train needs ROWS and --steps (or --resume)"),
         ("train --out run --resume", "which has no train.json"),
-        ("train rows --out run --steps 0", "steps must be at least 1, got 0"),
-        ("quickstart --minutes 0", "--minutes must be positive"),
+        ("train rows --out run --steps 0", "argument --steps: must be a whole number from 1 to 2147483647, got '0'"),
+        ("quickstart --minutes 0", "argument --minutes: must be a finite number, above 0 and at most 1e+06, got '0'"),
     ],
     ids=["no command", "no such command", "misspelt", "no rows", "nothing to resume", "no steps", "no time"],
 )
@@ -317,6 +421,296 @@ def test_wrong_usage_is_one_line_and_code_2(capsys, tmp_path, monkeypatch, words
     code, said = failing(capsys, *words.split())
     assert code == 2
     assert said.startswith("andromeda: error: ") and text in said and said.count("\n") == 1
+
+
+# ---- bounds
+
+
+BAD_NUMBERS = ["0", "-1", "inf", "nan", "1e400", "1_000", "", "x", str(2**31)]
+INTEGERS = {
+    "build-dataset corpus --tokenizer t --out new": ["seq-len", "num-cpu"],
+    "build-dataset corpus --out new": ["train-tokenizer"],
+    "train rows --out new --steps 1": [
+        *("steps", "seq-len", "batch-size", "gradient-accumulation", "log-every", "keep"),
+        *("dim", "depth", "dim-head", "heads", "num-tokens", "max-seq-len"),
+    ],
+    "generate model --prompt x": ["tokens", "top-k"],
+    "eval model text": ["seq-len", "batch-size", "max-rows"],
+}
+NOT_NEGATIVE = {
+    "train rows --out new --steps 1": [
+        *("warmup-steps", "seed", "save-every", "eval-every", "sample-every", "num-workers"),
+        *("shift-tokens", "alibi-num-heads"),
+    ],
+    "generate model --prompt x": ["seed"],
+    "quickstart --out new": ["seed"],
+}
+NUMBERS = {
+    "train rows --out new --steps 1": {"learning-rate": "0", "weight-decay": "-1", "max-grad-norm": "-0.1"},
+    "generate model --prompt x": {"temperature": "-1", "top-p": "1.5", "min-p": "2"},
+    "quickstart --out new": {"minutes": "0"},
+}
+BOUNDS = [(words, f"--{option}", BAD_NUMBERS) for words, options in INTEGERS.items() for option in options]
+BOUNDS += [
+    (words, f"--{option}", ["-1", "inf", "1.5", "1_0", "9" * 30])
+    for words, options in NOT_NEGATIVE.items()
+    for option in options
+]
+BOUNDS += [
+    (words, f"--{option}", [bad, "nan", "inf", "-inf", "1e400", ""])
+    for words, options in NUMBERS.items()
+    for option, bad in options.items()
+]
+
+
+@pytest.mark.parametrize("words, option, values", BOUNDS, ids=lambda value: value if isinstance(value, str) else "")
+def test_numbers_out_of_bounds_name_option_and_bounds(capsys, tmp_path, monkeypatch, words, option, values):
+    monkeypatch.chdir(tmp_path)
+    for value in values:
+        code, said = failing(capsys, *words.split(), f"{option}={value}")
+        assert code == 2 and said.startswith(f"andromeda: error: argument {option}: must be a "), (value, said)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_option_that_takes_a_number_has_bounds():
+    """Bounds of later options are not forgotten: none reads its number by itself."""
+    (commands,) = [action for action in cli._parser()._actions if action.dest == "command"]
+    types = [(name, a.dest, a.type) for name, parser in commands.choices.items() for a in parser._actions]
+    assert len(types) > 80
+    assert [(name, dest) for name, dest, kind in types if kind in (int, float)] == []
+    known = {"read", None, "str"}
+    assert {getattr(kind, "__name__", None) for _, _, kind in types} == known
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "build-dataset ? --tokenizer t --out new",
+        "build-dataset corpus --tokenizer ? --out new",
+        "build-dataset corpus --tokenizer t --out ?",
+        "build-dataset corpus --tokenizer t --out new --text-column ?",
+        "build-dataset corpus --tokenizer t --out new --split ?",
+        "build-dataset corpus --tokenizer t --out new --hub-repo ?",
+        "train ? --out new --steps 1",
+        "train rows --out ? --steps 1",
+        "train rows --out new --steps 1 --json ?",
+        "train rows --out new --steps 1 --eval-data ?",
+        "train rows --out new --steps 1 --tokenizer ?",
+        "train rows --out new --steps 1 --from ?",
+        "generate ? --prompt x",
+        "generate model --prompt-file ?",
+        "generate model --prompt x --tokenizer ?",
+        "generate model --prompt x --device ?",
+        "eval ? text",
+        "eval model ?",
+        "eval model text --json ?",
+        "eval model text --tokenizer ?",
+        "quickstart --out ?",
+    ],
+)
+@pytest.mark.parametrize("empty", ["", "  "])
+def test_empty_names_are_refused(capsys, tmp_path, monkeypatch, words, empty):
+    """As of a variable that is not set: to a path it would mean the current folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "private.txt").write_text("")
+    code, said = failing(capsys, *(empty if word == "?" else word for word in words.split()))
+    assert code == 2 and "must not be empty" in said and said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["private.txt"]
+
+
+# ---- outputs
+
+
+WITH_FILE = ["eval model text --json ?", "train rows --out new --steps 1 --json ?"]
+WITH_FOLDER = [
+    "build-dataset corpus --tokenizer t --out ?",
+    "train rows --steps 1 --out ?",
+    "quickstart --out ?",
+]
+
+
+@pytest.mark.parametrize(
+    "words, output, text",
+    [(words, output, "--json: cannot write ") for words in WITH_FILE for output in ("missing/x", ".", "file/x", "loop")]
+    + [(words, output, "--out: cannot write ") for words in WITH_FOLDER for output in ("file", "file/x", "loop")],
+)
+def test_outputs_are_checked_before_the_work(capsys, tmp_path, monkeypatch, words, output, text):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    code, said = failing(capsys, *words.replace("?", output).split())
+    assert code == 2 and said.startswith(f"andromeda: error: {text}{output}: ") and said.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]
+
+
+def test_figures_may_go_into_the_folder_of_the_run(rows, tmp_path):
+    run_folder = tmp_path / "run"
+    assert run("train", rows, "--out", run_folder, "--steps", "1", "--json", run_folder / "x.json", *FAST) == 0
+    assert json.loads((run_folder / "x.json").read_text())["training"]["steps"] == 1
+
+
+def test_figures_do_not_replace_what_is_read(trained, corpus, tmp_path, capsys):
+    (tmp_path / "link").symlink_to(corpus)
+    before = corpus.read_bytes()
+    for output in (corpus, tmp_path / "link"):
+        code, said = failing(capsys, "eval", trained, corpus, "--json", output)
+        assert code == 2 and "is what the command reads" in said
+    assert corpus.read_bytes() == before
+
+
+def test_figures_into_a_pipe_and_to_stdout(trained, rows, tmp_path, capfd):
+    os.mkfifo(tmp_path / "pipe")
+    reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE)
+    assert run("eval", trained, rows, "--max-rows", "2", "--device", "cpu", "--json", tmp_path / "pipe") == 0
+    figures = json.loads(reader.communicate()[0])
+    assert figures["tokens"] == 62 and (tmp_path / "pipe").is_fifo()
+    capfd.readouterr()
+    assert run("eval", trained, rows, "--max-rows", "2", "--device", "cpu", "--json", "/dev/stdout") == 0
+    shown = capfd.readouterr().out
+    assert json.loads(shown[shown.index("{") :])["loss"] == figures["loss"] and shown.startswith("loss  ")
+
+
+# ---- the last handler
+
+
+class Panic(BaseException):
+    """As the panics of libraries in Rust, which are no Exception."""
+
+
+def in_finally():
+    try:
+        raise OSError("the first one")
+    finally:
+        raise ValueError("the second one")
+
+
+def out_of_recursion():
+    return out_of_recursion()
+
+
+def allocation():
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+def raising(error):
+    def function():
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize(
+    "fail, said",
+    [
+        (raising(ValueError("text")), "text"),
+        (raising(ValueError("")), "ValueError"),
+        (raising(Exception("bare")), "Exception: bare"),
+        (raising(Exception()), "Exception"),
+        (raising(KeyError("files")), "KeyError: 'files'"),
+        (raising(AttributeError("no such attribute")), "AttributeError: no such attribute"),
+        (raising(AssertionError()), "AssertionError"),
+        (raising(StopIteration()), "StopIteration"),
+        (raising(pickle.UnpicklingError("truncated")), "UnpicklingError: truncated"),
+        (raising(safetensors.SafetensorError("header")), "SafetensorError: header"),
+        (raising(pyarrow.ArrowInvalid("no stream")), "no stream"),
+        (raising(Panic("index out of bounds")), "Panic: index out of bounds"),
+        (raising(MemoryError()), "not enough memory; a smaller"),
+        (raising(torch.OutOfMemoryError("tried to allocate")), "not enough memory (tried to allocate); a smaller"),
+        (allocation, "not enough memory ("),
+        (out_of_recursion, "RecursionError: maximum recursion depth exceeded"),
+        (raising(RuntimeError("first\nsecond\n  third\n")), "first\n    second\n  third\n"),
+        (in_finally, "the second one\n    (after OSError: the first one)\n"),
+        (raising(UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")), "'utf-8' codec can't decode"),
+    ],
+)
+def test_every_error_is_said_in_words(capsys, monkeypatch, fail, said):
+    monkeypatch.setattr(info, "gather_info", fail)
+    code, shown = failing(capsys, "info")
+    assert code == 1 and shown.startswith(f"andromeda: error: {said}")
+    assert shown.endswith("\nandromeda: --debug shows where this happened\n")
+    with pytest.raises(BaseException):  # noqa: B017 (whatever it is)
+        run("info", "--debug")
+
+
+def turned_into_another(error, cause=True):
+    """As transformers does with an interruption while it loads a module."""
+
+    def function():
+        try:
+            raise error
+        except BaseException as caught:
+            raise ModuleNotFoundError("Could not import module 'Trainer'") from (caught if cause else None)
+
+    return function
+
+
+@pytest.mark.parametrize(
+    "fail, code",
+    [
+        (raising(KeyboardInterrupt()), 130),
+        (raising(interrupts.Interrupted(signal.SIGTERM)), 143),
+        (raising(interrupts.Interrupted(signal.SIGHUP)), 129),
+        (turned_into_another(KeyboardInterrupt()), 130),
+        (turned_into_another(interrupts.Interrupted(signal.SIGTERM)), 143),
+        (turned_into_another(interrupts.Interrupted(signal.SIGTERM), cause=False), 143),
+    ],
+)
+def test_interruptions(capsys, monkeypatch, fail, code):
+    monkeypatch.setattr(info, "gather_info", fail)
+    for words in (["info"], ["info", "--debug"]):
+        assert failing(capsys, *words) == (code, "andromeda: interrupted\n")
+
+
+def test_an_error_that_followed_from_a_signal_is_an_interruption(capsys, monkeypatch):
+    monkeypatch.setattr(interrupts, "_seen", [signal.SIGHUP])
+    monkeypatch.setattr(info, "gather_info", raising(RuntimeError("a worker died")))
+    assert failing(capsys, "info") == (129, "andromeda: interrupted\n")
+
+
+def test_results_that_cannot_be_printed(monkeypatch, capsys):
+    monkeypatch.setattr(info, "gather_info", lambda: {})
+    monkeypatch.setattr(info, "info_table", lambda facts: "x" * 100_000)
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        assert run("info") == 1
+    said = capsys.readouterr().err
+    assert said.startswith("andromeda: error: cannot write to standard output: No space left on device\n")
+
+
+def test_a_device_that_is_not_here(trained, rows, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for words in (["generate", trained, "--prompt", "x"], ["eval", trained, rows], ["quickstart", "--out", "never"]):
+        for device in ("cuda", "mps", "gpu"):
+            code, said = failing(capsys, *words, "--device", device)
+            assert code == 2 and said.startswith(f"andromeda: error: --device must be cpu, got '{device}'; torch ")
+
+
+def test_weights_that_are_not_finite(trained, rows, tmp_path, capsys):
+    """The text is generated all the same, after a warning; figures of such a model would be none."""
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(trained / "model", tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    next(iter(weights.values())).view(-1)[0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    for recorded in folder.glob("andromeda*.json"):
+        recorded.unlink()  # a training that diverged saved them so
+    words = ["--prompt", "x", "--tokens", "2", "--device", "cpu", "--temperature", "0"]
+    run("generate", folder, *words)
+    assert "parameters of" in capsys.readouterr().err
+    code, said = failing(capsys, "eval", folder, rows, "--device", "cpu")
+    assert code == 1 and "are not finite" in said
+
+
+@pytest.mark.parametrize("way", ["--prompt", "--prompt-file"])
+def test_a_prompt_that_is_not_utf8(trained, tmp_path, capsys, way):
+    (tmp_path / "prompt.txt").write_bytes(b"caf\xe9")
+    value = "caf\udce9" if way == "--prompt" else tmp_path / "prompt.txt"
+    code, said = failing(capsys, "generate", trained, way, value)
+    assert code == 2 and "UTF-8, got the byte 0xe9 at offset 3" in said
+
+
+# ---- one process
 
 
 def test_debug_shows_the_traceback(rows, tmp_path, monkeypatch):

@@ -1,11 +1,17 @@
 """DatasetBuilder and PackedDataset: rows, labels, document starts; the cache when builds fail, race or are killed."""
 
+import contextlib
+import copy
 import errno
+import fcntl
 import json
 import os
 import pickle
+import pwd
+import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -13,14 +19,16 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from andromeda import packing
+from andromeda import documents, packing
 from andromeda.dataset import DatasetBuilder, PackedDataset, default_cache_dir, document_starts
+from andromeda.files import checksum
 from andromeda.tokenizer import AndromedaTokenizer
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
@@ -147,6 +155,29 @@ def test_width_follows_the_vocabulary(build, tokenizer, size, dtype):
     assert dataset.hf.features["input_ids"] == datasets.List(datasets.Value(dtype), length=SEQ_LEN)
     assert dataset.vocab_size == size
     assert np.concatenate(rows_of(dataset)).tolist() == stream_of(tokenizer)[: len(dataset) * SEQ_LEN]
+
+
+@pytest.mark.parametrize("kind", ["stream", "bfd"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "stream"])
+def test_long_documents_are_cut_without_a_trace(build, tokenizer, monkeypatch, tmp_path, kind, name):
+    """Read in parts, tokenised in pieces, by one process and by two: the same rows as of whole documents."""
+    texts = ["alpha beta, gamma\n" * 400 + "漢字。" * 50, " ".join(TEXTS)][: 1 if name == "a.txt" else 2]
+    path = tmp_path / name
+    if name == "stream":
+        path = datasets.Dataset.from_dict({"text": texts}).to_iterable_dataset()
+    else:
+        path.write_text(texts[0] if name == "a.txt" else "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    built = [build(path, packing=kind, cache_dir=tmp_path / "whole")]
+    monkeypatch.setattr(documents, "BLOCK_BYTES", 500, raising=False)
+    monkeypatch.setattr(packing, "PIECE_CHARS", 700)
+    monkeypatch.setattr(packing, "MAX_BATCH_CHARS", 1500)
+    built += [build(path, num_cpu=count, packing=kind, cache_dir=tmp_path / str(count)) for count in (1, 2)]
+    assert len({dataset.content_checksum for dataset in built}) == 1
+    assert built[0].statistics == built[1].statistics == built[2].statistics
+    assert built[0].statistics["documents"] == len(texts)
+    if kind == "stream":
+        rows = np.concatenate(rows_of(built[0])).tolist()
+        assert rows == stream_of(tokenizer, texts)[: len(rows)] and len(rows) > 1000
 
 
 # Items
@@ -298,6 +329,12 @@ def test_cache_key(build, tokenizer, tmp_path):
     path.write_text(" ".join(TEXTS))
     other = AndromedaTokenizer(tokenizer.tokenizer, extra_ids=1)
     variants = [{}, {"seq_len": 8}, {"packing": "bfd"}, {"errors": "skip"}, {"tokenizer": other}]
+    variants += [
+        {"separator": " beta "},
+        {"format": "text"},
+        {"tokenizer": AndromedaTokenizer(tokenizer.tokenizer, "</s>")},
+    ]
+    variants += [{"tokenizer": AndromedaTokenizer(tokenizer.tokenizer, pad_token="<fill>")}]
     paths = [build(path, **variant).path for variant in variants]
     assert len(set(paths)) == len(variants)
     assert paths[0].name.startswith("a.txt-")
@@ -364,6 +401,187 @@ def test_damaged_cache_is_built_again(build, tmp_path, damage, message):
         repaired = build()
     assert rows_of(repaired) == expected
     assert cache_entries(tmp_path) == [repaired.path.name]
+
+
+# Checksums
+
+
+def flip(path, offset):
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["stream", "bfd"])
+def test_rows_know_their_checksums(build, kind):
+    dataset = build(packing=kind)
+    assert dataset.verify() is True
+    assert dataset.content_checksum == checksum(dataset.path / "data.arrow")
+    assert dataset.content_checksum != build(seq_len=8, packing=kind).content_checksum
+    size = (dataset.path / "data.arrow").stat().st_size
+    for offset in (0, size // 3, size // 2, size - 1):
+        flip(dataset.path / "data.arrow", offset)
+        with pytest.raises(ValueError, match=r"is damaged: data.arrow has other content than was written .*build it"):
+            dataset.verify()
+        flip(dataset.path / "data.arrow", offset)
+    assert dataset.verify() is True
+    (dataset.path / "data.arrow").unlink()
+    with pytest.raises(ValueError, match=r"is damaged: data.arrow is missing"):
+        dataset.verify()
+
+
+def change_metadata(path, **values):
+    metadata = json.loads((path / "metadata.json").read_text())
+    (path / "metadata.json").write_text(json.dumps({**metadata, **values}))
+
+
+def test_metadata_knows_its_checksum(build, tmp_path):
+    dataset = build()
+    change_metadata(dataset.path, eos_token_id=dataset.eos_token_id + 1)
+    changed = PackedDataset(dataset.path)
+    with pytest.raises(ValueError, match=r"is damaged: metadata.json has other content than was written"):
+        changed.verify()
+    with pytest.warns(UserWarning, match=r"building again what is damaged .* metadata.json has other content"):
+        assert build().eos_token_id == dataset.eos_token_id
+
+
+def test_damaged_bytes_in_the_cache_are_said_and_built_again(build, tmp_path):
+    dataset = build()
+    expected, content = rows_of(dataset), (dataset.path / "data.arrow").read_bytes()
+    flip(dataset.path / "data.arrow", content.index(b"".join(np.uint16(expected[5]))) + 2)
+    assert rows_of(PackedDataset(dataset.path)) != expected
+    with pytest.warns(
+        UserWarning, match=r"building again what is damaged in the cache: .*data.arrow has other content"
+    ):
+        repaired = build()
+    assert rows_of(repaired) == expected
+    assert repaired.verify()
+    assert cache_entries(tmp_path) == [repaired.path.name]
+
+
+def test_rows_of_older_versions_stay_readable(build):
+    dataset = build()
+    metadata = json.loads((dataset.path / "metadata.json").read_text())
+    kept = {name: value for name, value in metadata.items() if "xxh3" not in name}
+    assert len(metadata) - len(kept) == 2
+    (dataset.path / "metadata.json").write_text(json.dumps(kept))
+    older = build()  # from the cache
+    assert older.verify() is False
+    assert rows_of(older) == rows_of(dataset)
+    assert older.content_checksum == dataset.content_checksum
+
+
+# What is read from the disk is checked before it is believed
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"seq_len": 0}, "seq_len must be an integer from 1 to"),
+        ({"seq_len": 16.0}, "seq_len must be an integer from 1 to"),
+        ({"seq_len": 17}, "must have the columns"),
+        ({"rows": -1}, "rows must be an integer from 1"),
+        ({"rows": True}, "rows must be an integer from 1"),
+        ({"rows_per_batch": 0}, "rows_per_batch must be an integer from 1"),
+        ({"vocab_size": "290"}, "vocab_size must be an integer from 1"),
+        ({"eos_token_id": 290}, r"eos_token_id must be in 0 ... 289, got 290"),
+        ({"pad_token_id": None}, r"pad_token_id must be in 0 ... 289, got None"),
+        ({"dtype": "uint32"}, "must have the columns"),
+        ({"dtype": "float16"}, "dtype must be uint16 or uint32, got 'float16'"),
+        ({"packing": "bfd"}, "must have the columns"),
+        ({"packing": []}, r"packing must be stream or bfd, got \[\]"),
+        ({"statistics": 3}, "statistics must be an object, got 3"),
+        ({"tokenizer_hash": 3}, "tokenizer_hash must be a string, got 3"),
+        ({"format": {}}, "must have format 1, got {}"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_metadata_is_checked(build, values, message):
+    path = build().path
+    change_metadata(path, **values)
+    with pytest.raises(ValueError, match=f"PackedDataset: .*metadata.json.*{message}|data.arrow {message}"):
+        PackedDataset(path)
+
+
+def write_rows(path, columns, **values):
+    """Give the data set another file of rows, with the metadata that it needs to be looked at."""
+    batch = pyarrow.record_batch(columns)
+    with pyarrow.OSFile(str(path / "data.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, batch.schema) as stream:
+        stream.write_batch(batch)
+    change_metadata(path, data_bytes=(path / "data.arrow").stat().st_size, **values)
+
+
+def ids_column(kind, width=SEQ_LEN, rows=3):
+    return pyarrow.array([[7] * width] * rows, type=pyarrow.list_(kind, width))
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"input_ids": ids_column(pyarrow.uint32())}, "must have the columns"),
+        ({"ids": ids_column(pyarrow.uint16())}, "must have the columns"),
+        ({"input_ids": ids_column(pyarrow.uint16(), 8)}, "must have the columns"),
+        ({"input_ids": pyarrow.array([[7] * 16] * 3, pyarrow.list_(pyarrow.uint16()))}, "must have the columns"),
+        (
+            {"input_ids": pyarrow.array([[7] * 16, None, [7] * 16], pyarrow.list_(pyarrow.uint16(), 16))},
+            "3 rows, got 2",
+        ),
+        ({"input_ids": pyarrow.array([[7] * 15 + [None]] * 3, pyarrow.list_(pyarrow.uint16(), 16))}, "an Arrow stream"),
+        ({"input_ids": ids_column(pyarrow.uint16(), rows=4)}, "3 rows, got 4"),
+    ],
+    ids=["dtype", "name", "width", "list", "null-row", "null-id", "rows"],
+)
+def test_other_arrow_files(build, columns, message):
+    path = build().path
+    write_rows(path, columns, rows=3)
+    with pytest.raises(ValueError, match=f"PackedDataset: .*data.arrow must (be|have|hold) .*|{message}") as caught:
+        PackedDataset(path)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("lengths", [[0, 3, 4], [3, 4, 17], [-1, 3, 4], [3, None, 4]], ids=str)
+def test_lengths_of_padded_rows_are_checked(build, lengths):
+    path = build(packing="bfd").path
+    columns = {"input_ids": ids_column(pyarrow.uint16()), "length": pyarrow.array(lengths, pyarrow.int32())}
+    write_rows(path, columns, rows=3)
+    with pytest.raises(ValueError, match=r"data.arrow must (have lengths of 1 to 16|be an Arrow stream)"):
+        PackedDataset(path)
+
+
+@pytest.mark.parametrize("kind", ["stream", "bfd"])
+@pytest.mark.parametrize("factor", [20_000, -1, 0])
+def test_forged_lengths(build, kind, factor):
+    """An item of them would be read outside the file, which ends the process."""
+    dataset = build(packing=kind)
+    content = (dataset.path / "data.arrow").read_bytes()
+    for length in (len(dataset) * SEQ_LEN, len(dataset)):
+        assert struct.pack("<q", length) in content
+        content = content.replace(struct.pack("<q", length), struct.pack("<q", length * factor))
+    (dataset.path / "data.arrow").write_bytes(content)
+    change_metadata(dataset.path, rows=max(1, len(dataset) * factor), rows_per_batch=10**8)
+    with pytest.raises(ValueError, match=r"data.arrow must (be an Arrow stream|hold \d+ rows)"):
+        PackedDataset(dataset.path)
+
+
+@pytest.mark.parametrize("kind", ["stream", "bfd"])
+def test_any_damage_is_refused_or_harmless_to_open(build, kind):
+    """Bytes of the headers, one after the other: an error or rows, never another exception or the end."""
+    dataset = build(packing=kind)
+    content = (dataset.path / "data.arrow").read_bytes()
+    random = np.random.default_rng(0)
+    for offset in [*range(0, 900, 3), *range(len(content) - 8, len(content))]:
+        damaged = bytearray(content)
+        damaged[offset] = random.choice([0, 1, 0x7F, 0x80, 0xFF, damaged[offset] ^ 1])
+        (dataset.path / "data.arrow").write_bytes(damaged)
+        with contextlib.suppress(ValueError):
+            opened = PackedDataset(dataset.path)
+            assert len(rows_of(opened)) == len(dataset)
+        if damaged != content:
+            with pytest.raises(ValueError, match=r"data\.arrow has other content"):
+                dataset.verify()
+
+
+# Builds that fail
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError, MemoryError])
@@ -438,6 +656,28 @@ def test_killed_build(build, tokenizer, tmp_path):
     assert not left.exists()
 
 
+def test_what_killed_builds_left(build, tmp_path):
+    """Removed if no process has locked it, unless it is so young that its builder may not have come to that yet."""
+    cache, minutes_ago = tmp_path / "cache", time.time() - 61
+    cache.mkdir()
+    for name in (".building-young", ".building-stale", ".building-locked", "other", ".other"):
+        (cache / name).mkdir()
+        (cache / name / "data.arrow").write_text("")
+        if name != ".building-young":
+            os.utime(cache / name, (minutes_ago, minutes_ago))
+    lock = os.open(cache / ".building-locked", os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        dataset = build()
+    finally:
+        os.close(lock)
+    assert cache_entries(tmp_path) == sorted(
+        [".building-young", ".building-locked", "other", ".other", dataset.path.name]
+    )
+    build(seq_len=8)
+    assert ".building-locked" not in cache_entries(tmp_path)
+
+
 def test_killed_worker(build, monkeypatch, tmp_path):
     class Mortal(packing._Worker):
         def encode(self, texts):
@@ -501,15 +741,73 @@ def test_disk_space_is_estimated_first(build, monkeypatch, tmp_path):
     assert cache_entries(tmp_path) == []
 
 
-def test_disk_fills_up(build, monkeypatch, tmp_path):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (
+            errno.ENOSPC,
+            r"no space for the packed rows, about \d+.\d MB needed, \d+.\d MB free; nothing was kept. Make.*cache'",
+        ),
+        (
+            errno.EDQUOT,
+            r"the disk quota leaves no space for the packed rows, about .* needed, .* free; nothing was kept",
+        ),
+        (errno.EFBIG, "cannot write packed rows to .*/cache: File too large; nothing was kept.*cache_dir.*ulimit -f"),
+        (
+            errno.EROFS,
+            "cannot write packed rows to .*/cache: Read-only file system; nothing was kept.*cache_dir.*mounted",
+        ),
+    ],
+    ids=lambda value: errno.errorcode[value] if isinstance(value, int) else "",
+)
+@pytest.mark.parametrize("what", ["rows", "spool", "metadata"])
+def test_disk_fills_up(build, monkeypatch, tmp_path, number, message, what):
+    def full(*_, **__):
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(packing.RowWriter, "write", full)
-    with pytest.raises(OSError, match=r"about \d+.\d MB needed, \d+.\d MB free; nothing was kept.*cache'") as caught:
-        build()
-    assert caught.value.errno == errno.ENOSPC
+    owner, name = {
+        "rows": (packing._HashedFile, "write"),
+        "spool": (packing, "_write_all"),
+        "metadata": (Path, "write_text"),
+    }[what]
+    monkeypatch.setattr(owner, name, full)
+    with pytest.raises(OSError, match=message) as caught:
+        build(packing="bfd")
+    assert caught.value.errno == number
     assert cache_entries(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["stream", "bfd"])
+@pytest.mark.parametrize("limit", [0, 1000, 2000])
+def test_a_real_limit(build, tmp_path, kind, limit):
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(OSError, match=r"cannot write packed rows to .*/cache: File too large.*ulimit -f") as caught:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+        try:
+            build(packing=kind)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    assert caught.value.errno == errno.EFBIG
+    assert cache_entries(tmp_path) == []
+    assert len(build(packing=kind)) > 10
+
+
+@pytest.mark.parametrize("place", ["/proc/rows", "/dev/null/rows"])
+def test_cache_that_cannot_be_made(build, place):
+    with pytest.raises(
+        OSError, match=f"cannot write packed rows to {place}: .*Another place can be chosen with cache_dir"
+    ):
+        build(cache_dir=place)
+
+
+def test_errors_of_the_source_stay_what_they_are(build, monkeypatch, tmp_path):
+    def unreadable(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", "/elsewhere/corpus.txt")
+        yield
+
+    monkeypatch.setattr(documents._Rows, "documents", unreadable, raising=False)
+    with pytest.raises(PermissionError, match="Permission denied: '/elsewhere/corpus"):
+        build()
 
 
 def test_full_disk_is_reported_by_the_writer(monkeypatch, tmp_path):
@@ -581,3 +879,97 @@ def test_default_cache_dir(monkeypatch, environment, expected):
         monkeypatch.setenv(name, value)
     assert default_cache_dir() == Path(expected)
     assert DatasetBuilder("corpus").cache_dir == Path(expected)
+
+
+@pytest.fixture
+def no_account(monkeypatch):
+    """A user without an entry in the table of accounts, and nothing that says where a cache may be."""
+
+    def unknown(user):
+        raise KeyError(user)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for name in ("ANDROMEDA_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("home", [None, "", "relative"])
+@pytest.mark.parametrize("options", [{}, {"cache_dir": "~/rows"}, {"cache_dir": Path("~")}], ids=str)
+def test_no_home(no_account, monkeypatch, home, options):
+    if home is not None:
+        monkeypatch.setenv("HOME", home)
+    with pytest.raises(
+        ValueError, match=r"home directory .* not known: HOME .*; set ANDROMEDA_CACHE, or pass .*cache_dir"
+    ):
+        DatasetBuilder("corpus", **options)
+
+
+def test_no_home_is_needed(no_account, monkeypatch, tmp_path):
+    assert DatasetBuilder("corpus", cache_dir=tmp_path).cache_dir == tmp_path
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert default_cache_dir() == Path("/x/andromeda/datasets")
+    monkeypatch.setenv("ANDROMEDA_CACHE", "/a")
+    assert default_cache_dir() == Path("/a/datasets")
+
+
+def test_home_of_the_account(monkeypatch):
+    for name in ("ANDROMEDA_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    expected = Path(pwd.getpwuid(os.getuid()).pw_dir, ".cache/andromeda/datasets")
+    monkeypatch.setenv("HOME", "")
+    assert default_cache_dir() == expected
+    monkeypatch.delenv("HOME")
+    assert default_cache_dir() == expected
+
+
+def test_relative_names_of_caches(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/h")
+    monkeypatch.setenv("XDG_CACHE_HOME", "x")
+    monkeypatch.delenv("ANDROMEDA_CACHE", raising=False)
+    with pytest.warns(UserWarning, match="XDG_CACHE_HOME must be an absolute path, got 'x': it is not used"):
+        assert default_cache_dir() == Path("/h/.cache/andromeda/datasets")
+    monkeypatch.setenv("ANDROMEDA_CACHE", "a")
+    assert default_cache_dir() == tmp_path / "a" / "datasets"
+    monkeypatch.setenv("ANDROMEDA_CACHE", "~/a")
+    assert default_cache_dir() == Path("/h/a/datasets")
+    for name, expected in (("cache", tmp_path / "cache"), ("~/rows", Path("/h/rows")), (".", tmp_path)):
+        assert DatasetBuilder("corpus", cache_dir=name).cache_dir == expected
+
+
+@pytest.mark.parametrize(
+    ("cache_dir", "error", "message"),
+    [
+        ("", ValueError, "cache_dir must not be empty"),
+        (b"rows", TypeError, "cache_dir must be a path, got b'rows'"),
+        (7, TypeError, "cache_dir must be a path, got 7"),
+        ("~nobody-of-this-name/x", ValueError, "cache_dir must be in the home directory of an account that there is"),
+    ],
+    ids=str,
+)
+def test_bad_cache_dir(cache_dir, error, message):
+    with pytest.raises(error, match=f"DatasetBuilder: {message}"):
+        DatasetBuilder("corpus", cache_dir=cache_dir)
+
+
+def test_relative_paths_are_those_of_the_start(tokenizer, monkeypatch, tmp_path):
+    """Everything that was given as a relative path is found after a change of the directory."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer.save("tokenizer")
+    Path("a.txt").write_text(" ".join(TEXTS))
+    builder = DatasetBuilder("a.txt", SEQ_LEN, tokenizer="tokenizer", cache_dir="cache")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    rows = builder.build_dataset()
+    assert rows.path.parent == tmp_path / "cache"
+    monkeypatch.chdir(tmp_path)
+    again = PackedDataset(rows.path.relative_to(tmp_path), doc_mask=True)
+    monkeypatch.chdir("/")
+    assert list(tmp_path.glob("elsewhere/*")) == []
+    for dataset in (rows, again, copy.deepcopy(again), pickle.loads(pickle.dumps(again)), copy.copy(again)):
+        assert rows_of(dataset) == rows_of(rows)
+        assert dataset.path == rows.path
+        assert dataset.verify()
+        assert len(dataset.hf) == len(rows)
+    with pytest.raises(ValueError, match="PackedDataset: path must not be empty"):
+        PackedDataset("")

@@ -473,6 +473,29 @@ def test_loss_in_blocks(monkeypatch):
     assert largest(torch.autograd.grad(loss, logits)[0], gradient) <= 1e-15
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("count", [0, torch.tensor(0), torch.tensor(0.0), 5], ids=str)
+def test_the_loss_over_no_target_is_zero_with_zero_gradients(dtype, count):
+    """A part of a step that has nothing to predict adds nothing to it, also where the whole step has nothing."""
+    logits = torch.randn(6, 11, dtype=dtype, requires_grad=True)
+    loss = andromeda.model.cross_entropy(logits, torch.full((6,), -100), count=count)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert loss.item() == 0 and torch.count_nonzero(gradient) == 0
+
+
+def test_a_loss_of_nothing_is_an_error_in_a_single_call():
+    model = small()
+    ignored = torch.full((2, 7), -100)
+    first = ignored.clone()
+    first[:, 0] = 3  # a row's first token is predicted from nothing
+    for labels in (ignored, first):
+        with pytest.raises(ValueError, match=r"labels must hold a token to predict, got -100 .* leave the batch out"):
+            model(labels, return_loss=True)
+    wrapper = AutoregressiveWrapper(model.transformer, ignore_index=3)
+    with pytest.raises(ValueError, match="labels must hold a token to predict, got 3"):
+        wrapper(torch.full((1, 4), 3))
+
+
 def test_loss_is_wide():
     model = small().bfloat16()
     assert model(torch.randint(23, (1, 9)), return_loss=True).dtype == torch.float32

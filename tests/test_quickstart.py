@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from andromeda import quickstart, training
+from andromeda import quickstart, runs, training
 from andromeda.cli import main
 
 
@@ -36,7 +36,7 @@ def test_quickstart(small_corpus, tmp_path, capsys, monkeypatch):
         patch.setattr(training, "collate", interrupting)
         assert run("--out", out) == 130
     said = capsys.readouterr().err
-    assert f"andromeda quickstart --out '{out}' --minutes 0.02 --device cpu" in said
+    assert f"andromeda quickstart --out '{out}' --minutes 0.02 --seed 0 --device cpu" in said
     assert json.loads((out / "quickstart.json").read_text())["status"] == "begun"
 
     assert run("--out", out, "--seed", "1") == 2
@@ -68,6 +68,47 @@ def test_quickstart_touches_no_other_folder(tmp_path, capsys):
         assert run("--out", tmp_path, *words) == 2
         assert "--out must be a new or empty folder" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_a_record_that_was_not_finished_blocks_nothing(tmp_path, monkeypatch, capsys):
+    """Killed while it wrote quickstart.json for the first time."""
+    (tmp_path / ".quickstart.json.0123456789abcdef").write_text("{")
+    monkeypatch.setattr(quickstart, "_run", lambda out, state, started: "went on")
+    assert run("--out", tmp_path) == 0
+    assert capsys.readouterr().out == "went on\n"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"status": "begun"}'])
+def test_a_damaged_record_is_named_and_can_be_replaced(tmp_path, monkeypatch, capsys, content):
+    record = tmp_path / "quickstart.json"
+    record.write_text(content)
+    monkeypatch.setattr(quickstart, "_run", lambda out, state, started: "went on")
+    assert run("--out", tmp_path) == 2
+    said = capsys.readouterr().err
+    assert f"{record} is damaged" in said and "--force starts anew" in said
+    assert run("--out", tmp_path, "--force") == 0
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"minutes": float("nan")}, "--minutes must be positive and finite, got nan"),
+        ({"minutes": float("inf")}, "--minutes must be positive and finite, got inf"),
+        ({"minutes": -1}, "--minutes must be positive and finite, got -1"),
+        ({"seed": -1}, "--seed must be from 0 to"),
+        ({"seed": 2**32}, "--seed must be from 0 to"),
+    ],
+)
+def test_arguments_out_of_range(tmp_path, options, text):
+    with pytest.raises(runs.UsageError, match=text):
+        quickstart.quickstart(tmp_path / "out", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_known_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="cannot write"):
+        quickstart.quickstart(tmp_path / "file" / "out")
 
 
 def test_the_corpus_is_the_same_every_time_and_held_out_files_are_apart(tmp_path):

@@ -1,10 +1,14 @@
 """Where commands look for models, and what they make of folders that hold none."""
 
+import io
 import json
+import os
+import sys
 
 import pytest
+import torch
 
-from andromeda import runs
+from andromeda import Andromeda, files, runs, training
 
 
 @pytest.mark.parametrize("inside", [".", "model"])
@@ -27,6 +31,164 @@ def test_a_config_that_describes_no_model(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "andromeda", "hidden_size": 0}))
     with pytest.raises(ValueError, match=r"config.json describes no model: .*"):
         runs.load_model(tmp_path, "cpu", None)
+
+
+# ---- models that are damaged
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = Andromeda(num_tokens=300, max_seq_len=16, dim=32, depth=1, dim_head=16, heads=2, alibi_num_heads=1)
+    model.save(tmp_path / "model")
+    return model, tmp_path / "model"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_said(saved, capsys, value):
+    model, folder = saved
+    assert training.nonfinite_parameters(runs.load_model(folder, "cpu", None, finite=True)) == []
+    assert capsys.readouterr().err == ""
+    name, parameter = list(model.named_parameters())[3]
+    with torch.no_grad():
+        parameter.view(-1)[1] = value
+    model.save(folder)
+    runs.load_model(folder, "cpu", None)
+    assert f"1 of {len(list(model.parameters()))} parameters of {folder} are not finite: " in capsys.readouterr().err
+    with pytest.raises(ValueError, match=f"are not finite: .*{name}"):
+        runs.load_model(folder, "cpu", None, finite=True)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "andromeda.json"])
+def test_a_flipped_byte_is_found_where_checksums_are_kept(saved, name):
+    _, folder = saved
+    manifest = {"format": 2, "step": 1, "run": {}, "files": files.checksums(folder)}
+    files.write_json(folder / training.MANIFEST, training.sealed(manifest))
+    runs.load_model(folder, "cpu", None)
+    data = bytearray((folder / name).read_bytes())
+    data[-3] ^= 1
+    (folder / name).write_bytes(data)
+    with pytest.raises(ValueError, match=f"{folder} is damaged: {name} has other content"):
+        runs.load_model(folder, "cpu", None)
+    (folder / training.MANIFEST).write_text("{")
+    with pytest.raises(ValueError, match=f"{training.MANIFEST} is damaged"):
+        runs.load_model(folder, "cpu", None)
+
+
+# ---- devices
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+
+NO_DEVICE = [
+    "cuda",
+    "cuda:0",
+    "cuda:9",
+    "mps",
+    "xpu",
+    "meta",
+    "gpu",
+    "CPU",
+    "cpu:0",
+    "",
+    " cpu",
+    "cuda:",
+    "cuda:-1",
+    "cuda:٣",
+]
+
+
+@pytest.mark.parametrize("name", NO_DEVICE)
+def test_devices_that_are_not_here(monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    for read in (runs.read_device, runs.training_device):
+        with pytest.raises(runs.UsageError) as caught:
+            read(name)
+        assert str(caught.value).startswith(f"--device must be cpu, got {name!r}; torch {torch.__version__} ")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(runs.UsageError, match="sees no NVIDIA GPU, CUDA_VISIBLE_DEVICES is '7'"):
+        runs.read_device(name)
+
+
+@pytest.mark.parametrize("name", sorted({*NO_DEVICE, "cuda:2"} - {"cuda", "cuda:0"}))
+def test_devices_beside_the_gpus(two_gpus, name):
+    with pytest.raises(runs.UsageError, match=r"--device must be cpu or cuda:0 or cuda:1, got '"):
+        runs.read_device(name)
+
+
+def test_devices_that_are_here(monkeypatch, two_gpus):
+    assert runs.read_device(None) == runs.read_device("cuda") == torch.device("cuda")
+    assert runs.read_device("cuda:1") == torch.device("cuda:1") and runs.read_device("cpu") == torch.device("cpu")
+    assert runs.training_device("cpu") == "cpu"
+    assert runs.training_device(None) is runs.training_device("cuda") is runs.training_device("cuda:0") is None
+    with pytest.raises(runs.UsageError, match="CUDA_VISIBLE_DEVICES=1 chooses"):
+        runs.training_device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert runs.read_device(None) == torch.device("cpu")
+
+
+# ---- prompts
+
+
+class Stdin:
+    def __init__(self, data):
+        self.buffer = io.BytesIO(data)
+
+
+def prompt_in(way, data, tmp_path, monkeypatch):
+    """The three ways in which a prompt comes."""
+    if way == "--prompt":
+        return runs.read_prompt(os.fsdecode(data), None)
+    if way == "-":
+        monkeypatch.setattr(sys, "stdin", Stdin(data))
+        return runs.read_prompt(None, "-")
+    (tmp_path / "prompt.txt").write_bytes(data)
+    return runs.read_prompt(None, str(tmp_path / "prompt.txt"))
+
+
+@pytest.mark.parametrize("way", ["--prompt", "-", "file"])
+@pytest.mark.parametrize(
+    "data, offset", [(b"caf\xe9", 3), (b"\xff\xfeh\0", 0), ("naïve".encode() + b"\xc3", 6), (b"\xed\xa0\x80", 0)]
+)
+def test_prompts_that_are_not_utf8(tmp_path, monkeypatch, way, data, offset):
+    with pytest.raises(runs.UsageError, match="must be text in UTF-8") as caught:
+        prompt_in(way, data, tmp_path, monkeypatch)
+    said = str(caught.value)
+    assert f"got the byte 0x{data[offset]:02x} at offset {offset};" in said
+    assert {"--prompt": "--prompt", "-": "standard input", "file": str(tmp_path / "prompt.txt")}[way] in said
+
+
+@pytest.mark.parametrize("way", ["--prompt", "-", "file"])
+def test_prompts(tmp_path, monkeypatch, way):
+    assert prompt_in(way, "naïve 🙂".encode(), tmp_path, monkeypatch) == "naïve 🙂"
+    assert prompt_in(way, b"", tmp_path, monkeypatch) == ""
+
+
+def test_prompts_of_other_systems(tmp_path, monkeypatch):
+    assert prompt_in("file", b"\xef\xbb\xbfa\r\nb\rc", tmp_path, monkeypatch) == "a\nb\nc"
+    with pytest.raises(runs.UsageError, match="byte 0xe9 at offset 4"):
+        prompt_in("file", b"\xef\xbb\xbfa\xe9", tmp_path, monkeypatch)
+
+
+def test_prompts_that_are_not_there(tmp_path, monkeypatch):
+    with pytest.raises(runs.UsageError, match="must be a file, got the folder"):
+        runs.read_prompt(None, str(tmp_path))
+    with pytest.raises(runs.UsageError, match="does not exist"):
+        runs.read_prompt(None, str(tmp_path / "x"))
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(runs.UsageError, match="standard input, which is closed"):
+        runs.read_prompt(None, "-")
+
+
+def test_messages_do_not_get_into_results(monkeypatch, capsys):
+    """With stderr closed, `print` would take stdout."""
+    monkeypatch.setattr(sys, "stderr", None)
+    runs.say("hello")
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("value, expected", [(1, 128), (128, 128), (129, 256)])

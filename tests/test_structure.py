@@ -25,7 +25,8 @@ LAYER_OF = {
     **dict.fromkeys(
         ("packing", "tokenizer", "decoding", "columns", "folders", "readers", "documents", "dataset"), "data"
     ),
-    **dict.fromkeys(("__init__", "__main__", "cli", "info", "quickstart", "runs"), "commands"),
+    **dict.fromkeys(("__init__", "__main__", "arguments", "cli", "info", "interrupts", "quickstart"), "commands"),
+    **dict.fromkeys(("runs", "threads"), "commands"),
 }
 
 # csrc: the folders whose headers a folder may include, besides its own.

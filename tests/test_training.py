@@ -1,14 +1,21 @@
 """Training, exact continuation, checkpoints that are whole or absent, evaluation."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import math
+import os
+import re
 import shutil
 import signal
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from andromeda import Andromeda, AndromedaTokenizer, training
 from andromeda.huggingface import AndromedaForCausalLM
@@ -19,12 +26,18 @@ TEXTS = ["def add(a, b):\n    return a + b\n", "for name in names:\n    print(na
 
 
 class Rows(torch.utils.data.Dataset):
-    """Rows that count up, with different starts: something a tiny model can learn. `fail_at`: as if killed there."""
+    """Rows that count up, with different starts: something a tiny model can learn.
+
+    fail_at: as if killed when so many rows have been read since `begin`.
+    """
 
     def __init__(self, count=24, seqlen=12, fail_at=None):
         start = torch.arange(count)[:, None] * 7
         self.ids = (start + torch.arange(seqlen)) % 50 + 2
-        self.ids_read, self.fail_at = 0, fail_at
+        self.ids_read, self.fail_at = -(10**6), fail_at
+
+    def begin(self):
+        self.ids_read = 0
 
     def __len__(self):
         return len(self.ids)
@@ -98,7 +111,12 @@ def test_the_saved_model_is_the_trained_one(tmp_path, tokenizer):
 
 def test_checkpoints_hold_no_pickle_of_arguments_and_old_ones_go(tmp_path):
     train(new_model(), Rows(), settings(tmp_path, keep=2))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-6", "checkpoint-8", "model"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint-6",
+        "checkpoint-8",
+        "history.jsonl",
+        "model",
+    ]
     for folder in tmp_path.iterdir():
         assert not (folder / "training_args.bin").exists()
 
@@ -151,8 +169,9 @@ def test_progress_evaluations_and_samples_are_shown(tmp_path, tokenizer, capsys)
 
 
 def test_a_killed_run_continues_bit_for_bit(tmp_path, uninterrupted):
+    rows = Rows(fail_at=10)
     with pytest.raises(Killed):
-        train(new_model(), Rows(fail_at=12), settings(tmp_path))
+        train(new_model(), rows, settings(tmp_path), on_start=rows.begin)
     assert latest_checkpoint(tmp_path) is not None
     model = new_model()
     result = train(model, Rows(), settings(tmp_path), resume=True)
@@ -192,7 +211,7 @@ def test_a_run_killed_while_it_writes_a_checkpoint(tmp_path, monkeypatch, uninte
         patch.setattr(training._Trainer, stage, replacement)
         with pytest.raises(Killed):
             train(new_model(), Rows(), settings(tmp_path))
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".partial", "checkpoint-2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".partial", "checkpoint-2", "history.jsonl"]
     model = new_model()
     train(model, Rows(), settings(tmp_path), resume=True)
     assert_same(weights(model), uninterrupted)
@@ -271,8 +290,7 @@ def test_a_signal_ends_the_step_saves_and_stops(tmp_path, uninterrupted, number)
 
     before = signal.getsignal(number)
     rows = Interrupting()
-    rows.ids_read = -3  # the rows that the fingerprint reads
-    result = train(new_model(), rows, settings(tmp_path, save_every=0))
+    result = train(new_model(), rows, settings(tmp_path, save_every=0), on_start=rows.begin)
     assert result.interrupted == number.name
     assert 2 <= result.steps <= 4 and _step(result.checkpoint) == result.steps
     assert signal.getsignal(number) is before
@@ -285,16 +303,669 @@ def _step(checkpoint) -> int:
     return json.loads((Path(checkpoint) / training.MANIFEST).read_text())["step"]
 
 
+# ---- what must be finite
+
+
+def finite_weights(folder) -> bool:
+    return all(bool(value.isfinite().all()) for value in load_file(Path(folder) / "model.safetensors").values())
+
+
+def history(folder, without=("tokens_per_second",)) -> list[dict]:
+    lines = [json.loads(line) for line in (Path(folder) / "history.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in without} for line in lines]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps": 30, "save_every": 1, "keep": 1},
+        {"steps": 30, "max_grad_norm": 0, "gradient_accumulation": 2},
+        {"steps": 30, "bf16": True},
+        {"steps": 1, "learning_rate": 1e38},
+        {"steps": 1, "learning_rate": 1e30},
+    ],
+    ids=["checkpoint each step", "no clipping", "bf16", "weights infinite after the last step", "weights useless then"],
+)
+def test_a_run_that_diverges_ends_with_an_error_and_keeps_what_is_good(tmp_path, options):
+    with pytest.raises(FloatingPointError, match=r"(?s)step \d+ .*lower learning_rate.*warmup_steps, now 0") as raised:
+        train(new_model(), Rows(), settings(tmp_path, **{"learning_rate": 1e3, "warmup_steps": 0, **options}))
+    assert not (tmp_path / "model").exists() and not (tmp_path / ".partial").exists()
+    for folder in tmp_path.glob("checkpoint-*"):
+        assert finite_weights(folder)
+        model = AndromedaForCausalLM.from_pretrained(folder)
+        assert math.isfinite(evaluate(model, Rows(2)).loss)
+    newest = latest_checkpoint(tmp_path)
+    assert (newest or f"start again in {tmp_path}") in str(raised.value)
+    assert history(tmp_path)[-1]["error"] == str(raised.value)
+
+
+class Poison:
+    """From the `step`-th step on, makes `what` of it not finite."""
+
+    def __init__(self, monkeypatch, step, what):
+        original = training._Trainer.compute_loss
+
+        def compute_loss(trainer, model, inputs, *args, **kwargs):
+            loss = original(trainer, model, inputs, *args, **kwargs)
+            if trainer.state.global_step + 1 >= step and torch.is_grad_enabled():
+                if what == "loss":
+                    loss = loss + (loss.detach() * torch.inf)  # its gradient is finite
+                else:
+                    loss.register_hook(lambda gradient: gradient * torch.nan)
+            return loss
+
+        monkeypatch.setattr(training._Trainer, "compute_loss", compute_loss)
+
+
+@pytest.mark.parametrize(
+    "what, said", [("loss", "loss inf and gradient norm [0-9]"), ("norm", "loss [0-9].* norm nan")]
+)
+@pytest.mark.parametrize("waiting", [False, True], ids=["at once", "looked at with the next figure"])
+def test_the_first_step_that_is_not_finite_is_named(tmp_path, monkeypatch, what, said, waiting):
+    """Also where a device computes ahead, and nobody has looked at the steps since the last figure."""
+    if waiting:
+        monkeypatch.setattr(
+            training._Guard,
+            "on_pre_optimizer_step",
+            lambda self, args, state, *rest, **more: self.trainer.record.end_step(state.global_step + 1),
+        )
+    Poison(monkeypatch, 6, what)
+    model = new_model()
+    with pytest.raises(FloatingPointError, match=f"step 6 had {said}"):
+        train(model, Rows(), settings(tmp_path, log_every=3, save_every=4, steps=12, bf16=False))
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["checkpoint-4", "history.jsonl"]
+    assert [line["step"] for line in history(tmp_path)] == [3, 6]
+    if not waiting:  # then the step was not made
+        assert training.nonfinite_parameters(model) == []
+
+
+@pytest.mark.parametrize("where", ["exp_avg_sq", "weight"])
+def test_a_checkpoint_that_is_not_finite_is_not_written(tmp_path, monkeypatch, where):
+    original = training._Trainer._save_checkpoint
+
+    def spoilt(trainer, model, trial):
+        if trainer.state.global_step == 4:
+            weight = trainer.model.transformer.to_logits.weight
+            spoilt = weight if where == "weight" else trainer.optimizer.state[weight]["exp_avg_sq"]
+            with torch.no_grad():
+                spoilt[0, 0] = math.inf
+        return original(trainer, model, trial)
+
+    monkeypatch.setattr(training._Trainer, "_save_checkpoint", spoilt)
+    found = "transformer.to_logits.weight" if where == "weight" else "the averages of the optimiser"
+    with pytest.raises(FloatingPointError, match=f"after step 4 NaN or Inf is in {found}"):
+        train(new_model(), Rows(), settings(tmp_path, keep=1))
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_model_that_is_not_finite_is_neither_trained_nor_evaluated(tmp_path):
+    model = new_model()
+    with torch.no_grad():
+        model.transformer.token_emb.weight[7, 3] = math.nan
+        model.transformer.to_logits.weight[0, 0] = -math.inf
+    names = ["transformer.token_emb.weight", "transformer.to_logits.weight"]
+    assert training.nonfinite_parameters(model) == names
+    with pytest.raises(FloatingPointError, match=f"the model must have finite weights, got NaN or Inf in {names[0]}"):
+        train(model, Rows(), settings(tmp_path))
+    with pytest.raises(FloatingPointError, match="evaluate: model must have finite weights"):
+        evaluate(model, Rows())
+
+
+def test_an_evaluation_never_gives_nan():
+    model = new_model()
+    with torch.no_grad():
+        model.transformer.to_logits.weight.fill_(3e38)
+    assert training.nonfinite_parameters(model) == []
+    with pytest.raises(FloatingPointError, match=r"the loss must be finite, got (nan|inf) in the rows from 0 on"):
+        evaluate(model, Rows())
+
+
+def test_an_evaluation_loss_that_is_not_finite_is_said(tmp_path, monkeypatch, capsys):
+    original = training._Trainer.evaluation_loop
+
+    def infinite(trainer, *args, **kwargs):
+        output = original(trainer, *args, **kwargs)
+        output.metrics["eval_loss"] = math.nan
+        return output
+
+    monkeypatch.setattr(training._Trainer, "evaluation_loop", infinite)
+    train(new_model(), Rows(), settings(tmp_path, eval_every=4), eval_dataset=Rows(8))
+    assert "step 4: evaluation loss nan: it is not finite" in capsys.readouterr().err
+    assert {"step": 4, "eval_loss": None} in history(tmp_path)
+
+
+def test_float16_may_overflow_now_and_then():
+    """The loss scale is lowered after each; only a long row of them, or a loss, ends the run."""
+    record = training._StepRecord("cpu", scaled=True)
+
+    def step(number, loss, norm):
+        record.add_part(torch.tensor(loss), None)
+        record.norm = torch.tensor(norm)
+        record.end_step(number)
+        return record.bad[0].item()
+
+    for number in range(1, 40):
+        assert step(number, 2.0, math.inf if number % 20 else 1.0) == 0
+    record.overflows.zero_()
+    assert [step(number, 2.0, math.inf) for number in range(40, 65)] == [0] * 23 + [63, 63]
+    record = training._StepRecord("cpu", scaled=True)
+    assert step(1, 2.0, 1.0) == 0 and step(2, math.nan, 1.0) == 2 and step(3, math.inf, 1.0) == 2
+
+
+# ---- numbers
+
+
+NUMBERS = [field.name for field in dataclasses.fields(TrainSettings) if field.type in (int, float, int | None)]
+
+
+def test_every_number_has_bounds():
+    assert set(NUMBERS) == set(TrainSettings._BOUNDS) and len(NUMBERS) == 17
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_are_finite_and_in_range(tmp_path, name):
+    for value in (math.inf, -math.inf, math.nan, -1, 10**400, -(10**400)):
+        with pytest.raises((ValueError, TypeError), match=f"TrainSettings: {name} must be .*, got {value}"):
+            settings(tmp_path, **{name: value})
+    for value in (True, False, "3", b"3", [3], 1j, torch.tensor(3)):
+        with pytest.raises(TypeError, match=f"TrainSettings: {name} must be a .*number, got {re.escape(repr(value))}"):
+            settings(tmp_path, **{name: value})
+    if name != "warmup_steps":
+        with pytest.raises(TypeError, match=f"{name} must be a .*number, got None"):
+            settings(tmp_path, **{name: None})
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"steps": 2.0}, "steps must be a whole number, got 2.0"),
+        ({"adam_beta1": 1.0}, r"adam_beta1 must be in \[0, 1\), got 1.0"),
+        ({"adam_beta2": 1.5}, r"adam_beta2 must be in \[0, 1\), got 1.5"),
+        ({"seed": 2**32}, r"seed must be in \[0, 4294967295\], got 4294967296"),
+        ({"max_grad_norm": -0.1}, "max_grad_norm must be finite and at least 0, got -0.1"),
+        ({"bf16": 1}, "bf16 must be None, True or False, got 1"),
+        ({"output_dir": ""}, "output_dir must name a folder, got ''"),
+        ({"output_dir": None}, "output_dir must be a path, got None"),
+        ({"sample_prompt": 3}, "sample_prompt must be a text, got 3"),
+        ({"trainer": [1]}, "trainer must be a dict"),
+        ({"trainer": {"adam_epsilon": math.nan}}, r"trainer\['adam_epsilon'\] must be finite, got nan"),
+        (
+            {"trainer": {"lr_scheduler_kwargs": {"x": [1.0, math.inf]}}},
+            r"trainer\['lr_scheduler_kwargs'\]\['x'\]\[1\] must be finite, got inf",
+        ),
+        ({"trainer": {"logging_nan_inf_filter": True}}, "must not repeat what has a name here, got logging_nan_inf_f"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_settings_out_of_range(tmp_path, options, text):
+    with pytest.raises((ValueError, TypeError), match=text):
+        TrainSettings(**{"output_dir": str(tmp_path), "steps": 8, "device": "cpu", **options}).training_arguments()
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    made = settings(tmp_path, steps=np.int64(3), learning_rate=np.float32(0.5), weight_decay=1)
+    assert (type(made.steps), type(made.learning_rate), type(made.weight_decay)) == (int, float, float)
+
+
+# ---- nothing to predict
+
+
+class Masked(Rows):
+    """Some rows without a label."""
+
+    def __init__(self, *args, masked=(), **kwargs):
+        super().__init__(*args, **kwargs)
+        self.masked = masked
+
+    def __getitem__(self, index):
+        row = super().__getitem__(index)
+        if index in self.masked:
+            row["labels"][1:] = -100  # the first is predicted from nothing
+        return row
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_step_without_a_label_changes_nothing_by_its_gradient(tmp_path, capsys, parts):
+    """Its loss is left out of the mean, and that is said; never is it NaN."""
+    options = {"steps": 12 // parts, "batch_size": 1, "gradient_accumulation": parts, "log_every": 12 // parts}
+    model = new_model()
+    rows = Masked(12, masked=range(0, 12) if parts == 3 else (1, 3, 4, 8, 9))
+    result = train(model, rows, settings(tmp_path, learning_rate=1e-9, warmup_steps=0, save_every=0, **options))
+    assert training.nonfinite_parameters(model) == []
+    said = capsys.readouterr().err
+    if parts == 1:
+        assert "5 of the last steps had no token to predict" in said
+        assert result.loss == pytest.approx(evaluate(new_model(), rows).loss, rel=1e-3)
+    else:
+        assert 4 < result.loss < 8
+
+
+def test_an_evaluation_weighs_tokens_and_looks_at_every_row(tmp_path):
+    """Batches without a label or with few of them weigh by their labels; the last one may be smaller."""
+
+    class Uneven(Masked):
+        def __getitem__(self, index):
+            row = super().__getitem__(index)
+            row["labels"][: index % 9] = -100
+            return row
+
+    rows = Uneven(7, masked=(2, 3))
+    options = {"steps": 1, "eval_every": 1, "learning_rate": 1e-20, "save_every": 0}
+    result = train(new_model(), Rows(), settings(tmp_path, **options), eval_dataset=rows)
+    (found,) = [entry["eval_loss"] for entry in result.history if "eval_loss" in entry]
+    assert found == pytest.approx(evaluate(new_model(), rows, batch_size=2).loss, rel=1e-5)
+
+
+def test_data_with_nothing_to_predict_is_refused(tmp_path):
+    for name, data in (
+        ("dataset", (Masked(4, masked=range(4)), Rows())),
+        ("eval_dataset", (Rows(), Masked(2, masked=(0, 1)))),
+    ):
+        with pytest.raises(ValueError, match=f"train: {name} must have a token to predict, got [24] rows"):
+            train(new_model(), data[0], settings(tmp_path, eval_every=1), eval_dataset=data[1])
+    with pytest.raises(ValueError, match="dataset must have rows of at least 2 tokens, got 1 in row 0"):
+        train(new_model(), Rows(seqlen=1), settings(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- the history
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """The history of 8 steps in one go, with figures and evaluations that no checkpoint falls together with."""
+    folder = tmp_path_factory.mktemp("watched")
+    train(new_model(), Rows(), settings(folder, **WATCHED), eval_dataset=Rows(5))
+    return history(folder)
+
+
+WATCHED = {"log_every": 3, "eval_every": 4, "save_every": 2}
+
+
+def test_the_history_has_the_figures_of_a_run(tmp_path, watched):
+    assert [(line["step"], "loss" in line, "eval_loss" in line) for line in watched] == [
+        (3, True, False),
+        (4, False, True),
+        (6, True, False),
+        (8, True, False),
+        (8, False, True),
+    ]
+    assert watched[0].keys() == {"step", "loss", "learning_rate", "grad_norm"}
+    result = train(new_model(), Rows(), settings(tmp_path, **WATCHED), eval_dataset=Rows(5))
+    kept = [entry for entry in result.history if "loss" in entry]
+    assert [entry["loss"] for entry in kept] == [line["loss"] for line in watched if "loss" in line]
+    rates = [line["tokens_per_second"] for line in history(tmp_path, without=()) if "loss" in line]
+    assert len(rates) == 3 and all(rate > 0 for rate in rates)
+
+
+@pytest.mark.parametrize("how", ["killed", "signal", "killed in a half written line"])
+def test_a_resumed_run_has_the_history_of_an_uninterrupted_one(tmp_path, watched, how):
+    class Interrupting(Rows):
+        def __getitem__(self, index):
+            row = super().__getitem__(index)
+            if self.ids_read == 13 and how == "signal":
+                signal.raise_signal(signal.SIGINT)
+            return row
+
+    rows = Interrupting(fail_at=None if how == "signal" else 15)
+    with contextlib.suppress(Killed):
+        result = train(new_model(), rows, settings(tmp_path, **WATCHED), eval_dataset=Rows(5), on_start=rows.begin)
+        assert result.interrupted == "SIGINT" and result.steps in (5, 6, 7)
+    assert history(tmp_path) == watched[: len(history(tmp_path))] and len(history(tmp_path)) in (2, 3)
+    if "half" in how:
+        with open(tmp_path / "history.jsonl", "a") as file:
+            file.write('{"step": 7, "lo')
+    train(new_model(), Rows(), settings(tmp_path, **WATCHED), eval_dataset=Rows(5), resume=True)
+    assert history(tmp_path) == watched
+
+
+# ---- checkpoints that are as they were written
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A finished run with its checkpoints of steps 2, 4, 6 and 8."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    train(new_model(), Rows(), settings(folder, keep=9))
+    return folder
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "config.json"])
+def test_one_flipped_bit_makes_a_resumed_run_take_the_checkpoint_before(
+    tmp_path, checkpoints, uninterrupted, capsys, name
+):
+    shutil.copytree(checkpoints, tmp_path, dirs_exist_ok=True)
+    for step in (6, 8):
+        flip(tmp_path / f"checkpoint-{step}" / name)
+    model = new_model()
+    result = train(model, Rows(), settings(tmp_path, keep=1), resume=True)
+    assert_same(weights(model), uninterrupted)
+    assert result.damaged == [
+        f"checkpoint-{step}: {name} has other content than was written (checksum differs)" for step in (8, 6)
+    ]
+    said = capsys.readouterr().err
+    assert "continues from checkpoint-4, the newest checkpoint that is as it was written:" in said
+    assert f"checkpoint-8: {name} has other content" in said
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-8"]
+
+
+def test_damaged_checkpoints_do_not_count_among_those_to_keep(tmp_path, checkpoints):
+    """A run that continues before damaged ones must not delete its own for theirs."""
+    for step in (2, 6, 8):
+        shutil.copytree(checkpoints / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    for step in (6, 8):
+        flip(tmp_path / f"checkpoint-{step}" / "optimizer.pt")
+    rows = Rows(fail_at=8)
+    with pytest.raises(Killed):
+        train(new_model(), rows, settings(tmp_path, keep=1), resume=True, on_start=rows.begin)
+    assert training._defects(tmp_path / "checkpoint-4", contents=True) == []
+
+
+def test_without_any_good_checkpoint_the_damages_are_listed(tmp_path, checkpoints):
+    for step in (2, 4):
+        shutil.copytree(checkpoints / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    flip(tmp_path / "checkpoint-2" / "model.safetensors")
+    (tmp_path / "checkpoint-4" / "optimizer.pt").unlink()
+    text = r"(?s)has none\s+checkpoint-4: optimizer.pt is missing\s+checkpoint-2: model.safetensors has other content"
+    with pytest.raises(ValueError, match=text):
+        train(new_model(), Rows(), settings(tmp_path), resume=True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", "3", "{}", '{"format": 2}', b"\xff\xfe\x00", "[" * 100_000],
+    ids=["empty", "half", "list", "null", "number", "no keys", "few keys", "binary", "nested"],
+)
+def test_a_manifest_that_is_damaged_is_a_defect(tmp_path, checkpoints, text):
+    shutil.copytree(checkpoints / "checkpoint-2", tmp_path / "checkpoint-2")
+    shutil.copytree(checkpoints / "checkpoint-4", tmp_path / "checkpoint-4")
+    manifest = tmp_path / "checkpoint-4" / training.MANIFEST
+    manifest.write_bytes(text if isinstance(text, bytes) else text.encode())
+    (defect,) = training._defects(tmp_path / "checkpoint-4")
+    assert str(manifest) in defect and "is damaged" in defect
+    assert Path(latest_checkpoint(tmp_path)).name == "checkpoint-2"
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"format": 99}, "must have format 1 or 2, got 99"),
+        ({"step": 6}, "must be of step 4, got 6"),
+        ({"files": []}, "files and run must be JSON objects"),
+        ({"run": None}, "files and run must be JSON objects"),
+        ({"files": {"config.json": None}}, "is damaged"),
+        ({"files": {"config.json": {}}}, "is damaged"),
+        ({"files": {"config.json": {"bytes": 3}}}, "config.json: 3 bytes expected"),
+    ],
+    ids=str,
+)
+def test_a_manifest_of_something_else_is_a_defect(tmp_path, checkpoints, change, text):
+    shutil.copytree(checkpoints / "checkpoint-4", tmp_path / "checkpoint-4")
+    path = tmp_path / "checkpoint-4" / training.MANIFEST
+    manifest = json.loads(path.read_text()) | change
+    path.write_text(json.dumps(manifest))
+    assert training._defects(path.parent, contents=True) != []  # the checksum of the manifest itself
+    del manifest["xxh3_128"]
+    path.write_text(json.dumps(training.sealed(manifest)))
+    assert any(text in defect for defect in training._defects(path.parent))
+
+
+def test_a_flipped_bit_in_a_manifest_is_found(tmp_path, checkpoints):
+    shutil.copytree(checkpoints / "checkpoint-4", tmp_path / "checkpoint-4")
+    path = tmp_path / "checkpoint-4" / training.MANIFEST
+    data = path.read_text()
+    path.write_text(data.replace('"learning_rate": 0.01', '"learning_rate": 0.03'))
+    assert "has other content than was written" in training._defects(path.parent)[0]
+
+
+def test_checkpoints_of_format_1_are_resumed(tmp_path, checkpoints, uninterrupted):
+    """They have sizes instead of checksums and know three rows of the data."""
+    shutil.copytree(checkpoints / "checkpoint-4", tmp_path / "checkpoint-4")
+    path = tmp_path / "checkpoint-4" / training.MANIFEST
+    manifest = json.loads(path.read_text())
+    sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
+    run = manifest["run"] | {"data": {name: manifest["run"]["data"][name] for name in ("rows", "sha256")}}
+    path.write_text(json.dumps({"format": 1, "step": 4, "run": run, "files": sizes}))
+    model = new_model()
+    train(model, Rows(), settings(tmp_path), resume=True)
+    assert_same(weights(model), uninterrupted)
+
+
+@pytest.mark.parametrize("kind", ["file", "dangling link"])
+def test_what_has_the_name_of_a_checkpoint_and_is_no_folder_is_refused(tmp_path, kind):
+    """Before the training, not when it comes to this step."""
+    path = tmp_path / "checkpoint-4"
+    path.write_text("") if kind == "file" else path.symlink_to(tmp_path / "nowhere")
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="checkpoint-4 must be a folder"):
+            train(new_model(), Rows(), settings(tmp_path), resume=resume)
+
+
+def test_half_checkpoints_neither_count_nor_go(tmp_path):
+    """What something else left behind: `keep` counts whole ones."""
+    train(new_model(), Rows(), settings(tmp_path, steps=2, save_every=0))
+    half = tmp_path / "checkpoint-1"
+    shutil.copytree(tmp_path / "checkpoint-2", half)
+    (half / "optimizer.pt").unlink()
+    torn = tmp_path / "checkpoint-3"
+    torn.mkdir()
+    options = {"steps": 2, "save_every": 0}
+    with pytest.raises(ValueError, match="was 2, is 8"):
+        train(new_model(), Rows(), settings(tmp_path), resume=True)
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    with pytest.raises(ValueError, match="has none"):
+        train(new_model(), Rows(), settings(tmp_path, **options), resume=True)
+    for path in (half, torn):
+        path.rename(tmp_path / f"kept-{path.name}")
+    rows = Rows()
+
+    def leave_half_ones():
+        for path in (half, torn):
+            (tmp_path / f"kept-{path.name}").rename(path)
+
+    train(new_model(), rows, settings(tmp_path, keep=2, save_every=4), on_start=leave_half_ones)
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {
+        "checkpoint-1",
+        "checkpoint-3",
+        "checkpoint-4",
+        "checkpoint-8",
+    }
+
+
+def test_a_saved_model_is_checked(tmp_path, checkpoints):
+    shutil.copytree(checkpoints, tmp_path, dirs_exist_ok=True)
+    for name in ("model", "checkpoint-8", "checkpoint-6"):
+        training.check_saved_model(tmp_path / name)
+    flip(tmp_path / "checkpoint-6" / "optimizer.pt")  # the model is whole without it
+    training.check_saved_model(tmp_path / "checkpoint-6")
+    for name in ("model", "checkpoint-8"):
+        flip(tmp_path / name / "model.safetensors")
+        with pytest.raises(ValueError, match=rf"{name} is damaged: model.safetensors has other content.*checkpoint-4"):
+            training.check_saved_model(tmp_path / name)
+    (tmp_path / "model" / training.MANIFEST).unlink()
+    training.check_saved_model(tmp_path / "model")
+
+
+# ---- the data of a run
+
+
+@pytest.mark.parametrize("index", [0, 12, 23, 1, 13, 22])
+def test_another_row_is_another_data_set(tmp_path, checkpoints, index):
+    shutil.copytree(checkpoints / "checkpoint-4", tmp_path / "checkpoint-4")
+    rows = Rows()
+    rows.ids[index, 5] += 1
+    with pytest.raises(ValueError, match="data content: was"):
+        train(new_model(), rows, settings(tmp_path), resume=True)
+
+
+def test_the_fingerprint_looks_at_several_rows():
+    rows = Rows(1000)
+    known = training._fingerprint(rows)
+    for index in (0, 500, 999):
+        other = Rows(1000)
+        other.ids[index, 11] += 1
+        found = training._fingerprint(other)
+        assert found["sha256"] != known["sha256"], index
+    seen = []
+
+    class Noting(Rows):
+        def __getitem__(self, index):
+            seen.append(index)
+            return super().__getitem__(index)
+
+    training._fingerprint(Noting(1000))
+    gaps = [after - before for before, after in itertools.pairwise(sorted(set(seen)))]
+    assert {0, 999} < set(seen) and max(gaps) <= 33
+
+
+def test_rows_that_know_their_checksum_are_asked(tmp_path):
+    class Known(Rows):
+        content_checksum = "0123"
+
+    assert training._fingerprint(Known())["content"] == "0123"
+
+    class Damaged(Rows):
+        def verify(self):
+            raise ValueError("data.arrow has other content than was written")
+
+    with pytest.raises(ValueError, match=r"data.arrow has other content"):
+        train(new_model(), Damaged(), settings(tmp_path))
+    with pytest.raises(ValueError, match=r"data.arrow has other content"):
+        train(new_model(), Rows(), settings(tmp_path), eval_dataset=Damaged())
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- models that cannot be saved
+
+
+class OwnEmbedding(torch.nn.Embedding):
+    pass
+
+
+def own_embedding():
+    class Provider:
+        def get_embedding(self, num_tokens, dim):
+            return OwnEmbedding(num_tokens, dim)
+
+    return Andromeda(**SIZES, embedding_provider=Provider())
+
+
+def on_meta():
+    with torch.device("meta"):
+        return Andromeda(**SIZES)
+
+
+def with_another_module():
+    model = new_model()
+    model.transformer.extra = torch.nn.Linear(2, 2)
+    return model
+
+
+def with_another_shape():
+    model = new_model()
+    model.transformer.to_logits = torch.nn.Linear(16, 321, bias=False)
+    return model
+
+
+@pytest.mark.parametrize("make", [own_embedding, on_meta, with_another_module, with_another_shape])
+def test_a_model_that_cannot_be_saved_is_not_trained(tmp_path, make):
+    with pytest.raises(ValueError, match="the model must be one that can be saved and loaded again, with"):
+        train(make(), Rows(), settings(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tie_is_trained_and_kept_or_refused_before_the_training(tmp_path):
+    for index, (first, second) in enumerate((("token_emb", "to_logits"), ("to_logits", "token_emb"))):
+        model = new_model()
+        getattr(model.transformer, first).weight = getattr(model.transformer, second).weight
+        folder = tmp_path / str(index)
+        try:
+            train(model, Rows(), settings(folder, steps=2))
+        except ValueError as error:
+            assert "share one tensor (transformer.token_emb.weight = transformer.to_logits.weight)" in str(error)
+            assert not folder.exists()
+        else:
+            loaded = AndromedaForCausalLM.from_pretrained(folder / "model")
+            assert_same(loaded.state_dict(), model.state_dict())
+
+
+# ---- signals and the pace
+
+
+def test_a_second_signal_within_one_step_stops_at_once(tmp_path):
+    class Impatient(Rows):
+        def __getitem__(self, index):
+            row = super().__getitem__(index)
+            if self.ids_read == 7:
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+            return row
+
+    rows = Impatient()
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(new_model(), rows, settings(tmp_path, save_every=0), on_start=rows.begin)
+    assert rows.ids_read == 7 and not list(tmp_path.glob("checkpoint-*"))
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_processes_that_load_rows_leave_a_signal_to_the_one_that_trains(capfd):
+    """A terminal sends Ctrl-C to all of them."""
+    with training._StopSignals(active=True) as stop:
+        child = os.fork()
+        if child == 0:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert stop.received is None and "stopping" not in capfd.readouterr().err
+        signal.raise_signal(signal.SIGINT)
+        assert stop.received == "SIGINT"
+
+
+def test_steps_that_take_three_times_as_long_are_noticed_once():
+    pace = training._Pace()
+    assert [pace.add(9.0, "cpu") for _ in range(5)] == [None] * 5  # the warm-up
+    assert [pace.add(1.0, "cpu") for _ in range(40)] == [None] * 40
+    assert [pace.add(2.9, "cpu") for _ in range(40)] == [None] * 40
+    said = [pace.add(3.1, "cpu") for _ in range(40)]
+    (text,) = filter(None, said)
+    assert "3.0 times as long as at the start (3 s, were 1 s)" in text and "OMP_NUM_THREADS=1" in text
+    short = training._Pace()
+    assert not any(short.add(seconds, "cpu") for seconds in [1.0] * 30 + [9.0] * 8 + [1.0] * 30), "a passing load"
+
+
+def test_the_progress_line_says_what_helps_against_slow_steps(tmp_path, monkeypatch, capsys):
+    now = [0.0]
+
+    class Clock(Rows):
+        def __getitem__(self, index):
+            now[0] += 0.1 if self.ids_read < 80 else 0.5
+            return super().__getitem__(index)
+
+    monkeypatch.setattr(training, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    rows = Clock()
+    train(new_model(), rows, settings(tmp_path, steps=75, save_every=0, log_every=80), on_start=rows.begin)
+    said = capsys.readouterr().err
+    assert said.count("times as long as at the start") == 1 and "OMP_NUM_THREADS=1" in said
+
+
 # ---- refusals
 
 
 @pytest.mark.parametrize(
     "options, text",
     [
-        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": 0}, r"steps must be in \[1, 2147483647\], got 0"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
         ({"warmup_steps": 9}, r"warmup_steps must be between 0 and steps \(8\), got 9"),
-        ({"seed": -1}, "seed must not be negative"),
+        ({"seed": -1}, r"seed must be in \[0, 4294967295\], got -1"),
         ({"min_learning_rate_ratio": 2.0}, "min_learning_rate_ratio must be in"),
         ({"device": "tpu"}, "device must be None or 'cpu', got 'tpu'"),
         ({"trainer": {"max_step": 3}}, "must name arguments of TrainingArguments, got max_step"),

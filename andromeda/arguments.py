@@ -1,0 +1,53 @@
+"""Types of command line options: whole numbers and numbers within bounds, and names that are not empty.
+
+argparse puts the name of the option before the message of such a type.
+"""
+
+import argparse
+import math
+import re
+from collections.abc import Callable
+
+MOST = 2**31 - 1  # of what counts something, unless a smaller number is the most that makes sense
+
+
+def integer(least: int, most: int = MOST) -> Callable[[str], int]:
+    """A whole number in decimal digits from `least` to `most`."""
+
+    def read(text: str) -> int:
+        digits = re.fullmatch(r"[+-]?[0-9]{1,40}", text)  # int() would also take "1_000", " 5" and other digits
+        if digits is None or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {least} to {most}, got {_shown(text)}")
+        return int(text)
+
+    return read
+
+
+def number(least: float, most: float = math.inf, *, above: bool = False, below: bool = False) -> Callable[[str], float]:
+    """A finite number from `least` to `most`; `above` and `below` leave the bound itself out."""
+    bounds = f"{'above' if above else 'at least'} {least:g}"
+    if most < math.inf:
+        bounds += f" and {'below' if below else 'at most'} {most:g}"
+
+    def read(text: str) -> float:
+        try:
+            value = float(text) if re.fullmatch(r"[0-9.eE+-]+", text) else math.nan
+        except ValueError:
+            value = math.nan
+        fits = math.isfinite(value) and least <= value <= most
+        if not fits or (above and value == least) or (below and value == most):
+            raise argparse.ArgumentTypeError(f"must be a finite number, {bounds}, got {_shown(text)}")
+        return value
+
+    return read
+
+
+def not_empty(text: str) -> str:
+    """The name of a file, a folder or something else: not empty, which would mean the current folder to many."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"must not be empty, got {text!r} (an unset variable?)")
+    return text
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:37]}...")

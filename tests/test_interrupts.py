@@ -1,0 +1,183 @@
+"""Signals at every moment of a command. The processes here load neither torch nor the commands."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+START = """
+import os, signal, sys, time
+sys.argv[0] = "andromeda"  # the package does not load torch for the command
+from pathlib import Path
+from andromeda import files, interrupts
+interrupts._UNHEARD_SECONDS = interrupts._CLEAN_UP_SECONDS = 0.2
+
+def me(number):
+    os.kill(os.getpid(), number)
+"""
+
+STUCK = """
+def stuck():
+    "In C, where signals do not interrupt anything and Python does not run."
+    import ctypes
+    mutex, library = ctypes.create_string_buffer(256), ctypes.CDLL(None)
+    library.pthread_mutex_init(mutex, None)
+    library.pthread_mutex_lock(mutex)
+    import threading
+    number = int(sys.argv[1])
+    threading.Timer(0.1, me, (number,)).start()
+    library.pthread_mutex_lock(mutex)
+"""
+
+
+def run(program, *words, **options):
+    """Exit code and what was said on stderr."""
+    done = subprocess.run(
+        [sys.executable, "-c", START + textwrap.dedent(program), *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
+        **options,
+    )
+    assert done.stdout == ""
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_before_the_commands_are_loaded(tmp_path, number):
+    """`python -m andromeda`, and a signal in the middle of `import torch`, which would hide an exception."""
+    (tmp_path / "torch.py").write_text(
+        "import os, time\n"
+        "try:\n"
+        f"    os.kill(os.getpid(), {int(number)})\n"
+        "    time.sleep(30)\n"
+        "except BaseException:\n"
+        "    raise ImportError('Could not import module')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "andromeda", "info"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+    )
+    assert done.returncode == 128 + number
+    assert done.stdout == "" and done.stderr == "\nandromeda: interrupted\n"
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_block_in_which_it_comes_cleans_up(tmp_path, number):
+    program = """
+        interrupts.raise_in_commands()
+        try:
+            with files.whole_folder(sys.argv[1]) as folder:
+                (folder / "half").write_text("")
+                me(int(sys.argv[2]))
+                time.sleep(30)
+        except KeyboardInterrupt as error:
+            assert interrupts.seen() and str(error) == signal.Signals(int(sys.argv[2])).name
+            sys.exit(interrupts.exit_code(error))
+    """
+    assert run(program, tmp_path / "rows", int(number)) == (128 + number, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_end_after_the_clean_up():
+    """Python would wait for the thread, and for what libraries do at its end."""
+    program = """
+        import atexit, threading
+        threading.Thread(target=time.sleep, args=(30,)).start()
+        atexit.register(print, "done", file=sys.stderr)
+        interrupts.end(143)
+    """
+    assert run(program) == (143, "done\n")
+
+
+def test_a_second_signal_does_not_wait_for_the_clean_up(tmp_path):
+    program = """
+        interrupts._CLEAN_UP_SECONDS = 60
+        interrupts.raise_in_commands()
+        with files.whole_folder(sys.argv[1]) as folder:
+            try:
+                me(signal.SIGTERM)
+                time.sleep(30)
+            finally:
+                me(signal.SIGINT)
+                time.sleep(30)
+    """
+    assert run(program, tmp_path / "rows") == (143, "\nandromeda: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_library_that_keeps_a_signal_to_itself(tmp_path):
+    program = """
+        interrupts.raise_in_commands()
+        with files.whole_folder(sys.argv[1]) as folder:
+            try:
+                me(signal.SIGINT)
+                time.sleep(30)
+            except BaseException:
+                time.sleep(30)
+    """
+    code, said = run(program, tmp_path / "rows")
+    assert code == 130 and said.endswith("andromeda: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_library_that_does_not_let_python_run(tmp_path, number):
+    program = STUCK + textwrap.dedent("""
+        interrupts.raise_in_commands()
+        with files.whole_folder(sys.argv[2]) as folder:
+            stuck()
+    """)
+    code, _ = run(program, int(number), tmp_path / "rows")
+    assert code == 128 + number and list(tmp_path.iterdir()) == []
+
+
+def test_another_handler_may_take_its_time():
+    """As that of the training, which finishes the step and saves; a second signal acts as always."""
+    program = """
+        interrupts.raise_in_commands()
+
+        def note(number, frame):
+            signal.signal(number, previous)
+
+        previous = signal.signal(signal.SIGINT, note)
+        me(signal.SIGINT)
+        time.sleep(0.9)
+        assert not interrupts.seen()
+        try:
+            me(signal.SIGINT)
+            time.sleep(30)
+        except interrupts.Interrupted as error:
+            sys.exit(interrupts.exit_code(error) + 1)
+    """
+    assert run(program) == (131, "")
+
+
+def test_signals_that_are_ignored_stay_so():
+    """As under `nohup`."""
+    program = """
+        interrupts.leave_at_once()
+        me(signal.SIGHUP)
+        interrupts.raise_in_commands()
+        me(signal.SIGHUP)
+        sys.exit(7)
+    """
+    assert run(program, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) == (7, "")
+
+
+def test_exit_codes_without_a_signal():
+    from andromeda import interrupts
+
+    assert interrupts.exit_code() == interrupts.exit_code(KeyboardInterrupt()) == 130
+    assert not interrupts.seen()
