@@ -418,8 +418,10 @@ def train(
         if checkpoint is not None and _step_of(checkpoint) >= settings.steps:
             # Trainer would make one step more before it looks at the count.
             trainer._load_from_checkpoint(str(checkpoint))
+            trainer.state.global_step = _step_of(checkpoint)
             if not Path(settings.output_dir, MODEL).is_dir():
                 trainer.save_whole_model()
+            trainer.clear_away()
             return _result(checkpoint=checkpoint, steps=_step_of(checkpoint), damaged=damaged)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if stop.received is None:
@@ -942,6 +944,13 @@ class _Trainer(Trainer):
                 self._write_manifest(partial)
                 self._install(partial, Path(self.args.output_dir, MODEL))
         self.accelerator.wait_for_everyone()
+
+    def clear_away(self):
+        """Remove what the process that ended this run did not come to remove."""
+        if self.args.should_save:
+            folder = Path(self.args.output_dir)
+            shutil.rmtree(folder / _PARTIAL, ignore_errors=True)
+            self._drop_old(folder)
 
     @staticmethod
     def _install(partial: Path, target: Path):
