@@ -737,6 +737,15 @@ def test_checkpoints_of_format_1_are_resumed(tmp_path, checkpoints, uninterrupte
     assert_same(weights(model), uninterrupted)
 
 
+def test_a_checkpoint_without_the_state_of_the_optimiser_is_not_continued(tmp_path):
+    options = {"trainer": {"save_only_model": True}}
+    with pytest.raises(Killed):
+        rows = Rows(fail_at=10)
+        train(new_model(), rows, settings(tmp_path, **options), on_start=rows.begin)
+    with pytest.raises(ValueError, match=r"has none\s+checkpoint-\d: the state of the optimiser is not in it"):
+        train(new_model(), Rows(), settings(tmp_path, **options), resume=True)
+
+
 @pytest.mark.parametrize("kind", ["file", "dangling link"])
 def test_what_has_the_name_of_a_checkpoint_and_is_no_folder_is_refused(tmp_path, kind):
     """Before the training, not when it comes to this step."""
@@ -984,6 +993,15 @@ def test_arguments_of_trainer_pass_through(tmp_path):
 
 
 def test_calls_that_make_no_sense(tmp_path, tokenizer):
+    for model in (torch.nn.DataParallel(new_model()), None):
+        for call in (lambda model: train(model, Rows(), settings(tmp_path)), lambda model: evaluate(model, Rows())):
+            with pytest.raises(TypeError, match="model must be an Andromeda or AndromedaForCausalLM, not wrapped"):
+                call(model)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="it is no folder"):
+        train(new_model(), Rows(), settings(tmp_path / "file"))
+    with pytest.raises(ValueError, match="trainer must hold what JSON can hold"):
+        train(new_model(), Rows(), settings(tmp_path, trainer={"label_names": {"labels"}}))
     with pytest.raises(ValueError, match="at least the 2 rows of one step, got 1"):
         train(new_model(), Rows(1), settings(tmp_path))
     with pytest.raises(ValueError, match="eval_dataset must be given"):
