@@ -184,16 +184,13 @@ def _check_special(target: Path) -> None:
 def _write_into(target: Path, data: bytes) -> None:
     _check_special(target)
     descriptor = _own_descriptor(target)
-    if descriptor is None:
-        file = open(target, "wb", buffering=0)  # noqa: SIM115 (closed below; waits for the reader of a pipe)
-    else:
-        for stream in (sys.stdout, sys.stderr):  # what was printed before comes first
-            stream.flush()
-        file = open(os.dup(descriptor), "wb", buffering=0)  # noqa: SIM115 (goes on where others have written)
-    with file:
-        view = memoryview(data)
-        while view:
-            view = view[file.write(view) :]
+    if descriptor is not None:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()  # what was printed before comes first
+        descriptor = os.dup(descriptor)  # goes on where others have written
+    with open(target if descriptor is None else descriptor, "wb") as file:  # waits for the reader of a pipe
+        file.write(data)
 
 
 def _replace_file(target: Path, data: bytes) -> None:

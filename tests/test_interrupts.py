@@ -165,6 +165,22 @@ def test_another_handler_may_take_its_time():
     assert run(program) == (131, "")
 
 
+def test_another_handler_gets_its_turn_when_a_library_lets_python_run():
+    """The training's handler, and a step of the training that takes long."""
+    program = (
+        STUCK
+        + """
+import threading
+interrupts.raise_in_commands()
+signal.signal(signal.SIGINT, lambda number, frame: sys.exit(7))
+threading.Timer(0.1, me, (signal.SIGINT,)).start()
+stuck(0.9)
+time.sleep(30)
+"""
+    )
+    assert run(program) == (7, "")
+
+
 def test_a_signal_for_a_forked_worker_is_no_signal_for_the_command():
     program = (
         STUCK
