@@ -25,7 +25,7 @@ import torch
 import xxhash
 
 from andromeda import files, packing
-from andromeda.documents import Source, clean, open_source
+from andromeda.documents import Source, check_name, clean, open_source
 from andromeda.tokenizer import AndromedaTokenizer
 
 if TYPE_CHECKING:
@@ -55,10 +55,13 @@ class DatasetBuilder:
 
     Args:
         dataset_name: what to pack.
-            * a directory: all files below it whose kind is known, in the order of their names, without hidden ones.
-              Plain text and source code are one document per file. Or what `Dataset.save_to_disk` wrote.
+            * a directory: all files below it whose kind is known, in the order of their names, without hidden ones;
+              links are followed, and a file is read once. Plain text and source code are one document per file. Or
+              what `Dataset.save_to_disk` wrote.
             * a file: json, jsonl, parquet, csv, tsv or arrow with one document per record; anything else is one
-              document of plain text. `.gz`, `.bz2` and `.xz` are unpacked on the way.
+              document of plain text, unless its content is a table or JSON lines. gzip, bzip2, xz and zstd are
+              unpacked on the way. Archives, pictures and other binary files are refused.
+            * a pipe, or "-" for standard input, read once and therefore not looked up in the cache first.
             * the name of a data set on the Hugging Face hub.
             * a `datasets.Dataset`, or an `IterableDataset`, which is read anew by every build.
         seq_len: ids per row.
@@ -67,7 +70,9 @@ class DatasetBuilder:
         hf_account_repo: repository on the hub, `owner/name`, to upload the rows to.
         tokenizer: name, directory or tokenizer.json, read as `AndromedaTokenizer` does; or a tokenizer object, which
             must have an end-of-sequence token and is not changed.
-        text_column: column that holds the documents. Default: `text`, else the only column of strings.
+        text_column: column that holds the documents. Default: `text`, else the only one that may: a column of strings,
+            categories, lists or objects, or one that is empty in the first records, may be text, one of numbers or
+            times may not. All files of a source must have the column.
         split: split of a hub data set or `DatasetDict` (default "train").
         packing: "stream" cuts rows from the stream of all documents: no padding, only the last remainder (< seq_len
             ids) is left out. "bfd" keeps documents whole where they fit a row (best-fit decreasing) and pads.
@@ -75,7 +80,13 @@ class DatasetBuilder:
         label_first_token: whether the first token of a document is to be predicted, from the end of the one before; if
             not, its label is -100.
         errors: what to do with bytes that are not UTF-8, NUL characters and lone surrogates: "strict" raises with file
-            and position, "replace" puts U+FFFD in their place, "skip" leaves the document out. Both count.
+            and position, "replace" puts U+FFFD in their place, "skip" leaves the document out. Both count. More than
+            5 % of such bytes in a file are an error in any case.
+        include, exclude: patterns as of a shell, or one, for the files of a directory: `*.py` for a name, `tests` for
+            a folder, `docs/*.md` for a path below the directory. With `include`, only what matches it is read, of
+            whatever kind.
+        separator: text between two documents in plain text, such as "<|endoftext|>".
+        format: "text", "json", "jsonl", "csv", "tsv", "parquet" or "arrow": read all files so, whatever their names.
         cache_dir: where built data sets are kept. Default: $ANDROMEDA_CACHE/datasets, else
             $XDG_CACHE_HOME/andromeda/datasets, else ~/.cache/andromeda/datasets. Relative paths, here and in the other
             arguments, are those of the moment when the builder is made.
@@ -109,6 +120,10 @@ class DatasetBuilder:
         doc_mask: bool = False,
         label_first_token: bool = True,
         errors: str = "strict",
+        include: str | Iterable[str] = (),
+        exclude: str | Iterable[str] = (),
+        separator: str | None = None,
+        format: str | None = None,
         cache_dir: str | os.PathLike | None = None,
         progress: bool = True,
     ):
@@ -126,6 +141,7 @@ class DatasetBuilder:
         for name, value in (("hf_account_repo", hf_account_repo), ("text_column", text_column), ("split", split)):
             if value is not None and not (isinstance(value, str) and value):
                 raise TypeError(f"DatasetBuilder: {name} must be a non-empty string or None, got {value!r}")
+        check_name(dataset_name)
         self.dataset_name = _from_here(dataset_name)
         self.seq_len = seq_len
         self.num_cpu = num_cpu
@@ -137,6 +153,10 @@ class DatasetBuilder:
         self.doc_mask = doc_mask
         self.label_first_token = label_first_token
         self.errors = errors
+        self.include = (include,) if isinstance(include, str) else tuple(include)
+        self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        self.separator = separator
+        self.format = format
         self.cache_dir = default_cache_dir() if cache_dir is None else _absolute(cache_dir, "DatasetBuilder: cache_dir")
         self.progress = progress
         self._needed_bytes = 0  # on the disk, estimated during a build
@@ -156,7 +176,16 @@ class DatasetBuilder:
             RuntimeError: a tokenizer process died.
         """
         settings = _tokenizer_settings(self.tokenizer)
-        source = open_source(self.dataset_name, self.split, text_column=self.text_column, errors=self.errors)
+        source = open_source(
+            self.dataset_name,
+            self.split,
+            text_column=self.text_column,
+            errors=self.errors,
+            include=self.include,
+            exclude=self.exclude,
+            separator=self.separator,
+            format=self.format,
+        )
         fingerprint = source.fingerprint()
         dataset = None
         if fingerprint is not None:
@@ -283,6 +312,7 @@ class DatasetBuilder:
             "pad_token_id": settings.pad_token_id,
             "tokenizer_hash": settings.hash,
             "statistics": counts,
+            **source.facts(),
         }
         metadata["metadata_xxh3_128"] = _metadata_checksum(metadata)
         (directory / METADATA_FILE).write_text(json.dumps(metadata, indent=1), encoding="utf-8")
@@ -502,13 +532,13 @@ def default_cache_dir() -> Path:
         ValueError: it would be in the home directory, which is not known.
     """
     if chosen := os.environ.get("ANDROMEDA_CACHE"):
-        return _absolute(chosen, "ANDROMEDA_CACHE") / "datasets"
+        return _absolute(chosen, "DatasetBuilder: ANDROMEDA_CACHE") / "datasets"
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     if not os.path.isabs(base) and not base.startswith("~"):
         # So says the specification of that variable.
         warnings.warn(f"XDG_CACHE_HOME must be an absolute path, got {base!r}: it is not used", stacklevel=2)
         base = "~/.cache"
-    return _absolute(base, "the cache") / "andromeda" / "datasets"
+    return _absolute(base, "DatasetBuilder: the cache") / "andromeda" / "datasets"
 
 
 def _absolute(path: str | os.PathLike, name: str) -> Path:
@@ -523,14 +553,14 @@ def _absolute(path: str | os.PathLike, name: str) -> Path:
         head = os.environ.get("HOME") or _home_of_account()
         if not os.path.isabs(head):
             raise ValueError(
-                f"DatasetBuilder: {name} is in the home directory ({text}), which is not known: HOME is not set to an "
-                "absolute path and this user has no account; set ANDROMEDA_CACHE to a folder, or pass cache_dir"
+                f"{name} is in the home directory ({text}), which is not known: HOME is not set to an absolute path "
+                "and this user has no account; set ANDROMEDA_CACHE, or pass an absolute path as cache_dir"
             )
     elif head.startswith("~"):
         account, head = head, os.path.expanduser(head)
         if head == account:
             raise ValueError(
-                f"DatasetBuilder: {name} must be in the home directory of an account that there is, got {text!r}; a "
+                f"{name} must be in the home directory of an account that there is, got {text!r}; a "
                 f"folder of that name is './{text}'"
             )
     return Path(os.path.abspath(head + slash + tail))

@@ -1,46 +1,71 @@
-"""Where documents come from: files, directories, `datasets` objects and the hub; each as a stream of clean texts."""
+"""Where documents come from: files, directories, pipes, `datasets` objects, the hub; each as a stream of clean texts.
+
+decoding.py: bytes to text    readers.py: formats of files    folders.py: which files    columns.py: which column
+"""
 
 from __future__ import annotations
 
-import bz2
-import codecs
 import contextlib
-import csv
-import gzip
-import io
+import itertools
 import json
-import lzma
 import os
 import re
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import NamedTuple
+from pathlib import Path, PurePath
+from typing import BinaryIO
 
-from andromeda.packing import MAX_BATCH_DOCUMENTS
+from andromeda.columns import (
+    SAMPLE_FILES,
+    SAMPLE_RECORDS,
+    Choice,
+    Columns,
+    Kind,
+    arrow_kind,
+    check,
+    choose,
+    listing,
+    record_columns,
+    schema_columns,
+)
+from andromeda.decoding import BLOCK_BYTES, COMPRESSED_SUFFIXES, REMEDY, Decoder, SourceError, open_input
+from andromeda.folders import Skipped, is_rows, is_saved_dataset, walk
+from andromeda.readers import (
+    FORMATS,
+    Document,
+    Reader,
+    arrow_documents,
+    batch_rows,
+    check_record,
+    content_format,
+    missing_column,
+    open_reader,
+    split_text,
+    suffix_format,
+    text_blocks,
+)
 from andromeda.tokenizer import hub_problem
-
-# fmt: off
-TEXT_SUFFIXES = frozenset({
-    ".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".html", ".htm", ".py", ".pyi", ".pyx", ".c", ".h", ".cc",
-    ".cpp", ".cxx", ".hh", ".hpp", ".cu", ".cuh", ".java", ".kt", ".scala", ".js", ".jsx", ".ts", ".tsx", ".go", ".rs",
-    ".swift", ".cs", ".rb", ".php", ".pl", ".lua", ".r", ".jl", ".hs", ".ml", ".sh", ".sql", ".m", ".f90", ".cmake",
-    ".toml", ".yaml", ".yml",
-})
-# fmt: on
-RECORD_SUFFIXES = frozenset({".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv", ".arrow"})
-BLOCK_BYTES = 1 << 20  # longer text files arrive in parts of this size
-COMPRESSED_SUFFIXES = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
 class Source:
-    """Where documents come from."""
+    """Where documents come from.
+
+    Attributes:
+        name: for messages and for the name in the cache.
+        column: the column of documents, once it was looked for; None for plain text.
+        skipped: what was left out.
+    """
 
     name: str
-    text_column: str | None = None
-    errors: str = "strict"
+    column: str | None = None
+
+    def __init__(self, text_column: str | None, errors: str):
+        self.text_column = text_column
+        self.errors = errors
+        self.skipped = Skipped()
+        self._formats: Counter = Counter()
 
     def fingerprint(self) -> str | None:
         """Changes with the documents; None if only reading them all would tell."""
@@ -54,43 +79,107 @@ class Source:
         raise NotImplementedError
 
     def documents(self, statistics: Counter) -> Iterator[Document]:
+        """All documents, as they are; `clean` is to follow. Long ones come in parts."""
         raise NotImplementedError
 
+    def keep(self) -> None:
+        """Make sure that the documents can be read more than once."""
 
-def open_source(name, split: str | None = None, *, text_column: str | None = None, errors: str = "strict") -> Source:
-    """The source that a path, a name on the hub or an object of `datasets` stands for."""
-    source = _open_source(name, split)
-    source.text_column, source.errors = text_column, errors
-    return source
+    def facts(self) -> dict:
+        """What a user should know of a source that has been read: column, formats of files, what was skipped."""
+        return {"text_column": self.column, "formats": dict(self._formats), "skipped": self.skipped.lines()}
 
 
-def _open_source(name, split: str | None) -> Source:
+def check_name(name) -> None:
+    """Raise if a name of a source is empty: as a path that would be the current directory."""
+    text = os.fspath(name) if isinstance(name, os.PathLike) else name
+    if isinstance(text, str) and not text.strip():
+        raise ValueError(
+            f"DatasetBuilder: dataset_name must not be empty, got {text!r}; name a file, a folder or a data set"
+        )
+    if isinstance(name, PurePath) and text == ".":  # also what Path("") is
+        raise ValueError(
+            "DatasetBuilder: dataset_name must not be Path('') or Path('.'), which are the same; for the current "
+            "directory say '.' or Path.cwd()"
+        )
+
+
+def open_source(
+    name,
+    split: str | None = None,
+    *,
+    text_column: str | None = None,
+    errors: str = "strict",
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
+    separator: str | None = None,
+    format: str | None = None,
+) -> Source:
+    """The source that a path, a name on the hub or an object of `datasets` stands for; arguments as `DatasetBuilder`'s.
+
+    A `Source` is returned as it is.
+    """
+    if isinstance(name, Source):
+        return name
+    check_name(name)
+    include, exclude = _patterns(include, "include"), _patterns(exclude, "exclude")
+    if format is not None and format not in FORMATS:
+        raise ValueError(f"DatasetBuilder: format must be one of {', '.join(FORMATS)} or None, got {format!r}")
+    if separator is not None and not (isinstance(separator, str) and separator):
+        raise TypeError(f"DatasetBuilder: separator must be a non-empty string or None, got {separator!r}")
+
+    def refuse(what: str, **given):
+        for argument, value in given.items():
+            if value:
+                raise ValueError(f"DatasetBuilder: {argument} must not be given for {what}, got {value!r}")
+
     datasets = sys.modules.get("datasets")  # who holds an object of it has loaded it
     if datasets is not None and isinstance(
         name, (datasets.Dataset, datasets.IterableDataset, datasets.DatasetDict, datasets.IterableDatasetDict)
     ):
-        return _hf_source(name, split, type(name).__name__)
+        refuse("a data set", include=include, exclude=exclude, separator=separator, format=format)
+        return _hf_source(name, split, type(name).__name__, text_column, errors)
     if not isinstance(name, (str, os.PathLike)):
         raise TypeError(
             "DatasetBuilder: dataset_name must be a path, a name on the hub, a datasets.Dataset or an IterableDataset, "
             f"got {type(name).__name__}"
         )
+    text = os.fspath(name)
+    if text == "-":
+        refuse("standard input", split=split, include=include, exclude=exclude)
+        return _Pipe(None, text_column, errors, separator, format)
     path = Path(name).expanduser()
-    if any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json")):  # made by save_to_disk
+    if path.is_dir() and is_saved_dataset(path):
         import datasets
 
-        return _hf_source(datasets.load_from_disk(str(path)), split, path.name)
+        refuse("a saved data set", include=include, exclude=exclude, separator=separator, format=format)
+        return _hf_source(datasets.load_from_disk(str(path)), split, path.name, text_column, errors)
     if path.exists():
         if split is not None:
             raise ValueError(f"DatasetBuilder: split must be None for files, got {split!r}; name the right files")
-        return _Files(path)
-    text = os.fspath(name)
-    if not isinstance(name, str) or text.startswith((".", "/", "~")) or text.count("/") > 1 or _is_known(path):
+        if path.is_dir():
+            return _Files(path, text_column, errors, separator, format, include, exclude)
+        refuse("a single file", include=include, exclude=exclude)
+        if not path.is_file():
+            return _Pipe(path, text_column, errors, separator, format)
+        if path.absolute().is_relative_to("/dev"):  # /dev/stdin with a file behind it, whose name says more
+            path = path.resolve()
+        return _Files(path, text_column, errors, separator, format)
+    if not isinstance(name, str) or text.startswith((".", "/", "~")) or text.count("/") > 1 or suffix_format(path):
         raise FileNotFoundError(f"DatasetBuilder: dataset_name must be an existing path, got {text!r}")
-    return _hf_source(_load_from_hub(text, split or "train"), None, text)
+    refuse("a data set on the hub", include=include, exclude=exclude, separator=separator, format=format)
+    return _hf_source(_load_from_hub(text, split or "train"), None, text, text_column, errors)
 
 
-def _hf_source(dataset, split: str | None, name: str) -> Source:
+def _patterns(patterns: str | Iterable[str], argument: str) -> tuple[str, ...]:
+    patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
+    for pattern in patterns:
+        if not (isinstance(pattern, str) and pattern.strip()):
+            raise TypeError(f"DatasetBuilder: {argument} must be patterns such as '*.txt', got {pattern!r}")
+    return patterns
+
+
+def _hf_source(dataset, split: str | None, name: str, text_column: str | None, errors: str) -> Source:
     import datasets
 
     if isinstance(dataset, dict):
@@ -100,7 +189,9 @@ def _hf_source(dataset, split: str | None, name: str) -> Source:
         dataset = dataset[chosen]
     elif split is not None and str(dataset.split) != split:
         raise ValueError(f"DatasetBuilder: split must be that of the data set, {dataset.split}, got {split!r}")
-    return _Rows(dataset, name) if isinstance(dataset, datasets.Dataset) else _Stream(dataset, name)
+    # What a transform makes is known only by reading it.
+    has_rows = isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom"
+    return (_Rows if has_rows else _Stream)(dataset, name, text_column, errors)
 
 
 def _load_from_hub(name: str, split: str):
@@ -126,42 +217,252 @@ def _load_from_hub(name: str, split: str):
 
 
 class _Rows(Source):
-    """A `datasets.Dataset`."""
+    """A `datasets.Dataset` whose texts are those in its table."""
 
-    def __init__(self, dataset, name: str):
+    def __init__(self, dataset, name: str, text_column: str | None, errors: str):
+        super().__init__(text_column, errors)
         self._dataset = dataset
         self.name = name
+        columns = _feature_columns(dataset.features, name)
+        shown = dataset.format["columns"]  # set_format(columns=...) hides the others
+        self.column = choose([(name, {name: columns[name] for name in shown})], text_column).column
 
     def fingerprint(self) -> str:
-        return f"dataset {self._dataset._fingerprint}"
+        return f"dataset {self._dataset._fingerprint} {self.column}"
 
     def size(self) -> int | None:
         table = self._dataset.data  # all rows, the dataset may have chosen some of them
-        return table.column(self._column()).nbytes * len(self._dataset) // len(table) if len(table) else None
+        return table.column(self.column).nbytes * len(self._dataset) // len(table) if len(table) else None
 
     def num_documents(self) -> int:
         return len(self._dataset)
 
-    def _column(self) -> str:
-        columns = {name: _feature_kind(feature) for name, feature in self._dataset.features.items()}
-        return _choose_column(columns, self.text_column, self.name)
-
-    def documents(self, statistics) -> Iterator[Document]:
-        column = self._column()
-        table = self._dataset.select_columns([column]).with_format("arrow")
-        row = 0
-        for batch in table.iter(batch_size=MAX_BATCH_DOCUMENTS):
-            for text in batch.column(0).to_pylist():
-                yield Document(text, f"{self.name}, row {row}, column {column!r}")
-                row += 1
+    def documents(self, statistics: Counter) -> Iterator[Document]:
+        table = self._dataset.with_format(None).select_columns([self.column]).with_format("arrow")
+        decode = Decoder(f"{self.name}, column {self.column!r}", self.errors)
+        rows = itertools.count()
+        with _located(self.name):
+            for batch in table.iter(batch_size=batch_rows(self.size() or 0, len(table))):
+                for chunk in batch.column(0).chunks:
+                    yield from arrow_documents(chunk, self.column, self.name, rows, decode)
+        decode.finish()
 
 
 class _Stream(Source):
-    """A `datasets.IterableDataset`: known only by reading it."""
+    """Records that are known only by reading them: an `IterableDataset`, or a `Dataset` with a transform."""
 
-    def __init__(self, dataset, name: str):
+    def __init__(self, dataset, name: str, text_column: str | None, errors: str):
+        import datasets
+
+        super().__init__(text_column, errors)
+        self._features = None
+        if isinstance(dataset, datasets.IterableDataset):
+            dataset = dataset.with_format(None)  # the texts are the same in all formats, the records are not
+            self._features = dataset.features
         self._dataset = dataset
         self.name = name
+
+    def fingerprint(self) -> None:
+        return None
+
+    def size(self) -> None:
+        return None
+
+    def num_documents(self) -> int | None:
+        return len(self._dataset) if hasattr(self._dataset, "__len__") else None
+
+    def documents(self, statistics: Counter) -> Iterator[Document]:
+        records = self._records()
+        first = list(itertools.islice(records, SAMPLE_RECORDS))
+        if not first:
+            return
+        known = None if self._features is None else _feature_columns(self._features, self.name)
+        choice = choose([(self.name, known or record_columns(first))], self.text_column)
+        self.column = column = choice.column
+        decode = Decoder(self.name, self.errors)
+        for row, record in enumerate(itertools.chain(first, records)):
+            place = f"{self.name}, row {row}"
+            if choice.guessed and known is None:
+                check_record(record, column, place)
+            if column not in record:
+                raise missing_column(record, column, place)
+            text = record[column]
+            if isinstance(text, bytes):
+                text = decode(text, 0, f", row {row}, column {column!r}")
+            yield Document(text, f"{place}, column {column!r}")
+        decode.finish()
+
+    def _records(self) -> Iterator[dict]:
+        row, records = 0, iter(self._dataset)
+        while True:
+            try:
+                record = next(records, None)
+                if record is None:
+                    return
+                record = dict(record)
+            except OSError:
+                raise
+            except Exception as error:  # of the user's generator or transform
+                message = f"{self.name}, row {row} cannot be read: {type(error).__name__}: {error}"
+                raise SourceError(message) from error
+            yield record
+            row += 1
+
+
+def _feature_columns(features, where: str) -> Columns:
+    """Columns by the features of a data set; pictures and sounds are no text, though they are objects with bytes."""
+    media = ("Image", "Audio", "Video", "Pdf", "Nifti")
+    kinds = (
+        Kind(type(feature).__name__, may_be_text=False) if type(feature).__name__ in media else arrow_kind(field.type)
+        for feature, field in zip(features.values(), features.arrow_schema, strict=True)
+    )
+    return schema_columns(features, kinds, where)
+
+
+class _Files(Source):
+    """A file, or the files of known kinds below a directory."""
+
+    def __init__(
+        self,
+        path: Path,
+        text_column: str | None,
+        errors: str,
+        separator: str | None = None,
+        format: str | None = None,
+        include: tuple[str, ...] = (),
+        exclude: tuple[str, ...] = (),
+    ):
+        super().__init__(text_column, errors)
+        self.name = path.name or path.absolute().name or "files"
+        self._root = path
+        self._separator = separator
+        self._format = format
+        self._options = {"include": include, "exclude": exclude, "separator": separator, "format": format}
+        self._skips_objects = False  # whether a lone JSON object without the column is a description of the data
+        if path.is_dir():
+            if is_rows(path):
+                raise SourceError(
+                    f"{path} must hold documents, got rows that are packed already: give them to `andromeda train` or "
+                    "`andromeda eval`, or open them with andromeda.dataset.PackedDataset"
+                )
+            is_known = (lambda file: True) if format else suffix_format
+            self._files = walk(path, is_known, include, exclude, self.skipped)
+        else:
+            self._files = [path]
+        if not self._files:
+            raise SourceError(
+                f"{path} must hold files of a known kind (text, source code, json, jsonl, parquet, csv, arrow), "
+                f"found {'; '.join(self.skipped.lines()) or 'no files'}"
+            )
+
+    def fingerprint(self) -> str:
+        stats = [(str(path.absolute()), path.stat()) for path in self._files]
+        files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+        return json.dumps({"files": files, **self._options})
+
+    def size(self) -> int:
+        def text_bytes(path: Path) -> int:
+            packed = path.suffix.lower() in COMPRESSED_SUFFIXES  # text, to about a quarter
+            return path.stat().st_size * (4 if packed else 1)
+
+        return sum(map(text_bytes, self._files))
+
+    def num_documents(self) -> int | None:
+        is_text = self._separator is None and all(
+            (self._format or suffix_format(path)) == "text" for path in self._files
+        )
+        return len(self._files) if is_text else None
+
+    def documents(self, statistics: Counter) -> Iterator[Document]:
+        choice = self._choose()
+        self.column = None if choice is None else choice.column
+        self._formats.clear()
+        statistics["ignored_files"] = self.skipped.total()
+        for path in self._files:
+            with self._open(path, statistics) as reader:
+                if not self._has_documents(reader, choice, path):
+                    statistics["ignored_files"] += 1
+                    continue
+                statistics["files"] += 1
+                self._formats[reader.format] += 1
+                yield from reader.documents(choice)
+        if self._separator is not None and not self._formats["text"]:
+            raise SourceError(f"separator must not be given for {self._root}, which holds no plain text")
+
+    @contextlib.contextmanager
+    def _open(self, path: Path, statistics: Counter) -> Iterator[Reader]:
+        with _located(str(path)), open_input(path, str(path)) as source:
+            format = self._format or suffix_format(path) or content_format(source.head)
+            yield open_reader(source, str(path), format, self.errors, statistics, self._separator)
+
+    def _choose(self) -> Choice | None:
+        """The column of documents, one for all files; None if there are no records with columns."""
+        wanted = self.text_column
+        formats = [(path, self._format or suffix_format(path)) for path in self._files]
+        # Lone JSON objects are json files: the others are to be asked, too.
+        groups = [
+            [path for path, format in formats if (format == "json") == is_json and format != "text"]
+            for is_json in (False, True)
+        ]
+        tables: list[tuple[str, Columns]] = []
+        objects: list[tuple[str, Columns]] = []
+        num_texts = len(self._files) - sum(map(len, groups))
+        for path in [*groups[0][:SAMPLE_FILES], *groups[1][:SAMPLE_FILES]]:
+            with self._open(path, Counter()) as reader:
+                columns = reader.columns(wanted)
+                if reader.format == "text":
+                    num_texts += 1
+                if columns:
+                    (objects if reader.is_single_object() else tables).append((str(path), columns))
+        if tables or not objects:
+            self._skips_objects = True
+            if tables:
+                return choose(tables, wanted)
+            if wanted is not None and not any(format != "text" for _, format in formats):
+                raise SourceError(f"text_column must be None for {self._root}, which is plain text, got {wanted!r}")
+            if wanted is not None:
+                raise SourceError(f"text_column must be None for {self._root}, which has no columns, got {wanted!r}")
+            return None
+        if num_texts and wanted is None and not any("text" in columns for _, columns in objects):
+            name, columns = next((it for it in objects if any(kind.may_be_text for kind in it[1].values())), (None, {}))
+            if name is not None:
+                raise SourceError(
+                    f"{name} is one JSON object beside files of text; to read it, choose with text_column; to leave "
+                    f"it out, exclude it; {listing(columns)}"
+                )
+            self._skips_objects = True
+            return None
+        return choose(objects, wanted)
+
+    def _has_documents(self, reader: Reader, choice: Choice | None, path: Path) -> bool:
+        """Whether a file is to be read; raises if it has other columns than the source."""
+        if reader.format in ("text", "jsonl"):  # each record of jsonl is looked at
+            return True
+        columns = reader.columns(self.text_column)
+        if self._skips_objects and reader.is_single_object() and (choice is None or choice.column not in columns):
+            name = str(path.relative_to(self._root)) if path != self._root else str(path)
+            self.skipped.add(name, "single JSON objects without the text column")
+            return False
+        if columns and choice is None:
+            raise SourceError(f"{path} has columns and the files before it have none; choose with text_column")
+        if columns and reader.format != "json":
+            check(choice, columns, str(path))
+        return True
+
+
+class _Pipe(Source):
+    """Standard input, a named pipe or what else can be read only once."""
+
+    def __init__(
+        self, path: Path | None, text_column: str | None, errors: str, separator: str | None, format: str | None
+    ):
+        super().__init__(text_column, errors)
+        self.name = "standard input" if path is None else str(path)
+        self._path = path
+        self._separator = separator
+        self._format = format
+        self._copy: BinaryIO | None = None
+        self._was_read = False
 
     def fingerprint(self) -> None:
         return None
@@ -172,354 +473,58 @@ class _Stream(Source):
     def num_documents(self) -> None:
         return None
 
-    def documents(self, statistics) -> Iterator[Document]:
-        column = None
-        for row, record in enumerate(self._dataset):
-            if column is None:
-                column = _choose_column(_record_kinds(record), self.text_column, self.name)
-            yield _field(record, column, f"{self.name}, row {row}")
+    def keep(self) -> None:
+        if self._copy is None:
+            with self._open() as stream:
+                self._copy = tempfile.TemporaryFile()  # noqa: SIM115 (removed with this object)
+                while block := stream.read(BLOCK_BYTES):
+                    self._copy.write(block)
 
+    def _open(self) -> contextlib.AbstractContextManager[BinaryIO]:
+        if self._was_read:
+            raise SourceError(f"{self.name} can be read only once: write it to a file first")
+        self._was_read = True
+        if self._path is None:
+            return contextlib.nullcontext(sys.stdin.buffer)
+        return open(self._path, "rb")
 
-def _feature_kind(feature) -> str:
-    kind = getattr(feature, "dtype", type(feature).__name__)
-    return "string" if kind in ("string", "large_string", "string_view") else str(kind)
-
-
-def _record_kinds(record: dict) -> dict[str, str]:
-    return {name: "string" if isinstance(value, str) else type(value).__name__ for name, value in record.items()}
-
-
-def _field(record: dict, column: str, where: str, offset: int = 0) -> Document:
-    if column not in record:
-        got = ", ".join(record) or "no columns"
-        raise ValueError(f"DatasetBuilder: {where} must have the column {column!r}, got {got}")
-    return Document(record[column], f"{where}, column {column!r}", offset)
-
-
-class _Files(Source):
-    """A file, or all files of known kinds below a directory."""
-
-    def __init__(self, path: Path):
-        self.name = path.name or str(path.absolute())
-        self._root = path
-        self._ignored: Counter = Counter()
-        self._files = [path] if path.is_file() else self._walk(path)
-        if not self._files:
-            listing = ", ".join(f"{count} x {suffix or 'no suffix'}" for suffix, count in self._ignored.most_common(8))
-            raise ValueError(
-                f"DatasetBuilder: {path} must hold files of a known kind (text, source code, json, jsonl, parquet, "
-                f"csv, arrow), found {listing or 'no files'}"
-            )
-
-    def _walk(self, root: Path) -> list[Path]:
-        found = []
-        for folder, folders, files in os.walk(root):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in sorted(files):
-                path = Path(folder, name)
-                if name.startswith(".") or not path.is_file():
-                    continue
-                if _is_known(path):
-                    found.append(path)
-                else:
-                    self._ignored[path.suffix.lower()] += 1
-        return found
-
-    def fingerprint(self) -> str:
-        stats = [(str(path.absolute()), path.stat()) for path in self._files]
-        return json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
-
-    def size(self) -> int:
-        def text_bytes(path: Path) -> int:
-            packed = path.suffix.lower() in COMPRESSED_SUFFIXES  # text, to about a quarter
-            return path.stat().st_size * (4 if packed else 1)
-
-        return sum(map(text_bytes, self._files))
-
-    def num_documents(self) -> int | None:
-        return len(self._files) if all(_kind(path) == ".txt" for path in self._files) else None
-
-    def documents(self, statistics) -> Iterator[Document]:
-        statistics["ignored_files"] = self._ignored.total()
-        for path in self._files:
-            statistics["files"] += 1
-            with _open(path) as file:
-                yield from _READERS[_kind(path)](file, str(path), self.text_column, self.errors, statistics)
-
-
-def _inner_suffix(path: Path) -> str:
-    """The suffix in lower case, that of the content for a compressed file."""
-    suffix = path.suffix.lower()
-    return Path(path.stem).suffix.lower() if suffix in COMPRESSED_SUFFIXES else suffix
-
-
-def _is_known(path: Path) -> bool:
-    return _inner_suffix(path) in TEXT_SUFFIXES | RECORD_SUFFIXES
-
-
-def _kind(path: Path) -> str:
-    suffix = _inner_suffix(path)
-    return suffix if suffix in RECORD_SUFFIXES else ".txt"
+    def documents(self, statistics: Counter) -> Iterator[Document]:
+        if self._copy is not None:
+            self._copy.seek(0)
+        path = self._path or Path("-")
+        with (
+            _located(self.name),
+            self._open() if self._copy is None else contextlib.nullcontext(self._copy) as stream,
+            open_input(path, self.name, stream) as source,
+        ):
+            format = self._format or suffix_format(path) or content_format(source.head)
+            reader = open_reader(source, self.name, format, self.errors, statistics, self._separator)
+            columns = reader.columns(self.text_column)
+            choice = choose([(self.name, columns)], self.text_column) if columns else None
+            for argument, value in (("text_column", self.text_column), ("separator", self._separator)):
+                if value is not None and (format == "text") == (argument == "text_column"):
+                    raise SourceError(f"{argument} must be None for {self.name}, which is read as {format}")
+            self.column = None if choice is None else choice.column
+            self._formats[format] += 1
+            yield from reader.documents(choice)
 
 
 @contextlib.contextmanager
-def _open(path: Path) -> Iterator[io.BufferedIOBase]:
-    unpack = COMPRESSED_SUFFIXES.get(path.suffix.lower(), open)
+def _located(name: str) -> Iterator[None]:
+    """Whatever goes wrong inside names the source."""
     try:
-        with unpack(path, "rb") as file:
-            yield file
-    except (EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise ValueError(f"DatasetBuilder: {path} must be a complete compressed file: {error}") from error
+        yield
+    except (SourceError, MemoryError):
+        raise
+    except OSError as error:
+        if error.filename is None:
+            error.filename = name
+        raise
+    except Exception as error:
+        raise SourceError(f"{name} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _lines(file, where: str, errors: str, statistics: Counter) -> Iterator[tuple[str, int, int]]:
-    """(text with its line end, line number from 1, byte offset) of each line."""
-    offset = 0
-    for number, line in enumerate(file, 1):
-        mark = len(codecs.BOM_UTF8) if number == 1 and line.startswith(codecs.BOM_UTF8) else 0
-        statistics["byte_order_marks"] += bool(mark)
-        yield _decode(line[mark:], f"{where}, line {number}", offset + mark, errors), number, offset + mark
-        offset += len(line)
-
-
-def _blocks(file, where: str, errors: str, statistics: Counter) -> Iterator[tuple[str, int]]:
-    """(text, byte offset) of consecutive parts of a text file of about BLOCK_BYTES, cut between characters."""
-    offset, rest = 0, b""
-    while block := file.read(BLOCK_BYTES):
-        data = rest + block
-        if offset == 0 and not rest and data.startswith(codecs.BOM_UTF8):
-            statistics["byte_order_marks"] += 1
-            offset = len(codecs.BOM_UTF8)
-            data = data[offset:]
-        end = _end_of_last_character(data)
-        if end:
-            yield _decode(data[:end], where, offset, errors), offset
-        offset, rest = offset + end, data[end:]
-    if rest:
-        yield _decode(rest, where, offset, errors), offset
-
-
-def _end_of_last_character(data: bytes) -> int:
-    """How many bytes of UTF-8 there are before a character that is not whole at the end."""
-    for back in range(1, min(4, len(data)) + 1):
-        lead = data[-back]
-        if lead & 0xC0 != 0x80:  # not one of the bytes that continue a character
-            size = 1 if lead < 0xC0 else 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
-            return len(data) - back if size > back else len(data)
-    return len(data)
-
-
-def _split_text(blocks: Iterable[tuple[str, int]], where: str, separator: str | None) -> Iterator[Document]:
-    """One document, or those between the separators, from consecutive parts of a text; long ones in parts."""
-    if separator is None:
-        before = None
-        for block in blocks:
-            if before is not None:
-                yield Document(before[0], where, before[1], continues=True)
-            before = block
-        text, offset = before or ("", 0)
-        yield Document(text, where, offset)
-        return
-    number, text, offset = 0, "", 0
-    for block, start in blocks:
-        text, offset = (text + block, offset) if text else (block, start)
-        *whole, text = text.split(separator)
-        for piece in whole:
-            yield Document(piece, f"{where}, document {number}", offset)
-            offset += _num_bytes(piece) + _num_bytes(separator)
-            number += 1
-        # The end may be the start of a separator, and the last part of a document must not be empty.
-        if len(text) > len(separator):
-            part = text[: -len(separator)]
-            yield Document(part, f"{where}, document {number}", offset, continues=True)
-            offset += _num_bytes(part)
-            text = text[-len(separator) :]
-    if text or not number:
-        yield Document(text, f"{where}, document {number}", offset)
-
-
-def _num_bytes(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogateescape"))
-
-
-def _read_all(file, where: str, errors: str, statistics: Counter) -> tuple[str, int]:
-    """The text of a whole file and the byte offset at which it starts."""
-    data = file.read()
-    mark = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
-    statistics["byte_order_marks"] += bool(mark)
-    return _decode(data[mark:] if mark else data, where, mark, errors), mark
-
-
-def _read_text(file, where, text_column, errors, statistics) -> Iterator[Document]:
-    yield from _split_text(_blocks(file, where, errors, statistics), where, None)
-
-
-def _read_json_lines(file, where, text_column, errors, statistics) -> Iterator[Document]:
-    records = _Records(where, text_column)
-    for line, number, offset in _lines(file, where, errors, statistics):
-        if not line.strip():
-            continue
-        place = f"{where}, line {number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            position = offset + len(line[: error.pos].encode("utf-8", "surrogateescape"))
-            raise ValueError(f"DatasetBuilder: {place} must be JSON: {error.msg} at byte {position}") from error
-        yield records.document(record, place)
-
-
-def _read_json(file, where, text_column, errors, statistics) -> Iterator[Document]:
-    """One list of records, or records one after the other."""
-    records = _Records(where, text_column)
-    text, offset = _read_all(file, where, errors, statistics)
-    decoder = json.JSONDecoder()
-    white_space = re.compile(r"\s*")
-    position = white_space.match(text).end()
-    number = 0
-    while position < len(text):
-        try:
-            value, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            place = offset + len(text[: error.pos].encode("utf-8", "surrogateescape"))
-            raise ValueError(f"DatasetBuilder: {where} must be JSON: {error.msg} at byte {place}") from error
-        for record in value if isinstance(value, list) else [value]:
-            yield records.document(record, f"{where}, record {number}")
-            number += 1
-        position = white_space.match(text, position).end()
-
-
-class _Records:
-    """Finds the text in the JSON records of one file: the record itself if it is a string, else one of its columns."""
-
-    def __init__(self, where: str, text_column: str | None):
-        self._where = where
-        self._wanted = text_column
-        self._column: str | None = None
-
-    def document(self, record, where: str) -> Document:
-        if isinstance(record, str):
-            return Document(record, where)
-        if not isinstance(record, dict):
-            raise ValueError(f"DatasetBuilder: {where} must be an object or a string, got {type(record).__name__}")
-        if self._column is None:
-            self._column = _choose_column(_record_kinds(record), self._wanted, self._where)
-        return _field(record, self._column, where)
-
-
-def _read_separated(file, where, text_column, errors, statistics, delimiter: str) -> Iterator[Document]:
-    lines = (line for line, _, _ in _lines(file, where, errors, statistics))
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    before = csv.field_size_limit(sys.maxsize)  # documents are longer than the fields csv expects
-    try:
-        header = next(reader, None)
-        if header is None:
-            return
-        rows = iter(reader)
-        first = next(rows, None)
-        if first is None:
-            return
-        # In a table of numbers and words everything is a string: what reads as a number is not counted as text.
-        kinds = {
-            name: "string" if not _is_number(value) else "number" for name, value in zip(header, first, strict=False)
-        }
-        column = header.index(_choose_column(kinds, text_column, where))
-        row: list[str] | None = first
-        while row is not None:
-            if row:
-                place = f"{where}, line {reader.line_num}, column {header[column]!r}"
-                if len(row) != len(header):
-                    raise ValueError(f"DatasetBuilder: {place}: must have {len(header)} fields, got {len(row)}")
-                yield Document(row[column], place)
-            row = next(rows, None)
-    except csv.Error as error:
-        raise ValueError(f"DatasetBuilder: {where}, line {reader.line_num} must be csv: {error}") from error
-    finally:
-        csv.field_size_limit(before)
-
-
-def _is_number(value: str) -> bool:
-    try:
-        float(value)
-    except ValueError:
-        return False
-    return True
-
-
-def _read_csv(file, where, text_column, errors, statistics) -> Iterator[Document]:
-    yield from _read_separated(file, where, text_column, errors, statistics, ",")
-
-
-def _read_tsv(file, where, text_column, errors, statistics) -> Iterator[Document]:
-    yield from _read_separated(file, where, text_column, errors, statistics, "\t")
-
-
-def _read_parquet(file, where, text_column, errors, statistics) -> Iterator[Document]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(file)
-        column = _choose_column(_arrow_kinds(table.schema_arrow), text_column, where)
-        batches = table.iter_batches(batch_size=MAX_BATCH_DOCUMENTS, columns=[column])
-        yield from _arrow_documents(batches, column, where)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise ValueError(f"DatasetBuilder: {where} must be a Parquet file with UTF-8 text: {error}") from error
-
-
-def _read_arrow(file, where, text_column, errors, statistics) -> Iterator[Document]:
-    import pyarrow
-
-    try:
-        magic = file.read(6)
-        file.seek(0)
-        if magic == b"ARROW1":
-            reader = pyarrow.ipc.open_file(file)
-            batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
-        else:
-            reader = batches = pyarrow.ipc.open_stream(file)
-        column = _choose_column(_arrow_kinds(reader.schema), text_column, where)
-        yield from _arrow_documents(batches, column, where)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise ValueError(f"DatasetBuilder: {where} must be an Arrow file with UTF-8 text: {error}") from error
-
-
-def _arrow_kinds(schema) -> dict[str, str]:
-    return {
-        field.name: "string" if str(field.type) in ("string", "large_string", "string_view") else str(field.type)
-        for field in schema
-    }
-
-
-def _arrow_documents(batches, column: str, where: str) -> Iterator[Document]:
-    row = 0
-    for batch in batches:
-        for text in batch.column(column).to_pylist():
-            yield Document(text, f"{where}, row {row}, column {column!r}")
-            row += 1
-
-
-_READERS = {
-    ".txt": _read_text,
-    ".json": _read_json,
-    ".jsonl": _read_json_lines,
-    ".ndjson": _read_json_lines,
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
-    ".parquet": _read_parquet,
-    ".arrow": _read_arrow,
-}
-
-
-# Text and columns
-
-
-class Document(NamedTuple):
-    """A document, or a part of one: the parts of a long text follow each other, and none of them is empty."""
-
-    text: str | None
-    where: str  # file or data set, with line or row
-    offset: int = 0  # bytes of `where` before the text, for messages
-    continues: bool = False  # the next Document continues this one
+# Clean text
 
 
 def clean(documents: Iterable[Document], errors: str, statistics: Counter) -> Iterator[Document]:
@@ -595,7 +600,7 @@ def _read_back(waiting, like: Document, continues: bool) -> Iterator[Document]:
     if not waiting.tell():
         return
     waiting.seek(0)
-    for part in _split_text(_blocks(waiting, like.where, "strict", Counter()), like.where, None):
+    for part in split_text(text_blocks(waiting, Decoder(like.where, "strict"), None), like.where, None):
         yield part._replace(continues=part.continues or continues)
     waiting.seek(0)
     waiting.truncate()
@@ -615,11 +620,28 @@ def _bad_character(document: Document, index: int) -> ValueError:
     text, where, offset, _ = document
     kind = "a NUL character" if text[index] == "\0" else f"the lone surrogate U+{ord(text[index]):04X}"
     position = offset + len(text[:index].encode())
-    return ValueError(f"DatasetBuilder: {where} must be text, got {kind} at byte {position}; {_REMEDY}")
+    return ValueError(f"DatasetBuilder: {where} must be text, got {kind} at byte {position}; {REMEDY}")
 
 
+def texts_of_words(documents: Iterable[Document]) -> Iterator[str]:
+    """The texts of documents to train a tokenizer on: long ones in parts that end before white space.
+
+    The words are those of the whole text, unless there is none for many parts.
+    """
+    rest = ""
+    for text, _, _, continues in documents:
+        text = rest + text
+        end = len(text)
+        if continues:
+            found = _LAST_WORD.match(text)
+            end = found.end() if found else 0 if len(text) < 16 * BLOCK_BYTES else end
+        if end:
+            yield text[:end]
+        rest = text[end:]
+
+
+_LAST_WORD = re.compile(r".*\S(?=\s)", re.DOTALL)
 _BAD_CHARACTERS = re.compile("[\0\ud800-\udfff]")
-_REMEDY = "errors='replace' puts U+FFFD in its place, errors='skip' leaves the document out"
 
 
 def _first_bad_character(text: str) -> int | None:
@@ -634,42 +656,3 @@ def _first_bad_character(text: str) -> int | None:
             pass
     match = _BAD_CHARACTERS.search(text)
     return match.start() if match else None
-
-
-def _decode(data: bytes, where: str, offset: int, errors: str) -> str:
-    """UTF-8 to text. Unless `errors` is "strict", bad bytes become surrogates, which `clean` deals with."""
-    if errors != "strict":
-        return data.decode("utf-8", "surrogateescape")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        hint = ""
-        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            hint = " (the file looks like UTF-16: convert it)"
-        position = offset + error.start
-        raise ValueError(
-            f"DatasetBuilder: {where} must be UTF-8, got byte 0x{data[error.start]:02x} at byte {position}: "
-            f"{error.reason}{hint}; {_REMEDY}"
-        ) from None
-
-
-def _choose_column(columns: dict[str, str], wanted: str | None, where: str) -> str:
-    """The column of documents: the one asked for, else `text`, else the only one of strings.
-
-    Args:
-        columns: name -> kind; "string" marks text.
-    """
-    there = "there are: " + (", ".join(f"{name} ({kind})" for name, kind in columns.items()) or "none")
-    if wanted is not None:
-        if wanted not in columns:
-            raise ValueError(f"DatasetBuilder: text_column must be a column of {where}, got {wanted!r}; {there}")
-        return wanted
-    if "text" in columns:
-        return "text"
-    strings = [name for name, kind in columns.items() if kind == "string"]
-    if len(strings) != 1:
-        found = "several columns" if strings else "no column"
-        raise ValueError(
-            f"DatasetBuilder: {where} has {found} of strings and none named 'text': choose with text_column; {there}"
-        )
-    return strings[0]

@@ -216,6 +216,8 @@ def open_rows(source: str, *, tokenizer, seq_len: int, doc_mask: bool):
 
     if (Path(source) / METADATA_FILE).is_file():
         rows = PackedDataset(source, doc_mask=doc_mask)
+        if not rows.verify():
+            say(f"andromeda: {source} is of an older version and has no checksums: damage would not be noticed")
         _check_same_tokenizer(Path(source), tokenizer)
         return rows
     from andromeda import DatasetBuilder
@@ -234,14 +236,14 @@ def _check_same_tokenizer(folder: Path, tokenizer):
         raise UsageError(f"the rows in {folder} were packed with another tokenizer; pack the text with the one in use")
 
 
-def texts_of(source, text_column: str | None = None, split: str | None = None, errors: str = "strict"):
-    """The documents of a source, as the packing will see them."""
+def texts_of(source, text_column: str | None = None, split: str | None = None, errors: str = "strict", **options):
+    """The documents of a source, as the packing will see them; long ones in parts."""
     from andromeda.documents import clean, open_source
     from andromeda.packing import in_parts
 
+    opened = open_source(source, split, text_column=text_column, errors=errors, **options)
     counts: Counter = Counter()
-    documents = open_source(source, split, text_column=text_column, errors=errors).documents(counts)
-    return in_parts(clean(documents, errors, counts))
+    return in_parts(clean(opened.documents(counts), errors, counts))
 
 
 def pack(source, target: Path, tokenizer, **options):

@@ -329,6 +329,12 @@ def test_cache_key(build, tokenizer, tmp_path):
     path.write_text(" ".join(TEXTS))
     other = AndromedaTokenizer(tokenizer.tokenizer, extra_ids=1)
     variants = [{}, {"seq_len": 8}, {"packing": "bfd"}, {"errors": "skip"}, {"tokenizer": other}]
+    variants += [
+        {"separator": " beta "},
+        {"format": "text"},
+        {"tokenizer": AndromedaTokenizer(tokenizer.tokenizer, "</s>")},
+    ]
+    variants += [{"tokenizer": AndromedaTokenizer(tokenizer.tokenizer, pad_token="<fill>")}]
     paths = [build(path, **variant).path for variant in variants]
     assert len(set(paths)) == len(variants)
     assert paths[0].name.startswith("a.txt-")
@@ -893,7 +899,7 @@ def test_no_home(no_account, monkeypatch, home, options):
     if home is not None:
         monkeypatch.setenv("HOME", home)
     with pytest.raises(
-        ValueError, match=r"home directory .* not known: HOME .*; set ANDROMEDA_CACHE .* pass cache_dir"
+        ValueError, match=r"home directory .* not known: HOME .*; set ANDROMEDA_CACHE, or pass .*cache_dir"
     ):
         DatasetBuilder("corpus", **options)
 

@@ -101,7 +101,7 @@ def test_compressed_files(tmp_path, suffix, pack):
     assert (counts["files"], counts["ignored_files"]) == (2, 1)
     whole = (tmp_path / f"a.txt{suffix}").read_bytes()
     (tmp_path / f"a.txt{suffix}").write_bytes(whole[:-6])
-    with pytest.raises(ValueError, match="must be a complete compressed file"):
+    with pytest.raises(ValueError, match=r"must be a whole .* file, it is damaged after 13 bytes"):
         texts_of(tmp_path)
 
 
@@ -112,7 +112,7 @@ def test_directory_is_read_in_order_of_names(tmp_path):
         path.write_text(f"content of {name}")
     texts, counts = texts_of(tmp_path)
     assert texts == [f"content of {name}" for name in ("a.md", "c.cu", "b/a.txt", "b/z.py")]
-    assert counts["ignored_files"] == 2
+    assert counts["ignored_files"] == 4
     assert open_source(tmp_path, None).num_documents() == 4
     assert texts_of(tmp_path / "Makefile")[0] == ["content of Makefile"]  # named: a text whatever its suffix
     assert texts_of(Path(tmp_path / "b" / ".x.txt"))[0] == ["content of b/.x.txt"]
@@ -123,7 +123,7 @@ def test_directory_without_known_files(tmp_path):
         open_source(tmp_path, None)
     (tmp_path / "a.png").touch()
     (tmp_path / "README").touch()
-    with pytest.raises(ValueError, match=r"found 1 x \.png, 1 x no suffix|found 1 x no suffix, 1 x \.png"):
+    with pytest.raises(ValueError, match=r"found 2 of no known kind: README, a.png"):
         open_source(tmp_path, None)
 
 
@@ -185,6 +185,8 @@ def test_saved_dataset(tmp_path):
 )
 @pytest.mark.parametrize("kind", ["dataset", "jsonl", "parquet", "csv"])
 def test_column_choice(tmp_path, kind, columns, wanted, expected):
+    if kind == "csv" and wanted is None:  # all of its fields are strings: a number may be a text
+        columns.pop("n", None)
     dataset = datasets.Dataset.from_dict(columns)
     source = dataset
     if kind != "dataset":
@@ -199,7 +201,7 @@ def test_column_choice(tmp_path, kind, columns, wanted, expected):
         (
             {"a": ["x"], "b": ["y"]},
             None,
-            r"several columns of strings and none named 'text'.*a \(string\), b \(string\)",
+            r"several columns that may be text and none named 'text'.*a \(string\), b \(string\)",
         ),
         ({"n": [1]}, None, r"no column of strings.*n \(int"),
         ({"a": ["x"]}, "b", r"text_column must be a column of .*, got 'b'; there are: a \(string\)"),
@@ -231,7 +233,7 @@ def test_values_that_are_not_text():
         ("a.jsonl", "[1]\n", r"a.jsonl, line 1 must be an object or a string, got list"),
         ("a.json", '[{"text": "a"}', r"a.json must be JSON: .* at byte 14"),
         ("a.csv", 'text\n"unclosed\n', r"a.csv, line 2 must be csv"),
-        ("a.csv", "id,text\n1,a,b\n", r"a.csv, line 2, column 'text': must have 2 fields, got 3"),
+        ("a.csv", "id,text\n1,a,b\n", r"a.csv, line 2, column 'text': must have 2 fields as the header, got 3"),
         ("a.parquet", "text", r"a.parquet must be a Parquet file"),
         ("a.arrow", "text", r"a.arrow must be an Arrow file"),
     ],
@@ -249,7 +251,6 @@ def test_malformed_files(tmp_path, name, content, message):
 DIRTY = [
     ("latin.txt", "gr\N{LATIN SMALL LETTER U WITH DIAERESIS}n".encode("latin-1"), "byte 0xfc at byte 2", "gr\ufffdn"),
     ("nul.txt", "ü\0x".encode(), "a NUL character at byte 2", "ü\ufffdx"),
-    ("utf16.txt", "ab".encode("utf-16"), r"0xf[ef] at byte 0: .*UTF-16", None),
     ("bom-nul.txt", b"\xef\xbb\xbfa\0", "a NUL character at byte 4", "a\ufffd"),
     ("a.jsonl", b'{"text": "ok"}\n{"text": "\xff"}\n', "line 2 must be UTF-8, got byte 0xff at byte 25", "\ufffd"),
     ("nul.jsonl", b'{"text": "a\\u0000"}\n', "column 'text' must be text, got a NUL character at byte 1", "a\ufffd"),
@@ -268,10 +269,7 @@ def test_bad_text(tmp_path, name, data, message, repaired):
     assert texts == (["ok"] if name == "a.jsonl" else [])
     assert (counts["skipped_documents"], counts["repaired_documents"]) == (1, 0)
     texts, counts = texts_of(path, errors="replace")
-    if repaired is not None:
-        assert texts[-1] == repaired
-    assert "\0" not in texts[-1]
-    texts[-1].encode()
+    assert texts[-1] == repaired
     assert (counts["skipped_documents"], counts["repaired_documents"]) == (0, 1)
 
 

@@ -226,7 +226,7 @@ def as_parts(text, cuts):
 @pytest.mark.parametrize("name", CUTS)
 @given(documents=st.lists(DOCUMENTS, min_size=1, max_size=3), cuts=st.lists(st.integers(0, 999), max_size=4),
        size=st.integers(2, 40), look=st.sampled_from([12, 256]))  # fmt: skip
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=4 * settings().max_examples)
 def test_pieces_have_the_tokens_of_the_document(tokenizer_of, name, documents, cuts, size, look):
     encode = packing.Encoder(tokenizer_of[name], EOS)
     whole = [encode([text])[0].tolist() for text in documents]
@@ -262,6 +262,29 @@ def test_text_without_a_seam_stays_whole(tokenizer_of, monkeypatch, word):
     parts = [packing.Unfinished(text[begin : begin + 50]) for begin in range(0, len(text), 50)]
     assert "".join(packing.pieces([*parts, "end"], seams)) == text + "end"
     assert len(tries) <= 600
+
+
+def test_pieces_are_short_again_after_a_long_one(tokenizer_of, monkeypatch):
+    monkeypatch.setattr(packing, "PIECE_CHARS", 100)
+    stretch = "0" * 1000
+    text = "a line of it " * 30 + stretch + " and a line" * 100
+    for parts in ([text], as_parts(text, range(0, len(text), 37))):
+        sizes = [len(piece) for piece in packing.pieces(parts, packing.Seams(tokenizer_of["byte-level"]))]
+        assert sum(sizes) == len(text)
+        assert sum(size > 100 for size in sizes) == 1
+
+
+def test_a_seam_waits_for_the_text_behind_it(tokenizer_of, monkeypatch):
+    """What is read before words are found reaches over a space: no end of a part may hide that."""
+    monkeypatch.setattr(packing, "SEAM_CHARS", 12)
+    text = "of Word the end, " * 12
+    encode, seams = packing.Encoder(tokenizer_of["byte-level"], EOS), packing.Seams(tokenizer_of["byte-level"])
+    expected = encode([text])[0].tolist()
+    for size in range(4, 40, 5):
+        monkeypatch.setattr(packing, "PIECE_CHARS", size)
+        for step in range(1, 60, 3):
+            cut = list(packing.pieces(as_parts(text, range(0, len(text), step)), seams))
+            assert encode(cut)[0].tolist() == expected
 
 
 def test_pieces_are_made_while_the_text_is_read(tokenizer_of, monkeypatch):

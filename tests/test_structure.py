@@ -22,7 +22,9 @@ CPP_SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", "
 LAYERS = ("files", "reference", "ops", "model", "huggingface", "training", "commands")
 LAYER_OF = {
     **dict.fromkeys(("config", "generation", "checkpoint", "model"), "model"),
-    **dict.fromkeys(("packing", "tokenizer", "documents", "dataset"), "data"),
+    **dict.fromkeys(
+        ("packing", "tokenizer", "decoding", "columns", "folders", "readers", "documents", "dataset"), "data"
+    ),
     **dict.fromkeys(("__init__", "__main__", "arguments", "cli", "info", "interrupts", "quickstart"), "commands"),
     **dict.fromkeys(("runs", "threads"), "commands"),
 }

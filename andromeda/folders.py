@@ -1,0 +1,164 @@
+"""The files below a folder, and what is left out of them and why."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import stat
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+MAX_NAMES = 20  # of what was skipped for one reason
+
+# Written beside the data by `datasets`; no documents.
+DESCRIPTIONS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
+_ROWS_FILES = ("data.arrow", "metadata.json")  # of a folder of packed rows
+
+
+class Skipped:
+    """What was left out: how many for each reason, and the names of the first ones.
+
+    Attributes:
+        notes: other things that should be known of the choice of files.
+    """
+
+    def __init__(self):
+        self.notes: list[str] = []
+        self._names: dict[str, list[str]] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, name: str, reason: str) -> None:
+        names = self._names.setdefault(reason, [])
+        self._counts[reason] = self._counts.get(reason, 0) + 1
+        if len(names) < MAX_NAMES:
+            names.append(name)
+
+    def total(self) -> int:
+        return sum(self._counts.values())
+
+    def lines(self) -> list[str]:
+        """A line for each reason, such as "2 of no known kind: a.png, b.bin", and the notes."""
+        return self.notes + [
+            f"{count:,} {reason}: {', '.join(self._names[reason])}"
+            + (f" and {count - MAX_NAMES:,} more" if count > MAX_NAMES else "")
+            for reason, count in self._counts.items()
+        ]
+
+
+def walk(
+    root: Path, is_known: Callable[[Path], bool], include: Iterable[str], exclude: Iterable[str], skipped: Skipped
+) -> list[Path]:
+    """Files below a folder, in the order of their names, those of a folder before its subfolders.
+
+    Links are followed; what can be reached in two ways is taken once. Hidden files and folders are left out.
+
+    Args:
+        root: the folder.
+        is_known: whether a file is to be taken.
+        include: patterns; if there are any, a file is taken if it matches one, of whatever kind it is.
+        exclude: patterns of files and folders to leave out.
+        skipped: is told of everything that is left out.
+
+    Raises:
+        OSError: a folder below cannot be read.
+    """
+    include, exclude = tuple(include), tuple(exclude)
+    unused = {*include, *exclude}
+    found: list[Path] = []
+    seen: dict[tuple[int, int], str] = {_identity(os.stat(root)): "the folder itself"}
+
+    def matches(name: str, patterns: tuple[str, ...]) -> bool:
+        matching = [pattern for pattern in patterns if _matches(name, pattern)]
+        unused.difference_update(matching)
+        return bool(matching)
+
+    def is_first(entry: os.stat_result, name: str) -> bool:
+        first = seen.setdefault(_identity(entry), name)
+        if first != name:
+            skipped.add(f"{name} ({first})", "already read by another name")
+        return first == name
+
+    def fail(error: OSError):
+        raise error
+
+    for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
+        kept = []
+        for entry in sorted(folders):
+            path = Path(folder, entry)
+            name = f"{path.relative_to(root)}/"
+            if matches(name, exclude):
+                skipped.add(name, "excluded")
+            elif entry.startswith("."):
+                skipped.add(name, "hidden")
+            elif is_rows(path):
+                skipped.add(name, "packed rows")
+            elif is_first(os.stat(path), name):
+                kept.append(entry)
+        folders[:] = kept
+        for entry in sorted(files):
+            path = Path(folder, entry)
+            name = str(path.relative_to(root))
+            try:
+                status = os.stat(path)
+            except OSError as error:  # a link to nothing, or to itself
+                if not path.is_symlink():
+                    raise
+                skipped.add(name, f"broken links ({error.strerror})")
+                continue
+            included = matches(name, include)
+            if matches(name, exclude) or (include and not included):
+                skipped.add(name, "excluded")
+            elif entry.startswith("."):
+                skipped.add(name, "hidden")
+            elif not stat.S_ISREG(status.st_mode):
+                skipped.add(name, "pipes, sockets or devices")
+            elif entry in DESCRIPTIONS and not included:
+                skipped.add(name, "descriptions of data sets")
+            elif not included and not is_known(path):
+                skipped.add(name, "of no known kind")
+            elif status.st_size == 0:
+                skipped.add(name, "empty")
+            elif is_first(status, name):
+                found.append(path)
+    skipped.notes += [f"the pattern {pattern!r} matches nothing" for pattern in sorted(unused)]
+    return found
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a pattern matches a path below the root, or its last part if the pattern is a name alone."""
+    name, pattern = name.rstrip("/"), pattern.rstrip("/")
+    if "/" not in pattern:
+        return fnmatch.fnmatchcase(name.rpartition("/")[2], pattern)
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(f"/{name}", pattern)
+
+
+def is_rows(folder: Path) -> bool:
+    """Whether a folder holds packed rows, as `build-dataset` writes them."""
+    if not all((folder / name).is_file() for name in _ROWS_FILES):
+        return False
+    description = _read_object(folder / "metadata.json")
+    return {"seq_len", "packing", "rows"} <= description.keys()
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether a folder was written by `save_to_disk` of `datasets`, not only has a file of a name that it uses."""
+    if (folder / "dataset_info.json").is_file() and "_data_files" in _read_object(folder / "state.json"):
+        return True
+    splits = _read_object(folder / "dataset_dict.json").get("splits")
+    if not isinstance(splits, list) or not splits:
+        return False
+    return all(isinstance(split, str) and (folder / split / "state.json").is_file() for split in splits)
+
+
+def _read_object(path: Path) -> dict:
+    """A small JSON object; {} if the file is something else."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
