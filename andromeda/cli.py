@@ -179,7 +179,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaults
     """Keeps the layout of descriptions, and ends an option's help with its default unless there is none."""
 
     def _get_help_string(self, action):
-        if action.default in (None, False, argparse.SUPPRESS):
+        if any(action.default is value for value in (None, False, argparse.SUPPRESS)):  # 0 is a default
             return action.help
         return super()._get_help_string(action)
 

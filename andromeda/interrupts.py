@@ -71,7 +71,16 @@ def raise_in_commands() -> None:
     # Ignored by default and never sent to us: shows whether Python gets to handle signals.
     signal.signal(signal.SIGURG, lambda number, frame: _alive.set())
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=_as_ever)
     threading.Thread(target=_watch, args=(reading,), name="andromeda-signals", daemon=True).start()
+
+
+def _as_ever() -> None:
+    """In a worker that was forked: signals act on it alone, and as workers expect. The watch is the parent's."""
+    signal.set_wakeup_fd(-1)
+    for number in SIGNALS:
+        if signal.getsignal(number) is _raise:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def _heeded() -> list[int]:

@@ -75,6 +75,13 @@ def test_help_of_every_command(capsys, command):
     assert f"usage: andromeda {command}" in shown and "%" not in shown
 
 
+def test_help_shows_a_default_of_zero(capsys):
+    with pytest.raises(SystemExit):
+        run("quickstart", "--help")
+    shown = capsys.readouterr().out
+    assert "sample (default: 0)" in " ".join(shown.split()) and "(default: False)" not in shown
+
+
 # ---- build-dataset
 
 
