@@ -12,6 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional
 
 import andromeda.model
+import andromeda.ops.attention
 from andromeda import Andromeda, AndromedaEmbedding, AutoregressiveWrapper, Decoder, TransformerWrapper
 from andromeda.checkpoint import x_transformers_names
 
@@ -333,6 +334,106 @@ def test_input_forms_agree():
     assert expected.shape == (1, 9, 23)
     for form in (tokens[0], tokens.tolist(), tokens[0].tolist()):
         assert torch.equal(model(form), expected)
+
+
+# ---- the promise of logit_bound
+
+
+BOUNDED = {
+    "one key head": {},
+    "key heads": dict(attn_one_kv_head=False),
+    "fixed scale": dict(attn_qk_norm_dim_scale=False),
+    "no rotation": dict(rotary_xpos=False),
+    "pre-norm": dict(deepnorm=False, alibi_pos_bias=False),
+}
+
+
+def promises(model, monkeypatch, run) -> list[torch.Tensor]:
+    """largest |softmax_scale * <q, k>| of a visible pair / logit_bound, (num_heads,), of each call of `attention`."""
+    ratios = []
+
+    def observed(q, k, v, *, logit_bound, softmax_scale, key_start=None, **options):
+        group = q.shape[2] // k.shape[2]
+        scores = softmax_scale * torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double().repeat_interleave(group, 2))
+        key = torch.arange(k.shape[1])
+        hidden = key > torch.arange(k.shape[1] - q.shape[1], k.shape[1])[:, None]
+        if key_start is not None:
+            hidden = hidden | (key < key_start[:, None, :, None])
+        ratios.append(scores.abs().masked_fill(hidden, 0).amax((0, 2, 3)) / logit_bound.double())
+        options |= dict(logit_bound=logit_bound, softmax_scale=softmax_scale, key_start=key_start)
+        return andromeda.ops.attention.attention(q, k, v, **options)
+
+    monkeypatch.setattr(andromeda.model, "attention", observed)
+    run(model)
+    return ratios
+
+
+def aligned(dtype=torch.float32, **flags) -> Andromeda:
+    """A model whose queries and keys point the same way, along channels that its scales stretch most.
+
+    Two channels of 3 / sqrt(2) = 2.1213 each: in bfloat16 they are 2.125, and the score exceeds 3 * 3.
+    """
+    model = small(**(dict(heads=4, alibi_num_heads=4, dim=32, dim_head=16, depth=1) | flags))
+    attention = model.transformer.attn_layers.layers[0].fn
+    with torch.no_grad():
+        model.transformer.token_emb.weight.abs_()
+        for projection, scale in ((attention.to_q, attention.q_scale), (attention.to_k, attention.k_scale)):
+            weight = projection.weight.zero_().unflatten(0, (-1, 16))
+            weight[:, 9:11] = 1.0  # no rotation touches these
+            if scale is not None:
+                scale.uniform_(0.5, 2.0)
+                scale[..., 9:11] = 3.0
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("flags", BOUNDED.values(), ids=BOUNDED)
+def test_no_visible_score_exceeds_the_bound(flags, dtype, monkeypatch):
+    """On a model made to reach it, whose largest scores come within the margin; with documents and a cache, too."""
+    tokens = torch.randint(23, (2, 40))
+    start = torch.tensor([[0] * 40, [0] * 25 + [25] * 15], dtype=torch.int32)
+
+    def run(model):
+        model(tokens, key_start=start)
+        cache = andromeda.model.generation.Cache()
+        with torch.no_grad():
+            for piece in tokens.split([30, 1, 9], dim=1):
+                model(piece, cache=cache)
+
+    ratios = torch.stack(promises(aligned(dtype, **flags), monkeypatch, run))
+    assert len(ratios) == 4 and (ratios <= 1).all() and (ratios >= 0.98).all()
+
+
+@pytest.mark.parametrize("flags", BOUNDED.values(), ids=BOUNDED)
+def test_random_models_keep_the_bound(flags, monkeypatch):
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = small(**(dict(heads=4, alibi_num_heads=2, dim=32, dim_head=16, depth=2) | flags))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("_scale"):
+                    parameter.mul_(torch.randn_like(parameter).exp())
+        ratios = torch.stack(promises(model, monkeypatch, lambda model: model(torch.randint(23, (2, 60)))))
+        assert len(ratios) == 2 and (ratios <= 1).all()
+
+
+@pytest.mark.parametrize("scale", [6.0, 10.0])
+def test_results_depend_on_no_bound_where_scores_reach_it(scale):
+    """A bound that is too small would skip keys that count: those far away have the highest scores here.
+
+    Queries of the last tokens point at the keys of the first ones and away from their own.
+    """
+    sizes = dict(heads=8, alibi_num_heads=8, dim=32, dim_head=16, depth=1, rotary_xpos=False, shift_tokens=0)
+    model, plain = small(**sizes, max_seq_len=512), small(**sizes, max_seq_len=512, attn_flash=False)
+    attention = model.transformer.attn_layers.layers[0].fn
+    with torch.no_grad():
+        model.transformer.token_emb.weight[1] = -model.transformer.token_emb.weight[0]
+        attention.to_q.weight.copy_(-attention.to_k.weight.repeat(8, 1))
+        attention.q_scale.fill_(scale)
+        attention.k_scale.fill_(scale)
+    plain.load_state_dict(model.state_dict())
+    tokens = torch.tensor([[0] * 452 + [1] * 60])
+    assert largest(model(tokens), plain.double()(tokens)) <= 1e-5
 
 
 # ---- structure, initialisation
