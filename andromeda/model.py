@@ -38,6 +38,7 @@ from torch.nn import functional
 
 from andromeda import checkpoint, generation
 from andromeda.config import DecoderConfig, ModelConfig, constant, read_key_start, read_tokens
+from andromeda.ops import _checks, _transforms
 from andromeda.ops.attention import attention
 from andromeda.ops.qk_norm_rotary import qk_norm_rotary
 from andromeda.ops.token_shift_norm import token_shift_norm
@@ -162,7 +163,7 @@ class Attention(nn.Module):
                 alibi_slopes=self._constant(self._alibi_slopes, q.device),
                 logit_bound=bound,
                 key_start=None if call.first_key is None else call.first_key[:, start:stop],
-                backend=self._backend,
+                backend=self.config.backend,
             )
             outs.append(out)
         out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
@@ -196,12 +197,8 @@ class Attention(nn.Module):
             xpos=self.config.rotary_xpos,
             position=position,
             origin=origin,
-            backend=self._backend,
+            backend=self.config.backend,
         )
-
-    @property
-    def _backend(self):
-        return None if self.config.attn_flash else "reference"
 
     def logit_bound(self, store=None) -> torch.Tensor | None:
         """(num_heads,): what no |softmax_scale * <q, k>| of a visible pair exceeds; None without QK norm.
@@ -242,7 +239,7 @@ class FeedForward(nn.Module):
 
     def forward(self, h: torch.Tensor, call: Call) -> torch.Tensor:
         rows = max(1, _HIDDEN_BLOCK // (4 * h.shape[-1]))
-        whole = torch.is_grad_enabled() or h.device.type != "cpu" or torch.compiler.is_compiling()
+        whole = torch.is_grad_enabled() or h.device.type != "cpu" or _checks.is_tracing()
         if whole or h.shape[0] * h.shape[1] <= rows:
             return self._rows(h)
         # Blocks stay in the cache, and their memory is used again: a page fault per 4 KiB of the whole hidden tensor,
@@ -274,7 +271,7 @@ class Sublayer(nn.Module):
         out = self.fn(shifted, call).to(x.dtype)  # under autocast the stream keeps its precision
         residual = {"residual": x, "residual_scale": self.residual_scale, "alpha": self.config.alpha}
         if self.index + 1 == 2 * self.config.depth:
-            return self.norm(out, **residual)[0], None
+            return self.norm(out, backend=self.config.backend, **residual)[0], None
         return self._shift(self.norm, out, self.index + 1, call, **residual)
 
     def _shift(self, function, x, index, call, **residual):
@@ -283,7 +280,13 @@ class Sublayer(nn.Module):
         cache = call.cache if shift > 0 else None
         history = None if cache is None else cache.shift_rows(index, x.dtype)
         y, shifted = function(
-            x, shift=shift, history=history, key_start=call.key_start, position=call.position, **residual
+            x,
+            shift=shift,
+            history=history,
+            key_start=call.key_start,
+            position=call.position,
+            backend=self.config.backend,
+            **residual,
         )
         if cache is not None:
             cache.keep_shift_rows(index, y, shift)
@@ -327,7 +330,7 @@ class Decoder(nn.Module):
                 x, shifted = layer(x, shifted, call)
         if cache is not None:
             cache.commit(batch, n, key_start)
-        return x if self.final_norm is None else self.final_norm(x)[0]
+        return x if self.final_norm is None else self.final_norm(x, backend=self.config.backend)[0]
 
     @staticmethod
     def _call(key_start, cache) -> Call:
@@ -432,7 +435,7 @@ class TransformerWrapper(nn.Module):
         if key_start is not None:
             positions = (positions - key_start).clamp_min(0)
             if last >= self.max_seq_len:  # rarely; reading back stalls a GPU
-                last = positions.max().item()
+                last = positions.max().item() if _checks.have_values(positions) else 0
         if last >= self.max_seq_len:
             raise ValueError(
                 f"Andromeda: tokens must end before position max_seq_len={self.max_seq_len} of the absolute position "
@@ -482,49 +485,77 @@ def cross_entropy(logits, targets, *, ignore_index=-100, count=None) -> torch.Te
     Args:
         logits: (rows, num_tokens).
         targets: (rows,) int64.
-        count: default the number of these targets, which gives their mean (NaN for none); a number or scalar tensor
-            when several calls share one mean, as in gradient accumulation.
+        count: default the number of these targets, which gives their mean; a number or scalar tensor when several calls
+            share one mean, as in gradient accumulation. The sum over no target is 0, and so is its gradient, whatever
+            the count.
 
     Returns:
         Scalar, float32 or float64.
+
+    Raises:
+        ValueError: no target and no `count`. Checked on the CPU only, reading back would stall a GPU: 0 there.
     """
-    return _CrossEntropy.apply(logits, targets, ignore_index, count)
+    counted = targets != ignore_index
+    if count is None:
+        if targets.device.type == "cpu" and _checks.have_values(counted) and not bool(counted.any()):
+            raise ValueError(
+                f"Andromeda: labels must hold a token to predict, got {ignore_index} (ignored) at every position that "
+                "has a token before it; leave the batch out, or give the number of targets of the whole step "
+                "(num_items_in_batch) where batches share one mean"
+            )
+        count = counted.sum()
+    losses, _ = _TokenLosses.apply(logits, targets.masked_fill(~counted, 0))
+    return losses.masked_fill(~counted, 0).sum() / (count + (count == 0))  # no target at all: 0 / 1
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """`cross_entropy`, in float32 or better.
+class _TokenLosses(torch.autograd.Function):
+    """logsumexp(logits) - logits[target] of each row, and the logsumexp: (rows,) each, float32 or better.
 
     Works on blocks of rows, so that neither pass holds a float32 copy of half-precision logits, and the backward pass
     nothing but the gradient: a vocabulary of 50304 makes the logits the largest tensor of a training step.
     """
 
     @staticmethod
-    def forward(ctx, logits, targets, ignore_index, count):  # (rows, num_tokens), (rows,)
-        counted = targets != ignore_index
-        targets = targets.masked_fill(~counted, 0)
+    def forward(logits, targets):  # (rows, num_tokens), (rows,)
         rows = max(1, _LOSS_BLOCK_LOGITS // logits.shape[1])
         wide = _wide(logits.dtype)
         lse = torch.cat([block.to(wide).logsumexp(-1) for block in logits.split(rows)])
-        losses = lse - logits.gather(1, targets[:, None])[:, 0]
-        weights = counted.to(wide) / (counted.sum() if count is None else count)  # no target at all: NaN
-        ctx.save_for_backward(logits, targets, lse, weights)
-        ctx.rows = rows
-        return (losses.masked_fill(~counted, 0) * weights).sum()
+        return lse - logits.gather(1, targets[:, None])[:, 0], lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dloss):
-        logits, targets, lse, weights = ctx.saved_tensors
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs, output[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dlosses, _):
+        if dlosses is None:
+            return None, None
+        logits, targets, lse = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # Under a transform of torch.func, or to be differentiated again.
+            probability = logits.to(lse.dtype).softmax(-1)
+            hot = probability.scatter_add(1, targets[:, None], -torch.ones_like(probability[:, :1]))
+            return (hot * dlosses[:, None]).to(logits.dtype), None
         dlogits = torch.empty_like(logits)
-        blocks = (tensor.split(ctx.rows) for tensor in (dlogits, logits, targets, lse, weights * dloss))
-        for dblock, block, target, block_lse, weight in zip(*blocks, strict=True):
+        rows = max(1, _LOSS_BLOCK_LOGITS // logits.shape[1])
+        blocks = (tensor.split(rows) for tensor in (dlogits, logits, targets, lse, dlosses))
+        for dblock, block, target, block_lse, dloss in zip(*blocks, strict=True):
             probability = dblock if dblock.dtype == block_lse.dtype else block_lse.new_empty(block.shape)
             torch.sub(block, block_lse[:, None], out=probability).exp_()
             probability.scatter_add_(1, target[:, None], probability.new_full((len(target), 1), -1.0))
-            probability.mul_(weight[:, None])
+            probability.mul_(dloss[:, None])
             if probability is not dblock:
                 dblock.copy_(probability)
-        return dlogits, None, None, None
+        return dlogits, None
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _vmap_losses(info, in_dims, *args)
+
+
+_vmap_losses = _transforms.vmap_rule(_TokenLosses.apply, rows=(0, 1))
 
 
 class Andromeda(nn.Module):

@@ -206,14 +206,15 @@ def permit_work_beside_captures(permitted: bool) -> bool:
     return permitted if extension is None else extension.permit_work_beside_captures(permitted)
 
 
-def needs_function(*tensors: torch.Tensor | None) -> bool:
+def needs_function(op: str, *tensors: torch.Tensor | None) -> bool:
     """Whether a call must go through the operation's autograd Function instead of straight to its operator.
 
     It must where a gradient may be asked for, and in forward mode: an operator without a rule for tangents drops them
-    silently, the Function refuses them. Under a transform of torch.func a tensor does not know whether an outer one
+    silently, here they are refused. Under a transform of torch.func a tensor does not know whether an outer one
     follows it.
     """
     if torch.autograd.forward_ad._current_level >= 0:
+        _transforms.refuse_tangents(op, tensors)
         return True
     if torch.is_grad_enabled():
         for tensor in tensors:

@@ -21,9 +21,11 @@ ONLY_ONCE = (
 )
 
 
-def refuse_tangents(op: str) -> None:
-    """The `jvp` of every Function."""
-    raise NotImplementedError(ONLY_BACKWARD.format(op=op))
+def refuse_tangents(op: str, tensors) -> None:
+    """Raises where one of the tensors (or None) has a tangent. Every Function would do so, too, without the reason."""
+    for tensor in tensors:
+        if tensor is not None and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(ONLY_BACKWARD.format(op=op))
 
 
 def gradients(op: str, backend: str, tensors, kernel: Callable[[], tuple], plain: Callable[[], tuple]) -> tuple:
@@ -68,10 +70,6 @@ class _Once(torch.autograd.Function):
         raise NotImplementedError(ONLY_ONCE.format(op=ctx.op))
 
     @staticmethod
-    def jvp(ctx, *_):
-        raise NotImplementedError(ONLY_ONCE.format(op=ctx.op))
-
-    @staticmethod
     def vmap(info, in_dims, op, count, *tensors):
         return _Once.apply(op, count, *tensors), in_dims[2 : 2 + count]
 
@@ -79,7 +77,7 @@ class _Once(torch.autograd.Function):
 def vmap_rule(function: Callable[..., tuple], rows, sums=()) -> Callable:
     """The `vmap` of a Function, or of an operator: (info, in_dims, *args) -> (outputs, out_dims).
 
-    function: takes the arguments by position; each output is (batch, ...), or one-dimensional where it is empty.
+    function: takes the arguments by position; each output is (batch, ...), or (0,) where there is none.
     rows: numbers of the arguments that are tensors (batch, ...) or None; other tensors have no batch.
     sums: numbers of the arguments for which, if they are given, an output is a sum over the batch.
     """
@@ -102,9 +100,10 @@ def vmap_rule(function: Callable[..., tuple], rows, sums=()) -> Callable:
         ]
         outputs = function(*folded)
         batch = folded[mapped[0]].shape[0] // size
+        empty = [output.shape == (0,) for output in outputs]  # stands for none, or has no rows
         return (
-            tuple(output if output.ndim == 1 else output.unflatten(0, (size, batch)) for output in outputs),
-            tuple(None if output.ndim == 1 else 0 for output in outputs),
+            tuple(o if none else o.unflatten(0, (size, batch)) for o, none in zip(outputs, empty, strict=True)),
+            tuple(None if none else 0 for none in empty),
         )
 
     return rule

@@ -35,7 +35,8 @@ def attention(
 
         score = softmax_scale * q @ k^T - alibi_slopes * |i - j|,   out = softmax(score) @ v
 
-    Positions are aligned at the end: the last query and the last key have i == j. Differentiable in q, k and v.
+    Positions are aligned at the end: the last query and the last key have i == j. Differentiable in q, k and v, once;
+    with backend="reference" again and again, which holds all scores at a time.
     The last dimension must be dense, the other strides are free; nothing is copied.
 
     Args:
@@ -91,7 +92,7 @@ def attention(
         logit_bound = logit_bound.detach()
     arguments = q, k, v, alibi_slopes, logit_bound, key_start
     options = bool(causal), softmax_scale, _select.backend_argument("attention", backend)
-    if _select.needs_function(q, k, v):
+    if _select.needs_function("attention", q, k, v):
         out, softmax_lse = _Attention.apply(*arguments, *options)
     else:
         out, softmax_lse = FORWARD(*arguments, *options)
@@ -493,10 +494,6 @@ class _Attention(torch.autograd.Function):
             lambda: _plain_backward(dout, *saved[:3], *saved[5:], *ctx.options),
         )
         return *results, *(None,) * 6
-
-    @staticmethod
-    def jvp(ctx, *_):
-        _transforms.refuse_tangents("attention")
 
     @staticmethod
     def vmap(info, in_dims, *args):

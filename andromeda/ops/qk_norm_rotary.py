@@ -51,7 +51,7 @@ def qk_norm_rotary(
         z = zeta_t ** (+-(p - origin) / 512)            + for q, - for k; 1 without `xpos`
 
     Positions are aligned at the end: the last query sits at the last key. Each part can be off. Differentiable in q, k
-    and both scales; float32 inside for half precision. The rotary tables are made in float64 on the host.
+    and both scales, again and again with backend="reference"; float32 inside for half precision. The rotary tables are made in float64 on the host.
 
     Args:
         q: (batch, seqlen_q, num_heads, head_dim), float32, bfloat16, float16; float64 takes the reference. The last
@@ -85,7 +85,7 @@ def qk_norm_rotary(
     compute_dtype = _compute_dtype(q)
     tensors = q, k, _to(compute_dtype, q_scale), _to(compute_dtype, k_scale)
     options = normalize, rotary_dim, xpos, position, origin, _select.backend_argument(NAME, backend)
-    if _select.needs_function(*tensors):
+    if _select.needs_function(NAME, *tensors):
         return _QkNormRotary.apply(*tensors, *options)
     return FORWARD(*tensors, *options)
 
@@ -430,10 +430,6 @@ class _QkNormRotary(torch.autograd.Function):
             lambda: _plain_backward(*tensors, *ctx.options),
         )
         return *results, *(None,) * 6
-
-    @staticmethod
-    def jvp(ctx, *_):
-        _transforms.refuse_tangents(NAME)
 
     @staticmethod
     def vmap(info, in_dims, *args):

@@ -37,8 +37,8 @@ def token_shift_norm(
         shifted[:, t, segment k] = y[:, t - k, segment k]           k = 0 ... shift
 
     Segment k holds the channels k * width ... (k + 1) * width - 1 with width = dim // (shift + 1); those left over at
-    the end are not delayed. Differentiable in x, residual, residual_scale and gamma; float32 inside for half precision,
-    and `shifted` holds the rounded values of y.
+    the end are not delayed. Differentiable in x, residual, residual_scale and gamma, again and again with
+    backend="reference"; float32 inside for half precision, and `shifted` holds the rounded values of y.
 
     Args:
         x: (batch, seqlen, dim), float32, bfloat16, float16; float64 takes the reference. The last dimension is dense,
@@ -72,7 +72,7 @@ def token_shift_norm(
     residual_scale, gamma = _to(compute_dtype, residual_scale, gamma)
     differentiable = x, residual, residual_scale, gamma
     arguments = *differentiable, history, key_start, alpha, shift, position, backend
-    if _select.needs_function(*differentiable):
+    if _select.needs_function(NAME, *differentiable):
         y, shifted = _TokenShiftNorm.apply(*arguments)
     else:
         y, shifted = FORWARD(*arguments)
@@ -394,10 +394,6 @@ class _TokenShiftNorm(torch.autograd.Function):
             lambda: _plain_backward(*tensors, *ctx.options),
         )
         return *results, *(None,) * 6
-
-    @staticmethod
-    def jvp(ctx, *_):
-        _transforms.refuse_tangents(NAME)
 
     @staticmethod
     def vmap(info, in_dims, *args):
