@@ -28,6 +28,7 @@ transposed or copied. What lies between two maps, residual, norm and token shift
 (`token_shift_norm`): with DeepNorm a sub-layer ends with it and hands the next one its input, already shifted.
 """
 
+import copy
 import dataclasses
 import functools
 
@@ -44,6 +45,7 @@ from andromeda.ops.qk_norm_rotary import qk_norm_rotary
 from andromeda.ops.token_shift_norm import token_shift_norm
 
 _LOSS_BLOCK_LOGITS = 2**22  # the loss holds float32 copies of this many logits at once, 16 MiB
+_INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _HIDDEN_BLOCK = 2**21  # without gradients feed-forward holds this many hidden numbers at once, 8 MiB of float32
 
 
@@ -370,14 +372,9 @@ class TransformerWrapper(nn.Module):
                 "TransformerWrapper: embedding_provider must have a method get_embedding(num_tokens, dim), got "
                 f"{embedding_provider!r}"
             )
-        decoder = attn_layers.config
-        self.config = ModelConfig(
-            num_tokens=num_tokens,
-            max_seq_len=max_seq_len,
-            use_abs_pos_emb=use_abs_pos_emb,
-            **dataclasses.asdict(decoder),
-        )
-        self.num_tokens, self.max_seq_len, self.use_abs_pos_emb = num_tokens, max_seq_len, use_abs_pos_emb
+        sizes = {"num_tokens": num_tokens, "max_seq_len": max_seq_len, "use_abs_pos_emb": use_abs_pos_emb}
+        decoder = ModelConfig(**sizes, **dataclasses.asdict(attn_layers.config))
+        self.max_seq_len = max_seq_len
         self.token_emb = embedding_provider.get_embedding(num_tokens, decoder.dim)
         if not isinstance(self.token_emb, nn.Module):
             raise TypeError(
@@ -387,6 +384,28 @@ class TransformerWrapper(nn.Module):
         self.pos_emb = nn.Embedding(max_seq_len, decoder.dim) if use_abs_pos_emb else None
         self.attn_layers = attn_layers
         self.to_logits = Linear(decoder.dim, num_tokens)
+
+    # What the modules inside know is asked of them: they may be replaced.
+
+    @property
+    def num_tokens(self) -> int:
+        """Size of the vocabulary."""
+        return self.to_logits.out_features
+
+    @property
+    def use_abs_pos_emb(self) -> bool:
+        """Whether a learned vector per position is added."""
+        return self.pos_emb is not None
+
+    @property
+    def config(self) -> ModelConfig:
+        """The arguments of a model of these modules."""
+        return ModelConfig(
+            num_tokens=self.num_tokens,
+            max_seq_len=self.max_seq_len,
+            use_abs_pos_emb=self.use_abs_pos_emb,
+            **dataclasses.asdict(self.attn_layers.config),
+        )
 
     @property
     def device(self) -> torch.device:
@@ -403,12 +422,14 @@ class TransformerWrapper(nn.Module):
                 document, or the number of padded tokens on its left. Positions count from the start of the sequence,
                 also in later calls with a cache; those that leave it out go on with the last value of each row.
             cache: `andromeda.generation.Cache` with the tokens before these; it is extended by these.
-            logits_to_keep: compute logits for so many last tokens only; 0 is all.
+            logits_to_keep: compute logits for so many last tokens only, 0 is all; or for the positions in a
+                one-dimensional integer tensor.
 
         Returns:
-            (batch, n or logits_to_keep, num_tokens).
+            (batch, n or what logits_to_keep says, num_tokens).
         """
-        return self.to_logits(self.features(tokens, key_start=key_start, cache=cache)[:, -logits_to_keep:])
+        features = self.features(tokens, key_start=key_start, cache=cache)
+        return self.to_logits(kept_positions("Andromeda", features, logits_to_keep))
 
     def features(self, tokens, *, key_start=None, cache=None) -> torch.Tensor:
         """What `to_logits` is applied to: (batch, n, dim)."""
@@ -416,13 +437,14 @@ class TransformerWrapper(nn.Module):
         batch, n = tokens.shape
         key_start = read_key_start("Andromeda", key_start, batch, n, self.device)
         x = self.token_emb(tokens)
-        if tuple(x.shape) != (batch, n, self.config.dim):
+        dim = self.attn_layers.config.dim
+        if tuple(x.shape) != (batch, n, dim):
             raise ValueError(
-                "Andromeda: the module of embedding_provider must return (batch, n, dim) = "
-                f"{(batch, n, self.config.dim)}, got {tuple(x.shape)}"
+                f"Andromeda: the module of embedding_provider must return (batch, n, dim) = {(batch, n, dim)}, got "
+                f"{tuple(x.shape)}"
             )
         if self.pos_emb is not None:
-            x = x + self.config.dim**-0.5 * self.pos_emb(self._absolute_positions(n, key_start, cache))
+            x = x + dim**-0.5 * self.pos_emb(self._absolute_positions(n, key_start, cache))
         return self.attn_layers(x, key_start=key_start, cache=cache)
 
     def _absolute_positions(self, n, key_start, cache) -> torch.Tensor:
@@ -442,6 +464,42 @@ class TransformerWrapper(nn.Module):
                 f"table, got a token at position {last}"
             )
         return positions
+
+
+def kept_positions(owner: str, x: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """Those positions of x (batch, n, dim) whose logits are wanted: see `TransformerWrapper.forward`.
+
+    owner: the class that errors name.
+    """
+    if isinstance(logits_to_keep, torch.Tensor):
+        index, n = logits_to_keep, x.shape[1]
+        if index.ndim != 1 or index.dtype not in _INDEX_DTYPES:
+            raise TypeError(
+                f"{owner}: logits_to_keep must be an int >= 0 or a one-dimensional tensor of integers, got a tensor "
+                f"{tuple(index.shape)} of {str(index.dtype).removeprefix('torch.')}"
+            )
+        index = index.to(torch.int64)  # torch takes bytes for a mask
+        if index.device.type == "cpu" and _checks.have_values(index):
+            outside = index[(index < -n) | (index >= n)]
+            if len(outside):
+                raise ValueError(
+                    f"{owner}: logits_to_keep must hold positions of the {n} tokens of this call, got "
+                    f"{outside[0].item()}"
+                )
+        return x[:, index.to(x.device)]
+    if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int | torch.SymInt):
+        raise TypeError(
+            f"{owner}: logits_to_keep must be an int >= 0 or a one-dimensional tensor of integers, got "
+            f"{logits_to_keep!r} ({type(logits_to_keep).__name__})"
+        )
+    if logits_to_keep < 0:
+        raise ValueError(f"{owner}: logits_to_keep must be at least 0, which is all, got {logits_to_keep}")
+    return x[:, -logits_to_keep:] if logits_to_keep > 0 else x
+
+
+def keeps_all(logits_to_keep) -> bool:
+    """Whether it is left out."""
+    return not isinstance(logits_to_keep, torch.Tensor) and logits_to_keep == 0 and logits_to_keep is not False
 
 
 class AutoregressiveWrapper(nn.Module):
@@ -558,11 +616,41 @@ class _TokenLosses(torch.autograd.Function):
 _vmap_losses = _transforms.vmap_rule(_TokenLosses.apply, rows=(0, 1))
 
 
+class _ModelDecoder(AutoregressiveWrapper):
+    """`Andromeda.decoder`: its network is what the model has as `transformer`, looked up at each use.
+
+    modules: the children of the model by name. Not the model itself, which would then never be freed at once.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module]):
+        self.__dict__["_of_model"] = modules
+        super().__init__(modules["transformer"])
+
+    @property
+    def net(self) -> nn.Module:
+        return self.__dict__["_of_model"]["transformer"]
+
+    @property
+    def _modules(self) -> dict[str, nn.Module]:
+        return {"net": self.net}
+
+    @_modules.setter
+    def _modules(self, modules):
+        """torch gives every new module an empty dictionary."""
+
+    def __setattr__(self, name, value):
+        if name == "net":
+            self.__dict__["_of_model"]["transformer"] = value
+        else:
+            super().__setattr__(name, value)
+
+
 class Andromeda(nn.Module):
     """Decoder-only language model: multi-query attention with ALiBi, rotary xPos and QK norm, DeepNorm, token shift.
 
     `model.transformer` is the `TransformerWrapper` with all parameters, `model.decoder` the `AutoregressiveWrapper`
-    around it. `model.config` holds the arguments, which `andromeda.config` describes.
+    around it. `model.config` holds the arguments, which `andromeda.config` describes. `model.transformer` and what is
+    in it may be replaced; the others follow.
 
     Args:
         embedding_provider: object whose `get_embedding(num_tokens, dim)` makes the embedding module (SPEC 2).
@@ -593,7 +681,7 @@ class Andromeda(nn.Module):
         embedding_provider=AndromedaEmbedding(),  # noqa: B008 - it holds no state
     ):
         super().__init__()
-        self.config = ModelConfig(
+        config = ModelConfig(
             num_tokens=num_tokens,
             max_seq_len=max_seq_len,
             dim=dim,
@@ -615,21 +703,44 @@ class Andromeda(nn.Module):
         self.transformer = TransformerWrapper(
             num_tokens=num_tokens,
             max_seq_len=max_seq_len,
-            attn_layers=Decoder(**self.config.decoder_arguments()),
+            attn_layers=Decoder(**config.decoder_arguments()),
             use_abs_pos_emb=use_abs_pos_emb,
             embedding_provider=embedding_provider,
         )
         # Not registered as children: a provider may be a module itself, and the parameters of the wrapper are those of
         # `transformer`, which are listed once.
         self.__dict__["embedding_provider"] = embedding_provider
-        self.__dict__["decoder"] = AutoregressiveWrapper(self.transformer)
+        self.__dict__["_decoder"] = _ModelDecoder(self._modules)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The arguments of the constructor."""
+        return self.transformer.config
+
+    @property
+    def decoder(self) -> AutoregressiveWrapper:
+        """Loss and generation around `transformer`."""
+        held = self.__dict__["_decoder"]
+        if held.__dict__["_of_model"] is not self._modules:  # of a shallow copy: a replica of DataParallel has its own
+            held = copy.copy(held)
+            held.__dict__["_of_model"] = self._modules
+            self.__dict__["_decoder"] = held
+        return held
+
+    def __setattr__(self, name, value):
+        if name == "decoder":
+            raise AttributeError(
+                "Andromeda: decoder is made around transformer and follows it; set model.transformer, or attributes of "
+                "model.decoder such as pad_value"
+            )
+        super().__setattr__(name, value)
 
     def forward(self, text_tokens, return_loss=False, *, key_start=None, cache=None, logits_to_keep=0):
         """Logits (batch, n, num_tokens), see `TransformerWrapper.forward`; with `return_loss` the scalar of
         `AutoregressiveWrapper.forward`, where -100 marks tokens that shall not be predicted."""
         if not return_loss:
             return self.transformer(text_tokens, key_start=key_start, cache=cache, logits_to_keep=logits_to_keep)
-        if cache is not None or logits_to_keep:
+        if cache is not None or not keeps_all(logits_to_keep):
             raise ValueError("Andromeda: cache and logits_to_keep must be left out with return_loss=True")
         return self.decoder(text_tokens, key_start=key_start)
 

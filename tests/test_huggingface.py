@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from andromeda import Andromeda
@@ -399,3 +400,68 @@ def test_resized_vocabulary_is_known_to_the_modules():
     wrapped.resize_token_embeddings(70)
     assert wrapped(torch.tensor([[69, 1]])).logits.shape == (1, 2, 70)
     assert wrapped.to_andromeda().config.num_tokens == 70
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("way", ["from_andromeda", "config", "from_pretrained"])
+def test_a_fresh_model_compiles_into_one_graph_with_labels(way, padding, tmp_path):
+    torch.compiler.reset()
+    wrapped = AndromedaForCausalLM.from_andromeda(small_model(depth=1))
+    if way == "config":
+        wrapped = AndromedaForCausalLM(wrapped.config)
+    elif way == "from_pretrained":
+        wrapped.save_pretrained(tmp_path)
+        wrapped = AndromedaForCausalLM.from_pretrained(tmp_path)
+    ids = tokens()
+    mask = torch.tensor([[1] * 11, [0] * 4 + [1] * 7] if padding == "left" else [[1] * 11, [1] * 4 + [0] * 7])
+    batch = {"input_ids": ids, "labels": ids.masked_fill(mask == 0, -100), "attention_mask": mask}
+    out = torch.compile(wrapped, fullgraph=True, backend="eager")(**batch)
+    out.loss.backward()
+    found = [parameter.grad.clone() for parameter in wrapped.parameters()]
+    expected = wrapped(**batch).loss
+    torch.testing.assert_close(out.loss, expected)
+    for gradient, other in zip(found, torch.autograd.grad(expected, list(wrapped.parameters())), strict=True):
+        torch.testing.assert_close(gradient, other)
+
+
+def test_the_model_runs_on_fake_tensors():
+    wrapped, ids = AndromedaForCausalLM.from_andromeda(small_model()), tokens()
+    wrong = torch.full_like(ids, 99)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert wrapped(ids, labels=wrong).loss.shape == ()
+        with torch.no_grad():
+            assert wrapped(ids, attention_mask=torch.ones(2, 11)).logits.shape == (2, 11, 61)
+    with pytest.raises(ValueError, match="labels must be below"):
+        wrapped(ids, labels=wrong)
+    assert type(wrapped(ids, labels=ids).loss) is torch.Tensor
+
+
+def test_a_replaced_transformer_is_used_everywhere():
+    wrapped, other = AndromedaForCausalLM.from_andromeda(small_model()), small_model(num_tokens=70)
+    wrapped.transformer = other.transformer
+    ids = torch.tensor([[69, 3, 5]])
+    assert torch.equal(wrapped(ids).logits, other(ids))
+    torch.testing.assert_close(wrapped(ids, labels=ids).loss, other(ids, return_loss=True))
+    assert torch.equal(
+        wrapped.generate(ids, max_new_tokens=4, do_sample=False)[0, 3:], other.generate(ids, 4, temperature=0)[0]
+    )
+    back = wrapped.to_andromeda()
+    assert back.config == other.config and torch.equal(back(ids), other(ids))
+    assert back.decoder.net is other.transformer
+
+
+@pytest.mark.parametrize(
+    "wanted", [torch.tensor([4]), torch.tensor([1, 3]), torch.tensor([-1, 0], dtype=torch.int32)], ids=str
+)
+def test_logits_at_positions(pair, wanted):
+    ids = tokens()
+    torch.testing.assert_close(pair[1](ids, logits_to_keep=wanted).logits, pair[1](ids).logits[:, wanted.long()])
+
+
+@pytest.mark.parametrize(
+    "wanted", [-1, True, 1.0, [1], None, torch.tensor([True] * 11), torch.tensor(2), torch.tensor([11])], ids=str
+)
+def test_wrong_logits_to_keep(wanted):
+    wrapped = AndromedaForCausalLM.from_andromeda(small_model())
+    with pytest.raises((TypeError, ValueError), match="AndromedaForCausalLM: logits_to_keep must"):
+        wrapped(tokens(), logits_to_keep=wanted)

@@ -16,7 +16,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from andromeda.config import ModelConfig
 from andromeda.generation import Cache
 from andromeda.huggingface.configuration_andromeda import AndromedaConfig
-from andromeda.model import Andromeda, AutoregressiveWrapper, Decoder, TransformerWrapper, cross_entropy
+from andromeda.model import Andromeda, Decoder, TransformerWrapper, cross_entropy, keeps_all, kept_positions
+from andromeda.ops import _checks
 
 _IGNORE_INDEX = -100
 
@@ -68,9 +69,8 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
     def to_andromeda(self) -> Andromeda:
         """The same model with the interface of `andromeda.Andromeda`; the parameters are shared."""
         with torch.device("meta"):  # the parameters made here are thrown away at once
-            model = Andromeda(**self.config.to_arguments())
+            model = Andromeda(**dataclasses.asdict(self.transformer.config))
         model.transformer = self.transformer
-        model.__dict__["decoder"] = AutoregressiveWrapper(self.transformer)
         return model.train(self.training)
 
     @classmethod
@@ -123,7 +123,8 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values: the cache that an earlier call returned; it is extended.
             labels: int64 (batch, seqlen), not shifted: position t is predicted at t - 1; -100 is not trained on.
             use_cache: return a cache. Default: `config.use_cache` where no gradient is recorded and labels are absent.
-            logits_to_keep: logits of so many last tokens only; 0 is all.
+            logits_to_keep: logits of so many last tokens only, 0 is all; or of the positions in a one-dimensional
+                integer tensor.
             key_start: (batch, seqlen) int32, in place of a mask; see `TransformerWrapper.forward`.
             num_items_in_batch: what the sum of the losses is divided by, when several batches share one mean (gradient
                 accumulation). Default: the number of labels that count.
@@ -131,7 +132,8 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
             output_attentions, output_hidden_states: must be off; the kernels do not keep them.
 
         Returns:
-            `CausalLMOutputWithPast`: loss, logits (batch, seqlen or logits_to_keep, vocab_size), past_key_values.
+            `CausalLMOutputWithPast`: loss, logits (batch, seqlen or what logits_to_keep says, vocab_size),
+            past_key_values.
         """
         for name, value in (("output_attentions", output_attentions), ("output_hidden_states", output_hidden_states)):
             if value:
@@ -141,7 +143,7 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
                 "AndromedaForCausalLM: past_key_values must be a cache that this model returned, got "
                 f"{type(past_key_values).__name__}"
             )
-        if labels is not None and (past_key_values is not None or logits_to_keep):
+        if labels is not None and (past_key_values is not None or not keeps_all(logits_to_keep)):
             raise ValueError("AndromedaForCausalLM: past_key_values and logits_to_keep must be left out with labels")
         wanted = self.config.use_cache and not torch.is_grad_enabled() and labels is None
         if attention_mask is not None:
@@ -158,7 +160,7 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values = AndromedaCache()
 
         features = self.transformer.features(input_ids, key_start=key_start, cache=past_key_values)
-        logits = self.transformer.to_logits(features[:, -logits_to_keep:])
+        logits = self.transformer.to_logits(kept_positions("AndromedaForCausalLM", features, logits_to_keep))
         loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
         return output.to_tuple() if return_dict is False else output
@@ -169,11 +171,12 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
                 f"AndromedaForCausalLM: labels must have the shape of input_ids, got {tuple(labels.shape)} and "
                 f"{tuple(logits.shape[:2])}"
             )
-        if labels.device.type == "cpu":
-            outside = (labels != _IGNORE_INDEX) & ((labels < 0) | (labels >= self.config.vocab_size))
+        if labels.device.type == "cpu" and _checks.have_values(labels):
+            num_tokens = logits.shape[-1]
+            outside = (labels != _IGNORE_INDEX) & ((labels < 0) | (labels >= num_tokens))
             if outside.any():
                 raise ValueError(
-                    f"AndromedaForCausalLM: labels must be below the vocabulary size {self.config.vocab_size}, or "
+                    f"AndromedaForCausalLM: labels must be below the vocabulary size {num_tokens}, or "
                     f"{_IGNORE_INDEX}, got {labels[outside][0].item()}"
                 )
         # Shifting the labels, and not the logits, leaves the largest tensor of a training step where it is.
@@ -193,14 +196,6 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings):
         self.transformer.to_logits = new_embeddings
-
-    def resize_token_embeddings(self, *args, **kwargs):
-        """See transformers. The number of tokens is also known to the modules inside, which check ids against it."""
-        embedding = super().resize_token_embeddings(*args, **kwargs)
-        inside = self.transformer
-        inside.num_tokens = self.config.vocab_size
-        inside.config = dataclasses.replace(inside.config, num_tokens=self.config.vocab_size)
-        return embedding
 
     def _init_weights(self, module):
         """Nothing: every module draws its own weights (SPEC 11) when it is made, and `from_pretrained` accepts only
@@ -236,6 +231,8 @@ def _read_mask(mask, input_ids, cache) -> tuple[torch.Tensor | None, bool]:
             f"got {tuple(mask.shape)}"
         )
     visible = mask.bool()
+    if not _checks.have_values(visible):  # in a compiled program: the first real token of a row, on whichever side
+        return visible.to(torch.int32).argmax(1, keepdim=True).to(torch.int32).expand(batch, seqlen), True
     real = visible.sum(1, keepdim=True)  # (batch, 1)
     token = torch.arange(total, device=mask.device)
     padding = total - real

@@ -51,7 +51,8 @@ def qk_norm_rotary(
         z = zeta_t ** (+-(p - origin) / 512)            + for q, - for k; 1 without `xpos`
 
     Positions are aligned at the end: the last query sits at the last key. Each part can be off. Differentiable in q, k
-    and both scales, again and again with backend="reference"; float32 inside for half precision. The rotary tables are made in float64 on the host.
+    and both scales, again and again with backend="reference"; float32 inside for half precision. The rotary tables are
+    made in float64 on the host.
 
     Args:
         q: (batch, seqlen_q, num_heads, head_dim), float32, bfloat16, float16; float64 takes the reference. The last
@@ -421,12 +422,13 @@ class _QkNormRotary(torch.autograd.Function):
     def backward(ctx, dq_out, dk_out):
         # The gradient of a sum is one expanded number: its last dimension is not dense.
         douts = (dout if dout.stride(-1) == 1 else dout.contiguous() for dout in (dq_out, dk_out))
-        tensors = *douts, *ctx.saved_tensors
+        saved = ctx.saved_tensors
+        tensors = *douts, *saved
         results = _transforms.gradients(
             NAME,
             ctx.options[-1],
             tensors,
-            lambda: _given(BACKWARD(*tensors, *ctx.options), ctx.saved_tensors),
+            lambda: _given(BACKWARD(*tensors, *ctx.options), saved),
             lambda: _plain_backward(*tensors, *ctx.options),
         )
         return *results, *(None,) * 6
