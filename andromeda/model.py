@@ -757,6 +757,10 @@ class Andromeda(nn.Module):
         """See `andromeda.checkpoint.load`."""
         return checkpoint.load(cls, path, device, dtype, embedding_provider)
 
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        """See torch. What torch.compile, DDP, FSDP and other wrappers put into names is left out."""
+        return super().load_state_dict(checkpoint.for_model(self, state_dict), strict, assign)
+
     def load_x_transformers(self, state_dict, version="2.31.10") -> None:
         """See `andromeda.checkpoint.load_x_transformers`."""
         checkpoint.load_x_transformers(self, state_dict, version)
