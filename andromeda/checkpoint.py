@@ -98,7 +98,7 @@ def is_plain_embedding(module: torch.nn.Module) -> bool:
     inside = [module]
     while inside:
         module = inside[0]
-        inside = [child for name, child in module.named_children() if name in _WRAPPERS]
+        inside = [child for name, child in module.named_children() if name in _WRAPPERS and name.startswith("_")]
     return type(module).forward is torch.nn.Embedding.forward
 
 
@@ -107,13 +107,13 @@ def _state_to_save(model) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     own = model.state_dict()
     with torch.device("meta"):
         expected = type(model)(**dataclasses.asdict(model.config)).state_dict()
-    state, problems = rename(own, expected, "Andromeda.save")
-    embedding = "transformer.token_emb."  # of a provider of one's own: it may have any parameters
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if any(name.startswith(embedding) for name in set(shapes) ^ set(expected)):
-        shapes = {name: shape for name, shape in shapes.items() if not name.startswith(embedding)}
+    if not is_plain_embedding(model.transformer.token_emb):  # which may have any parameters
+        embedding = "transformer.token_emb."
         expected = {name: tensor for name, tensor in expected.items() if not name.startswith(embedding)}
-    problems += _differences({name: tuple(tensor.shape) for name, tensor in expected.items()}, shapes)
+        expected |= {name: tensor for name, tensor in own.items() if name.startswith(embedding)}
+    state, problems = rename(own, expected, "Andromeda.save")
+    shapes, wanted = ({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (state, expected))
+    problems += _differences(wanted, shapes)
     if problems:
         raise ValueError(
             "Andromeda.save: the model must have the parameters that load makes for its config; save its state_dict() "
@@ -122,31 +122,37 @@ def _state_to_save(model) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     abstract = [name for name, tensor in state.items() if tensor.is_meta]
     if abstract:
         raise ValueError(f"Andromeda.save: parameters must have values, got meta tensors: {', '.join(abstract)}")
-    return _apart(state)
+    return apart(state, "Andromeda.save")
 
 
-def _apart(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """See `_state_to_save`."""
-    firsts, ties, kept = {}, {}, {}
+def apart(state: dict[str, torch.Tensor], owner: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors that share no memory, and the other names of those with several: name -> name in the first.
+
+    Raises:
+        ValueError: some overlap; begins with `owner`.
+    """
+    firsts, ties, kept, here = {}, {}, {}, {}
     for name, tensor in state.items():
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_meta or tensor.numel() == 0:
+            kept[name] = tensor  # sharded, or elsewhere
+            continue
         place = tensor.data_ptr(), tensor.device, tensor.shape, tensor.stride(), tensor.dtype
-        if tensor.numel() > 0 and firsts.setdefault(place, name) != name:
+        if firsts.setdefault(place, name) != name:
             ties[name] = firsts[place]
         else:
-            kept[name] = tensor.detach()
+            kept[name] = here[name] = tensor.detach()
     ends = {}  # device -> where the memory ends of what begins before, and whose it is
-    for name, tensor in sorted(kept.items(), key=lambda item: item[1].data_ptr()):
-        if tensor.numel() > 0:
-            begin, (end, other) = tensor.data_ptr(), ends.get(tensor.device, (0, None))
-            if begin < end:
-                raise ValueError(
-                    f"Andromeda.save: {other} and {name} must not overlap in memory, a part cannot be tied; make one a "
-                    "clone() or both the same tensor"
-                )
-            span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-            ends[tensor.device] = begin + span * tensor.element_size(), name
-    storages = collections.Counter(tensor.untyped_storage().data_ptr() for tensor in kept.values())
-    for name, tensor in kept.items():
+    for name, tensor in sorted(here.items(), key=lambda item: item[1].data_ptr()):
+        begin, (end, other) = tensor.data_ptr(), ends.get(tensor.device, (0, None))
+        if begin < end:
+            raise ValueError(
+                f"{owner}: {other} and {name} must not overlap in memory, a part cannot be tied; make one of them a "
+                "clone() or both the same tensor"
+            )
+        span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+        ends[tensor.device] = begin + span * tensor.element_size(), name
+    storages = collections.Counter(tensor.untyped_storage().data_ptr() for tensor in here.values())
+    for name, tensor in here.items():
         shared = storages[tensor.untyped_storage().data_ptr()] > 1  # pieces of one buffer
         kept[name] = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
     return kept, ties
@@ -180,7 +186,7 @@ def load(model_class, path, device=None, dtype=None, embedding_provider=None):
             raise FileNotFoundError(f"Andromeda.load: {path} must hold {WEIGHTS} and {SETTINGS}, {name} is missing")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"Andromeda.load: dtype must be a floating-point torch.dtype or None, got {dtype!r}")
-    found, metadata = _read_header(path / WEIGHTS)
+    found, metadata = read_header(path / WEIGHTS)
     settings = _read_settings(path / SETTINGS, (path / SETTINGS).read_bytes())
     settings = _verified(path, settings, metadata)
     arguments = settings["arguments"]
@@ -192,7 +198,7 @@ def load(model_class, path, device=None, dtype=None, embedding_provider=None):
     ties = settings.get("ties") or {}
     if not isinstance(ties, dict) or not all(isinstance(name, str) for name in (*ties, *ties.values())):
         raise ValueError(f"Andromeda.load: the settings in {path / SETTINGS} are damaged: ties {ties!r}")
-    shapes = {_plain_name(name): shape for name, (shape, _) in found.items()}
+    shapes = {plain_name(name): shape for name, (shape, _) in found.items()}
     _check_sizes(path, arguments, shapes | dict.fromkeys(ties))
     if embedding_provider is not None:
         arguments = arguments | {"embedding_provider": _OnCpu(embedding_provider)}
@@ -206,7 +212,7 @@ def load(model_class, path, device=None, dtype=None, embedding_provider=None):
     if embedding_provider is not None:
         model.__dict__["embedding_provider"] = embedding_provider
     expected = model.state_dict()
-    names = {name: _plain_name(name, expected) for name in found}  # those in the file -> those of the model
+    names = {name: plain_name(name, expected) for name in found}  # those in the file -> those of the model
     problems = _misfits(expected, {names[name]: entry for name, entry in found.items()}, ties, settings)
     if len(set(names.values())) < len(names):
         problems.append("    ambiguous: names that differ in those of wrappers alone")
@@ -372,7 +378,7 @@ class _OnCpu:
             return self.provider.get_embedding(num_tokens, dim)
 
 
-def _read_header(file: Path):
+def read_header(file: Path, owner: str = "Andromeda.load"):
     """(shape, dtype) by name and the metadata of a safetensors file whose size is right."""
     found = file.stat().st_size
     with open(file, "rb") as stream:
@@ -380,23 +386,23 @@ def _read_header(file: Path):
         length = int.from_bytes(head, "little")
         if len(head) < 8 or length > found - 8:
             raise ValueError(
-                f"Andromeda.load: {file} must be a whole safetensors file, got {found} bytes that end within its header"
+                f"{owner}: {file} must be a whole safetensors file, got {found} bytes that end within its header"
             )
         try:
             header = json.loads(stream.read(length))
             ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            raise ValueError(f"Andromeda.load: {file} must be a safetensors file, its header is damaged") from error
+            raise ValueError(f"{owner}: {file} must be a safetensors file, its header is damaged") from error
     expected = 8 + length + max(ends, default=0)
     if found != expected:
-        raise ValueError(f"Andromeda.load: {file} must hold {expected} bytes as its header says, found {found}")
+        raise ValueError(f"{owner}: {file} must hold {expected} bytes as its header says, found {found}")
     try:
         with safe_open(file, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in header if name != "__metadata__"}
             found = {name: (tuple(entry.get_shape()), entry.get_dtype()) for name, entry in slices.items()}
             return found, opened.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"Andromeda.load: {file} must be a safetensors file: {error}") from error
+        raise ValueError(f"{owner}: {file} must be a safetensors file: {error}") from error
 
 
 def _read_settings(file: Path, text) -> dict:
@@ -507,7 +513,7 @@ def _parse_version(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("."))
 
 
-def _plain_name(name: str, expected=()) -> str:
+def plain_name(name: str, expected=()) -> str:
     """A name without what wrappers put into it; one that is expected stays as it is."""
     parts = name.split(".")
     if name not in expected:
@@ -515,6 +521,9 @@ def _plain_name(name: str, expected=()) -> str:
     while parts[0] in _OWNERS and len(parts) > 1 and ".".join(parts) not in expected:
         del parts[0]
     return ".".join(parts)
+
+
+WRAPPERS_PATTERN = rf"(^|\.)(?:(?:{'|'.join(sorted(_WRAPPERS))})\.)+"  # of a name; what stays is group 1
 
 
 def rename(state_dict, expected, owner: str) -> tuple[dict[str, torch.Tensor], list[str]]:
@@ -529,7 +538,7 @@ def rename(state_dict, expected, owner: str) -> tuple[dict[str, torch.Tensor], l
     for full_name, tensor in state_dict.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{owner}: {full_name} must be a tensor, got {type(tensor).__name__}")
-        name = _plain_name(full_name, expected)
+        name = plain_name(full_name, expected)
         if name in _COUNTERS and tensor.numel() == 1 and name not in expected:
             continue
         if name in tensors and not _same(tensors[name], tensor):
@@ -553,7 +562,7 @@ def for_model(model, state_dict):
     own = model.state_dict()
     if all(name in own for name in state_dict):
         return state_dict
-    names = {_plain_name(name): name for name in own}
+    names = {plain_name(name): name for name in own}
     tensors, problems = rename(state_dict, {**own, **names}, "Andromeda.load_state_dict")
     if problems:
         raise ValueError("Andromeda.load_state_dict: state_dict does not fit\n" + "\n".join(problems))

@@ -71,15 +71,18 @@ class Linear(nn.Linear):
         super().__init__(fan_in, fan_out, bias=bias)
 
     def reset_parameters(self) -> None:
+        for name, _ in self.named_parameters(recurse=False):
+            self.draw(name)
+
+    def draw(self, name: str) -> None:
+        """Draw "weight" or "bias" anew."""
         bound = self.in_features**-0.5
         if self.gain is None:
-            nn.init.uniform_(self.weight, -bound, bound)
+            nn.init.uniform_(self.get_parameter(name), -bound, bound)
+        elif name == "bias":
+            nn.init.zeros_(self.bias)
         else:
             nn.init.normal_(self.weight, std=self.gain * (2 / (self.in_features + self.out_features)) ** 0.5)
-        if self.bias is not None and self.gain is None:
-            nn.init.uniform_(self.bias, -bound, bound)
-        elif self.bias is not None:
-            nn.init.zeros_(self.bias)
 
 
 class AndromedaEmbedding:
@@ -464,6 +467,23 @@ class TransformerWrapper(nn.Module):
                 f"table, got a token at position {last}"
             )
         return positions
+
+
+def draw(net: TransformerWrapper, name: str) -> None:
+    """Draw a parameter anew, from the distribution of SPEC 11. name: as in `net.named_parameters()`."""
+    path, _, own = name.rpartition(".")
+    module, parameter = net.get_submodule(path), net.get_parameter(name)
+    with torch.no_grad():
+        if isinstance(module, Linear):
+            module.draw(own)
+        elif module is net.token_emb:
+            nn.init.normal_(parameter, std=(2 / parameter.shape[-1]) ** 0.5)
+        elif module is net.pos_emb:
+            nn.init.normal_(parameter)
+        elif own in ("q_scale", "k_scale"):
+            nn.init.constant_(parameter, parameter.shape[-1] ** 0.25)
+        else:
+            nn.init.constant_(parameter, {"gamma": 0.0, "residual_scale": 1.0}[own])
 
 
 def kept_positions(owner: str, x: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

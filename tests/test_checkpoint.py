@@ -558,7 +558,7 @@ def test_unknown_names_are_those_of_torch():
     assert "transformer.to_logits.weight" not in result.missing_keys and not result.unexpected_keys
 
 
-def test_parts_of_names_in_an_embedding_of_ones_own_stay():
+def test_parts_of_names_in_an_embedding_of_ones_own_stay(tmp_path):
     class Held(torch.nn.Module):
         def __init__(self, num_tokens, dim):
             super().__init__()
@@ -571,6 +571,8 @@ def test_parts_of_names_in_an_embedding_of_ones_own_stay():
     model, other = small(embedding_provider=provider), small(embedding_provider=provider)
     other.load_state_dict({f"module.{name}": tensor for name, tensor in model.state_dict().items()})
     assert torch.equal(other(TOKENS), model(TOKENS))
+    model.save(tmp_path)
+    assert torch.equal(Andromeda.load(tmp_path, embedding_provider=provider)(TOKENS), model(TOKENS))
 
 
 def test_a_tied_model_takes_one_value_from_x_transformers():

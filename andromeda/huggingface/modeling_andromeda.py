@@ -5,21 +5,25 @@ that going from one to the other copies nothing.
 """
 
 import dataclasses
+import json
+import warnings
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from torch.nn import functional
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from andromeda import checkpoint
 from andromeda.config import ModelConfig
 from andromeda.generation import Cache
 from andromeda.huggingface.configuration_andromeda import AndromedaConfig
-from andromeda.model import Andromeda, Decoder, TransformerWrapper, cross_entropy, keeps_all, kept_positions
+from andromeda.model import Andromeda, Decoder, TransformerWrapper, cross_entropy, draw, keeps_all, kept_positions
 from andromeda.ops import _checks
 
 _IGNORE_INDEX = -100
+_TIES = {"transformer.to_logits.weight": "transformer.token_emb.weight"}
 
 
 class AndromedaCache(Cache):
@@ -53,10 +57,18 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
     accepts_loss_kwargs = True  # Trainer hands over num_items_in_batch
     _no_split_modules = ("Sublayer",)
     _skip_keys_device_placement = ("past_key_values",)
+    _tied_weights_keys = _TIES  # with config.tie_word_embeddings
     _is_stateful = True  # the cache cannot go back, which assisted generation would ask for
 
     def __init__(self, config: AndromedaConfig, transformer: TransformerWrapper | None = None):
         super().__init__(config)
+        if transformer is not None:
+            if config.tie_word_embeddings and not _is_tied(transformer):  # to tie it would overwrite its projection
+                raise ValueError(
+                    "AndromedaForCausalLM: config.tie_word_embeddings must be False for a transformer whose projection "
+                    "is its own"
+                )
+            config.tie_word_embeddings = _is_tied(transformer)
         self.transformer = _new_transformer(config) if transformer is None else transformer
         self.post_init()
 
@@ -75,8 +87,16 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """See transformers; a checkpoint with missing, unexpected or misshapen parameters is a `ValueError` here."""
+        """See transformers; a checkpoint with missing, unexpected or misshapen parameters is a `ValueError` here.
+
+        With `ignore_mismatched_sizes` misshapen ones are drawn anew (SPEC 11), which is a warning that names them, as
+        are weights that are not finite. What wrappers put into names is left out.
+        """
         report = kwargs.pop("output_loading_info", False)
+        kwargs["key_mapping"] = {checkpoint.WRAPPERS_PATTERN: r"\1"} | (kwargs.get("key_mapping") or {})
+        ignored = {"mismatched_keys"} if kwargs.get("ignore_mismatched_sizes") else set()
+        kwargs["ignore_mismatched_sizes"] = True  # transformers' own error does not name them
+        _check_layers(*args, **kwargs)
         try:
             model, information = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
@@ -84,20 +104,59 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
         faults = [
             f"\n    {kind.removesuffix('_keys')}: {', '.join(sorted(map(str, information[kind])))}"
             for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-            if information[kind]
+            if information[kind] and kind not in ignored
         ]
         if faults:
             raise ValueError(f"AndromedaForCausalLM: the checkpoint must have the model's parameters{''.join(faults)}")
+        drawn = sorted(name for name, *_ in information["mismatched_keys"])
+        for name in drawn:
+            draw(model.transformer, name.removeprefix("transformer."))
+        if drawn:
+            warnings.warn(
+                f"AndromedaForCausalLM: {', '.join(drawn)} had other shapes in the checkpoint and were drawn anew; "
+                "train the model before you use it",
+                UserWarning,
+                stacklevel=2,
+            )
+        not_finite = {name: p for name, p in model.named_parameters() if not checkpoint.is_finite(p)}
+        checkpoint.warn_of_not_finite("AndromedaForCausalLM: the checkpoint", not_finite)
         return (model, information) if report else model
 
-    def save_pretrained(self, *args, **kwargs):
-        """See transformers. A token embedding of one's own cannot be described by a config: `ValueError`."""
-        if type(self.transformer.token_emb) is not nn.Embedding:
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """See transformers. A projection tied to the embedding stays so, names are without those of wrappers.
+
+        Raises:
+            ValueError: what no config describes, such as an embedding of one's own or other tied parameters.
+        """
+        owner = "AndromedaForCausalLM.save_pretrained"
+        if not checkpoint.is_plain_embedding(self.transformer.token_emb):
             raise ValueError(
-                "AndromedaForCausalLM.save_pretrained: embedding_provider must be the default, which loading can make "
-                f"again, got a {type(self.transformer.token_emb).__name__}; save state_dict() instead"
+                f"{owner}: embedding_provider must be the default, which loading can make again, got a "
+                f"{type(self.transformer.token_emb).__name__}; save state_dict() instead"
             )
-        return super().save_pretrained(*args, **kwargs)
+        described, found = ModelConfig(**self.config.to_arguments()), self.transformer.config
+        if described != found:
+            ours, theirs = dataclasses.asdict(found), dataclasses.asdict(described)
+            names = [name for name in ours if ours[name] != theirs[name]]
+            raise ValueError(
+                f"{owner}: config must describe the modules, which differ in {', '.join(names)}; make one by "
+                "from_andromeda(model.to_andromeda())"
+            )
+        self.config.tie_word_embeddings = _is_tied(self.transformer)
+        self.all_tied_weights_keys = self.get_expanded_tied_weights_keys()
+        if len(args) < 2 and kwargs.get("state_dict") is None:
+            state, problems = checkpoint.rename(self.state_dict(), (), owner)
+            if problems:
+                raise ValueError(f"{owner}: parameters must have different names\n" + "\n".join(problems))
+            _, ties = checkpoint.apart(state, owner)
+            others = [f"{name} and {first}" for name, first in ties.items() if _TIES.get(name) != first]
+            if others:
+                raise ValueError(
+                    f"{owner}: parameters must not be one but for the projection and the embedding, got "
+                    f"{', '.join(others)}; to_andromeda().save keeps them so"
+                )
+            kwargs["state_dict"] = state
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     def forward(
         self,
@@ -209,6 +268,33 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
     def _reorder_cache(past_key_values: Cache, beam_idx: torch.Tensor) -> Cache:
         past_key_values.reorder(beam_idx)
         return past_key_values
+
+
+def _is_tied(transformer: TransformerWrapper) -> bool:
+    weight = getattr(transformer.to_logits, "weight", None)
+    return weight is not None and weight is getattr(transformer.token_emb, "weight", None)
+
+
+def _check_layers(*args, **kwargs) -> None:
+    """Refuse a config of more layers than a local checkpoint has, before they are built."""
+    name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+    folder = Path(name or "", kwargs.get("subfolder") or "")
+    weights, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if not name or not (weights.is_file() or index.is_file()):
+        return
+    config = kwargs.get("config")
+    if not isinstance(config, AndromedaConfig):
+        if not (folder / "config.json").is_file():
+            return
+        options = {key: value for key, value in kwargs.items() if key in AndromedaConfig.__dataclass_fields__}
+        config = AndromedaConfig.from_pretrained(folder, **options)
+    owner = "AndromedaForCausalLM: the checkpoint must have the model's parameters"
+    if weights.is_file():
+        names = checkpoint.read_header(weights, "AndromedaForCausalLM")[0]
+    else:
+        names = json.loads(index.read_text())["weight_map"]
+    names = {checkpoint.plain_name(name): None for name in names}
+    checkpoint.check_layers(owner, ModelConfig(**config.to_arguments()), names)
 
 
 def _new_transformer(config: AndromedaConfig) -> TransformerWrapper:
