@@ -154,6 +154,22 @@ def test_mapped_slopes_and_documents():
         close(found[i], attention(q, k, k, causal=True, alibi_slopes=slopes[i], key_start=start[i]))
 
 
+@pytest.mark.parametrize("name", ["attention", "qk_norm_rotary", "token_shift_norm"])
+def test_transforms_in_compiled_programs(name):
+    """torch.compile would take the forward operator alone and drop the gradient: that is an error."""
+    torch.compiler.reset()
+    function, tensors = OPERATIONS[name][0], tensors_of(name)
+
+    def call(x):
+        return function(x, *tensors[1:])[..., 0].sum()
+
+    batch = torch.stack([tensors[0], 2 * tensors[0]])
+    with pytest.raises(Exception, match=f"{name}: transforms of torch.func are not compiled"):
+        torch.compile(grad(call), fullgraph=True, backend="eager")(tensors[0])
+    compiled = torch.compile(call, backend="eager")
+    close(vmap(grad(compiled))(batch), vmap(grad(call))(batch))
+
+
 # ---- second derivatives ---------------------------------------------------------------------------------------------
 
 

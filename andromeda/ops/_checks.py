@@ -12,6 +12,9 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 _MODES = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
+_mode_of, _num_modes = torch._C._get_dispatch_mode, torch._C._len_torch_dispatch_stack
+_num_early_modes = torch._ops._len_torch_dispatch_stack_pre_dispatch  # of make_fx(pre_dispatch=True)
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def is_tracing() -> bool:
@@ -21,9 +24,9 @@ def is_tracing() -> bool:
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
-    if torch._C._len_torch_dispatch_stack() > 0 and any(torch._C._get_dispatch_mode(key) is not None for key in _MODES):
+    if _num_modes() > 0 and any(_mode_of(key) is not None for key in _MODES):
         return True
-    return torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0  # make_fx(pre_dispatch=True)
+    return _num_early_modes() > 0
 
 
 def have_values(*tensors: torch.Tensor) -> bool:
@@ -31,12 +34,12 @@ def have_values(*tensors: torch.Tensor) -> bool:
 
     On a GPU they may, too, but it waits for the GPU.
     """
-    return not is_tracing() and not any(
-        type(tensor) not in (torch.Tensor, torch.nn.Parameter)
-        or tensor.is_meta
-        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        for tensor in tensors
-    )
+    if is_tracing():
+        return False
+    for tensor in tensors:
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_meta or _is_wrapped(tensor):
+            return False
+    return True
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -154,6 +154,7 @@ def _runs_on(architecture: str, major: int, minor: int) -> bool:
 _plans = {}  # what was decided for calls of one kind: see `plan`
 _MAX_PLANS = 4096
 os.register_at_fork(after_in_child=_plans.clear)  # they hold the answers above
+_NOT_COMPILED = "{op}: transforms of torch.func are not compiled; leave torch.compile out where they are used"
 _NO_GUARD = contextlib.nullcontext()
 # An int instead of a torch.cuda.Stream, in a tenth of the time; not every torch has it.
 _transforms_active = torch._C._are_functorch_transforms_active
@@ -217,6 +218,9 @@ def needs_function(op: str, *tensors: torch.Tensor | None) -> bool:
         _transforms.refuse_tangents(op, tensors)
         return True
     if torch.is_grad_enabled():
+        if torch.compiler.is_dynamo_compiling() and _transforms_active():
+            # A compiled transform takes the forward pass of a Function alone: it would drop the gradient.
+            raise NotImplementedError(_NOT_COMPILED.format(op=op))
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return True
