@@ -21,7 +21,7 @@ _CUDA_MAX_SEQLEN = 2**31 - 256  # kMaxSeqlen
 
 # Gradients of scales are summed over runs of tokens first, then over the runs. Their number depends on shapes alone, so
 # the result depends on neither threads nor timing. Enough of them to fill the machine, and tokens to pay for each.
-_MAX_PARTIALS = {"cpu": 64, "cuda": 512}
+_MAX_CPU_PARTIALS = 64
 _MIN_TOKENS_PER_PARTIAL = 16
 
 _TABLE_BLOCK = 64  # the CPU's tables hold whole blocks of positions: token by token, every 64th call makes new ones
@@ -205,7 +205,7 @@ def _compute_dtype(x) -> torch.dtype:
 
 
 def _forward(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin, backend):
-    backend, rotation = _plan(backend, q, k, rotary_dim, xpos, position, origin)
+    backend, rotation, _ = _plan(backend, q, k, rotary_dim, xpos, position, origin)
     q_out, k_out = _fake_forward(q, k)
     if backend == "reference":
         dtype = _compute_dtype(q)
@@ -230,7 +230,7 @@ def _forward(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, orig
 
 
 def _backward(dq_out, dk_out, q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin, backend):
-    backend, rotation = _plan(backend, q, k, rotary_dim, xpos, position, origin)
+    backend, rotation, num_partials = _plan(backend, q, k, rotary_dim, xpos, position, origin)
     dq, dk, dq_scale, dk_scale = _fake_backward(dq_out, dk_out, q, k, q_scale, k_scale)
     if backend == "reference":
         q_table, k_table = _whole_tables(q, k, rotary_dim, xpos, position, origin)
@@ -244,8 +244,6 @@ def _backward(dq_out, dk_out, q, k, q_scale, k_scale, normalize, rotary_dim, xpo
             if scale is not None:
                 dscale.copy_(dscale_exact)
     else:
-        tokens = q.shape[0] * max(q.shape[1], k.shape[1])
-        num_partials = min(_MAX_PARTIALS[backend], 1 + tokens // _MIN_TOKENS_PER_PARTIAL)
         dq_scale_partial, dk_scale_partial = (
             None if scale is None else scale.new_empty((num_partials, *scale.shape)) for scale in (q_scale, k_scale)
         )
@@ -282,16 +280,26 @@ def _plain_backward(dq_out, dk_out, q, k, q_scale, k_scale, normalize, rotary_di
 
 
 def _plan(backend, q, k, rotary_dim, xpos, position, origin):
-    """The backend of a call and, for a GPU, what it rotates by: all layers of a step share a plan."""
+    """The backend of a call, what it rotates by on a GPU, and the number of partial sums for the gradients of scales:
+    all layers of a step share a plan."""
 
     def make():
         chosen = _select.choose(NAME, backend, lambda name: unsupported(name, q, k))
+        if chosen == "reference":
+            return chosen, None, 0
         if chosen != "cuda":
-            return chosen, None
-        return chosen, _device_rotation(q.shape[1], k.shape[1], rotary_dim, xpos, position, origin, q.device)
+            return chosen, None, _num_partials(_MAX_CPU_PARTIALS, q, k)
+        rotation = _device_rotation(q.shape[1], k.shape[1], rotary_dim, xpos, position, origin, q.device)
+        with _select.device_guard(q.device):
+            most = _select.extension.qk_norm_rotary_backward_runs(q=q, k=k)
+        return chosen, rotation, _num_partials(most, q, k)
 
     key = NAME, backend, q.device, q.dtype, q.shape, k.shape, rotary_dim, xpos, position, origin
     return _select.plan(key, q.device, make)
+
+
+def _num_partials(most, q, k) -> int:
+    return min(most, 1 + q.shape[0] * max(q.shape[1], k.shape[1]) // _MIN_TOKENS_PER_PARTIAL)
 
 
 def _to(dtype, scale):
