@@ -134,12 +134,12 @@ def _check_same_tokenizer(folder: Path, tokenizer):
 
 
 def texts_of(source, text_column: str | None = None, split: str | None = None, errors: str = "strict", **options):
-    """The documents of a source, as the packing will see them; long ones in parts, between words."""
-    from andromeda.documents import clean, open_source, texts_of_words
+    """The documents of a source, as the packing will see them; long ones in parts."""
+    from andromeda.documents import clean, open_source
 
     opened = open_source(source, split, text_column=text_column, errors=errors, **options)
     counts: Counter = Counter()
-    return texts_of_words(clean(opened.documents(counts), errors, counts))
+    return (document.text for document in clean(opened.documents(counts), errors, counts))
 
 
 def pack(source, target: Path, tokenizer, **options):
