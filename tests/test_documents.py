@@ -263,6 +263,9 @@ def test_formats_and_separators(tmp_path):
     assert open_source(tmp_path / "story.log", separator="|", format="text").num_documents() is None
     with pytest.raises(SourceError, match=r"separator must not be given for .*part-0, which holds no plain text"):
         texts_of(tmp_path / "part-0", separator="|")
+    (tmp_path / "c.csv").write_text("text\na\n")
+    with pytest.raises(SourceError, match=r"separator must not be given for .*c.csv"):
+        open_source(tmp_path / "c.csv", separator="|")  # its name is enough
     with pytest.raises(SourceError, match=r"text_column must be None for .*story.log, which is plain text, got 'x'"):
         texts_of(tmp_path / "story.log", format="text", text_column="x")
 
