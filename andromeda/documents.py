@@ -372,6 +372,11 @@ class _Files(Source):
                 f"{path} must hold files of a known kind (text, source code, json, jsonl, parquet, csv, arrow), "
                 f"found {'; '.join(self.skipped.lines() + self.skipped.notes) or 'no files'}"
             )
+        if separator is not None and not any(format in ("text", None) for _, format in self._files):
+            raise self._no_text()
+
+    def _no_text(self) -> SourceError:
+        return SourceError(f"separator must not be given for {self._root}, which holds no plain text")
 
     def fingerprint(self) -> str:
         stats = [(str(path.absolute()), path.stat()) for path, _ in self._files]
@@ -403,7 +408,7 @@ class _Files(Source):
                 self._formats[reader.format] += 1
                 yield from reader.documents(choice)
         if self._separator is not None and not self._formats["text"]:
-            raise SourceError(f"separator must not be given for {self._root}, which holds no plain text")
+            raise self._no_text()
 
     @contextlib.contextmanager
     def _open(self, path: Path, format: str | None, statistics: Counter) -> Iterator[Reader]:
@@ -642,24 +647,6 @@ def _bad_character(document: Document, index: int) -> ValueError:
     return ValueError(f"DatasetBuilder: {where} must be text, got {kind} at byte {position}; {REMEDY}")
 
 
-def texts_of_words(documents: Iterable[Document]) -> Iterator[str]:
-    """The texts of documents to train a tokenizer on: long ones in parts that end before white space.
-
-    The words are those of the whole text, unless there is none for many parts.
-    """
-    rest = ""
-    for text, _, _, continues in documents:
-        text = rest + text
-        end = len(text)
-        if continues:
-            found = _LAST_WORD.match(text)
-            end = found.end() if found else 0 if len(text) < 16 * BLOCK_BYTES else end
-        if end:
-            yield text[:end]
-        rest = text[end:]
-
-
-_LAST_WORD = re.compile(r".*\S(?=\s)", re.DOTALL)
 _BAD_CHARACTERS = re.compile("[\0\ud800-\udfff]")
 
 

@@ -22,7 +22,7 @@ import pytest
 from andromeda import documents
 from andromeda.dataset import DatasetBuilder
 from andromeda.decoding import SourceError
-from andromeda.documents import Document, clean, open_source, texts_of_words, whole_texts
+from andromeda.documents import Document, clean, open_source, whole_texts
 from andromeda.tokenizer import AndromedaTokenizer
 
 TEXTS = ["first\nline two", "", "zweites Dokument: ü, 🥊", " \t\n", 'with "quotes", commas\r\nand lines']
@@ -151,13 +151,16 @@ def test_fingerprint_follows_the_files(tmp_path):
     path.write_text("cd")  # of the same size, at another time
     os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
     seen.append(open_source(tmp_path).fingerprint())
+    path.write_text("efg")  # of another size, at the same time
+    os.utime(path, ns=(1, json.loads(seen[-1])["files"][0][2]))
+    seen.append(open_source(tmp_path).fingerprint())
     (tmp_path / "b.txt").write_text("b")
     seen.append(open_source(tmp_path).fingerprint())
     (tmp_path / "b.txt").rename(tmp_path / "c.txt")
     seen.append(open_source(tmp_path).fingerprint())
     for options in ({"include": "a*"}, {"exclude": "nothing"}, {"separator": "|"}, {"format": "text"}):
         seen.append(open_source(tmp_path, **options).fingerprint())
-    assert len(set(seen)) == 9
+    assert len(set(seen)) == len(seen)
 
 
 def write_files(root, files):
@@ -192,7 +195,9 @@ def test_folders_of_several_kinds(tmp_path, files, expected, skipped):
     source = open_source(tmp_path)
     texts, counts = texts_of_opened(source)
     assert texts == expected
+    facts = source.facts()
     assert texts_of_opened(source) == (texts, counts)  # read a second time
+    assert source.facts() == facts and sum(facts["formats"].values()) == counts["files"]
     said = source.facts()["skipped"]
     assert len(said) == (skipped is not None)
     assert counts["ignored_files"] == len(said)
@@ -208,6 +213,10 @@ def test_folders_of_several_kinds(tmp_path, files, expected, skipped):
         ({"a.json": {"x": "1"}, "b.json": {"y": "2"}}, "several columns"),
         ({"a.json": {"text": "1"}, "b.json": {"y": "2"}}, "b.json must have the column 'text'"),
         ({"a.txt": "text", "card.json": {"description": "x"}}, "card.json is one JSON object beside files of text"),
+        (
+            {**{f"{i:02}.json": {"text": "x"} for i in range(12)}, "z.json": {"y": "z"}},
+            "z.json, record 0 must have the",
+        ),
         ({**MANY, "z.csv": "content,x\na,b\n"}, "z.csv: 'content' was the only"),
         (
             {**{f"{i:02}.jsonl": LINES for i in range(12)}, "z.jsonl": '{"n": 1}\n'},
@@ -215,7 +224,17 @@ def test_folders_of_several_kinds(tmp_path, files, expected, skipped):
         ),
         ({**{f"{i:02}.jsonl": '"a"\n' for i in range(12)}, "z.csv": "content\na\n"}, "z.csv has columns and the files"),
     ],
-    ids=["lines", "formats", "objects", "text-in-one", "object-beside-text", "late-csv", "late-lines", "late-columns"],
+    ids=[
+        "lines",
+        "formats",
+        "objects",
+        "text-in-one",
+        "object-beside-text",
+        "late-object",
+        "late-csv",
+        "late-lines",
+        "late-columns",
+    ],
 )
 def test_files_that_disagree(tmp_path, files, message):
     write_files(tmp_path, files)
@@ -244,6 +263,9 @@ def test_formats_and_separators(tmp_path):
     assert open_source(tmp_path / "story.log", separator="|", format="text").num_documents() is None
     with pytest.raises(SourceError, match=r"separator must not be given for .*part-0, which holds no plain text"):
         texts_of(tmp_path / "part-0", separator="|")
+    (tmp_path / "c.csv").write_text("text\na\n")
+    with pytest.raises(SourceError, match=r"separator must not be given for .*c.csv"):
+        open_source(tmp_path / "c.csv", separator="|")  # its name is enough
     with pytest.raises(SourceError, match=r"text_column must be None for .*story.log, which is plain text, got 'x'"):
         texts_of(tmp_path / "story.log", format="text", text_column="x")
 
@@ -630,17 +652,6 @@ def test_parts_go_on_without_waiting():
 def test_a_fault_in_a_later_part_is_located():
     with pytest.raises(ValueError, match=r"a.txt must be text, got a NUL character at byte 12"):
         list(clean(parts_of("good", "ü\0"), "strict", Counter()))
-
-
-def test_long_texts_for_tokenizers_end_between_words():
-    parts = parts_of("one two th", "ree", " four fi", "ve  ", "six")
-    texts = list(texts_of_words([*parts, Document("seven", "b.txt")]))
-    assert texts == ["one two", " three four", " five", "  six", "seven"]
-
-
-def test_long_texts_without_words_are_cut(monkeypatch):
-    monkeypatch.setattr(documents, "BLOCK_BYTES", 2)
-    assert max(map(len, texts_of_words(parts_of(*["x" * 10] * 20)))) < 50
 
 
 def test_byte_order_mark_is_removed(tmp_path):

@@ -172,7 +172,9 @@ def test_a_json_list_is_not_read_ahead(monkeypatch):
     monkeypatch.setattr(readers, "SAMPLE_BYTES", 100)
     data = json.dumps([{"text": f"document {i}"} for i in range(2000)]).encode()
     file = Counted(data)
-    documents = reader_of(data, "json", file=file).documents(Choice("text"))
+    reader = reader_of(data, "json", file=file)
+    assert list(reader.columns()) == ["text"]
+    documents = reader.documents(Choice("text"))
     assert [next(documents).text for _ in range(10)] == [f"document {i}" for i in range(10)]
     assert file.taken < 1000
 
