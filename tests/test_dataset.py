@@ -4,6 +4,7 @@ import contextlib
 import copy
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import pickle
@@ -27,7 +28,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from andromeda import documents, packing
-from andromeda.dataset import DatasetBuilder, PackedDataset, default_cache_dir, document_starts
+from andromeda.dataset import DatasetBuilder, PackedDataset, _hashed, default_cache_dir, document_starts
 from andromeda.files import checksum
 from andromeda.tokenizer import AndromedaTokenizer
 
@@ -351,6 +352,15 @@ def test_stream_of_records_is_keyed_by_content(build, tmp_path):
     assert rows_of(again) == rows_of(build(source))
     assert build(source.select(range(30)).to_iterable_dataset()).path != first.path
     assert len(cache_entries(tmp_path)) == 3
+
+
+def test_parts_of_one_document_are_not_two_documents():
+    digests = set()
+    for texts in (["ab", "c"], [packing.Unfinished("ab"), "c"], ["a", "bc"], ["abc"]):
+        digest = hashlib.sha256()
+        assert list(_hashed(texts, digest)) == texts
+        digests.add(digest.digest())
+    assert len(digests) == 4
 
 
 def damage_truncate(path):
