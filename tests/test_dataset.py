@@ -25,6 +25,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from andromeda import documents, packing
@@ -156,6 +157,15 @@ def test_width_follows_the_vocabulary(build, tokenizer, size, dtype):
     assert dataset.hf.features["input_ids"] == datasets.List(datasets.Value(dtype), length=SEQ_LEN)
     assert dataset.vocab_size == size
     assert np.concatenate(rows_of(dataset)).tolist() == stream_of(tokenizer)[: len(dataset) * SEQ_LEN]
+
+
+@pytest.mark.parametrize("kind", ["stream", "bfd"])
+def test_documents_without_tokens_are_empty(build, kind):
+    made = Tokenizer(models.WordLevel({"<eos>": 0, "<pad>": 1, "<unk>": 2, "a": 3}, unk_token="<unk>"))
+    made.normalizer, made.pre_tokenizer = normalizers.Replace("x", ""), pre_tokenizers.WhitespaceSplit()
+    dataset = build(datasets.Dataset.from_dict({"text": ["a a", "xxx", "a b"]}), 3, tokenizer=made, packing=kind)
+    assert rows_of(dataset) == [[3, 3, 0], [3, 2, 0]]
+    assert (dataset.statistics["documents"], dataset.statistics["empty_documents"]) == (2, 1)
 
 
 @pytest.mark.parametrize("kind", ["stream", "bfd"])
