@@ -140,8 +140,8 @@ def _read_arguments(argv: list[str] | None) -> argparse.Namespace:
 _INPUTS = ("source", "data", "eval_data", "checkpoint", "start", "tokenizer", "prompt_file")
 # Files and folders of models, rows and runs: figures must not take their names there.
 _OURS = re.compile(
-    r"model|checkpoint-\d+|.*\.(safetensors|arrow)|history\.jsonl|(train|quickstart|metadata|config|generation_config|andromeda|"
-    r"andromeda_checkpoint|trainer_state|tokenizer|tokenizer_config|special_tokens_map)\.json"
+    r"model|checkpoint-\d+|.*\.(safetensors|arrow)|history\.jsonl|(train|quickstart|metadata|config|generation_config|"
+    r"andromeda|andromeda_checkpoint|trainer_state|tokenizer|tokenizer_config|special_tokens_map)\.json"
 )
 
 
