@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
         _check_outputs(arguments)
         if arguments.command != "info" and (note := threads.note()):
             say(f"andromeda: {note}")
+        if arguments.command in ("train", "quickstart"):
+            interrupts.be_patient()
         code = arguments.run(arguments) or 0
         if sys.stdout is not None:
             sys.stdout.flush()  # what cannot be written is an error here, not a complaint of Python at exit
