@@ -54,7 +54,12 @@ def _is_the_command() -> bool:
 
 
 # The command sets the handling of signals and the number of threads before torch is loaded.
-if TYPE_CHECKING or not _is_the_command():
+if not TYPE_CHECKING and _is_the_command():
+    import signal
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends it without a traceback until `__main__` is there
+else:
     from andromeda.model import Andromeda, AndromedaEmbedding, AutoregressiveWrapper, Decoder, TransformerWrapper
     from andromeda.ops.attention import attention
     from andromeda.ops.qk_norm_rotary import qk_norm_rotary

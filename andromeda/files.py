@@ -184,20 +184,17 @@ def _check_special(target: Path) -> None:
 def _write_into(target: Path, data: bytes) -> None:
     _check_special(target)
     descriptor = _own_descriptor(target)
-    if descriptor is None:
-        file = open(target, "wb", buffering=0)  # noqa: SIM115 (closed below; waits for the reader of a pipe)
-    else:
-        for stream in (sys.stdout, sys.stderr):  # what was printed before comes first
-            stream.flush()
-        file = open(os.dup(descriptor), "wb", buffering=0)  # noqa: SIM115 (goes on where others have written)
-    with file:
-        view = memoryview(data)
-        while view:
-            view = view[file.write(view) :]
+    if descriptor is not None:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()  # what was printed before comes first
+        descriptor = os.dup(descriptor)  # goes on where others have written
+    with open(target if descriptor is None else descriptor, "wb") as file:  # waits for the reader of a pipe
+        file.write(data)
 
 
 def _replace_file(target: Path, data: bytes) -> None:
-    _remove_stale(target)
+    _remove_stale(target.parent, _prefix(target), target)
     new = _other_name(target)
     _unfinished.add(new)
     try:
@@ -264,27 +261,38 @@ def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
     target = Path(os.path.realpath(target))
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(target)
-        new = _other_name(target)
-        _unfinished.add(new)
-        try:
-            new.mkdir()
-            with _locked(new):
-                yield new
-                replace_folder(new, target)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
-            _unfinished.discard(new)
+        with temporary_folder(target.parent, _prefix(target), target) as new:
+            yield new
+            replace_folder(new, target)
 
 
-def _remove_stale(target: Path) -> None:
-    """Remove what has a temporary name of `target` and is not locked by the process that writes it."""
-    stem = _other_name(target).name[:-16]
+@contextlib.contextmanager
+def temporary_folder(parent: Path, prefix: str, target: Path | None = None) -> Iterator[Path]:
+    """A new folder `<prefix><random>` in `parent`, locked while in use; removed at the end unless it was renamed.
+
+    Those of this prefix that killed processes left are removed first. `target`: what it will be renamed to.
+    """
+    _remove_stale(parent, prefix, target)
+    new = parent / f"{prefix}{secrets.token_hex(8)}"
+    _unfinished.add(new)
+    try:
+        new.mkdir()
+        with _locked(new):
+            yield new
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        _unfinished.discard(new)
+
+
+def _remove_stale(parent: Path, prefix: str, target: Path | None) -> None:
+    """Remove what has a temporary name of this prefix and is not locked by the process that writes it."""
     with contextlib.suppress(OSError):  # a folder that may not be listed
-        for path in target.parent.iterdir():
-            if not path.name.startswith(stem) or not is_temporary(path.name):
+        for path in parent.iterdir():
+            if not path.name.startswith(prefix):
                 continue
-            if path.name.endswith(".old") and not target.exists():
+            if target is not None and not re.fullmatch(r"[0-9a-f]{16}(\.old)?", path.name[len(prefix) :]):
+                continue  # of another target, or the user's own
+            if target is not None and path.suffix == ".old" and not target.exists():
                 continue  # killed between two renames: all that is left of it
             with contextlib.suppress(OSError):  # locked: in use; gone: somebody else removed it
                 if time.time() - path.stat().st_mtime < _STALE_SECONDS:
@@ -323,9 +331,13 @@ def is_temporary(name: str) -> bool:
 
 
 def _other_name(path: Path) -> Path:
-    """A hidden name beside `path` that nobody else uses, no longer than names may be."""
-    stem = os.fsdecode(os.fsencode(path.name)[:200])
-    return path.with_name(f".{stem}.{secrets.token_hex(8)}")
+    """A hidden name beside `path` that nobody else uses."""
+    return path.with_name(f"{_prefix(path)}{secrets.token_hex(8)}")
+
+
+def _prefix(path: Path) -> str:
+    """What the temporary names of `path` begin with: its name, so far that they are no longer than names may be."""
+    return f".{os.fsdecode(os.fsencode(path.name)[:200])}."
 
 
 # ---- why something could not be written
@@ -486,37 +498,3 @@ def damages(folder: Path, recorded: dict[str, dict]) -> list[str]:
         elif checksum(path) != entry["xxh3_128"]:
             found.append(f"{name} has other content than was written (checksum differs)")
     return found
-
-
-# ---- folders to work in
-
-
-@contextlib.contextmanager
-def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """A new folder `<prefix><random>` in `parent`, locked while in use; removed at the end unless it was renamed.
-
-    Those of this prefix that killed processes left are removed first.
-    """
-    _remove_stale_folders(parent, prefix)
-    path = parent / f"{prefix}{secrets.token_hex(8)}"
-    path.mkdir()
-    lock = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-        os.close(lock)
-
-
-def _remove_stale_folders(parent: Path, prefix: str) -> None:
-    for path in parent.glob(f"{prefix}*"):
-        with contextlib.suppress(OSError):  # locked: in use; gone: somebody else removed it
-            if time.time() - path.stat().st_mtime < _STALE_SECONDS:
-                continue
-            lock = os.open(path, os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
-            finally:
-                os.close(lock)

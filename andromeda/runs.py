@@ -152,7 +152,7 @@ def load_model(folder: Path, device: "str | torch.device | None", dtype: str | N
     from andromeda.training import check_saved_model, nonfinite_parameters
 
     device = read_device(None) if device is None else device
-    dtype = getattr(torch, dtype or "float32")
+    dtype = getattr(torch, "float32" if dtype is None else dtype)
     check_saved_model(folder)
     if (folder / "andromeda.json").is_file():
         model = AndromedaForCausalLM.from_andromeda(Andromeda.load(folder, device=device, dtype=dtype)).eval()

@@ -47,8 +47,8 @@ def quota(root: str | os.PathLike = "/") -> float | None:
     found = []
     for kind, mount_root, mount_point in _mounts(_read(root / "proc/self/mountinfo")):
         top = root / mount_point.lstrip("/")
-        inside = _below(groups.get(kind, "/"), mount_root)
-        for group in (top / inside, *(top / inside).parents):
+        own = top / groups.get(kind, "/").removeprefix(mount_root).lstrip("/")  # what is not there has no limit
+        for group in (own, *own.parents):
             value = _unified(group) if kind == "" else _legacy(group)
             if value is not None:
                 found.append(value)
@@ -125,15 +125,6 @@ def _mounts(text: str) -> Iterator[tuple[str, str, str]]:
 
 def _unescaped(name: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), name)
-
-
-def _below(path: str, mount_root: str) -> str:
-    """The own group seen from the mount; "" where the mount shows only other groups, or the own one as its root."""
-    if ".." in path.split("/"):  # the group is above the root of the namespace
-        return ""
-    if mount_root == "/":
-        return path.lstrip("/")
-    return path[len(mount_root) :].lstrip("/") if f"{path}/".startswith(f"{mount_root}/") else ""
 
 
 def _unified(group: Path) -> float | None:

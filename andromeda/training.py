@@ -359,6 +359,7 @@ def train(
             the last good checkpoint, and nothing deleted.
     """
     tokenizer = _hf_tokenizer(tokenizer)
+    _check_model("train", model)
     check_vocabulary(model, tokenizer)
     if settings.sample_every and tokenizer is None:
         raise ValueError("train: tokenizer must be given for sample_every, got None")
@@ -418,10 +419,16 @@ def train(
         if checkpoint is not None and _step_of(checkpoint) >= settings.steps:
             # Trainer would make one step more before it looks at the count.
             trainer._load_from_checkpoint(str(checkpoint))
+            trainer.state.global_step = _step_of(checkpoint)
             if not Path(settings.output_dir, MODEL).is_dir():
                 trainer.save_whole_model()
+            trainer.clear_away()
             return _result(checkpoint=checkpoint, steps=_step_of(checkpoint), damaged=damaged)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            if trainer.history is not None:
+                trainer.history.close()
         if stop.received is None:
             trainer.save_whole_model()
     return _result(
@@ -452,6 +459,14 @@ def _result(
         history=list(history),
         damaged=damaged,
     )
+
+
+def _check_model(owner: str, model):
+    if not isinstance(model, Andromeda | AndromedaForCausalLM):
+        raise TypeError(
+            f"{owner}: model must be an Andromeda or AndromedaForCausalLM, not wrapped in something else, got a "
+            f"{type(model).__name__}; trainer={{'torch_compile': True}} compiles it"
+        )
 
 
 def check_vocabulary(model, tokenizer):
@@ -704,7 +719,7 @@ def _starting_point(folder: Path, resume: bool) -> tuple[Path | None, list[str]]
         return None, []
     damaged = []
     for path in reversed(present):
-        defects = _defects(path, contents=True)
+        defects = _defects(path, contents=True) or _not_to_continue(path)
         if not defects:
             if damaged:
                 lines = "".join(f"\n    {line}" for line in damaged)
@@ -715,9 +730,17 @@ def _starting_point(folder: Path, resume: bool) -> tuple[Path | None, list[str]]
     raise ValueError(f"train: output_dir must hold a whole checkpoint to resume from, {folder} has none{seen}")
 
 
+def _not_to_continue(path: Path) -> list[str]:
+    """What a whole checkpoint lacks for a continuation: Trainer would begin it anew without a word."""
+    names = _read_manifest(path)["files"]
+    wanted = {"trainer_state.json": "the state of the run", "optimizer": "the state of the optimiser"}
+    return [f"{what} is not in it" for name, what in wanted.items() if not any(n.startswith(name) for n in names)]
+
+
 def _say(text: str):
-    """A message beside the progress line."""
-    tqdm.write(text, file=sys.stderr)
+    """A message beside the progress line, from the one process that speaks."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        tqdm.write(text, file=sys.stderr)
 
 
 def _check_identity(checkpoint: Path, identity: dict):
@@ -943,6 +966,13 @@ class _Trainer(Trainer):
                 self._install(partial, Path(self.args.output_dir, MODEL))
         self.accelerator.wait_for_everyone()
 
+    def clear_away(self):
+        """Remove what the process that ended this run did not come to remove."""
+        if self.args.should_save:
+            folder = Path(self.args.output_dir)
+            shutil.rmtree(folder / _PARTIAL, ignore_errors=True)
+            self._drop_old(folder)
+
     @staticmethod
     def _install(partial: Path, target: Path):
         """Give what was written its name."""
@@ -983,7 +1013,7 @@ class _StepRecord:
     def __init__(self, device, scaled: bool):
         self.scaled = scaled
         self.interval = torch.zeros(3, dtype=torch.float64, device=device)
-        self.bad = torch.zeros(3, dtype=torch.float64, device=device)
+        self.bad = torch.zeros_like(self.interval)
         self.overflows = torch.zeros((), dtype=torch.int64, device=device)
         self.norm = None
         self._begin()
@@ -1051,10 +1081,6 @@ class _Guard(TrainerCallback):
     def on_log(self, args, state, control, **kwargs):
         if self.trainer.history is not None:
             self.trainer.history.write(state.log_history[-1])
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.trainer.history is not None:
-            self.trainer.history.close()
 
 
 class _History:
@@ -1378,6 +1404,7 @@ def evaluate(model, dataset, *, tokenizer=None, batch_size=8, max_rows=None, pro
         ValueError: no token is predicted, or the tokenizer has more ids than the model.
         FloatingPointError: the weights or a loss are not finite.
     """
+    _check_model("evaluate", model)
     check_vocabulary(model, tokenizer)
     for name, value, low in (("batch_size", batch_size, 1), ("max_rows", max_rows, 0)):
         if value is not None:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import stat
+import sys
 import threading
 from pathlib import Path
 
@@ -181,10 +182,12 @@ def test_a_descriptor_of_a_file_is_written_on_where_it_is(tmp_path):
     assert log.read_text() == "before\n1\n1\n1\nafter\n" and log.stat().st_ino == inode
 
 
-def test_dev_stdout_comes_after_what_was_printed(capfd):
-    print("first")
-    files.write_json("/dev/stdout", "second")
-    print("third")
+def test_dev_stdout_comes_after_what_was_printed(capfd, monkeypatch):
+    with open(os.dup(1), "w", buffering=1000) as stdout, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
+        print("first")
+        files.write_json("/dev/stdout", "second")
+        print("third")
     assert capfd.readouterr().out == 'first\n"second"\nthird\n'
 
 

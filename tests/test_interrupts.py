@@ -24,16 +24,15 @@ def me(number):
 """
 
 STUCK = """
-def stuck():
+import ctypes
+
+def stuck(seconds):
     "In C, where signals do not interrupt anything and Python does not run."
-    import ctypes
     mutex, library = ctypes.create_string_buffer(256), ctypes.CDLL(None)
     library.pthread_mutex_init(mutex, None)
     library.pthread_mutex_lock(mutex)
-    import threading
-    number = int(sys.argv[1])
-    threading.Timer(0.1, me, (number,)).start()
-    library.pthread_mutex_lock(mutex)
+    end = time.time() + seconds
+    library.pthread_mutex_timedlock(mutex, (ctypes.c_long * 2)(int(end), int(end % 1 * 1e9)))
 """
 
 
@@ -136,8 +135,10 @@ def test_a_library_that_keeps_a_signal_to_itself(tmp_path):
 def test_a_library_that_does_not_let_python_run(tmp_path, number):
     program = STUCK + textwrap.dedent("""
         interrupts.raise_in_commands()
+        import threading
+        threading.Timer(0.1, me, (int(sys.argv[1]),)).start()
         with files.whole_folder(sys.argv[2]) as folder:
-            stuck()
+            stuck(30)
     """)
     code, _ = run(program, int(number), tmp_path / "rows")
     assert code == 128 + number and list(tmp_path.iterdir()) == []
@@ -162,6 +163,58 @@ def test_another_handler_may_take_its_time():
             sys.exit(interrupts.exit_code(error) + 1)
     """
     assert run(program) == (131, "")
+
+
+@pytest.mark.parametrize("signals, code", [(1, 7), (2, 130)])
+def test_a_long_step_of_the_training(signals, code):
+    """The first signal is handled before the step or waits for its end; a second one does not wait."""
+    program = (
+        STUCK
+        + f"""
+import threading
+interrupts.raise_in_commands()
+interrupts.be_patient()
+
+def note(number, frame):
+    signal.signal(number, previous)
+
+previous = signal.signal(signal.SIGINT, note)
+me(signal.SIGINT)  # `note` puts the handler of the commands back
+if {signals} == 2:
+    threading.Timer(0.1, me, (signal.SIGINT,)).start()
+stuck(0.9 if {signals} == 1 else 30)
+os._exit(7)
+"""
+    )
+    assert run(program)[0] == code
+
+
+def test_a_signal_for_a_forked_worker_is_no_signal_for_the_command():
+    program = (
+        STUCK
+        + """
+interrupts.raise_in_commands()
+reading, writing = os.pipe()
+child = os.fork()
+if child == 0:
+    os.write(writing, b"x")
+    time.sleep(30)
+    os._exit(0)
+os.read(reading, 1)
+os.kill(child, signal.SIGTERM)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+stuck(0.9)
+sys.exit(7)
+"""
+    )
+    assert run(program) == (7, "")
+
+
+def test_before_the_handlers_are_there():
+    """Python's own handler would print a traceback."""
+    program = "import sys; sys.argv[0] = 'andromeda'; import andromeda, os; os.kill(os.getpid(), 2)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
 def test_signals_that_are_ignored_stay_so():

@@ -54,7 +54,7 @@ def cfs(folder, limit, period=100_000):
         ("0::/docker/abcd\n", V2.replace("0:26 /", "0:26 /docker/abc"), {"cpu.max": "200000 100000"}, 2),
         ("4:cpu,cpuacct:/\n3:memory:/m\n", V1, cfs("cpu,cpuacct", 100_000), 1),
         ("4:cpu,cpuacct:/a\n", V1, cfs("cpu,cpuacct/a", -1) | cfs("cpu,cpuacct", 250_000), 2.5),
-        ("4:cpuset:/a\n2:cpu,cpuacct:/b\n", V1, cfs("cpu,cpuacct/a", 1000) | cfs("cpu,cpuacct/b", 50_000), 0.5),
+        ("4:cpu,cpuacct:/b\n2:cpuset:/a\n", V1, cfs("cpu,cpuacct/a", 1000) | cfs("cpu,cpuacct/b", 50_000), 0.5),
         ("", V1, cfs("cpu,cpuacct", 100_000), 1),
         ("0::/\n", V1, {"cpu,cpuacct/cpu.cfs_quota_us": "100000\n"}, None),
         # Both versions, as systemd mounts them in its hybrid mode.
@@ -77,7 +77,9 @@ def test_quota_without_proc(tmp_path):
     assert threads.quota(tmp_path) is None
 
 
-@pytest.mark.parametrize("limit, allowed, expected", [(1, 8, 1), (100, 8, 1), (150, 8, 2), (800, 4, 4), ("max", 3, 3)])
+@pytest.mark.parametrize(
+    "limit, allowed, expected", [(1, 8, 1), (100, 8, 1), (120, 8, 2), (150, 8, 2), (800, 4, 4), ("max", 3, 3)]
+)
 def test_processors_are_the_least_of_quota_and_affinity(tmp_path, monkeypatch, limit, allowed, expected):
     root = machine(tmp_path, "0::/\n", V2, {"cpu.max": f"{limit} 100\n"})
     monkeypatch.setattr(threads, "affinity", lambda: allowed)

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from andromeda import Andromeda, AndromedaTokenizer, training
+from andromeda import Andromeda, AndromedaTokenizer, files, training
 from andromeda.huggingface import AndromedaForCausalLM
 from andromeda.training import TrainSettings, evaluate, latest_checkpoint, sample_text, token_bytes, train
 
@@ -369,12 +369,12 @@ def test_the_first_step_that_is_not_finite_is_named(tmp_path, monkeypatch, what,
             "on_pre_optimizer_step",
             lambda self, args, state, *rest, **more: self.trainer.record.end_step(state.global_step + 1),
         )
-    Poison(monkeypatch, 6, what)
+    Poison(monkeypatch, 5, what)
     model = new_model()
-    with pytest.raises(FloatingPointError, match=f"step 6 had {said}"):
+    with pytest.raises(FloatingPointError, match=f"step 5 had {said}"):
         train(model, Rows(), settings(tmp_path, log_every=3, save_every=4, steps=12, bf16=False))
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["checkpoint-4", "history.jsonl"]
-    assert [line["step"] for line in history(tmp_path)] == [3, 6]
+    assert [line["step"] for line in history(tmp_path)] == [3, 5]
     if not waiting:  # then the step was not made
         assert training.nonfinite_parameters(model) == []
 
@@ -396,6 +396,22 @@ def test_a_checkpoint_that_is_not_finite_is_not_written(tmp_path, monkeypatch, w
     with pytest.raises(FloatingPointError, match=f"after step 4 NaN or Inf is in {found}"):
         train(new_model(), Rows(), settings(tmp_path, keep=1))
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_no_model_is_saved_from_a_checkpoint_that_is_not_finite(tmp_path, checkpoints):
+    """Of the last step: nothing is left to train, which would find it."""
+    folder = tmp_path / "checkpoint-8"
+    shutil.copytree(checkpoints / "checkpoint-8", folder)
+    state = load_file(folder / "model.safetensors")
+    state["transformer.to_logits.weight"][0, 0] = math.nan
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    manifest = json.loads((folder / training.MANIFEST).read_text())
+    del manifest["xxh3_128"]
+    manifest["files"] = files.checksums(folder, manifest["files"])
+    (folder / training.MANIFEST).write_text(json.dumps(training.sealed(manifest)))
+    with pytest.raises(FloatingPointError, match=r"after step 8 NaN or Inf is in transformer.to_logits.weight"):
+        train(new_model(), Rows(), settings(tmp_path), resume=True)
+    assert not (tmp_path / "model").exists()
 
 
 def test_a_model_that_is_not_finite_is_neither_trained_nor_evaluated(tmp_path):
@@ -556,6 +572,21 @@ def test_an_evaluation_weighs_tokens_and_looks_at_every_row(tmp_path):
     assert found == pytest.approx(evaluate(new_model(), rows, batch_size=2).loss, rel=1e-5)
 
 
+@pytest.mark.parametrize("rank, own", [(0, 3), (1, 2), (2, 0)])
+def test_rows_that_a_process_gets_a_second_time_are_not_counted(rank, own):
+    """Three processes with batches of 3 and 5 rows left: 3, 2 and none of them, made up by rows from the beginning."""
+    gradient_state = types.SimpleNamespace(end_of_dataloader=True, remainder=5)
+    trainer = types.SimpleNamespace(
+        args=types.SimpleNamespace(world_size=3, process_index=rank),
+        accelerator=types.SimpleNamespace(gradient_state=gradient_state),
+    )
+    labels = torch.ones(3, 4, dtype=torch.int64)
+    found = training._Trainer._without_repeats(trainer, labels)
+    assert ((found == 1).all(1)).tolist() == [index < own for index in range(3)] and bool((labels == 1).all())
+    gradient_state.end_of_dataloader = False
+    assert training._Trainer._without_repeats(trainer, labels) is labels
+
+
 def test_data_with_nothing_to_predict_is_refused(tmp_path):
     for name, data in (
         ("dataset", (Masked(4, masked=range(4)), Rows())),
@@ -600,18 +631,23 @@ def test_the_history_has_the_figures_of_a_run(tmp_path, watched):
 
 @pytest.mark.parametrize("how", ["killed", "signal", "killed in a half written line"])
 def test_a_resumed_run_has_the_history_of_an_uninterrupted_one(tmp_path, watched, how):
+    """The checkpoint that it continues from, of step 4 or 5, is in the middle of an interval."""
+
     class Interrupting(Rows):
         def __getitem__(self, index):
             row = super().__getitem__(index)
-            if self.ids_read == 13 and how == "signal":
-                signal.raise_signal(signal.SIGINT)
+            if self.ids_read == 10:
+                assert history(tmp_path)[0] == watched[0], "written while the run goes on"
+                if how == "signal":
+                    signal.raise_signal(signal.SIGINT)
             return row
 
-    rows = Interrupting(fail_at=None if how == "signal" else 15)
+    rows = Interrupting(fail_at=None if how == "signal" else 12)
     with contextlib.suppress(Killed):
         result = train(new_model(), rows, settings(tmp_path, **WATCHED), eval_dataset=Rows(5), on_start=rows.begin)
-        assert result.interrupted == "SIGINT" and result.steps in (5, 6, 7)
-    assert history(tmp_path) == watched[: len(history(tmp_path))] and len(history(tmp_path)) in (2, 3)
+        assert result.interrupted == "SIGINT" and result.steps in (4, 5)
+    assert history(tmp_path) == watched[:2]
+    assert _step(latest_checkpoint(tmp_path)) in (4, 5)
     if "half" in how:
         with open(tmp_path / "history.jsonl", "a") as file:
             file.write('{"step": 7, "lo')
@@ -735,6 +771,15 @@ def test_checkpoints_of_format_1_are_resumed(tmp_path, checkpoints, uninterrupte
     model = new_model()
     train(model, Rows(), settings(tmp_path), resume=True)
     assert_same(weights(model), uninterrupted)
+
+
+def test_a_checkpoint_without_the_state_of_the_optimiser_is_not_continued(tmp_path):
+    options = {"trainer": {"save_only_model": True}}
+    with pytest.raises(Killed):
+        rows = Rows(fail_at=10)
+        train(new_model(), rows, settings(tmp_path, **options), on_start=rows.begin)
+    with pytest.raises(ValueError, match=r"has none\s+checkpoint-\d: the state of the optimiser is not in it"):
+        train(new_model(), Rows(), settings(tmp_path, **options), resume=True)
 
 
 @pytest.mark.parametrize("kind", ["file", "dangling link"])
@@ -981,9 +1026,19 @@ def test_settings_that_make_no_sense(tmp_path, options, text):
 def test_arguments_of_trainer_pass_through(tmp_path):
     arguments = settings(tmp_path, trainer={"adam_epsilon": 1e-6, "torch_empty_cache_steps": 3}).training_arguments()
     assert arguments.adam_epsilon == 1e-6 and arguments.torch_empty_cache_steps == 3
+    assert not arguments.logging_nan_inf_filter  # it would wait for the device after each forward pass
 
 
 def test_calls_that_make_no_sense(tmp_path, tokenizer):
+    for model in (torch.nn.DataParallel(new_model()), None):
+        for call in (lambda model: train(model, Rows(), settings(tmp_path)), lambda model: evaluate(model, Rows())):
+            with pytest.raises(TypeError, match="model must be an Andromeda or AndromedaForCausalLM, not wrapped"):
+                call(model)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="it is no folder"):
+        train(new_model(), Rows(), settings(tmp_path / "file"))
+    with pytest.raises(ValueError, match="trainer must hold what JSON can hold"):
+        train(new_model(), Rows(), settings(tmp_path, trainer={"label_names": {"labels"}}))
     with pytest.raises(ValueError, match="at least the 2 rows of one step, got 1"):
         train(new_model(), Rows(1), settings(tmp_path))
     with pytest.raises(ValueError, match="eval_dataset must be given"):
