@@ -642,24 +642,6 @@ def _bad_character(document: Document, index: int) -> ValueError:
     return ValueError(f"DatasetBuilder: {where} must be text, got {kind} at byte {position}; {REMEDY}")
 
 
-def texts_of_words(documents: Iterable[Document]) -> Iterator[str]:
-    """The texts of documents to train a tokenizer on: long ones in parts that end before white space.
-
-    The words are those of the whole text, unless there is none for many parts.
-    """
-    rest = ""
-    for text, _, _, continues in documents:
-        text = rest + text
-        end = len(text)
-        if continues:
-            found = _LAST_WORD.match(text)
-            end = found.end() if found else 0 if len(text) < 16 * BLOCK_BYTES else end
-        if end:
-            yield text[:end]
-        rest = text[end:]
-
-
-_LAST_WORD = re.compile(r".*\S(?=\s)", re.DOTALL)
 _BAD_CHARACTERS = re.compile("[\0\ud800-\udfff]")
 
 

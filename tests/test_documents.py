@@ -22,7 +22,7 @@ import pytest
 from andromeda import documents
 from andromeda.dataset import DatasetBuilder
 from andromeda.decoding import SourceError
-from andromeda.documents import Document, clean, open_source, texts_of_words, whole_texts
+from andromeda.documents import Document, clean, open_source, whole_texts
 from andromeda.tokenizer import AndromedaTokenizer
 
 TEXTS = ["first\nline two", "", "zweites Dokument: ü, 🥊", " \t\n", 'with "quotes", commas\r\nand lines']
@@ -630,17 +630,6 @@ def test_parts_go_on_without_waiting():
 def test_a_fault_in_a_later_part_is_located():
     with pytest.raises(ValueError, match=r"a.txt must be text, got a NUL character at byte 12"):
         list(clean(parts_of("good", "ü\0"), "strict", Counter()))
-
-
-def test_long_texts_for_tokenizers_end_between_words():
-    parts = parts_of("one two th", "ree", " four fi", "ve  ", "six")
-    texts = list(texts_of_words([*parts, Document("seven", "b.txt")]))
-    assert texts == ["one two", " three four", " five", "  six", "seven"]
-
-
-def test_long_texts_without_words_are_cut(monkeypatch):
-    monkeypatch.setattr(documents, "BLOCK_BYTES", 2)
-    assert max(map(len, texts_of_words(parts_of(*["x" * 10] * 20)))) < 50
 
 
 def test_byte_order_mark_is_removed(tmp_path):
