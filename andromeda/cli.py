@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
         _check_outputs(arguments)
         if arguments.command != "info" and (note := threads.note()):
             say(f"andromeda: {note}")
+        if arguments.command in ("train", "quickstart"):
+            interrupts.be_patient()
         code = arguments.run(arguments) or 0
         if sys.stdout is not None:
             sys.stdout.flush()  # what cannot be written is an error here, not a complaint of Python at exit
@@ -138,32 +140,39 @@ def _read_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 _INPUTS = ("source", "data", "eval_data", "checkpoint", "start", "tokenizer", "prompt_file")
+# Files and folders of models, rows and runs: figures must not take their names there.
+_OURS = re.compile(
+    r"model|checkpoint-\d+|.*\.(safetensors|arrow)|history\.jsonl|(train|quickstart|metadata|config|generation_config|"
+    r"andromeda|andromeda_checkpoint|trainer_state|tokenizer|tokenizer_config|special_tokens_map)\.json"
+)
 
 
 def _check_outputs(arguments: argparse.Namespace) -> None:
     """Refuse what could not be written, before any work. One place for the outputs of all commands."""
     folder, file = getattr(arguments, "out", None), getattr(arguments, "json", None)
-    file = file if isinstance(file, str) else None  # `info --json` is a switch
     try:
         option = "--out"
         if folder is not None:
             check_output_folder(folder)
         option = "--json"
-        # A file in the folder that the command will make.
-        if file is not None and not (folder and os.path.realpath(os.path.dirname(file)) == os.path.realpath(folder)):
-            check_output(file)
+        if isinstance(file, str):  # `info --json` is a switch
+            inside = folder is not None and os.path.realpath(os.path.dirname(file)) == os.path.realpath(folder)
+            _check_figures(arguments, file, folder, inside)
+            if not inside or os.path.isdir(folder):  # else the command will make the folder
+                check_output(file)
     except OSError as error:
         raise UsageError(f"{option}: {error}") from error
-    for what in _INPUTS:
-        given = getattr(arguments, what, None)
-        if (
-            file is not None
-            and given
-            and os.path.isfile(file)
-            and os.path.isfile(given)
-            and os.path.samefile(file, given)
-        ):
-            raise UsageError(f"--json: {file} is what the command reads; choose another file")
+
+
+def _check_figures(arguments: argparse.Namespace, file: str, folder: str | None, inside: bool) -> None:
+    """Refuse to write figures over something else that the command reads or writes."""
+    given = [path for name in _INPUTS if (path := getattr(arguments, name, None)) and os.path.isfile(path)]
+    if os.path.isfile(file) and any(os.path.samefile(file, path) for path in given):
+        raise UsageError(f"--json: {file} is what the command reads; choose another file")
+    if folder is not None and os.path.realpath(file) == os.path.realpath(folder):
+        raise UsageError(f"--json: {file} is the folder that --out names; choose another file")
+    if (inside or os.path.exists(file)) and _OURS.fullmatch(os.path.basename(os.path.realpath(file))):
+        raise UsageError(f"--json: {file} is a file of a model, of rows or of a run; choose another name")
 
 
 class _Parser(argparse.ArgumentParser):

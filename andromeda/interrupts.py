@@ -40,6 +40,8 @@ def exit_code(error: BaseException | None = None) -> int:
 
 
 _seen: list[int] = []  # signals that `_raise` has handled
+_arrived: list[int] = []  # all signals, whoever handles them
+_patient = False
 
 
 def seen() -> bool:
@@ -54,6 +56,12 @@ def end(code: int) -> None:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
+
+
+def be_patient() -> None:
+    """From now on a first signal is not insisted on: the training finishes its step, which may take long, and saves."""
+    global _patient
+    _patient = True
 
 
 def leave_at_once() -> None:
@@ -110,6 +118,7 @@ def _watch(descriptor: int) -> None:
     while data := os.read(descriptor, 64):
         for number in data:
             if number in SIGNALS:
+                _arrived.append(number)
                 threading.Thread(target=_insist, args=(number,), daemon=True).start()
 
 
@@ -119,8 +128,8 @@ def _insist(number: int) -> None:
     _alive.clear()
     signal.pthread_kill(threading.main_thread().ident, signal.SIGURG)
     if not _alive.wait(_UNHEARD_SECONDS):
-        # Some library computes and lets nothing through. A handler that is not ours wants to do something else first.
-        if signal.getsignal(number) is _raise:
+        # Some library computes and lets nothing through.
+        if len(_arrived) > 1 or not _patient:
             _leave(number)
         return
     if _seen:

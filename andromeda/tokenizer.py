@@ -179,7 +179,7 @@ class AndromedaTokenizer:
         Raises:
             TypeError, ValueError: `prompt` is not a string, or not one that UTF-8 can express.
         """
-        return token_ids(self.tokenizer, check_text(prompt, "AndromedaTokenizer.encode_prompt: prompt"), special_tokens)
+        return token_ids(self.tokenizer, prompt, special_tokens, name="AndromedaTokenizer.encode_prompt: prompt")
 
     def decode(self, ids, skip_special_tokens: bool = True) -> str | list[str]:
         """Text of token ids.
@@ -320,9 +320,17 @@ class AndromedaTokenizer:
         )
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, special_tokens: bool = False) -> list[int]:
-    """Ids of one text by the rule of `AndromedaTokenizer`, for a tokenizer of `transformers`."""
-    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=not special_tokens, truncation=False)
+def token_ids(
+    tokenizer: PreTrainedTokenizerBase, text: str, special_tokens: bool = False, *, name: str = "prompt"
+) -> list[int]:
+    """Ids of one text by the rule of `AndromedaTokenizer`, for a tokenizer of `transformers`.
+
+    Raises:
+        TypeError, ValueError: `text` is not a string, or not one that UTF-8 can express; calls it `name`.
+    """
+    encoded = tokenizer(
+        check_text(text, name), add_special_tokens=False, split_special_tokens=not special_tokens, truncation=False
+    )
     return encoded["input_ids"]
 
 

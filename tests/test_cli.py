@@ -565,6 +565,24 @@ def test_figures_do_not_replace_what_is_read(trained, corpus, tmp_path, capsys):
     assert corpus.read_bytes() == before
 
 
+@pytest.mark.parametrize("output", ["new", "new/model", "new/train.json", "new/checkpoint-3", "new/history.jsonl"])
+def test_figures_do_not_take_a_name_of_the_run(capsys, tmp_path, monkeypatch, output):
+    monkeypatch.chdir(tmp_path)
+    code, said = failing(capsys, "train", "rows", "--out", "new", "--steps", "1", "--json", output)
+    assert code == 2 and said.startswith(f"andromeda: error: --json: {output} is ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "andromeda_checkpoint.json"])
+def test_figures_do_not_replace_a_file_of_a_model(trained, rows, tmp_path, capsys, name):
+    (tmp_path / "link.json").symlink_to(trained / "model" / name)
+    before = (trained / "model" / name).read_bytes()
+    for output in (trained / "model" / name, tmp_path / "link.json"):
+        code, said = failing(capsys, "eval", trained, rows, "--json", output)
+        assert code == 2 and "is a file of a model" in said
+    assert (trained / "model" / name).read_bytes() == before
+
+
 def test_figures_into_a_pipe_and_to_stdout(trained, rows, tmp_path, capfd):
     os.mkfifo(tmp_path / "pipe")
     reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE)

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import pickle
@@ -24,10 +25,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from andromeda import documents, packing
-from andromeda.dataset import DatasetBuilder, PackedDataset, default_cache_dir, document_starts
+from andromeda.dataset import DatasetBuilder, PackedDataset, _hashed, default_cache_dir, document_starts
 from andromeda.files import checksum
 from andromeda.tokenizer import AndromedaTokenizer
 
@@ -155,6 +157,15 @@ def test_width_follows_the_vocabulary(build, tokenizer, size, dtype):
     assert dataset.hf.features["input_ids"] == datasets.List(datasets.Value(dtype), length=SEQ_LEN)
     assert dataset.vocab_size == size
     assert np.concatenate(rows_of(dataset)).tolist() == stream_of(tokenizer)[: len(dataset) * SEQ_LEN]
+
+
+@pytest.mark.parametrize("kind", ["stream", "bfd"])
+def test_documents_without_tokens_are_empty(build, kind):
+    made = Tokenizer(models.WordLevel({"<eos>": 0, "<pad>": 1, "<unk>": 2, "a": 3}, unk_token="<unk>"))
+    made.normalizer, made.pre_tokenizer = normalizers.Replace("x", ""), pre_tokenizers.WhitespaceSplit()
+    dataset = build(datasets.Dataset.from_dict({"text": ["a a", "xxx", "a b"]}), 3, tokenizer=made, packing=kind)
+    assert rows_of(dataset) == [[3, 3, 0], [3, 2, 0]]
+    assert (dataset.statistics["documents"], dataset.statistics["empty_documents"]) == (2, 1)
 
 
 @pytest.mark.parametrize("kind", ["stream", "bfd"])
@@ -351,6 +362,15 @@ def test_stream_of_records_is_keyed_by_content(build, tmp_path):
     assert rows_of(again) == rows_of(build(source))
     assert build(source.select(range(30)).to_iterable_dataset()).path != first.path
     assert len(cache_entries(tmp_path)) == 3
+
+
+def test_parts_of_one_document_are_not_two_documents():
+    digests = set()
+    for texts in (["ab", "c"], [packing.Unfinished("ab"), "c"], ["a", "bc"], ["abc"]):
+        digest = hashlib.sha256()
+        assert list(_hashed(texts, digest)) == texts
+        digests.add(digest.digest())
+    assert len(digests) == 4
 
 
 def damage_truncate(path):

@@ -2,8 +2,13 @@
 
 import importlib.metadata
 import json
+import os
+import pwd
 import subprocess
 import sys
+
+import pytest
+import torch
 
 from andromeda.cli import main
 
@@ -42,8 +47,6 @@ def test_versions_of_cuda(capsys, monkeypatch):
 
 def test_info_of_a_device_that_cannot_be_used(capsys, monkeypatch):
     """As in the exclusive mode: the device is counted, and its first tensor is refused."""
-    import torch
-
     from andromeda.ops import _select
 
     report = _select.report
@@ -77,6 +80,35 @@ def test_info_table(capsys):
         "reference",
     ):
         assert part in shown
+
+
+@pytest.mark.parametrize(
+    "quota, threads, text",
+    [
+        (None, 2, "2 threads on 8 processors (affinity: 4, no quota)"),
+        (0.5, 1, "1 thread on 8 processors (affinity: 4, a quota of 0.5)"),
+    ],
+)
+def test_info_of_processors(capsys, monkeypatch, quota, threads, text):
+    monkeypatch.setattr("andromeda.threads.quota", lambda: quota)
+    monkeypatch.setattr("andromeda.threads.affinity", lambda: 4)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert main(["info"]) == 0
+    assert text in capsys.readouterr().out
+    assert main(["info", "--json"]) == 0
+    cpu = json.loads(capsys.readouterr().out)["devices"][0]
+    assert (cpu["threads"], cpu["cores"], cpu["affinity"], cpu["quota"]) == (threads, 8, 4, quota)
+
+
+def test_info_of_a_user_without_a_home(capsys, monkeypatch):
+    def no_account(number):
+        raise KeyError(number)
+
+    monkeypatch.setattr(pwd, "getpwuid", no_account)
+    monkeypatch.delenv("HOME", raising=False)
+    assert main(["info"]) == 0
+    assert "Devices" in capsys.readouterr().out
 
 
 def test_info_without_the_extension(capsys, monkeypatch):

@@ -165,20 +165,28 @@ def test_another_handler_may_take_its_time():
     assert run(program) == (131, "")
 
 
-def test_another_handler_gets_its_turn_when_a_library_lets_python_run():
-    """The training's handler, and a step of the training that takes long."""
+@pytest.mark.parametrize("signals, code", [(1, 7), (2, 130)])
+def test_a_long_step_of_the_training(signals, code):
+    """The first signal is handled before the step or waits for its end; a second one does not wait."""
     program = (
         STUCK
-        + """
+        + f"""
 import threading
 interrupts.raise_in_commands()
-signal.signal(signal.SIGINT, lambda number, frame: sys.exit(7))
-threading.Timer(0.1, me, (signal.SIGINT,)).start()
-stuck(0.9)
-time.sleep(30)
+interrupts.be_patient()
+
+def note(number, frame):
+    signal.signal(number, previous)
+
+previous = signal.signal(signal.SIGINT, note)
+me(signal.SIGINT)  # `note` puts the handler of the commands back
+if {signals} == 2:
+    threading.Timer(0.1, me, (signal.SIGINT,)).start()
+stuck(0.9 if {signals} == 1 else 30)
+os._exit(7)
 """
     )
-    assert run(program) == (7, "")
+    assert run(program)[0] == code
 
 
 def test_a_signal_for_a_forked_worker_is_no_signal_for_the_command():

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from andromeda import quickstart, runs, training
+from andromeda import interrupts, quickstart, runs, training
 from andromeda.cli import main
 
 
@@ -68,6 +68,28 @@ def test_quickstart_touches_no_other_folder(tmp_path, capsys):
         assert run("--out", tmp_path, *words) == 2
         assert "--out must be a new or empty folder" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_the_training(small_corpus, tmp_path, capsys, monkeypatch, number):
+    original = quickstart._write_corpus
+
+    def interrupted(folder, limit, seed):
+        (folder / "half").write_text("")
+        raise interrupts.Interrupted(number)
+
+    monkeypatch.setattr(quickstart, "_write_corpus", interrupted)
+    assert run("--out", tmp_path) == 128 + number
+    assert "andromeda: interrupted; this continues:\n    andromeda quickstart --out" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["quickstart.json"]
+
+    def corpus_then_stop(folder, limit, seed):
+        assert original(folder, limit, seed)["files"] > 0
+        raise interrupts.Interrupted(number)
+
+    monkeypatch.setattr(quickstart, "_write_corpus", corpus_then_stop)
+    assert run("--out", tmp_path) == 128 + number
+    assert "continuing the interrupted quickstart" in capsys.readouterr().err
 
 
 def test_a_record_that_was_not_finished_blocks_nothing(tmp_path, monkeypatch, capsys):

@@ -120,6 +120,8 @@ def test_texts_that_cannot_be_encoded(tokenizer):
         tokenizer.encode_prompt("caf\udce9")
     with pytest.raises(TypeError, match="prompt must be a string, got None"):
         tokenizer.encode_prompt(None)
+    with pytest.raises(ValueError, match=r"^sample_prompt " + SURROGATE):
+        token_ids(tokenizer.tokenizer, "caf\udce9", name="sample_prompt")
     with pytest.raises(ValueError, match=r"AndromedaTokenizer.train: texts\[2\] " + SURROGATE):
         AndromedaTokenizer.train(iter(["ok", "fine", "caf\udce9"]), 300)
 
