@@ -4,16 +4,20 @@ A saved model is a directory with `model.safetensors`, the parameters, and `andr
 constructor. Nothing is unpickled.
 """
 
+import collections
 import dataclasses
 import json
 import math
 import os
 import re
+import shutil
 import tempfile
 import uuid
+import warnings
 from pathlib import Path
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -23,36 +27,62 @@ from andromeda.config import ModelConfig
 WEIGHTS = "model.safetensors"
 SETTINGS = "andromeda.json"
 FORMAT = 1
+_DEFAULT_PROVIDER = "andromeda.model.AndromedaEmbedding"
+_SEAL, _NO_SEAL = "checksum", "0" * 32  # in the metadata of the weights: XXH3-128 of the file, with this in its place
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+# Parts of names that wrappers put anywhere: torch.compile, DistributedDataParallel, FSDP, activation checkpointing ...
+_WRAPPERS = frozenset(
+    ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_fpw_module", "_forward_module")
+)
+# ... and those in front, of what holds the model, among them averages of weights.
+_OWNERS = frozenset(("Andromeda", "decoder", "ema", "ema_model", "model", "net", "online_model"))
+_COUNTERS = frozenset(("initted", "n_averaged", "step"))  # which averages of weights keep beside them
 
 
 def save(model, path) -> None:
     """Write `model` into the directory `path`, whole or not at all. Other files in the directory stay.
 
     A new directory appears when it is complete. In an existing one the files are replaced one after the other, weights
-    first; they carry a copy of the settings, which `load` takes when the save was interrupted in between.
+    first; they carry a copy of the settings, which `load` takes when the save was interrupted in between. Parameters
+    that are one tensor under several names (a tied projection, a layer used twice) are written once and are one again
+    when loaded.
+
+    Raises:
+        NotADirectoryError: `path` is a file.
+        ValueError: `load` could not make this model again: parameters without values, of another model than its
+            config describes, or overlapping in memory; names them. Nothing is written then.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"Andromeda.save: path must be a directory or not exist, got the file {path}")
-    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    abstract = [name for name, tensor in state.items() if tensor.is_meta]
-    if abstract:
-        raise ValueError(f"Andromeda.save: parameters must have values, got meta tensors: {', '.join(abstract)}")
+    state, ties = _state_to_save(model)
     provider = type(model.embedding_provider)
+    provider = f"{provider.__module__}.{provider.__qualname__}"
+    if provider == _DEFAULT_PROVIDER and not is_plain_embedding(model.transformer.token_emb):
+        embedding = type(model.transformer.token_emb)
+        provider = f"{embedding.__module__}.{embedding.__qualname__}"  # put in afterwards: the default makes another
+    dtype = _name(model.transformer.to_logits.weight.dtype)
+    dtypes = {name: _name(tensor.dtype) for name, tensor in state.items() if tensor.is_floating_point()}
     settings = {
         "format": FORMAT,
         "save_id": uuid.uuid4().hex,  # says which settings and weights belong together
         "arguments": dataclasses.asdict(model.config),
-        "embedding_provider": f"{provider.__module__}.{provider.__qualname__}",
-        "dtype": str(model.transformer.to_logits.weight.dtype).removeprefix("torch."),
+        "embedding_provider": provider,
+        "dtype": dtype,
+        "other_dtypes": {name: other for name, other in dtypes.items() if other != dtype},
+        "ties": ties,
     }
-    text = json.dumps(settings, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         new = Path(folder) / "new"
         new.mkdir()
-        save_file(state, new / WEIGHTS, metadata={"format": "pt", "andromeda": text})
-        (new / SETTINGS).write_text(text + "\n", encoding="utf-8")
+        metadata = {"format": "pt", "andromeda": json.dumps(settings), _SEAL: _NO_SEAL}
+        save_file(state, new / WEIGHTS, metadata=metadata)
+        _seal(new / WEIGHTS)
+        settings["files"] = files.checksums(new, [WEIGHTS])
+        (new / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        shutil.copymode(new / SETTINGS, new / WEIGHTS)  # safetensors writes a file that others may not read
         files.flush_tree(new)
         if path.is_dir():
             os.replace(new / WEIGHTS, path / WEIGHTS)
@@ -61,6 +91,75 @@ def save(model, path) -> None:
         else:
             os.rename(new, path)
         files.flush(path.parent)
+
+
+def is_plain_embedding(module: torch.nn.Module) -> bool:
+    """Whether it computes what `torch.nn.Embedding` does, under whatever wrappers."""
+    inside = [module]
+    while inside:
+        module = inside[0]
+        inside = [child for name, child in module.named_children() if name in _WRAPPERS and name.startswith("_")]
+    return type(module).forward is torch.nn.Embedding.forward
+
+
+def _state_to_save(model) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Parameters by name, each once, and the other names of those that have several: name -> name in the first."""
+    own = model.state_dict()
+    with torch.device("meta"):
+        expected = type(model)(**dataclasses.asdict(model.config)).state_dict()
+    if not is_plain_embedding(model.transformer.token_emb):  # which may have any parameters
+        embedding = "transformer.token_emb."
+        expected = {name: tensor for name, tensor in expected.items() if not name.startswith(embedding)}
+        expected |= {name: tensor for name, tensor in own.items() if name.startswith(embedding)}
+    state, problems = rename(own, expected, "Andromeda.save")
+    shapes, wanted = ({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (state, expected))
+    problems += _differences(wanted, shapes)
+    if problems:
+        raise ValueError(
+            "Andromeda.save: the model must have the parameters that load makes for its config; save its state_dict() "
+            "instead\n" + "\n".join(problems)
+        )
+    abstract = [name for name, tensor in state.items() if tensor.is_meta]
+    if abstract:
+        raise ValueError(f"Andromeda.save: parameters must have values, got meta tensors: {', '.join(abstract)}")
+    return apart(state, "Andromeda.save")
+
+
+def apart(state: dict[str, torch.Tensor], owner: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors that share no memory, and the other names of those with several: name -> name in the first.
+
+    Raises:
+        ValueError: some overlap; begins with `owner`.
+    """
+    firsts, ties, kept, here = {}, {}, {}, {}
+    for name, tensor in state.items():
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_meta or tensor.numel() == 0:
+            kept[name] = tensor  # sharded, or elsewhere
+            continue
+        place = tensor.data_ptr(), tensor.device, tensor.shape, tensor.stride(), tensor.dtype
+        if firsts.setdefault(place, name) != name:
+            ties[name] = firsts[place]
+        else:
+            kept[name] = here[name] = tensor.detach()
+    ends = {}  # device -> where the memory ends of what begins before, and whose it is
+    for name, tensor in sorted(here.items(), key=lambda item: item[1].data_ptr()):
+        begin, (end, other) = tensor.data_ptr(), ends.get(tensor.device, (0, None))
+        if begin < end:
+            raise ValueError(
+                f"{owner}: {other} and {name} must not overlap in memory, a part cannot be tied; make one of them a "
+                "clone() or both the same tensor"
+            )
+        span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+        ends[tensor.device] = begin + span * tensor.element_size(), name
+    storages = collections.Counter(tensor.untyped_storage().data_ptr() for tensor in here.values())
+    for name, tensor in here.items():
+        shared = storages[tensor.untyped_storage().data_ptr()] > 1  # pieces of one buffer
+        kept[name] = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
+    return kept, ties
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def load(model_class, path, device=None, dtype=None, embedding_provider=None):
@@ -75,6 +174,9 @@ def load(model_class, path, device=None, dtype=None, embedding_provider=None):
     Raises:
         FileNotFoundError: the directory or a file is missing.
         ValueError: a file is damaged, of a newer format, or does not fit; names the file and every parameter in doubt.
+
+    Warns:
+        UserWarning: parameters are not finite; names them.
     """
     path = Path(path)
     if not path.is_dir():
@@ -84,22 +186,23 @@ def load(model_class, path, device=None, dtype=None, embedding_provider=None):
             raise FileNotFoundError(f"Andromeda.load: {path} must hold {WEIGHTS} and {SETTINGS}, {name} is missing")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"Andromeda.load: dtype must be a floating-point torch.dtype or None, got {dtype!r}")
-    shapes, metadata = _read_header(path / WEIGHTS)
+    found, metadata = read_header(path / WEIGHTS)
     settings = _read_settings(path / SETTINGS, (path / SETTINGS).read_bytes())
-    if "andromeda" in metadata:
-        of_weights = _read_settings(path / WEIGHTS, metadata["andromeda"])
-        if of_weights.get("save_id") != settings.get("save_id"):
-            settings = of_weights  # a save was interrupted after it had replaced the weights
+    settings = _verified(path, settings, metadata)
     arguments = settings["arguments"]
     odd = sorted(set(arguments) ^ {field.name for field in dataclasses.fields(ModelConfig)})
     if odd:
         raise ValueError(
             f"Andromeda.load: {path / SETTINGS} must hold the arguments of Andromeda, differs in {', '.join(odd)}"
         )
-    default_provider = "andromeda.model.AndromedaEmbedding"
+    ties = settings.get("ties") or {}
+    if not isinstance(ties, dict) or not all(isinstance(name, str) for name in (*ties, *ties.values())):
+        raise ValueError(f"Andromeda.load: the settings in {path / SETTINGS} are damaged: ties {ties!r}")
+    shapes = {plain_name(name): shape for name, (shape, _) in found.items()}
+    _check_sizes(path, arguments, shapes | dict.fromkeys(ties))
     if embedding_provider is not None:
         arguments = arguments | {"embedding_provider": _OnCpu(embedding_provider)}
-    elif settings.get("embedding_provider", default_provider) != default_provider:
+    elif settings.get("embedding_provider", _DEFAULT_PROVIDER) != _DEFAULT_PROVIDER:
         raise ValueError(
             f"Andromeda.load: embedding_provider must be given, {path} was saved with one of the class "
             f"{settings['embedding_provider']}"
@@ -108,19 +211,158 @@ def load(model_class, path, device=None, dtype=None, embedding_provider=None):
         model = model_class(**arguments)
     if embedding_provider is not None:
         model.__dict__["embedding_provider"] = embedding_provider
-    problems = _differences({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, shapes)
+    expected = model.state_dict()
+    names = {name: plain_name(name, expected) for name in found}  # those in the file -> those of the model
+    problems = _misfits(expected, {names[name]: entry for name, entry in found.items()}, ties, settings)
+    if len(set(names.values())) < len(names):
+        problems.append("    ambiguous: names that differ in those of wrappers alone")
     if problems:
         raise ValueError(f"Andromeda.load: {path / WEIGHTS} does not fit its settings\n" + "\n".join(problems))
     device = torch.device("cpu" if device is None else device)
-    state = {}
-    for name in shapes:
+    state, not_finite = {}, {}
+    for name, own_name in names.items():
         # Opened for each tensor: closing gives the mapped pages back, which would otherwise count as a second copy.
         with safe_open(path / WEIGHTS, framework="pt") as file:
             tensor = file.get_tensor(name)
+        if not is_finite(tensor):
+            not_finite[own_name] = tensor
         target = dtype if tensor.is_floating_point() else None
-        state[name] = tensor.to(device=device, dtype=target, copy=True)
+        state[own_name] = tensor.to(device=device, dtype=target, copy=True)
+    state |= {name: state[first] for name, first in ties.items()}
     model.load_state_dict(state, assign=True)
+    for name, first in ties.items():
+        module, _, parameter = name.rpartition(".")
+        setattr(model.get_submodule(module), parameter, model.get_parameter(first))
+    warn_of_not_finite(f"Andromeda.load: {path}", not_finite)
     return model.to(device)  # what a provider has beside its state
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no number is NaN or infinite: one pass over memory and none of its own."""
+    if tensor.numel() == 0 or not tensor.is_floating_point() or tensor.is_meta:
+        return True
+    return all(bool(end.isfinite()) for end in torch.aminmax(tensor.detach()))
+
+
+def warn_of_not_finite(owner: str, tensors: dict[str, torch.Tensor]) -> None:
+    """Warn of these tensors, which are not finite. owner: what the warning begins with."""
+    if not tensors:
+        return
+    shown = []
+    for name, tensor in list(tensors.items())[:5]:
+        shown.append(f"{name} ({(~tensor.detach().isfinite()).sum().item()} of {tensor.numel()})")
+    if len(tensors) > len(shown):
+        shown.append("...")
+    warnings.warn(
+        f"{owner} holds weights that are not finite, its results are NaN: {len(tensors)} parameters, "
+        f"{', '.join(shown)}; take an earlier checkpoint",
+        UserWarning,
+        stacklevel=4,
+    )
+
+
+def _seal(file: Path) -> None:
+    """Write the checksum of a file whose checksum is `_NO_SEAL` into its header."""
+    with open(file, "r+b") as stream:
+        length = 8 + int.from_bytes(stream.read(8), "little")
+        stream.seek(0)
+        place = stream.read(length).index(f'"{_SEAL}":"{_NO_SEAL}"'.encode()) + len(f'"{_SEAL}":"')
+        stream.seek(place)
+        stream.write(files.checksum(file).encode())
+
+
+def _is_sealed(file: Path, seal: str) -> bool:
+    """Whether `seal`, which the header holds, is the checksum of the rest."""
+    state = xxhash.xxh3_128()
+    with open(file, "rb") as stream:
+        length = 8 + int.from_bytes(stream.read(8), "little")
+        stream.seek(0)
+        state.update(stream.read(length).replace(f'"{_SEAL}":"{seal}"'.encode(), f'"{_SEAL}":"{_NO_SEAL}"'.encode(), 1))
+        while block := stream.read(1 << 20):
+            state.update(block)
+    return state.hexdigest() == seal
+
+
+def _verified(path: Path, settings: dict, metadata: dict) -> dict:
+    """The settings that belong to the weights, after a look at the checksums. Older saves have none.
+
+    Weights carry a copy of the settings and a checksum of themselves; the settings' file has a checksum of the
+    weights' file.
+    """
+    weights, recorded = path / WEIGHTS, settings.pop("files", None)
+    copied = _read_settings(weights, metadata["andromeda"]) if "andromeda" in metadata else None
+    if copied is not None and copied.get("save_id") != settings.get("save_id"):
+        # A save was interrupted after it had replaced the weights.
+        if _SEAL in metadata and not _is_sealed(weights, metadata[_SEAL]):
+            raise ValueError(f"Andromeda.load: {weights} is damaged, its checksum differs; restore it from a copy")
+        return copied
+    if recorded is None and _SEAL not in metadata:
+        return settings
+    try:
+        faults = files.damages(path, {WEIGHTS: recorded[WEIGHTS]})
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"Andromeda.load: the checksums in {path / SETTINGS} are damaged: {error!r}") from error
+    if faults and _is_sealed(weights, metadata.get(_SEAL)):
+        raise ValueError(f"Andromeda.load: {path / SETTINGS} is damaged, {WEIGHTS} is whole; restore it from a copy")
+    if faults:
+        raise ValueError(f"Andromeda.load: {weights} is damaged: {faults[0]}; restore it from a copy")
+    if settings != copied:
+        differing = []
+        for ours, theirs in ((settings, copied or {}), (settings["arguments"], (copied or {}).get("arguments", {}))):
+            differing += sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        raise ValueError(
+            f"Andromeda.load: {path / SETTINGS} must be as save wrote it, its copy in {WEIGHTS} differs in "
+            f"{', '.join(differing)}; restore it, load the model and save it with other settings"
+        )
+    return settings
+
+
+def _check_sizes(path: Path, arguments: dict, shapes: dict) -> None:
+    """Refuse what would take for ever to build, before it is built."""
+    try:
+        config = ModelConfig(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Andromeda.load: the settings in {path / SETTINGS} fit no model: {error}") from error
+    check_layers(f"Andromeda.load: {path / WEIGHTS} does not fit its settings", config, shapes)
+
+
+def check_layers(owner: str, config: ModelConfig, shapes: dict[str, tuple]) -> None:
+    """Compare depth and heads of a config with the names and shapes of saved parameters.
+
+    Raises:
+        ValueError: they differ; begins with `owner`.
+    """
+    layers = {found[1] for name in shapes if (found := re.match(r"transformer\.attn_layers\.layers\.(\d+)\.", name))}
+    queries = shapes.get("transformer.attn_layers.layers.0.fn.to_q.weight")
+    if 2 * config.depth > len(layers):  # fewer are named one by one
+        raise ValueError(
+            f"{owner}\n    missing: depth {config.depth} needs {2 * config.depth} sub-layers, found {len(layers)}"
+        )
+    if queries is not None and queries[:1] != (config.heads * config.dim_head,):
+        raise ValueError(
+            f"{owner}\n    misshapen: queries, {config.heads} heads of width {config.dim_head} have "
+            f"{config.heads * config.dim_head} rows, found the shape {queries}"
+        )
+
+
+def _misfits(expected: dict, found: dict, ties: dict, settings: dict) -> list[str]:
+    """A line for each kind of difference between the model's tensors and (shape, dtype) by name."""
+    if not set(ties) <= set(expected) or not set(ties.values()) <= set(found):
+        return [f"    tied: {ties} must be names of parameters"]
+    found = found | {name: found[first] for name, first in ties.items()}
+    problems = _differences(
+        {name: tuple(tensor.shape) for name, tensor in expected.items()},
+        {name: shape for name, (shape, _) in found.items()},
+    )
+    others = settings.get("other_dtypes")  # absent from older saves
+    for name, tensor in expected.items():
+        if name in found and tensor.is_floating_point():
+            _, dtype = found[name]
+            wanted = None if others is None else others.get(ties.get(name, name), settings.get("dtype"))
+            if dtype not in _DTYPES or (wanted is not None and _DTYPES[dtype] != wanted):
+                wanted = wanted or "a floating-point dtype"
+                problems.append(f"    dtype: {name} must be {wanted}, got {_DTYPES.get(dtype, dtype)}")
+    return problems
 
 
 class _OnCpu:
@@ -136,39 +378,40 @@ class _OnCpu:
             return self.provider.get_embedding(num_tokens, dim)
 
 
-def _read_header(file: Path):
-    """Shapes by name and the metadata of a safetensors file whose size is right."""
+def read_header(file: Path, owner: str = "Andromeda.load"):
+    """(shape, dtype) by name and the metadata of a safetensors file whose size is right."""
     found = file.stat().st_size
     with open(file, "rb") as stream:
         head = stream.read(8)
         length = int.from_bytes(head, "little")
         if len(head) < 8 or length > found - 8:
             raise ValueError(
-                f"Andromeda.load: {file} must be a whole safetensors file, got {found} bytes that end within its header"
+                f"{owner}: {file} must be a whole safetensors file, got {found} bytes that end within its header"
             )
         try:
             header = json.loads(stream.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"Andromeda.load: {file} must be a safetensors file, its header is damaged") from error
+            ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{owner}: {file} must be a safetensors file, its header is damaged") from error
     expected = 8 + length + max(ends, default=0)
     if found != expected:
-        raise ValueError(f"Andromeda.load: {file} must hold {expected} bytes as its header says, found {found}")
+        raise ValueError(f"{owner}: {file} must hold {expected} bytes as its header says, found {found}")
     try:
         with safe_open(file, framework="pt") as opened:
-            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in header if name != "__metadata__"}
-            return shapes, opened.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"Andromeda.load: {file} must be a safetensors file: {error}") from error
+            slices = {name: opened.get_slice(name) for name in header if name != "__metadata__"}
+            found = {name: (tuple(entry.get_shape()), entry.get_dtype()) for name, entry in slices.items()}
+            return found, opened.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{owner}: {file} must be a safetensors file: {error}") from error
 
 
 def _read_settings(file: Path, text) -> dict:
     try:
         settings = json.loads(text)
         version, arguments = settings["format"], settings["arguments"]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"Andromeda.load: the settings in {file} are damaged: {error!r}") from error
-    if not isinstance(version, int) or not isinstance(arguments, dict):
+    if not isinstance(settings, dict) or not isinstance(version, int) or not isinstance(arguments, dict):
         raise ValueError(f"Andromeda.load: the settings in {file} are damaged: format {version!r}")
     if version > FORMAT:
         raise ValueError(f"Andromeda.load: {file} must have format {FORMAT} or older, got {version}; update andromeda")
@@ -226,24 +469,42 @@ def load_x_transformers(model, state_dict, version="2.31.10") -> None:
     """Copy a state dict of x-transformers into `model`, converting what older versions meant otherwise (SPEC 12).
 
     Args:
-        state_dict: of a TransformerWrapper, or of an AutoregressiveWrapper around one.
+        state_dict: of a TransformerWrapper, or of an AutoregressiveWrapper around one. What torch.compile, DDP, FSDP
+            and other wrappers put into names is left out.
         version: of the library that wrote it. A state dict does not say.
 
     Raises:
         TypeError: a value is no tensor.
         ValueError: the version is no version; or the model cannot represent the checkpoint: names every missing,
             unexpected and misshapen key and whatever cannot be converted. The model is unchanged then.
+
+    Warns:
+        UserWarning: parameters are not finite; names them.
     """
     names = x_transformers_names(model)
     target = model.state_dict()
-    tensors, problems = _strip_prefixes(state_dict)
+    tensors, problems = rename(state_dict, names, "load_x_transformers")
     problems += _convert(tensors, model.config, _parse_version(version))
     expected = {key: tuple(target[name].shape) for key, name in names.items()}
     problems += _differences(expected, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
+    if not problems:
+        problems += _different_ties({key: target[name] for key, name in names.items()}, tensors)
     if problems:
         raise ValueError(f"load_x_transformers: state_dict does not fit (version {version})\n" + "\n".join(problems))
     for key, name in names.items():
         target[name].copy_(tensors[key])
+    not_finite = {key: tensors[key] for key in names if not is_finite(tensors[key])}
+    warn_of_not_finite("load_x_transformers: state_dict", not_finite)
+
+
+def _different_ties(targets, tensors) -> list[str]:
+    """Lines for names that are one parameter of the model, tied, and several values of the checkpoint."""
+    firsts, problems = {}, []
+    for key, target in targets.items():
+        first = firsts.setdefault((target.data_ptr(), target.shape), key)
+        if not _same(tensors[first], tensors[key]):
+            problems.append(f"    tied: {first} and {key} are one parameter of this model, and must have one value")
+    return problems
 
 
 def _parse_version(version: str) -> tuple[int, ...]:
@@ -252,20 +513,60 @@ def _parse_version(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("."))
 
 
-def _strip_prefixes(state_dict):
-    """Tensors by key without the names of wrappers, and the problems found.
+def plain_name(name: str, expected=()) -> str:
+    """A name without what wrappers put into it; one that is expected stays as it is."""
+    parts = name.split(".")
+    if name not in expected:
+        parts = [part for part in parts if part not in _WRAPPERS]
+    while parts[0] in _OWNERS and len(parts) > 1 and ".".join(parts) not in expected:
+        del parts[0]
+    return ".".join(parts)
 
-    A model that holds both the network and its wrapper lists everything twice: equal tensors are taken once.
+
+WRAPPERS_PATTERN = rf"(^|\.)(?:(?:{'|'.join(sorted(_WRAPPERS))})\.)+"  # of a name; what stays is group 1
+
+
+def rename(state_dict, expected, owner: str) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Tensors by the names that are expected, without those of wrappers, and a line for each problem found.
+
+    A model that holds both a network and its wrapper lists everything twice: equal tensors are taken once.
+
+    Raises:
+        TypeError: a value is no tensor; begins with `owner`.
     """
     tensors, problems = {}, []
-    for full_key, tensor in state_dict.items():
+    for full_name, tensor in state_dict.items():
         if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"load_x_transformers: {full_key} must be a tensor, got {type(tensor).__name__}")
-        key = re.sub(r"^(module\.|decoder\.net\.|net\.|Andromeda\.)+", "", full_key)
-        if key in tensors and not torch.equal(tensors[key], tensor):
-            problems.append(f"    ambiguous: {full_key} has another value under another prefix")
-        tensors[key] = tensor
+            raise TypeError(f"{owner}: {full_name} must be a tensor, got {type(tensor).__name__}")
+        name = plain_name(full_name, expected)
+        if name in _COUNTERS and tensor.numel() == 1 and name not in expected:
+            continue
+        if name in tensors and not _same(tensors[name], tensor):
+            problems.append(f"    ambiguous: {full_name} has another value under another prefix")
+        tensors.setdefault(name, tensor)
     return tensors, problems
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a is b:
+        return True
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+
+def for_model(model, state_dict):
+    """A state dict under the names of `model`, whatever wrappers it or the model were in when they were listed.
+
+    Raises:
+        ValueError: one parameter has several values; names them.
+    """
+    own = model.state_dict()
+    if all(name in own for name in state_dict):
+        return state_dict
+    names = {plain_name(name): name for name in own}
+    tensors, problems = rename(state_dict, {**own, **names}, "Andromeda.load_state_dict")
+    if problems:
+        raise ValueError("Andromeda.load_state_dict: state_dict does not fit\n" + "\n".join(problems))
+    return {names.get(name, name): tensor for name, tensor in tensors.items()}
 
 
 def _convert(tensors: dict, config: ModelConfig, version: tuple[int, ...]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from andromeda.ops import _persistent
+from andromeda.ops import _checks, _persistent
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,8 @@ class DecoderConfig:
         heads: number of query heads; heads * dim_head need not equal dim.
         alibi_pos_bias: ALiBi on the first `alibi_num_heads` heads (None: on all, 0: on none).
         rotary_xpos: rotary xPos on the first half of the channels of each head.
-        attn_flash: use the fused kernels where they can run; False uses plain torch. The result is the same.
+        attn_flash: use the fused kernels where they can run; False uses plain torch. The result is the same, and its
+            gradients can be differentiated again.
         deepnorm: post-norm with scaled residuals; False is pre-norm with a final norm.
         shift_tokens: delay in tokens of the last of shift_tokens + 1 channel segments; 0 is off.
         attn_one_kv_head: one key/value head for all query heads; False gives each its own.
@@ -102,6 +103,11 @@ class DecoderConfig:
         return self.dim_head // 2 if self.rotary_xpos else 0
 
     @property
+    def backend(self) -> str | None:
+        """The argument `backend` of the operations."""
+        return None if self.attn_flash else "reference"
+
+    @property
     def softmax_scale(self) -> float:
         """tau of SPEC 5.2."""
         return 10.0 if self.norm_on and not self.learned_scales else self.dim_head**-0.5
@@ -156,9 +162,9 @@ def alibi_slopes(num_heads: int) -> tuple[float, ...]:
 
 def constant(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
     """The values in float32. No buffer: a buffer would be rounded together with the model by `.bfloat16()`."""
-    if torch.compiler.is_compiling():
+    if _checks.is_tracing():
         # Written by the program itself: `torch.tensor` would become a constant on the CPU that is copied at every run,
-        # and a program that touches the CPU is not made a CUDA graph.
+        # and a program that touches the CPU is not made a CUDA graph. Fake tensors do not mix with real ones.
         return torch.cat([torch.full((1,), value, dtype=torch.float32, device=device) for value in values])
     return _persistent.constant(values, device)
 
@@ -191,7 +197,7 @@ def read_tokens(owner: str, tokens, num_tokens: int, device: torch.device, *, ig
     if tokens.shape[-1] == 0:
         raise ValueError(f"{owner}: tokens must hold at least one token, got shape {tuple(tokens.shape)}")
     tokens = tokens.reshape(-1, tokens.shape[-1])
-    if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if tokens.device.type == "cpu" and _checks.have_values(tokens):
         _check_range(owner, tokens, num_tokens, ignore_index)
     return tokens.to(device)
 

@@ -8,6 +8,11 @@ with torch.no_grad():
 
 import contextlib
 import math
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Mapping
 
 import torch
 
@@ -31,6 +36,7 @@ class Cache:
     """
 
     def __init__(self, capacity: int = 0):
+        _check_count("Cache: capacity", capacity)
         self.capacity = capacity
         self.position = 0
         self.length = 0
@@ -42,6 +48,7 @@ class Cache:
 
     def keep_last(self, count: int) -> None:
         """Forget all but the keys and values of the last `count` tokens."""
+        _check_count("Cache: count", count)
         surplus = self.length - count
         if surplus > 0:
             for store in self._attention.values():
@@ -173,6 +180,7 @@ def top_k(logits, k=None, frac_num_tokens=0.1):
     """
     num_tokens = logits.shape[-1]
     if k is None:
+        _check_number("top_k: frac_num_tokens", frac_num_tokens)
         if not 0 < frac_num_tokens <= 1:
             raise ValueError(f"top_k: frac_num_tokens must be in (0, 1], got {frac_num_tokens}")
         k = math.ceil(frac_num_tokens * num_tokens)
@@ -188,6 +196,7 @@ def top_p(logits, thres=0.9):
     A logit is removed when the probability of those before it exceeds `thres`; the largest stays. logits: (batch,
     num_tokens).
     """
+    _check_number("top_p: thres", thres)
     if not 0 <= thres <= 1:
         raise ValueError(f"top_p: thres must be in [0, 1], got {thres}")
     values, index = logits.sort(dim=-1, descending=True)
@@ -199,6 +208,7 @@ def top_p(logits, thres=0.9):
 
 def min_p(logits, min_p=0.1):
     """Remove logits with a probability below `min_p` times the largest one of the row. logits: (batch, num_tokens)."""
+    _check_number("min_p: min_p", min_p)
     if not 0 <= min_p <= 1:
         raise ValueError(f"min_p: min_p must be in [0, 1], got {min_p}")
     probabilities = logits.softmax(dim=-1)
@@ -225,7 +235,10 @@ def generate(
     on_token=None,
     pad_value=0,
 ):
-    """Continue the prompts by sampling (SPEC 10.3, 10.4). Runs in evaluation mode and restores the mode afterwards.
+    """Continue the prompts by sampling (SPEC 10.3, 10.4).
+
+    Runs in evaluation mode, and each module has the mode it had when the last call on it returns, which may run in
+    several threads.
 
     Args:
         net: the `TransformerWrapper`.
@@ -249,15 +262,21 @@ def generate(
         The new tokens, int64 (batch, <= seq_len), or (<= seq_len,) for a one-dimensional prompt.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, or absolute positions end before the continuation does.
+        TypeError, ValueError: an argument is wrong, or absolute positions end before the continuation does; or the
+            logits are not finite, which a GPU tells at the end.
     """
     tokens, padding, flat = _read_prompts(prompts, prompt_lengths, net)
-    sample = _sampler(temperature, filter_logits_fn, filter_kwargs, generator)
-    _check_count("seq_len", seq_len)
-    if eos_token is not None:
-        _check_count("eos_token", eos_token)
-        if eos_token >= net.num_tokens:
-            raise ValueError(f"generate: eos_token must be below the vocabulary size {net.num_tokens}, got {eos_token}")
+    sampler = _Sampler(net.device, temperature, filter_logits_fn, filter_kwargs, generator)
+    _check_count("generate: seq_len", seq_len)
+    if seq_len >= 2**31:
+        raise ValueError(f"generate: seq_len must be below 2**31, got {seq_len}")
+    for name, token in (("eos_token", eos_token), ("pad_value", pad_value)):
+        if token is not None or name == "pad_value":
+            _check_count(f"generate: {name}", token)
+            if token >= net.num_tokens:
+                raise ValueError(f"generate: {name} must be below the vocabulary size {net.num_tokens}, got {token}")
+    if on_token is not None and not callable(on_token):
+        raise TypeError(f"generate: on_token must be callable or None, got {on_token!r}")
     window = net.max_seq_len if restrict_to_max_seq_len else tokens.shape[1] + seq_len
     first = max(0, tokens.shape[1] - window)  # what lies before the window has no influence
     tokens = tokens[:, first:]
@@ -280,7 +299,7 @@ def generate(
                 start, key_start = end - 1, None  # the cache remembers the padding
                 cache.keep_last(window - 1)
             logits = net(tokens[:, start:end], key_start=key_start, cache=cache, logits_to_keep=1)[:, -1]
-            new = sample(logits)
+            new = sampler.sample(logits)
             if eos_token is not None:
                 new = new.masked_fill(ended, pad_value)
                 ended |= new == eos_token
@@ -290,6 +309,7 @@ def generate(
                 on_token(new)
             if eos_token is not None and ended.all():
                 break
+    sampler.finish()
     new_tokens = tokens[:, prompt_length:end].clone()
     return new_tokens[0] if flat else new_tokens
 
@@ -312,8 +332,12 @@ def _read_prompts(prompts, prompt_lengths, net):
         tokens, padding = read_tokens("generate", prompts, net.num_tokens, device), None
         flat = prompts.ndim == 1
         if prompt_lengths is not None:
-            lengths = torch.as_tensor(prompt_lengths, device="cpu")
-            if lengths.is_floating_point() or tuple(lengths.shape) != (tokens.shape[0],):
+            try:
+                lengths = torch.as_tensor(prompt_lengths, device="cpu")
+            except (TypeError, ValueError, RuntimeError):
+                lengths = torch.empty(0)
+            whole = not lengths.is_floating_point() and lengths.dtype != torch.bool
+            if not whole or tuple(lengths.shape) != (tokens.shape[0],):
                 raise ValueError(
                     f"generate: prompt_lengths must be {tokens.shape[0]} ints, one per row, got {prompt_lengths}"
                 )
@@ -329,9 +353,14 @@ def _read_prompts(prompts, prompt_lengths, net):
 
 def _check_count(name, value) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"generate: {name} must be an int, got {value!r} ({type(value).__name__})")
+        raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
     if value < 0:
-        raise ValueError(f"generate: {name} must not be negative, got {value}")
+        raise ValueError(f"{name} must not be negative, got {value}")
+
+
+def _check_number(name, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
 
 
 def _check_absolute_positions(net, prompt_length, seq_len, cache_kv, restrict) -> None:
@@ -349,40 +378,107 @@ def _check_absolute_positions(net, prompt_length, seq_len, cache_kv, restrict) -
         )
 
 
-def _sampler(temperature, filter_logits_fn, filter_kwargs, generator):
-    """The function from logits (batch, num_tokens) to tokens (batch,)."""
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float):
-        raise TypeError(f"generate: temperature must be a number, got {temperature!r}")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"generate: temperature must be finite and >= 0, got {temperature}")
-    if isinstance(filter_logits_fn, str):
-        if filter_logits_fn not in FILTERS:
-            names = ", ".join(map(repr, FILTERS))
-            raise ValueError(f"generate: filter_logits_fn must be {names} or a callable, got {filter_logits_fn!r}")
-        filter_logits_fn = FILTERS[filter_logits_fn]
-    elif not callable(filter_logits_fn):
-        raise TypeError(f"generate: filter_logits_fn must be a name or a callable, got {filter_logits_fn!r}")
-    filter_kwargs = filter_kwargs or {}
-    if temperature == 0:
-        return lambda logits: logits.argmax(dim=-1)
+class _Sampler:
+    """From logits (batch, num_tokens) to tokens (batch,).
 
-    def sample(logits):
+    Logits that are not finite are an error. On a GPU it is told by `finish`: to read values back at each token would
+    stall it.
+    """
+
+    def __init__(self, device, temperature, filter_logits_fn, filter_kwargs, generator):
+        _check_number("generate: temperature", temperature)
+        if not 0 <= temperature <= sys.float_info.max:
+            raise ValueError(f"generate: temperature must be finite and >= 0, got {temperature}")
+        if filter_kwargs is not None and not isinstance(filter_kwargs, Mapping):
+            raise TypeError(f"generate: filter_kwargs must be a dictionary or None, got {filter_kwargs!r}")
+        self.filter_kwargs = dict(filter_kwargs or {})
+        if isinstance(filter_logits_fn, str):
+            if filter_logits_fn not in FILTERS:
+                names = ", ".join(map(repr, FILTERS))
+                raise ValueError(f"generate: filter_logits_fn must be {names} or a callable, got {filter_logits_fn!r}")
+            filter_logits_fn = FILTERS[filter_logits_fn]
+            filter_logits_fn(torch.zeros(1, 2), **self.filter_kwargs)  # what is wrong with them is said before the work
+        elif not callable(filter_logits_fn):
+            raise TypeError(f"generate: filter_logits_fn must be a name or a callable, got {filter_logits_fn!r}")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generate: generator must be a torch.Generator or None, got {generator!r}")
+        if generator is not None and generator.device.type != device.type:
+            raise ValueError(f"generate: generator must be on the model's device {device}, got {generator.device}")
+        self.temperature, self.filter_logits_fn, self.generator = float(temperature), filter_logits_fn, generator
+        self.count = 0
+        self.not_finite = None  # on a GPU: (batch,), NaN in rows whose logits were not finite
+
+    def sample(self, logits):
+        self._see(
+            "the model's logits must be finite; look for weights that are not, or for overflow in float16", logits
+        )
+        self.count += 1
+        if self.temperature == 0:
+            return logits.argmax(dim=-1)
+        shape = logits.shape
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        logits = filter_logits_fn(logits, **filter_kwargs)
-        logits = logits - logits.amax(dim=-1, keepdim=True)  # so that no temperature is too small for the quotient
-        probabilities = (logits / temperature).softmax(dim=-1)
-        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        logits = self.filter_logits_fn(logits, **self.filter_kwargs)
+        if not isinstance(logits, torch.Tensor) or logits.shape != shape:
+            found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else repr(logits)
+            raise ValueError(f"generate: filter_logits_fn must return logits {tuple(shape)}, got {found}")
+        largest = self._see("filter_logits_fn must leave a finite logit in each row and no NaN", logits)
+        logits = logits - largest  # so that no temperature is too small for the quotient
+        probabilities = (logits / self.temperature).softmax(dim=-1)
+        if self.not_finite is not None:
+            probabilities = probabilities.nan_to_num(1.0)  # CUDA would end the process at a NaN
+        return torch.multinomial(probabilities, 1, generator=self.generator)[:, 0]
 
-    return sample
+    def _see(self, requirement, logits):
+        """The largest logit of each row, (batch, 1), which shows a NaN and an infinite one."""
+        largest = logits.amax(dim=-1, keepdim=True)
+        if logits.device.type == "cpu":
+            if not bool(largest.isfinite().all()):
+                row = (~largest.isfinite()).nonzero()[0, 0]
+                raise ValueError(
+                    f"generate: {requirement}, got {largest[row, 0].item()} in row {row} for new token {self.count}"
+                )
+        else:
+            self.not_finite = (largest - largest) + (0 if self.not_finite is None else self.not_finite)
+        return largest
+
+    def finish(self) -> None:
+        """Says what a GPU has not been asked for yet."""
+        if self.not_finite is not None and bool(self.not_finite.isnan().any()):
+            row = self.not_finite.isnan().nonzero()[0, 0]
+            raise ValueError(
+                "generate: the model's logits must be finite, and some must be left by filter_logits_fn; they were not "
+                f"in row {row} for one of {self.count} new tokens"
+            )
+
+
+_evaluating = weakref.WeakKeyDictionary()  # module -> [how many calls of `generate` are on it, its mode before them]
+_lock = threading.Lock()
+
+
+def _renew_lock():
+    """A child of fork may have got a lock that is held for ever."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 @contextlib.contextmanager
 def _evaluation_mode(net):
-    """Evaluation mode inside; afterwards each module has the mode it had, whatever happened."""
-    modes = [(module, module.training) for module in net.modules()]
-    net.eval()
+    """Evaluation mode inside; when the last call on a module ends, it has the mode from before the first one."""
+    modules = list(net.modules())
+    with _lock:
+        for module in modules:
+            _evaluating.setdefault(module, [0, module.training])[0] += 1
+            module.training = False
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        with _lock:
+            for module in modules:
+                entry = _evaluating[module]
+                entry[0] -= 1
+                if entry[0] == 0:
+                    module.training = entry[1]
+                    del _evaluating[module]

@@ -28,6 +28,7 @@ transposed or copied. What lies between two maps, residual, norm and token shift
 (`token_shift_norm`): with DeepNorm a sub-layer ends with it and hands the next one its input, already shifted.
 """
 
+import copy
 import dataclasses
 import functools
 
@@ -38,11 +39,13 @@ from torch.nn import functional
 
 from andromeda import checkpoint, generation
 from andromeda.config import DecoderConfig, ModelConfig, constant, read_key_start, read_tokens
+from andromeda.ops import _checks, _transforms
 from andromeda.ops.attention import attention
 from andromeda.ops.qk_norm_rotary import qk_norm_rotary
 from andromeda.ops.token_shift_norm import token_shift_norm
 
 _LOSS_BLOCK_LOGITS = 2**22  # the loss holds float32 copies of this many logits at once, 16 MiB
+_INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _HIDDEN_BLOCK = 2**21  # without gradients feed-forward holds this many hidden numbers at once, 8 MiB of float32
 
 
@@ -68,15 +71,18 @@ class Linear(nn.Linear):
         super().__init__(fan_in, fan_out, bias=bias)
 
     def reset_parameters(self) -> None:
+        for name, _ in self.named_parameters(recurse=False):
+            self.draw(name)
+
+    def draw(self, name: str) -> None:
+        """Draw "weight" or "bias" anew."""
         bound = self.in_features**-0.5
         if self.gain is None:
-            nn.init.uniform_(self.weight, -bound, bound)
+            nn.init.uniform_(self.get_parameter(name), -bound, bound)
+        elif name == "bias":
+            nn.init.zeros_(self.bias)
         else:
             nn.init.normal_(self.weight, std=self.gain * (2 / (self.in_features + self.out_features)) ** 0.5)
-        if self.bias is not None and self.gain is None:
-            nn.init.uniform_(self.bias, -bound, bound)
-        elif self.bias is not None:
-            nn.init.zeros_(self.bias)
 
 
 class AndromedaEmbedding:
@@ -162,7 +168,7 @@ class Attention(nn.Module):
                 alibi_slopes=self._constant(self._alibi_slopes, q.device),
                 logit_bound=bound,
                 key_start=None if call.first_key is None else call.first_key[:, start:stop],
-                backend=self._backend,
+                backend=self.config.backend,
             )
             outs.append(out)
         out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
@@ -196,12 +202,8 @@ class Attention(nn.Module):
             xpos=self.config.rotary_xpos,
             position=position,
             origin=origin,
-            backend=self._backend,
+            backend=self.config.backend,
         )
-
-    @property
-    def _backend(self):
-        return None if self.config.attn_flash else "reference"
 
     def logit_bound(self, store=None) -> torch.Tensor | None:
         """(num_heads,): what no |softmax_scale * <q, k>| of a visible pair exceeds; None without QK norm.
@@ -242,7 +244,7 @@ class FeedForward(nn.Module):
 
     def forward(self, h: torch.Tensor, call: Call) -> torch.Tensor:
         rows = max(1, _HIDDEN_BLOCK // (4 * h.shape[-1]))
-        whole = torch.is_grad_enabled() or h.device.type != "cpu" or torch.compiler.is_compiling()
+        whole = torch.is_grad_enabled() or h.device.type != "cpu" or _checks.is_tracing()
         if whole or h.shape[0] * h.shape[1] <= rows:
             return self._rows(h)
         # Blocks stay in the cache, and their memory is used again: a page fault per 4 KiB of the whole hidden tensor,
@@ -274,7 +276,7 @@ class Sublayer(nn.Module):
         out = self.fn(shifted, call).to(x.dtype)  # under autocast the stream keeps its precision
         residual = {"residual": x, "residual_scale": self.residual_scale, "alpha": self.config.alpha}
         if self.index + 1 == 2 * self.config.depth:
-            return self.norm(out, **residual)[0], None
+            return self.norm(out, backend=self.config.backend, **residual)[0], None
         return self._shift(self.norm, out, self.index + 1, call, **residual)
 
     def _shift(self, function, x, index, call, **residual):
@@ -283,7 +285,13 @@ class Sublayer(nn.Module):
         cache = call.cache if shift > 0 else None
         history = None if cache is None else cache.shift_rows(index, x.dtype)
         y, shifted = function(
-            x, shift=shift, history=history, key_start=call.key_start, position=call.position, **residual
+            x,
+            shift=shift,
+            history=history,
+            key_start=call.key_start,
+            position=call.position,
+            backend=self.config.backend,
+            **residual,
         )
         if cache is not None:
             cache.keep_shift_rows(index, y, shift)
@@ -327,7 +335,7 @@ class Decoder(nn.Module):
                 x, shifted = layer(x, shifted, call)
         if cache is not None:
             cache.commit(batch, n, key_start)
-        return x if self.final_norm is None else self.final_norm(x)[0]
+        return x if self.final_norm is None else self.final_norm(x, backend=self.config.backend)[0]
 
     @staticmethod
     def _call(key_start, cache) -> Call:
@@ -367,14 +375,9 @@ class TransformerWrapper(nn.Module):
                 "TransformerWrapper: embedding_provider must have a method get_embedding(num_tokens, dim), got "
                 f"{embedding_provider!r}"
             )
-        decoder = attn_layers.config
-        self.config = ModelConfig(
-            num_tokens=num_tokens,
-            max_seq_len=max_seq_len,
-            use_abs_pos_emb=use_abs_pos_emb,
-            **dataclasses.asdict(decoder),
-        )
-        self.num_tokens, self.max_seq_len, self.use_abs_pos_emb = num_tokens, max_seq_len, use_abs_pos_emb
+        sizes = {"num_tokens": num_tokens, "max_seq_len": max_seq_len, "use_abs_pos_emb": use_abs_pos_emb}
+        decoder = ModelConfig(**sizes, **dataclasses.asdict(attn_layers.config))
+        self.max_seq_len = max_seq_len
         self.token_emb = embedding_provider.get_embedding(num_tokens, decoder.dim)
         if not isinstance(self.token_emb, nn.Module):
             raise TypeError(
@@ -384,6 +387,28 @@ class TransformerWrapper(nn.Module):
         self.pos_emb = nn.Embedding(max_seq_len, decoder.dim) if use_abs_pos_emb else None
         self.attn_layers = attn_layers
         self.to_logits = Linear(decoder.dim, num_tokens)
+
+    # What the modules inside know is asked of them: they may be replaced.
+
+    @property
+    def num_tokens(self) -> int:
+        """Size of the vocabulary."""
+        return self.to_logits.out_features
+
+    @property
+    def use_abs_pos_emb(self) -> bool:
+        """Whether a learned vector per position is added."""
+        return self.pos_emb is not None
+
+    @property
+    def config(self) -> ModelConfig:
+        """The arguments of a model of these modules."""
+        return ModelConfig(
+            num_tokens=self.num_tokens,
+            max_seq_len=self.max_seq_len,
+            use_abs_pos_emb=self.use_abs_pos_emb,
+            **dataclasses.asdict(self.attn_layers.config),
+        )
 
     @property
     def device(self) -> torch.device:
@@ -400,12 +425,14 @@ class TransformerWrapper(nn.Module):
                 document, or the number of padded tokens on its left. Positions count from the start of the sequence,
                 also in later calls with a cache; those that leave it out go on with the last value of each row.
             cache: `andromeda.generation.Cache` with the tokens before these; it is extended by these.
-            logits_to_keep: compute logits for so many last tokens only; 0 is all.
+            logits_to_keep: compute logits for so many last tokens only, 0 is all; or for the positions in a
+                one-dimensional integer tensor.
 
         Returns:
-            (batch, n or logits_to_keep, num_tokens).
+            (batch, n or what logits_to_keep says, num_tokens).
         """
-        return self.to_logits(self.features(tokens, key_start=key_start, cache=cache)[:, -logits_to_keep:])
+        features = self.features(tokens, key_start=key_start, cache=cache)
+        return self.to_logits(kept_positions("Andromeda", features, logits_to_keep))
 
     def features(self, tokens, *, key_start=None, cache=None) -> torch.Tensor:
         """What `to_logits` is applied to: (batch, n, dim)."""
@@ -413,13 +440,14 @@ class TransformerWrapper(nn.Module):
         batch, n = tokens.shape
         key_start = read_key_start("Andromeda", key_start, batch, n, self.device)
         x = self.token_emb(tokens)
-        if tuple(x.shape) != (batch, n, self.config.dim):
+        dim = self.attn_layers.config.dim
+        if tuple(x.shape) != (batch, n, dim):
             raise ValueError(
-                "Andromeda: the module of embedding_provider must return (batch, n, dim) = "
-                f"{(batch, n, self.config.dim)}, got {tuple(x.shape)}"
+                f"Andromeda: the module of embedding_provider must return (batch, n, dim) = {(batch, n, dim)}, got "
+                f"{tuple(x.shape)}"
             )
         if self.pos_emb is not None:
-            x = x + self.config.dim**-0.5 * self.pos_emb(self._absolute_positions(n, key_start, cache))
+            x = x + dim**-0.5 * self.pos_emb(self._absolute_positions(n, key_start, cache))
         return self.attn_layers(x, key_start=key_start, cache=cache)
 
     def _absolute_positions(self, n, key_start, cache) -> torch.Tensor:
@@ -432,13 +460,66 @@ class TransformerWrapper(nn.Module):
         if key_start is not None:
             positions = (positions - key_start).clamp_min(0)
             if last >= self.max_seq_len:  # rarely; reading back stalls a GPU
-                last = positions.max().item()
+                last = positions.max().item() if _checks.have_values(positions) else 0
         if last >= self.max_seq_len:
             raise ValueError(
                 f"Andromeda: tokens must end before position max_seq_len={self.max_seq_len} of the absolute position "
                 f"table, got a token at position {last}"
             )
         return positions
+
+
+def draw(net: TransformerWrapper, name: str) -> None:
+    """Draw a parameter anew, from the distribution of SPEC 11. name: as in `net.named_parameters()`."""
+    path, _, own = name.rpartition(".")
+    module, parameter = net.get_submodule(path), net.get_parameter(name)
+    with torch.no_grad():
+        if isinstance(module, Linear):
+            module.draw(own)
+        elif module is net.token_emb:
+            nn.init.normal_(parameter, std=(2 / parameter.shape[-1]) ** 0.5)
+        elif module is net.pos_emb:
+            nn.init.normal_(parameter)
+        elif own in ("q_scale", "k_scale"):
+            nn.init.constant_(parameter, parameter.shape[-1] ** 0.25)
+        else:
+            nn.init.constant_(parameter, {"gamma": 0.0, "residual_scale": 1.0}[own])
+
+
+def kept_positions(owner: str, x: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """Those positions of x (batch, n, dim) whose logits are wanted: see `TransformerWrapper.forward`.
+
+    owner: the class that errors name.
+    """
+    if isinstance(logits_to_keep, torch.Tensor):
+        index, n = logits_to_keep, x.shape[1]
+        if index.ndim != 1 or index.dtype not in _INDEX_DTYPES:
+            raise TypeError(
+                f"{owner}: logits_to_keep must be an int >= 0 or a one-dimensional tensor of integers, got a tensor "
+                f"{tuple(index.shape)} of {str(index.dtype).removeprefix('torch.')}"
+            )
+        index = index.to(torch.int64)  # torch takes bytes for a mask
+        if index.device.type == "cpu" and _checks.have_values(index):
+            outside = index[(index < -n) | (index >= n)]
+            if len(outside):
+                raise ValueError(
+                    f"{owner}: logits_to_keep must hold positions of the {n} tokens of this call, got "
+                    f"{outside[0].item()}"
+                )
+        return x[:, index.to(x.device)]
+    if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int | torch.SymInt):
+        raise TypeError(
+            f"{owner}: logits_to_keep must be an int >= 0 or a one-dimensional tensor of integers, got "
+            f"{logits_to_keep!r} ({type(logits_to_keep).__name__})"
+        )
+    if logits_to_keep < 0:
+        raise ValueError(f"{owner}: logits_to_keep must be at least 0, which is all, got {logits_to_keep}")
+    return x[:, -logits_to_keep:] if logits_to_keep > 0 else x
+
+
+def keeps_all(logits_to_keep) -> bool:
+    """Whether it is left out."""
+    return not isinstance(logits_to_keep, torch.Tensor) and logits_to_keep == 0 and logits_to_keep is not False
 
 
 class AutoregressiveWrapper(nn.Module):
@@ -492,58 +573,104 @@ def cross_entropy(logits, targets, *, ignore_index=-100, count=None) -> torch.Te
     Raises:
         ValueError: no target and no `count`. Checked on the CPU only, reading back would stall a GPU: 0 there.
     """
-    checked = count is None and targets.device.type == "cpu" and not torch.compiler.is_compiling()
-    if checked and not bool((targets != ignore_index).any()):
-        raise ValueError(
-            f"Andromeda: labels must hold a token to predict, got {ignore_index} (ignored) at every position that has "
-            "a token before it; leave the batch out, or give the number of targets of the whole step "
-            "(num_items_in_batch) where batches share one mean"
-        )
-    return _CrossEntropy.apply(logits, targets, ignore_index, count)
+    counted = targets != ignore_index
+    if count is None:
+        if targets.device.type == "cpu" and _checks.have_values(counted) and not bool(counted.any()):
+            raise ValueError(
+                f"Andromeda: labels must hold a token to predict, got {ignore_index} (ignored) at every position that "
+                "has a token before it; leave the batch out, or give the number of targets of the whole step "
+                "(num_items_in_batch) where batches share one mean"
+            )
+        count = counted.sum()
+    losses, _ = _TokenLosses.apply(logits, targets.masked_fill(~counted, 0))
+    return losses.masked_fill(~counted, 0).sum() / (count + (count == 0))  # no target at all: 0 / 1
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """`cross_entropy`, in float32 or better.
+class _TokenLosses(torch.autograd.Function):
+    """logsumexp(logits) - logits[target] of each row, and the logsumexp: (rows,) each, float32 or better.
 
     Works on blocks of rows, so that neither pass holds a float32 copy of half-precision logits, and the backward pass
     nothing but the gradient: a vocabulary of 50304 makes the logits the largest tensor of a training step.
     """
 
     @staticmethod
-    def forward(ctx, logits, targets, ignore_index, count):  # (rows, num_tokens), (rows,)
-        counted = targets != ignore_index
-        targets = targets.masked_fill(~counted, 0)
+    def forward(logits, targets):  # (rows, num_tokens), (rows,)
         rows = max(1, _LOSS_BLOCK_LOGITS // logits.shape[1])
         wide = _wide(logits.dtype)
         lse = torch.cat([block.to(wide).logsumexp(-1) for block in logits.split(rows)])
-        losses = lse - logits.gather(1, targets[:, None])[:, 0]
-        count = counted.sum() if count is None else count
-        weights = counted.to(wide) / (count + (count == 0))  # no target at all: 0 / 1
-        ctx.save_for_backward(logits, targets, lse, weights)
-        ctx.rows = rows
-        return (losses.masked_fill(~counted, 0) * weights).sum()
+        return lse - logits.gather(1, targets[:, None])[:, 0], lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dloss):
-        logits, targets, lse, weights = ctx.saved_tensors
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs, output[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dlosses, _):
+        if dlosses is None:
+            return None, None
+        logits, targets, lse = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # Under a transform of torch.func, or to be differentiated again.
+            probability = logits.to(lse.dtype).softmax(-1)
+            hot = probability.scatter_add(1, targets[:, None], -torch.ones_like(probability[:, :1]))
+            return (hot * dlosses[:, None]).to(logits.dtype), None
         dlogits = torch.empty_like(logits)
-        blocks = (tensor.split(ctx.rows) for tensor in (dlogits, logits, targets, lse, weights * dloss))
-        for dblock, block, target, block_lse, weight in zip(*blocks, strict=True):
+        rows = max(1, _LOSS_BLOCK_LOGITS // logits.shape[1])
+        blocks = (tensor.split(rows) for tensor in (dlogits, logits, targets, lse, dlosses))
+        for dblock, block, target, block_lse, dloss in zip(*blocks, strict=True):
             probability = dblock if dblock.dtype == block_lse.dtype else block_lse.new_empty(block.shape)
             torch.sub(block, block_lse[:, None], out=probability).exp_()
             probability.scatter_add_(1, target[:, None], probability.new_full((len(target), 1), -1.0))
-            probability.mul_(weight[:, None])
+            probability.mul_(dloss[:, None])
             if probability is not dblock:
                 dblock.copy_(probability)
-        return dlogits, None, None, None
+        return dlogits, None
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _vmap_losses(info, in_dims, *args)
+
+
+_vmap_losses = _transforms.vmap_rule(_TokenLosses.apply, rows=(0, 1))
+
+
+class _ModelDecoder(AutoregressiveWrapper):
+    """`Andromeda.decoder`: its network is what the model has as `transformer`, looked up at each use.
+
+    modules: the children of the model by name. Not the model itself, which would then never be freed at once.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module]):
+        self.__dict__["_of_model"] = modules
+        super().__init__(modules["transformer"])
+
+    @property
+    def net(self) -> nn.Module:
+        return self.__dict__["_of_model"]["transformer"]
+
+    @property
+    def _modules(self) -> dict[str, nn.Module]:
+        return {"net": self.net}
+
+    @_modules.setter
+    def _modules(self, modules):
+        """torch gives every new module an empty dictionary."""
+
+    def __setattr__(self, name, value):
+        if name == "net":
+            self.__dict__["_of_model"]["transformer"] = value
+        else:
+            super().__setattr__(name, value)
 
 
 class Andromeda(nn.Module):
     """Decoder-only language model: multi-query attention with ALiBi, rotary xPos and QK norm, DeepNorm, token shift.
 
     `model.transformer` is the `TransformerWrapper` with all parameters, `model.decoder` the `AutoregressiveWrapper`
-    around it. `model.config` holds the arguments, which `andromeda.config` describes.
+    around it. `model.config` holds the arguments, which `andromeda.config` describes. `model.transformer` and what is
+    in it may be replaced; the others follow.
 
     Args:
         embedding_provider: object whose `get_embedding(num_tokens, dim)` makes the embedding module (SPEC 2).
@@ -574,7 +701,7 @@ class Andromeda(nn.Module):
         embedding_provider=AndromedaEmbedding(),  # noqa: B008 - it holds no state
     ):
         super().__init__()
-        self.config = ModelConfig(
+        config = ModelConfig(
             num_tokens=num_tokens,
             max_seq_len=max_seq_len,
             dim=dim,
@@ -596,21 +723,44 @@ class Andromeda(nn.Module):
         self.transformer = TransformerWrapper(
             num_tokens=num_tokens,
             max_seq_len=max_seq_len,
-            attn_layers=Decoder(**self.config.decoder_arguments()),
+            attn_layers=Decoder(**config.decoder_arguments()),
             use_abs_pos_emb=use_abs_pos_emb,
             embedding_provider=embedding_provider,
         )
         # Not registered as children: a provider may be a module itself, and the parameters of the wrapper are those of
         # `transformer`, which are listed once.
         self.__dict__["embedding_provider"] = embedding_provider
-        self.__dict__["decoder"] = AutoregressiveWrapper(self.transformer)
+        self.__dict__["_decoder"] = _ModelDecoder(self._modules)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The arguments of the constructor."""
+        return self.transformer.config
+
+    @property
+    def decoder(self) -> AutoregressiveWrapper:
+        """Loss and generation around `transformer`."""
+        held = self.__dict__["_decoder"]
+        if held.__dict__["_of_model"] is not self._modules:  # of a shallow copy: a replica of DataParallel has its own
+            held = copy.copy(held)
+            held.__dict__["_of_model"] = self._modules
+            self.__dict__["_decoder"] = held
+        return held
+
+    def __setattr__(self, name, value):
+        if name == "decoder":
+            raise AttributeError(
+                "Andromeda: decoder is made around transformer and follows it; set model.transformer, or attributes of "
+                "model.decoder such as pad_value"
+            )
+        super().__setattr__(name, value)
 
     def forward(self, text_tokens, return_loss=False, *, key_start=None, cache=None, logits_to_keep=0):
         """Logits (batch, n, num_tokens), see `TransformerWrapper.forward`; with `return_loss` the scalar of
         `AutoregressiveWrapper.forward`, where -100 marks tokens that shall not be predicted."""
         if not return_loss:
             return self.transformer(text_tokens, key_start=key_start, cache=cache, logits_to_keep=logits_to_keep)
-        if cache is not None or logits_to_keep:
+        if cache is not None or not keeps_all(logits_to_keep):
             raise ValueError("Andromeda: cache and logits_to_keep must be left out with return_loss=True")
         return self.decoder(text_tokens, key_start=key_start)
 
@@ -626,6 +776,10 @@ class Andromeda(nn.Module):
     def load(cls, path, device=None, dtype=None, *, embedding_provider=None) -> "Andromeda":
         """See `andromeda.checkpoint.load`."""
         return checkpoint.load(cls, path, device, dtype, embedding_provider)
+
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        """See torch. What torch.compile, DDP, FSDP and other wrappers put into names is left out."""
+        return super().load_state_dict(checkpoint.for_model(self, state_dict), strict, assign)
 
     def load_x_transformers(self, state_dict, version="2.31.10") -> None:
         """See `andromeda.checkpoint.load_x_transformers`."""

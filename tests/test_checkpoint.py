@@ -132,8 +132,18 @@ def test_damaged_header(tmp_path):
         Andromeda.load(tmp_path)
 
 
+def without_checksums(path, **changes):
+    """As older versions saved it."""
+    save_file(load_file(path / WEIGHTS) | changes, path / WEIGHTS, metadata={"format": "pt"})
+    settings = json.loads((path / SETTINGS).read_text())
+    for name in ("files", "ties", "other_dtypes"):
+        settings.pop(name, None)
+    (path / SETTINGS).write_text(json.dumps(settings))
+
+
 def test_wrong_keys_are_all_named(tmp_path):
     small().save(tmp_path)
+    without_checksums(tmp_path)
     state = load_file(tmp_path / WEIGHTS)
     state["extra"] = torch.zeros(1)
     del state["transformer.to_logits.weight"]
@@ -155,8 +165,12 @@ def test_wrong_keys_are_all_named(tmp_path):
         (lambda s: s | {"format": 99}, "format 1 or older, got 99"),
         (lambda s: s | {"arguments": s["arguments"] | {"colour": 1}}, "colour"),
         (lambda s: {"format": 1}, "damaged"),
+        (lambda s: [s], "damaged"),
+        (lambda s: s | {"arguments": s["arguments"] | {"max_seq_len": 9}}, "copy .* differs in arguments, max_seq_len"),
+        (lambda s: s | {"files": 3}, "checksums .* are damaged"),
+        (lambda s: {key: value for key, value in s.items() if key != "files"}, "checksums .* are damaged"),
     ],
-    ids=["newer", "unknown_argument", "incomplete"],
+    ids=["newer", "unknown_argument", "incomplete", "list", "other_argument", "no_checksums", "files_missing"],
 )
 def test_wrong_settings(tmp_path, change, match):
     small().save(tmp_path)
@@ -183,6 +197,401 @@ def test_custom_provider_must_be_given_again(tmp_path):
     with pytest.raises(ValueError, match=r"embedding_provider must be given.*Provider"):
         Andromeda.load(tmp_path)
     assert torch.equal(Andromeda.load(tmp_path, embedding_provider=Provider())(TOKENS), model(TOKENS))
+
+
+# ---- checksums
+
+
+def test_no_flipped_byte_is_loaded(tmp_path):
+    """Whatever byte of either file: refused by its name, or without effect on what is loaded."""
+    model = small()
+    model.save(tmp_path)
+    expected = snapshot(model)
+    for name in (WEIGHTS, SETTINGS):
+        data = (tmp_path / name).read_bytes()
+        # All bytes of settings and header would be too many: a sample of each part, and the ends.
+        places = {0, 1, 7, 8, len(data) - 1, *torch.randint(len(data), (60,)).tolist(), *range(9, 1600, 23)}
+        refused = 0
+        for place in places:
+            changed = bytearray(data)
+            changed[place % len(data)] ^= 1 << (place % 8)
+            (tmp_path / name).write_bytes(changed)
+            try:
+                loaded = Andromeda.load(tmp_path)
+            except ValueError as error:
+                assert name in str(error)
+                refused += 1
+            else:
+                assert name == SETTINGS and loaded.config == model.config
+                assert_unchanged(loaded, expected)
+        (tmp_path / name).write_bytes(data)
+        assert refused >= (len(places) if name == WEIGHTS else len(places) // 2)
+    assert_unchanged(Andromeda.load(tmp_path), expected)
+
+
+def interrupted(old, new, path, monkeypatch):
+    """A save of `new` over `old` that ended between the two renames."""
+    old.save(path)
+    replace = andromeda.checkpoint.os.replace
+
+    def crash_at_settings(source, target):
+        if target.name == SETTINGS:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(andromeda.checkpoint.os, "replace", crash_at_settings)
+        new.save(path)
+
+
+@pytest.mark.parametrize("place", [9, 300, -1, -4000])
+def test_flipped_bytes_after_an_interrupted_save(place, tmp_path, monkeypatch):
+    """The checksum in the settings is of other weights: those carry one of themselves."""
+    new = small(max_seq_len=77)
+    interrupted(small(), new, tmp_path, monkeypatch)
+    assert_unchanged(Andromeda.load(tmp_path), snapshot(new))
+    data = bytearray((tmp_path / WEIGHTS).read_bytes())
+    data[place] ^= 16
+    (tmp_path / WEIGHTS).write_bytes(data)
+    with pytest.raises(ValueError, match=WEIGHTS):
+        Andromeda.load(tmp_path)
+
+
+def test_every_byte_of_the_seal_counts(tmp_path, monkeypatch):
+    interrupted(small(), small(), tmp_path, monkeypatch)
+    data = (tmp_path / WEIGHTS).read_bytes()
+    begin = data.index(b'"checksum":"') + 12
+    for place in range(begin, begin + 32):
+        changed = bytearray(data)
+        changed[place] ^= 1
+        (tmp_path / WEIGHTS).write_bytes(changed)
+        with pytest.raises(ValueError, match=WEIGHTS):
+            Andromeda.load(tmp_path)
+
+
+def test_older_saves_load(tmp_path):
+    model = small()
+    model.save(tmp_path)
+    without_checksums(tmp_path)
+    assert_unchanged(Andromeda.load(tmp_path), snapshot(model))
+
+
+def test_saved_files_may_be_read_alike(tmp_path):
+    small().save(tmp_path / "model")
+    assert (tmp_path / "model" / WEIGHTS).stat().st_mode == (tmp_path / "model" / SETTINGS).stat().st_mode
+
+
+# ---- parameters that are one, or overlap
+
+
+def tie(model):
+    model.transformer.to_logits.weight = model.transformer.token_emb.weight
+    return model
+
+
+def share_a_layer(model):
+    layers = model.transformer.attn_layers.layers
+    layers[2] = layers[0]
+    return model
+
+
+def share_a_vector(model):
+    """The same memory under two parameters."""
+    first, second = (layer.norm.gamma for layer in list(model.transformer.attn_layers.layers)[:2])
+    second.data = first.data
+    return model
+
+
+@pytest.mark.parametrize("share", [tie, share_a_layer, share_a_vector, lambda m: share_a_layer(tie(m))])
+def test_what_is_one_parameter_is_saved_as_one(share, tmp_path):
+    model = share(small(depth=2))
+    names = list(model.state_dict())
+    model.save(tmp_path)
+    assert len(load_file(tmp_path / WEIGHTS)) < len(names)
+    loaded = Andromeda.load(tmp_path)
+    assert torch.equal(loaded(TOKENS), model(TOKENS)) and list(loaded.state_dict()) == names
+    ours, theirs = (list(dict(m.named_parameters(remove_duplicate=False)).values()) for m in (model, loaded))
+    for i in range(len(ours)):
+        for j in range(i):
+            assert (ours[i].data_ptr() == ours[j].data_ptr()) == (theirs[i] is theirs[j])
+    loaded(TOKENS, return_loss=True).backward()
+    loaded.save(tmp_path / "again")
+    assert_unchanged(Andromeda.load(tmp_path / "again", dtype=torch.float64).float(), snapshot(model))
+
+
+def test_pieces_of_one_buffer_are_saved_apart(tmp_path):
+    model = small()
+    parameters = list(model.parameters())
+    buffer = torch.cat([parameter.detach().flatten() for parameter in parameters])
+    for parameter, piece in zip(parameters, buffer.split([p.numel() for p in parameters]), strict=True):
+        parameter.data = piece.view(parameter.shape)
+    model.save(tmp_path)
+    assert_unchanged(Andromeda.load(tmp_path), snapshot(model))
+    assert (tmp_path / WEIGHTS).stat().st_size < 2 * buffer.numel() * 4
+
+
+def test_overlapping_parameters_are_refused_before_anything_is_written(tmp_path):
+    model = small()
+    model.save(tmp_path / "model")
+    before = (tmp_path / "model" / WEIGHTS).read_bytes()
+    memory = torch.zeros(25)
+    first, second = (layer.norm.gamma for layer in model.transformer.attn_layers.layers)
+    first.data, second.data = memory[:24], memory[1:]
+    with pytest.raises(ValueError, match=r"layers\.0\.norm\.gamma and .*layers\.1\.norm\.gamma must not overlap"):
+        model.save(tmp_path / "model")
+    assert (tmp_path / "model" / WEIGHTS).read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def add_a_parameter(model):
+    model.transformer.to_logits.register_parameter("bias", torch.nn.Parameter(torch.zeros(23)))
+
+
+def parametrize(model):
+    torch.nn.utils.parametrizations.weight_norm(model.transformer.to_logits)
+
+
+def prune(model):
+    model.transformer.attn_layers.layers = model.transformer.attn_layers.layers[:1]
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (add_a_parameter, r"unexpected: transformer\.to_logits\.bias"),
+        (parametrize, r"missing: transformer\.to_logits\.weight"),
+        (prune, r"missing: transformer\.attn_layers\.layers\.1"),
+    ],
+)
+def test_what_load_could_not_make_is_not_saved(change, name, tmp_path):
+    model = small()
+    change(model)
+    with pytest.raises(ValueError, match=rf"Andromeda\.save: .*state_dict(?s:.*){name}"):
+        model.save(tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_embedding_put_in_afterwards_must_be_given_to_load(tmp_path):
+    class Doubled(torch.nn.Embedding):
+        def forward(self, tokens):
+            return 2 * super().forward(tokens)
+
+    model = small()
+    model.transformer.token_emb = Doubled(23, 24)
+    model.save(tmp_path)
+    with pytest.raises(ValueError, match=r"embedding_provider must be given.*Doubled"):
+        Andromeda.load(tmp_path)
+    provider = type("Provider", (), {"get_embedding": staticmethod(Doubled)})()
+    assert torch.equal(Andromeda.load(tmp_path, embedding_provider=provider)(TOKENS), model(TOKENS))
+
+
+# ---- what loading finds in the weights
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_weights_that_are_not_finite_are_named(dtype, value, tmp_path):
+    model = small().to(dtype)
+    with torch.no_grad():
+        model.transformer.attn_layers.layers[1].norm.gamma[3:5] = value
+    model.save(tmp_path)
+    with pytest.warns(UserWarning, match=r"not finite.* 1 parameters, .*layers\.1\.norm\.gamma \(2 of 24\)"):
+        Andromeda.load(tmp_path)
+    with pytest.warns(UserWarning, match="not finite"):
+        Andromeda.load(tmp_path, dtype=torch.float32)
+
+
+def test_finite_weights_give_no_warning(tmp_path, recwarn):
+    small().save(tmp_path)
+    Andromeda.load(tmp_path)
+    small().load_x_transformers(checkpoint({}))
+    assert not [warning for warning in recwarn if "finite" in str(warning.message)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.int8, torch.float8_e4m3fn], ids=str)
+def test_tensors_of_another_dtype_are_named(dtype, tmp_path):
+    name = "transformer.attn_layers.layers.1.norm.gamma"
+    small().save(tmp_path)
+    settings = json.loads((tmp_path / SETTINGS).read_text())
+    del settings["files"]
+    without_checksums(tmp_path, **{name: torch.zeros(24).to(dtype)})
+    if dtype == torch.float64:  # older saves did not say the dtype of each
+        Andromeda.load(tmp_path, dtype=torch.float32)
+        (tmp_path / SETTINGS).write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=f"dtype: {name} must be "):
+        Andromeda.load(tmp_path)
+
+
+def test_a_model_of_several_dtypes(tmp_path):
+    model = small()
+    model.transformer.attn_layers.bfloat16()
+    model.save(tmp_path)
+    for name, tensor in Andromeda.load(tmp_path).state_dict().items():
+        assert tensor.dtype == (torch.bfloat16 if "layers" in name else torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"depth": 10**7}, "depth 10000000 needs 20000000 sub-layers, found 2"),
+        ({"depth": 2}, "depth 2 needs 4 sub-layers, found 2"),
+        ({"heads": 10**9, "alibi_num_heads": None}, "1000000000 heads"),
+        ({"num_tokens": 10**9}, "to_logits"),
+        ({"dim": 10**8}, "misshapen"),
+        ({"depth": "1"}, "depth must be an int"),
+        ({"dim_head": 9}, "dim_head"),
+    ],
+    ids=str,
+)
+def test_settings_of_another_size_are_refused_at_once(arguments, text, tmp_path):
+    small().save(tmp_path)
+    without_checksums(tmp_path)
+    settings = json.loads((tmp_path / SETTINGS).read_text())
+    settings["arguments"] |= arguments
+    (tmp_path / SETTINGS).write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=text):
+        Andromeda.load(tmp_path)
+
+
+# ---- names of wrappers
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+def compiled_inside(model):
+    layers = model.transformer.attn_layers.layers
+    for index in range(len(layers)):
+        layers[index] = compiled(layers[index])
+    model.transformer.token_emb = compiled(model.transformer.token_emb)
+    return model
+
+
+def checkpointed(model):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    layers = model.transformer.attn_layers.layers
+    for index in range(len(layers)):
+        layers[index] = checkpoint_wrapper(layers[index])
+    return model
+
+
+def under(prefix):
+    """Names as this prefix makes them."""
+    return lambda model: {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
+
+
+WRAPPINGS = {
+    "compiled": lambda model: compiled(model).state_dict(),
+    "compiled inside": lambda model: compiled_inside(model).state_dict(),
+    "averaged": lambda model: torch.optim.swa_utils.AveragedModel(model).state_dict(),
+    "parallel": under("module."),
+    "compiled and parallel": under("_orig_mod.module."),
+    "sharded": lambda model: {
+        f"_fsdp_wrapped_module.{name.replace('fn.', 'fn._fsdp_wrapped_module.')}": tensor
+        for name, tensor in model.state_dict().items()
+    },
+    "averaged, with counters": lambda model: under("ema_model.")(model) | {"step": torch.ones(1)},
+    "held": under("model."),
+}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_names_of_wrappers_are_left_out(wrapping):
+    model = small(depth=2)
+    expected = snapshot(model)
+    state = WRAPPINGS[wrapping](model)
+    assert set(state) != set(expected)
+    plain = small(depth=2)
+    assert not plain.load_state_dict(state).missing_keys
+    assert_unchanged(plain, expected)
+    wrapped = compiled_inside(small(depth=2))  # and put in where the model itself has them
+    wrapped.load_state_dict(state)
+    for ours, theirs in zip(wrapped.state_dict().values(), expected.values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["_orig_mod.", "_orig_mod.module.", "module._orig_mod.net.", "ema_model.module.net.", "_fsdp_wrapped_module."],
+)
+def test_prefixes_of_wrappers(prefix):
+    state = checkpoint({})
+    inside = {key.replace("layers.1.", "layers.1._checkpoint_wrapped_module."): value for key, value in state.items()}
+    model = loaded({prefix + key: value for key, value in inside.items()} | {"n_averaged": torch.tensor(3)})
+    assert torch.equal(model(TOKENS), loaded(state)(TOKENS))
+
+
+@pytest.mark.parametrize("wrap", [compiled_inside, checkpointed])
+def test_a_wrapped_model_is_saved_under_plain_names(wrap, tmp_path):
+    model = small(depth=2)
+    names, expected = list(model.state_dict()), snapshot(model)
+    wrap(model).save(tmp_path)
+    assert set(load_file(tmp_path / WEIGHTS)) == set(names)
+    assert_unchanged(Andromeda.load(tmp_path), expected)
+
+
+def test_saved_names_of_wrappers_are_left_out(tmp_path):
+    model = small()
+    model.save(tmp_path)
+    without_checksums(tmp_path)
+    state = load_file(tmp_path / WEIGHTS)
+    save_file({name.replace("former.", "former._orig_mod."): t for name, t in state.items()}, tmp_path / WEIGHTS)
+    assert_unchanged(Andromeda.load(tmp_path), snapshot(model))
+
+
+def test_one_name_with_two_values_is_ambiguous():
+    model, state = small(), small().state_dict()
+    both = {f"{prefix}.{name}": tensor for prefix in ("ema_model", "online_model") for name, tensor in state.items()}
+    model.load_state_dict(both)
+    assert_unchanged(model, state)
+    both["online_model.transformer.to_logits.weight"] = torch.ones(23, 24)
+    with pytest.raises(ValueError, match=r"ambiguous: online_model\.transformer\.to_logits\.weight"):
+        model.load_state_dict(both)
+    assert_unchanged(model, state)
+
+
+def test_unknown_names_are_those_of_torch():
+    with pytest.raises(RuntimeError, match=r"Missing key.*to_logits(?s:.*)Unexpected key.*other"):
+        small().load_state_dict({"_orig_mod.other.weight": torch.ones(1)})
+    result = small().load_state_dict({"module.transformer.to_logits.weight": torch.ones(23, 24)}, strict=False)
+    assert "transformer.to_logits.weight" not in result.missing_keys and not result.unexpected_keys
+
+
+def test_parts_of_names_in_an_embedding_of_ones_own_stay(tmp_path):
+    class Held(torch.nn.Module):
+        def __init__(self, num_tokens, dim):
+            super().__init__()
+            self.module = torch.nn.Embedding(num_tokens, dim)
+
+        def forward(self, tokens):
+            return self.module(tokens)
+
+    provider = type("Provider", (), {"get_embedding": staticmethod(Held)})()
+    model, other = small(embedding_provider=provider), small(embedding_provider=provider)
+    other.load_state_dict({f"module.{name}": tensor for name, tensor in model.state_dict().items()})
+    assert torch.equal(other(TOKENS), model(TOKENS))
+    model.save(tmp_path)
+    assert torch.equal(Andromeda.load(tmp_path, embedding_provider=provider)(TOKENS), model(TOKENS))
+
+
+def test_a_tied_model_takes_one_value_from_x_transformers():
+    state = checkpoint({})
+    model = tie(small())
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"tied: .*are one parameter of this model"):
+        model.load_x_transformers(state)
+    assert_unchanged(model, before)
+    state["to_logits.weight"] = state["token_emb.emb.weight"]
+    model.load_x_transformers(state)
+    assert torch.equal(model.transformer.to_logits.weight, state["to_logits.weight"])
+
+
+def test_weights_of_x_transformers_that_are_not_finite():
+    state = checkpoint({})
+    state["to_logits.weight"][0, 0] = torch.inf
+    with pytest.warns(UserWarning, match=r"to_logits\.weight \(1 of 552\)"):
+        small().load_x_transformers(state)
 
 
 # ---- x-transformers

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import threading
 
 import golden
 import hypothesis
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 import andromeda.model
 from andromeda import Andromeda
-from andromeda.generation import Cache, min_p, top_k, top_p
+from andromeda.generation import Cache, _Sampler, min_p, top_k, top_p
 
 V = oracle.SMALL["num_tokens"]
 INF = math.inf
@@ -674,6 +675,15 @@ WRONG = {
     "prompt_text": (dict(prompts="hello"), TypeError, "got str"),
     "prompt_floats": (dict(prompts=torch.ones(1, 2)), TypeError, "got float32"),
     "lengths_for_lists": (dict(prompts=[[1], [2]], prompt_lengths=[1, 1]), ValueError, "prompt_lengths must be None"),
+    "seq_len_huge": (dict(seq_len=2**31), ValueError, "seq_len must be below"),
+    "temperature_huge": (dict(temperature=10**400), ValueError, "temperature must be finite"),
+    "temperature_bool": (dict(temperature=True), TypeError, "temperature must be a number, got True"),
+    "filter_kwargs_list": (dict(filter_kwargs=[1]), TypeError, "filter_kwargs must be a dictionary"),
+    "generator_number": (dict(generator=3), TypeError, r"generator must be a torch\.Generator"),
+    "on_token_list": (dict(on_token=[]), TypeError, "on_token must be callable"),
+    "eos_bool": (dict(eos_token=True), TypeError, "eos_token must be an int, got True"),
+    "lengths_text": (dict(prompts=SIX, prompt_lengths="ab"), ValueError, "2 ints, one per row"),
+    "lengths_bool": (dict(prompts=SIX, prompt_lengths=[True, True]), ValueError, "2 ints, one per row"),
     "lengths_short": (dict(prompts=SIX, prompt_lengths=[1]), ValueError, "2 ints, one per row"),
     "lengths_zero": (dict(prompts=SIX, prompt_lengths=[0, 3]), ValueError, r"1 and 3, got \[0, 3\]"),
     "lengths_long": (dict(prompts=SIX, prompt_lengths=[2, 4]), ValueError, r"1 and 3, got \[2, 4\]"),
@@ -684,6 +694,162 @@ WRONG = {
 def test_wrong_arguments(arguments, error, match):
     with pytest.raises(error, match=f"^generate: .*{match}"):
         build().generate(**(dict(prompts=[1, 2], seq_len=2) | arguments))
+
+
+@pytest.mark.parametrize("pad_value", [-1, V, 1.5, True, None])
+def test_wrong_pad_values(pad_value):
+    """It is fed to the model where a row has ended."""
+    model = build()
+    model.decoder.pad_value = pad_value
+    with pytest.raises((TypeError, ValueError), match="generate: pad_value must"):
+        model.generate([[1], [2]], 3, eos_token=1)
+
+
+def test_wrong_filter_arguments_are_told_before_the_work(monkeypatch):
+    model = build()
+    monkeypatch.setattr(type(model.transformer), "forward", None)
+    for name, arguments in (("top_k", {"k": 0}), ("top_p", {"thres": 2}), ("min_p", {"min_p": math.nan})):
+        with pytest.raises(ValueError, match=name):
+            model.generate([1], 3, filter_logits_fn=name, filter_kwargs=arguments)
+
+
+def test_caches_take_counts():
+    for wrong in (-1, 2.5, True):
+        with pytest.raises((TypeError, ValueError), match="Cache: capacity must"):
+            Cache(wrong)
+        with pytest.raises((TypeError, ValueError), match="Cache: count must"):
+            Cache().keep_last(wrong)
+
+
+# ---- logits that are not finite
+
+
+def with_logit(model, value, step, monkeypatch):
+    """The model gives `value` for one token of the last row, from its call number `step` on."""
+    calls = []
+    forward = type(model.transformer).forward
+
+    def predict(self, tokens, **options):
+        logits = forward(self, tokens, **options)
+        calls.append(1)
+        if len(calls) > step:
+            logits[-1, -1, 4] = value
+        return logits
+
+    monkeypatch.setattr(type(model.transformer), "forward", predict)
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("value", [math.nan, INF])
+@pytest.mark.parametrize("told", ["at once", "at the end"])
+def test_logits_that_are_not_finite(value, temperature, told, monkeypatch):
+    """On a GPU they are told at the end, and what is drawn until then is no reason for it to stop."""
+    model = build()
+    if told == "at the end":
+        see = _Sampler._see
+
+        class Elsewhere:
+            """A tensor of another device."""
+
+            def __init__(self, tensor):
+                self.tensor, self.device = tensor, torch.device("meta")
+
+            def amax(self, **options):
+                return self.tensor.amax(**options)
+
+        monkeypatch.setattr(_Sampler, "_see", lambda self, words, logits: see(self, words, Elsewhere(logits)))
+    with_logit(model, value, 2, monkeypatch)
+    heard = []
+    place = "for new token 2" if told == "at once" else "one of 6 new tokens"
+    with pytest.raises(ValueError, match=f"logits must be finite.* row 1 .*{place}"):
+        model.generate([[1, 2], [3, 4]], 6, temperature=temperature, on_token=heard.append)
+    assert len(heard) == (2 if told == "at once" else 6)
+    assert model.transformer.training
+
+
+@pytest.mark.parametrize(
+    "bad", [lambda logits: logits - INF, lambda logits: logits * math.nan, lambda logits: logits[:, 1:], lambda _: None]
+)
+def test_filters_that_leave_nothing(bad):
+    with pytest.raises(ValueError, match="generate: filter_logits_fn must"):
+        build().generate([1], 3, filter_logits_fn=bad)
+
+
+def test_tokens_may_be_removed_by_the_model():
+    """-inf is no fault of a model."""
+    model = build()
+    first = torch.arange(9)
+    model.transformer.to_logits.register_forward_hook(lambda module, _, logits: logits.index_fill(-1, first, -INF))
+    assert (model.generate([1], 20) >= 9).all()
+
+
+# ---- modes, in threads
+
+
+class Waiting(torch.nn.Module):
+    """An embedding that meets another thread in each call, and says what mode the model is in."""
+
+    def __init__(self, embedding, meet):
+        super().__init__()
+        self.embedding, self.meet, self.seen = embedding, meet, []
+
+    def forward(self, tokens):
+        self.meet()
+        self.seen.append(self.training)
+        return self.embedding(tokens)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_mode_is_restored_by_the_last_of_several_calls(fails):
+    model = build().train()
+    model.transformer.attn_layers.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    barrier = threading.Barrier(2)
+    turn = {"calls": 0}
+
+    def meet():
+        turn["calls"] += 1
+        if turn["calls"] <= 2:
+            barrier.wait(timeout=60)  # both are in the middle of a call
+
+    waiting = Waiting(model.transformer.token_emb, meet)
+    model.transformer.token_emb = waiting
+    errors = []
+
+    def work(steps, announce):
+        try:
+            model.generate([1, 2], steps, temperature=0, on_token=announce)
+        except ZeroDivisionError as error:
+            errors.append(error)
+
+    threads = [
+        threading.Thread(target=work, args=(1, (lambda _: 1 // 0) if fails else None)),
+        threading.Thread(target=work, args=(30, None)),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(errors) == fails and not any(waiting.seen) and len(waiting.seen) == 31
+    model.transformer.token_emb = waiting.embedding
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_models_that_share_modules_and_calls_within_calls():
+    model = build().train()
+    other = build().train()
+    other.transformer.token_emb = model.transformer.token_emb
+    model.generate([1], 2, on_token=lambda _: other.generate([2], 2))
+    assert all(module.training for module in (*model.modules(), *other.modules()))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_generate_in_any_mode(mode):
+    model = build()
+    with mode():
+        found = model.generate([1, 2], 4, temperature=0)
+    assert found.tolist() == greedy(model, [1, 2], 4)
+    assert torch.cat((found, found)).tolist() == 2 * found.tolist()
 
 
 def test_misspelt_keywords():

@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from andromeda import Andromeda
@@ -81,7 +83,6 @@ def test_config_file_round_trip(tmp_path):
         ({"head_dim": 30}, "dim_head must be a multiple of 4"),
         ({"alibi_num_heads": 25}, "alibi_num_heads must be None or between 0 and heads = 24"),
         ({"num_key_value_heads": 2}, "num_key_value_heads must be 1 or num_attention_heads"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings must be False"),
         ({"hidden_size": "wide"}, "hidden_size"),
         ({"deepnorm": 1.5}, "deepnorm"),
     ],
@@ -356,7 +357,7 @@ def test_loading_a_truncated_file(tmp_path):
     AndromedaForCausalLM.from_andromeda(small_model()).save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="whole safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors must hold .* bytes"):
         AndromedaForCausalLM.from_pretrained(tmp_path)
 
 
@@ -364,6 +365,151 @@ def test_saved_config_is_readable_json(tmp_path):
     AndromedaForCausalLM.from_andromeda(small_model()).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["model_type"] == "andromeda" and saved["architectures"] == ["AndromedaForCausalLM"]
+
+
+def test_a_damaged_shard(tmp_path):
+    AndromedaForCausalLM.from_andromeda(small_model()).save_pretrained(tmp_path, max_shard_size="60kB")
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="whole safetensors file"):
+        AndromedaForCausalLM.from_pretrained(tmp_path)
+
+
+def tied(**options):
+    model = small_model(**options)
+    model.transformer.to_logits.weight = model.transformer.token_emb.weight
+    return model
+
+
+@pytest.mark.parametrize("when", ["before", "afterwards"])
+def test_a_tied_projection_is_saved_and_loaded_as_such(when, tmp_path):
+    wrapped = AndromedaForCausalLM.from_andromeda(tied() if when == "before" else small_model())
+    wrapped.transformer.to_logits.weight = wrapped.transformer.token_emb.weight
+    wrapped.save_pretrained(tmp_path)
+    assert "transformer.to_logits.weight" not in load_file(tmp_path / "model.safetensors")
+    loaded, ids = AutoModelForCausalLM.from_pretrained(tmp_path), tokens()
+    assert loaded.config.tie_word_embeddings
+    assert loaded.transformer.to_logits.weight is loaded.transformer.token_emb.weight
+    assert torch.equal(loaded(ids).logits, wrapped(ids).logits)
+    back = loaded.to_andromeda()
+    assert back.transformer.to_logits.weight is back.transformer.token_emb.weight
+    again = AndromedaForCausalLM.from_andromeda(back)
+    assert again.transformer.to_logits.weight is back.transformer.token_emb.weight
+    loaded.resize_token_embeddings(70)
+    assert loaded.transformer.to_logits.weight is loaded.transformer.token_emb.weight
+
+
+def test_a_projection_of_its_own_is_never_overwritten():
+    model = small_model()
+    before = model.transformer.to_logits.weight.clone()
+    with pytest.raises(ValueError, match="tie_word_embeddings must be False"):
+        AndromedaForCausalLM.from_andromeda(model, tie_word_embeddings=True)
+    assert torch.equal(model.transformer.to_logits.weight, before)
+    made = AndromedaForCausalLM(AndromedaForCausalLM.from_andromeda(tied()).config)
+    assert made.transformer.to_logits.weight is made.transformer.token_emb.weight
+
+
+def test_other_shared_parameters_are_named_before_anything_is_written(tmp_path):
+    wrapped = AndromedaForCausalLM.from_andromeda(small_model())
+    layers = wrapped.transformer.attn_layers.layers
+    layers[2] = layers[0]
+    with pytest.raises(
+        ValueError, match=r"got transformer\.attn_layers\.layers\.2.* and .*layers\.0.*to_andromeda\(\)\.save"
+    ):
+        wrapped.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    wrapped.to_andromeda().save(tmp_path / "model")
+    assert torch.equal(Andromeda.load(tmp_path / "model")(tokens() * 0), wrapped(tokens() * 0).logits)
+
+
+def test_a_config_that_does_not_describe_the_modules_is_not_saved(tmp_path):
+    wrapped = AndromedaForCausalLM.from_andromeda(small_model())
+    wrapped.transformer = small_model(num_tokens=70, deepnorm=False).transformer
+    with pytest.raises(ValueError, match=r"config must describe .* differ in deepnorm, num_tokens"):
+        wrapped.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+# name of a changed setting -> what is drawn anew
+RESIZED = {
+    "vocab_size": (400, ["to_logits.weight", "token_emb.weight"]),
+    "max_position_embeddings": (80, ["pos_emb.weight"]),
+    "head_dim": (
+        24,
+        ["fn.k_scale", "fn.q_scale", "fn.to_k.weight", "fn.to_out.weight", "fn.to_q.weight", "fn.to_v.weight"],
+    ),
+    "hidden_size": (48, ["norm.gamma", "residual_scale", "fn.proj_in.weight", "fn.proj_out.bias", "token_emb.weight"]),
+}
+
+
+@pytest.mark.parametrize("deepnorm", [True, False])
+@pytest.mark.parametrize("setting", RESIZED)
+def test_ignored_sizes_are_drawn_anew_and_named(setting, deepnorm, tmp_path):
+    """From the distribution of a new model; all else is that of the checkpoint."""
+    size, names = RESIZED[setting]
+    original = small_model(use_abs_pos_emb=True, deepnorm=deepnorm)
+    with torch.no_grad():
+        for parameter in original.parameters():
+            parameter.fill_(777.0)
+    AndromedaForCausalLM.from_andromeda(original).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="mismatched"):
+        AndromedaForCausalLM.from_pretrained(tmp_path, **{setting: size})
+    with pytest.warns(UserWarning, match="had other shapes in the checkpoint and were drawn anew") as warned:
+        loaded = AndromedaForCausalLM.from_pretrained(tmp_path, ignore_mismatched_sizes=True, **{setting: size})
+    text = str(warned[0].message)
+    fresh = AndromedaForCausalLM(loaded.config)
+    for name, parameter in loaded.named_parameters():
+        if drawn := f"{name}," in text or f"{name} had" in text:
+            like = fresh.get_parameter(name)
+            assert parameter.isfinite().all() and parameter.abs().max() < 100
+            assert parameter.std().item() == pytest.approx(like.std().item(), rel=0.35, abs=1e-6)
+            assert parameter.mean().item() == pytest.approx(like.mean().item(), abs=4 * like.std().item() + 1e-6)
+        assert drawn == (tuple(parameter.shape) != tuple(original.get_parameter(name).shape))
+        assert drawn or (parameter == 777).all()
+    assert all((deepnorm is False and name == "residual_scale") or name in text for name in names)
+
+
+def test_ignored_sizes_leave_other_faults(tmp_path):
+    AndromedaForCausalLM.from_andromeda(small_model()).save_pretrained(tmp_path)
+    damage(tmp_path, lambda state: state.pop("transformer.to_logits.weight"))
+    with pytest.raises(ValueError, match=r"missing: transformer\.to_logits\.weight"):
+        AndromedaForCausalLM.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+
+
+@pytest.mark.parametrize("depth", [3, 100_000])
+def test_more_layers_than_the_checkpoint_has_are_refused_at_once(depth, tmp_path):
+    wrapped = AndromedaForCausalLM.from_andromeda(small_model())
+    for shards, options in (("one", {}), ("several", {"max_shard_size": "60kB"})):
+        wrapped.save_pretrained(tmp_path / shards, **options)
+        with pytest.raises(ValueError, match=f"depth {depth} needs {2 * depth} sub-layers, found 4"):
+            AndromedaForCausalLM.from_pretrained(tmp_path / shards, num_hidden_layers=depth)
+    saved = json.loads((tmp_path / "one" / "config.json").read_text())
+    (tmp_path / "one" / "config.json").write_text(json.dumps(saved | {"num_hidden_layers": depth}))
+    with pytest.raises(ValueError, match=f"depth {depth} needs"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_weights_that_are_not_finite_are_named(dtype, tmp_path):
+    wrapped = AndromedaForCausalLM.from_andromeda(small_model())
+    with torch.no_grad():
+        wrapped.transformer.to_logits.weight[3, 4] = torch.nan
+    wrapped.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"not finite.*transformer\.to_logits\.weight \(1 of 1952\)"):
+        AndromedaForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+
+
+def test_names_of_wrappers_are_left_out(tmp_path):
+    wrapped, ids = AndromedaForCausalLM.from_andromeda(small_model()), tokens()
+    expected = wrapped(ids).logits
+    layers = wrapped.transformer.attn_layers.layers
+    layers[1] = torch.compile(layers[1], backend="eager")
+    wrapped.save_pretrained(tmp_path)
+    assert set(load_file(tmp_path / "model.safetensors")) == set(small_model().state_dict())
+    damage(
+        tmp_path, lambda state: [state.update({f"_orig_mod.module.{name}": state.pop(name)}) for name in list(state)]
+    )
+    torch.testing.assert_close(AndromedaForCausalLM.from_pretrained(tmp_path)(ids).logits, expected)
 
 
 def test_a_foreign_embedding_is_not_saved(tmp_path):
@@ -399,3 +545,68 @@ def test_resized_vocabulary_is_known_to_the_modules():
     wrapped.resize_token_embeddings(70)
     assert wrapped(torch.tensor([[69, 1]])).logits.shape == (1, 2, 70)
     assert wrapped.to_andromeda().config.num_tokens == 70
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("way", ["from_andromeda", "config", "from_pretrained"])
+def test_a_fresh_model_compiles_into_one_graph_with_labels(way, padding, tmp_path):
+    torch.compiler.reset()
+    wrapped = AndromedaForCausalLM.from_andromeda(small_model(depth=1))
+    if way == "config":
+        wrapped = AndromedaForCausalLM(wrapped.config)
+    elif way == "from_pretrained":
+        wrapped.save_pretrained(tmp_path)
+        wrapped = AndromedaForCausalLM.from_pretrained(tmp_path)
+    ids = tokens()
+    mask = torch.tensor([[1] * 11, [0] * 4 + [1] * 7] if padding == "left" else [[1] * 11, [1] * 4 + [0] * 7])
+    batch = {"input_ids": ids, "labels": ids.masked_fill(mask == 0, -100), "attention_mask": mask}
+    out = torch.compile(wrapped, fullgraph=True, backend="eager")(**batch)
+    out.loss.backward()
+    found = [parameter.grad.clone() for parameter in wrapped.parameters()]
+    expected = wrapped(**batch).loss
+    torch.testing.assert_close(out.loss, expected)
+    for gradient, other in zip(found, torch.autograd.grad(expected, list(wrapped.parameters())), strict=True):
+        torch.testing.assert_close(gradient, other)
+
+
+def test_the_model_runs_on_fake_tensors():
+    wrapped, ids = AndromedaForCausalLM.from_andromeda(small_model()), tokens()
+    wrong = torch.full_like(ids, 99)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert wrapped(ids, labels=wrong).loss.shape == ()
+        with torch.no_grad():
+            assert wrapped(ids, attention_mask=torch.ones(2, 11)).logits.shape == (2, 11, 61)
+    with pytest.raises(ValueError, match="labels must be below"):
+        wrapped(ids, labels=wrong)
+    assert type(wrapped(ids, labels=ids).loss) is torch.Tensor
+
+
+def test_a_replaced_transformer_is_used_everywhere():
+    wrapped, other = AndromedaForCausalLM.from_andromeda(small_model()), small_model(num_tokens=70)
+    wrapped.transformer = other.transformer
+    ids = torch.tensor([[69, 3, 5]])
+    assert torch.equal(wrapped(ids).logits, other(ids))
+    torch.testing.assert_close(wrapped(ids, labels=ids).loss, other(ids, return_loss=True))
+    assert torch.equal(
+        wrapped.generate(ids, max_new_tokens=4, do_sample=False)[0, 3:], other.generate(ids, 4, temperature=0)[0]
+    )
+    back = wrapped.to_andromeda()
+    assert back.config == other.config and torch.equal(back(ids), other(ids))
+    assert back.decoder.net is other.transformer
+
+
+@pytest.mark.parametrize(
+    "wanted", [torch.tensor([4]), torch.tensor([1, 3]), torch.tensor([-1, 0], dtype=torch.int32)], ids=str
+)
+def test_logits_at_positions(pair, wanted):
+    ids = tokens()
+    torch.testing.assert_close(pair[1](ids, logits_to_keep=wanted).logits, pair[1](ids).logits[:, wanted.long()])
+
+
+@pytest.mark.parametrize(
+    "wanted", [-1, True, 1.0, [1], None, torch.tensor([True] * 11), torch.tensor(2), torch.tensor([11])], ids=str
+)
+def test_wrong_logits_to_keep(wanted):
+    wrapped = AndromedaForCausalLM.from_andromeda(small_model())
+    with pytest.raises((TypeError, ValueError), match="AndromedaForCausalLM: logits_to_keep must"):
+        wrapped(tokens(), logits_to_keep=wanted)

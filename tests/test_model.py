@@ -1,7 +1,11 @@
 """The model against golden data, against x-transformers, and against itself (SPEC 2-9, 11, 13, 15)."""
 
+import copy
+import gc
 import itertools
 import json
+import pickle
+import weakref
 
 import golden
 import oracle
@@ -12,6 +16,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional
 
 import andromeda.model
+import andromeda.ops._persistent
+import andromeda.ops.attention
 from andromeda import Andromeda, AndromedaEmbedding, AutoregressiveWrapper, Decoder, TransformerWrapper
 from andromeda.checkpoint import x_transformers_names
 
@@ -335,6 +341,106 @@ def test_input_forms_agree():
         assert torch.equal(model(form), expected)
 
 
+# ---- the promise of logit_bound
+
+
+BOUNDED = {
+    "one key head": {},
+    "key heads": dict(attn_one_kv_head=False),
+    "fixed scale": dict(attn_qk_norm_dim_scale=False),
+    "no rotation": dict(rotary_xpos=False),
+    "pre-norm": dict(deepnorm=False, alibi_pos_bias=False),
+}
+
+
+def promises(model, monkeypatch, run) -> list[torch.Tensor]:
+    """largest |softmax_scale * <q, k>| of a visible pair / logit_bound, (num_heads,), of each call of `attention`."""
+    ratios = []
+
+    def observed(q, k, v, *, logit_bound, softmax_scale, key_start=None, **options):
+        group = q.shape[2] // k.shape[2]
+        scores = softmax_scale * torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double().repeat_interleave(group, 2))
+        key = torch.arange(k.shape[1])
+        hidden = key > torch.arange(k.shape[1] - q.shape[1], k.shape[1])[:, None]
+        if key_start is not None:
+            hidden = hidden | (key < key_start[:, None, :, None])
+        ratios.append(scores.abs().masked_fill(hidden, 0).amax((0, 2, 3)) / logit_bound.double())
+        options |= dict(logit_bound=logit_bound, softmax_scale=softmax_scale, key_start=key_start)
+        return andromeda.ops.attention.attention(q, k, v, **options)
+
+    monkeypatch.setattr(andromeda.model, "attention", observed)
+    run(model)
+    return ratios
+
+
+def aligned(dtype=torch.float32, **flags) -> Andromeda:
+    """A model whose queries and keys point the same way, along channels that its scales stretch most.
+
+    Two channels of 3 / sqrt(2) = 2.1213 each: in bfloat16 they are 2.125, and the score exceeds 3 * 3.
+    """
+    model = small(**(dict(heads=4, alibi_num_heads=4, dim=32, dim_head=16, depth=1) | flags))
+    attention = model.transformer.attn_layers.layers[0].fn
+    with torch.no_grad():
+        model.transformer.token_emb.weight.abs_()
+        for projection, scale in ((attention.to_q, attention.q_scale), (attention.to_k, attention.k_scale)):
+            weight = projection.weight.zero_().unflatten(0, (-1, 16))
+            weight[:, 9:11] = 1.0  # no rotation touches these
+            if scale is not None:
+                scale.uniform_(0.5, 2.0)
+                scale[..., 9:11] = 3.0
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("flags", BOUNDED.values(), ids=BOUNDED)
+def test_no_visible_score_exceeds_the_bound(flags, dtype, monkeypatch):
+    """On a model made to reach it, whose largest scores come within the margin; with documents and a cache, too."""
+    tokens = torch.randint(23, (2, 40))
+    start = torch.tensor([[0] * 40, [0] * 25 + [25] * 15], dtype=torch.int32)
+
+    def run(model):
+        model(tokens, key_start=start)
+        cache = andromeda.model.generation.Cache()
+        with torch.no_grad():
+            for piece in tokens.split([30, 1, 9], dim=1):
+                model(piece, cache=cache)
+
+    ratios = torch.stack(promises(aligned(dtype, **flags), monkeypatch, run))
+    assert len(ratios) == 4 and (ratios <= 1).all() and (ratios >= 0.98).all()
+
+
+@pytest.mark.parametrize("flags", BOUNDED.values(), ids=BOUNDED)
+def test_random_models_keep_the_bound(flags, monkeypatch):
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = small(**(dict(heads=4, alibi_num_heads=2, dim=32, dim_head=16, depth=2) | flags))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("_scale"):
+                    parameter.mul_(torch.randn_like(parameter).exp())
+        ratios = torch.stack(promises(model, monkeypatch, lambda model: model(torch.randint(23, (2, 60)))))
+        assert len(ratios) == 2 and (ratios <= 1).all()
+
+
+@pytest.mark.parametrize("scale", [6.0, 10.0])
+def test_results_depend_on_no_bound_where_scores_reach_it(scale):
+    """A bound that is too small would skip keys that count: those far away have the highest scores here.
+
+    Queries of the last tokens point at the keys of the first ones and away from their own.
+    """
+    sizes = dict(heads=8, alibi_num_heads=8, dim=32, dim_head=16, depth=1, rotary_xpos=False, shift_tokens=0)
+    model, plain = small(**sizes, max_seq_len=512), small(**sizes, max_seq_len=512, attn_flash=False)
+    attention = model.transformer.attn_layers.layers[0].fn
+    with torch.no_grad():
+        model.transformer.token_emb.weight[1] = -model.transformer.token_emb.weight[0]
+        attention.to_q.weight.copy_(-attention.to_k.weight.repeat(8, 1))
+        attention.q_scale.fill_(scale)
+        attention.k_scale.fill_(scale)
+    plain.load_state_dict(model.state_dict())
+    tokens = torch.tensor([[0] * 452 + [1] * 60])
+    assert largest(model(tokens), plain.double()(tokens)) <= 1e-5
+
+
 # ---- structure, initialisation
 
 
@@ -572,3 +678,218 @@ def test_compiles_into_one_graph_without_constants(deepnorm):
     compiled = torch.compile(model, backend=aot_autograd(fw_compiler=inspect), fullgraph=True)
     torch.testing.assert_close(compiled(tokens), model(tokens))
     assert constants == []
+
+
+def compiled_of(name):
+    """A model that has not run yet, of each class, and a function from it to a scalar."""
+    sizes = dict(heads=2, alibi_num_heads=1, dim_head=8, dim=24, depth=1)
+    model = small(**sizes)
+    tokens = torch.randint(23, (2, 9))
+    start = torch.tensor([[0] * 9, [0] * 4 + [4] * 5], dtype=torch.int32)
+    key_start = {"key_start": start}
+    return {
+        "Andromeda": (model, lambda m: m(tokens, **key_start).square().mean()),
+        "Andromeda, loss": (model, lambda m: m(tokens, return_loss=True, **key_start)),
+        "Andromeda, positions": (model, lambda m: m(tokens, logits_to_keep=torch.tensor([0, 3])).square().mean()),
+        "TransformerWrapper": (model.transformer, lambda m: m(tokens, logits_to_keep=2, **key_start).square().mean()),
+        "AutoregressiveWrapper": (AutoregressiveWrapper(model.transformer), lambda m: m(tokens, **key_start)),
+        "decoder of a model": (model.decoder, lambda m: m(tokens, **key_start)),
+        "Decoder": (model.transformer.attn_layers, lambda m: m(torch.ones(2, 9, 24), **key_start).square().mean()),
+        "pre-norm": (small(**sizes, deepnorm=False, use_abs_pos_emb=True), lambda m: m(tokens, return_loss=True)),
+        "plain torch": (small(**sizes, attn_flash=False), lambda m: m(tokens, return_loss=True)),
+    }[name]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Andromeda", "Andromeda, loss", "Andromeda, positions", "TransformerWrapper", "AutoregressiveWrapper",
+     "decoder of a model", "Decoder", "pre-norm", "plain torch"],
+)  # fmt: skip
+def test_a_fresh_model_compiles_into_one_graph(name, monkeypatch):
+    """Before it has run, with no constant of another model at hand; forward and backward."""
+    torch.compiler.reset()
+    entries = andromeda.ops._persistent._entries
+    monkeypatch.setattr(andromeda.ops._persistent, "_entries", type(entries)(dict))
+    model, call = compiled_of(name)
+    found = call(torch.compile(model, fullgraph=True, backend="eager"))
+    found.backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    model.zero_grad()
+    expected = call(model)
+    expected.backward()
+    torch.testing.assert_close(found, expected)
+    others = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    for gradient, other in zip(gradients, others, strict=True):
+        torch.testing.assert_close(gradient, other)
+
+
+@pytest.mark.parametrize("origin", ["loaded", "copied", "pickled", "bfloat16", "float64"])
+def test_a_model_of_any_origin_compiles(origin, tmp_path):
+    torch.compiler.reset()
+    model, tokens = small(), torch.randint(23, (2, 9))
+    if origin == "loaded":
+        model.save(tmp_path / "model")
+        model = Andromeda.load(tmp_path / "model")
+    else:
+        model = {
+            "copied": copy.deepcopy,
+            "pickled": lambda m: pickle.loads(pickle.dumps(m)),
+            "bfloat16": lambda m: m.bfloat16(),
+            "float64": lambda m: m.double(),
+        }[origin](model)
+    loss = torch.compile(model, fullgraph=True, backend="eager")(tokens, return_loss=True)
+    loss.backward()
+    torch.testing.assert_close(loss, model(tokens, return_loss=True))
+
+
+# ---- modules that are replaced --------------------------------------------------------------------------------------
+
+
+def changed(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@torch.no_grad()
+def assert_one_model(model, tokens):
+    """Logits, losses and generation by all ways are of the same parameters."""
+    logits = model(tokens)
+    expected = functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    for loss in (model(tokens, return_loss=True), model.decoder(tokens)):
+        torch.testing.assert_close(loss, expected)
+    for next_token in (model.generate(tokens, 1, temperature=0), model.decoder.generate(tokens, 1, temperature=0)):
+        assert torch.equal(next_token[:, 0], logits[:, -1].argmax(-1))
+    assert model.decoder.net is model.transformer
+    ours, theirs = dict(model.transformer.named_parameters()), dict(model.decoder.named_parameters())
+    assert [f"net.{name}" for name in ours] == list(theirs)
+    assert all(a is b for a, b in zip(ours.values(), theirs.values(), strict=True))
+    assert list(model.state_dict()) == [f"transformer.{name}" for name in ours]
+
+
+def shallow(model):
+    """As torch.nn.DataParallel makes its replicas, with a transformer of its own."""
+    replica = model._replicate_for_data_parallel()
+    replica._modules["transformer"] = changed(copy.deepcopy(model.transformer))
+    return replica
+
+
+WAYS = {
+    "set": lambda model, other: setattr(model, "transformer", other.transformer),
+    "in the dictionary": lambda model, other: model._modules.update(transformer=other.transformer),
+    "by the decoder": lambda model, other: setattr(model.decoder, "net", other.transformer),
+    "layers": lambda model, other: setattr(model.transformer, "attn_layers", other.transformer.attn_layers),
+    "embedding": lambda model, other: setattr(model.transformer, "token_emb", other.transformer.token_emb),
+    "projection": lambda model, other: setattr(model.transformer, "to_logits", other.transformer.to_logits),
+    "compiled": lambda model, other: setattr(model, "transformer", torch.compile(other.transformer, backend="eager")),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_replaced_module_is_used_everywhere(way):
+    model, other = small(), changed(small())
+    tokens = torch.randint(23, (2, 9))
+    before, decoder = model(tokens), model.decoder
+    WAYS[way](model, other)
+    with torch.compiler.set_stance("force_eager"):  # which compiles nothing: the module around it is what matters
+        assert not torch.equal(model(tokens), before)
+        assert decoder is model.decoder
+        assert_one_model(model, tokens)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [copy.deepcopy, copy.copy, lambda model: pickle.loads(pickle.dumps(model)), shallow],
+    ids=["deepcopy", "copy", "pickle", "replica"],
+)
+def test_copies_are_models_of_their_own_parameters(make):
+    model, tokens = small(), torch.randint(23, (2, 9))
+    model.decoder.pad_value = 7
+    twin = make(model)
+    assert type(twin) is Andromeda and twin.decoder.pad_value == 7
+    assert_one_model(twin, tokens)
+    twin.transformer = changed(small()).transformer
+    assert_one_model(twin, tokens)
+    assert_one_model(model, tokens)
+
+
+def test_a_decoder_outlives_its_model_which_is_freed_at_once():
+    model = small()
+    decoder, gone = model.decoder, weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
+    assert decoder([1, 2, 3]).isfinite()
+
+
+def test_parametrized_and_pruned_modules():
+    model, tokens = small(), torch.randint(23, (2, 9))
+
+    class Doubled(torch.nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    before = model(tokens)
+    torch.nn.utils.parametrize.register_parametrization(model.transformer.to_logits, "weight", Doubled())
+    torch.testing.assert_close(model(tokens), 2 * before)
+    assert_one_model(model, tokens)
+
+
+def test_sizes_follow_the_modules():
+    model = small()
+    model.transformer.token_emb, model.transformer.to_logits = torch.nn.Embedding(40, 24), torch.nn.Linear(24, 40)
+    assert model([[39, 1]]).shape == (1, 2, 40)
+    assert model.config.num_tokens == model.transformer.num_tokens == model.decoder.net.num_tokens == 40
+    assert model([[39, 1]], return_loss=True).isfinite() and model.generate([39], 2).shape == (2,)
+    model.transformer = small(num_tokens=11, depth=2).transformer
+    assert (model.config.num_tokens, model.config.depth) == (11, 2)
+    with pytest.raises(ValueError, match="vocabulary size 11"):
+        model([39])
+
+
+def test_the_decoder_is_not_set():
+    model = small()
+    with pytest.raises(AttributeError, match=r"decoder .* follows it; set model\.transformer"):
+        model.decoder = AutoregressiveWrapper(small().transformer)
+    with pytest.raises(AttributeError):
+        model.config = small().config
+    assert list(model.state_dict()) == list(small().state_dict())
+
+
+# ---- positions whose logits are wanted ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wanted", "positions"),
+    [(0, range(6)), (1, [5]), (3, [3, 4, 5]), (9, range(6)), (torch.tensor([4]), [4]),
+     (torch.tensor([3, 1, 1]), [3, 1, 1]), (torch.tensor([-1], dtype=torch.int32), [5]),
+     (torch.tensor([2, 5], dtype=torch.uint8), [2, 5]),
+     (torch.tensor([], dtype=torch.int64), [])],
+    ids=str,
+)  # fmt: skip
+def test_logits_to_keep(wanted, positions):
+    model = small().double()
+    tokens = torch.randint(23, (2, 6))
+    torch.testing.assert_close(model(tokens, logits_to_keep=wanted), model(tokens)[:, list(positions)])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "error", "text"),
+    [(-1, ValueError, "at least 0.*got -1"), (True, TypeError, "an int >= 0 or .*got True"),
+     (False, TypeError, "got False"), (2.0, TypeError, r"got 2\.0 \(float\)"), ([1], TypeError, r"got \[1\] \(list\)"),
+     (None, TypeError, "got None"), ("1", TypeError, "got '1'"), (slice(1), TypeError, "slice"),
+     (torch.tensor([True] * 6), TypeError, "of bool"), (torch.tensor([1.0]), TypeError, "of float32"),
+     (torch.tensor(3), TypeError, r"a tensor \(\)"), (torch.tensor([[1]]), TypeError, r"a tensor \(1, 1\)"),
+     (torch.tensor([0, 6]), ValueError, "6 tokens of this call, got 6"), (torch.tensor([-7]), ValueError, "got -7")],
+    ids=str,
+)  # fmt: skip
+def test_wrong_logits_to_keep(wanted, error, text):
+    with pytest.raises(error, match=f"Andromeda: logits_to_keep must .*{text}"):
+        small()([1, 2, 3, 4, 5, 6], logits_to_keep=wanted)
+    if wanted is not None:
+        with pytest.raises(ValueError, match="left out"):
+            small()([1, 2, 3], return_loss=True, logits_to_keep=torch.tensor([0]))

@@ -168,12 +168,12 @@ def test_report_is_of_the_dtype_asked_for():
 
 def test_needs_function():
     plain, leaf = torch.ones(1), torch.ones(1, requires_grad=True)
-    assert _select.needs_function(None, plain, leaf)
-    assert not _select.needs_function(None, plain)
+    assert _select.needs_function("op", None, plain, leaf)
+    assert not _select.needs_function("op", None, plain)
     with torch.no_grad():
-        assert not _select.needs_function(leaf)
+        assert not _select.needs_function("op", leaf)
         with torch.autograd.forward_ad.dual_level():
-            assert _select.needs_function(None)
+            assert _select.needs_function("op", None)
 
 
 # ---- the fixture `backend` of conftest.py

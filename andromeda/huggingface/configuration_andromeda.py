@@ -89,10 +89,6 @@ class AndromedaConfig(PreTrainedConfig):
                 f"AndromedaConfig: num_key_value_heads must be 1 or num_attention_heads ({self.num_attention_heads}), "
                 f"got {self.num_key_value_heads}"
             )
-        if self.tie_word_embeddings:
-            raise ValueError(
-                "AndromedaConfig: tie_word_embeddings must be False, got True (SPEC 2: the projection is its own)"
-            )
         ModelConfig(**self.to_arguments())
 
     def to_arguments(self) -> dict:

@@ -5,20 +5,25 @@ that going from one to the other copies nothing.
 """
 
 import dataclasses
+import json
+import warnings
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from torch.nn import functional
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from andromeda import checkpoint
 from andromeda.config import ModelConfig
 from andromeda.generation import Cache
 from andromeda.huggingface.configuration_andromeda import AndromedaConfig
-from andromeda.model import Andromeda, AutoregressiveWrapper, Decoder, TransformerWrapper, cross_entropy
+from andromeda.model import Andromeda, Decoder, TransformerWrapper, cross_entropy, draw, keeps_all, kept_positions
+from andromeda.ops import _checks
 
 _IGNORE_INDEX = -100
+_TIES = {"transformer.to_logits.weight": "transformer.token_emb.weight"}
 
 
 class AndromedaCache(Cache):
@@ -52,10 +57,18 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
     accepts_loss_kwargs = True  # Trainer hands over num_items_in_batch
     _no_split_modules = ("Sublayer",)
     _skip_keys_device_placement = ("past_key_values",)
+    _tied_weights_keys = _TIES  # with config.tie_word_embeddings
     _is_stateful = True  # the cache cannot go back, which assisted generation would ask for
 
     def __init__(self, config: AndromedaConfig, transformer: TransformerWrapper | None = None):
         super().__init__(config)
+        if transformer is not None:
+            if config.tie_word_embeddings and not _is_tied(transformer):  # to tie it would overwrite its projection
+                raise ValueError(
+                    "AndromedaForCausalLM: config.tie_word_embeddings must be False for a transformer whose projection "
+                    "is its own"
+                )
+            config.tie_word_embeddings = _is_tied(transformer)
         self.transformer = _new_transformer(config) if transformer is None else transformer
         self.post_init()
 
@@ -68,15 +81,22 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
     def to_andromeda(self) -> Andromeda:
         """The same model with the interface of `andromeda.Andromeda`; the parameters are shared."""
         with torch.device("meta"):  # the parameters made here are thrown away at once
-            model = Andromeda(**self.config.to_arguments())
+            model = Andromeda(**dataclasses.asdict(self.transformer.config))
         model.transformer = self.transformer
-        model.__dict__["decoder"] = AutoregressiveWrapper(self.transformer)
         return model.train(self.training)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """See transformers; a checkpoint with missing, unexpected or misshapen parameters is a `ValueError` here."""
+        """See transformers; a checkpoint with missing, unexpected or misshapen parameters is a `ValueError` here.
+
+        With `ignore_mismatched_sizes` misshapen ones are drawn anew (SPEC 11), which is a warning that names them, as
+        are weights that are not finite. What wrappers put into names is left out.
+        """
         report = kwargs.pop("output_loading_info", False)
+        kwargs["key_mapping"] = {checkpoint.WRAPPERS_PATTERN: r"\1"} | (kwargs.get("key_mapping") or {})
+        ignored = {"mismatched_keys"} if kwargs.get("ignore_mismatched_sizes") else set()
+        kwargs["ignore_mismatched_sizes"] = True  # transformers' own error does not name them
+        _check_layers(*args, **kwargs)
         try:
             model, information = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
@@ -84,20 +104,59 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
         faults = [
             f"\n    {kind.removesuffix('_keys')}: {', '.join(sorted(map(str, information[kind])))}"
             for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-            if information[kind]
+            if information[kind] and kind not in ignored
         ]
         if faults:
             raise ValueError(f"AndromedaForCausalLM: the checkpoint must have the model's parameters{''.join(faults)}")
+        drawn = sorted(name for name, *_ in information["mismatched_keys"])
+        for name in drawn:
+            draw(model.transformer, name.removeprefix("transformer."))
+        if drawn:
+            warnings.warn(
+                f"AndromedaForCausalLM: {', '.join(drawn)} had other shapes in the checkpoint and were drawn anew; "
+                "train the model before you use it",
+                UserWarning,
+                stacklevel=2,
+            )
+        not_finite = {name: p for name, p in model.named_parameters() if not checkpoint.is_finite(p)}
+        checkpoint.warn_of_not_finite("AndromedaForCausalLM: the checkpoint", not_finite)
         return (model, information) if report else model
 
-    def save_pretrained(self, *args, **kwargs):
-        """See transformers. A token embedding of one's own cannot be described by a config: `ValueError`."""
-        if type(self.transformer.token_emb) is not nn.Embedding:
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """See transformers. A projection tied to the embedding stays so, names are without those of wrappers.
+
+        Raises:
+            ValueError: what no config describes, such as an embedding of one's own or other tied parameters.
+        """
+        owner = "AndromedaForCausalLM.save_pretrained"
+        if not checkpoint.is_plain_embedding(self.transformer.token_emb):
             raise ValueError(
-                "AndromedaForCausalLM.save_pretrained: embedding_provider must be the default, which loading can make "
-                f"again, got a {type(self.transformer.token_emb).__name__}; save state_dict() instead"
+                f"{owner}: embedding_provider must be the default, which loading can make again, got a "
+                f"{type(self.transformer.token_emb).__name__}; save state_dict() instead"
             )
-        return super().save_pretrained(*args, **kwargs)
+        described, found = ModelConfig(**self.config.to_arguments()), self.transformer.config
+        if described != found:
+            ours, theirs = dataclasses.asdict(found), dataclasses.asdict(described)
+            names = [name for name in ours if ours[name] != theirs[name]]
+            raise ValueError(
+                f"{owner}: config must describe the modules, which differ in {', '.join(names)}; make one by "
+                "from_andromeda(model.to_andromeda())"
+            )
+        self.config.tie_word_embeddings = _is_tied(self.transformer)
+        self.all_tied_weights_keys = self.get_expanded_tied_weights_keys()
+        if len(args) < 2 and kwargs.get("state_dict") is None:
+            state, problems = checkpoint.rename(self.state_dict(), (), owner)
+            if problems:
+                raise ValueError(f"{owner}: parameters must have different names\n" + "\n".join(problems))
+            _, ties = checkpoint.apart(state, owner)
+            others = [f"{name} and {first}" for name, first in ties.items() if _TIES.get(name) != first]
+            if others:
+                raise ValueError(
+                    f"{owner}: parameters must not be one but for the projection and the embedding, got "
+                    f"{', '.join(others)}; to_andromeda().save keeps them so"
+                )
+            kwargs["state_dict"] = state
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     def forward(
         self,
@@ -123,7 +182,8 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values: the cache that an earlier call returned; it is extended.
             labels: int64 (batch, seqlen), not shifted: position t is predicted at t - 1; -100 is not trained on.
             use_cache: return a cache. Default: `config.use_cache` where no gradient is recorded and labels are absent.
-            logits_to_keep: logits of so many last tokens only; 0 is all.
+            logits_to_keep: logits of so many last tokens only, 0 is all; or of the positions in a one-dimensional
+                integer tensor.
             key_start: (batch, seqlen) int32, in place of a mask; see `TransformerWrapper.forward`.
             num_items_in_batch: what the sum of the losses is divided by, when several batches share one mean (gradient
                 accumulation). Default: the number of labels that count.
@@ -131,7 +191,8 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
             output_attentions, output_hidden_states: must be off; the kernels do not keep them.
 
         Returns:
-            `CausalLMOutputWithPast`: loss, logits (batch, seqlen or logits_to_keep, vocab_size), past_key_values.
+            `CausalLMOutputWithPast`: loss, logits (batch, seqlen or what logits_to_keep says, vocab_size),
+            past_key_values.
         """
         for name, value in (("output_attentions", output_attentions), ("output_hidden_states", output_hidden_states)):
             if value:
@@ -141,7 +202,7 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
                 "AndromedaForCausalLM: past_key_values must be a cache that this model returned, got "
                 f"{type(past_key_values).__name__}"
             )
-        if labels is not None and (past_key_values is not None or logits_to_keep):
+        if labels is not None and (past_key_values is not None or not keeps_all(logits_to_keep)):
             raise ValueError("AndromedaForCausalLM: past_key_values and logits_to_keep must be left out with labels")
         wanted = self.config.use_cache and not torch.is_grad_enabled() and labels is None
         if attention_mask is not None:
@@ -158,7 +219,7 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values = AndromedaCache()
 
         features = self.transformer.features(input_ids, key_start=key_start, cache=past_key_values)
-        logits = self.transformer.to_logits(features[:, -logits_to_keep:])
+        logits = self.transformer.to_logits(kept_positions("AndromedaForCausalLM", features, logits_to_keep))
         loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
         return output.to_tuple() if return_dict is False else output
@@ -169,11 +230,12 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
                 f"AndromedaForCausalLM: labels must have the shape of input_ids, got {tuple(labels.shape)} and "
                 f"{tuple(logits.shape[:2])}"
             )
-        if labels.device.type == "cpu":
-            outside = (labels != _IGNORE_INDEX) & ((labels < 0) | (labels >= self.config.vocab_size))
+        if labels.device.type == "cpu" and _checks.have_values(labels):
+            num_tokens = logits.shape[-1]
+            outside = (labels != _IGNORE_INDEX) & ((labels < 0) | (labels >= num_tokens))
             if outside.any():
                 raise ValueError(
-                    f"AndromedaForCausalLM: labels must be below the vocabulary size {self.config.vocab_size}, or "
+                    f"AndromedaForCausalLM: labels must be below the vocabulary size {num_tokens}, or "
                     f"{_IGNORE_INDEX}, got {labels[outside][0].item()}"
                 )
         # Shifting the labels, and not the logits, leaves the largest tensor of a training step where it is.
@@ -194,14 +256,6 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings):
         self.transformer.to_logits = new_embeddings
 
-    def resize_token_embeddings(self, *args, **kwargs):
-        """See transformers. The number of tokens is also known to the modules inside, which check ids against it."""
-        embedding = super().resize_token_embeddings(*args, **kwargs)
-        inside = self.transformer
-        inside.num_tokens = self.config.vocab_size
-        inside.config = dataclasses.replace(inside.config, num_tokens=self.config.vocab_size)
-        return embedding
-
     def _init_weights(self, module):
         """Nothing: every module draws its own weights (SPEC 11) when it is made, and `from_pretrained` accepts only
         checkpoints that hold all of them."""
@@ -214,6 +268,33 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
     def _reorder_cache(past_key_values: Cache, beam_idx: torch.Tensor) -> Cache:
         past_key_values.reorder(beam_idx)
         return past_key_values
+
+
+def _is_tied(transformer: TransformerWrapper) -> bool:
+    weight = getattr(transformer.to_logits, "weight", None)
+    return weight is not None and weight is getattr(transformer.token_emb, "weight", None)
+
+
+def _check_layers(*args, **kwargs) -> None:
+    """Refuse a config of more layers than a local checkpoint has, before they are built."""
+    name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+    folder = Path(name or "", kwargs.get("subfolder") or "")
+    weights, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if not name or not (weights.is_file() or index.is_file()):
+        return
+    config = kwargs.get("config")
+    if not isinstance(config, AndromedaConfig):
+        if not (folder / "config.json").is_file():
+            return
+        options = {key: value for key, value in kwargs.items() if key in AndromedaConfig.__dataclass_fields__}
+        config = AndromedaConfig.from_pretrained(folder, **options)
+    owner = "AndromedaForCausalLM: the checkpoint must have the model's parameters"
+    if weights.is_file():
+        names = checkpoint.read_header(weights, "AndromedaForCausalLM")[0]
+    else:
+        names = json.loads(index.read_text())["weight_map"]
+    names = {checkpoint.plain_name(name): None for name in names}
+    checkpoint.check_layers(owner, ModelConfig(**config.to_arguments()), names)
 
 
 def _new_transformer(config: AndromedaConfig) -> TransformerWrapper:
@@ -236,6 +317,8 @@ def _read_mask(mask, input_ids, cache) -> tuple[torch.Tensor | None, bool]:
             f"got {tuple(mask.shape)}"
         )
     visible = mask.bool()
+    if not _checks.have_values(visible):  # in a compiled program: the first real token of a row, on whichever side
+        return visible.to(torch.int32).argmax(1, keepdim=True).to(torch.int32).expand(batch, seqlen), True
     real = visible.sum(1, keepdim=True)  # (batch, 1)
     token = torch.arange(total, device=mask.device)
     padding = total - real

@@ -1,7 +1,7 @@
 """Checks of arguments, shared by the operations. Each error reads `<op>: <argument> must <requirement>, got <value>`.
 
-They look at types, shapes, dtypes, devices and strides only, which a traced call has as well; what depends on values is
-checked inside the operators.
+They look at types, shapes, dtypes, devices and strides only, which a traced call has as well. What depends on values is
+checked inside the operators, or where `have_values` says that there are any.
 """
 
 import math
@@ -9,6 +9,37 @@ import math
 import torch
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+_MODES = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
+_mode_of, _num_modes = torch._C._get_dispatch_mode, torch._C._len_torch_dispatch_stack
+_num_early_modes = torch._ops._len_torch_dispatch_stack_pre_dispatch  # of make_fx(pre_dispatch=True)
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+
+def is_tracing() -> bool:
+    """Whether this call is being recorded into a program, or runs on fake tensors.
+
+    Then tensors made elsewhere must not enter it, and none has a value that a decision may depend on.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    if _num_modes() > 0 and any(_mode_of(key) is not None for key in _MODES):
+        return True
+    return _num_early_modes() > 0
+
+
+def have_values(*tensors: torch.Tensor) -> bool:
+    """Whether the values of these tensors may be looked at: none is fake, on the device meta, traced or batched.
+
+    On a GPU they may, too, but it waits for the GPU.
+    """
+    if is_tracing():
+        return False
+    for tensor in tensors:
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_meta or _is_wrapped(tensor):
+            return False
+    return True
 
 
 def _name(dtype: torch.dtype) -> str:

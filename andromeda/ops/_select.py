@@ -13,6 +13,8 @@ from collections.abc import Callable, Hashable
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from andromeda.ops import _transforms
+
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # in order of preference
 DEVICE_TYPES = {
     "cuda": "cuda",
@@ -38,13 +40,16 @@ except ImportError as error:
     extension_error = f"the extension andromeda._C cannot be loaded: {error}"
 
 
-def define(schema: str, *, implementation: Callable, fake: Callable, flops: Callable) -> torch._ops.OpOverload:
+def define(
+    schema: str, *, implementation: Callable, fake: Callable, flops: Callable, rows, sums=()
+) -> torch._ops.OpOverload:
     """Make `andromeda::<schema>` an operator and return it.
 
     implementation: runs on tensors of any device. It chooses the backend, so that a traced or exported program does
         not carry the choice of the machine that traced it.
     fake: the outputs for given inputs, without data. Like the implementation it must allocate with `new_empty(shape)`.
     flops: floating point operations from shapes, for `torch.utils.flop_counter`.
+    rows, sums: see `_transforms.vmap_rule`.
     """
     name = schema.partition("(")[0]
     # The kernels read dense rows: a compiler may not permute the dimensions of an argument behind our back.
@@ -53,6 +58,7 @@ def define(schema: str, *, implementation: Callable, fake: Callable, flops: Call
     torch.library.register_fake(f"andromeda::{name}", fake, lib=LIB)
     packet = getattr(torch.ops.andromeda, name)
     register_flop_formula(packet)(flops)
+    torch.library.register_vmap(f"andromeda::{name}", _transforms.vmap_rule(packet.default, rows, sums), lib=LIB)
     return packet.default
 
 
@@ -148,8 +154,10 @@ def _runs_on(architecture: str, major: int, minor: int) -> bool:
 _plans = {}  # what was decided for calls of one kind: see `plan`
 _MAX_PLANS = 4096
 os.register_at_fork(after_in_child=_plans.clear)  # they hold the answers above
+_NOT_COMPILED = "{op}: transforms of torch.func are not compiled; leave torch.compile out where they are used"
 _NO_GUARD = contextlib.nullcontext()
 # An int instead of a torch.cuda.Stream, in a tenth of the time; not every torch has it.
+_transforms_active = torch._C._are_functorch_transforms_active
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
@@ -199,15 +207,24 @@ def permit_work_beside_captures(permitted: bool) -> bool:
     return permitted if extension is None else extension.permit_work_beside_captures(permitted)
 
 
-def needs_function(*tensors: torch.Tensor | None) -> bool:
+def needs_function(op: str, *tensors: torch.Tensor | None) -> bool:
     """Whether a call must go through the operation's autograd Function instead of straight to its operator.
 
     It must where a gradient may be asked for, and in forward mode: an operator without a rule for tangents drops them
-    silently, the Function refuses them.
+    silently, here they are refused. Under a transform of torch.func a tensor does not know whether an outer one
+    follows it.
     """
     if torch.autograd.forward_ad._current_level >= 0:
+        _transforms.refuse_tangents(op, tensors)
         return True
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if torch.is_grad_enabled():
+        if torch.compiler.is_dynamo_compiling() and _transforms_active():
+            # A compiled transform takes the forward pass of a Function alone: it would drop the gradient.
+            raise NotImplementedError(_NOT_COMPILED.format(op=op))
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return _transforms_active()
 
 
 def usual_dtype(device: str) -> torch.dtype:

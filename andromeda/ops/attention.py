@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from andromeda.ops import _checks, _persistent, _select
+from andromeda.ops import _checks, _persistent, _select, _transforms
 from andromeda.reference import attention as reference
 
 _DTYPES = {
@@ -35,7 +35,8 @@ def attention(
 
         score = softmax_scale * q @ k^T - alibi_slopes * |i - j|,   out = softmax(score) @ v
 
-    Positions are aligned at the end: the last query and the last key have i == j. Differentiable in q, k and v.
+    Positions are aligned at the end: the last query and the last key have i == j. Differentiable in q, k and v, once;
+    with backend="reference" again and again, which holds all scores at a time.
     The last dimension must be dense, the other strides are free; nothing is copied.
 
     Args:
@@ -91,7 +92,7 @@ def attention(
         logit_bound = logit_bound.detach()
     arguments = q, k, v, alibi_slopes, logit_bound, key_start
     options = bool(causal), softmax_scale, _select.backend_argument("attention", backend)
-    if _select.needs_function(q, k, v):
+    if _select.needs_function("attention", q, k, v):
         out, softmax_lse = _Attention.apply(*arguments, *options)
     else:
         out, softmax_lse = FORWARD(*arguments, *options)
@@ -406,6 +407,21 @@ def _reference_backward(
         dv.copy_(dv_sum)
 
 
+def _plain_backward(dout, q, k, v, alibi_slopes, logit_bound, key_start, causal, softmax_scale, backend):
+    """dq, dk and dv by operations that torch can differentiate again. Holds all scores at once."""
+    options = {
+        "causal": causal,
+        "softmax_scale": softmax_scale,
+        "alibi_slopes": alibi_slopes,
+        "key_start": key_start,
+    }
+    with torch.autocast(q.device.type, enabled=False):
+        wide = [tensor.to(_accumulator(q.dtype)) for tensor in (dout, q, k, v)]
+        out, softmax_lse = reference.attention(*wide[1:], **options)
+        results = reference.attention_backward(*wide, out, softmax_lse, **options)
+    return tuple(result.to(q.dtype) for result in results)
+
+
 def _visible_pairs(q_shape, k_shape, causal) -> int:
     """Pairs of query and key in one head. A square causal call has half of them, and the diagonal."""
     seqlen_q, seqlen_k = q_shape[1], k_shape[1]
@@ -437,6 +453,7 @@ FORWARD = _select.define(
     implementation=_forward,
     fake=_fake_forward,
     flops=_forward_flops,
+    rows=(0, 1, 2, 5),
 )
 BACKWARD = _select.define(
     f"attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, {_OPTIONS})"
@@ -444,6 +461,7 @@ BACKWARD = _select.define(
     implementation=_backward,
     fake=_fake_backward,
     flops=_backward_flops,
+    rows=(0, 1, 2, 3, 4, 5, 8),
 )
 
 
@@ -462,10 +480,32 @@ class _Attention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dout, _):
         if dout is None:
             return (None,) * 9
         if dout.stride(-1) != 1:  # the gradient of a sum is one expanded number
             dout = dout.contiguous()
-        return *BACKWARD(dout, *ctx.saved_tensors, *ctx.options), *(None,) * 6
+        saved = ctx.saved_tensors
+        results = _transforms.gradients(
+            "attention",
+            ctx.options[-1],
+            (dout, *saved[:3]),
+            lambda: BACKWARD(dout, *saved, *ctx.options),
+            lambda: _plain_backward(dout, *saved[:3], *saved[5:], *ctx.options),
+        )
+        return *results, *(None,) * 6
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _vmap(info, in_dims, *args)
+
+
+def _vmap(info, in_dims, q, k, v, alibi_slopes, logit_bound, *args):
+    """Of promises for each of the mapped calls the largest holds for all."""
+    if in_dims[4] is not None:
+        logit_bound = logit_bound.amax(in_dims[4])
+        in_dims = (*in_dims[:4], None, *in_dims[5:])
+    return _fold(info, in_dims, q, k, v, alibi_slopes, logit_bound, *args)
+
+
+_fold = _transforms.vmap_rule(_Attention.apply, rows=(0, 1, 2, 5))

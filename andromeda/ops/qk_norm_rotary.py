@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from andromeda.ops import _checks, _rotary, _select
+from andromeda.ops import _checks, _rotary, _select, _transforms
 from andromeda.reference import qk_norm_rotary as reference
 
 NAME = "qk_norm_rotary"
@@ -51,7 +51,8 @@ def qk_norm_rotary(
         z = zeta_t ** (+-(p - origin) / 512)            + for q, - for k; 1 without `xpos`
 
     Positions are aligned at the end: the last query sits at the last key. Each part can be off. Differentiable in q, k
-    and both scales; float32 inside for half precision. The rotary tables are made in float64 on the host.
+    and both scales, again and again with backend="reference"; float32 inside for half precision. The rotary tables are
+    made in float64 on the host.
 
     Args:
         q: (batch, seqlen_q, num_heads, head_dim), float32, bfloat16, float16; float64 takes the reference. The last
@@ -85,7 +86,7 @@ def qk_norm_rotary(
     compute_dtype = _compute_dtype(q)
     tensors = q, k, _to(compute_dtype, q_scale), _to(compute_dtype, k_scale)
     options = normalize, rotary_dim, xpos, position, origin, _select.backend_argument(NAME, backend)
-    if _select.needs_function(*tensors):
+    if _select.needs_function(NAME, *tensors):
         return _QkNormRotary.apply(*tensors, *options)
     return FORWARD(*tensors, *options)
 
@@ -271,6 +272,15 @@ def _backward(dq_out, dk_out, q, k, q_scale, k_scale, normalize, rotary_dim, xpo
     return dq, dk, dq_scale, dk_scale
 
 
+def _plain_backward(dq_out, dk_out, q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin, backend):
+    """The gradients by operations that torch can differentiate again."""
+    tables = reference.rotary_tables(q.shape[1], k.shape[1], rotary_dim, xpos, position, origin, q.device)
+    dtype = _compute_dtype(q)
+    dq, dq_scale = reference.transform_backward(dq_out.to(dtype), q.to(dtype), q_scale, tables[0], normalize)
+    dk, dk_scale = reference.transform_backward(dk_out.to(dtype), k.to(dtype), k_scale, tables[1], normalize)
+    return dq.to(q.dtype), dk.to(k.dtype), dq_scale, dk_scale
+
+
 def _plan(backend, q, k, rotary_dim, xpos, position, origin):
     """The backend of a call and, for a GPU, what it rotates by: all layers of a step share a plan."""
 
@@ -382,6 +392,7 @@ FORWARD = _select.define(
     implementation=_forward,
     fake=_fake_forward,
     flops=_forward_flops,
+    rows=(0, 1),
 )
 BACKWARD = _select.define(
     f"qk_norm_rotary_backward(Tensor dq_out, Tensor dk_out, {_TENSORS}, {_OPTIONS})"
@@ -389,6 +400,8 @@ BACKWARD = _select.define(
     implementation=_backward,
     fake=_fake_backward,
     flops=_backward_flops,
+    rows=(0, 1, 2, 3),
+    sums=(4, 5),
 )
 
 
@@ -406,12 +419,27 @@ class _QkNormRotary(torch.autograd.Function):
         ctx.options = normalize, rotary_dim, xpos, position, origin, backend
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dq_out, dk_out):
-        q, k, q_scale, k_scale = ctx.saved_tensors
         # The gradient of a sum is one expanded number: its last dimension is not dense.
-        dq_out, dk_out = (dout if dout.stride(-1) == 1 else dout.contiguous() for dout in (dq_out, dk_out))
-        dq, dk, dq_scale, dk_scale = BACKWARD(dq_out, dk_out, q, k, q_scale, k_scale, *ctx.options)
-        dq_scale = None if q_scale is None else dq_scale
-        dk_scale = None if k_scale is None else dk_scale
-        return dq, dk, dq_scale, dk_scale, *(None,) * 6
+        douts = (dout if dout.stride(-1) == 1 else dout.contiguous() for dout in (dq_out, dk_out))
+        saved = ctx.saved_tensors
+        tensors = *douts, *saved
+        results = _transforms.gradients(
+            NAME,
+            ctx.options[-1],
+            tensors,
+            lambda: _given(BACKWARD(*tensors, *ctx.options), saved),
+            lambda: _plain_backward(*tensors, *ctx.options),
+        )
+        return *results, *(None,) * 6
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _vmap(info, in_dims, *args)
+
+
+_vmap = _transforms.vmap_rule(_QkNormRotary.apply, rows=(0, 1))
+
+
+def _given(gradients, tensors):
+    return tuple(None if tensor is None else grad for grad, tensor in zip(gradients, tensors, strict=True))

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from andromeda.ops import _checks, _select
+from andromeda.ops import _checks, _select, _transforms
 from andromeda.reference import token_shift_norm as reference
 
 NAME = "token_shift_norm"
@@ -37,8 +37,8 @@ def token_shift_norm(
         shifted[:, t, segment k] = y[:, t - k, segment k]           k = 0 ... shift
 
     Segment k holds the channels k * width ... (k + 1) * width - 1 with width = dim // (shift + 1); those left over at
-    the end are not delayed. Differentiable in x, residual, residual_scale and gamma; float32 inside for half precision,
-    and `shifted` holds the rounded values of y.
+    the end are not delayed. Differentiable in x, residual, residual_scale and gamma, again and again with
+    backend="reference"; float32 inside for half precision, and `shifted` holds the rounded values of y.
 
     Args:
         x: (batch, seqlen, dim), float32, bfloat16, float16; float64 takes the reference. The last dimension is dense,
@@ -72,7 +72,7 @@ def token_shift_norm(
     residual_scale, gamma = _to(compute_dtype, residual_scale, gamma)
     differentiable = x, residual, residual_scale, gamma
     arguments = *differentiable, history, key_start, alpha, shift, position, backend
-    if _select.needs_function(*differentiable):
+    if _select.needs_function(NAME, *differentiable):
         y, shifted = _TokenShiftNorm.apply(*arguments)
     else:
         y, shifted = FORWARD(*arguments)
@@ -286,6 +286,25 @@ def _backward(dy, dshifted, x, residual, residual_scale, gamma, key_start, alpha
     return gradients
 
 
+def _plain_backward(dy, dshifted, x, residual, residual_scale, gamma, key_start, alpha, shift, position, backend):
+    """The gradients by operations that torch can differentiate again."""
+    wide_dy, wide_dshifted, wide_x, wide_residual = _to(_compute_dtype(x), dy, dshifted, x, residual)
+    dx, dresidual, dresidual_scale, dgamma = reference.token_shift_norm_backward(
+        wide_dy,
+        wide_dshifted,
+        wide_x,
+        gamma=gamma,
+        residual=wide_residual,
+        residual_scale=residual_scale,
+        alpha=alpha,
+        shift=shift,
+        key_start=key_start,
+        position=position,
+    )
+    dx, dresidual = _to(x.dtype, dx, dresidual)
+    return dx, dresidual, dresidual_scale, dgamma
+
+
 def _plan(backend, x) -> tuple[str, int]:
     """The backend of a call and, for its gradients, the number of partial sums."""
 
@@ -335,6 +354,7 @@ FORWARD = _select.define(
     implementation=_forward,
     fake=_fake_forward,
     flops=_forward_flops,
+    rows=(0, 1, 4, 5),
 )
 BACKWARD = _select.define(
     f"token_shift_norm_backward(Tensor? dy, Tensor? dshifted, {_TENSORS}, {_OPTIONS})"
@@ -342,6 +362,8 @@ BACKWARD = _select.define(
     implementation=_backward,
     fake=_fake_backward,
     flops=_backward_flops,
+    rows=(0, 1, 2, 3, 6),
+    sums=(4, 5),
 )
 
 
@@ -359,16 +381,30 @@ class _TokenShiftNorm(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # an output that is not used costs nothing
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dshifted):
         if dy is None and dshifted is None:
             return (None,) * 10
-        x, residual, residual_scale, gamma, key_start = ctx.saved_tensors
-        dy, dshifted = (_readable(dout, x) for dout in (dy, dshifted))
-        gradients = BACKWARD(dy, dshifted, x, residual, residual_scale, gamma, key_start, *ctx.options)
-        inputs = x, residual, residual_scale, gamma
-        given = (None if tensor is None else gradient for tensor, gradient in zip(inputs, gradients, strict=True))
-        return *given, *(None,) * 6
+        saved = ctx.saved_tensors
+        tensors = *(_readable(dout, saved[0]) for dout in (dy, dshifted)), *saved
+        results = _transforms.gradients(
+            NAME,
+            ctx.options[-1],
+            tensors[:-1],
+            lambda: _given(BACKWARD(*tensors, *ctx.options), saved[:4]),
+            lambda: _plain_backward(*tensors, *ctx.options),
+        )
+        return *results, *(None,) * 6
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _vmap(info, in_dims, *args)
+
+
+_vmap = _transforms.vmap_rule(_TokenShiftNorm.apply, rows=(0, 1, 4, 5))
+
+
+def _given(gradients, tensors):
+    return tuple(None if tensor is None else grad for grad, tensor in zip(gradients, tensors, strict=True))
 
 
 def _readable(dout, x):
