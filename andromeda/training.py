@@ -49,6 +49,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
 from andromeda import files
+from andromeda.checkpoint import is_plain_embedding, plain_name
 from andromeda.huggingface import AndromedaForCausalLM
 from andromeda.model import Andromeda
 
@@ -533,7 +534,7 @@ def _check_rows(name: str, dataset, verify: bool):
 def _check_saveable(model: AndromedaForCausalLM, tokenizer):
     """ValueError if what is trained could not be saved, or not be loaded again from what was saved."""
     owner = "train: the model must be one that can be saved and loaded again"
-    if type(model.get_input_embeddings()) is not torch.nn.Embedding:
+    if not is_plain_embedding(model.get_input_embeddings()):
         raise ValueError(
             f"{owner}, with the default embedding_provider, got a {type(model.get_input_embeddings()).__name__}"
         )
@@ -541,9 +542,10 @@ def _check_saveable(model: AndromedaForCausalLM, tokenizer):
         raise ValueError(f"{owner}, with its parameters in memory, got {', '.join(without[:3])} on the meta device")
     with torch.device("meta"):
         fresh = AndromedaForCausalLM(model.config)
-    found, expected = (
-        {name: tuple(value.shape) for name, value in each.state_dict().items()} for each in (model, fresh)
-    )
+    expected = {name: tuple(value.shape) for name, value in fresh.state_dict().items()}
+    found = {  # saved without what wrappers, such as torch.compile, put into names
+        plain_name(name, expected): tuple(value.shape) for name, value in model.state_dict().items()
+    }
     if different := [name for name in {**expected, **found} if expected.get(name) != found.get(name)]:
         lines = [f"\n    {name}: {expected.get(name)} expected, got {found.get(name)}" for name in different[:5]]
         raise ValueError(f"{owner}, with the parameters that its config describes, got others:{''.join(lines)}")
@@ -565,7 +567,8 @@ def _shared_parameters(model) -> list[list[str]]:
 def _check_ties(model: AndromedaForCausalLM, ties: list[list[str]], owner: str):
     """Save and load a small model with the same ties: transformers decides by the names which of them it can keep."""
     sizes = {"num_tokens": 8, "max_seq_len": 8, "dim": 16, "dim_head": 8}
-    small = AndromedaForCausalLM.from_andromeda(Andromeda(**{**model.config.to_arguments(), **sizes}))
+    with torch.random.fork_rng(devices=[]):  # it draws weights
+        small = AndromedaForCausalLM.from_andromeda(Andromeda(**{**model.config.to_arguments(), **sizes}))
     for first, *others in ties:
         for name in others:
             holder, _, attribute = name.rpartition(".")
@@ -972,6 +975,16 @@ class _Trainer(Trainer):
             folder = Path(self.args.output_dir)
             shutil.rmtree(folder / _PARTIAL, ignore_errors=True)
             self._drop_old(folder)
+
+    def _issue_warnings_after_load(self, load_result):
+        """Trainer warns of parameters that a checkpoint lacks, and would go on with others."""
+        tied = {name for names in _shared_parameters(self.model) for name in names}
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        if names := missing + list(load_result.unexpected_keys):
+            raise ValueError(
+                "train: the checkpoint must have the parameters of the model, by the same names, differs in "
+                + _some(names)
+            )
 
     @staticmethod
     def _install(partial: Path, target: Path):

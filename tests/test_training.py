@@ -405,10 +405,7 @@ def test_no_model_is_saved_from_a_checkpoint_that_is_not_finite(tmp_path, checkp
     state = load_file(folder / "model.safetensors")
     state["transformer.to_logits.weight"][0, 0] = math.nan
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    manifest = json.loads((folder / training.MANIFEST).read_text())
-    del manifest["xxh3_128"]
-    manifest["files"] = files.checksums(folder, manifest["files"])
-    (folder / training.MANIFEST).write_text(json.dumps(training.sealed(manifest)))
+    seal_again(folder)
     with pytest.raises(FloatingPointError, match=r"after step 8 NaN or Inf is in transformer.to_logits.weight"):
         train(new_model(), Rows(), settings(tmp_path), resume=True)
     assert not (tmp_path / "model").exists()
@@ -666,6 +663,14 @@ def checkpoints(tmp_path_factory):
     return folder
 
 
+def seal_again(folder):
+    """As if what is in a checkpoint had been written so."""
+    manifest = json.loads((folder / training.MANIFEST).read_text())
+    del manifest["xxh3_128"]
+    manifest["files"] = files.checksums(folder, manifest["files"])
+    (folder / training.MANIFEST).write_text(json.dumps(training.sealed(manifest)))
+
+
 def flip(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -890,7 +895,8 @@ def test_rows_that_know_their_checksum_are_asked(tmp_path):
 
 
 class OwnEmbedding(torch.nn.Embedding):
-    pass
+    def forward(self, tokens):
+        return super().forward(tokens) * 2
 
 
 def own_embedding():
@@ -925,19 +931,59 @@ def test_a_model_that_cannot_be_saved_is_not_trained(tmp_path, make):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tie_is_trained_and_kept_or_refused_before_the_training(tmp_path):
-    for index, (first, second) in enumerate((("token_emb", "to_logits"), ("to_logits", "token_emb"))):
+def test_a_compiled_part_can_be_saved():
+    """Under its own name, without that of the wrapper."""
+    model = new_model()
+    model.transformer.to_logits = torch.compile(model.transformer.to_logits)
+    training._check_saveable(AndromedaForCausalLM.from_andromeda(model), None)
+
+
+def test_a_checkpoint_of_other_names_is_not_continued_with_other_weights(tmp_path, checkpoints):
+    folder = tmp_path / "checkpoint-4"
+    shutil.copytree(checkpoints / "checkpoint-4", folder)
+    state = load_file(folder / "model.safetensors")
+    state["transformer.to_logits.other"] = state.pop("transformer.to_logits.weight")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    seal_again(folder)
+    with pytest.raises(
+        ValueError, match=r"by the same names, differs in transformer.to_logits.weight, transformer.to_l"
+    ):
+        train(new_model(), Rows(), settings(tmp_path), resume=True)
+
+
+def test_a_tied_projection_is_trained_saved_and_resumed(tmp_path):
+    """Kept in checkpoints and in the model; a resumed run ends as the uninterrupted one."""
+
+    def tied():
         model = new_model()
-        getattr(model.transformer, first).weight = getattr(model.transformer, second).weight
-        folder = tmp_path / str(index)
-        try:
-            train(model, Rows(), settings(folder, steps=2))
-        except ValueError as error:
-            assert "share one tensor (transformer.token_emb.weight = transformer.to_logits.weight)" in str(error)
-            assert not folder.exists()
-        else:
-            loaded = AndromedaForCausalLM.from_pretrained(folder / "model")
-            assert_same(loaded.state_dict(), model.state_dict())
+        model.transformer.to_logits.weight = model.transformer.token_emb.weight
+        return model
+
+    model = tied()
+    train(model, Rows(), settings(tmp_path / "whole"))
+    loaded = AndromedaForCausalLM.from_pretrained(tmp_path / "whole" / "model")
+    assert_same(loaded.state_dict(), model.state_dict())
+    assert loaded.transformer.to_logits.weight is loaded.transformer.token_emb.weight
+    rows = Rows(fail_at=12)
+    with pytest.raises(Killed):
+        train(tied(), rows, settings(tmp_path / "parts"), on_start=rows.begin)
+    again = tied()
+    train(again, Rows(), settings(tmp_path / "parts"), resume=True)
+    assert_same(again.state_dict(), model.state_dict())
+    assert again.transformer.to_logits.weight is again.transformer.token_emb.weight
+
+
+def test_ties_that_cannot_be_saved_are_refused_before_the_training(tmp_path):
+    torch.manual_seed(5)
+    model = Andromeda(**{**SIZES, "depth": 2})
+    first, second = (model.transformer.attn_layers.layers[index].fn for index in (0, 2))
+    second.to_q.weight = first.to_q.weight
+    state = torch.get_rng_state()
+    with pytest.raises(
+        ValueError, match=r"share one tensor \(transformer.*layers.0.fn.to_q.weight = .*layers.2.fn.to_q"
+    ):
+        train(model, Rows(), settings(tmp_path))
+    assert list(tmp_path.iterdir()) == [] and torch.equal(torch.get_rng_state(), state)
 
 
 # ---- signals and the pace
