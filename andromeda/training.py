@@ -372,9 +372,9 @@ def train(
     rows = settings.batch_size * settings.gradient_accumulation * arguments.world_size
     if len(dataset) < rows:
         raise ValueError(f"train: dataset must have at least the {rows} rows of one step, got {len(dataset)}")
-    for name, rows in (("dataset", dataset), ("eval_dataset", eval_dataset)):
-        if rows is not None:
-            _check_rows(name, rows, verify=arguments.local_process_index == 0)
+    for name, data in (("dataset", dataset), ("eval_dataset", eval_dataset)):
+        if data is not None:
+            _check_rows(name, data, verify=arguments.local_process_index == 0)
     if isinstance(model, Andromeda):
         model = AndromedaForCausalLM.from_andromeda(model)
     _check_saveable(model, tokenizer)
@@ -520,7 +520,10 @@ def _check_rows(name: str, dataset, verify: bool):
     if verify and callable(check := getattr(dataset, "verify", None)):
         check()
     for index in range(len(dataset)):  # as a rule the first one
-        labels = dataset[index]["labels"]
+        row = dataset[index]
+        if missing := [column for column in ("input_ids", "labels") if column not in row]:
+            raise ValueError(f"train: {name} must have rows with {', '.join(missing)}, got {', '.join(row)}")
+        labels = row["labels"]
         if len(labels) < 2:
             raise ValueError(f"train: {name} must have rows of at least 2 tokens, got {len(labels)} in row {index}")
         if (labels[1:] != _IGNORED).any():
@@ -922,11 +925,8 @@ class _Trainer(Trainer):
         whole = folder / partial.name
         self.stop_unless_good(model)
         newest = latest_checkpoint(folder) if self.args.should_save else None
-        whole_still = f"{Path(newest).name} is whole" if newest else "there is no earlier checkpoint"
-        if self.args.should_save:
-            shutil.rmtree(folder / _PARTIAL, ignore_errors=True)  # what an earlier process did not finish
-        self.accelerator.wait_for_everyone()
-        with files.writing(folder, f"the checkpoint of step {self.state.global_step}", whole=whole_still):
+        kept = f"{Path(newest).name} is whole" if newest else "there is no earlier checkpoint"
+        with self._written_whole(f"the checkpoint of step {self.state.global_step}", kept):
             self.writing = True
             try:
                 super()._save_checkpoint(model, trial)
@@ -941,6 +941,21 @@ class _Trainer(Trainer):
                 self._write_manifest(partial, interval)
                 self._install(partial, whole)
                 self._drop_old(folder)
+
+    @contextlib.contextmanager
+    def _written_whole(self, what: str, kept: str):
+        """A block that fills `.partial/`: an error says what and where, and leaves nothing of it to fill the disk."""
+        folder = Path(self.args.output_dir)
+        if self.args.should_save:
+            shutil.rmtree(folder / _PARTIAL, ignore_errors=True)  # what an earlier process did not finish
+        self.accelerator.wait_for_everyone()
+        with files.writing(folder, what, whole=kept):
+            try:
+                yield
+            except Exception:
+                if self.args.should_save:
+                    shutil.rmtree(folder / _PARTIAL, ignore_errors=True)
+                raise
         self.accelerator.wait_for_everyone()
 
     def _write_manifest(self, folder: Path, interval=None):
@@ -957,17 +972,13 @@ class _Trainer(Trainer):
         """Save the model and its tokenizer in the output folder as `model/`: whole or absent, unsharded if it was."""
         partial = Path(self.args.output_dir, _PARTIAL, MODEL)
         self.stop_unless_good(self.model_wrapped)
-        if self.args.should_save:
-            shutil.rmtree(partial.parent, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
         if self.is_fsdp_enabled:
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-        with files.writing(Path(self.args.output_dir), "the model", whole="the last checkpoint is whole"):
+        with self._written_whole("the model", "the last checkpoint is whole"):
             self.save_model(str(partial))
             if self.args.should_save:
                 self._write_manifest(partial)
                 self._install(partial, Path(self.args.output_dir, MODEL))
-        self.accelerator.wait_for_everyone()
 
     def clear_away(self):
         """Remove what the process that ended this run did not come to remove."""
@@ -1066,6 +1077,7 @@ class _Guard(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
+        trainer.record = _StepRecord(args.device, scaled=trainer.accelerator.scaler is not None)
         interval = None
         if trainer.resumed_from is not None:
             interval = _read_manifest(trainer.resumed_from).get("interval")

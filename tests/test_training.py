@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import itertools
 import json
 import math
@@ -591,6 +592,8 @@ def test_data_with_nothing_to_predict_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"train: {name} must have a token to predict, got [24] rows"):
             train(new_model(), data[0], settings(tmp_path, eval_every=1), eval_dataset=data[1])
+    with pytest.raises(ValueError, match="dataset must have rows with labels, got input_ids, text"):
+        train(new_model(), [{"input_ids": torch.ones(4), "text": "x"}] * 2, settings(tmp_path))
     with pytest.raises(ValueError, match="dataset must have rows of at least 2 tokens, got 1 in row 0"):
         train(new_model(), Rows(seqlen=1), settings(tmp_path))
     assert list(tmp_path.iterdir()) == []
@@ -785,6 +788,21 @@ def test_a_checkpoint_without_the_state_of_the_optimiser_is_not_continued(tmp_pa
         train(new_model(), rows, settings(tmp_path, **options), on_start=rows.begin)
     with pytest.raises(ValueError, match=r"has none\s+checkpoint-\d: the state of the optimiser is not in it"):
         train(new_model(), Rows(), settings(tmp_path, **options), resume=True)
+
+
+@pytest.mark.parametrize("step, whole", [(2, "there is no earlier checkpoint"), (4, "checkpoint-2 is whole")])
+def test_a_full_disk_is_said_with_what_is_still_whole(tmp_path, monkeypatch, step, whole):
+    original = training._Trainer._save_optimizer_and_scheduler
+
+    def full(trainer, folder):
+        if trainer.state.global_step == step:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.path.join(folder, "optimizer.pt"))
+        return original(trainer, folder)
+
+    monkeypatch.setattr(training._Trainer, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(OSError, match=rf"(?s)the checkpoint of step {step}.*No space left.*{whole}"):
+        train(new_model(), Rows(), settings(tmp_path))
+    assert not (tmp_path / ".partial").exists()
 
 
 @pytest.mark.parametrize("kind", ["file", "dangling link"])
