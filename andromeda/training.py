@@ -49,6 +49,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
 from andromeda import files
+from andromeda.checkpoint import is_plain_embedding, plain_name
 from andromeda.huggingface import AndromedaForCausalLM
 from andromeda.model import Andromeda
 
@@ -371,9 +372,9 @@ def train(
     rows = settings.batch_size * settings.gradient_accumulation * arguments.world_size
     if len(dataset) < rows:
         raise ValueError(f"train: dataset must have at least the {rows} rows of one step, got {len(dataset)}")
-    for name, rows in (("dataset", dataset), ("eval_dataset", eval_dataset)):
-        if rows is not None:
-            _check_rows(name, rows, verify=arguments.local_process_index == 0)
+    for name, data in (("dataset", dataset), ("eval_dataset", eval_dataset)):
+        if data is not None:
+            _check_rows(name, data, verify=arguments.local_process_index == 0)
     if isinstance(model, Andromeda):
         model = AndromedaForCausalLM.from_andromeda(model)
     _check_saveable(model, tokenizer)
@@ -519,7 +520,10 @@ def _check_rows(name: str, dataset, verify: bool):
     if verify and callable(check := getattr(dataset, "verify", None)):
         check()
     for index in range(len(dataset)):  # as a rule the first one
-        labels = dataset[index]["labels"]
+        row = dataset[index]
+        if missing := [column for column in ("input_ids", "labels") if column not in row]:
+            raise ValueError(f"train: {name} must have rows with {', '.join(missing)}, got {', '.join(row)}")
+        labels = row["labels"]
         if len(labels) < 2:
             raise ValueError(f"train: {name} must have rows of at least 2 tokens, got {len(labels)} in row {index}")
         if (labels[1:] != _IGNORED).any():
@@ -533,7 +537,7 @@ def _check_rows(name: str, dataset, verify: bool):
 def _check_saveable(model: AndromedaForCausalLM, tokenizer):
     """ValueError if what is trained could not be saved, or not be loaded again from what was saved."""
     owner = "train: the model must be one that can be saved and loaded again"
-    if type(model.get_input_embeddings()) is not torch.nn.Embedding:
+    if not is_plain_embedding(model.get_input_embeddings()):
         raise ValueError(
             f"{owner}, with the default embedding_provider, got a {type(model.get_input_embeddings()).__name__}"
         )
@@ -541,9 +545,10 @@ def _check_saveable(model: AndromedaForCausalLM, tokenizer):
         raise ValueError(f"{owner}, with its parameters in memory, got {', '.join(without[:3])} on the meta device")
     with torch.device("meta"):
         fresh = AndromedaForCausalLM(model.config)
-    found, expected = (
-        {name: tuple(value.shape) for name, value in each.state_dict().items()} for each in (model, fresh)
-    )
+    expected = {name: tuple(value.shape) for name, value in fresh.state_dict().items()}
+    found = {  # saved without what wrappers, such as torch.compile, put into names
+        plain_name(name, expected): tuple(value.shape) for name, value in model.state_dict().items()
+    }
     if different := [name for name in {**expected, **found} if expected.get(name) != found.get(name)]:
         lines = [f"\n    {name}: {expected.get(name)} expected, got {found.get(name)}" for name in different[:5]]
         raise ValueError(f"{owner}, with the parameters that its config describes, got others:{''.join(lines)}")
@@ -565,7 +570,8 @@ def _shared_parameters(model) -> list[list[str]]:
 def _check_ties(model: AndromedaForCausalLM, ties: list[list[str]], owner: str):
     """Save and load a small model with the same ties: transformers decides by the names which of them it can keep."""
     sizes = {"num_tokens": 8, "max_seq_len": 8, "dim": 16, "dim_head": 8}
-    small = AndromedaForCausalLM.from_andromeda(Andromeda(**{**model.config.to_arguments(), **sizes}))
+    with torch.random.fork_rng(devices=[]):  # it draws weights
+        small = AndromedaForCausalLM.from_andromeda(Andromeda(**{**model.config.to_arguments(), **sizes}))
     for first, *others in ties:
         for name in others:
             holder, _, attribute = name.rpartition(".")
@@ -919,11 +925,8 @@ class _Trainer(Trainer):
         whole = folder / partial.name
         self.stop_unless_good(model)
         newest = latest_checkpoint(folder) if self.args.should_save else None
-        whole_still = f"{Path(newest).name} is whole" if newest else "there is no earlier checkpoint"
-        if self.args.should_save:
-            shutil.rmtree(folder / _PARTIAL, ignore_errors=True)  # what an earlier process did not finish
-        self.accelerator.wait_for_everyone()
-        with files.writing(folder, f"the checkpoint of step {self.state.global_step}", whole=whole_still):
+        kept = f"{Path(newest).name} is whole" if newest else "there is no earlier checkpoint"
+        with self._written_whole(f"the checkpoint of step {self.state.global_step}", kept):
             self.writing = True
             try:
                 super()._save_checkpoint(model, trial)
@@ -938,6 +941,21 @@ class _Trainer(Trainer):
                 self._write_manifest(partial, interval)
                 self._install(partial, whole)
                 self._drop_old(folder)
+
+    @contextlib.contextmanager
+    def _written_whole(self, what: str, kept: str):
+        """A block that fills `.partial/`: an error says what and where, and leaves nothing of it to fill the disk."""
+        folder = Path(self.args.output_dir)
+        if self.args.should_save:
+            shutil.rmtree(folder / _PARTIAL, ignore_errors=True)  # what an earlier process did not finish
+        self.accelerator.wait_for_everyone()
+        with files.writing(folder, what, whole=kept):
+            try:
+                yield
+            except Exception:
+                if self.args.should_save:
+                    shutil.rmtree(folder / _PARTIAL, ignore_errors=True)
+                raise
         self.accelerator.wait_for_everyone()
 
     def _write_manifest(self, folder: Path, interval=None):
@@ -954,17 +972,13 @@ class _Trainer(Trainer):
         """Save the model and its tokenizer in the output folder as `model/`: whole or absent, unsharded if it was."""
         partial = Path(self.args.output_dir, _PARTIAL, MODEL)
         self.stop_unless_good(self.model_wrapped)
-        if self.args.should_save:
-            shutil.rmtree(partial.parent, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
         if self.is_fsdp_enabled:
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-        with files.writing(Path(self.args.output_dir), "the model", whole="the last checkpoint is whole"):
+        with self._written_whole("the model", "the last checkpoint is whole"):
             self.save_model(str(partial))
             if self.args.should_save:
                 self._write_manifest(partial)
                 self._install(partial, Path(self.args.output_dir, MODEL))
-        self.accelerator.wait_for_everyone()
 
     def clear_away(self):
         """Remove what the process that ended this run did not come to remove."""
@@ -972,6 +986,16 @@ class _Trainer(Trainer):
             folder = Path(self.args.output_dir)
             shutil.rmtree(folder / _PARTIAL, ignore_errors=True)
             self._drop_old(folder)
+
+    def _issue_warnings_after_load(self, load_result):
+        """Trainer warns of parameters that a checkpoint lacks, and would go on with others."""
+        tied = {name for names in _shared_parameters(self.model) for name in names}
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        if names := missing + list(load_result.unexpected_keys):
+            raise ValueError(
+                "train: the checkpoint must have the parameters of the model, by the same names, differs in "
+                + _some(names)
+            )
 
     @staticmethod
     def _install(partial: Path, target: Path):
@@ -1053,6 +1077,7 @@ class _Guard(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
+        trainer.record = _StepRecord(args.device, scaled=trainer.accelerator.scaler is not None)
         interval = None
         if trainer.resumed_from is not None:
             interval = _read_manifest(trainer.resumed_from).get("interval")

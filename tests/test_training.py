@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import itertools
 import json
 import math
@@ -405,10 +406,7 @@ def test_no_model_is_saved_from_a_checkpoint_that_is_not_finite(tmp_path, checkp
     state = load_file(folder / "model.safetensors")
     state["transformer.to_logits.weight"][0, 0] = math.nan
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    manifest = json.loads((folder / training.MANIFEST).read_text())
-    del manifest["xxh3_128"]
-    manifest["files"] = files.checksums(folder, manifest["files"])
-    (folder / training.MANIFEST).write_text(json.dumps(training.sealed(manifest)))
+    seal_again(folder)
     with pytest.raises(FloatingPointError, match=r"after step 8 NaN or Inf is in transformer.to_logits.weight"):
         train(new_model(), Rows(), settings(tmp_path), resume=True)
     assert not (tmp_path / "model").exists()
@@ -594,6 +592,8 @@ def test_data_with_nothing_to_predict_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"train: {name} must have a token to predict, got [24] rows"):
             train(new_model(), data[0], settings(tmp_path, eval_every=1), eval_dataset=data[1])
+    with pytest.raises(ValueError, match="dataset must have rows with labels, got input_ids, text"):
+        train(new_model(), [{"input_ids": torch.ones(4), "text": "x"}] * 2, settings(tmp_path))
     with pytest.raises(ValueError, match="dataset must have rows of at least 2 tokens, got 1 in row 0"):
         train(new_model(), Rows(seqlen=1), settings(tmp_path))
     assert list(tmp_path.iterdir()) == []
@@ -664,6 +664,14 @@ def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     train(new_model(), Rows(), settings(folder, keep=9))
     return folder
+
+
+def seal_again(folder):
+    """As if what is in a checkpoint had been written so."""
+    manifest = json.loads((folder / training.MANIFEST).read_text())
+    del manifest["xxh3_128"]
+    manifest["files"] = files.checksums(folder, manifest["files"])
+    (folder / training.MANIFEST).write_text(json.dumps(training.sealed(manifest)))
 
 
 def flip(path):
@@ -782,6 +790,21 @@ def test_a_checkpoint_without_the_state_of_the_optimiser_is_not_continued(tmp_pa
         train(new_model(), Rows(), settings(tmp_path, **options), resume=True)
 
 
+@pytest.mark.parametrize("step, whole", [(2, "there is no earlier checkpoint"), (4, "checkpoint-2 is whole")])
+def test_a_full_disk_is_said_with_what_is_still_whole(tmp_path, monkeypatch, step, whole):
+    original = training._Trainer._save_optimizer_and_scheduler
+
+    def full(trainer, folder):
+        if trainer.state.global_step == step:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.path.join(folder, "optimizer.pt"))
+        return original(trainer, folder)
+
+    monkeypatch.setattr(training._Trainer, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(OSError, match=rf"(?s)the checkpoint of step {step}.*No space left.*{whole}"):
+        train(new_model(), Rows(), settings(tmp_path))
+    assert not (tmp_path / ".partial").exists()
+
+
 @pytest.mark.parametrize("kind", ["file", "dangling link"])
 def test_what_has_the_name_of_a_checkpoint_and_is_no_folder_is_refused(tmp_path, kind):
     """Before the training, not when it comes to this step."""
@@ -890,7 +913,8 @@ def test_rows_that_know_their_checksum_are_asked(tmp_path):
 
 
 class OwnEmbedding(torch.nn.Embedding):
-    pass
+    def forward(self, tokens):
+        return super().forward(tokens) * 2
 
 
 def own_embedding():
@@ -925,19 +949,59 @@ def test_a_model_that_cannot_be_saved_is_not_trained(tmp_path, make):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tie_is_trained_and_kept_or_refused_before_the_training(tmp_path):
-    for index, (first, second) in enumerate((("token_emb", "to_logits"), ("to_logits", "token_emb"))):
+def test_a_compiled_part_can_be_saved():
+    """Under its own name, without that of the wrapper."""
+    model = new_model()
+    model.transformer.to_logits = torch.compile(model.transformer.to_logits)
+    training._check_saveable(AndromedaForCausalLM.from_andromeda(model), None)
+
+
+def test_a_checkpoint_of_other_names_is_not_continued_with_other_weights(tmp_path, checkpoints):
+    folder = tmp_path / "checkpoint-4"
+    shutil.copytree(checkpoints / "checkpoint-4", folder)
+    state = load_file(folder / "model.safetensors")
+    state["transformer.to_logits.other"] = state.pop("transformer.to_logits.weight")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    seal_again(folder)
+    with pytest.raises(
+        ValueError, match=r"by the same names, differs in transformer.to_logits.weight, transformer.to_l"
+    ):
+        train(new_model(), Rows(), settings(tmp_path), resume=True)
+
+
+def test_a_tied_projection_is_trained_saved_and_resumed(tmp_path):
+    """Kept in checkpoints and in the model; a resumed run ends as the uninterrupted one."""
+
+    def tied():
         model = new_model()
-        getattr(model.transformer, first).weight = getattr(model.transformer, second).weight
-        folder = tmp_path / str(index)
-        try:
-            train(model, Rows(), settings(folder, steps=2))
-        except ValueError as error:
-            assert "share one tensor (transformer.token_emb.weight = transformer.to_logits.weight)" in str(error)
-            assert not folder.exists()
-        else:
-            loaded = AndromedaForCausalLM.from_pretrained(folder / "model")
-            assert_same(loaded.state_dict(), model.state_dict())
+        model.transformer.to_logits.weight = model.transformer.token_emb.weight
+        return model
+
+    model = tied()
+    train(model, Rows(), settings(tmp_path / "whole"))
+    loaded = AndromedaForCausalLM.from_pretrained(tmp_path / "whole" / "model")
+    assert_same(loaded.state_dict(), model.state_dict())
+    assert loaded.transformer.to_logits.weight is loaded.transformer.token_emb.weight
+    rows = Rows(fail_at=12)
+    with pytest.raises(Killed):
+        train(tied(), rows, settings(tmp_path / "parts"), on_start=rows.begin)
+    again = tied()
+    train(again, Rows(), settings(tmp_path / "parts"), resume=True)
+    assert_same(again.state_dict(), model.state_dict())
+    assert again.transformer.to_logits.weight is again.transformer.token_emb.weight
+
+
+def test_ties_that_cannot_be_saved_are_refused_before_the_training(tmp_path):
+    torch.manual_seed(5)
+    model = Andromeda(**{**SIZES, "depth": 2})
+    first, second = (model.transformer.attn_layers.layers[index].fn for index in (0, 2))
+    second.to_q.weight = first.to_q.weight
+    state = torch.get_rng_state()
+    with pytest.raises(
+        ValueError, match=r"share one tensor \(transformer.*layers.0.fn.to_q.weight = .*layers.2.fn.to_q"
+    ):
+        train(model, Rows(), settings(tmp_path))
+    assert list(tmp_path.iterdir()) == [] and torch.equal(torch.get_rng_state(), state)
 
 
 # ---- signals and the pace

@@ -23,7 +23,7 @@ MODEL = "--dim 16 --depth 1 --heads 2 --dim-head 8 --alibi-num-heads 1"
 def test_twenty_kills_of_train_and_of_save(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
-        [sys.executable, __file__, tmp_path], capture_output=True, text=True, env=environment, timeout=300
+        [sys.executable, __file__, tmp_path], capture_output=True, text=True, env=environment, timeout=900
     )
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout)
