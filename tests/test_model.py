@@ -893,3 +893,18 @@ def test_wrong_logits_to_keep(wanted, error, text):
     if wanted is not None:
         with pytest.raises(ValueError, match="left out"):
             small()([1, 2, 3], return_loss=True, logits_to_keep=torch.tensor([0]))
+
+
+# ---- a loss of no target --------------------------------------------------------------------------------------------
+
+
+def test_a_loss_of_no_target():
+    """Alone it is an error; as a part of a mean over several calls it is 0, and so are its gradients."""
+    logits = torch.randn(4, 7, requires_grad=True)
+    none = torch.full((4,), -100)
+    with pytest.raises(ValueError, match="labels must hold a token to predict"):
+        andromeda.model.cross_entropy(logits, none)
+    for count in (0, torch.tensor(0), 3):
+        loss = andromeda.model.cross_entropy(logits, none, count=count)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert loss.item() == 0 and not gradient.any()

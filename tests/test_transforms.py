@@ -139,11 +139,16 @@ def test_jacobian_equals_that_of_autograd(name):
 
 
 def test_the_largest_promise_holds_for_all_calls():
-    """logit_bound comes from parameters: in an ensemble it is mapped."""
-    q, k = torch.randn(3, 2, 40, 2, 8), torch.randn(3, 2, 40, 1, 8)
-    bound = torch.einsum("sbqhd,sbkgd->sbhqk", q, k).abs().amax((1, 3, 4)) * 8**-0.5
-    calls = vmap(lambda q, k, bound: attention(q, k, k, causal=True, logit_bound=bound))(q, k, bound)
-    close(calls, torch.stack([attention(q[i], k[i], k[i], causal=True) for i in range(3)]))
+    """logit_bound comes from parameters: in an ensemble it is mapped. Too small a one would skip the far keys."""
+    k = torch.zeros(1, 600, 1, 8)
+    k[:, :400, :, 0], k[:, 400:, :, 0] = 1.0, -1.0
+    q = torch.zeros(2, 1, 600, 1, 8)
+    q[1, ..., 0] = 60.0  # its scores are 21 far away and -21 near by
+    options = {"causal": True, "alibi_slopes": torch.tensor([0.1])}
+    bound = q.abs().amax((1, 2, 4)) * 8**-0.5
+    v = torch.randn(1, 600, 1, 8)
+    found = vmap(lambda q, bound: attention(q, k, v, logit_bound=bound, **options))(q, bound)
+    close(found, torch.stack([attention(x, k, v, **options) for x in q]))
 
 
 def test_mapped_slopes_and_documents():
