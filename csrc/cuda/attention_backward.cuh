@@ -380,16 +380,19 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
         }
       }
       scale_gradients<T>(ds, dq, scale);
+      const auto add_to_dq = [&](auto clamped) {
 #pragma unroll
-      for (int step = 0; step < kKeys / 16; ++step) {
-        std::uint32_t operand[kQueryGroups][4];
+        for (int step = 0; step < kKeys / 16; ++step) {
+          std::uint32_t operand[kQueryGroups][4];
 #pragma unroll
-        for (int group = 0; group < kQueryGroups; ++group) pack_operand<T>(operand[group], ds[group], step);
-        if (plain) {
-          multiply_step<T, kHeadDim, kKeys>(dq, operand, k_tile + stage, step);
-        } else {
-          multiply_step<T, kHeadDim, kKeys, kQueryGroups, true>(dq, operand, k_tile + stage, step);
+          for (int group = 0; group < kQueryGroups; ++group) pack_operand<T>(operand[group], ds[group], step);
+          multiply_step<T, kHeadDim, kKeys, kQueryGroups, decltype(clamped)::value>(dq, operand, k_tile + stage, step);
         }
+      };
+      if (plain) {
+        add_to_dq(std::false_type{});
+      } else {
+        add_to_dq(std::true_type{});
       }
     }
     if constexpr (kStages == 2) stage ^= kStageBytes;
@@ -637,30 +640,37 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
 #pragma unroll
       for (int i = 0; i < 4; ++i) ds[0][n][i] *= weights[0][n][i];
     }
-    std::uint32_t operand[1][4], weight_operands[kTile / 16][1][4];
+    std::uint32_t weight_operands[kTile / 16][1][4];
 #pragma unroll
     for (int step = 0; step < kTile / 16; ++step) pack_operand<T>(weight_operands[step][0], weights[0], step);
     scale_gradients<T>(ds, dk, scale);
+    const auto add_to_dk = [&](auto clamped) {
 #pragma unroll
-    for (int step = 0; step < kTile / 16; ++step) {
-      pack_operand<T>(operand[0], ds[0], step);
-      if (plain) {
-        multiply_step<T, kHeadDim, kTile, 1>(dk, operand, q_tile, step);
-      } else {
-        multiply_step<T, kHeadDim, kTile, 1, true>(dk, operand, q_tile, step);
+      for (int step = 0; step < kTile / 16; ++step) {
+        std::uint32_t operand[1][4];
+        pack_operand<T>(operand[0], ds[0], step);
+        multiply_step<T, kHeadDim, kTile, 1, decltype(clamped)::value>(dk, operand, q_tile, step);
       }
+    };
+    if (plain) {
+      add_to_dk(std::false_type{});
+    } else {
+      add_to_dk(std::true_type{});
     }
     visit.advance(forward, plan, batch, heads_end, key);
     __syncthreads();  // everyone has finished with q and `tile`
     if (visit.head < heads_end) load_queries();
     cp_async_commit();
+    const auto add_to_dv = [&](auto clamped) {
 #pragma unroll
-    for (int step = 0; step < kTile / 16; ++step) {
-      if (plain) {
-        multiply_step<T, kHeadDim, kTile, 1>(dv, weight_operands[step], dout_tile, step);
-      } else {
-        multiply_step<T, kHeadDim, kTile, 1, true>(dv, weight_operands[step], dout_tile, step);
+      for (int step = 0; step < kTile / 16; ++step) {
+        multiply_step<T, kHeadDim, kTile, 1, decltype(clamped)::value>(dv, weight_operands[step], dout_tile, step);
       }
+    };
+    if (plain) {
+      add_to_dv(std::false_type{});
+    } else {
+      add_to_dv(std::true_type{});
     }
   }
 
