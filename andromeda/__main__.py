@@ -21,7 +21,7 @@ def main() -> int:
 
     interrupts.raise_in_commands()
     code = cli.main()
-    if interrupts.seen():
+    if code > 128:  # a signal ended it
         interrupts.end(code)
     return code
 

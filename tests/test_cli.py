@@ -398,6 +398,8 @@ def test_eval_packs_a_text_itself(trained, corpus, tmp_path, capsys, monkeypatch
     monkeypatch.setenv("ANDROMEDA_CACHE", str(tmp_path))
     assert run("eval", trained, corpus, "--max-rows", "4", "--device", "cpu") == 0
     assert "over 124 tokens" in capsys.readouterr().out  # rows as long as the window of the model
+    assert run("eval", trained, corpus, "--max-rows", "4", "--device", "cpu", "--seq-len", "16") == 0
+    assert "over 60 tokens" in capsys.readouterr().out
 
 
 def test_eval_refuses_rows_of_another_tokenizer(trained, corpus, tmp_path, capsys):
@@ -698,6 +700,8 @@ def test_results_that_cannot_be_printed(monkeypatch, capsys):
     with open("/dev/full", "w") as full, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", full)
         assert run("info") == 1
+        # What is left in the buffer is no complaint of Python at exit.
+        assert os.readlink(f"/proc/self/fd/{full.fileno()}") == "/dev/null"
     said = capsys.readouterr().err
     assert said.startswith("andromeda: error: cannot write to standard output: No space left on device\n")
 
@@ -724,7 +728,7 @@ def test_weights_that_are_not_finite(trained, rows, tmp_path, capsys):
     run("generate", folder, *words)
     assert "parameters of" in capsys.readouterr().err
     code, said = failing(capsys, "eval", folder, rows, "--device", "cpu")
-    assert code == 1 and "are not finite" in said
+    assert code == 1 and "are not finite" in said and "take an earlier checkpoint" in said
 
 
 @pytest.mark.parametrize("way", ["--prompt", "--prompt-file"])
