@@ -137,7 +137,7 @@ LAWS = [
     (operation.test_later_tokens_change_nothing_before,),
     (operation.test_batch_entries_are_independent,),
     (operation.test_func_grad,),
-    (operation.test_second_derivative_is_refused,),
+    (operation.test_second_derivatives_of_kernels_and_tangents_are_refused,),
     (operation.test_one_output_alone, 0),
     (operation.test_one_output_alone, 1),
     (operation.test_only_what_is_asked_for_gets_a_gradient,),
