@@ -204,6 +204,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"andromeda {__version__}")
+    parser.register("type", None, str)  # of the words of a command, which its own parser reads
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name, run, summary, description, passes_on=False):
@@ -312,9 +313,6 @@ def _build_dataset(arguments) -> int:
     from andromeda.documents import open_source
 
     target = Path(arguments.out)
-    for name, value in (("SOURCE", arguments.source), ("--out", arguments.out), ("--tokenizer", arguments.tokenizer)):
-        if value is not None and not value.strip():
-            raise UsageError(f"{name} must be a name, got {value!r}")
     if target.exists():
         raise UsageError(f"--out must be a new folder, got {target}, which exists; remove it or choose another")
     source = open_source(

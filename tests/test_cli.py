@@ -148,9 +148,9 @@ def test_build_dataset_of_a_pipe(corpus, rows, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"source": ""}, "SOURCE must be a name, got ''"),
-        ({"--out": " "}, "--out must be a name, got ' '"),
-        ({"--tokenizer": ""}, "--tokenizer must be a name, got ''"),
+        ({"source": ""}, "argument SOURCE: must not be empty, got ''"),
+        ({"--out": " "}, "argument --out: must not be empty, got ' '"),
+        ({"--tokenizer": ""}, "argument --tokenizer: must not be empty, got ''"),
     ],
     ids=["source", "out", "tokenizer"],
 )

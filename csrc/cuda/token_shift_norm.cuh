@@ -826,9 +826,11 @@ __global__ void __launch_bounds__(kMaxRowLanes<T, kAccess>)
     place.next(plan, forward.seqlen);
   }
 
-  if constexpr (kStaged) cp_async_wait<0>();
-  auto* group_sums = reinterpret_cast<float*>(staged);  // what was requested has been read by the lanes it belongs to
-  if (plan.num_groups > 1) __syncthreads();
+  auto* group_sums = reinterpret_cast<float*>(staged);
+  if constexpr (kStaged) {
+    cp_async_wait<0>();                        // the last request asks for nothing, but writes zeros
+    if (plan.num_groups > 1) __syncthreads();  // all lanes have read what was on its way to them
+  }
   dgamma.finish(lane, group_sums);
   if (plan.num_groups > 1) __syncthreads();  // those are added up: their place is free
   dresidual_scale.finish(lane, group_sums);
