@@ -409,37 +409,36 @@ class _Sampler:
         self.not_finite = None  # on a GPU: (batch,), NaN in rows whose logits were not finite
 
     def sample(self, logits):
+        largest, greedy = logits.max(dim=-1)
         self._see(
-            "the model's logits must be finite; look for weights that are not, or for overflow in float16", logits
+            "the model's logits must be finite; look for weights that are not, or for overflow in float16", largest
         )
         self.count += 1
         if self.temperature == 0:
-            return logits.argmax(dim=-1)
+            return greedy
         shape = logits.shape
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         logits = self.filter_logits_fn(logits, **self.filter_kwargs)
         if not isinstance(logits, torch.Tensor) or logits.shape != shape:
             found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else repr(logits)
             raise ValueError(f"generate: filter_logits_fn must return logits {tuple(shape)}, got {found}")
-        largest = self._see("filter_logits_fn must leave a finite logit in each row and no NaN", logits)
-        logits = logits - largest  # so that no temperature is too small for the quotient
+        largest = logits.amax(dim=-1)
+        self._see("filter_logits_fn must leave a finite logit in each row and no NaN", largest)
+        logits = logits - largest[:, None]  # so that no temperature is too small for the quotient
         probabilities = (logits / self.temperature).softmax(dim=-1)
         if self.not_finite is not None:
             probabilities = probabilities.nan_to_num(1.0)  # CUDA would end the process at a NaN
         return torch.multinomial(probabilities, 1, generator=self.generator)[:, 0]
 
-    def _see(self, requirement, logits):
-        """The largest logit of each row, (batch, 1), which shows a NaN and an infinite one."""
-        largest = logits.amax(dim=-1, keepdim=True)
-        if logits.device.type == "cpu":
-            if not bool(largest.isfinite().all()):
-                row = (~largest.isfinite()).nonzero()[0, 0]
-                raise ValueError(
-                    f"generate: {requirement}, got {largest[row, 0].item()} in row {row} for new token {self.count}"
-                )
-        else:
+    def _see(self, requirement, largest):
+        """Look at the largest logit of each row, (batch,), which shows a NaN and an infinite one."""
+        if largest.device.type != "cpu":
             self.not_finite = (largest - largest) + (0 if self.not_finite is None else self.not_finite)
-        return largest
+        elif not math.isfinite(largest.sum().item()) and not bool(largest.isfinite().all()):
+            row = (~largest.isfinite()).nonzero()[0, 0]
+            raise ValueError(
+                f"generate: {requirement}, got {largest[row].item()} in row {row} for new token {self.count}"
+            )
 
     def finish(self) -> None:
         """Says what a GPU has not been asked for yet."""

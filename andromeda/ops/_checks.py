@@ -13,7 +13,8 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 _MODES = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
 _mode_of, _num_modes = torch._C._get_dispatch_mode, torch._C._len_torch_dispatch_stack
-_num_early_modes = torch._ops._len_torch_dispatch_stack_pre_dispatch  # of make_fx(pre_dispatch=True)
+_early_modes = torch._ops.mode_stack_state_for_pre_dispatch()  # of make_fx(pre_dispatch=True)
+_is_jit_tracing = torch._C._is_tracing
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
@@ -22,11 +23,11 @@ def is_tracing() -> bool:
 
     Then tensors made elsewhere must not enter it, and none has a value that a decision may depend on.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or _is_jit_tracing():
         return True
     if _num_modes() > 0 and any(_mode_of(key) is not None for key in _MODES):
         return True
-    return _num_early_modes() > 0
+    return _early_modes.count() > 0
 
 
 def have_values(*tensors: torch.Tensor) -> bool:
