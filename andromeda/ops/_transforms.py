@@ -54,6 +54,11 @@ def gradients(op: str, backend: str, tensors, kernel: Callable[[], tuple], plain
     return tuple(results)
 
 
+def given(gradients, tensors) -> tuple:
+    """The gradients of the tensors that are given, and None for the others."""
+    return tuple(None if tensor is None else grad for grad, tensor in zip(gradients, tensors, strict=True))
+
+
 class _Once(torch.autograd.Function):
     """Gradients as they are; their own derivative is an error. It depends on all that they depend on."""
 

@@ -233,16 +233,11 @@ def _backward(dq_out, dk_out, q, k, q_scale, k_scale, normalize, rotary_dim, xpo
     backend, rotation, num_partials = _plan(backend, q, k, rotary_dim, xpos, position, origin)
     dq, dk, dq_scale, dk_scale = _fake_backward(dq_out, dk_out, q, k, q_scale, k_scale)
     if backend == "reference":
-        q_table, k_table = _whole_tables(q, k, rotary_dim, xpos, position, origin)
-        for dout, x, scale, table, dx, dscale in (
-            (dq_out, q, q_scale, q_table, dq, dq_scale),
-            (dk_out, k, k_scale, k_table, dk, dk_scale),
-        ):
-            dtype = _compute_dtype(x)
-            dx_exact, dscale_exact = reference.transform_backward(dout.to(dtype), x.to(dtype), scale, table, normalize)
-            dx.copy_(dx_exact)
-            if scale is not None:
-                dscale.copy_(dscale_exact)
+        tables = _whole_tables(q, k, rotary_dim, xpos, position, origin)
+        exact = _exact_gradients(dq_out, dk_out, q, k, q_scale, k_scale, normalize, tables)
+        for gradient, result in zip((dq, dk, dq_scale, dk_scale), exact, strict=True):
+            if result is not None:
+                gradient.copy_(result)
     else:
         dq_scale_partial, dk_scale_partial = (
             None if scale is None else scale.new_empty((num_partials, *scale.shape)) for scale in (q_scale, k_scale)
@@ -273,10 +268,16 @@ def _backward(dq_out, dk_out, q, k, q_scale, k_scale, normalize, rotary_dim, xpo
 def _plain_backward(dq_out, dk_out, q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin, backend):
     """The gradients by operations that torch can differentiate again."""
     tables = reference.rotary_tables(q.shape[1], k.shape[1], rotary_dim, xpos, position, origin, q.device)
+    dq, dk, dq_scale, dk_scale = _exact_gradients(dq_out, dk_out, q, k, q_scale, k_scale, normalize, tables)
+    return dq.to(q.dtype), dk.to(k.dtype), dq_scale, dk_scale
+
+
+def _exact_gradients(dq_out, dk_out, q, k, q_scale, k_scale, normalize, tables):
+    """Those of q, k and their scales by the reference, in the dtype that is computed in."""
     dtype = _compute_dtype(q)
     dq, dq_scale = reference.transform_backward(dq_out.to(dtype), q.to(dtype), q_scale, tables[0], normalize)
     dk, dk_scale = reference.transform_backward(dk_out.to(dtype), k.to(dtype), k_scale, tables[1], normalize)
-    return dq.to(q.dtype), dk.to(k.dtype), dq_scale, dk_scale
+    return dq, dk, dq_scale, dk_scale
 
 
 def _plan(backend, q, k, rotary_dim, xpos, position, origin):
@@ -436,7 +437,7 @@ class _QkNormRotary(torch.autograd.Function):
             NAME,
             ctx.options[-1],
             tensors,
-            lambda: _given(BACKWARD(*tensors, *ctx.options), saved),
+            lambda: _transforms.given(BACKWARD(*tensors, *ctx.options), saved),
             lambda: _plain_backward(*tensors, *ctx.options),
         )
         return *results, *(None,) * 6
@@ -447,7 +448,3 @@ class _QkNormRotary(torch.autograd.Function):
 
 
 _vmap = _transforms.vmap_rule(_QkNormRotary.apply, rows=(0, 1))
-
-
-def _given(gradients, tensors):
-    return tuple(None if tensor is None else grad for grad, tensor in zip(gradients, tensors, strict=True))

@@ -239,19 +239,8 @@ def _backward(dy, dshifted, x, residual, residual_scale, gamma, key_start, alpha
     gradients = _fake_backward(dy, dshifted, x, residual, residual_scale, gamma)
     dx, dresidual, dresidual_scale, dgamma = gradients
     if backend == "reference":
-        wide = _to(_compute_dtype(x), dy, dshifted, x, residual)
-        wide_dy, wide_dshifted, wide_x, wide_residual = wide
-        exact = reference.token_shift_norm_backward(
-            wide_dy,
-            wide_dshifted,
-            wide_x,
-            gamma=gamma,
-            residual=wide_residual,
-            residual_scale=residual_scale,
-            alpha=alpha,
-            shift=shift,
-            key_start=key_start,
-            position=position,
+        exact = _plain_backward(
+            dy, dshifted, x, residual, residual_scale, gamma, key_start, alpha, shift, position, backend
         )
         for gradient, result in zip(gradients, exact, strict=True):
             if result is not None:
@@ -390,7 +379,7 @@ class _TokenShiftNorm(torch.autograd.Function):
             NAME,
             ctx.options[-1],
             tensors[:-1],
-            lambda: _given(BACKWARD(*tensors, *ctx.options), saved[:4]),
+            lambda: _transforms.given(BACKWARD(*tensors, *ctx.options), saved[:4]),
             lambda: _plain_backward(*tensors, *ctx.options),
         )
         return *results, *(None,) * 6
@@ -401,10 +390,6 @@ class _TokenShiftNorm(torch.autograd.Function):
 
 
 _vmap = _transforms.vmap_rule(_TokenShiftNorm.apply, rows=(0, 1, 4, 5))
-
-
-def _given(gradients, tensors):
-    return tuple(None if tensor is None else grad for grad, tensor in zip(gradients, tensors, strict=True))
 
 
 def _readable(dout, x):
