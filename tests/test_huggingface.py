@@ -375,6 +375,14 @@ def test_a_damaged_shard(tmp_path):
         AndromedaForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_a_damaged_list_of_shards_is_named(text, tmp_path):
+    AndromedaForCausalLM.from_andromeda(small_model()).save_pretrained(tmp_path, max_shard_size="60kB")
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json is damaged"):
+        AndromedaForCausalLM.from_pretrained(tmp_path)
+
+
 def tied(**options):
     model = small_model(**options)
     model.transformer.to_logits.weight = model.transformer.token_emb.weight

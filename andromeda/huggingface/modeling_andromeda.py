@@ -5,7 +5,6 @@ that going from one to the other copies nothing.
 """
 
 import dataclasses
-import json
 import warnings
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from andromeda import checkpoint
 from andromeda.config import ModelConfig
+from andromeda.files import read_json
 from andromeda.generation import Cache
 from andromeda.huggingface.configuration_andromeda import AndromedaConfig
 from andromeda.model import Andromeda, Decoder, TransformerWrapper, cross_entropy, draw, keeps_all, kept_positions
@@ -292,7 +292,7 @@ def _check_layers(*args, **kwargs) -> None:
     if weights.is_file():
         names = checkpoint.read_header(weights, "AndromedaForCausalLM")[0]
     else:
-        names = json.loads(index.read_text())["weight_map"]
+        names = read_json(index, ("weight_map",))["weight_map"]
     names = {checkpoint.plain_name(name): None for name in names}
     checkpoint.check_layers(owner, ModelConfig(**config.to_arguments()), names)
 
