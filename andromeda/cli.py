@@ -472,6 +472,7 @@ def _train_in(folder: Path, arguments, again: str) -> int:
     start = find_model(options["start"]) if "start" in options else None
     tokenizer = tokenizer_of(start or Path(options["data"]), options.get("tokenizer"))
     packing = {"seq_len": options.get("seq_len", 1024), "doc_mask": options.get("doc_mask", True)}
+    packing["verify"] = False  # `train` does it
     rows = open_rows(options["data"], tokenizer=tokenizer, **packing)
     held_out = open_rows(options["eval_data"], tokenizer=tokenizer, **packing) if "eval_data" in options else None
     model = _new_model(options, rows, settings.seed) if start is None else load_model(start, "cpu", None)

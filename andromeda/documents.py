@@ -630,16 +630,6 @@ def _read_back(waiting, like: Document, continues: bool) -> Iterator[Document]:
     waiting.truncate()
 
 
-def whole_texts(documents: Iterable[Document]) -> Iterator[str]:
-    """The texts of documents; the parts of one are joined, which holds all of it in memory."""
-    parts = []
-    for document in documents:
-        parts.append(document.text)
-        if not document.continues:
-            yield "".join(parts)
-            parts.clear()
-
-
 def _bad_character(document: Document, index: int) -> ValueError:
     text, where, offset, _ = document
     kind = "a NUL character" if text[index] == "\0" else f"the lone surrogate U+{ord(text[index]):04X}"

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -149,29 +150,27 @@ def load_model(folder: Path, device: "str | torch.device | None", dtype: str | N
 
     from andromeda import Andromeda
     from andromeda.huggingface import AndromedaForCausalLM
-    from andromeda.training import check_saved_model, nonfinite_parameters
+    from andromeda.training import check_saved_model, first_few, nonfinite_parameters
 
     device = read_device(None) if device is None else device
     dtype = getattr(torch, "float32" if dtype is None else dtype)
     check_saved_model(folder)
-    if (folder / "andromeda.json").is_file():
-        model = AndromedaForCausalLM.from_andromeda(Andromeda.load(folder, device=device, dtype=dtype)).eval()
-    else:
-        try:
-            with _transformers_quietly():
-                model = AndromedaForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-        except StrictDataclassError as error:
-            raise ValueError(f"{folder / 'config.json'} describes no model: {error}") from error
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* holds weights that are not finite")  # said below, in a line
+        if (folder / "andromeda.json").is_file():
+            model = AndromedaForCausalLM.from_andromeda(Andromeda.load(folder, device=device, dtype=dtype)).eval()
+        else:
+            try:
+                with _transformers_quietly():
+                    model = AndromedaForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+            except StrictDataclassError as error:
+                raise ValueError(f"{folder / 'config.json'} describes no model: {error}") from error
     if odd := nonfinite_parameters(model):
-        text = f"{len(odd)} of {len(list(model.parameters()))} parameters of {folder} are not finite: {_some(odd)}"
+        text = f"{len(odd)} of {len(list(model.parameters()))} parameters of {folder} are not finite: {first_few(odd)}"
         if finite:
             raise ValueError(f"{text}; the training diverged, take an earlier checkpoint")
         say(f"andromeda: warning: {text}; the training diverged, what the model writes means nothing")
     return model
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @contextlib.contextmanager
@@ -210,13 +209,16 @@ def tokenizer_of(folder: Path, override: str | None):
     raise UsageError(f"{folder} has no tokenizer.json: say which tokenizer with --tokenizer")
 
 
-def open_rows(source: str, *, tokenizer, seq_len: int, doc_mask: bool):
-    """Packed rows: those in a folder of `build-dataset`, or a text source packed now (and kept in the cache)."""
+def open_rows(source: str, *, tokenizer, seq_len: int, doc_mask: bool, verify: bool = True):
+    """Packed rows: those in a folder of `build-dataset`, or a text source packed now (and kept in the cache).
+
+    verify: compare those of a folder with their checksums, which reads all of them; `train` does it by itself.
+    """
     from andromeda.dataset import METADATA_FILE, PackedDataset
 
     if (Path(source) / METADATA_FILE).is_file():
         rows = PackedDataset(source, doc_mask=doc_mask)
-        if not rows.verify():
+        if verify and not rows.verify():
             say(f"andromeda: {source} is of an older version and has no checksums: damage would not be noticed")
         _check_same_tokenizer(Path(source), tokenizer)
         return rows

@@ -17,6 +17,7 @@ import torch
 
 from andromeda import Andromeda, cli, info, interrupts, training
 from andromeda.cli import main
+from andromeda.dataset import PackedDataset
 
 MODEL = ["--dim", "32", "--depth", "1", "--heads", "2", "--dim-head", "16", "--alibi-num-heads", "1"]
 FAST = [*MODEL, "--batch-size", "2", "--learning-rate", "1e-2", "--device", "cpu"]
@@ -86,7 +87,6 @@ def test_help_shows_a_default_of_zero(capsys):
 
 
 def test_build_dataset_reports_and_saves_the_tokenizer(rows):
-    from andromeda.dataset import PackedDataset
 
     packed = PackedDataset(rows)
     assert packed.seq_len == 32 and len(packed) > 100
@@ -127,7 +127,6 @@ def test_build_dataset_names_the_column_and_what_it_leaves_out(corpus, tmp_path,
 
 def test_build_dataset_of_a_pipe(corpus, rows, tmp_path, capsys, monkeypatch):
     """Read once with a tokenizer that exists, kept when one is trained first; separators cut documents."""
-    from andromeda.dataset import PackedDataset
 
     data = corpus.read_bytes()
     for index, which in enumerate((["--tokenizer", rows / "tokenizer"], ["--train-tokenizer", "400"])):
@@ -180,6 +179,23 @@ def test_train_leaves_a_model_and_figures(rows, tmp_path, capsys):
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["training"]["steps"] == 4 and figures["evaluation"]["bits_per_byte"] > 0
     assert (tmp_path / "run" / "model" / "tokenizer.json").is_file()
+
+
+def test_train_compares_rows_with_their_checksums_once(rows, tmp_path, monkeypatch):
+    verify, compared = PackedDataset.verify, []
+    monkeypatch.setattr(PackedDataset, "verify", lambda self: compared.append(self.path) or verify(self))
+    assert run("train", rows, "--out", tmp_path / "run", "--steps", "1", *FAST) == 0
+    assert compared == [rows]
+
+
+def test_rows_without_checksums_are_said(rows, trained, tmp_path, capsys):
+    old = shutil.copytree(rows, tmp_path / "old")
+    metadata = json.loads((old / "metadata.json").read_text())
+    del metadata["xxh3_128"], metadata["metadata_xxh3_128"]
+    (old / "metadata.json").write_text(json.dumps(metadata))
+    for words in (["train", old, "--out", tmp_path / "run", "--steps", "1", *FAST], ["eval", trained, old]):
+        assert run(*words) == 0
+        assert "is of an older version and has no checksums" in capsys.readouterr().err
 
 
 def test_train_resumes_with_the_options_it_was_started_with(rows, tmp_path, capsys, monkeypatch, trained):

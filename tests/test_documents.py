@@ -22,11 +22,21 @@ import pytest
 from andromeda import documents
 from andromeda.dataset import DatasetBuilder
 from andromeda.decoding import SourceError
-from andromeda.documents import Document, clean, open_source, whole_texts
+from andromeda.documents import Document, clean, open_source
 from andromeda.tokenizer import AndromedaTokenizer
 
 TEXTS = ["first\nline two", "", "zweites Dokument: ü, 🥊", " \t\n", 'with "quotes", commas\r\nand lines']
 KEPT = [text for text in TEXTS if text.strip()]
+
+
+def whole_texts(documents):
+    """The texts of documents; the parts of one are joined, which holds all of it in memory."""
+    parts = []
+    for document in documents:
+        parts.append(document.text)
+        if not document.continues:
+            yield "".join(parts)
+            parts.clear()
 
 
 def texts_of(source, errors="strict", text_column=None, split=None, **options):
