@@ -1,4 +1,4 @@
-"""`from Andromeda import Andromeda`: the public names of the package `andromeda`, under the API document's spelling.
+"""`from Andromeda import Andromeda`: the public names of the package `andromeda`, with a capital letter.
 
 This file is Andromeda.py and the package is the folder andromeda: no two files share a name even where the file system
 ignores case, and Python compares the case of what it imports there too (unless PYTHONCASEOK is set).

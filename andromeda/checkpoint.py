@@ -1,4 +1,4 @@
-"""Checkpoints: a directory of our own, and state dicts of every version of x-transformers (SPEC 12).
+"""Checkpoints: a directory of our own, and state dicts of every version of x-transformers (docs/model.md#12).
 
 A saved model is a directory with `model.safetensors`, the parameters, and `andromeda.json`, the arguments of the
 constructor. Nothing is unpickled.
@@ -432,7 +432,7 @@ def _differences(expected: dict, found: dict) -> list[str]:
 
 
 def x_transformers_names(model) -> dict[str, str]:
-    """The parameters of `model`: key in a state dict of x-transformers -> name in `model.state_dict()` (SPEC 12)."""
+    """The parameters of `model` (docs/model.md#12): name in x-transformers' state dict -> name in ours."""
     config = model.config
     ours, theirs = "transformer.attn_layers", "attn_layers"
     names = {"to_logits.weight": "transformer.to_logits.weight"}
@@ -466,7 +466,7 @@ def x_transformers_names(model) -> dict[str, str]:
 
 @torch.no_grad()
 def load_x_transformers(model, state_dict, version="2.31.10") -> None:
-    """Copy a state dict of x-transformers into `model`, converting what older versions meant otherwise (SPEC 12).
+    """Copy a state dict of x-transformers into `model`, converting older versions (docs/model.md#12).
 
     Args:
         state_dict: of a TransformerWrapper, or of an AutoregressiveWrapper around one. What torch.compile, DDP, FSDP
@@ -572,7 +572,7 @@ def for_model(model, state_dict):
 def _convert(tensors: dict, config: ModelConfig, version: tuple[int, ...]) -> list[str]:
     """Bring `tensors` to the meaning of the current version, in place; returns what cannot be represented.
 
-    Each step is a row of the version table of SPEC 12, from the checkpoint's side: what it wrote, what we need.
+    Each step is a row of the table in docs/model.md#12, from the checkpoint's side: what it wrote, what we need.
     """
     problems = []
     if config.rotary_xpos:  # constant tables, which the model computes itself

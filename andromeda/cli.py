@@ -1,4 +1,4 @@
-"""The command `andromeda`: thin argument parsing over the public functions (API 5).
+"""The command `andromeda`: thin argument parsing over the public functions.
 
 Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 128 + n ended by
 signal n (130 for Ctrl-C). Everything that loads transformers or datasets is imported by the command that needs it.

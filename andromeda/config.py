@@ -15,7 +15,7 @@ from andromeda.ops import _checks, _persistent
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """The arguments of `andromeda.model.Decoder` (SPEC 1); the defaults are those of `Andromeda`.
+    """The arguments of `andromeda.model.Decoder` (docs/model.md#1); the defaults are those of `Andromeda`.
 
     Attributes:
         dim: width of the model.
@@ -85,12 +85,12 @@ class DecoderConfig:
 
     @property
     def norm_on(self) -> bool:
-        """Whether queries and keys are normalised (SPEC 13.1)."""
+        """Whether queries and keys are normalised (docs/model.md#13.1)."""
         return self.qk_norm and self.attn_qk_norm
 
     @property
     def learned_scales(self) -> bool:
-        """Whether a normalised query or key is multiplied by a learned vector (SPEC 5.2)."""
+        """Whether a normalised query or key is multiplied by a learned vector (docs/model.md#5.2)."""
         return self.norm_on and self.attn_qk_norm_dim_scale
 
     @property
@@ -109,22 +109,22 @@ class DecoderConfig:
 
     @property
     def softmax_scale(self) -> float:
-        """tau of SPEC 5.2."""
+        """tau of docs/model.md#5.2."""
         return 10.0 if self.norm_on and not self.learned_scales else self.dim_head**-0.5
 
     @property
     def alpha(self) -> float:
-        """Residual multiplier of DeepNorm (SPEC 7)."""
+        """Residual multiplier of DeepNorm (docs/model.md#7)."""
         return (2 * self.depth) ** 0.25
 
     @property
     def beta(self) -> float:
-        """Initialisation gain of DeepNorm (SPEC 7)."""
+        """Initialisation gain of DeepNorm (docs/model.md#7)."""
         return (8 * self.depth) ** -0.25
 
     @functools.cached_property
     def alibi_slopes(self) -> tuple[float, ...] | None:
-        """A slope per head, 0 where a head has no bias (SPEC 5.4); None when none has."""
+        """A slope per head, 0 where a head has no bias (docs/model.md#5.4); None when none has."""
         biased = self.heads if self.alibi_num_heads is None else self.alibi_num_heads
         if not self.alibi_pos_bias or biased == 0:
             return None
@@ -153,7 +153,7 @@ class ModelConfig(DecoderConfig):
 
 
 def alibi_slopes(num_heads: int) -> tuple[float, ...]:
-    """The slopes m_a of SPEC 5.4 for a model of `num_heads` heads."""
+    """The slopes m_a of docs/model.md#5.4 for a model of `num_heads` heads."""
     power = 2 ** (num_heads.bit_length() - 1)  # A_2: largest power of two <= num_heads
     slopes = [2.0 ** (-8 * (a + 1) / power) for a in range(power)]
     slopes += [2.0 ** (-4 * (2 * a + 1) / power) for a in range(num_heads - power)]

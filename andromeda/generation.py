@@ -1,4 +1,4 @@
-"""Cached calls and sampling (SPEC 10): `Cache`, `generate` and the filters `top_k`, `top_p`, `min_p`.
+"""Cached calls and sampling (docs/model.md#10): `Cache`, `generate` and the filters `top_k`, `top_p`, `min_p`.
 
 cache = Cache()
 with torch.no_grad():
@@ -20,7 +20,7 @@ from andromeda.config import read_rows, read_tokens
 
 
 class Cache:
-    """What a model remembers of the tokens it has processed (SPEC 10.1): keys, values and token-shift rows.
+    """What a model remembers of the tokens it has processed (docs/model.md#10.1): keys, values and token-shift rows.
 
     Made empty, filled by `model(tokens, cache=cache)` under `torch.no_grad()`, belongs to one model and one batch. A
     call that fails leaves it as it was. Memory grows by half when it runs out, so a token costs O(1) copies.
@@ -124,7 +124,8 @@ class KeyValueStore:
     def enter_segment(self, segment: int, segment_length: int, rotary_dim: int, stored: int) -> int:
         """Make the stored keys comparable with queries whose xPos origin is that of `segment`; returns the segment.
 
-        Moving the origin by L multiplies pair t of a key by zeta_t ** (L / 512) <= 1 (SPEC 5.3): far keys underflow to
+        Moving the origin by L multiplies pair t of a key by zeta_t ** (L / 512) <= 1
+        (docs/model.md#5.3): far keys underflow to
         zero, which is what their scores do as well. There is no way back: after a failed call the segment may be
         the following one already, which serves as well.
         """
@@ -235,7 +236,7 @@ def generate(
     on_token=None,
     pad_value=0,
 ):
-    """Continue the prompts by sampling (SPEC 10.3, 10.4).
+    """Continue the prompts by sampling (docs/model.md#10.3, #10.4).
 
     Runs in evaluation mode, and each module has the mode it had when the last call on it returns, which may run in
     several threads.

@@ -1,4 +1,4 @@
-"""The model, in the order of SPEC 2-9: embedding, token shift, attention, feed-forward, decoder, logits, loss.
+"""The model, in the order of docs/model.md: embedding, token shift, attention, feed-forward, decoder, logits, loss.
 
         tokens (batch, n)
            |
@@ -50,7 +50,7 @@ _HIDDEN_BLOCK = 2**21  # without gradients feed-forward holds this many hidden n
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics and sums (SPEC 5.6)."""
+    """The dtype of statistics and sums (docs/model.md#5.6)."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -60,7 +60,7 @@ def segment_length(dtype: torch.dtype) -> int:
 
 
 class Linear(nn.Linear):
-    """A linear map whose weight is drawn once, from the distribution of SPEC 11.
+    """A linear map whose weight is drawn once, from the distribution of docs/model.md#11.
 
     gain: None for uniform in +-1 / sqrt(fan_in); else the weight is normal with std gain * sqrt(2 / (fan_in + fan_out))
         and the bias 0.
@@ -86,7 +86,7 @@ class Linear(nn.Linear):
 
 
 class AndromedaEmbedding:
-    """The default embedding provider (SPEC 2). Any object with such a method is one."""
+    """The default embedding provider (docs/model.md#2). Any object with such a method is one."""
 
     def get_embedding(self, num_tokens: int, dim: int) -> nn.Module:
         """A new table, from int64 (batch, n) to (batch, n, dim)."""
@@ -94,7 +94,7 @@ class AndromedaEmbedding:
 
 
 class LayerNorm(nn.Module):
-    """Layer norm with gain 1 + gamma and no bias (SPEC 3)."""
+    """Layer norm with gain 1 + gamma and no bias (docs/model.md#3)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -123,7 +123,7 @@ class Call:
 
 
 class Attention(nn.Module):
-    """Attention sub-layer (SPEC 5). index: number of the sub-layer, the name of its keys and values in a cache."""
+    """Attention sub-layer (docs/model.md#5). index: number of the sub-layer; a cache names its keys and values so."""
 
     def __init__(self, config: DecoderConfig, index: int):
         super().__init__()
@@ -175,7 +175,7 @@ class Attention(nn.Module):
         return self.to_out(out.flatten(2))
 
     def _segments(self, position: int, q: torch.Tensor):
-        """Cut the new tokens so that the xPos factors of a piece stay in range (SPEC 16.1).
+        """Cut the new tokens so that the xPos factors of a piece stay in range (docs/model.md#16.1).
 
         Yields (start, stop, segment, length): the tokens start ... stop - 1 of this call lie in positions
         segment * length ... (segment + 1) * length - 1.
@@ -209,7 +209,7 @@ class Attention(nn.Module):
         """(num_heads,): what no |softmax_scale * <q, k>| of a visible pair exceeds; None without QK norm.
 
         Cauchy-Schwarz per rotated pair and plain channel: rotation keeps the length of a pair, xPos only shrinks it for
-        keys before the query. 2**-7 covers the rounding of q and k to bfloat16 (design: gpu_kernels 1.2).
+        keys before the query. 2**-7 covers the rounding of q and k to bfloat16 (docs/attention.md#bound).
         """
         margin = 1 + 2**-7
         if not self.config.norm_on:
@@ -234,7 +234,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Feed-forward sub-layer (SPEC 6)."""
+    """Feed-forward sub-layer (docs/model.md#6)."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -257,7 +257,10 @@ class FeedForward(nn.Module):
 
 
 class Sublayer(nn.Module):
-    """Attention or feed-forward map with its norm, token shift and residual (SPEC 3, 7). index: 0 ... 2 * depth - 1."""
+    """A map, attention or feed-forward, with its norm, token shift and residual (docs/model.md#3, #7).
+
+    index: 0 ... 2 * depth - 1.
+    """
 
     def __init__(self, config: DecoderConfig, index: int):
         super().__init__()
@@ -299,7 +302,7 @@ class Sublayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The stack of sub-layers (SPEC 3): from (batch, n, dim) to (batch, n, dim).
+    """The stack of sub-layers (docs/model.md#3): from (batch, n, dim) to (batch, n, dim).
 
     Args:
         dim, depth, **options: see `andromeda.config.DecoderConfig`.
@@ -348,7 +351,7 @@ class Decoder(nn.Module):
 
 
 class TransformerWrapper(nn.Module):
-    """Embedding, decoder and logits (SPEC 2, 8).
+    """Embedding, decoder and logits (docs/model.md#2, #8).
 
     Args:
         num_tokens: size of the vocabulary.
@@ -470,7 +473,7 @@ class TransformerWrapper(nn.Module):
 
 
 def draw(net: TransformerWrapper, name: str) -> None:
-    """Draw a parameter anew, from the distribution of SPEC 11. name: as in `net.named_parameters()`."""
+    """Draw a parameter anew, from the distribution of docs/model.md#11. name: as in `net.named_parameters()`."""
     path, _, own = name.rpartition(".")
     module, parameter = net.get_submodule(path), net.get_parameter(name)
     with torch.no_grad():
@@ -523,7 +526,7 @@ def keeps_all(logits_to_keep) -> bool:
 
 
 class AutoregressiveWrapper(nn.Module):
-    """Loss and generation (SPEC 9, 10.3) around a `TransformerWrapper`.
+    """Loss and generation (docs/model.md#9, #10.3) around a `TransformerWrapper`.
 
     Args:
         net: the `TransformerWrapper`.
@@ -673,7 +676,7 @@ class Andromeda(nn.Module):
     in it may be replaced; the others follow.
 
     Args:
-        embedding_provider: object whose `get_embedding(num_tokens, dim)` makes the embedding module (SPEC 2).
+        embedding_provider: object whose `get_embedding(num_tokens, dim)` makes the embedding module (docs/model.md#2).
 
     Raises:
         TypeError, ValueError: an argument that no model has, named with its value.

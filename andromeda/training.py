@@ -1,4 +1,4 @@
-"""Training and evaluation (DECISIONS 12): transformers' Trainer does the work, this module says how Andromeda wants it.
+"""Training and evaluation: transformers' Trainer does the work, this module says how Andromeda wants it.
 
 What is added to Trainer:
 

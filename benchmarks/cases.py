@@ -19,8 +19,8 @@ from andromeda.ops.attention import attention
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-LOGIT_SCALE = 10.0  # of unit queries and keys: QK norm without learned scales (SPEC 5.2)
-LOGIT_BOUND = LOGIT_SCALE * (1 + 2**-7)  # bfloat16 rounds the unit vectors (gpu_kernels 1.2)
+LOGIT_SCALE = 10.0  # of unit queries and keys: QK norm without learned scales (docs/model.md#5.2)
+LOGIT_BOUND = LOGIT_SCALE * (1 + 2**-7)  # bfloat16 rounds the unit vectors (docs/attention.md#bound)
 FLEX_BLOCK = 128  # queries and keys of a block of FlexAttention's mask
 
 
@@ -64,13 +64,13 @@ class AttentionCase:
 
     @property
     def slopes(self) -> list[float]:
-        """Those of SPEC 5.4 for the model's default of twelve heads are of this kind: 2^0 ... 2^-8; then no bias."""
+        """Of the kind that the model has by default (docs/model.md#5.4): 2^0 ... 2^-8; then no bias."""
         steep = [2.0 ** (-8 * head / self.alibi_heads) for head in range(1, self.alibi_heads + 1)]
         return steep + [0.0] * (self.num_heads - self.alibi_heads)
 
     @property
     def windows(self) -> list[int]:
-        """Per head: keys at this distance or farther together hold less than 2^-24 of a row (gpu_kernels 1.5)."""
+        """Per head: keys at this distance or farther hold less than 2^-24 of a row (docs/attention.md#windows)."""
         reach = 2 * LOGIT_BOUND + 24 * math.log(2)
         return [math.ceil(reach / slope) + 1 if slope > 0 else self.seqlen for slope in self.slopes]
 

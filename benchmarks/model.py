@@ -33,7 +33,7 @@ import andromeda
 BASELINE = "x-transformers"
 GPU_SHAPE = {"dim": 2560, "depth": 8, "heads": 24, "dim_head": 128, "num_tokens": 50304}
 CPU_SHAPE = {"dim": 512, "depth": 4, "heads": 8, "dim_head": 64, "num_tokens": 256}
-# Two float32 computations of logits of magnitude 1 (SPEC 15 allows 2e-5 for one of them against float64); under
+# Two float32 computations of logits of magnitude 1 (docs/model.md#15 allows 2e-5 for one against float64); under
 # autocast each layer's operands are rounded to eight bits.
 AGREEMENT = {"float32": 1e-4, "bfloat16": 0.1}
 
@@ -77,7 +77,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def build_pair(args: argparse.Namespace, seqlen: int) -> tuple[torch.nn.Module, torch.nn.Module | None]:
-    """Our model and x-transformers' wrapper of the same function (SPEC 14), with equal weights; None where that package
+    """Our model and x-transformers' wrapper of the same function (docs/model.md#14), with equal weights; None where it
     is not installed."""
     alibi_heads = max(args.heads // 2, 1)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Where the golden data lies (SPEC 15): ANDROMEDA_GOLDEN, or `shared/golden` beside the checkout."""
+"""Where the golden data lies (docs/model.md#15): ANDROMEDA_GOLDEN, or `shared/golden` beside the checkout."""
 
 import functools
 import json

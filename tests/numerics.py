@@ -1,4 +1,4 @@
-"""How close is close enough: the rules and the limits table of design/testing.md section 2.
+"""How close is close enough: the rules and the limits table of docs/numerics.md.
 
 References are float64, computed from the rounded inputs. A row is the last dimension: one query, one head.
 """
@@ -130,7 +130,7 @@ def assert_no_worse(out, naive, exact, factor=2):
 def gradient_magnitudes(dout, q, k, v, out, softmax_lse, *, softmax_scale, weight=None, **options):
     """Sums of the absolute values of the terms of dq, dk, dv of `attention`: what rounding errors are relative to.
 
-    The terms are weight * (dout * v - dout * out) * (k or q), SPEC 16.3. Arguments are those of the reference.
+    The terms are weight * (dout * v - dout * out) * (k or q), docs/model.md#16.3. Arguments are those of the reference.
 
     weight: this weight for each visible pair instead of that of the softmax.
     """

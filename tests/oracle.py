@@ -1,4 +1,4 @@
-"""x-transformers 2.31.10 as the oracle (SPEC 14): the same function, from the arguments of `Andromeda`."""
+"""x-transformers 2.31.10 as the oracle (docs/model.md#14): the same function, from the arguments of `Andromeda`."""
 
 import math
 
@@ -68,7 +68,7 @@ def widen(oracle: AutoregressiveWrapper, arguments: dict) -> AutoregressiveWrapp
 
 
 def alibi_slopes(heads: int) -> list[float]:
-    """SPEC 5.4, written down a second time."""
+    """docs/model.md#5.4, written down a second time."""
     even = 2 ** int(math.log2(heads))
     slopes = [2.0 ** (-8 * (head + 1) / even) for head in range(even)]
     return slopes + [2.0 ** (-4 * (2 * head + 1) / even) for head in range(heads - even)]

@@ -1,4 +1,4 @@
-"""attention: every backend against the float64 reference, and the laws it must obey (design/testing.md 2-4, 11)."""
+"""attention: every backend against the float64 reference, and the laws it must obey (docs/testing.md)."""
 
 import concurrent.futures
 import dataclasses
@@ -222,7 +222,7 @@ def check_beside_plain(inputs, backend, values, softmax_scale=None):
     """For half precision where a few weights or equal scores decide a row: no worse than twice plain torch.
 
     Plain torch is autograd in half precision or, for gradients, the exact formula with the rounded output: the backward
-    pass reads that (SPEC 16.3), and where weights are concentrated its rounding is all of dq's error.
+    pass reads that (docs/model.md#16.3), and where weights are concentrated its rounding is all of dq's error.
     """
     results, exact = check(inputs, backend, values=values, softmax_scale=softmax_scale)
     scale = inputs.q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
@@ -282,7 +282,7 @@ def check_splits(case, num_splits, device, monkeypatch):
     options = {**inputs.options, "return_lse": True, "backend": "cuda"}
     with numerics.nan_filled():
         results = out, lse = attention(*inputs.tensors(), **options)
-    assert all(map(torch.equal, attention(*inputs.tensors(), **options), results))  # tickets are as they were before
+    assert all(map(torch.equal, attention(*inputs.tensors(), **options), results))  # semaphores are as they were before
     out_ref, lse_ref, *_ = run_exact(inputs, case.softmax_scale)
     numerics.assert_rows_close(out, out_ref, case.dtype, logit_range=logit_range(inputs, lse_ref, case.softmax_scale))
     numerics.assert_lse_close(lse, lse_ref)
@@ -528,7 +528,7 @@ def test_random_cases(backend, device, case, bound, adversarial):
     check(inputs, backend, values="heavy" if not ordinary else "normal" if many else "few rows")
 
 
-# ---- laws (testing.md section 3) ------------------------------------------------------------------------------------
+# ---- laws (docs/testing.md#laws) ------------------------------------------------------------------------------------
 
 
 def law(**fixed):

@@ -1,4 +1,4 @@
-"""Saved models, and weights of every version of x-transformers (API 2, SPEC 12)."""
+"""Saved models, and weights of every version of x-transformers (docs/model.md#12)."""
 
 import json
 

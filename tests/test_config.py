@@ -1,4 +1,4 @@
-"""Constructor arguments and their translation (SPEC 1, 5, 7, 13); reading of tokens and key_start (SPEC 8, 13.13)."""
+"""Constructor arguments and their translation; reading of tokens and key_start (docs/model.md#1, #8, #13, #13.13)."""
 
 import dataclasses
 import inspect

@@ -1,4 +1,4 @@
-"""Cached calls, sampling and filters (SPEC 10, 13.8-13.10)."""
+"""Cached calls, sampling and filters (docs/model.md#10, #13.8)."""
 
 import itertools
 import math
@@ -92,7 +92,7 @@ def test_golden_decode(name, dtype):
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
 def test_half_precision(flags, dtype):
-    """Cached calls and greedy generation in half precision, against the wide model with the same weights (SPEC 15)."""
+    """Cached calls and greedy generation in half precision, against the wide model (docs/model.md#15)."""
     model = build(**{"depth": 2, "dim_head": 16} | flags).to(dtype)
     exact = Andromeda(**(oracle.SMALL | {"depth": 2, "dim_head": 16} | flags)).double()
     exact.load_state_dict(model.state_dict())
@@ -255,7 +255,7 @@ def test_reorder_before_the_first_call():
 def test_keep_last_hides_older_keys(flags):
     """After keep_last(w) a query sees w earlier tokens and itself: the whole call with such a sliding window.
 
-    One attention layer, because deeper ones keep what older tokens left in younger ones (SPEC 10.4).
+    One attention layer, because deeper ones keep what older tokens left in younger ones (docs/model.md#10.4).
     """
     flags = flags | dict(depth=1, use_abs_pos_emb=False, shift_tokens=0)
     model = build(**flags)
@@ -443,7 +443,7 @@ def test_the_window_of_generate(prompt_length, steps):
 
 @pytest.mark.parametrize("prompt_length", (3, 8, 20))
 def test_the_window_of_a_cached_run(prompt_length):
-    """Step by step with the oldest keys dropped once max_seq_len - 1 are stored (SPEC 10.4)."""
+    """Step by step with the oldest keys dropped once max_seq_len - 1 are stored (docs/model.md#10.4)."""
     model = build(max_seq_len=8, depth=2)
     prompt = torch.randint(V, (2, prompt_length))
     new = model.generate(prompt, 25, temperature=0)
@@ -859,7 +859,7 @@ def test_misspelt_keywords():
         build().generate([1], 2, filter_kwargs={"kk": 1})
 
 
-# ---- filters, against their definitions (SPEC 10.3)
+# ---- filters, against their definitions (docs/model.md#10.3)
 
 
 def kept(filtered: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

@@ -327,7 +327,7 @@ def test_load_in_bfloat16(tmp_path):
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
     ids = tokens()
     difference = (loaded(ids).logits.float() - wrapped(ids).logits).abs()
-    assert difference.max() < 5e-2 and difference.mean() < 1e-2  # SPEC 15
+    assert difference.max() < 5e-2 and difference.mean() < 1e-2  # docs/model.md#15
 
 
 def damage(folder, change):

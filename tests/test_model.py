@@ -1,4 +1,4 @@
-"""The model against golden data, against x-transformers, and against itself (SPEC 2-9, 11, 13, 15)."""
+"""The model against golden data, against x-transformers, and against itself (docs/model.md#2, #11, #13, #15)."""
 
 import copy
 import gc
@@ -21,7 +21,7 @@ import andromeda.ops.attention
 from andromeda import Andromeda, AndromedaEmbedding, AutoregressiveWrapper, Decoder, TransformerWrapper
 from andromeda.checkpoint import x_transformers_names
 
-# SPEC 15: dtype -> limits of the largest difference in logits, loss and gradients.
+# docs/model.md#15: dtype -> limits of the largest difference in logits, loss and gradients.
 LIMITS = {torch.float64: (1e-10, 1e-10, 1e-10), torch.float32: (2e-5, 2e-6, 1e-6)}
 
 
@@ -212,7 +212,7 @@ def test_attn_flash_is_only_a_switch():
 
 @pytest.mark.parametrize("segment", (16, 64))
 def test_segments_of_positions(segment, monkeypatch):
-    """Sequences longer than an xPos segment: each segment of queries has its own origin (SPEC 16.1)."""
+    """Sequences longer than an xPos segment: each segment of queries has its own origin (docs/model.md#16.1)."""
     model = small(depth=2).double()
     tokens = torch.randint(23, (2, 150))
     whole = model(tokens)
@@ -235,7 +235,7 @@ def test_long_half_precision(dtype):
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
 def test_half_precision(flags, dtype):
-    """A model in half precision is the wide model with its weights, up to SPEC 15; the loss and gradients too."""
+    """A model in half precision is the wide one with its weights, up to docs/model.md#15; loss and gradients too."""
     arguments = dict(depth=2, dim=48, heads=4, dim_head=16, alibi_num_heads=2) | flags
     model, exact = small(**arguments), small(**arguments).double()
     oracle.perturb(model)
@@ -502,7 +502,7 @@ def moments(weight: torch.Tensor) -> tuple[float, float]:
 
 @pytest.mark.parametrize("deepnorm", (True, False))
 def test_initialisation(deepnorm):
-    """SPEC 11, by the first two moments and the range; six standard errors leave no room for chance."""
+    """docs/model.md#11, by the first two moments and the range; six standard errors leave no room for chance."""
     torch.manual_seed(1)
     dim, depth, dim_head, heads = 128, 2, 32, 4
     model = Andromeda(num_tokens=512, max_seq_len=64, dim=dim, depth=depth, dim_head=dim_head, heads=heads,

@@ -1,4 +1,4 @@
-"""qk_norm_rotary: every backend against the float64 reference; that against SPEC 5.2, 5.3 and x-transformers."""
+"""qk_norm_rotary: every backend against the float64 reference; that against docs/model.md#5.2, #5.3 and the oracle."""
 
 import math
 import threading
@@ -136,7 +136,7 @@ def test_forward(backend, tensors_for, case, dtype):
 
 
 def magnitudes(x, scale, dout, table, normalize):
-    """Sums of the absolute values of the terms of dx and dscale (SPEC 16.3), which rounding errors are relative to."""
+    """Sums of |term| of dx and dscale (docs/model.md#16.3): rounding errors are relative to them."""
     x, dout = x.double(), dout.double()
     unrotated = reference.rotate(dout, table, transpose=True)
     rotary_dim = table.shape[-1]
@@ -200,7 +200,7 @@ def test_reference_computes_in_the_dtype_it_is_handed():
     assert [out.dtype for out in reference.qk_norm_rotary(q, k, **PLAIN.options())] == [torch.bfloat16] * 2
 
 
-# ---- the reference against SPEC and x-transformers ------------------------------------------------------------------
+# ---- the reference against docs/model.md and x-transformers ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("rotary_dim", [0, 8, 16])

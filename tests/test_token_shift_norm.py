@@ -1,4 +1,4 @@
-"""token_shift_norm: every backend against the float64 reference; that against SPEC 3, 4, 7."""
+"""token_shift_norm: every backend against the float64 reference; that against docs/model.md#3, #4, #7."""
 
 import math
 import threading
@@ -231,7 +231,7 @@ def test_reference_computes_in_the_dtype_it_is_handed():
     assert [out.dtype for out in outputs] == [torch.bfloat16] * 2
 
 
-# ---- the reference against SPEC -------------------------------------------------------------------------------------
+# ---- the reference against docs/model.md -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.seqlen < 100], ids=name_of)

@@ -35,7 +35,7 @@ _SWITCHES = (
 
 @strict
 class AndromedaConfig(PreTrainedConfig):
-    """Sizes and switches of an Andromeda model; the defaults are those of `andromeda.Andromeda` (SPEC 1).
+    """Sizes and switches of an Andromeda model; the defaults are those of `andromeda.Andromeda` (docs/model.md#1).
 
     Args:
         vocab_size: number of token ids, `num_tokens`.
@@ -50,7 +50,8 @@ class AndromedaConfig(PreTrainedConfig):
         use_cache: return a cache from `forward`, unless it is told otherwise.
 
     Raises:
-        huggingface_hub.errors.StrictDataclassError: a value of the wrong type, or sizes that no model has (SPEC 1),
+        huggingface_hub.errors.StrictDataclassError: a value of the wrong type, or sizes that no model has
+            (docs/model.md#1),
             with the constructor's name for the argument.
     """
 

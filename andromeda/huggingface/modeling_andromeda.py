@@ -47,7 +47,7 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
 
     Args:
         config: sizes and switches.
-        transformer: the modules to use; made and initialised (SPEC 11) when left out.
+        transformer: the modules to use; made and initialised (docs/model.md#11) when left out.
     """
 
     config: AndromedaConfig
@@ -89,7 +89,7 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, *args, **kwargs):
         """See transformers; a checkpoint with missing, unexpected or misshapen parameters is a `ValueError` here.
 
-        With `ignore_mismatched_sizes` misshapen ones are drawn anew (SPEC 11), which is a warning that names them, as
+        With `ignore_mismatched_sizes` misshapen ones are drawn anew (docs/model.md#11), and a warning names them, as
         are weights that are not finite. What wrappers put into names is left out.
         """
         report = kwargs.pop("output_loading_info", False)
@@ -172,7 +172,7 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
         output_attentions=None,
         output_hidden_states=None,
     ):
-        """Logits, and with `labels` the loss of SPEC 9.
+        """Logits, and with `labels` the loss of docs/model.md#9.
 
         Args:
             input_ids: int64 (batch, seqlen).
@@ -257,7 +257,7 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
         self.transformer.to_logits = new_embeddings
 
     def _init_weights(self, module):
-        """Nothing: every module draws its own weights (SPEC 11) when it is made, and `from_pretrained` accepts only
+        """Nothing: every module draws its own weights (docs/model.md#11) when made, and `from_pretrained` accepts only
         checkpoints that hold all of them."""
 
     @classmethod

@@ -1,4 +1,4 @@
-"""attention (SPEC 5.4-5.6): arguments, backend choice, allocation and gradients. The kernels are elsewhere."""
+"""attention (docs/model.md#5): arguments, backend choice, allocation and gradients. The kernels are elsewhere."""
 
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ def attention(
     return_lse=False,
     backend=None,
 ):
-    """Softmax attention with an optional ALiBi bias (SPEC 5.4-5.6).
+    """Softmax attention with an optional ALiBi bias (docs/model.md#5).
 
         score = softmax_scale * q @ k^T - alibi_slopes * |i - j|,   out = softmax(score) @ v
 
@@ -55,9 +55,9 @@ def attention(
             gradient and may not ask for one. Its values are checked on CPU tensors only.
         logit_bound: (num_heads,), float32: a promise that |softmax_scale * <q_i, k_j>| <= logit_bound for every
             visible pair, which QK norm gives. It permits a softmax without a running maximum and the skipping of keys
-            so far away that ALiBi leaves them less than 2**-24 of a row (design: gpu_kernels 1.2-1.5). The result stays
-            within the rounding error either way; a promise that is not kept gives wrong results. A constant: detached.
-            Values that are not finite promise nothing.
+            so far away that ALiBi leaves them less than 2**-24 of a row (docs/attention.md#bounded-softmax). The result
+            stays within the rounding error either way; a promise that is not kept gives wrong results. A constant:
+            detached. Values that are not finite promise nothing.
         key_start: (batch, seqlen_q), int32, non-decreasing along a row (checked on CPU tensors): query i sees only keys
             j >= key_start[i]. For packed documents it is the start of the query's document, for left padding the number
             of padded keys, for a sliding window i - window + 1. May be expanded. Five tokens, documents of 2 and 3,
@@ -265,7 +265,7 @@ class Plan(NamedTuple):
     backend: str
     is_empty: bool  # there is nothing to compute
     num_values: int  # of the workspace, floats
-    num_tickets: int
+    num_semaphores: int
     splits: dict  # the argument num_splits, where a direction has it: what the workspace was made for
 
 
@@ -320,7 +320,7 @@ def _resources(plan, device):
     return {
         "num_threads": torch.get_num_threads(),
         "workspace": torch.empty(plan.num_values, dtype=torch.float32, device=device) if plan.num_values else None,
-        "tickets": _persistent.semaphores(device, plan.num_tickets, stream),
+        "semaphores": _persistent.semaphores(device, plan.num_semaphores, stream),
         "stream": stream,
         **plan.splits,
     }

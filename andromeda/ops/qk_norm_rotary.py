@@ -1,4 +1,4 @@
-"""QK normalisation, learned scales and rotary xPos in one pass over memory (SPEC 5.2, 5.3)."""
+"""QK normalisation, learned scales and rotary xPos in one pass over memory (docs/model.md#5.2, #5.3)."""
 
 import functools
 import math
@@ -40,7 +40,7 @@ def qk_norm_rotary(
     origin=None,
     backend=None,
 ):
-    """Normalise, scale and rotate the rows of q and k (SPEC 5.2, 5.3).
+    """Normalise, scale and rotate the rows of q and k (docs/model.md#5.2, #5.3).
 
         x = x / max(||x||, 1e-12)                       over head_dim, when `normalize`
         x = x * scale[head]                             when a scale is given

@@ -1,4 +1,4 @@
-"""Residual, layer norm and token shift in one pass over memory (SPEC 3, 4, 7)."""
+"""Residual, layer norm and token shift in one pass over memory (docs/model.md#3, #4, #7)."""
 
 import math
 
@@ -30,7 +30,7 @@ def token_shift_norm(
     position=0,
     backend=None,
 ):
-    """Add a scaled residual, normalise, and delay segments of the channels (SPEC 3, 4, 7).
+    """Add a scaled residual, normalise, and delay segments of the channels (docs/model.md#3, #4, #7).
 
         u = alpha * residual_scale * residual + x                   u = x without a residual
         y = (u - mean(u)) / sqrt(var(u) + 1e-5) * (1 + gamma)       y = u without gamma

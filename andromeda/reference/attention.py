@@ -1,4 +1,4 @@
-"""attention (SPEC 5.4-5.6, 16.3) in plain torch."""
+"""attention (docs/model.md#5, #16.3) in plain torch."""
 
 import torch
 
@@ -91,7 +91,7 @@ def attention(q, k, v, *, causal, softmax_scale, alibi_slopes=None, key_start=No
 def attention_backward(
     dout, q, k, v, out, softmax_lse, *, causal, softmax_scale, alibi_slopes=None, key_start=None, first_query=None
 ):
-    """Gradients dq, dk, dv of `attention` as a formula (SPEC 16.3): autograd must not be called inside an operator."""
+    """Gradients dq, dk, dv of `attention` as a formula (docs/model.md#16.3): an operator must not call autograd."""
     num_kv_heads = k.shape[2]
     logits, hidden = _logits(q, k, causal, softmax_scale, alibi_slopes, key_start, first_query)
     of_query, of_key = _spans(q, k, causal, key_start, first_query)

@@ -1,4 +1,4 @@
-"""The meaning of `qk_norm_rotary` in plain torch (SPEC 5.2, 5.3): normalise, scale and rotate the rows of q and k."""
+"""The meaning of `qk_norm_rotary` in plain torch: normalise, scale and rotate rows (docs/model.md#5.2, #5.3)."""
 
 import torch
 
@@ -20,7 +20,7 @@ def transform(x, scale, table, normalize):
 
 
 def transform_backward(dout, x, scale, table, normalize):
-    """Gradients of `transform` for x and scale (None without a scale), written out (SPEC 16.3)."""
+    """Gradients of `transform` for x and scale (None without a scale), written out (docs/model.md#16.3)."""
     dx = rotate(dout, table, transpose=True)
     x = x.masked_fill((dx == 0).all(-1, keepdim=True), 0)  # of a row that nobody uses 0 * nan would be nan
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The meaning of `token_shift_norm` in plain torch (SPEC 3, 4, 7): residual, layer norm and token shift."""
+"""The meaning of `token_shift_norm` in plain torch (docs/model.md#3, #4, #7): residual, layer norm and token shift."""
 
 import torch
 
@@ -30,7 +30,7 @@ def norm_input(x, residual, residual_scale, alpha):
 
 
 def token_shift(y, shift, history=None, key_start=None, position=0):
-    """Delay segment k of the channels by k tokens, k = 0 ... shift (SPEC 4)."""
+    """Delay segment k of the channels by k tokens, k = 0 ... shift (docs/model.md#4)."""
     if shift == 0:
         return y
     batch, seqlen, dim = y.shape
@@ -59,7 +59,7 @@ def token_shift_transposed(dshifted, shift, key_start=None, position=0):
 def token_shift_norm_backward(
     dy, dshifted, x, *, gamma, residual, residual_scale, alpha, shift, key_start=None, position=0
 ):
-    """Gradients of x, residual, residual_scale and gamma as a formula (SPEC 16.3); None for what was not given.
+    """Gradients of x, residual, residual_scale and gamma as a formula (docs/model.md#16.3); None where not given.
 
     dy, dshifted: None for 0, but not both.
     """

@@ -1,4 +1,4 @@
-// attention, backward (SPEC 16.3): one pass, five products for every visible (query tile, key tile).
+// attention, backward (docs/model.md#16.3): one pass, five products for every visible (query tile, key tile).
 //
 //   delta  = sum over channels of dout * out                         once per query row
 //   for every key tile, for a share of the query heads:              one task, one thread

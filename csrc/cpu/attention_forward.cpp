@@ -1,4 +1,4 @@
-// attention, forward (SPEC 5.4-5.6; the contract is in include/andromeda/attention.h).
+// attention, forward (docs/model.md#5; the contract is in include/andromeda/attention.h).
 //
 //   for every tile of up to kTileQ query rows, for every part of its keys:     one task, one thread
 //     for tiles of kTileK keys from the diagonal outwards:                     only keys that some row sees
@@ -13,8 +13,8 @@
 // on the number of threads.
 //
 // With a bound on a row's logits its softmax needs no running maximum: weights relative to the bound are at most 1, and
-// large enough while the bound is small (gpu_kernels 1.3). The bound is the caller's, or |q| times the longest key so
-// far (Cauchy-Schwarz), which reading the operands gives for nothing.
+// large enough while the bound is small (docs/attention.md#bounded-softmax). The bound is the caller's, or |q| times
+// the longest key so far (Cauchy-Schwarz), which reading the operands gives for nothing.
 //
 // Keys by columns and values by panels of channels, both float32, are what the products read. Where several query tiles
 // share them they are made once: 8 * seqlen_k * head_dim bytes per key head beyond the tensors. Where one tile reads

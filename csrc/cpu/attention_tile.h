@@ -65,7 +65,7 @@ inline float exp2(float x) { return exp2<true>(broadcast(x), 0.0f)[0]; }
 // ---- which keys a row sees ------------------------------------------------------------------------------------------
 
 // A head's constants, in base 2. `window`: keys at this distance or farther together hold less than 2^-24 of a row's
-// softmax (gpu_kernels 1.5: exp(2 bound - slope * distance), a geometric sum against the row's own key).
+// softmax (docs/attention.md#windows: exp(2 bound - slope * distance), a geometric sum against the row's own key).
 struct Head {
   float slope;
   float bound;          // on |logit| before the bias; infinite when unknown

@@ -1,4 +1,4 @@
-// qk_norm_rotary on the CPU (SPEC 5.2, 5.3, 16.3). The formula is in andromeda/qk_norm_rotary.h.
+// qk_norm_rotary on the CPU (docs/model.md#5.2, #5.3, #16.3). The formula is in andromeda/qk_norm_rotary.h.
 //
 // A row is one head of one token; all heads of a token share a row of the table. A row is read twice, for its norm and
 // for its result, but the second time from the cache: memory sees every operand once.

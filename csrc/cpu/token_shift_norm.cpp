@@ -1,4 +1,4 @@
-// token_shift_norm on the CPU (SPEC 3, 4, 7, 16.3). The formula is in andromeda/token_shift_norm.h.
+// token_shift_norm on the CPU (docs/model.md#3, #4, #7, #16.3). The formula is in andromeda/token_shift_norm.h.
 //
 //                segment 0   segment 1   rest            A row of y goes to one row of `shifted` per segment:
 //   y[t]       | a a a a a | b b b b b | c |             forward it is scattered to them, backward their gradients

@@ -1,4 +1,4 @@
-// attention, backward (SPEC 16.3): three kernels without atomics. Every sum has one owner and a fixed order.
+// attention, backward (docs/model.md#16.3): three kernels without atomics. Every sum has one owner and a fixed order.
 //
 //   P  = 2^(scale2 * (q k^T + bias) - lse)      recomputed; log-sum-exps in base 2
 //   dP = dout v^T,   delta = <dout, out>,   dS = P * (dP - delta)

@@ -131,7 +131,7 @@ std::int64_t num_steps_of(const AttentionParams& params) {
 
 struct Split {
   std::int64_t num_tiles, num_row_tiles, num_shares;
-  std::int64_t fan_in, num_partials, num_tickets;  // of a tile
+  std::int64_t fan_in, num_partials, num_semaphores;  // of a tile
   PartialShape partial;
 
   std::int64_t num_values() const {
@@ -152,7 +152,7 @@ Split split_of(const AttentionParams& params) {
   split.fan_in = fan_in_of(split.num_shares, split.partial.max_fan_in);
   for_each_level(split.num_shares, split.fan_in, [&](std::int64_t parts, std::int64_t groups) {
     split.num_partials += parts;
-    split.num_tickets += groups;
+    split.num_semaphores += groups;
   });
   return split;
 }
@@ -183,13 +183,13 @@ Choice choose_shares(const AttentionParams& params, const Slots& slots) {
 }
 
 // Partial results are read in chunks.
-void check_workspace(const AttentionWorkspace& workspace, std::int64_t num_values, std::int64_t num_tickets) {
-  if (workspace.num_values < num_values || workspace.num_tickets < num_tickets ||
+void check_workspace(const AttentionWorkspace& workspace, std::int64_t num_values, std::int64_t num_semaphores) {
+  if (workspace.num_values < num_values || workspace.num_semaphores < num_semaphores ||
       reinterpret_cast<std::uintptr_t>(workspace.values) % kChunkBytes != 0) {
     throw std::invalid_argument(std::string(kKernel) + ": the workspace must have " + std::to_string(num_values) +
-                                " values, aligned to 16 bytes, and " + std::to_string(num_tickets) + " tickets, got " +
-                                std::to_string(workspace.num_values) + " and " + std::to_string(workspace.num_tickets) +
-                                "; size it on the device of the call");
+                                " values, aligned to 16 bytes, and " + std::to_string(num_semaphores) +
+                                " semaphores, got " + std::to_string(workspace.num_values) + " and " +
+                                std::to_string(workspace.num_semaphores) + "; size it on the device of the call");
   }
 }
 
@@ -222,23 +222,23 @@ int choose_num_splits(const AttentionParams& params) {
 
 AttentionWorkspace attention_decode_workspace(const AttentionParams& params) {
   const Split split = split_of(params);
-  return {nullptr, nullptr, split.num_values(), split.num_tiles * split.num_tickets, params.num_splits};
+  return {nullptr, nullptr, split.num_values(), split.num_tiles * split.num_semaphores, params.num_splits};
 }
 
 void attention_decode(const AttentionParams& params, const AttentionWorkspace& workspace, CUstream_st* stream) {
   const Split split = split_of(params);
   if (split.num_tiles == 0) return;
-  check_workspace(workspace, split.num_values(), split.num_tiles * split.num_tickets);
+  check_workspace(workspace, split.num_values(), split.num_tiles * split.num_semaphores);
 
   DecodePlan plan{};
   plan.partials = reinterpret_cast<unsigned char*>(workspace.values);
-  plan.tickets = reinterpret_cast<unsigned*>(workspace.tickets);
+  plan.semaphores = reinterpret_cast<unsigned*>(workspace.semaphores);
   plan.num_rows = static_cast<int>(num_rows_of(params));
   plan.group = params.num_heads / params.num_kv_heads;
   plan.num_row_tiles = static_cast<int>(split.num_row_tiles);
   plan.num_shares = static_cast<int>(split.num_shares);
   plan.num_partials = static_cast<int>(split.num_partials);
-  plan.num_tickets = static_cast<int>(split.num_tickets);
+  plan.num_semaphores = static_cast<int>(split.num_semaphores);
   plan.fan_in = static_cast<int>(split.fan_in);
   plan.partial_rows = split.partial.rows;
   plan.scale2 = scale2_of(params);

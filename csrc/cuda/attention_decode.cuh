@@ -1,4 +1,4 @@
-// attention (SPEC 5.4-5.6) for few query rows and many keys: decoding, short continuations.
+// attention (docs/model.md#5) for few query rows and many keys: decoding, short continuations.
 //
 //   out = softmax(softmax_scale * q k^T - alibi_slopes * |i - j|) v
 //
@@ -20,11 +20,11 @@
 //   registers, 32 rows, 128 wide    out 128, scores 16, their maxima, sums, slopes and positions 4 each
 //
 // 32 FLOP for each byte that is read: a fifth of what the tensor cores can do meanwhile. What counts is bytes in
-// flight, latency times bandwidth: 24 KiB per SM (gpu_kernels 6). A block has 48 to 64 KiB on the way, and two blocks
-// fit on an SM of 8.0 and 9.0, one where shared memory ends at 100 KiB.
+// flight, latency times bandwidth: 24 KiB per SM (docs/attention.md#decoding). A block has 48 to 64 KiB on the way, and
+// two blocks fit on an SM of 8.0 and 9.0, one where shared memory ends at 100 KiB.
 //
 // The end. The four warps add their outputs through shared memory. With more than one share the block writes the sums
-// to the workspace and draws a ticket; of a group of shares the last to arrive adds them, always in the order of their
+// to the workspace and draws a semaphore; of a group of shares the last to arrive adds them, always in the order of their
 // numbers, so that a result does not depend on timing. The groups' sums are added in the same way, until one is left:
 //
 //   128 shares of 24 rows     0 ... 5  | 6 ... 11 | ... |  126 127          the last of each group of 6
@@ -33,12 +33,13 @@
 //
 // All that a block adds is on its way at once: the others' results go into the tiles' place in shared memory, past the
 // registers, and its own stays in registers. A group is as large as the tiles have room for (kFanIn at most). On an
-// H200 a level takes 1.9 us (a write, two fences and a ticket between them, one trip to L2) and 0.67 us for each result
+// H200 a level takes 1.9 us (a write, two fences and a semaphore between them, one trip to L2) and 0.67 us for each result
 // of 24 rows, 128 wide, 9.2 KiB: the four warps of one block fetch and add them one after the other. The three levels
 // above are 17 of the 44 us that 131072 keys take.
 //
 // The softmax is the one with a running maximum, in every call: its cost hides behind memory. The largest weight of a
-// row is then exactly 1, and the sum of the unrounded weights is a good enough divisor (gpu_kernels 1.3).
+// row is then exactly 1, and the sum of the unrounded weights is a good enough divisor
+// (docs/attention.md#bounded-softmax).
 //
 // Not supported: float32, head_dim above 128 (attention_launch.h).
 #pragma once
@@ -58,10 +59,10 @@ inline constexpr int kFanIn = 16;                          // partial results th
 // What the launcher decided, the same for all blocks.
 struct DecodePlan {
   unsigned char* partials;  // of the workspace: num_partials of a row tile together, level by level
-  unsigned* tickets;        // num_tickets of a row tile together, zero between calls
+  unsigned* semaphores;     // num_semaphores of a row tile together, zero between calls
   int num_rows;             // seqlen_q * group
   int group;                // query heads of a key head
-  int num_row_tiles, num_shares, num_partials, num_tickets;
+  int num_row_tiles, num_shares, num_partials, num_semaphores;
   int fan_in;        // partial results that one block adds: the last block of a level may have fewer
   int partial_rows;  // that a partial result has room for
   float scale2, inverse_scale;
@@ -438,15 +439,15 @@ __device__ inline void add_partials(float4 (&total)[kVectors], const Stored (&ow
   }
 }
 
-// How many of `count` blocks drew this ticket before. The counter wraps to 0: the next call finds it as this one did.
+// How many of `count` blocks drew this semaphore before. The counter wraps to 0: the next call finds it as this one did.
 //
 // One thread draws for its block, between two barriers. Release: its fence comes after what all threads wrote before
 // the first barrier, and before the atomic. Acquire: the atomic, then a fence of the same thread, then the second
 // barrier and whoever reads behind it. In PTX's memory model the atomic and the fence must be of one thread: behind the
 // barrier the other threads' own fences would add nothing.
-__device__ inline unsigned draw_ticket(unsigned* ticket, int count) {
+__device__ inline unsigned draw_ticket(unsigned* semaphore, int count) {
   fence_device();
-  const unsigned drawn = atomicInc(ticket, count - 1);
+  const unsigned drawn = atomicInc(semaphore, count - 1);
   fence_device();
   return drawn;
 }
@@ -628,7 +629,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
       (static_cast<std::int64_t>(batch) * params.num_kv_heads + kv_head) * plan.num_row_tiles + row_tile;
   const std::int64_t partial_bytes = PartialLayout<kHeadDim>::bytes(plan.partial_rows);
   unsigned char* level = plan.partials + tile * plan.num_partials * partial_bytes;
-  unsigned* tickets = plan.tickets + tile * plan.num_tickets;
+  unsigned* semaphores = plan.semaphores + tile * plan.num_semaphores;
   const int rows_here = min(plan.num_rows - first_row, kRows);
   int index = share, count = plan.num_shares;
   while (count > 1) {
@@ -638,9 +639,9 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
     write_partial<kRows, kHeadDim>(level + index * partial_bytes, own, shared, plan.partial_rows, rows_here, thread);
     const int group = index / plan.fan_in, first = group * plan.fan_in, size = min(count - first, plan.fan_in);
     const int own_part = index - first;
-    __syncthreads();  // the whole block has written its part before the ticket says so, and read what it adds
-    if (thread == 0) shared->is_last = draw_ticket(tickets + group, size) == static_cast<unsigned>(size) - 1;
-    __syncthreads();  // what the ticket has announced may be read
+    __syncthreads();  // the whole block has written its part before the semaphore says so, and read what it adds
+    if (thread == 0) shared->is_last = draw_ticket(semaphores + group, size) == static_cast<unsigned>(size) - 1;
+    __syncthreads();  // what the semaphore has announced may be read
     if (!shared->is_last) return;
     fetch_partials<kRows, kHeadDim>(queries, shared, level + first * partial_bytes, size, own_part, plan.partial_rows,
                                     rows_here, thread);
@@ -654,7 +655,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
     level += count * partial_bytes;
     index = group;
     count = (count + plan.fan_in - 1) / plan.fan_in;
-    tickets += count;
+    semaphores += count;
   }
   write_rows<T, kRows, kHeadDim>(params, plan, batch, total, shared, thread);
 }

@@ -1,4 +1,4 @@
-// Attention forward for many query rows, on mma.sync (sm_80 and later): attention.h has the formula, SPEC 5.4-5.6.
+// Attention forward for many query rows, on mma.sync (sm_80 and later): attention.h has the formula, docs/model.md#5.
 //
 // A block owns 128 query rows of one head, a warp 32 of them as two groups of 16; keys come in tiles of 64, from the
 // last visible one to the first:
@@ -18,9 +18,10 @@
 // computes none that its own 32 rows do not see.
 //
 // Softmax: the weight of a score s is 2^(s * scale2 - reference). Where the head's logits have a small bound the
-// reference is a constant (bounded, gpu_kernels 1.3), otherwise the row's largest score so far (online). The output is
-// divided by the sum of the weights as rounded for the second product, so that the rounding of a dominant weight
-// cancels; that sum is one more tile of columns of the product. softmax_lse takes the sum of the unrounded weights.
+// reference is a constant (bounded, docs/attention.md#bounded-softmax), otherwise the row's largest score so far
+// (online). The output is divided by the sum of the weights as rounded for the second product, so that the rounding of
+// a dominant weight cancels; that sum is one more tile of columns of the product. softmax_lse takes the sum of the
+// unrounded weights.
 //
 // Cost: 4 * head_dim flops per visible pair. Q and out move once; K and V once per query tile, from L2 where the heads
 // that share them run together. A plain tile of a warp with head_dim 128 is about 900 instructions: 264 products, 80

@@ -304,13 +304,14 @@ __device__ inline void store_rows(const Rows<T>& target, int first, const float 
 
 inline constexpr int kUnlimited = INT_MAX;
 // Bounded softmax takes 2^(score * scale2) as it is. The numbers a row may sum are then between 2^-126 and 2^126 in
-// bfloat16 and float32 (gpu_kernels 1.3). float16 is normal from 2^-14 on: a row whose own key has the smallest weight,
-// e^-7 = 2^-10, keeps its neighbours, which a bias makes smaller still, to 4 bits less than the own key.
+// bfloat16 and float32 (docs/attention.md#bounded-softmax). float16 is normal from 2^-14 on: a row whose own key has
+// the smallest weight, e^-7 = 2^-10, keeps its neighbours, which a bias makes smaller still, to 4 bits less than the
+// own key.
 template <typename T>
 inline constexpr float kMaxBound = std::is_same_v<T, __half> ? 7.0f : 40.0f;
 
 // A head's constants. `window`: keys at this distance or farther together hold less than 2^-24 of a row's softmax if
-// the row sees its own key: exp(2 bound - slope * distance), a geometric sum (gpu_kernels 1.5).
+// the row sees its own key: exp(2 bound - slope * distance), a geometric sum (docs/attention.md#windows).
 struct Head {
   float slope;  // per key, natural units
   float bound;  // on |softmax_scale <q, k>|; infinite when unknown

@@ -1,4 +1,4 @@
-// qk_norm_rotary on the GPU (SPEC 5.2, 5.3, 16.3): kernels. The launches are in qk_norm_rotary.cu.
+// qk_norm_rotary on the GPU (docs/model.md#5.2, #5.3, #16.3): kernels. The launches are in qk_norm_rotary.cu.
 //
 //   forward    x_hat = x / max(||x||, 1e-12)      out = R (scale * x_hat)     R: rotation of pairs, times z
 //   backward   g = R^T dout                       dscale = sum of g * x_hat over tokens

@@ -1,4 +1,4 @@
-// token_shift_norm on the GPU (SPEC 3, 4, 7, 16.3): kernels. The launches are in token_shift_norm.cu.
+// token_shift_norm on the GPU (docs/model.md#3, #4, #7, #16.3): kernels. The launches are in token_shift_norm.cu.
 //
 //   u = alpha * residual_scale * residual + x                          u = x without a residual
 //   y = (u - mean(u)) / sqrt(var(u) + 1e-5) * (1 + gamma)              y = u without gamma

@@ -156,7 +156,7 @@ std::uint64_t apply_atomic(Type type, int operation, std::uint64_t old, std::uin
 }
 
 // [a], b, c follow the result, which red has not got.
-// option: operation, number of elements, first operand, releases, synchronises (an integer may be a ticket), acquires
+// option: operation, number of elements, first operand, releases, synchronises (an integer may be a semaphore), acquires
 Step atomic(Execution& x, const Instruction& i) {
   const std::size_t first = i.option[2];
   const int bytes = bytes_of(i.type), count = i.option[1];

@@ -211,11 +211,11 @@ BOTH(shuffle_from_outside);
 DEFECT(same_word) { out[threadIdx.x + (kDefect ? 0 : 64 * blockIdx.x)] = threadIdx.x + 1000 * blockIdx.x; }
 BOTH(same_word);
 
-__device__ unsigned ticket;
+__device__ unsigned semaphore;
 
 enum class Fence { kNone, kByAll, kByOne, kByAllBehindTheBarrier };
 
-// The last block sums what all blocks left, read by loads or by copies. A fence on either side of the ticket makes it
+// The last block sums what all blocks left, read by loads or by copies. A fence on either side of the semaphore makes it
 // right, by the thread that draws it: before it and behind a barrier, and after it and before a barrier.
 template <Fence kRelease, Fence kAcquire, bool kBarrier = true, bool kByCopy = false>
 __device__ void sum_of_blocks(float* out, const float* in) {
@@ -226,7 +226,7 @@ __device__ void sum_of_blocks(float* out, const float* in) {
   __syncthreads();
   if (threadIdx.x == 0) {
     if (kRelease == Fence::kByOne) __threadfence();
-    last = atomicInc(&ticket, gridDim.x - 1) == gridDim.x - 1;
+    last = atomicInc(&semaphore, gridDim.x - 1) == gridDim.x - 1;
     if (kAcquire == Fence::kByOne) __threadfence();
   }
   if (kBarrier) __syncthreads();
@@ -257,11 +257,11 @@ BOTH(ticket_fenced_by_others);
 DEFECT(ticket_without_barrier) { sum_of_blocks<Fence::kByOne, Fence::kByOne, !kDefect>(out, in); }
 BOTH(ticket_without_barrier);
 
-// The fence before the ticket orders writes; what comes after the ticket may still be read early.
+// The fence before the semaphore orders writes; what comes after the semaphore may still be read early.
 DEFECT(ticket_without_second_fence) { sum_of_blocks<Fence::kByOne, kDefect ? Fence::kNone : Fence::kByOne>(out, in); }
 BOTH(ticket_without_second_fence);
 
-// The thread that drew the ticket acquires with its fence, for itself; no barrier hands that on to the others.
+// The thread that drew the semaphore acquires with its fence, for itself; no barrier hands that on to the others.
 DEFECT(ticket_fenced_behind_the_barrier) {
   sum_of_blocks<Fence::kByOne, kDefect ? Fence::kByAllBehindTheBarrier : Fence::kByOne>(out, in);
 }
@@ -275,7 +275,7 @@ BOTH(ticket_then_copies);
 
 __device__ unsigned flag, done;
 
-// A flag instead of a ticket: relaxed operations with a fence of the same thread on either side. Who does not find it
+// A flag instead of a semaphore: relaxed operations with a fence of the same thread on either side. Who does not find it
 // set goes without.
 DEFECT(flag_without_fence) {
   __shared__ unsigned found;

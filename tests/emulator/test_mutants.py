@@ -2,8 +2,8 @@
 
 A mutant is a kernel without one of its synchronising instructions. It runs small cases and is caught when the emulator
 reports something, stops, or the results are others. So the kernels synchronise no more than they must, except for what
-EXPLAINED says, and the emulator has no blind spot where they rely on it. Atomic operations stay: without its ticket a
-kernel is another algorithm.
+EXPLAINED says, and the emulator has no blind spot where they rely on it. Atomic operations stay: without its semaphore
+a kernel is another algorithm.
 """
 
 import collections

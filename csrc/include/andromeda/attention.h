@@ -1,4 +1,4 @@
-// attention (SPEC 5.4-5.6): out = softmax(softmax_scale * q k^T - alibi_slopes * |i - j|) v.
+// attention (docs/model.md#5): out = softmax(softmax_scale * q k^T - alibi_slopes * |i - j|) v.
 //
 // Positions are aligned at the end: the last query and the last key have i == j. Query i sees key j when
 // j >= key_start[i] and, if causal, j <= i. A row that sees no key gives out = 0 and softmax_lse = -inf.
@@ -47,9 +47,9 @@ void attention_backward(const AttentionBackwardParams& params, int num_threads);
 
 // Scratch memory of one CUDA call: C++ allocates nothing. The sizes depend on shapes and on the current device.
 struct AttentionWorkspace {
-  float* values;          // (num_values,), any contents
-  std::int32_t* tickets;  // (num_tickets,), zero before the first call; every call leaves them zero
-  std::int64_t num_values, num_tickets;
+  float* values;             // (num_values,), any contents
+  std::int32_t* semaphores;  // (num_semaphores,), zero before the first call; every call leaves them zero
+  std::int64_t num_values, num_semaphores;
   int num_splits;  // forward: what was chosen, for AttentionParams::num_splits of the call
 };
 

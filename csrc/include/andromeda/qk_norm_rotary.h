@@ -1,4 +1,4 @@
-// qk_norm_rotary (SPEC 5.2, 5.3): normalise, scale and rotate the rows of q and k in one pass over memory.
+// qk_norm_rotary (docs/model.md#5.2, #5.3): normalise, scale and rotate the rows of q and k in one pass over memory.
 //
 //   x_hat = x / max(||x||, 1e-12)              when normalize, else x
 //   x_til = x_hat * scale[head]                when scale is given

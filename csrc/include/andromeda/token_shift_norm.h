@@ -1,4 +1,4 @@
-// token_shift_norm (SPEC 3, 4, 7): residual, layer norm and token shift in one pass over memory.
+// token_shift_norm (docs/model.md#3, #4, #7): residual, layer norm and token shift in one pass over memory.
 //
 //   u = alpha * residual_scale * residual + x                          u = x without a residual
 //   y = (u - mean(u)) / sqrt(var(u) + 1e-5) * (1 + gamma)              y = u without gamma
