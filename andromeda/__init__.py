@@ -26,8 +26,8 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "AndromedaTokenizer": "andromeda.tokenizer",
-    "DatasetBuilder": "andromeda.dataset",
+    "AndromedaTokenizer": "andromeda.data.tokenizer",
+    "DatasetBuilder": "andromeda.data.builder",
     "use_available_processors": "andromeda.threads",
     "attention": "andromeda.ops.attention",
     "qk_norm_rotary": "andromeda.ops.qk_norm_rotary",

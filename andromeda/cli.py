@@ -310,7 +310,7 @@ def _build_options(parser):
 
 def _build_dataset(arguments) -> int:
     from andromeda import AndromedaTokenizer
-    from andromeda.documents import open_source
+    from andromeda.data.sources import open_source
 
     target = Path(arguments.out)
     if target.exists():

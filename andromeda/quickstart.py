@@ -111,7 +111,7 @@ def _run(out: Path, state: dict, started: float):
     import torch
 
     from andromeda import Andromeda, AndromedaTokenizer
-    from andromeda.dataset import PackedDataset
+    from andromeda.data.packed import PackedDataset
     from andromeda.training import TrainSettings, evaluate, latest_checkpoint, sample_text, train
 
     seed, device = state["settings"]["seed"], state["settings"]["device"]

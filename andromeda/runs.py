@@ -214,7 +214,8 @@ def open_rows(source: str, *, tokenizer, seq_len: int, doc_mask: bool, verify: b
 
     verify: compare those of a folder with their checksums, which reads all of them; `train` does it by itself.
     """
-    from andromeda.dataset import METADATA_FILE, PackedDataset
+    from andromeda.data.cache import METADATA_FILE
+    from andromeda.data.packed import PackedDataset
 
     if (Path(source) / METADATA_FILE).is_file():
         rows = PackedDataset(source, doc_mask=doc_mask)
@@ -229,7 +230,7 @@ def open_rows(source: str, *, tokenizer, seq_len: int, doc_mask: bool, verify: b
 
 def _check_same_tokenizer(folder: Path, tokenizer):
     """Rows packed with another tokenizer than the one in hand would be read as other text, without any error."""
-    from andromeda.packing import packing_tokenizer_json
+    from andromeda.data.workers import packing_tokenizer_json
 
     if not (folder / "tokenizer" / "tokenizer.json").is_file():
         return
@@ -240,8 +241,9 @@ def _check_same_tokenizer(folder: Path, tokenizer):
 
 def texts_of(source, text_column: str | None = None, split: str | None = None, errors: str = "strict", **options):
     """The documents of a source, as the packing will see them; long ones in parts."""
-    from andromeda.documents import clean, open_source
-    from andromeda.packing import in_parts
+    from andromeda.data.cleaning import clean
+    from andromeda.data.pieces import in_parts
+    from andromeda.data.sources import open_source
 
     opened = open_source(source, split, text_column=text_column, errors=errors, **options)
     counts: Counter = Counter()
@@ -251,7 +253,8 @@ def texts_of(source, text_column: str | None = None, split: str | None = None, e
 def pack(source, target: Path, tokenizer, **options):
     """Pack a source into the folder `target`, with the tokenizer inside: whole or absent."""
     from andromeda import DatasetBuilder
-    from andromeda.dataset import DATA_FILE, METADATA_FILE, PackedDataset
+    from andromeda.data.cache import DATA_FILE, METADATA_FILE
+    from andromeda.data.packed import PackedDataset
 
     with whole_folder(target) as folder:
         built = DatasetBuilder(source, tokenizer=tokenizer, cache_dir=folder, **options).build_dataset()

@@ -483,7 +483,7 @@ def check_vocabulary(model, tokenizer):
 
 def _hf_tokenizer(tokenizer):
     """The transformers tokenizer inside an `AndromedaTokenizer`, or the argument itself."""
-    from andromeda.tokenizer import AndromedaTokenizer
+    from andromeda.data.tokenizer import AndromedaTokenizer
 
     return tokenizer.tokenizer if isinstance(tokenizer, AndromedaTokenizer) else tokenizer
 
@@ -1375,7 +1375,7 @@ class _Progress(TrainerCallback):
 
 def sample_text(model, tokenizer, prompt: str, *, tokens: int, temperature: float = 0.8, seed: int = 0) -> str:
     """`prompt` and its continuation by `tokens` sampled tokens. Leaves the random generators as they were."""
-    from andromeda.tokenizer import token_ids
+    from andromeda.data.tokenizer import token_ids
 
     tokenizer = _hf_tokenizer(tokenizer)
     ids = token_ids(tokenizer, prompt) or [tokenizer.eos_token_id or 0]

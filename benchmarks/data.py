@@ -27,9 +27,9 @@ from pathlib import Path
 import report
 import timing
 
-from andromeda import packing
-from andromeda.dataset import DatasetBuilder
-from andromeda.tokenizer import AndromedaTokenizer
+from andromeda.data import workers
+from andromeda.data.builder import DatasetBuilder
+from andromeda.data.tokenizer import AndromedaTokenizer
 
 # A process of the baseline with several: tokenises every n-th batch each time it reads a line.
 TOKENIZE = """
@@ -122,10 +122,10 @@ def run(folder: Path, args: argparse.Namespace) -> tuple[list[dict], list[str]]:
     size = sum(len(text.encode()) for text in texts)
     source, tokenizer_path, batches_path = folder / "corpus.jsonl", folder / "tokenizer.json", folder / "batches.json"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    batches = list(packing.document_batches(texts))
+    batches = list(workers.document_batches(texts))
     batches_path.write_text(json.dumps(batches))
     tokenizer = AndromedaTokenizer.train(texts, vocab_size=args.vocab_size)
-    tokenizer_path.write_text(packing.packing_tokenizer_json(tokenizer.tokenizer.backend_tokenizer))
+    tokenizer_path.write_text(workers.packing_tokenizer_json(tokenizer.tokenizer.backend_tokenizer))
     alone = type(tokenizer.tokenizer.backend_tokenizer).from_file(str(tokenizer_path))
     alone.encode_special_tokens = True
 

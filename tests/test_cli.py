@@ -17,7 +17,7 @@ import torch
 
 from andromeda import Andromeda, cli, info, interrupts, training
 from andromeda.cli import main
-from andromeda.dataset import PackedDataset
+from andromeda.data.packed import PackedDataset
 
 MODEL = ["--dim", "32", "--depth", "1", "--heads", "2", "--dim-head", "16", "--alibi-num-heads", "1"]
 FAST = [*MODEL, "--batch-size", "2", "--learning-rate", "1e-2", "--device", "cpu"]

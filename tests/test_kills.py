@@ -21,9 +21,10 @@ FORKS = '''if True:
     from pathlib import Path
 
     import datasets, numpy, pyarrow, torch
-    from andromeda import cli, files, packing
-    from andromeda.dataset import PackedDataset
-    from andromeda.tokenizer import AndromedaTokenizer
+    from andromeda import cli, files
+    from andromeda.data import packing, workers
+    from andromeda.data.packed import PackedDataset
+    from andromeda.data.tokenizer import AndromedaTokenizer
 
     root, tries = Path(sys.argv[1]), int(sys.argv[2])
     files._STALE_SECONDS = 0  # what an earlier fork left is old enough
@@ -52,15 +53,15 @@ FORKS = '''if True:
         sys.addaudithook(hook)
         os.fsync = stepping(os.fsync)
         packing._HashedFile.write = stepping(packing._HashedFile.write)
-        packing._write_frame, packing._read_frame = map(stepping, (packing._write_frame, packing._read_frame))
-        start = packing._Process.__init__
+        workers._write_frame, workers._read_frame = map(stepping, (workers._write_frame, workers._read_frame))
+        start = workers._Process.__init__
 
         def started(self, *args):
             start(self, *args)
             report.write(f"{self._process.pid}\\n")
             report.flush()
 
-        packing._Process.__init__ = started
+        workers._Process.__init__ = started
         return lambda: count
 
     def fork(work, number):

@@ -153,7 +153,7 @@ def test_the_corpus_is_the_same_every_time_and_held_out_files_are_apart(tmp_path
 def test_the_measured_step_takes_time(tmp_path, small_corpus):
     """The calibration runs on rows as the builder makes them and gives a plausible figure."""
     from andromeda import AndromedaTokenizer
-    from andromeda.dataset import PackedDataset
+    from andromeda.data.packed import PackedDataset
     from andromeda.runs import pack
 
     (tmp_path / "corpus.txt").write_text("for item in items:\n    total += item\n" * 200)

@@ -22,9 +22,6 @@ CPP_SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", "
 LAYERS = ("files", "reference", "ops", "model", "huggingface", "training", "commands")
 LAYER_OF = {
     **dict.fromkeys(("config", "generation", "checkpoint", "model"), "model"),
-    **dict.fromkeys(
-        ("packing", "tokenizer", "decoding", "columns", "folders", "readers", "documents", "dataset"), "data"
-    ),
     **dict.fromkeys(("__init__", "__main__", "arguments", "cli", "info", "interrupts", "quickstart"), "commands"),
     **dict.fromkeys(("runs", "threads"), "commands"),
 }
@@ -101,7 +98,7 @@ def test_every_module_has_its_test():
     tested_together = {"configuration_andromeda": "huggingface", "modeling_andromeda": "huggingface"}
     stems = {path.stem for path in MODULES} - {"__init__", "__main__"}
     expected = {f"test_{tested_together.get(stem, stem.lstrip('_'))}.py" for stem in stems}
-    assert expected <= {path.name for path in (ROOT / "tests").glob("test_*.py")}
+    assert expected <= {path.name for path in (ROOT / "tests").rglob("test_*.py")}
 
 
 @pytest.mark.parametrize("spelling", ["andromeda", "Andromeda"])

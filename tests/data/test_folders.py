@@ -6,8 +6,8 @@ import os
 import datasets
 import pytest
 
-from andromeda import folders
-from andromeda.folders import Skipped, is_rows, is_saved_dataset, walk
+from andromeda.data import folders
+from andromeda.data.folders import Skipped, is_rows, is_saved_dataset, walk
 
 
 def make(root, *names):

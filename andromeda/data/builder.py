@@ -1,4 +1,4 @@
-"""DatasetBuilder: documents to cached rows of token ids, and the `torch` data set that reads them."""
+"""DatasetBuilder: documents to cached rows of token ids."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import errno
 import hashlib
 import json
 import logging
-import operator
 import os
 import re
 import shutil
@@ -16,34 +15,25 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
-import xxhash
 
-from andromeda import files, packing
-from andromeda.documents import Source, check_name, clean, glob_patterns, open_source
-from andromeda.tokenizer import AndromedaTokenizer
+from andromeda import files
+from andromeda.data import cache
+from andromeda.data.cleaning import clean
+from andromeda.data.packed import PackedDataset
+from andromeda.data.packing import BestFitPacker, RowWriter, StreamPacker
+from andromeda.data.pieces import Seams, in_parts, pieces
+from andromeda.data.sources import Source, check_name, glob_patterns, open_source
+from andromeda.data.tokenizer import AndromedaTokenizer
+from andromeda.data.workers import Tokenization, Unfinished, document_batches, packing_tokenizer_json
 
 if TYPE_CHECKING:
     import datasets
 
-FORMAT = 1  # part of the cache key: raised when a change alters the rows
-DATA_FILE = "data.arrow"
-METADATA_FILE = "metadata.json"
-IGNORED_LABEL = -100
-
-_BUILDING = ".building-"  # start of the names of unfinished data sets
 _OTHER_PLACE = "Another place can be chosen with cache_dir, ANDROMEDA_CACHE or --out"
-
-_METADATA_KEYS = {
-    *("seq_len", "packing", "dtype", "rows", "rows_per_batch", "data_bytes", "statistics"),
-    *("vocab_size", "eos_token_id", "pad_token_id", "tokenizer_hash"),
-}
-
 _log = logging.getLogger(__name__)
 
 
@@ -100,7 +90,7 @@ class DatasetBuilder:
     tokenizer and the arguments that change rows. A build appears in the cache complete or not at all; what an
     interrupted one left is removed by a later one, and one whose bytes have changed since is said and built again. A
     few megabytes of text are in memory, never the corpus nor a long document, unless its tokenizer makes one word of
-    all of it (`packing.Seams`).
+    all of it (`andromeda.data.pieces.Seams`).
 
     Raises:
         TypeError, ValueError: an argument is wrong. FileNotFoundError: there is no such path.
@@ -157,7 +147,9 @@ class DatasetBuilder:
         self.exclude = glob_patterns(exclude, "exclude")
         self.separator = separator
         self.format = format
-        self.cache_dir = default_cache_dir() if cache_dir is None else _absolute(cache_dir, "DatasetBuilder: cache_dir")
+        self.cache_dir = (
+            cache.default_cache_dir() if cache_dir is None else cache.absolute(cache_dir, "DatasetBuilder: cache_dir")
+        )
         self.progress = progress
         self._needed_bytes = 0  # on the disk, estimated during a build
 
@@ -198,7 +190,7 @@ class DatasetBuilder:
 
     def _cache_path(self, source: Source, settings: _TokenizerSettings, fingerprint: str) -> Path:
         decisive = {
-            "format": FORMAT,
+            "format": cache.FORMAT,
             "source": fingerprint,
             "text_column": self.text_column,
             "errors": self.errors,
@@ -224,11 +216,11 @@ class DatasetBuilder:
     def _build(self, source: Source, settings: _TokenizerSettings, fingerprint: str | None) -> PackedDataset:
         with self._write_errors():
             self.cache_dir.mkdir(parents=True, exist_ok=True)
-            with files.temporary_folder(self.cache_dir, _BUILDING) as temporary:
+            with files.temporary_folder(self.cache_dir, cache.BUILDING) as temporary:
                 content_hash = self._write(source, settings, fingerprint, temporary)
                 path = self._cache_path(source, settings, fingerprint or content_hash)
                 if not _is_complete(path):  # another builder may have been faster
-                    _install(temporary, path)
+                    cache.install(temporary, path)
         return PackedDataset(path, doc_mask=self.doc_mask, label_first_token=self.label_first_token)
 
     def _write(
@@ -239,17 +231,17 @@ class DatasetBuilder:
 
         begin = time.monotonic()
         statistics: Counter = Counter()
-        texts = packing.in_parts(clean(source.documents(statistics), self.errors, statistics))
+        texts = in_parts(clean(source.documents(statistics), self.errors, statistics))
         digest = hashlib.sha256() if fingerprint is None else None
         if digest is not None:
             texts = _hashed(texts, digest)
-        texts = packing.pieces(texts, packing.Seams(settings.json))
-        writer = packing.RowWriter(directory / DATA_FILE, self.seq_len, settings.dtype, self.packing == "bfd")
-        packer: packing.StreamPacker | packing.BestFitPacker
+        texts = pieces(texts, Seams(settings.json))
+        writer = RowWriter(directory / cache.DATA_FILE, self.seq_len, settings.dtype, self.packing == "bfd")
+        packer: StreamPacker | BestFitPacker
         if self.packing == "bfd":
-            packer = packing.BestFitPacker(writer, directory / "tokens", settings.pad_token_id)
+            packer = BestFitPacker(writer, directory / "tokens", settings.pad_token_id)
         else:
-            packer = packing.StreamPacker(writer)
+            packer = StreamPacker(writer)
         bar = tqdm(
             total=source.num_documents(),
             desc=f"packing {source.name}",
@@ -258,12 +250,12 @@ class DatasetBuilder:
             disable=None if self.progress else True,
         )
         try:
-            with bar, packing.Tokenization(settings.json, settings.eos_token_id, self.num_cpu or 1) as tokenization:
-                with contextlib.closing(tokenization.map(packing.document_batches(texts))) as results:
+            with bar, Tokenization(settings.json, settings.eos_token_id, self.num_cpu or 1) as tokenization:
+                with contextlib.closing(tokenization.map(document_batches(texts))) as results:
                     for batch, ids, lengths in results:
                         if not statistics["tokens"]:
                             self._check_space(source, batch, len(ids), writer.dtype)
-                        unfinished = {i for i, text in enumerate(batch) if isinstance(text, packing.Unfinished)}
+                        unfinished = {i for i, text in enumerate(batch) if isinstance(text, Unfinished)}
                         packer.add(ids, lengths, unfinished)
                         ended = len(batch) - len(unfinished)
                         empty = sum(not length and i not in unfinished for i, length in enumerate(lengths))
@@ -298,14 +290,14 @@ class DatasetBuilder:
         }
         self._check_balance(source, counts)
         metadata = {
-            "format": FORMAT,
+            "format": cache.FORMAT,
             "source": source.name,
             "seq_len": self.seq_len,
             "packing": self.packing,
             "dtype": settings.dtype,
             "rows": writer.rows,
             "rows_per_batch": writer.rows_per_batch,
-            "data_bytes": (directory / DATA_FILE).stat().st_size,
+            "data_bytes": (directory / cache.DATA_FILE).stat().st_size,
             "xxh3_128": checksum,
             "vocab_size": settings.vocab_size,
             "eos_token_id": settings.eos_token_id,
@@ -314,8 +306,8 @@ class DatasetBuilder:
             "statistics": counts,
             **source.facts(),
         }
-        metadata["metadata_xxh3_128"] = _metadata_checksum(metadata)
-        (directory / METADATA_FILE).write_text(json.dumps(metadata, indent=1), encoding="utf-8")
+        metadata["metadata_xxh3_128"] = cache.metadata_checksum(metadata)
+        (directory / cache.METADATA_FILE).write_text(json.dumps(metadata, indent=1), encoding="utf-8")
         files.flush_tree(directory)
         summary = f"packed {source.name}: " + ", ".join(f"{value} {name}" for name, value in counts.items() if value)
         _log.info(summary)
@@ -389,298 +381,11 @@ class DatasetBuilder:
             ) from error
 
 
-class PackedDataset(torch.utils.data.Dataset):
-    """Rows that `DatasetBuilder` packed, mapped from the disk.
-
-    An item is a dict of tensors of shape (seq_len,):
-        input_ids: int64.
-        labels: int64, equal to input_ids (a model shifts them); -100 for padding and, with `label_first_token=False`,
-            for tokens that follow the end of a document.
-        key_start: int32, only with `doc_mask`: the position at which the document of this token starts in the row, as
-            `attention` and the models take it.
-
-    Args:
-        path: directory of the data set in the cache.
-        doc_mask, label_first_token: as in `DatasetBuilder`.
-
-    Attributes:
-        path: the directory.
-        metadata: what is known about the data set, as in its metadata.json.
-        statistics: counts of documents, dropped documents, tokens, rows, left-over tokens and padding.
-        seq_len, vocab_size, eos_token_id, pad_token_id, tokenizer_hash: `vocab_size` is the smallest number of
-            embeddings that serves all ids of the tokenizer.
-        content_checksum: XXH3-128 of the file of rows, which tells data sets apart.
-        hf: the same rows as a `datasets.Dataset`.
-
-    Opening it reads no rows: `verify` compares them with the checksum that was taken while they were written.
-
-    Raises:
-        ValueError: the directory does not hold a complete data set of this version.
-    """
-
-    def __init__(self, path: str | os.PathLike, *, doc_mask: bool = False, label_first_token: bool = True):
-        self.path = _absolute(path, "PackedDataset: path")
-        self.doc_mask = doc_mask
-        self.label_first_token = label_first_token
-        self.metadata = _read_metadata(self.path)
-        self.statistics: dict[str, int] = self.metadata["statistics"]
-        self.seq_len: int = self.metadata["seq_len"]
-        self.vocab_size: int = self.metadata["vocab_size"]
-        self.eos_token_id: int = self.metadata["eos_token_id"]
-        self.pad_token_id: int = self.metadata["pad_token_id"]
-        self.tokenizer_hash: str = self.metadata["tokenizer_hash"]
-        self._rows_per_batch: int = self.metadata["rows_per_batch"]
-        self._batches, self._lengths = _map_rows(self.path / DATA_FILE, self.metadata)
-
-    @cached_property
-    def content_checksum(self) -> str:
-        return self.metadata.get("xxh3_128") or files.checksum(self.path / DATA_FILE)
-
-    def verify(self) -> bool:
-        """Whether the folder records checksums (those of older versions do not); all its bytes are compared with them.
-
-        Raises:
-            ValueError: a file has other content than was written; names it. OSError: it cannot be read.
-        """
-        if "xxh3_128" not in self.metadata:
-            return False
-        recorded = {DATA_FILE: {"bytes": self.metadata["data_bytes"], "xxh3_128": self.metadata["xxh3_128"]}}
-        damages = files.damages(self.path, recorded)
-        if self.metadata.get("metadata_xxh3_128") != _metadata_checksum(self.metadata):
-            damages.append(f"{METADATA_FILE} has other content than was written (checksum differs)")
-        if damages:
-            raise ValueError(f"PackedDataset: {self.path} is damaged: {'; '.join(damages)}; build it again")
-        return True
-
-    @cached_property
-    def hf(self) -> datasets.Dataset:
-        import datasets
-
-        return datasets.Dataset.from_file(str(self.path / DATA_FILE))
-
-    def __len__(self) -> int:
-        return self.metadata["rows"]
-
-    def __repr__(self) -> str:
-        return f"PackedDataset({len(self)} rows of {self.seq_len} ids, {str(self.path)!r})"
-
-    def __reduce__(self):
-        # A worker of a DataLoader maps the file again instead of receiving the rows.
-        return _reopen, (self.path, self.doc_mask, self.label_first_token)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: Iterable[int]) -> list[dict[str, torch.Tensor]]:
-        """Several items; what a `DataLoader` calls for a batch."""
-        indices = [self._check_index(index) for index in indices]
-        if not indices:
-            return []
-        ids = np.empty((len(indices), self.seq_len), dtype=np.int64)
-        for row, index in zip(ids, indices, strict=True):
-            row[:] = self._row(index)
-        columns = {"input_ids": ids, "labels": self._labels(ids, indices)}
-        if self.doc_mask:
-            columns["key_start"] = document_starts(ids, self.eos_token_id)
-        tensors = {name: torch.from_numpy(column).unbind() for name, column in columns.items()}
-        return [dict(zip(tensors, row, strict=True)) for row in zip(*tensors.values(), strict=True)]
-
-    def _check_index(self, index: int) -> int:
-        position = operator.index(index)
-        if position < 0:
-            position += len(self)
-        if not 0 <= position < len(self):
-            raise IndexError(f"PackedDataset: index must be in {-len(self)} ... {len(self) - 1}, got {index}")
-        return position
-
-    def _row(self, index: int) -> np.ndarray:
-        batch, row = divmod(index, self._rows_per_batch)
-        return self._batches[batch][row]
-
-    def _labels(self, ids: np.ndarray, indices: list[int]) -> np.ndarray:
-        labels = ids.copy()
-        if not self.label_first_token:
-            # The first token of a row has no label to speak of: nothing in the row precedes it.
-            labels[:, 1:][ids[:, :-1] == self.eos_token_id] = IGNORED_LABEL
-        if self._lengths is not None:
-            lengths = self._lengths[indices]
-            labels[np.arange(self.seq_len) >= lengths[:, None]] = IGNORED_LABEL
-        return labels
-
-
-def document_starts(ids: np.ndarray, eos_token_id: int) -> np.ndarray:
-    """For each position, where its document starts: after the last `eos_token_id` before it, else at 0.
-
-    Args:
-        ids: (rows, seq_len) integers.
-        eos_token_id: the id that ends a document and belongs to it.
-
-    Returns:
-        (rows, seq_len) int32, non-decreasing along a row: the `key_start` of `attention`.
-    """
-    is_start = np.ones(ids.shape, dtype=bool)
-    np.equal(ids[:, :-1], eos_token_id, out=is_start[:, 1:])
-    starts = np.flatnonzero(is_start)  # of documents, in all rows one after the other
-    lengths = np.diff(starts, append=ids.size)
-    return np.repeat((starts % ids.shape[1]).astype(np.int32), lengths).reshape(ids.shape)
-
-
-def default_cache_dir() -> Path:
-    """Where data sets are kept if `cache_dir` is not given, an absolute path; see `DatasetBuilder`.
-
-    Raises:
-        ValueError: it would be in the home directory, which is not known.
-    """
-    if chosen := os.environ.get("ANDROMEDA_CACHE"):
-        return _absolute(chosen, "DatasetBuilder: ANDROMEDA_CACHE") / "datasets"
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    if not os.path.isabs(base) and not base.startswith("~"):
-        # So says the specification of that variable.
-        warnings.warn(f"XDG_CACHE_HOME must be an absolute path, got {base!r}: it is not used", stacklevel=2)
-        base = "~/.cache"
-    return _absolute(base, "DatasetBuilder: the cache") / "andromeda" / "datasets"
-
-
-def _absolute(path: str | os.PathLike, name: str) -> Path:
-    """An absolute path, with `~` resolved; what it is relative to is the current directory of now."""
-    if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
-        raise TypeError(f"{name} must be a path, got {path!r:.80}")
-    text = os.fspath(path)
-    if not text:
-        raise ValueError(f"{name} must not be empty; '.' is the current directory")
-    head, slash, tail = text.partition("/")
-    if head == "~":
-        head = os.environ.get("HOME") or _home_of_account()
-        if not os.path.isabs(head):
-            raise ValueError(
-                f"{name} is in the home directory ({text}), which is not known: HOME is not set to an absolute path "
-                "and this user has no account; set ANDROMEDA_CACHE, or pass an absolute path as cache_dir"
-            )
-    elif head.startswith("~"):
-        account, head = head, os.path.expanduser(head)
-        if head == account:
-            raise ValueError(
-                f"{name} must be in the home directory of an account that there is, got {text!r}; a "
-                f"folder of that name is './{text}'"
-            )
-    return Path(os.path.abspath(head + slash + tail))
-
-
-def _home_of_account() -> str:
-    import pwd
-
-    try:
-        return pwd.getpwuid(os.getuid()).pw_dir
-    except KeyError:
-        return ""
-
-
 def _from_here(name):
     """A relative path that exists, as an absolute one: the current directory may be another when it is read."""
     if isinstance(name, (str, os.PathLike)) and os.fspath(name) not in ("", "-") and os.path.exists(name):
         return type(name)(os.path.abspath(name)) if isinstance(name, (str, Path)) else Path(os.path.abspath(name))
     return name
-
-
-def _reopen(path: Path, doc_mask: bool, label_first_token: bool) -> PackedDataset:
-    return PackedDataset(path, doc_mask=doc_mask, label_first_token=label_first_token)
-
-
-def _read_metadata(path: Path) -> dict:
-    try:
-        metadata = json.loads((path / METADATA_FILE).read_text(encoding="utf-8"))
-        size = (path / DATA_FILE).stat().st_size
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise ValueError(f"PackedDataset: {path} must hold {METADATA_FILE} and {DATA_FILE}: {error}") from error
-    except (ValueError, RecursionError) as error:  # also of bytes that are not UTF-8
-        raise ValueError(f"PackedDataset: {path / METADATA_FILE} must be JSON: {error}") from error
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        found = metadata.get("format") if isinstance(metadata, dict) else metadata
-        raise ValueError(f"PackedDataset: {path / METADATA_FILE} must have format {FORMAT}, got {found!r:.80}")
-    if missing := _METADATA_KEYS - metadata.keys():
-        raise ValueError(f"PackedDataset: {path / METADATA_FILE} must have {', '.join(sorted(missing))}, got none")
-    if size != metadata["data_bytes"]:
-        raise ValueError(f"PackedDataset: {path / DATA_FILE} must have {metadata['data_bytes']} bytes, got {size}")
-    _check_metadata(metadata, path / METADATA_FILE)
-    return metadata
-
-
-def _check_metadata(metadata: dict, path: Path) -> None:
-    """Every number in its range: a wrong one would be read as other rows, or as none, without an error."""
-
-    def check(name: str, is_right: bool, what: str) -> None:
-        if not is_right:
-            raise ValueError(f"PackedDataset: {path}: {name} must be {what}, got {metadata[name]!r:.80}")
-
-    def is_integer(name: str, least: int, most: int) -> bool:
-        value = metadata[name]
-        return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-
-    for name in ("seq_len", "rows_per_batch", "vocab_size"):
-        check(name, is_integer(name, 1, 2**32), "an integer from 1 to 2**32")
-    check("rows", is_integer("rows", 1, 2**62), "an integer from 1")
-    for name in ("eos_token_id", "pad_token_id"):
-        check(name, is_integer(name, 0, metadata["vocab_size"] - 1), f"in 0 ... {metadata['vocab_size'] - 1}")
-    check("dtype", metadata["dtype"] in ("uint16", "uint32"), "uint16 or uint32")
-    check("packing", metadata["packing"] in ("stream", "bfd"), "stream or bfd")
-    check("statistics", isinstance(metadata["statistics"], dict), "an object")
-    check("tokenizer_hash", isinstance(metadata["tokenizer_hash"], str), "a string")
-
-
-def _metadata_checksum(metadata: dict) -> str:
-    """XXH3-128 of all of it but this checksum itself."""
-    rest = {name: value for name, value in metadata.items() if name != "metadata_xxh3_128"}
-    return xxhash.xxh3_128_hexdigest(json.dumps(rest, sort_keys=True).encode())
-
-
-def _map_rows(path: Path, metadata: dict) -> tuple[list[np.ndarray], np.ndarray | None]:
-    """Views (rows, seq_len) of the ids of each record batch, and the lengths of padded rows."""
-    import pyarrow
-
-    expected = packing.row_schema(metadata["seq_len"], metadata["dtype"], metadata["packing"] == "bfd")
-    try:
-        reader = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
-        if not reader.schema.equals(expected):
-            raise ValueError(f"PackedDataset: {path} must have the columns {expected}, got {reader.schema}")
-        batches = list(reader)
-        for batch in batches:
-            batch.validate()  # a length that is not true would lead beyond the file, and the process to its end
-        rows = [batch.column(0).flatten().to_numpy().reshape(-1, metadata["seq_len"]) for batch in batches]
-        lengths = None
-        if metadata["packing"] == "bfd":
-            lengths = np.concatenate([np.empty(0, np.int32), *(batch.column("length").to_numpy() for batch in batches)])
-    except (pyarrow.ArrowException, OSError) as error:
-        if getattr(error, "errno", None) is not None:  # of the disk; Arrow's own have none
-            raise
-        raise ValueError(f"PackedDataset: {path} must be an Arrow stream: {error}") from error
-    found = sum(map(len, rows))
-    if found != metadata["rows"] or any(len(batch) != metadata["rows_per_batch"] for batch in rows[:-1]):
-        raise ValueError(f"PackedDataset: {path} must hold {metadata['rows']} rows, got {found}")
-    if lengths is not None and not (
-        len(lengths) == found and 0 < lengths.min() <= lengths.max() <= metadata["seq_len"]
-    ):
-        raise ValueError(f"PackedDataset: {path} must have lengths of 1 to {metadata['seq_len']} in each row")
-    return rows, lengths
-
-
-# The cache: locks and names
-
-
-def _install(temporary: Path, path: Path) -> None:
-    """Give a complete directory its name. Two builders of one name wrote the same: either may win."""
-    for _ in range(10):
-        try:
-            os.rename(temporary, path)
-            break
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-        # What has the name is damaged, or has just been written by another builder: out of the way with it.
-        with files.temporary_folder(path.parent, _BUILDING) as trash, contextlib.suppress(FileNotFoundError):
-            os.rename(path, trash / "replaced")
-    else:
-        raise OSError(errno.EEXIST, "DatasetBuilder: other processes keep replacing the data set", str(path))
-    files.flush(path.parent)
 
 
 def _is_complete(path: Path) -> bool:
@@ -689,9 +394,6 @@ def _is_complete(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
-
-
-# Helpers of the build
 
 
 class _TokenizerSettings(NamedTuple):
@@ -727,7 +429,7 @@ def _tokenizer_settings(tokenizer) -> _TokenizerSettings:
             "DatasetBuilder: tokenizer must have an end-of-sequence token, got none; set its eos_token, or pass "
             "AndromedaTokenizer(tokenizer), which adds <eos>"
         )
-    text = packing.packing_tokenizer_json(backend)
+    text = packing_tokenizer_json(backend)
     vocab_size = max(len(tokenizer), max(backend.get_vocab().values()) + 1)
     return _TokenizerSettings(
         json=text,
@@ -742,6 +444,6 @@ def _tokenizer_settings(tokenizer) -> _TokenizerSettings:
 def _hashed(texts: Iterable[str], digest) -> Iterator[str]:
     for text in texts:
         data = text.encode()
-        digest.update((len(data) | isinstance(text, packing.Unfinished) << 63).to_bytes(8, "little"))
+        digest.update((len(data) | isinstance(text, Unfinished) << 63).to_bytes(8, "little"))
         digest.update(data)
         yield text

@@ -14,8 +14,16 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from andromeda import decoding
-from andromeda.decoding import Decoder, SourceError, check_text, end_of_last_character, open_input, recognise, seekable
+from andromeda.data import decoding
+from andromeda.data.decoding import (
+    Decoder,
+    SourceError,
+    check_text,
+    end_of_last_character,
+    open_input,
+    recognise,
+    seekable,
+)
 
 
 def zstandard(data):

@@ -6,7 +6,7 @@ import decimal
 import pyarrow
 import pytest
 
-from andromeda.columns import (
+from andromeda.data.columns import (
     TEXT,
     Choice,
     Kind,
@@ -17,7 +17,7 @@ from andromeda.columns import (
     schema_columns,
     value_kind,
 )
-from andromeda.decoding import SourceError
+from andromeda.data.decoding import SourceError
 
 STRINGS = pyarrow.string()
 

@@ -17,9 +17,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from andromeda import packing
-from andromeda.packing import Encoder, packing_tokenizer_json
-from andromeda.tokenizer import AndromedaTokenizer, check_texts, token_ids
+from andromeda.data import pieces, workers
+from andromeda.data.tokenizer import AndromedaTokenizer, check_texts, token_ids
+from andromeda.data.workers import Encoder, packing_tokenizer_json
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog.\n",
@@ -324,7 +324,7 @@ def test_training_is_deterministic(tokenizer):
     ids=lambda value: ascii(next(iter(value.items()))) if isinstance(value, dict) else "",
 )
 def test_training_refuses(monkeypatch, arguments, error, message):
-    monkeypatch.setattr(packing, "train_tokenizer", None)  # before the work
+    monkeypatch.setattr(workers, "train_tokenizer", None)  # before the work
     with pytest.raises(error, match=f"AndromedaTokenizer.train: {message}"):
         AndromedaTokenizer.train(**{"texts": []} | arguments)
 
@@ -345,12 +345,12 @@ def trained_here(texts, **options):
 
 def test_trained_as_in_one_process(monkeypatch):
     """Also where a document is long, arrives in parts, or fills several frames."""
-    monkeypatch.setattr(packing, "PIECE_CHARS", 300)
-    monkeypatch.setattr(packing, "MAX_BATCH_CHARS", 1000)
-    long = Path(packing.__file__).read_text()[:12000]
+    monkeypatch.setattr(pieces, "PIECE_CHARS", 300)
+    monkeypatch.setattr(workers, "MAX_BATCH_CHARS", 1000)
+    long = Path(workers.__file__).read_text()[:12000]
     texts = [*TEXTS, long, "", "one more " * 9]
     expected = trained_here(texts, vocab_size=500, min_frequency=3)
-    parts = [packing.Unfinished(long[begin : begin + 71]) for begin in range(0, len(long) - 71, 71)]
+    parts = [workers.Unfinished(long[begin : begin + 71]) for begin in range(0, len(long) - 71, 71)]
     in_parts = [*TEXTS, *parts, long[71 * len(parts) :], "", "one more " * 9]
     for given_texts in (texts, iter(in_parts)):
         made = AndromedaTokenizer.train(given_texts, 500, min_frequency=3)
@@ -362,7 +362,7 @@ def trainer(monkeypatch):
     """Acts on the process that trains when the texts were sent; the processes that were started."""
     started = []
 
-    class Recorded(packing._Trainer):
+    class Recorded(workers._Trainer):
         act = staticmethod(lambda process: None)
 
         def __init__(self):
@@ -373,7 +373,7 @@ def trainer(monkeypatch):
             Recorded.act(self._process)
             return super()._read()
 
-    monkeypatch.setattr(packing, "_Trainer", Recorded)
+    monkeypatch.setattr(workers, "_Trainer", Recorded)
     Recorded.started = started
     return Recorded
 
@@ -421,11 +421,11 @@ def test_a_process_that_nobody_waits_for_ends():
     random = np.random.default_rng(0)
     words = random.integers(ord("a"), ord("z"), (40_000, 12), dtype=np.uint8).tobytes().decode()
     texts = [" ".join(words[begin : begin + 12] for begin in range(0, len(words), 12))]
-    process = packing._Trainer()
+    process = workers._Trainer()
     try:
         options = {"vocab_size": 20_000, "show_progress": False}
         process._send(b"", json.dumps({"tokenizer": tokenizer_json(), "trainer": options}).encode())
-        process._send(*packing._pack_texts(texts))
+        process._send(*workers._pack_texts(texts))
         process._send(b"", b"")
         process._process.stdin.close()
         assert process._process.wait(60) == 1
@@ -443,9 +443,9 @@ def test_errors_of_the_texts_and_of_the_trainer(trainer):
     description = tokenizer_json()
     endless = iter(lambda: "text " * 10000, None)
     with pytest.raises(RuntimeError, match=r"AndromedaTokenizer\.train: TypeError: .* as an integer"):
-        packing.train_tokenizer(endless, description, {"vocab_size": "many"})
+        workers.train_tokenizer(endless, description, {"vocab_size": "many"})
     with pytest.raises(RuntimeError, match=r"AndromedaTokenizer\.train: .*expected ident at line 1"):
-        packing.train_tokenizer([], "no json", {})
+        workers.train_tokenizer([], "no json", {})
     assert [process.poll() is not None for process in trainer.started] == [True] * 3
 
 
@@ -464,8 +464,8 @@ def test_training_in_threads(tokenizer):
 
 @pytest.mark.parametrize("progress", [True, False])
 def test_progress_bars_are_those_of_tokenizers(monkeypatch, capfd, progress):
-    train, options = packing.train_tokenizer, {}
-    monkeypatch.setattr(packing, "train_tokenizer", lambda *given: options.update(given[2]) or train(*given))
+    train, options = workers.train_tokenizer, {}
+    monkeypatch.setattr(workers, "train_tokenizer", lambda *given: options.update(given[2]) or train(*given))
     AndromedaTokenizer.train(TEXTS, 300, progress=progress)
     assert options["show_progress"] is progress
     assert capfd.readouterr().out == ""  # of which the answer is made

@@ -11,10 +11,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from andromeda import readers
-from andromeda.columns import Choice, choose
-from andromeda.decoding import HEAD_BYTES, Input, SourceError
-from andromeda.readers import Document, content_format, open_reader, split_text, suffix_format
+from andromeda.data import readers
+from andromeda.data.columns import Choice, choose
+from andromeda.data.decoding import HEAD_BYTES, Input, SourceError
+from andromeda.data.readers import Document, content_format, open_reader, split_text, suffix_format
 
 
 class Counted(io.BytesIO):

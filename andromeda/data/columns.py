@@ -7,7 +7,7 @@ import numbers
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from andromeda.decoding import SourceError
+from andromeda.data.decoding import SourceError
 
 # A record is looked at only to see which of its columns may be text.
 SAMPLE_RECORDS = 100

@@ -1,4 +1,4 @@
-"""Sources of documents: kinds of files, columns, and text that is not clean."""
+"""Sources of documents: kinds of files, columns, names."""
 
 import bz2
 import contextlib
@@ -11,43 +11,21 @@ import os
 import re
 import sys
 import threading
-from collections import Counter
 from pathlib import Path, PurePosixPath
 
 import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from source_texts import texts_of, texts_of_opened
 
-from andromeda import documents
-from andromeda.dataset import DatasetBuilder
-from andromeda.decoding import SourceError
-from andromeda.documents import Document, clean, open_source
-from andromeda.tokenizer import AndromedaTokenizer
+from andromeda.data.builder import DatasetBuilder
+from andromeda.data.decoding import SourceError
+from andromeda.data.sources import open_source
+from andromeda.data.tokenizer import AndromedaTokenizer
 
 TEXTS = ["first\nline two", "", "zweites Dokument: ü, 🥊", " \t\n", 'with "quotes", commas\r\nand lines']
 KEPT = [text for text in TEXTS if text.strip()]
-
-
-def whole_texts(documents):
-    """The texts of documents; the parts of one are joined, which holds all of it in memory."""
-    parts = []
-    for document in documents:
-        parts.append(document.text)
-        if not document.continues:
-            yield "".join(parts)
-            parts.clear()
-
-
-def texts_of(source, errors="strict", text_column=None, split=None, **options):
-    """The documents of a source and the counts."""
-    opened = open_source(source, split, text_column=text_column, errors=errors, **options)
-    return texts_of_opened(opened, errors)
-
-
-def texts_of_opened(opened, errors="strict"):
-    counts = Counter()
-    return list(whole_texts(clean(opened.documents(counts), errors, counts))), counts
 
 
 def write_json_lines(path):
@@ -296,7 +274,7 @@ def test_errors_of_the_disk_name_the_file(tmp_path, monkeypatch):
         raise OSError(5, "Input/output error")
         yield
 
-    monkeypatch.setattr("andromeda.readers.text_blocks", fail)
+    monkeypatch.setattr("andromeda.data.readers.text_blocks", fail)
     with pytest.raises(OSError, match=r"Input/output error: '.*a.txt'"):
         texts_of(tmp_path)
 
@@ -307,7 +285,7 @@ def test_any_error_of_a_reader_names_the_file(tmp_path, monkeypatch):
     def fail(*arguments):
         raise KeyError("unheard of")
 
-    monkeypatch.setattr("andromeda.readers.text_blocks", fail)
+    monkeypatch.setattr("andromeda.data.readers.text_blocks", fail)
     with pytest.raises(SourceError, match=r"a.txt cannot be read: KeyError: 'unheard of'"):
         texts_of(tmp_path)
 
@@ -411,9 +389,6 @@ def test_datasets_of_strings_that_are_not_utf8(iterable):
         texts_of(dataset)
 
 
-# Pipes
-
-
 @contextlib.contextmanager
 def pipe(path, data):
     """A named pipe that `data` is written into once."""
@@ -511,9 +486,6 @@ def test_the_builder_passes_the_options_on(tmp_path):
         DatasetBuilder("", 4, tokenizer=tokenizer)
 
 
-# Columns
-
-
 @pytest.mark.parametrize(
     ("columns", "wanted", "expected"),
     [
@@ -583,96 +555,6 @@ def test_malformed_files(tmp_path, name, content, message):
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         texts_of(tmp_path / name)
-
-
-# Text that is not clean
-
-
-DIRTY = [
-    ("latin.txt", "gr\N{LATIN SMALL LETTER U WITH DIAERESIS}n".encode("latin-1"), "byte 0xfc at byte 2", "gr\ufffdn"),
-    ("nul.txt", "ü\0x".encode(), "a NUL character at byte 2", "ü\ufffdx"),
-    ("bom-nul.txt", b"\xef\xbb\xbfa\0", "a NUL character at byte 4", "a\ufffd"),
-    ("a.jsonl", b'{"text": "ok"}\n{"text": "\xff"}\n', "line 2 must be UTF-8, got byte 0xff at byte 25", "\ufffd"),
-    ("nul.jsonl", b'{"text": "a\\u0000"}\n', "column 'text' must be text, got a NUL character at byte 1", "a\ufffd"),
-    ("lone.jsonl", b'{"text": "a\\ud800"}\n', r"the lone surrogate U\+D800 at byte 1", "a\ufffd"),
-    ("a.csv", b"id,text\n1,\xe9\n", "line 2 must be UTF-8, got byte 0xe9 at byte 10", "\ufffd"),
-]
-
-
-@pytest.mark.parametrize(("name", "data", "message", "repaired"), DIRTY, ids=[case[0] for case in DIRTY])
-def test_bad_text(tmp_path, name, data, message, repaired):
-    path = tmp_path / name
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match=f"{name}.*{message}.*errors='replace'"):
-        texts_of(path)
-    texts, counts = texts_of(path, errors="skip")
-    assert texts == (["ok"] if name == "a.jsonl" else [])
-    assert (counts["skipped_documents"], counts["repaired_documents"]) == (1, 0)
-    texts, counts = texts_of(path, errors="replace")
-    assert texts[-1] == repaired
-    assert (counts["skipped_documents"], counts["repaired_documents"]) == (0, 1)
-
-
-def parts_of(*texts):
-    return [Document(text, "a.txt", 10 * index, index < len(texts) - 1) for index, text in enumerate(texts)]
-
-
-@pytest.mark.parametrize("waiting", [1, 1 << 20], ids=["on-disk", "in-memory"])
-@pytest.mark.parametrize(
-    ("texts", "errors", "expected", "counted"),
-    [
-        (["a", "b", "c"], "strict", ["abc"], None),
-        (["a", "b", "c"], "skip", ["abc"], None),
-        ([" ", "\n", "ü"], "strict", [" \nü"], None),
-        ([" ", "\n", "ü"], "skip", [" \nü"], None),
-        ([" ", "\n", "\t"], "strict", [], "empty_documents"),
-        ([" ", "\n", "\t"], "skip", [], "empty_documents"),
-        (["a", "b\0", "\udcff"], "skip", [], "skipped_documents"),
-        (["\0", " ", "b"], "skip", [], "skipped_documents"),
-        (["a", "b\0", "\udcff"], "replace", ["ab\ufffd\ufffd"], "repaired_documents"),
-        ([" ", "\0", " "], "replace", [" \ufffd "], "repaired_documents"),
-        (["a", " "], "strict", ["a "], None),
-        (["\N{BYTE ORDER MARK}", "a"], "skip", ["\N{BYTE ORDER MARK}a"], None),
-    ],
-    ids=range(12),
-)
-def test_documents_in_parts(monkeypatch, texts, errors, expected, counted, waiting):
-    """A document is kept, repaired or left out as a whole, wherever it is cut; what follows is not touched."""
-    monkeypatch.setattr(documents, "BLOCK_BYTES", waiting)
-    monkeypatch.setattr("andromeda.readers.BLOCK_BYTES", 4)
-    counts = Counter()
-    cleaned = list(clean([*parts_of(*texts), Document("next", "b.txt")], errors, counts))
-    assert all(part.text for part in cleaned)
-    assert list(whole_texts(cleaned)) == [*expected, "next"]
-    assert +counts == ({} if counted is None else {counted: 1})
-
-
-def test_parts_go_on_without_waiting():
-    """Long documents are not held back, but for white space at their start."""
-
-    def endless():
-        for index in range(5):
-            yield Document(" " if index < 2 else "text", "a.txt", continues=True)
-        raise RuntimeError("read too far")
-
-    cleaned = clean(endless(), "strict", Counter())
-    assert [next(cleaned).text for _ in range(4)] == ["  ", "text", "text", "text"]
-
-
-def test_a_fault_in_a_later_part_is_located():
-    with pytest.raises(ValueError, match=r"a.txt must be text, got a NUL character at byte 12"):
-        list(clean(parts_of("good", "ü\0"), "strict", Counter()))
-
-
-def test_byte_order_mark_is_removed(tmp_path):
-    for name, text in (("a.txt", "text"), ("b.jsonl", '{"text": "record"}\n'), ("c.json", '["item"]')):
-        (tmp_path / name).write_text(text, encoding="utf-8-sig")
-    texts, counts = texts_of(tmp_path)
-    assert texts == ["text", "record", "item"]
-    assert counts["byte_order_marks"] == 3
-
-
-# Names
 
 
 @pytest.mark.parametrize(

@@ -226,7 +226,7 @@ def seekable(file: BinaryIO) -> BinaryIO:
 class Decoder:
     """UTF-8 to text, for all of one file or column.
 
-    Bytes that are not UTF-8 are an error with errors="strict", else they become surrogates, which `documents.clean`
+    Bytes that are not UTF-8 are an error with errors="strict", else they become surrogates, which `cleaning.clean`
     deals with; more than a few per cent of them are an error in any case.
 
     Args:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from operator import itemgetter
 from typing import BinaryIO, NamedTuple
 
-from andromeda.columns import (
+from andromeda.data.columns import (
     SAMPLE_RECORDS,
     TEXT,
     Choice,
@@ -24,7 +24,7 @@ from andromeda.columns import (
     schema_columns,
     value_kind,
 )
-from andromeda.decoding import (
+from andromeda.data.decoding import (
     BLOCK_BYTES,
     COMPRESSED_SUFFIXES,
     Decoder,
@@ -36,7 +36,7 @@ from andromeda.decoding import (
     recognise,
     seekable,
 )
-from andromeda.packing import MAX_BATCH_DOCUMENTS
+from andromeda.data.workers import MAX_BATCH_DOCUMENTS
 
 # fmt: off
 TEXT_SUFFIXES = frozenset({

@@ -12,7 +12,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from andromeda import files, packing
+from andromeda import files
+from andromeda.data import workers
+from andromeda.data.pieces import Seams, pieces
 
 if TYPE_CHECKING:
     import tokenizers
@@ -314,7 +316,8 @@ class AndromedaTokenizer:
             "show_progress": bool(progress),
         }
         checked = check_texts(texts, "AndromedaTokenizer.train: texts")
-        trained = packing.train_tokenizer(checked, tokenizer.to_str(), options)
+        description = tokenizer.to_str()
+        trained = workers.train_tokenizer(pieces(checked, Seams(description)), description, options)
         return cls(
             Tokenizer.from_str(trained), eos_token=eos_token, pad_token=pad_token, model_max_length=model_max_length
         )

@@ -1,0 +1,110 @@
+"""Long documents, cut into pieces where that changes no token.
+
+So the memory that a build takes does not depend on the length of a document.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+
+from andromeda.data.workers import Unfinished, plain_tokenizer
+
+PIECE_CHARS = 1 << 17  # longer documents are tokenised in pieces of about this size
+SEAM_CHARS = 256  # a pre-tokenizer may look this far on either side of a seam
+
+
+def in_parts(documents: Iterable) -> Iterator[str]:
+    """The texts of `andromeda.data.readers.Document`s; one that the next continues is `Unfinished`."""
+    for document in documents:
+        yield Unfinished(document.text) if document.continues else document.text
+
+
+def pieces(texts: Iterable[str], seams: Seams) -> Iterator[str]:
+    """Texts of which the longer ones are cut, at seams, into pieces of about PIECE_CHARS.
+
+    Args:
+        texts: documents, or consecutive parts of them (`Unfinished`), which may be cut anywhere between characters.
+        seams: of the tokenizer.
+
+    Yields:
+        Documents and pieces of them (all but the last `Unfinished`). Each piece has tokens, and together they are the
+        tokens of the document. Where no seam is found a piece grows as long as needed, up to the whole document.
+    """
+    parts: list[str] = []
+    chars, size = 0, PIECE_CHARS
+    for text in texts:
+        finished = not isinstance(text, Unfinished)
+        parts.append(text)
+        chars += len(text)
+        if finished and chars <= PIECE_CHARS:
+            yield text if len(parts) == 1 else "".join(parts)
+        elif finished or chars > size + SEAM_CHARS:
+            rest = parts[0] if len(parts) == 1 else "".join(parts)
+            parts.clear()  # they need not stay in memory beside what they make
+            begin = 0
+            while len(rest) - begin > size + (0 if finished else SEAM_CHARS):
+                seam = seams.last(rest, begin + size // 2, begin + size)
+                if seam is None:
+                    size *= 2
+                    continue
+                yield Unfinished(rest[begin:seam])
+                begin, size = seam, PIECE_CHARS
+            if not finished:
+                parts, chars = [rest[begin:]], len(rest) - begin
+                continue
+            yield rest[begin:]
+        else:
+            continue
+        parts, chars, size = [], 0, PIECE_CHARS
+
+
+class Seams:
+    """Where a text can be cut so that the tokens of both sides, made separately, are the tokens of the whole.
+
+    A model encodes each word that its pre-tokenizer makes by itself, so the start of a word is a seam if the
+    pre-tokenizer finds the same words without the text beyond it. Normalizers and pre-tokenizers look at a few
+    characters around a place, which is why it is enough to compare there: SEAM_CHARS on either side are encoded
+    together and apart, and the place is taken only if the ids are the same and a word starts there. A tokenizer that
+    makes one word of everything (without a pre-tokenizer, or with one that does not split) has no seams.
+    """
+
+    # Where to try: before a space between two letters first, where nearly all pre-tokenizers cut.
+    _CANDIDATES = (
+        re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])"),
+        re.compile(r"(?<=\w)(?=[^\w\s]\w)|(?<=\n)(?=\S)|(?<=\S)(?=\s\S)"),
+    )
+    _TRIES = 24  # for each of them, before a longer piece is tried
+    _STRETCH = 4096
+
+    def __init__(self, tokenizer_json: str):
+        self._json = tokenizer_json
+
+    @cached_property
+    def _tokenizer(self):
+        return plain_tokenizer(self._json)
+
+    def last(self, text: str, begin: int, end: int) -> int | None:
+        """The last seam found in begin < position <= end; None if none was found."""
+        for candidates in self._CANDIDATES:
+            tries = 0
+            for stop in range(end, begin, -self._STRETCH):
+                start = max(begin, stop - self._STRETCH) + 1
+                found = [match.start() for match in candidates.finditer(text, start, stop)]
+                for position in reversed(found[-4:]):
+                    if self._is_seam(text, position):
+                        return position
+                    tries += 1
+                if tries >= self._TRIES:
+                    break
+        return None
+
+    def _is_seam(self, text: str, position: int) -> bool:
+        before, after = text[max(0, position - SEAM_CHARS) : position], text[position : position + SEAM_CHARS]
+        whole = self._tokenizer.encode(before + after, add_special_tokens=False)
+        left = self._tokenizer.encode(before, add_special_tokens=False).ids
+        right = self._tokenizer.encode(after, add_special_tokens=False).ids
+        if not left or not right or whole.ids != left + right:
+            return False
+        return whole.word_ids[len(left) - 1] != whole.word_ids[len(left)]
