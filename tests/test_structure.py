@@ -101,7 +101,7 @@ def test_every_module_has_its_test():
     tested_together = {"configuration_andromeda": "huggingface", "modeling_andromeda": "huggingface"}
     stems = {path.stem for path in MODULES} - {"__init__", "__main__"}
     expected = {f"test_{tested_together.get(stem, stem.lstrip('_'))}.py" for stem in stems}
-    assert expected <= {path.name for path in (ROOT / "tests").glob("test_*.py")}
+    assert expected <= {path.name for path in (ROOT / "tests").rglob("test_*.py")}
 
 
 @pytest.mark.parametrize("spelling", ["andromeda", "Andromeda"])
