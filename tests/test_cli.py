@@ -211,7 +211,7 @@ def test_train_resumes_with_the_options_it_was_started_with(rows, tmp_path, caps
         return original(batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "collate", interrupting)
+        patch.setattr(training.trainer, "collate", interrupting)
         code = run("train", rows, "--out", folder, "--steps", "6", "--save-every", "2", *FAST)
     assert code == 130
     said = capsys.readouterr().err

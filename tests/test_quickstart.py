@@ -33,7 +33,7 @@ def test_quickstart(small_corpus, tmp_path, capsys, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(quickstart, "_seconds_per_step", lambda *arguments: 0.2)
-        patch.setattr(training, "collate", interrupting)
+        patch.setattr(training.trainer, "collate", interrupting)
         assert run("--out", out) == 130
     said = capsys.readouterr().err
     assert f"andromeda quickstart --out '{out}' --minutes 0.02 --seed 0 --device cpu" in said

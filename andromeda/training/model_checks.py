@@ -1,0 +1,87 @@
+"""Checks of a model and its tokenizer before a training: among them, that they can be saved and loaded again."""
+
+import collections
+import tempfile
+
+import torch
+
+from andromeda.checkpoint import is_plain_embedding, plain_name
+from andromeda.huggingface import AndromedaForCausalLM
+from andromeda.model import Andromeda
+
+
+def check_model(owner: str, model):
+    if not isinstance(model, Andromeda | AndromedaForCausalLM):
+        raise TypeError(
+            f"{owner}: model must be an Andromeda or AndromedaForCausalLM, not wrapped in something else, got a "
+            f"{type(model).__name__}; trainer={{'torch_compile': True}} compiles it"
+        )
+
+
+def check_vocabulary(model, tokenizer):
+    """ValueError if `tokenizer` (or None) has ids that `model` has no embedding for."""
+    tokenizer = hf_tokenizer(tokenizer)
+    rows = model.config.vocab_size if isinstance(model, AndromedaForCausalLM) else model.config.num_tokens
+    if tokenizer is not None and len(tokenizer) > rows:
+        raise ValueError(
+            f"tokenizer: must have at most the {rows} ids of the model (num_tokens), got {len(tokenizer)}; "
+            "build the model with a larger num_tokens or use the tokenizer it was trained with"
+        )
+
+
+def hf_tokenizer(tokenizer):
+    """The transformers tokenizer inside an `AndromedaTokenizer`, or the argument itself."""
+    from andromeda.data.tokenizer import AndromedaTokenizer
+
+    return tokenizer.tokenizer if isinstance(tokenizer, AndromedaTokenizer) else tokenizer
+
+
+def check_saveable(model: AndromedaForCausalLM, tokenizer):
+    """ValueError if what is trained could not be saved, or not be loaded again from what was saved."""
+    owner = "train: the model must be one that can be saved and loaded again"
+    if not is_plain_embedding(model.get_input_embeddings()):
+        raise ValueError(
+            f"{owner}, with the default embedding_provider, got a {type(model.get_input_embeddings()).__name__}"
+        )
+    if without := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise ValueError(f"{owner}, with its parameters in memory, got {', '.join(without[:3])} on the meta device")
+    with torch.device("meta"):
+        fresh = AndromedaForCausalLM(model.config)
+    expected = {name: tuple(value.shape) for name, value in fresh.state_dict().items()}
+    found = {  # saved without what wrappers, such as torch.compile, put into names
+        plain_name(name, expected): tuple(value.shape) for name, value in model.state_dict().items()
+    }
+    if different := [name for name in {**expected, **found} if expected.get(name) != found.get(name)]:
+        lines = [f"\n    {name}: {expected.get(name)} expected, got {found.get(name)}" for name in different[:5]]
+        raise ValueError(f"{owner}, with the parameters that its config describes, got others:{''.join(lines)}")
+    if ties := shared_parameters(model):
+        _check_ties(model, ties, owner)
+    if tokenizer is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+
+
+def shared_parameters(model) -> list[list[str]]:
+    """Names of the parameters that are one and the same, in groups."""
+    groups = collections.defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups[id(parameter)].append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def _check_ties(model: AndromedaForCausalLM, ties: list[list[str]], owner: str):
+    """Save and load a small model with the same ties: transformers decides by the names which of them it can keep."""
+    sizes = {"num_tokens": 8, "max_seq_len": 8, "dim": 16, "dim_head": 8}
+    with torch.random.fork_rng(devices=[]):  # it draws weights
+        small = AndromedaForCausalLM.from_andromeda(Andromeda(**{**model.config.to_arguments(), **sizes}))
+    for first, *others in ties:
+        for name in others:
+            holder, _, attribute = name.rpartition(".")
+            setattr(small.get_submodule(holder), attribute, small.get_parameter(first))
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            small.save_pretrained(folder)
+            AndromedaForCausalLM.from_pretrained(folder)
+    except (RuntimeError, ValueError) as error:  # not those of the disk: they say nothing of the ties
+        shared = "; ".join(" = ".join(names) for names in ties)
+        raise ValueError(f"{owner}, got parameters that share one tensor ({shared}): {error}") from error

@@ -1,0 +1,225 @@
+"""How to train: the settings of a run, their bounds, and the arguments of transformers they stand for."""
+
+import dataclasses
+import math
+import numbers
+import os
+import sys
+
+import torch
+from transformers import TrainingArguments
+
+_LARGEST_FLOAT = sys.float_info.max
+LARGEST_COUNT = 2**31 - 1  # no count is larger: some libraries below hold it in 32 bits
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """The numbers that a setting may be; never NaN or infinity."""
+
+    kind: type  # int or float
+    low: float
+    high: float
+    open_low: bool = False
+    open_high: bool = False
+
+    def check(self, owner: str, name: str, value):
+        """`value` as an `int` or `float`.
+
+        Raises:
+            TypeError: it is no number, or not a whole one where only those make sense; bools are no numbers.
+            ValueError: it is not finite or out of bounds.
+        """
+        wanted = numbers.Integral if self.kind is int else numbers.Real
+        if isinstance(value, bool) or not isinstance(value, wanted):
+            what = "a whole number" if self.kind is int else "a number"
+            raise TypeError(f"{owner}: {name} must be {what}, got {value!r}")
+        try:
+            result = self.kind(value)
+        except OverflowError:  # a whole number beyond all of float
+            result = math.nan
+        above = result > self.low if self.open_low else result >= self.low
+        below = result < self.high if self.open_high else result <= self.high
+        if not (above and below):  # NaN is neither
+            raise ValueError(f"{owner}: {name} must be {self}, got {value}")
+        return result
+
+    def __str__(self) -> str:
+        if self.high == _LARGEST_FLOAT:
+            return "positive and finite" if self.open_low else f"finite and at least {self.low}"
+        return f"in {'(' if self.open_low else '['}{self.low}, {self.high}{')' if self.open_high else ']'}"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """How to train. The defaults suit a model of some hundred million parameters and less.
+
+    Attributes:
+        output_dir: folder of the checkpoints, of the model and of `history.jsonl`.
+        steps: optimiser steps of the whole run.
+        batch_size: rows per device and forward pass.
+        gradient_accumulation: forward passes per optimiser step.
+        learning_rate: of AdamW, after `warmup_steps` linear steps (default: 1 step in 25); then a cosine down to
+            `min_learning_rate_ratio` times that.
+        weight_decay: on the matrices of linear maps and embeddings; never on gains, scales and biases.
+        adam_beta1, adam_beta2: of AdamW, in [0, 1).
+        max_grad_norm: the gradient is scaled down to this norm; 0 leaves it as it is.
+        seed: order of the rows, below 2**32.
+        bf16: autocast to bfloat16. Default: on a CUDA device that has it, not on a CPU.
+        device: None for the best there is, or "cpu".
+        log_every, save_every, eval_every, sample_every: steps between progress figures, checkpoints, evaluations and
+            sample texts; 0 is never (the last step always saves).
+        keep: how many checkpoints stay on disk.
+        sample_prompt: what the sample texts continue.
+        num_workers: processes that load rows; 0 loads them in this one, which is enough for packed rows.
+        trainer: further keyword arguments of `transformers.TrainingArguments`, such as `{"fsdp": True}`.
+    """
+
+    output_dir: str
+    steps: int
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    learning_rate: float = 3e-4
+    min_learning_rate_ratio: float = 0.1
+    warmup_steps: int | None = None
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    bf16: bool | None = None
+    device: str | None = None
+    log_every: int = 10
+    save_every: int = 500
+    eval_every: int = 0
+    sample_every: int = 0
+    keep: int = 2
+    sample_prompt: str = ""
+    num_workers: int = 0
+    trainer: dict = dataclasses.field(default_factory=dict)
+
+    _BOUNDS = {  # noqa: RUF012 - no field
+        **dict.fromkeys(
+            ("steps", "batch_size", "gradient_accumulation", "log_every", "keep"), Bounds(int, 1, LARGEST_COUNT)
+        ),
+        **dict.fromkeys(("save_every", "eval_every", "sample_every", "num_workers"), Bounds(int, 0, LARGEST_COUNT)),
+        "warmup_steps": Bounds(int, 0, LARGEST_COUNT),
+        "learning_rate": Bounds(float, 0, _LARGEST_FLOAT, open_low=True),
+        "min_learning_rate_ratio": Bounds(float, 0, 1),
+        "weight_decay": Bounds(float, 0, _LARGEST_FLOAT),
+        "adam_beta1": Bounds(float, 0, 1, open_high=True),
+        "adam_beta2": Bounds(float, 0, 1, open_high=True),
+        "max_grad_norm": Bounds(float, 0, _LARGEST_FLOAT),
+        "seed": Bounds(int, 0, 2**32 - 1),  # numpy takes no larger one
+    }
+
+    def __post_init__(self):
+        for name, bounds in self._BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None or name != "warmup_steps":
+                object.__setattr__(self, name, bounds.check("TrainSettings", name, value))
+        if self.warmup_steps is not None and self.warmup_steps > self.steps:
+            raise ValueError(
+                f"TrainSettings: warmup_steps must be between 0 and steps ({self.steps}), got {self.warmup_steps}"
+            )
+        if not isinstance(self.output_dir, str | os.PathLike):
+            raise TypeError(f"TrainSettings: output_dir must be a path, got {self.output_dir!r}")
+        if not os.fspath(self.output_dir):
+            raise ValueError("TrainSettings: output_dir must name a folder, got ''; '.' is the current one")
+        object.__setattr__(self, "output_dir", os.fspath(self.output_dir))
+        if self.bf16 is not None and not isinstance(self.bf16, bool):
+            raise TypeError(f"TrainSettings: bf16 must be None, True or False, got {self.bf16!r}")
+        if not isinstance(self.sample_prompt, str):
+            raise TypeError(f"TrainSettings: sample_prompt must be a text, got {self.sample_prompt!r}")
+        if self.device not in (None, "cpu"):
+            raise ValueError(
+                f"TrainSettings: device must be None or 'cpu', got {self.device!r}; "
+                "set CUDA_VISIBLE_DEVICES to choose among GPUs"
+            )
+        if not isinstance(self.trainer, dict):
+            raise TypeError(f"TrainSettings: trainer must be a dict, got {self.trainer!r}")
+        for name, value in _numbers_in(self.trainer, "trainer"):
+            if not math.isfinite(value):
+                raise ValueError(f"TrainSettings: {name} must be finite, got {value}")
+
+    # What may change between the parts of one run without changing what it computes.
+    _INCIDENTAL = ("output_dir", "device", "log_every", "save_every", "eval_every", "sample_every", "keep")
+    _INCIDENTAL += ("sample_prompt", "num_workers")
+
+    def decisive(self) -> dict:
+        """The settings that the result depends on, with defaults filled in: a checkpoint continues only under these."""
+        settings = dataclasses.asdict(self)
+        for name in self._INCIDENTAL:
+            del settings[name]
+        return settings | {"warmup_steps": self._warmup(), "bf16": self._bf16()}
+
+    def _warmup(self) -> int:
+        return max(1, self.steps // 25) if self.warmup_steps is None else self.warmup_steps
+
+    def _bf16(self) -> bool:
+        if self.bf16 is not None:
+            return self.bf16
+        return self.device is None and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
+    def training_arguments(self) -> TrainingArguments:
+        """These settings in the words of transformers.
+
+        Raises:
+            ValueError: `trainer` repeats a setting that has a name here, or has a name that transformers does not know.
+        """
+        words = {
+            "output_dir": self.output_dir,
+            "max_steps": self.steps,
+            "per_device_train_batch_size": self.batch_size,
+            "gradient_accumulation_steps": self.gradient_accumulation,
+            "learning_rate": self.learning_rate,
+            "lr_scheduler_type": "cosine_with_min_lr",
+            "lr_scheduler_kwargs": {"min_lr_rate": self.min_learning_rate_ratio},
+            "warmup_steps": self._warmup(),
+            "weight_decay": self.weight_decay,
+            "adam_beta1": self.adam_beta1,
+            "adam_beta2": self.adam_beta2,
+            "max_grad_norm": self.max_grad_norm,
+            "seed": self.seed,
+            "bf16": self._bf16(),
+            "use_cpu": self.device == "cpu",
+            "logging_steps": self.log_every,
+            "logging_nan_inf_filter": False,  # it shows other losses in place of those that are not finite
+            "save_strategy": "steps",
+            "save_steps": self.save_every or self.steps,
+            "eval_strategy": "steps" if self.eval_every else "no",
+            "eval_steps": self.eval_every or None,
+            "dataloader_num_workers": self.num_workers,
+        }
+        known = {field.name for field in dataclasses.fields(TrainingArguments)}
+        if unknown := sorted(set(self.trainer) - known):
+            raise ValueError(
+                f"TrainSettings: trainer must name arguments of TrainingArguments, got {', '.join(unknown)}"
+            )
+        if repeated := sorted(set(self.trainer) & (set(words) | {"save_total_limit"})):
+            raise ValueError(f"TrainSettings: trainer must not repeat what has a name here, got {', '.join(repeated)}")
+        habits = {
+            "per_device_eval_batch_size": self.batch_size,
+            "prediction_loss_only": True,
+            "dataloader_drop_last": True,
+            "dataloader_pin_memory": torch.cuda.is_available() and self.device is None,
+            "dataloader_persistent_workers": self.num_workers > 0,
+            "remove_unused_columns": False,  # a column that the model does not know is an error, not dropped in silence
+            "include_num_input_tokens_seen": "all",
+            "ddp_find_unused_parameters": False,
+            "report_to": "none",
+            "disable_tqdm": True,  # the progress line is ours
+        }
+        return TrainingArguments(**words, **{**habits, **self.trainer})
+
+
+def _numbers_in(value, name: str):
+    """(name, number) of each float in nested dicts and lists."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _numbers_in(item, f"{name}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _numbers_in(item, f"{name}[{index}]")
+    elif isinstance(value, float):
+        yield name, value
