@@ -28,7 +28,7 @@ __all__ = [
 _MODULE_OF = {
     "AndromedaTokenizer": "andromeda.data.tokenizer",
     "DatasetBuilder": "andromeda.data.builder",
-    "use_available_processors": "andromeda.threads",
+    "use_available_processors": "andromeda.cli.threads",
     "attention": "andromeda.ops.attention",
     "qk_norm_rotary": "andromeda.ops.qk_norm_rotary",
 }

@@ -7,7 +7,7 @@ first moment, and the number of threads can still be set.
 import os
 import sys
 
-from andromeda import interrupts, threads
+from andromeda.cli import interrupts, threads
 
 
 def main() -> int:
@@ -17,10 +17,10 @@ def main() -> int:
         if getattr(sys, name) is None:  # closed (`>&-`): no file that is opened later must get its number
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until the end)
     threads.limit_environment()
-    from andromeda import cli
+    from andromeda.cli import main as command
 
     interrupts.raise_in_commands()
-    code = cli.main()
+    code = command.main()
     if code > 128:  # a signal ended it
         interrupts.end(code)
     return code

@@ -21,7 +21,8 @@ FORKS = '''if True:
     from pathlib import Path
 
     import datasets, numpy, pyarrow, torch
-    from andromeda import cli, files
+    from andromeda import files
+    from andromeda.cli import main as command
     from andromeda.data import packing, workers
     from andromeda.data.packed import PackedDataset
     from andromeda.data.tokenizer import AndromedaTokenizer
@@ -127,7 +128,7 @@ FORKS = '''if True:
 
     def build(kind):
         words = ["build-dataset", root / "corpus.jsonl", "--tokenizer", root / "made", "--out", "out"]
-        return lambda: cli.main(list(map(str, [*words, "--seq-len", 16, "--packing", kind])))
+        return lambda: command.main(list(map(str, [*words, "--seq-len", 16, "--packing", kind])))
 
     def whole_rows():
         PackedDataset("out").verify()

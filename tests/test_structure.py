@@ -1,6 +1,7 @@
-"""Who may know whom: the layers of the package and the folders of csrc, read from the sources."""
+"""Who may import whom: the rooms of the package and the folders of csrc, read from the sources."""
 
 import ast
+import graphlib
 import importlib
 import re
 import subprocess
@@ -15,16 +16,27 @@ import andromeda
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "andromeda"
 CSRC = ROOT / "csrc"
+TESTS = ROOT / "tests"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 CPP_SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh", ".in"))
 
-# A layer may import itself and the layers before it; `data` only itself and `files`, and the last two alone use it.
-LAYERS = ("files", "reference", "ops", "model", "huggingface", "training", "commands")
-LAYER_OF = {
-    **dict.fromkeys(("config", "generation", "checkpoint", "model"), "model"),
-    **dict.fromkeys(("__init__", "__main__", "arguments", "cli", "info", "interrupts", "quickstart"), "commands"),
-    **dict.fromkeys(("runs", "threads"), "commands"),
+# The rooms of the package, modules and folders, from the ground up, and the rooms that each may import.
+MAY_IMPORT = {
+    "files": [],
+    "reference": [],
+    "config": [],
+    "ops": ["reference"],
+    "generation": ["ops"],
+    "checkpoint": ["files", "config"],
+    "model": ["config", "ops", "generation", "checkpoint"],
+    "huggingface": ["config", "ops", "generation", "checkpoint", "model"],
+    "data": ["files"],
+    "training": ["files", "model", "huggingface", "data"],
+    "__init__": ["ops", "model", "data"],
+    "cli": ["files", "config", "ops", "data", "training", "__init__"],
+    "__main__": ["cli"],
 }
+MOST_ROOMS, MOST_LEVELS, MOST_IMPORTS = 14, 7, 28
 
 # csrc: the folders whose headers a folder may include, besides its own.
 MAY_INCLUDE = {"include": [], "cpu": ["include"], "cuda": ["include"], "bindings": ["include"], ".": ["include"]}
@@ -40,7 +52,7 @@ def relative(path):
 
 
 def imported(path):
-    """First names below andromeda of all that a file imports, also inside functions; public names as `__init__`."""
+    """The names in andromeda that a file imports, also inside functions: ("ops", "attention"); () for a public name."""
     for node in ast.walk(ast.parse(path.read_text())):
         names = []
         if isinstance(node, ast.Import):
@@ -49,27 +61,66 @@ def imported(path):
             assert node.level == 0, "imports are absolute"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         for name in names:
-            package, _, below = name.partition(".")
+            package, *below = name.split(".")
             if package == "andromeda":
-                head = below.partition(".")[0]
-                known = (PACKAGE / head).exists() or (PACKAGE / f"{head}.py").exists() or head == "_C"
-                yield head if head and known else "__init__"
+                yield tuple(below)
 
 
-def may_import(layer, target):
-    if target == "_C":
-        return layer == "ops"
-    if "data" in (layer, target):
-        return layer == target or target == "files" or layer in ("training", "commands")
-    return LAYERS.index(target) <= LAYERS.index(layer)
+def module_of(names):
+    """The module, as its names below andromeda, that an imported name is or belongs to."""
+    while names and not (PACKAGE.joinpath(*names).with_suffix(".py")).is_file():
+        if PACKAGE.joinpath(*names, "__init__.py").is_file():
+            return (*names, "__init__")
+        names = names[:-1]
+    return names or ("__init__",)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=relative)
-def test_python_layers(path):
-    head = path.relative_to(PACKAGE).with_suffix("").parts[0]
-    layer = LAYER_OF.get(head, head)
-    for name in imported(path):
-        assert may_import(layer, LAYER_OF.get(name, name)), f"{layer} imports {name}"
+def import_graph():
+    """module -> the modules that it imports, each as its names below andromeda."""
+    graph = {}
+    for path in MODULES:
+        module = path.relative_to(PACKAGE).with_suffix("").parts
+        found = {module_of(names) for names in imported(path) if names[:1] != ("_C",)}
+        graph[module] = found - {module}
+    return graph
+
+
+def room_graph():
+    """room -> the rooms that its modules import."""
+    graph = {}
+    for module, targets in import_graph().items():
+        graph.setdefault(module[0], set()).update(target[0] for target in targets)
+    return {room: targets - {room} for room, targets in graph.items()}
+
+
+def levels(graph):
+    """The length of the longest path of imports; fails at a cycle."""
+    order = list(graphlib.TopologicalSorter(graph).static_order())
+    height = {}
+    for name in order:
+        height[name] = 1 + max((height[target] for target in graph[name]), default=0)
+    return max(height.values())
+
+
+def test_rooms_import_only_rooms_below():
+    rooms = list(MAY_IMPORT)
+    assert all(rooms.index(target) < rooms.index(room) for room in rooms for target in MAY_IMPORT[room])
+    wrong = [(room, target) for room, targets in room_graph().items() for target in targets - {*MAY_IMPORT[room]}]
+    assert wrong == []
+    assert [path for path in MODULES if ("_C",) in imported(path) and path.parent.name != "ops"] == []
+
+
+def test_the_package_is_small_enough_to_draw():
+    graph = room_graph()
+    assert len(graph) <= MOST_ROOMS
+    assert levels(graph) <= MOST_LEVELS
+    assert sum(map(len, graph.values())) <= MOST_IMPORTS
+
+
+@pytest.mark.parametrize("room", [room for room in MAY_IMPORT if (PACKAGE / room).is_dir()])
+def test_no_circle_inside_a_folder(room):
+    graph = {module: targets for module, targets in import_graph().items() if module[0] == room}
+    levels({module: {target for target in targets if target[0] == room} for module, targets in graph.items()})
 
 
 def includes(path):
@@ -95,10 +146,13 @@ def test_cpp_includes(path):
 
 
 def test_every_module_has_its_test():
+    """In the folder of the same name in tests/, or in tests/ itself."""
     tested_together = {"configuration_andromeda": "huggingface", "modeling_andromeda": "huggingface"}
-    stems = {path.stem for path in MODULES} - {"__init__", "__main__"}
-    expected = {f"test_{tested_together.get(stem, stem.lstrip('_'))}.py" for stem in stems}
-    assert expected <= {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+    for path in MODULES:
+        if path.stem not in ("__init__", "__main__"):
+            name = f"test_{tested_together.get(path.stem, path.stem.lstrip('_'))}.py"
+            places = (TESTS / name, TESTS / path.parent.relative_to(PACKAGE) / name)
+            assert any(place.is_file() for place in places), f"{relative(path)} has no {name}"
 
 
 @pytest.mark.parametrize("spelling", ["andromeda", "Andromeda"])

@@ -101,7 +101,7 @@ def killed_before(operation: int, function) -> bool:
 
 
 def command(*words) -> None:
-    from andromeda.cli import main
+    from andromeda.cli.main import main
 
     assert main([str(word) for word in words]) == 0
 

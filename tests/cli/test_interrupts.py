@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 START = """
 import os, signal, sys, time
 sys.argv[0] = "andromeda"  # the package does not load torch for the command
 from pathlib import Path
-from andromeda import files, interrupts
+from andromeda import files
+from andromeda.cli import interrupts
 interrupts._UNHEARD_SECONDS = interrupts._CLEAN_UP_SECONDS = 0.2
 
 def me(number):
@@ -230,7 +231,7 @@ def test_signals_that_are_ignored_stay_so():
 
 
 def test_exit_codes_without_a_signal():
-    from andromeda import interrupts
+    from andromeda.cli import interrupts
 
     assert interrupts.exit_code() == interrupts.exit_code(KeyboardInterrupt()) == 130
     assert not interrupts.seen()

@@ -18,18 +18,20 @@ import time
 from pathlib import Path
 
 from andromeda import __version__
-from andromeda.files import check_output_folder, is_temporary, read_json, whole_folder, write_json
-from andromeda.runs import (
+from andromeda.cli import interrupts
+from andromeda.cli.arguments import SEED, number
+from andromeda.cli.console import UsageError, say, stopped
+from andromeda.cli.loading import (
     SIZES,
-    UsageError,
     load_model,
     load_tokenizer,
     pack,
     parameter_count,
     round_up,
-    say,
     texts_of,
+    training_device,
 )
+from andromeda.files import check_output_folder, is_temporary, read_json, whole_folder, write_json
 
 _RECORD = "quickstart.json"
 _HELD_OUT_EVERY = 20  # one file in so many is kept for the evaluation
@@ -42,6 +44,39 @@ _WARMUP = 0.15  # of the steps
 _SEQ_LEN = 256
 _VOCABULARY = 2048
 _PROMPT = "def "
+
+DESCRIPTION = """\
+Everything once, on real text and without a network: train a tokenizer on the source of this machine's Python standard
+library, pack it, train a small model, evaluate it on files it has not seen, save, reload, and let it write some Python.
+
+An interrupted run continues when the same command is given again."""
+
+
+def add_options(parser):
+    parser.add_argument("--out", default="andromeda-quickstart", metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--minutes", type=number(0, 1e6, above=True), default=1.5, metavar="X", help="time to train for"
+    )
+    parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="weights, order of the rows and sample")
+    parser.add_argument("--force", action="store_true", help="replace what an earlier quickstart left in DIR")
+    parser.add_argument("--device", metavar="NAME", help="cpu, even where there is a GPU, or cuda (default: a GPU)")
+
+
+def run(arguments) -> int:
+    out = Path(arguments.out)
+    device = training_device(arguments.device)
+    options = {"minutes": arguments.minutes, "seed": arguments.seed, "device": device}
+    words = [f"--{option} {value}" for option, value in options.items() if value is not None]
+    again = f"andromeda quickstart --out {shlex.quote(str(out))} {' '.join(words)}"
+    try:
+        outcome = quickstart(out, force=arguments.force, **options)
+    except KeyboardInterrupt as error:
+        say(f"andromeda: interrupted; this continues:\n    {again}")
+        return interrupts.exit_code(error)
+    if isinstance(outcome, str):
+        print(outcome)
+        return 0
+    return stopped(outcome, again)
 
 
 def quickstart(out: Path, *, minutes: float = 1.5, seed: int = 0, device: str | None = None, force: bool = False):

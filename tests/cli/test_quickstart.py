@@ -5,8 +5,9 @@ import signal
 
 import pytest
 
-from andromeda import interrupts, quickstart, runs, training
-from andromeda.cli import main
+from andromeda import training
+from andromeda.cli import console, interrupts, quickstart
+from andromeda.cli.main import main
 
 
 @pytest.fixture
@@ -122,7 +123,7 @@ def test_a_damaged_record_is_named_and_can_be_replaced(tmp_path, monkeypatch, ca
     ],
 )
 def test_arguments_out_of_range(tmp_path, options, text):
-    with pytest.raises(runs.UsageError, match=text):
+    with pytest.raises(console.UsageError, match=text):
         quickstart.quickstart(tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []
 
@@ -153,8 +154,8 @@ def test_the_corpus_is_the_same_every_time_and_held_out_files_are_apart(tmp_path
 def test_the_measured_step_takes_time(tmp_path, small_corpus):
     """The calibration runs on rows as the builder makes them and gives a plausible figure."""
     from andromeda import AndromedaTokenizer
+    from andromeda.cli.loading import pack
     from andromeda.data.packed import PackedDataset
-    from andromeda.runs import pack
 
     (tmp_path / "corpus.txt").write_text("for item in items:\n    total += item\n" * 200)
     tokenizer = AndromedaTokenizer.train(["for item in items: total += item"], 260, min_frequency=1)

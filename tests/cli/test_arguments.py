@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from andromeda.arguments import integer, not_empty, number
+from andromeda.cli.arguments import integer, not_empty, number
 
 
 @pytest.mark.parametrize("text", ["1", "7", "+7", "007", "10"])

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from andromeda.cli.console import UsageError, say
 from andromeda.files import whole_folder
 
 if TYPE_CHECKING:
@@ -20,16 +21,6 @@ SIZES = {
     "medium": {"dim": 1536, "depth": 24, "heads": 12, "dim_head": 128, "alibi_num_heads": 6},
     "full": {},
 }
-
-
-class UsageError(Exception):
-    """The command line asks for something that makes no sense here: exit code 2."""
-
-
-def say(text: str = ""):
-    """A message, to stderr: stdout is for results."""
-    if sys.stderr is not None:  # print would take stdout
-        print(text, file=sys.stderr, flush=True)
 
 
 def existing(path: str, what: str) -> Path:

@@ -10,13 +10,13 @@ import sys
 import pytest
 import torch
 
-from andromeda.cli import main
+from andromeda.cli.main import main
 
 
 def test_info_as_a_process():
     """Also: it neither needs nor loads transformers and datasets."""
     program = (
-        "import sys, andromeda.cli as cli; code = cli.main(['info', '--json']);"
+        "import sys; from andromeda.cli.main import main; code = main(['info', '--json']);"
         "assert not {'transformers', 'datasets'} & set(sys.modules); sys.exit(code)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -90,8 +90,8 @@ def test_info_table(capsys):
     ],
 )
 def test_info_of_processors(capsys, monkeypatch, quota, threads, text):
-    monkeypatch.setattr("andromeda.threads.quota", lambda: quota)
-    monkeypatch.setattr("andromeda.threads.affinity", lambda: 4)
+    monkeypatch.setattr("andromeda.cli.threads.quota", lambda: quota)
+    monkeypatch.setattr("andromeda.cli.threads.affinity", lambda: 4)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert main(["info"]) == 0

@@ -51,3 +51,13 @@ def not_empty(text: str) -> str:
 
 def _shown(text: str) -> str:
     return repr(text if len(text) <= 40 else f"{text[:37]}...")
+
+
+SEED = integer(0, 2**32 - 1)  # what every random generator takes
+DOC_MASK = "keep attention from looking beyond the start of a document"
+
+
+def device_options(parser):
+    parser.add_argument("--tokenizer", metavar="NAME", help="default: the one saved with the model")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")

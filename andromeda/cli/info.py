@@ -2,8 +2,23 @@
 
 import contextlib
 import importlib.metadata
+import json
 import os
 import platform
+
+DESCRIPTION = """\
+Say what is installed, how the extension was built, which devices there are, and for each operation
+which backend would run and why the others would not."""
+
+
+def add_options(parser):
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+
+
+def run(arguments) -> int:
+    facts = gather_info()
+    print(json.dumps(facts, indent=2) if arguments.json else info_table(facts))
+    return 0
 
 
 def gather_info() -> dict:
@@ -63,7 +78,7 @@ def _cuda_versions(select) -> dict:
 
 
 def _devices(torch) -> list[dict]:
-    from andromeda import threads
+    from andromeda.cli import threads
 
     cpu = {"device": "cpu", "name": _cpu_name(), "threads": torch.get_num_threads(), "cores": os.cpu_count()}
     devices = [cpu | {"affinity": threads.affinity(), "quota": threads.quota()}]

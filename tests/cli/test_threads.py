@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import andromeda
-from andromeda import threads
+from andromeda.cli import threads
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 V2 = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n"
 V1 = (
@@ -145,7 +145,7 @@ def test_a_command_under_a_quota_says_so_and_torch_follows():
     program = """
 import os, sys
 sys.argv = ["andromeda", *sys.argv[1:]]
-from andromeda import threads
+from andromeda.cli import threads
 threads.quota = lambda root="/": 1.0
 threads.affinity = os.cpu_count = lambda: 64
 from andromeda.__main__ import main

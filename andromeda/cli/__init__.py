@@ -1,0 +1,1 @@
+"""The command `andromeda`. Nothing here loads torch before `main` is imported."""

@@ -1,0 +1,259 @@
+"""`andromeda train`: a run, new or resumed, and the options it remembers."""
+
+import argparse
+import dataclasses
+import os
+import re
+import shlex
+from pathlib import Path
+
+from andromeda import __version__
+from andromeda.cli import interrupts
+from andromeda.cli.arguments import DOC_MASK, SEED, integer, number
+from andromeda.cli.console import UsageError, print_evaluation, say, stopped
+from andromeda.cli.loading import SIZES, find_model, load_model, open_rows, parameter_count, round_up, tokenizer_of
+from andromeda.config import ModelConfig
+from andromeda.files import is_temporary, write_json
+
+DESCRIPTION = """\
+Train a model on rows made by `build-dataset` (or on a text source, packed on the way).
+
+Checkpoints go to DIR/checkpoint-N, the trained model to DIR/model, the figures of the run (step, loss, learning rate,
+gradient norm, tokens/s, evaluations) to DIR/history.jsonl, one JSON object per line. A run that was interrupted, in
+whatever way, continues exactly with `andromeda train --out DIR --resume`; it remembers its options. Ctrl-C finishes the
+step, saves and stops; a second Ctrl-C stops at once. A run that becomes unstable (a loss that is not finite) ends with
+an error that names the step, and keeps its checkpoints.
+
+Options that are not listed here go to transformers' TrainingArguments, so `torchrun --nproc-per-node 8 -m andromeda
+train ... --fsdp` shards the model over eight devices.
+
+  andromeda train rows --out run --size small --steps 2000
+  andromeda train --out run --resume"""
+
+
+_MODEL_HELP = {
+    "dim": "width of the model",
+    "depth": "number of blocks",
+    "dim_head": "width of an attention head",
+    "heads": "number of query heads",
+    "alibi_num_heads": "heads with an ALiBi bias",
+    "shift_tokens": "token shift, 0 for none (default: 1)",
+    "num_tokens": "rows of the embedding (default: the tokenizer's, rounded up to a multiple of 128)",
+    "max_seq_len": "window of generation (default: the row length)",
+}
+
+
+def add_options(parser):
+    parser.usage = "andromeda train [ROWS] --out DIR [--steps N | --resume] [options]"
+    parser.add_argument("data", nargs="?", metavar="ROWS", help="folder of build-dataset, or a text source as there")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run")
+    parser.add_argument("--resume", action="store_true", help="continue the interrupted run in DIR")
+    parser.add_argument(
+        "--eval-data", metavar="ROWS", help="rows to evaluate on, at the end and every --eval-every steps"
+    )
+    parser.add_argument("--tokenizer", metavar="NAME", help="default: the one inside ROWS")
+    parser.add_argument(
+        "--seq-len", type=integer(1), metavar="N", help="row length, when ROWS is a text source (default: 1024)"
+    )
+    parser.add_argument("--doc-mask", action=argparse.BooleanOptionalAction, help=DOC_MASK + " (default: yes)")
+    parser.add_argument("--from", dest="start", metavar="CHECKPOINT", help="start from the weights of a saved model")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures of the end to a file")
+
+    training = parser.add_argument_group("training")
+    for flag, kind, metavar, text in (
+        ("--steps", integer(1), "N", "optimiser steps (required unless --resume)"),
+        ("--batch-size", integer(1), "N", "rows per device and forward pass (default: 8)"),
+        ("--gradient-accumulation", integer(1), "N", "forward passes per step (default: 1)"),
+        ("--learning-rate", number(0, above=True), "X", "peak of the cosine schedule (default: 3e-4)"),
+        ("--warmup-steps", integer(0), "N", "linear warm-up (default: one step in 25)"),
+        ("--weight-decay", number(0), "X", "on matrices only (default: 0.1)"),
+        ("--max-grad-norm", number(0), "X", "gradient clipping (default: 1.0)"),
+        ("--seed", SEED, "N", "weights and order of the rows (default: 0)"),
+        ("--log-every", integer(1), "N", "steps between figures (default: 10)"),
+        ("--save-every", integer(0), "N", "steps between checkpoints (default: 500)"),
+        ("--eval-every", integer(0), "N", "steps between evaluations on --eval-data (default: at the end)"),
+        ("--sample-every", integer(0), "N", "steps between sample texts (default: none)"),
+        ("--sample-prompt", str, "TEXT", "what the sample texts continue"),
+        ("--keep", integer(1), "N", "checkpoints to keep (default: 2)"),
+        ("--num-workers", integer(0, 1024), "N", "processes that load rows (default: 0)"),
+    ):
+        training.add_argument(flag, type=kind, metavar=metavar, help=text)
+    training.add_argument("--device", choices=("cpu",), help="cpu, even where there is a GPU")
+    training.add_argument(
+        "--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on a GPU that has it)"
+    )
+
+    model = parser.add_argument_group("model", "Sizes and switches of `andromeda.Andromeda`.")
+    model.add_argument(
+        "--size",
+        choices=SIZES,
+        help="sizes to start from: 0.7, 72, 577 and 2200 million parameters without the vocabulary (default: small)",
+    )
+    for field in dataclasses.fields(ModelConfig):
+        flag = f"--{field.name.replace('_', '-')}"
+        if field.type is bool:
+            model.add_argument(flag, action=argparse.BooleanOptionalAction, help=f"(default: {field.default})")
+        else:
+            least = 0 if field.name in ("shift_tokens", "alibi_num_heads") else 1
+            model.add_argument(flag, type=integer(least), metavar="N", help=_MODEL_HELP[field.name])
+
+
+def run(arguments) -> int:
+    folder = Path(arguments.out)
+    again = f"andromeda train --out {shlex.quote(str(folder))} --resume"
+    try:
+        return _train_in(folder, arguments, again)
+    except KeyboardInterrupt as error:
+        if not (folder / _OPTIONS_FILE).is_file():
+            raise
+        say(f"andromeda: interrupted; this continues from the last checkpoint:\n    {again}")
+        return interrupts.exit_code(error)
+
+
+def _train_in(folder: Path, arguments, again: str) -> int:
+    from andromeda.training import TrainSettings, evaluate, sealed, train
+
+    first = int(os.environ.get("RANK", "0")) == 0  # of the processes that torchrun started, one writes and speaks
+    options = _train_choices(arguments, folder, first)
+    try:
+        settings = TrainSettings(
+            output_dir=str(folder),
+            **{name: options[name] for name in _settings_names() if name in options},
+        )
+        settings.training_arguments()
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
+
+    start = find_model(options["start"]) if "start" in options else None
+    tokenizer = tokenizer_of(start or Path(options["data"]), options.get("tokenizer"))
+    packing = {"seq_len": options.get("seq_len", 1024), "doc_mask": options.get("doc_mask", True)}
+    packing["verify"] = False  # `train` does it
+    rows = open_rows(options["data"], tokenizer=tokenizer, **packing)
+    held_out = open_rows(options["eval_data"], tokenizer=tokenizer, **packing) if "eval_data" in options else None
+    model = _new_model(options, rows, settings.seed) if start is None else load_model(start, "cpu", None)
+    if first:
+        say(f"training {parameter_count(model):,} parameters on {len(rows):,} rows of {rows.seq_len:,} tokens")
+    # A run that did not come to its first checkpoint begins anew, which is just as exact.
+    resume = arguments.resume and any(folder.glob("checkpoint-*"))
+
+    def remember():
+        # After all checks: options that fail them must not stand in the way of the corrected ones.
+        write_json(folder / _OPTIONS_FILE, sealed({"andromeda": __version__, "options": options}))
+
+    result = train(
+        model,
+        rows,
+        settings,
+        eval_dataset=held_out,
+        tokenizer=tokenizer,
+        resume=resume,
+        on_start=None if resume and (folder / _OPTIONS_FILE).is_file() else remember,
+    )
+    if not first:
+        return 0
+    if result.interrupted:
+        return stopped(result, again)
+    figures = {"training": {name: value for name, value in dataclasses.asdict(result).items() if name != "history"}}
+    print(f"steps        {result.steps:,}" + (f", loss {result.loss:.4f}" if result.loss is not None else ""))
+    if result.seconds:
+        print(f"speed        {result.tokens_per_second:,.0f} tokens/s over {result.tokens:,} tokens")
+    if result.mfu is not None:
+        print(f"MFU          {100 * result.mfu:.1f} %")
+    print(f"model        {folder / 'model'}")
+    if held_out is not None and "WORLD_SIZE" not in os.environ:
+        evaluation = evaluate(model, held_out, tokenizer=tokenizer, batch_size=settings.batch_size, progress=True)
+        figures["evaluation"] = dataclasses.asdict(evaluation)
+        print_evaluation(evaluation)
+    if arguments.json:
+        write_json(Path(arguments.json), figures)
+    return 0
+
+
+_OPTIONS_FILE = "train.json"
+_NOT_OPTIONS = ("command", "run", "passes_on", "debug", "out", "resume", "json", "rest")
+# What a resumed run may do otherwise; everything else has to stay.
+_FREE_ON_RESUME = ("log_every", "save_every", "eval_every", "sample_every", "sample_prompt", "keep", "num_workers")
+
+
+def _train_choices(arguments, folder: Path, first: bool) -> dict:
+    """The options of the run: those given, and on --resume those it was started with."""
+    given = {name: value for name, value in vars(arguments).items() if name not in _NOT_OPTIONS and value is not None}
+    for name in ("data", "eval_data", "tokenizer", "start"):
+        if name in given and Path(given[name]).exists():
+            given[name] = str(Path(given[name]).resolve())  # a run may be resumed from another folder
+    if arguments.rest:
+        given["trainer"] = _trainer_options(arguments.rest)
+    missing = [flag for flag, name in (("ROWS", "data"), ("--steps", "steps")) if name not in given]
+    record = folder / _OPTIONS_FILE
+    if not arguments.resume:
+        if first and (held := _what_holds(folder)):
+            raise UsageError(f"--out must be a new or empty folder, got {folder}, which {held}, or choose another")
+        if missing:
+            raise UsageError(f"train needs {' and '.join(missing)} (or --resume)")
+        return given
+    if not record.is_file():
+        # The run may have been killed before it could write the file: then all options are to be given again.
+        if missing or not folder.is_dir():
+            raise UsageError(
+                f"--resume needs the folder of a run in --out, got {folder}, which has no {_OPTIONS_FILE}; give ROWS "
+                "and all options again if a run was begun there"
+            )
+        return given
+    from andromeda.training import read_sealed
+
+    try:
+        stored = read_sealed(record, ("options",))["options"]
+    except ValueError as error:
+        raise UsageError(f"{error}; remove it and give ROWS and all options again with --resume") from error
+    # Before its first checkpoint nothing depends on the options: they may be corrected.
+    begun = any(folder.glob("checkpoint-*"))
+    changed = [name for name, value in given.items() if stored.get(name) != value and name not in _FREE_ON_RESUME]
+    if changed and begun:
+        lines = [f"\n    {name}: was {stored.get(name)!r}, is {given[name]!r}" for name in changed]
+        raise UsageError(f"--resume continues a run as it was started, these options differ:{''.join(lines)}")
+    return stored | given
+
+
+def _what_holds(folder: Path) -> str | None:
+    """What is in the way of a new run in `folder`, and the remedy; None if there is nothing but a start that failed."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if not names:
+        return None
+    from andromeda.training import LEFT_BY_A_START
+
+    names = {name for name in names if name not in (_OPTIONS_FILE, *LEFT_BY_A_START) and not is_temporary(name)}
+    if any(re.fullmatch(r"checkpoint-\d+|model", name) for name in names):
+        return "holds a run; continue it with --resume"
+    return "is not empty; remove what is in it" if names else None
+
+
+def _settings_names() -> set[str]:
+    from andromeda.training import TrainSettings
+
+    return {field.name for field in dataclasses.fields(TrainSettings)} - {"output_dir"}
+
+
+def _trainer_options(words: list[str]) -> dict:
+    """Options that are not ours, read as transformers reads them; only those that were given."""
+    from transformers import HfArgumentParser, TrainingArguments
+
+    parser = HfArgumentParser(TrainingArguments, add_help=False, allow_abbrev=False)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    options, unknown = parser.parse_known_args(words)
+    if unknown:
+        raise UsageError(f"unrecognized arguments: {' '.join(unknown)} (see `andromeda train --help`)")
+    return vars(options)
+
+
+def _new_model(options: dict, rows, seed: int):
+    import torch
+
+    from andromeda import Andromeda
+
+    sizes = {"num_tokens": round_up(rows.vocab_size, 128), "max_seq_len": rows.seq_len} | SIZES[
+        options.get("size", "small")
+    ]
+    sizes |= {field.name: options[field.name] for field in dataclasses.fields(ModelConfig) if field.name in options}
+    torch.manual_seed(seed)
+    return Andromeda(**sizes)
