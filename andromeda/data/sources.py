@@ -101,7 +101,7 @@ def check_name(name: object) -> None:
         raise ValueError(
             f"DatasetBuilder: dataset_name must not be empty, got {text!r}; name a file, a folder or a data set"
         )
-    if isinstance(name, PurePath) and text == ".":  # also what Path("") is
+    if isinstance(name, PurePath) and text == ".":  # Path("") is Path(".")
         raise ValueError(
             "DatasetBuilder: dataset_name must not be Path('') or Path('.'), which are the same; for the current "
             "directory say '.' or Path.cwd()"
@@ -448,12 +448,13 @@ class _Files(Source):
             if tables:
                 return choose(tables, wanted)
             if wanted is not None:
-                what = "is plain text" if num_texts == len(self._files) else "has no columns"
-                raise SourceError(f"text_column must be None for {self._root}, which {what}, got {wanted!r}")
+                reason = "is plain text" if num_texts == len(self._files) else "has no columns"
+                raise SourceError(f"text_column must be None for {self._root}, which {reason}, got {wanted!r}")
             return None
         if num_texts and wanted is None and not any("text" in columns for _, columns in objects):
-            name, columns = next((it for it in objects if any(kind.may_be_text for kind in it[1].values())), (None, {}))
-            if name is not None:
+            for name, columns in objects:
+                if not any(kind.may_be_text for kind in columns.values()):
+                    continue
                 raise SourceError(
                     f"{name} is one JSON object beside files of text; to read it, choose with text_column; to leave "
                     f"it out, exclude it; {listing(columns)}"
