@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from tqdm import tqdm
     from transformers import PreTrainedTokenizerBase
 
+    TokenizerLike = str | os.PathLike | AndromedaTokenizer | tokenizers.Tokenizer | PreTrainedTokenizerBase
+
 _OTHER_PLACE = "Another place can be chosen with cache_dir, ANDROMEDA_CACHE or --out"
 _log = logging.getLogger(__name__)
 
@@ -106,11 +108,7 @@ class DatasetBuilder:
         seq_len: int = 8192,
         num_cpu: int | None = None,
         hf_account_repo: str | None = None,
-        tokenizer: str
-        | os.PathLike
-        | AndromedaTokenizer
-        | tokenizers.Tokenizer
-        | PreTrainedTokenizerBase = "EleutherAI/gpt-neox-20b",
+        tokenizer: TokenizerLike = "EleutherAI/gpt-neox-20b",
         *,
         text_column: str | None = None,
         split: str | None = None,
@@ -435,9 +433,7 @@ class _TokenizerSettings(NamedTuple):
     dtype: str
 
 
-def _tokenizer_settings(
-    tokenizer: str | os.PathLike | AndromedaTokenizer | tokenizers.Tokenizer | PreTrainedTokenizerBase,
-) -> _TokenizerSettings:
+def _tokenizer_settings(tokenizer: TokenizerLike) -> _TokenizerSettings:
     import tokenizers
     from transformers import PreTrainedTokenizerBase
 

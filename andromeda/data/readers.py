@@ -62,7 +62,7 @@ FORMAT_OF_SUFFIX = {
 }
 FORMATS = ("text", "json", "jsonl", "csv", "tsv", "parquet", "arrow")
 MAX_FIELD_CHARS = 1 << 28  # of csv: a quote that is never closed makes a field of the rest of the file
-BATCH_BYTES = 16 << 20  # of a table's texts, about as many are Python strings at one time
+BATCH_BYTES = 16 << 20  # bytes of a table's texts that are Python strings at one time
 SAMPLE_BYTES = 4 << 20
 
 
@@ -383,7 +383,7 @@ class _Text:
         """The next character that is no white space; the position moves to it. "" at the end."""
         while True:
             space = _SPACE.match(self.held, self.position)
-            assert space is not None  # it also matches nothing
+            assert space is not None  # the pattern matches also where no white space is
             self.position = space.end()
             if self.position < len(self.held):
                 return self.held[self.position]
@@ -450,7 +450,7 @@ class CsvReader(Reader):
         header = self._header
         if not header:
             return
-        assert choice is not None
+        assert choice is not None  # a header gives columns, and columns give a choice
         if choice.column not in header:
             raise missing_column(dict.fromkeys(header), choice.column, self.name)
         column = header.index(choice.column)

@@ -67,7 +67,7 @@ def test_results_are_in_order(description, processes):
 
 @pytest.fixture
 def started(monkeypatch):
-    """The workers that are started, as processes."""
+    """The processes of the workers that were started."""
     processes = []
 
     class Recorded(workers._Worker):
@@ -119,7 +119,7 @@ def test_worker_that_cannot_start(started):
 
 
 def test_worker_processes_load_neither_torch_nor_the_package():
-    """They load the file by its path, which takes a tenth of a second."""
+    """They load the file by its path, in a tenth of a second."""
     code = "import runpy, sys; runpy.run_path(sys.argv[1]); print({'andromeda', 'numpy', 'torch'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code, workers.__file__], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
