@@ -1,16 +1,13 @@
-"""From documents to rows of token ids.
+"""The path from documents to rows of token ids, and the tokenizer.
 
-sources     files, folders, pipes, data sets of the hub: streams of documents
-  folders     which files of a folder
-  decoding    bytes to text
-  readers     the formats of files
-  columns     which column holds the documents
-cleaning    documents that are empty or not text
-pieces      long documents, cut where that changes no token
-workers     tokenizer processes
-packing     token ids to rows
-builder     DatasetBuilder: all of the above
-packed      PackedDataset: the rows as a data set of torch
-cache       folders of built data sets
-tokenizer   AndromedaTokenizer
+* `sources`: files, folders, pipes and data sets of the hub as streams of documents, with the help of `folders` (which
+  files), `decoding` (bytes to text), `readers` (the formats of files) and `columns` (which column holds the documents)
+* `cleaning`: drops, repairs or refuses documents that are empty or not text
+* `pieces`: cuts long documents at places where that changes no token
+* `workers`: texts to token ids, in threads or processes
+* `packing`: token ids to rows
+* `builder`: `DatasetBuilder`, all of these steps
+* `cache`: the folders of built data sets
+* `packed`: `PackedDataset`, the rows as a data set of torch
+* `tokenizer`: `AndromedaTokenizer`
 """

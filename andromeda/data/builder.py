@@ -16,7 +16,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from andromeda import files
 from andromeda.data import cache
 from andromeda.data.cleaning import clean
 from andromeda.data.packed import PackedDataset
-from andromeda.data.packing import BestFitPacker, RowWriter, StreamPacker
+from andromeda.data.packing import BestFitPacker, Packer, RowWriter, StreamPacker
 from andromeda.data.pieces import Seams, in_parts, pieces
 from andromeda.data.sources import Source, check_name, glob_patterns, open_source
 from andromeda.data.tokenizer import AndromedaTokenizer
@@ -32,22 +32,27 @@ from andromeda.data.workers import Tokenization, Unfinished, document_batches, p
 
 if TYPE_CHECKING:
     import datasets
+    import tokenizers
+    from tqdm import tqdm
+    from transformers import PreTrainedTokenizerBase
+
+    TokenizerLike = str | os.PathLike | AndromedaTokenizer | tokenizers.Tokenizer | PreTrainedTokenizerBase
 
 _OTHER_PLACE = "Another place can be chosen with cache_dir, ANDROMEDA_CACHE or --out"
 _log = logging.getLogger(__name__)
 
 
 class DatasetBuilder:
-    """Packs documents into rows of `seq_len` token ids and keeps them in a cache.
+    """Pack documents into rows of `seq_len` token ids and keep them in a cache.
 
         dataset = DatasetBuilder("books/", seq_len=8192, tokenizer="tokenizer/").build_dataset()
         dataset[0]["input_ids"]  # (8192,) int64
 
     Args:
-        dataset_name: what to pack.
+        dataset_name: the documents to pack.
             * a directory: all files below it whose kind is known, in the order of their names, without hidden ones;
-              links are followed, and a file is read once. Plain text and source code are one document per file. Or
-              what `Dataset.save_to_disk` wrote.
+              links are followed, and a file is read once. Plain text and source code are one document per file. A
+              directory that `Dataset.save_to_disk` wrote is opened as that data set.
             * a file: json, jsonl, parquet, csv, tsv or arrow with one document per record; anything else is one
               document of plain text, unless its content is a table or JSON lines. gzip, bzip2, xz and zstd are
               unpacked on the way. Archives, pictures and other binary files are refused.
@@ -60,49 +65,50 @@ class DatasetBuilder:
         hf_account_repo: repository on the hub, `owner/name`, to upload the rows to.
         tokenizer: name, directory or tokenizer.json, read as `AndromedaTokenizer` does; or a tokenizer object, which
             must have an end-of-sequence token and is not changed.
-        text_column: column that holds the documents. Default: `text`, else the only one that may: a column of strings,
-            categories, lists or objects, or one that is empty in the first records, may be text, one of numbers or
-            times may not. All files of a source must have the column.
+        text_column: column that holds the documents. Default: `text`, else the only column that may be text: one of
+            strings, categories, lists or objects, or one that is empty in the first records, but none of numbers or
+            times. All files of a source must have the column.
         split: split of a hub data set or `DatasetDict` (default "train").
         packing: "stream" cuts rows from the stream of all documents: no padding, only the last remainder (< seq_len
             ids) is left out. "bfd" keeps documents whole where they fit a row (best-fit decreasing) and pads.
         doc_mask: items also hold `key_start`, with which attention does not look beyond the start of a document.
-        label_first_token: whether the first token of a document is to be predicted, from the end of the one before; if
-            not, its label is -100.
-        errors: what to do with bytes that are not UTF-8, NUL characters and lone surrogates: "strict" raises with file
-            and position, "replace" puts U+FFFD in their place, "skip" leaves the document out. Both count. More than
-            5 % of such bytes in a file are an error in any case.
-        include, exclude: patterns as of a shell, or one, for the files of a directory: `*.py` for a name, `tests` for
-            a folder, `docs/*.md` for a path below the directory. With `include`, only what matches it is read, of
-            whatever kind.
+        label_first_token: whether the first token of a document is to be predicted, from the end of the previous
+            document; if not, its label is -100.
+        errors: treatment of bytes that are not UTF-8, NUL characters and lone surrogates. "strict" raises with file and
+            position; "replace" puts U+FFFD in their place, "skip" leaves the document out, and both count such
+            documents. More than 5 % of such bytes in a file are an error in any case.
+        include, exclude: patterns as in a shell, or one, for the files of a directory: `*.py` for a name, `tests` for
+            a folder, `docs/*.md` for a path below the directory. With `include`, only matching files are read, whatever
+            their kind.
         separator: text between two documents in plain text, such as "<|endoftext|>".
-        format: "text", "json", "jsonl", "csv", "tsv", "parquet" or "arrow": read all files so, whatever their names.
-        cache_dir: where built data sets are kept. Default: $ANDROMEDA_CACHE/datasets, else
+        format: "text", "json", "jsonl", "csv", "tsv", "parquet" or "arrow": the format of all files, whatever their
+            names.
+        cache_dir: the folder of built data sets. Default: $ANDROMEDA_CACHE/datasets, else
             $XDG_CACHE_HOME/andromeda/datasets, else ~/.cache/andromeda/datasets. Relative paths, here and in the other
-            arguments, are those of the moment when the builder is made.
+            arguments, start at the directory that is current when the builder is made.
         progress: show a progress bar if stderr is a terminal.
 
-    A document is followed by the end-of-sequence id, and only by it: text that spells that token, or another special
-    token, stays text, as in `AndromedaTokenizer`. Empty and white-space documents are dropped and counted, and a byte
-    order mark at the start of a file is removed.
+    The end-of-sequence id follows each document and stands nowhere else: text that spells that token, or another
+    special token, stays text, as in `AndromedaTokenizer`. Empty and white-space documents are dropped and counted, and
+    a byte order mark at the start of a file is removed.
 
     The cache key is made of the source (paths, sizes and times of change, or the fingerprint of a `Dataset`), the
-    tokenizer and the arguments that change rows. A build appears in the cache complete or not at all; what an
-    interrupted one left is removed by a later one, and one whose bytes have changed since is said and built again. A
-    few megabytes of text are in memory, never the corpus nor a long document, unless its tokenizer makes one word of
-    all of it (`andromeda.data.pieces.Seams`).
+    tokenizer and the arguments that change rows. A build appears in the cache complete or not at all; a later build
+    removes the files of an interrupted one. A data set whose bytes have changed is built again, with a warning. Memory
+    holds a few megabytes of text, never the corpus, and a whole long document only if the tokenizer makes one word of
+    it (`andromeda.data.pieces.Seams`).
 
     Raises:
-        TypeError, ValueError: an argument is wrong. FileNotFoundError: there is no such path.
+        TypeError, ValueError: an argument is wrong.
     """
 
     def __init__(
         self,
-        dataset_name: str | os.PathLike | datasets.Dataset | datasets.IterableDataset,
+        dataset_name: str | os.PathLike | datasets.Dataset | datasets.IterableDataset | datasets.DatasetDict,
         seq_len: int = 8192,
         num_cpu: int | None = None,
         hf_account_repo: str | None = None,
-        tokenizer="EleutherAI/gpt-neox-20b",
+        tokenizer: TokenizerLike = "EleutherAI/gpt-neox-20b",
         *,
         text_column: str | None = None,
         split: str | None = None,
@@ -117,20 +123,20 @@ class DatasetBuilder:
         cache_dir: str | os.PathLike | None = None,
         progress: bool = True,
     ):
-        for name, value in (("seq_len", seq_len), ("num_cpu", 1 if num_cpu is None else num_cpu)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"DatasetBuilder: {name} must be an integer, got {value!r}")
-            if value < 1:
-                raise ValueError(f"DatasetBuilder: {name} must be at least 1, got {value}")
-        for name, value, known in (
+        for name, count in (("seq_len", seq_len), ("num_cpu", 1 if num_cpu is None else num_cpu)):
+            if isinstance(count, bool) or not isinstance(count, int):
+                raise TypeError(f"DatasetBuilder: {name} must be an integer, got {count!r}")
+            if count < 1:
+                raise ValueError(f"DatasetBuilder: {name} must be at least 1, got {count}")
+        for name, choice, known in (
             ("packing", packing, ("stream", "bfd")),
             ("errors", errors, ("strict", "replace", "skip")),
         ):
-            if value not in known:
-                raise ValueError(f"DatasetBuilder: {name} must be one of {', '.join(known)}, got {value!r}")
-        for name, value in (("hf_account_repo", hf_account_repo), ("text_column", text_column), ("split", split)):
-            if value is not None and not (isinstance(value, str) and value):
-                raise TypeError(f"DatasetBuilder: {name} must be a non-empty string or None, got {value!r}")
+            if choice not in known:
+                raise ValueError(f"DatasetBuilder: {name} must be one of {', '.join(known)}, got {choice!r}")
+        for name, text in (("hf_account_repo", hf_account_repo), ("text_column", text_column), ("split", split)):
+            if text is not None and not (isinstance(text, str) and text):
+                raise TypeError(f"DatasetBuilder: {name} must be a non-empty string or None, got {text!r}")
         check_name(dataset_name)
         self.dataset_name = _from_here(dataset_name)
         self.seq_len = seq_len
@@ -151,20 +157,21 @@ class DatasetBuilder:
             cache.default_cache_dir() if cache_dir is None else cache.absolute(cache_dir, "DatasetBuilder: cache_dir")
         )
         self.progress = progress
-        self._needed_bytes = 0  # on the disk, estimated during a build
+        self._needed_bytes = 0  # space on the disk, estimated during a build
 
     def build_dataset(self) -> PackedDataset:
-        """Open the data set from the cache, building it first if it is not there; upload it if a repository is given.
+        """Open the data set from the cache, build it first if it is not there, and upload it if a repository is given.
 
         Returns:
-            `PackedDataset`, a `torch.utils.data.Dataset`; its `statistics` say what became of the documents.
+            `PackedDataset`, a `torch.utils.data.Dataset`; its `statistics` count the kept and dropped documents.
 
         Raises:
-            ValueError: fewer tokens than one row (with packing "stream"), no documents, no clear text column, or
-                malformed text or records; names file and position.
-            OSError: the disk is too small, which is estimated first, or the cache cannot be written; the hub cannot be
-                reached; the upload failed, after which the data set is complete in the cache and another call only
-                uploads.
+            ValueError: the source has fewer tokens than one row (with packing "stream"), no documents, no clear text
+                column, or malformed text or records; names file and position.
+            FileNotFoundError: there is no such path.
+            OSError: the disk is too small for the rows, by an estimate made first, or the cache cannot be written; the
+                hub cannot be reached; or the upload failed. In the last case the data set is complete in the cache and
+                another call only uploads.
             RuntimeError: a tokenizer process died.
         """
         settings = _tokenizer_settings(self.tokenizer)
@@ -217,27 +224,28 @@ class DatasetBuilder:
         with self._write_errors():
             self.cache_dir.mkdir(parents=True, exist_ok=True)
             with files.temporary_folder(self.cache_dir, cache.BUILDING) as temporary:
-                content_hash = self._write(source, settings, fingerprint, temporary)
-                path = self._cache_path(source, settings, fingerprint or content_hash)
+                fingerprint = self._write(source, settings, fingerprint, temporary)
+                path = self._cache_path(source, settings, fingerprint)
                 if not _is_complete(path):  # another builder may have been faster
                     cache.install(temporary, path)
         return PackedDataset(path, doc_mask=self.doc_mask, label_first_token=self.label_first_token)
 
-    def _write(
-        self, source: Source, settings: _TokenizerSettings, fingerprint: str | None, directory: Path
-    ) -> str | None:
-        """Write the data and its metadata into `directory`. Returns a hash of the texts if there is no fingerprint."""
+    def _write(self, source: Source, settings: _TokenizerSettings, fingerprint: str | None, directory: Path) -> str:
+        """Write the data and its metadata into `directory`.
+
+        Returns:
+            The fingerprint; if there is none, a hash of the texts.
+        """
         from tqdm import tqdm
 
-        begin = time.monotonic()
-        statistics: Counter = Counter()
+        statistics: Counter[str] = Counter()
+        digest = hashlib.sha256()
         texts = in_parts(clean(source.documents(statistics), self.errors, statistics))
-        digest = hashlib.sha256() if fingerprint is None else None
-        if digest is not None:
+        if fingerprint is None:
             texts = _hashed(texts, digest)
         texts = pieces(texts, Seams(settings.json))
         writer = RowWriter(directory / cache.DATA_FILE, self.seq_len, settings.dtype, self.packing == "bfd")
-        packer: StreamPacker | BestFitPacker
+        packer: Packer
         if self.packing == "bfd":
             packer = BestFitPacker(writer, directory / "tokens", settings.pad_token_id)
         else:
@@ -250,29 +258,13 @@ class DatasetBuilder:
             disable=None if self.progress else True,
         )
         try:
-            with bar, Tokenization(settings.json, settings.eos_token_id, self.num_cpu or 1) as tokenization:
-                with contextlib.closing(tokenization.map(document_batches(texts))) as results:
-                    for batch, ids, lengths in results:
-                        if not statistics["tokens"]:
-                            self._check_space(source, batch, len(ids), writer.dtype)
-                        unfinished = {i for i, text in enumerate(batch) if isinstance(text, Unfinished)}
-                        packer.add(ids, lengths, unfinished)
-                        ended = len(batch) - len(unfinished)
-                        empty = sum(not length and i not in unfinished for i, length in enumerate(lengths))
-                        statistics["documents"] += ended - empty
-                        statistics["empty_documents"] += empty
-                        statistics["tokens"] += len(ids)
-                        rate = statistics["tokens"] / (time.monotonic() - begin)
-                        bar.set_postfix_str(
-                            f"{statistics['tokens'] / 1e6:.1f} M tokens, {rate:.0f} tok/s", refresh=False
-                        )
-                        bar.update(ended)
+            with bar:
+                self._pack(source, settings, texts, packer, statistics, bar)
                 remainder = packer.finish()
             checksum = writer.close()
         except BaseException:
             writer.abandon()
-            if self.packing == "bfd":
-                packer.abandon()
+            packer.abandon()
             raise
         (directory / "tokens").unlink(missing_ok=True)
         counts = {
@@ -289,7 +281,7 @@ class DatasetBuilder:
             "padding": packer.padding,
         }
         self._check_balance(source, counts)
-        metadata = {
+        metadata: dict[str, Any] = {
             "format": cache.FORMAT,
             "source": source.name,
             "seq_len": self.seq_len,
@@ -313,7 +305,36 @@ class DatasetBuilder:
         _log.info(summary)
         if not bar.disable:
             print(summary.replace("_", " "), file=sys.stderr)
-        return digest.hexdigest() if digest is not None else None
+        return digest.hexdigest() if fingerprint is None else fingerprint
+
+    def _pack(
+        self,
+        source: Source,
+        settings: _TokenizerSettings,
+        texts: Iterable[str],
+        packer: Packer,
+        statistics: Counter[str],
+        bar: tqdm,
+    ) -> None:
+        """Tokenise the texts and hand the ids to the packer; count documents and tokens."""
+        begin = time.monotonic()
+        with (
+            Tokenization(settings.json, settings.eos_token_id, self.num_cpu or 1) as tokenization,
+            contextlib.closing(tokenization.map(document_batches(texts))) as results,
+        ):
+            for batch, ids, lengths in results:
+                if not statistics["tokens"]:
+                    self._check_space(source, batch, len(ids), settings.dtype)
+                unfinished = {i for i, text in enumerate(batch) if isinstance(text, Unfinished)}
+                packer.add(ids, lengths, unfinished)
+                ended = len(batch) - len(unfinished)
+                empty = sum(not length and i not in unfinished for i, length in enumerate(lengths))
+                statistics["documents"] += ended - empty
+                statistics["empty_documents"] += empty
+                statistics["tokens"] += len(ids)
+                rate = statistics["tokens"] / (time.monotonic() - begin)
+                bar.set_postfix_str(f"{statistics['tokens'] / 1e6:.1f} M tokens, {rate:.0f} tok/s", refresh=False)
+                bar.update(ended)
 
     def _check_balance(self, source: Source, counts: dict[str, int]) -> None:
         dropped = f"{counts['empty_documents']} empty and {counts['skipped_documents']} skipped ones were left out"
@@ -329,7 +350,7 @@ class DatasetBuilder:
             raise RuntimeError(f"DatasetBuilder: the count of tokens does not add up, please report this: {counts}")
 
     def _check_space(self, source: Source, batch: list[str], tokens: int, dtype: str) -> None:
-        """Compare the free space with what the whole source will need if it is like its first batch."""
+        """Raise unless the disk has room for the whole source, if the rest of it is like the first batch."""
         size = source.size()
         if size is None:
             return
@@ -342,8 +363,8 @@ class DatasetBuilder:
 
     @contextlib.contextmanager
     def _write_errors(self) -> Iterator[None]:
-        """In the block, what could not be written is said in words: what is needed, what is free, what to do."""
-        hidden = files.is_temporary(self.cache_dir.name)  # of a command, which says itself what it cannot write
+        """Explain errors of writing in the block: the space that is needed, the space that is free, the remedy."""
+        hidden = files.is_temporary(self.cache_dir.name)  # the folder of a command, which explains its own errors
         explaining = files.writing(self.cache_dir, "packed rows", whole="nothing was kept", remedy=_OTHER_PLACE)
         with contextlib.nullcontext() if hidden else explaining:
             try:
@@ -356,24 +377,26 @@ class DatasetBuilder:
     def _no_space(self, number: int) -> OSError:
         need = f"about {self._needed_bytes / 1e6:.1f} MB" if self._needed_bytes else "an unknown amount"
         free = shutil.disk_usage(self.cache_dir).free / 1e6
-        what = "no space" if number == errno.ENOSPC else "the disk quota leaves no space"
+        problem = "no space" if number == errno.ENOSPC else "the disk quota leaves no space"
         text = (
-            f"DatasetBuilder: {what} for the packed rows, {need} needed, {free:.1f} MB free; nothing was kept. Make "
+            f"DatasetBuilder: {problem} for the packed rows, {need} needed, {free:.1f} MB free; nothing was kept. Make "
             f"room there. {_OTHER_PLACE}"
         )
         place = self.cache_dir.parent if files.is_temporary(self.cache_dir.name) else self.cache_dir
         error = OSError(number, text, str(place))
-        error.is_explained = True  # type: ignore[attr-defined] (for files.writing)
+        error.is_explained = True  # type: ignore[attr-defined]  # the mark that files.writing looks for
         return error
 
     def _upload(self, dataset: PackedDataset) -> None:
         from huggingface_hub import get_token
         from huggingface_hub.errors import HfHubHTTPError
 
+        # The bases of the last one are the errors of its HTTP client.
+        failures: tuple[type[Exception], ...] = (OSError, ValueError, *HfHubHTTPError.__bases__)
         try:
-            # The hub stores by content: files that it has from an earlier or interrupted upload are not sent again.
+            # The hub stores by content: files that it already has, also from an interrupted upload, are not sent again.
             dataset.hf.push_to_hub(self.hf_account_repo)
-        except (OSError, ValueError, *HfHubHTTPError.__bases__) as error:  # the bases: the errors of its HTTP client
+        except failures as error:
             token = "" if get_token() else " There is no access token: `hf auth login` stores one, or set HF_TOKEN."
             raise OSError(
                 f"DatasetBuilder: cannot upload to {self.hf_account_repo}: {error}.{token} The data set is complete in "
@@ -381,10 +404,15 @@ class DatasetBuilder:
             ) from error
 
 
-def _from_here(name):
-    """A relative path that exists, as an absolute one: the current directory may be another when it is read."""
-    if isinstance(name, (str, os.PathLike)) and os.fspath(name) not in ("", "-") and os.path.exists(name):
-        return type(name)(os.path.abspath(name)) if isinstance(name, (str, Path)) else Path(os.path.abspath(name))
+_Name = TypeVar("_Name")
+
+
+def _from_here(name: _Name) -> _Name | str | Path:
+    """An existing path as an absolute one, because the current directory may change until it is read."""
+    given: object = name
+    if isinstance(given, (str, os.PathLike)) and os.fspath(given) not in ("", "-") and os.path.exists(given):
+        path = os.path.abspath(given)
+        return path if isinstance(given, str) else Path(path)
     return name
 
 
@@ -400,12 +428,12 @@ class _TokenizerSettings(NamedTuple):
     json: str
     hash: str
     eos_token_id: int
-    pad_token_id: int  # the end-of-sequence id where there is no padding token
+    pad_token_id: int  # the end-of-sequence id if there is no padding token
     vocab_size: int
     dtype: str
 
 
-def _tokenizer_settings(tokenizer) -> _TokenizerSettings:
+def _tokenizer_settings(tokenizer: TokenizerLike) -> _TokenizerSettings:
     import tokenizers
     from transformers import PreTrainedTokenizerBase
 
@@ -441,7 +469,8 @@ def _tokenizer_settings(tokenizer) -> _TokenizerSettings:
     )
 
 
-def _hashed(texts: Iterable[str], digest) -> Iterator[str]:
+def _hashed(texts: Iterable[str], digest: hashlib._Hash) -> Iterator[str]:
+    """The texts, each added to `digest` on the way, with its length and whether it is `Unfinished`."""
     for text in texts:
         data = text.encode()
         digest.update((len(data) | isinstance(text, Unfinished) << 63).to_bytes(8, "little"))

@@ -1,4 +1,4 @@
-"""Folders of built data sets: where they are, what describes them, how a new one gets its name."""
+"""The cache of built data sets: its place, the metadata of a data set, and the name that a finished one gets."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -16,7 +17,7 @@ from andromeda import files
 FORMAT = 1  # part of the cache key: raised when a change alters the rows
 DATA_FILE = "data.arrow"
 METADATA_FILE = "metadata.json"
-BUILDING = ".building-"  # start of the names of unfinished data sets
+BUILDING = ".building-"  # the names of unfinished data sets begin so
 _METADATA_KEYS = {
     *("seq_len", "packing", "dtype", "rows", "rows_per_batch", "data_bytes", "statistics"),
     *("vocab_size", "eos_token_id", "pad_token_id", "tokenizer_hash"),
@@ -24,23 +25,28 @@ _METADATA_KEYS = {
 
 
 def default_cache_dir() -> Path:
-    """Where data sets are kept if `cache_dir` is not given, an absolute path; see `DatasetBuilder`.
+    """The folder of data sets if `cache_dir` is not given, as an absolute path; see `DatasetBuilder`.
 
     Raises:
-        ValueError: it would be in the home directory, which is not known.
+        ValueError: the folder would be in the home directory, which is not known.
     """
     if chosen := os.environ.get("ANDROMEDA_CACHE"):
         return absolute(chosen, "DatasetBuilder: ANDROMEDA_CACHE") / "datasets"
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     if not os.path.isabs(base) and not base.startswith("~"):
-        # So says the specification of that variable.
+        # The specification of that variable demands this.
         warnings.warn(f"XDG_CACHE_HOME must be an absolute path, got {base!r}: it is not used", stacklevel=2)
         base = "~/.cache"
     return absolute(base, "DatasetBuilder: the cache") / "andromeda" / "datasets"
 
 
 def absolute(path: str | os.PathLike, name: str) -> Path:
-    """An absolute path, with `~` resolved; what it is relative to is the current directory of now."""
+    """The absolute path, with `~` resolved; a relative one starts at the current directory of this moment.
+
+    Args:
+        path: as the user gave it.
+        name: of the argument, for messages.
+    """
     if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
         raise TypeError(f"{name} must be a path, got {path!r:.80}")
     text = os.fspath(path)
@@ -73,13 +79,18 @@ def _home_of_account() -> str:
         return ""
 
 
-def read_metadata(path: Path) -> dict:
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The checked metadata of the data set in the folder `path`.
+
+    Raises:
+        ValueError: the folder does not hold a complete data set of this version.
+    """
     try:
         metadata = json.loads((path / METADATA_FILE).read_text(encoding="utf-8"))
         size = (path / DATA_FILE).stat().st_size
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"PackedDataset: {path} must hold {METADATA_FILE} and {DATA_FILE}: {error}") from error
-    except (ValueError, RecursionError) as error:  # also of bytes that are not UTF-8
+    except (ValueError, RecursionError) as error:  # bytes that are not UTF-8 raise ValueError, too
         raise ValueError(f"PackedDataset: {path / METADATA_FILE} must be JSON: {error}") from error
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         found = metadata.get("format") if isinstance(metadata, dict) else metadata
@@ -92,12 +103,12 @@ def read_metadata(path: Path) -> dict:
     return metadata
 
 
-def _check_metadata(metadata: dict, path: Path) -> None:
-    """Every number in its range: a wrong one would be read as other rows, or as none, without an error."""
+def _check_metadata(metadata: dict[str, Any], path: Path) -> None:
+    """Raise unless every value is in its range: with a wrong number, wrong rows would be read without an error."""
 
-    def check(name: str, is_right: bool, what: str) -> None:
+    def check(name: str, is_right: bool, requirement: str) -> None:
         if not is_right:
-            raise ValueError(f"PackedDataset: {path}: {name} must be {what}, got {metadata[name]!r:.80}")
+            raise ValueError(f"PackedDataset: {path}: {name} must be {requirement}, got {metadata[name]!r:.80}")
 
     def is_integer(name: str, least: int, most: int) -> bool:
         value = metadata[name]
@@ -114,14 +125,14 @@ def _check_metadata(metadata: dict, path: Path) -> None:
     check("tokenizer_hash", isinstance(metadata["tokenizer_hash"], str), "a string")
 
 
-def metadata_checksum(metadata: dict) -> str:
-    """XXH3-128 of all of it but this checksum itself."""
+def metadata_checksum(metadata: dict[str, Any]) -> str:
+    """XXH3-128 of all metadata except this checksum."""
     rest = {name: value for name, value in metadata.items() if name != "metadata_xxh3_128"}
     return xxhash.xxh3_128_hexdigest(json.dumps(rest, sort_keys=True).encode())
 
 
 def install(temporary: Path, path: Path) -> None:
-    """Give a complete directory its name. Two builders of one name wrote the same: either may win."""
+    """Give a complete directory its name. Two builders of one name wrote the same rows, so either may win."""
     for _ in range(10):
         try:
             os.rename(temporary, path)
@@ -129,7 +140,7 @@ def install(temporary: Path, path: Path) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-        # What has the name is damaged, or has just been written by another builder: out of the way with it.
+        # The folder with this name is damaged, or another builder has just written it: move it out of the way.
         with files.temporary_folder(path.parent, BUILDING) as trash, contextlib.suppress(FileNotFoundError):
             os.rename(path, trash / "replaced")
     else:

@@ -1,11 +1,11 @@
-"""Documents that are empty or not text: dropped, repaired or refused, and counted."""
+"""Documents that are empty or not text are dropped, repaired or refused, and counted."""
 
 from __future__ import annotations
 
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from tempfile import SpooledTemporaryFile
 
 from andromeda.data.decoding import BLOCK_BYTES, REMEDY, Decoder
 from andromeda.data.readers import Document, split_text, text_blocks
@@ -13,10 +13,15 @@ from andromeda.data.readers import Document, split_text, text_blocks
 _BAD_CHARACTERS = re.compile("[\0\ud800-\udfff]")
 
 
-def clean(documents: Iterable[Document], errors: str, statistics: Counter) -> Iterator[Document]:
-    """The documents that are to be packed; what is left out or repaired is counted.
+def clean(documents: Iterable[Document], errors: str, statistics: Counter[str]) -> Iterator[Document]:
+    """The documents to pack, all of them strings; those that are left out or repaired are counted.
 
-    A document in parts stays in parts (`continues`), and is kept, repaired or left out as a whole.
+    A document in parts (`continues`) stays in parts and is kept, repaired or left out as a whole.
+
+    Args:
+        documents: those of a source.
+        errors: treatment of NUL characters and surrogates, as in `DatasetBuilder`.
+        statistics: receives the counts.
     """
     documents = iter(documents)
     for document in documents:
@@ -33,7 +38,7 @@ def clean(documents: Iterable[Document], errors: str, statistics: Counter) -> It
         bad = _first_bad_character(text)
         if bad is not None:
             if errors == "strict":
-                raise _bad_character(document, bad)
+                raise _bad_character(document, text, bad)
             if errors == "skip":
                 statistics["skipped_documents"] += 1
                 continue
@@ -46,21 +51,24 @@ def clean(documents: Iterable[Document], errors: str, statistics: Counter) -> It
         yield document
 
 
-def _clean_parts(first: Document, rest: Iterator[Document], errors: str, statistics: Counter) -> Iterator[Document]:
-    """`clean` for the parts of one document: `first` and as many of those that follow as belong to it.
+def _clean_parts(
+    first: Document, rest: Iterator[Document], errors: str, statistics: Counter[str]
+) -> Iterator[Document]:
+    """`clean` for the parts of one document: `first` and the following ones, up to the last part.
 
-    Parts wait, in a file if they are many, while they are all white space; and with errors="skip" all of them do,
-    because the last may be the bad one.
+    Parts wait, in a file if they are many, as long as all of them are white space. With errors="skip" all parts wait,
+    because the last one may be bad.
     """
-    with tempfile.SpooledTemporaryFile(max_size=16 * BLOCK_BYTES) as waiting:
+    with SpooledTemporaryFile(max_size=16 * BLOCK_BYTES) as waiting:
         blank, skipped, repaired = True, False, False
         part = first
         while True:
             text = part.text
+            assert isinstance(text, str)  # only texts come in parts
             bad = None if skipped else _first_bad_character(text)
             if bad is not None:
                 if errors == "strict":
-                    raise _bad_character(part, bad)
+                    raise _bad_character(part, text, bad)
                 skipped = errors == "skip"
                 repaired = True
                 text = _BAD_CHARACTERS.sub("\N{REPLACEMENT CHARACTER}", text)
@@ -83,7 +91,7 @@ def _clean_parts(first: Document, rest: Iterator[Document], errors: str, statist
         statistics["repaired_documents"] += repaired and not skipped
 
 
-def _read_back(waiting, like: Document, continues: bool) -> Iterator[Document]:
+def _read_back(waiting: SpooledTemporaryFile[bytes], like: Document, continues: bool) -> Iterator[Document]:
     """The parts that were written to `waiting`, which is empty afterwards."""
     if not waiting.tell():
         return
@@ -94,15 +102,14 @@ def _read_back(waiting, like: Document, continues: bool) -> Iterator[Document]:
     waiting.truncate()
 
 
-def _bad_character(document: Document, index: int) -> ValueError:
-    text, where, offset, _ = document
+def _bad_character(document: Document, text: str, index: int) -> ValueError:
     kind = "a NUL character" if text[index] == "\0" else f"the lone surrogate U+{ord(text[index]):04X}"
-    position = offset + len(text[:index].encode())
-    return ValueError(f"DatasetBuilder: {where} must be text, got {kind} at byte {position}; {REMEDY}")
+    position = document.offset + len(text[:index].encode())
+    return ValueError(f"DatasetBuilder: {document.where} must be text, got {kind} at byte {position}; {REMEDY}")
 
 
 def _first_bad_character(text: str) -> int | None:
-    """Index of the first NUL or surrogate; surrogates stand for bytes that are not UTF-8, too."""
+    """Index of the first NUL or surrogate; `Decoder` makes surrogates of bytes that are not UTF-8."""
     if "\0" not in text:
         if text.isascii():
             return None

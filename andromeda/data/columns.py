@@ -1,25 +1,28 @@
-"""Which column of a source holds the documents."""
+"""The choice of the column that holds the documents."""
 
 from __future__ import annotations
 
 import datetime
 import numbers
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from andromeda.data.decoding import SourceError
 
-# A record is looked at only to see which of its columns may be text.
+if TYPE_CHECKING:
+    import pyarrow
+
+# The first records and files show which columns may be text.
 SAMPLE_RECORDS = 100
 SAMPLE_FILES = 10
 
 
 class Kind(NamedTuple):
-    """What a column holds, as far as was seen."""
+    """The kind of values in a column, as far as they are known."""
 
     name: str
-    is_text: bool = False  # strings were seen, or are promised by a schema
-    may_be_text: bool = True  # also what is empty so far, and what holds strings inside: lists, objects
+    is_text: bool = False  # it has strings, or a schema promises them
+    may_be_text: bool = True  # also if it is empty so far, or its values hold strings inside: lists, objects
 
     def __or__(self, other: Kind) -> Kind:
         names = self.name if other.name in self.name.split(" or ") else f"{self.name} or {other.name}"
@@ -31,8 +34,8 @@ Columns = dict[str, Kind]
 TEXT = Kind("string", is_text=True)
 
 
-def value_kind(value) -> Kind:
-    """The kind of one value of a record; None may still become text, a number or a time cannot."""
+def value_kind(value: object) -> Kind:
+    """The kind of one value of a record. A column with None may still be text, one with a number or time may not."""
     if isinstance(value, (str, bytes)):
         return TEXT
     if value is None:
@@ -41,13 +44,13 @@ def value_kind(value) -> Kind:
     return Kind(name, may_be_text=not is_number(value))
 
 
-def is_number(value) -> bool:
-    """Whether a value is a number, a switch or a time, which are never the text of a document."""
+def is_number(value: object) -> bool:
+    """Whether a value is a number, a boolean or a time, which are never the text of a document."""
     return isinstance(value, (bool, int, float, numbers.Number, datetime.date, datetime.time, datetime.timedelta))
 
 
-def arrow_kind(type_) -> Kind:
-    """The kind of an Arrow type; categories (dictionaries) are text if what they stand for is."""
+def arrow_kind(type_: pyarrow.DataType) -> Kind:
+    """The kind of an Arrow type; categories (dictionaries) are text if their values are."""
     from pyarrow import types
 
     if types.is_dictionary(type_):
@@ -60,20 +63,20 @@ def arrow_kind(type_) -> Kind:
     return Kind(str(type_), may_be_text=not any(check(type_) for check in numbers))
 
 
-def is_string(type_) -> bool:
+def is_string(type_: pyarrow.DataType) -> bool:
     from pyarrow import types
 
     return types.is_string(type_) or types.is_large_string(type_) or types.is_string_view(type_)
 
 
-def is_binary(type_) -> bool:
+def is_binary(type_: pyarrow.DataType) -> bool:
     from pyarrow import types
 
     return types.is_binary(type_) or types.is_large_binary(type_) or types.is_binary_view(type_)
 
 
 def schema_columns(names: Iterable[str], kinds: Iterable[Kind], where: str) -> Columns:
-    """The columns of a table; a name that stands for two of them is an error."""
+    """The columns of a table; two columns of one name are an error."""
     columns: Columns = {}
     for name, kind in zip(names, kinds, strict=True):
         if name in columns:
@@ -82,8 +85,8 @@ def schema_columns(names: Iterable[str], kinds: Iterable[Kind], where: str) -> C
     return columns
 
 
-def record_columns(records: Iterable) -> Columns:
-    """The columns of records (dicts); other values have none."""
+def record_columns(records: Iterable[object]) -> Columns:
+    """The columns of the dicts among the records; other values have none."""
     columns: Columns = {}
     for record in records:
         if isinstance(record, dict):
@@ -94,21 +97,21 @@ def record_columns(records: Iterable) -> Columns:
 
 
 class Choice(NamedTuple):
-    """The column of documents; a guessed one is watched: no other column may turn out to hold text."""
+    """The column of documents. After a guess, no other column may turn out to hold text."""
 
     column: str
     guessed: bool = False
 
 
 def choose(tables: list[tuple[str, Columns]], wanted: str | None) -> Choice:
-    """The column of documents for all tables of a source: the one asked for, else `text`, else the only possible one.
+    """The column of documents in all tables of a source: the wanted one, else `text`, else the only possible one.
 
     Args:
         tables: name and columns of some tables or files.
-        wanted: what the user asked for.
+        wanted: the column that the user asked for.
 
     Raises:
-        SourceError: it is not clear, or not in each of the tables; lists the columns.
+        SourceError: the column is not clear, or one of the tables does not have it; lists the columns.
     """
     together: Columns = {}
     for _, columns in tables:
@@ -140,7 +143,7 @@ def check(choice: Choice, columns: Columns, where: str) -> None:
             "that all files have with text_column, or leave files out with exclude"
         )
     others = [name for name, kind in columns.items() if name != choice.column and kind.may_be_text]
-    # What is empty in one file may be known from another.
+    # A column that is empty in one file may hold numbers in another.
     others = [name for name in others if columns[name].name != "null"]
     if choice.guessed and others:
         raise SourceError(

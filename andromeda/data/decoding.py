@@ -1,4 +1,4 @@
-"""From the bytes of a file to text: what a file is by its first bytes, unpacking, and UTF-8."""
+"""The bytes of a file to text: its kind by its first bytes, unpacking, and UTF-8."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
-HEAD_BYTES = 1 << 16  # looked at before a file is read
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+HEAD_BYTES = 1 << 16  # the first bytes of a file, by which its kind is recognised
 BLOCK_BYTES = 1 << 20
-# A file with a larger share of bytes that are not UTF-8 is not damaged text, it is something else; a few bytes in a
-# short text say nothing.
+# A file with a larger share of bytes that are not UTF-8 is no damaged text but a file of another kind. A few such bytes
+# in a short text prove nothing.
 MAX_BAD_SHARE = 0.05
 MIN_BAD_BYTES = 8
 REMEDY = "errors='replace' puts U+FFFD in its place, errors='skip' leaves the document out"
@@ -27,13 +30,13 @@ COMPRESSED_SUFFIXES = {
     **{".gz": "gzip", ".gzip": "gzip", ".bz2": "bzip2", ".xz": "xz", ".lzma": "xz", ".zst": "Zstandard"},
     ".zstd": "Zstandard",
 }
-_PACKED = (  # first bytes of what is unpacked
+_COMPRESSED = (  # first bytes of the files that are unpacked
     (re.compile(rb"\x1f\x8b\x08"), "gzip"),
     (re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), "bzip2"),
     (re.compile(rb"\xfd7zXZ\0|\x5d\0\0.{2}[\0\xff]", re.DOTALL), "xz"),
     (re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", re.DOTALL), "Zstandard"),
 )
-_KINDS = (  # first bytes of what is not text; binary ones among them, so that no text begins with them
+_KINDS = (  # first bytes of files that are not text; each pattern has bytes that no text begins with
     (rb"PAR1\x15|PARE.{0,32}\0", "a Parquet file"),
     (rb"ARROW1\0|\xff{4}.{2}\0\0", "an Arrow file"),
     (rb"FEA1.{0,8}\0|ORC.{0,64}\0|Obj\x01|SEQ[\x04-\x06]", "a table of an unknown format (Feather, ORC, Avro)"),
@@ -67,16 +70,16 @@ _BAD_BYTES = re.compile("[\0\udc80-\udcff]")
 
 
 class SourceError(ValueError):
-    """A source of documents cannot be read: names file and place."""
+    """A source of documents cannot be read; the message names file and place."""
 
     def __init__(self, message: str):
         super().__init__(f"DatasetBuilder: {message}")
 
 
 def recognise(head: bytes) -> str | None:
-    """What a file with these first bytes is, in words; None if it may be text."""
-    if packing := _packing(head):
-        return _a_file(packing)
+    """The kind of a file with these first bytes, in words; None if it may be text."""
+    if compression := _compression_of(head):
+        return _a_file(compression)
     if not _ANY_KIND.match(head):
         return None
     return next(kind for pattern, kind in _KINDS if re.compile(pattern, re.DOTALL).match(head))
@@ -86,15 +89,15 @@ class Input(NamedTuple):
     """An open file, unpacked if it is compressed."""
 
     file: BinaryIO
-    head: bytes  # its first bytes, at most HEAD_BYTES; `file` is still before them
+    head: bytes  # its first bytes, at most HEAD_BYTES; `file` still gives them, too
 
 
 @contextlib.contextmanager
 def open_input(path: Path, where: str, stream: BinaryIO | None = None) -> Iterator[Input]:
-    """Open a file and unpack it, whatever its name, if its first bytes say that it is compressed.
+    """Open a file and unpack it if its first bytes say that it is compressed, whatever its name.
 
     Args:
-        path: the file; its name is looked at, also if there is a `stream`.
+        path: the file. Its suffix counts also if there is a `stream`: a file of that name must be compressed so.
         where: name in messages.
         stream: read this instead of opening `path`.
     """
@@ -102,28 +105,28 @@ def open_input(path: Path, where: str, stream: BinaryIO | None = None) -> Iterat
     with contextlib.ExitStack() as stack:
         file: BinaryIO = stack.enter_context(open(path, "rb", HEAD_BYTES)) if stream is None else stream
         head, file = _look(file)
-        packing = _packing(head)
-        if promised and packing is None:
+        compression = _compression_of(head)
+        if promised and compression is None:
             got = recognise(head) or ("an empty file" if not head else "a file that is not compressed")
             raise SourceError(f"{where} must be {_a_file(promised)}, as its name says, got {got}")
-        if packing is not None:
-            file = io.BufferedReader(_Unpacked(file, packing, where), HEAD_BYTES)
+        if compression is not None:
+            file = io.BufferedReader(_Unpacked(file, compression, where), HEAD_BYTES)
             head, file = _look(file)
-            if twice := _packing(head):
-                raise SourceError(f"{where} must be compressed once, got {_a_file(twice)} in {_a_file(packing)}")
+            if twice := _compression_of(head):
+                raise SourceError(f"{where} must be compressed once, got {_a_file(twice)} in {_a_file(compression)}")
         yield Input(file, head)
 
 
-def _a_file(packing: str) -> str:
-    return f"{'an' if packing == 'xz' else 'a'} {packing} file"
+def _a_file(compression: str) -> str:
+    return f"{'an' if compression == 'xz' else 'a'} {compression} file"
 
 
-def _packing(head: bytes) -> str | None:
-    return next((kind for pattern, kind in _PACKED if pattern.match(head)), None)
+def _compression_of(head: bytes) -> str | None:
+    return next((kind for pattern, kind in _COMPRESSED if pattern.match(head)), None)
 
 
 def _look(file: BinaryIO) -> tuple[bytes, BinaryIO]:
-    """The first bytes of a file, and the file as if they had not been read."""
+    """The first bytes of a file, and a file that still gives them."""
     head = file.read(HEAD_BYTES)
     while 0 < len(head) < HEAD_BYTES and (more := file.read(HEAD_BYTES - len(head))):
         head += more
@@ -145,48 +148,50 @@ class _Joined(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
-        data = self._head[: len(buffer)] or self._file.read(len(buffer))
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        view = memoryview(buffer)
+        data = self._head[: len(view)] or self._file.read(len(view))
         self._head = self._head[len(data) :]
-        buffer[: len(data)] = data
+        view[: len(data)] = data
         return len(data)
 
 
 class _Unpacked(io.RawIOBase):
-    """The content of a compressed file: of all its streams, one after the other, each of which must be whole."""
+    """The content of a compressed file: that of all its streams, one after the other; each must be whole."""
 
-    def __init__(self, file: BinaryIO, packing: str, where: str):
-        self._packing = packing
+    def __init__(self, file: BinaryIO, compression: str, where: str):
+        self._compression = compression
         self._where = where
         self._size = 0
         self._read: Callable[[int], bytes]
-        if packing == "gzip":
+        if compression == "gzip":
             self._read = gzip.GzipFile(fileobj=file, mode="rb").read1
-        elif packing == "Zstandard":
+        elif compression == "Zstandard":
             import pyarrow
 
             self._read = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd").read
         else:
-            self._read = _Streams(file, bz2.BZ2Decompressor if packing == "bzip2" else lzma.LZMADecompressor).read
+            self._read = _Streams(file, bz2.BZ2Decompressor if compression == "bzip2" else lzma.LZMADecompressor).read
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        view = memoryview(buffer)
         try:
-            data = self._read(len(buffer))
+            data = self._read(len(view))
         except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
             if isinstance(error, OSError) and error.errno is not None:
-                raise  # of the disk
-            message = f"must be a whole {self._packing} file, it is damaged after {self._size} bytes of its content"
+                raise  # an error of the disk
+            message = f"must be a whole {self._compression} file, it is damaged after {self._size} bytes of its content"
             raise SourceError(f"{self._where} {message}: {error}") from error
-        buffer[: len(data)] = data
+        view[: len(data)] = data
         self._size += len(data)
         return len(data)
 
 
 class _Streams:
-    """Streams of bzip2 or xz one after the other. The library's own reader takes damage of a later one for the end."""
+    """Streams of bzip2 or xz, one after the other. Python's own readers take a damaged later stream for the end."""
 
     def __init__(self, file: BinaryIO, new: Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor]):
         self._file = file
@@ -213,7 +218,7 @@ class _Streams:
 
 
 def seekable(file: BinaryIO) -> BinaryIO:
-    """The file, or a copy on the disk, without a name, if one cannot go back in it."""
+    """The file, or a nameless copy on the disk if the file cannot seek."""
     if file.seekable():
         return file
     copy = tempfile.TemporaryFile()  # noqa: SIM115 (closed and removed with the last reference)
@@ -224,10 +229,10 @@ def seekable(file: BinaryIO) -> BinaryIO:
 
 
 class Decoder:
-    """UTF-8 to text, for all of one file or column.
+    """UTF-8 to text, for the whole of one file or column.
 
-    Bytes that are not UTF-8 are an error with errors="strict", else they become surrogates, which `cleaning.clean`
-    deals with; more than a few per cent of them are an error in any case.
+    With errors="strict", bytes that are not UTF-8 are an error; else they become surrogates, which `cleaning.clean`
+    replaces or skips. More than a few per cent of them are an error in any case.
 
     Args:
         where: name of the file or column in messages.
@@ -260,11 +265,11 @@ class Decoder:
             ) from None
 
     def count_good(self, size: int) -> None:
-        """Take note of bytes that were decoded elsewhere."""
+        """Count bytes that were decoded elsewhere."""
         self._bytes += size
 
     def finish(self) -> None:
-        """Look at the share of bad bytes in all there was."""
+        """Raise if the share of bad bytes in the whole file is too large."""
         if _is_too_bad(self._bad, self._bytes):
             raise SourceError(
                 f"{self.where} must be UTF-8 text: {self._bad} of {self._bytes} bytes "
@@ -302,7 +307,7 @@ def check_text(head: bytes, where: str) -> None:
 
 
 def end_of_last_character(data: bytes) -> int:
-    """How many bytes of UTF-8 there are before a character that is not whole at the end."""
+    """The number of bytes before the last character if that is cut off, else of all bytes."""
     for back in range(1, min(4, len(data)) + 1):
         lead = data[-back]
         if lead & 0xC0 != 0x80:  # not one of the bytes that continue a character

@@ -1,4 +1,4 @@
-"""The files below a folder, and what is left out of them and why."""
+"""The files below a folder; the files that are left out, and why."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ import os
 import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, NoReturn
 
-MAX_NAMES = 20  # of what was skipped for one reason
+MAX_NAMES = 20  # names that are kept for each reason of leaving a file out
 
-# Written beside the data by `datasets`; no documents.
+# Files that `datasets` writes beside the data; they hold no documents.
 DESCRIPTIONS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
 _ROWS_FILES = ("data.arrow", "metadata.json")  # of a folder of packed rows
 
 
 class Skipped:
-    """What was left out: how many for each reason, and the names of the first ones.
+    """The files and folders that were left out: their number for each reason, and the names of the first ones.
 
     Attributes:
-        notes: other things that should be known of the choice of files.
+        notes: other remarks on the choice of files.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.notes: list[str] = []
         self._names: dict[str, list[str]] = {}
         self._counts: dict[str, int] = {}
@@ -49,16 +50,16 @@ class Skipped:
 def walk(
     root: Path, is_known: Callable[[str], object], include: Iterable[str], exclude: Iterable[str], skipped: Skipped
 ) -> list[Path]:
-    """Files below a folder, in the order of their names, those of a folder before its subfolders.
+    """Files below a folder, in the order of their names; the files of a folder come before its subfolders.
 
-    Links are followed; what can be reached in two ways is taken once. Hidden files and folders are left out.
+    Links are followed; a file or folder with two paths is taken once. Hidden files and folders are left out.
 
     Args:
         root: the folder.
-        is_known: of a name, whether such a file is to be taken.
-        include: patterns; if there are any, a file is taken if it matches one, of whatever kind it is.
+        is_known: of the name of a file, whether its kind is known.
+        include: patterns; if there are any, exactly the files that match one are taken, whatever their kind.
         exclude: patterns of files and folders to leave out.
-        skipped: is told of everything that is left out.
+        skipped: receives everything that is left out.
 
     Raises:
         OSError: a folder below cannot be read.
@@ -79,7 +80,7 @@ def walk(
             skipped.add(f"{name} ({first})", "already read by another name")
         return first == name
 
-    def fail(error: OSError):
+    def fail(error: OSError) -> NoReturn:
         raise error
 
     for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
@@ -101,7 +102,7 @@ def walk(
             path, name = os.path.join(folder, entry), prefix + entry
             try:
                 status = os.stat(path)
-            except OSError as error:  # a link to nothing, or to itself
+            except OSError as error:  # perhaps a link to nothing, or to itself
                 if not os.path.islink(path):
                     raise
                 skipped.add(name, f"broken links ({error.strerror})")
@@ -130,7 +131,7 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Whether a pattern matches a path below the root, or its last part if the pattern is a name alone."""
+    """Whether a pattern matches a path below the root; a pattern without a slash is compared with the last part."""
     name, pattern = name.rstrip("/"), pattern.rstrip("/")
     if "/" not in pattern:
         return fnmatch.fnmatchcase(name.rpartition("/")[2], pattern)
@@ -146,7 +147,7 @@ def is_rows(folder: Path) -> bool:
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    """Whether a folder was written by `save_to_disk` of `datasets`, not only has a file of a name that it uses."""
+    """Whether `save_to_disk` of `datasets` wrote a folder; the names of the files alone do not tell that."""
     if (folder / "dataset_info.json").is_file() and "_data_files" in _read_object(folder / "state.json"):
         return True
     splits = _read_object(folder / "dataset_dict.json").get("splits")
@@ -155,8 +156,8 @@ def is_saved_dataset(folder: Path) -> bool:
     return all(isinstance(split, str) and (folder / split / "state.json").is_file() for split in splits)
 
 
-def _read_object(path: Path) -> dict:
-    """A small JSON object; {} if the file is something else."""
+def _read_object(path: Path) -> dict[str, Any]:
+    """A small JSON object; {} if the file holds anything else."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):

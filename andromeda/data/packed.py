@@ -1,13 +1,13 @@
-"""PackedDataset: rows of token ids on the disk as a data set of torch."""
+"""PackedDataset: rows of token ids on the disk, read as a data set of torch."""
 
 from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,8 +29,8 @@ class PackedDataset(torch.utils.data.Dataset):
         input_ids: int64.
         labels: int64, equal to input_ids (a model shifts them); -100 for padding and, with `label_first_token=False`,
             for tokens that follow the end of a document.
-        key_start: int32, only with `doc_mask`: the position at which the document of this token starts in the row, as
-            `attention` and the models take it.
+        key_start: int32, only with `doc_mask`: the position in the row at which the document of this token starts, in
+            the form that `attention` and the models take.
 
     Args:
         path: directory of the data set in the cache.
@@ -38,14 +38,14 @@ class PackedDataset(torch.utils.data.Dataset):
 
     Attributes:
         path: the directory.
-        metadata: what is known about the data set, as in its metadata.json.
+        metadata: the content of its metadata.json.
         statistics: counts of documents, dropped documents, tokens, rows, left-over tokens and padding.
         seq_len, vocab_size, eos_token_id, pad_token_id, tokenizer_hash: `vocab_size` is the smallest number of
-            embeddings that serves all ids of the tokenizer.
+            embeddings that is enough for all ids of the tokenizer.
         content_checksum: XXH3-128 of the file of rows, which tells data sets apart.
         hf: the same rows as a `datasets.Dataset`.
 
-    Opening it reads no rows: `verify` compares them with the checksum that was taken while they were written.
+    Opening a data set reads no rows; `verify` compares all of them with the checksum taken while they were written.
 
     Raises:
         ValueError: the directory does not hold a complete data set of this version.
@@ -70,10 +70,14 @@ class PackedDataset(torch.utils.data.Dataset):
         return self.metadata.get("xxh3_128") or files.checksum(self.path / DATA_FILE)
 
     def verify(self) -> bool:
-        """Whether the folder records checksums (those of older versions do not); all its bytes are compared with them.
+        """Compare all bytes of the folder with the checksums in it.
+
+        Returns:
+            False if the folder has no checksums, as those of older versions, else True.
 
         Raises:
-            ValueError: a file has other content than was written; names it. OSError: it cannot be read.
+            ValueError: the content of a file has changed since it was written; names the file.
+            OSError: a file cannot be read.
         """
         if "xxh3_128" not in self.metadata:
             return False
@@ -97,15 +101,15 @@ class PackedDataset(torch.utils.data.Dataset):
     def __repr__(self) -> str:
         return f"PackedDataset({len(self)} rows of {self.seq_len} ids, {str(self.path)!r})"
 
-    def __reduce__(self):
-        # A worker of a DataLoader maps the file again instead of receiving the rows.
+    def __reduce__(self) -> tuple[Callable[[Path, bool, bool], PackedDataset], tuple[Path, bool, bool]]:
+        # A worker of a DataLoader maps the file again; the rows are not sent to it.
         return _reopen, (self.path, self.doc_mask, self.label_first_token)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Iterable[int]) -> list[dict[str, torch.Tensor]]:
-        """Several items; what a `DataLoader` calls for a batch."""
+        """Several items at once; a `DataLoader` calls this for a batch."""
         indices = [self._check_index(index) for index in indices]
         if not indices:
             return []
@@ -133,7 +137,7 @@ class PackedDataset(torch.utils.data.Dataset):
     def _labels(self, ids: np.ndarray, indices: list[int]) -> np.ndarray:
         labels = ids.copy()
         if not self.label_first_token:
-            # The first token of a row has no label to speak of: nothing in the row precedes it.
+            # The first token of a row keeps its label, which no model uses: nothing in the row precedes that token.
             labels[:, 1:][ids[:, :-1] == self.eos_token_id] = IGNORED_LABEL
         if self._lengths is not None:
             lengths = self._lengths[indices]
@@ -142,7 +146,7 @@ class PackedDataset(torch.utils.data.Dataset):
 
 
 def document_starts(ids: np.ndarray, eos_token_id: int) -> np.ndarray:
-    """For each position, where its document starts: after the last `eos_token_id` before it, else at 0.
+    """The start of the document of each position: the place after the last `eos_token_id` before it, or 0.
 
     Args:
         ids: (rows, seq_len) integers.
@@ -162,7 +166,7 @@ def _reopen(path: Path, doc_mask: bool, label_first_token: bool) -> PackedDatase
     return PackedDataset(path, doc_mask=doc_mask, label_first_token=label_first_token)
 
 
-def _map_rows(path: Path, metadata: dict) -> tuple[list[np.ndarray], np.ndarray | None]:
+def _map_rows(path: Path, metadata: dict[str, Any]) -> tuple[list[np.ndarray], np.ndarray | None]:
     """Views (rows, seq_len) of the ids of each record batch, and the lengths of padded rows."""
     import pyarrow
 
@@ -173,13 +177,13 @@ def _map_rows(path: Path, metadata: dict) -> tuple[list[np.ndarray], np.ndarray 
             raise ValueError(f"PackedDataset: {path} must have the columns {expected}, got {reader.schema}")
         batches = list(reader)
         for batch in batches:
-            batch.validate()  # a length that is not true would lead beyond the file, and the process to its end
+            batch.validate()  # with a wrong length, reads beyond the file would end the process
         rows = [batch.column(0).flatten().to_numpy().reshape(-1, metadata["seq_len"]) for batch in batches]
         lengths = None
         if metadata["packing"] == "bfd":
             lengths = np.concatenate([np.empty(0, np.int32), *(batch.column("length").to_numpy() for batch in batches)])
     except (pyarrow.ArrowException, OSError) as error:
-        if getattr(error, "errno", None) is not None:  # of the disk; Arrow's own have none
+        if getattr(error, "errno", None) is not None:  # an error of the disk; those of Arrow have no number
             raise
         raise ValueError(f"PackedDataset: {path} must be an Arrow stream: {error}") from error
     found = sum(map(len, rows))

@@ -1,6 +1,6 @@
-"""Long documents, cut into pieces where that changes no token.
+"""Long documents, cut into pieces at places where the cut changes no token.
 
-So the memory that a build takes does not depend on the length of a document.
+The memory that a build takes therefore does not depend on the length of its documents.
 """
 
 from __future__ import annotations
@@ -8,25 +8,32 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from andromeda.data.workers import Unfinished, plain_tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from andromeda.data.readers import Document
 
 PIECE_CHARS = 1 << 17  # longer documents are tokenised in pieces of about this size
 SEAM_CHARS = 256  # a pre-tokenizer may look this far on either side of a seam
 
 
-def in_parts(documents: Iterable) -> Iterator[str]:
-    """The texts of `andromeda.data.readers.Document`s; one that the next continues is `Unfinished`."""
+def in_parts(documents: Iterable[Document]) -> Iterator[str]:
+    """The texts of clean documents; a text is `Unfinished` if the next one continues it."""
     for document in documents:
+        assert isinstance(document.text, str)
         yield Unfinished(document.text) if document.continues else document.text
 
 
 def pieces(texts: Iterable[str], seams: Seams) -> Iterator[str]:
-    """Texts of which the longer ones are cut, at seams, into pieces of about PIECE_CHARS.
+    """Cut texts at seams into pieces of about PIECE_CHARS; shorter texts stay whole.
 
     Args:
-        texts: documents, or consecutive parts of them (`Unfinished`), which may be cut anywhere between characters.
-        seams: of the tokenizer.
+        texts: documents, or consecutive parts of them (`Unfinished`), which may end between any two characters.
+        seams: those of the tokenizer.
 
     Yields:
         Documents and pieces of them (all but the last `Unfinished`). Each piece has tokens, and together they are the
@@ -42,7 +49,7 @@ def pieces(texts: Iterable[str], seams: Seams) -> Iterator[str]:
             yield text if len(parts) == 1 else "".join(parts)
         elif finished or chars > size + SEAM_CHARS:
             rest = parts[0] if len(parts) == 1 else "".join(parts)
-            parts.clear()  # they need not stay in memory beside what they make
+            parts.clear()  # memory need not hold them beside `rest`
             begin = 0
             while len(rest) - begin > size + (0 if finished else SEAM_CHARS):
                 seam = seams.last(rest, begin + size // 2, begin + size)
@@ -61,32 +68,32 @@ def pieces(texts: Iterable[str], seams: Seams) -> Iterator[str]:
 
 
 class Seams:
-    """Where a text can be cut so that the tokens of both sides, made separately, are the tokens of the whole.
+    """Places where a text can be cut: the tokens of both sides, made separately, are the tokens of the whole.
 
-    A model encodes each word that its pre-tokenizer makes by itself, so the start of a word is a seam if the
-    pre-tokenizer finds the same words without the text beyond it. Normalizers and pre-tokenizers look at a few
-    characters around a place, which is why it is enough to compare there: SEAM_CHARS on either side are encoded
-    together and apart, and the place is taken only if the ids are the same and a word starts there. A tokenizer that
+    A tokenizer encodes each word of its pre-tokenizer by itself, so the start of a word is a seam if the
+    pre-tokenizer finds the same words without the text beyond that place. Normalizers and pre-tokenizers look only at a
+    few characters around a place, so a comparison of the neighbourhood is enough: SEAM_CHARS on either side are encoded
+    together and apart, and the place is a seam only if the ids are the same and a word starts there. A tokenizer that
     makes one word of everything (without a pre-tokenizer, or with one that does not split) has no seams.
     """
 
-    # Where to try: before a space between two letters first, where nearly all pre-tokenizers cut.
+    # The places to try, those before a space between two letters first: nearly all pre-tokenizers cut there.
     _CANDIDATES = (
         re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])"),
         re.compile(r"(?<=\w)(?=[^\w\s]\w)|(?<=\n)(?=\S)|(?<=\S)(?=\s\S)"),
     )
-    _TRIES = 24  # for each of them, before a longer piece is tried
+    _TRIES = 24  # for each pattern, before a longer piece is tried
     _STRETCH = 4096
 
     def __init__(self, tokenizer_json: str):
         self._json = tokenizer_json
 
     @cached_property
-    def _tokenizer(self):
+    def _tokenizer(self) -> Tokenizer:
         return plain_tokenizer(self._json)
 
     def last(self, text: str, begin: int, end: int) -> int | None:
-        """The last seam found in begin < position <= end; None if none was found."""
+        """The last seam found in begin < position <= end, or None."""
         for candidates in self._CANDIDATES:
             tries = 0
             for stop in range(end, begin, -self._STRETCH):

@@ -1,4 +1,4 @@
-"""The formats of files: each reader gives the columns of one file, then its documents, a few at a time."""
+"""The formats of files: a reader gives the columns of one file, then its documents, a few at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from operator import itemgetter
-from typing import BinaryIO, NamedTuple
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, BinaryIO, NamedTuple
 
 from andromeda.data.columns import (
     SAMPLE_RECORDS,
@@ -38,6 +39,9 @@ from andromeda.data.decoding import (
 )
 from andromeda.data.workers import MAX_BATCH_DOCUMENTS
 
+if TYPE_CHECKING:
+    import pyarrow
+
 # fmt: off
 TEXT_SUFFIXES = frozenset({
     ".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".html", ".htm", ".py", ".pyi", ".pyx", ".c", ".h", ".cc",
@@ -58,21 +62,21 @@ FORMAT_OF_SUFFIX = {
 }
 FORMATS = ("text", "json", "jsonl", "csv", "tsv", "parquet", "arrow")
 MAX_FIELD_CHARS = 1 << 28  # of csv: a quote that is never closed makes a field of the rest of the file
-BATCH_BYTES = 16 << 20  # texts of a table that are Python strings at one time
+BATCH_BYTES = 16 << 20  # bytes of a table's texts that are Python strings at one time
 SAMPLE_BYTES = 4 << 20
 
 
 class Document(NamedTuple):
-    """A document, or a part of one: the parts of a long text follow each other, and none of them is empty."""
+    """A document or a part of one. The parts of a long text follow each other, and none of them is empty."""
 
-    text: str | None
+    text: object  # a string if the source is sound, None for a missing value
     where: str  # file or data set, with line or row
     offset: int = 0  # bytes of `where` before the text, for messages
-    continues: bool = False  # the next Document continues this one
+    continues: bool = False  # whether the next Document continues this one
 
 
 def suffix_format(path: str | os.PathLike) -> str | None:
-    """The format that the name of a file promises; that of the content for a compressed file."""
+    """The format that the name of a file promises; for a compressed file, the format of its content."""
     stem, suffix = os.path.splitext(os.fspath(path))
     if suffix.lower() in COMPRESSED_SUFFIXES:
         suffix = os.path.splitext(stem)[1]
@@ -80,7 +84,7 @@ def suffix_format(path: str | os.PathLike) -> str | None:
 
 
 def content_format(head: bytes) -> str:
-    """The format of a file whose name does not tell: by its first bytes, JSON lines by the first line, else text."""
+    """The format of a file by its first bytes: Parquet, Arrow, JSON lines if the first line is one, else text."""
     kind = recognise(head) or ""
     for name in ("parquet", "arrow"):
         if name in kind.lower():
@@ -95,9 +99,9 @@ def content_format(head: bytes) -> str:
 
 
 def open_reader(
-    source: Input, name: str, format: str, errors: str, statistics: Counter, separator: str | None = None
+    source: Input, name: str, format: str, errors: str, statistics: Counter[str], separator: str | None = None
 ) -> Reader:
-    """The reader of an open file in one of FORMATS; raises if its first bytes are of another kind."""
+    """The reader for a file in one of FORMATS; raises if its first bytes are of another kind."""
     reader = _READERS[format](source, name, format, errors, statistics)
     reader.separator = separator
     return reader
@@ -111,12 +115,12 @@ class Reader:
         name: its name, for messages.
         format: one of FORMATS.
         errors: as in `DatasetBuilder`.
-        statistics: byte order marks are counted in it.
+        statistics: byte order marks are counted here.
     """
 
     separator: str | None = None
 
-    def __init__(self, source: Input, name: str, format: str, errors: str, statistics: Counter):
+    def __init__(self, source: Input, name: str, format: str, errors: str, statistics: Counter[str]):
         self.name = name
         self.format = format
         self._file = source.file
@@ -128,15 +132,19 @@ class Reader:
         check_text(head, self.name)
 
     def columns(self, wanted: str | None = None) -> Columns:
-        """The columns, as far as a schema or the first records tell; none for text. `wanted`: asked for by the user."""
+        """The columns, as far as a schema or the first records tell; none for text.
+
+        Args:
+            wanted: the column that the user asked for.
+        """
         return {}
 
     def is_single_object(self) -> bool:
-        """Whether the file is one JSON object, as settings and descriptions of data sets are."""
+        """Whether the file is one JSON object, like settings and descriptions of data sets."""
         return False
 
     def documents(self, choice: Choice | None) -> Iterator[Document]:
-        """All documents, those in the chosen column of records. To be read once."""
+        """All documents; of records, the values of the chosen column. Can be called once."""
         raise NotImplementedError
 
     def error(self, message: str) -> SourceError:
@@ -151,10 +159,10 @@ class TextReader(Reader):
         yield from split_text(blocks, self.name, self.separator)
 
 
-def text_blocks(file: BinaryIO, decode: Decoder, statistics: Counter | None) -> Iterator[tuple[str, int]]:
-    """(text, byte offset) of consecutive parts of a file of about BLOCK_BYTES, cut between characters.
+def text_blocks(file: IO[bytes], decode: Decoder, statistics: Counter[str] | None) -> Iterator[tuple[str, int]]:
+    """(text, byte offset) of consecutive parts of about BLOCK_BYTES, cut between characters.
 
-    A byte order mark at the start is left out and counted, if there are `statistics`.
+    With `statistics`, a byte order mark at the start is left out and counted.
     """
     offset, rest = 0, b""
     while block := file.read(BLOCK_BYTES):
@@ -171,7 +179,7 @@ def text_blocks(file: BinaryIO, decode: Decoder, statistics: Counter | None) -> 
 
 
 def split_text(blocks: Iterable[tuple[str, int]], where: str, separator: str | None) -> Iterator[Document]:
-    """One document, or those between the separators, from consecutive parts of a text; long ones in parts."""
+    """The documents between the separators, or the only one, from consecutive parts of a text; long ones in parts."""
     if separator is None:
         before = None
         for block in blocks:
@@ -182,14 +190,14 @@ def split_text(blocks: Iterable[tuple[str, int]], where: str, separator: str | N
         yield Document(text, where, offset)
         return
     number, text, offset = 0, "", 0
-    for block, start in blocks:
-        text, offset = (text + block, offset) if text else (block, start)
+    for added, start in blocks:
+        text, offset = (text + added, offset) if text else (added, start)
         *whole, text = text.split(separator)
         for piece in whole:
             yield Document(piece, f"{where}, document {number}", offset)
             offset += _num_bytes(piece) + _num_bytes(separator)
             number += 1
-        # The end may be the start of a separator, and the last part of a document must not be empty.
+        # The text may end with the start of a separator, and the last part of a document must not be empty.
         if len(text) > len(separator):
             part = text[: -len(separator)]
             yield Document(part, f"{where}, document {number}", offset, continues=True)
@@ -203,8 +211,8 @@ def _num_bytes(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogateescape"))
 
 
-def _lines(file: BinaryIO, decode: Decoder, statistics: Counter) -> Iterator[tuple[str, int]]:
-    """(text with its end, byte offset) of each line, without a byte order mark."""
+def _lines(file: BinaryIO, decode: Decoder, statistics: Counter[str]) -> Iterator[tuple[str, int]]:
+    """(text with its line end, byte offset) of each line, without a byte order mark."""
     offset = good = 0
     for number, line in enumerate(file, 1):
         if number == 1 and (mark := length_of_mark(line)):
@@ -222,18 +230,15 @@ def _lines(file: BinaryIO, decode: Decoder, statistics: Counter) -> Iterator[tup
         offset += len(line)
 
 
-# Records of JSON
-
-
 class JsonLinesReader(Reader):
     """A JSON object or string on each line."""
 
     _unit = "line"
 
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
+    def __init__(self, source: Input, name: str, format: str, errors: str, statistics: Counter[str]):
+        super().__init__(source, name, format, errors, statistics)
         self._records = self._read()
-        self._first: list[tuple] | None = None  # records that were looked at before they are asked for
+        self._first: list[tuple[object, int, int]] | None = None  # the records that `columns` has read
 
     def columns(self, wanted: str | None = None) -> Columns:
         self._first = []
@@ -251,10 +256,10 @@ class JsonLinesReader(Reader):
         end = f", column {column!r}"
         for record, number, _ in itertools.chain(self._first or (), self._records):
             if isinstance(record, dict):
-                if guessed:
-                    check_record(record, column, f"{where}{number}")
                 if column is None:
                     raise SourceError(f"{where}{number} must be a string as the records before it, got an object")
+                if guessed:
+                    check_record(record, column, f"{where}{number}")
                 if column not in record:
                     raise missing_column(record, column, f"{where}{number}")
                 yield Document(record[column], f"{where}{number}{end}")
@@ -263,7 +268,7 @@ class JsonLinesReader(Reader):
             else:
                 raise SourceError(f"{where}{number} must be an object or a string, got {type(record).__name__}")
 
-    def _read(self) -> Iterator[tuple]:
+    def _read(self) -> Iterator[tuple[object, int, int]]:
         """(record, number, length of its text) of each record."""
         lines = _lines(self._file, self._decode, self._statistics)
         for number, (line, offset) in enumerate(lines, 1):
@@ -292,7 +297,7 @@ class JsonLinesReader(Reader):
         return self.error(f"{place} must be JSON: {error}")
 
 
-# Python reads integers of thousands of digits only if asked to; numbers need only be told from text here.
+# Python reads integers of thousands of digits only if asked to. Any number will do here: it is no text.
 _WITH_HUGE_NUMBERS = json.JSONDecoder(parse_int=float)
 _DECODE = json.JSONDecoder().raw_decode
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -307,9 +312,10 @@ class JsonReader(JsonLinesReader):
     def is_single_object(self) -> bool:
         if self._first is None:
             self.columns()
+        assert self._first is not None
         return not self._has_list and len(self._first) == 1 and isinstance(self._first[0][0], dict)
 
-    def _read(self) -> Iterator[tuple]:
+    def _read(self) -> Iterator[tuple[object, int, int]]:
         text = _Text(text_blocks(self._file, self._decode, self._statistics))
         number, in_list = 0, False
         while start := text.next_character():
@@ -332,7 +338,7 @@ class JsonReader(JsonLinesReader):
             raise self.error(f" must be JSON: Expecting a value at byte {text.place()}")
 
     def _value(self, text: _Text, number: int) -> tuple[object, int]:
-        """The value at the position, which stays there, and its length."""
+        """The value at the position, which does not move, and the length of its text."""
         decode = _DECODE
         while True:
             try:
@@ -344,13 +350,13 @@ class JsonReader(JsonLinesReader):
                     raise self._json_error(error, text.held, text.offset, f", record {number}") from error
                 continue
             length = end - text.position
-            # A number at the end of what was read may have more digits.
+            # A number at the end of the text held so far may have more digits.
             if end < len(text.held) or isinstance(record, (dict, str, list)) or not text.read_more():
                 return record, length
 
 
 class _Text:
-    """A text that is read in blocks and forgotten behind a position."""
+    """A text that is read in blocks; the part before a position is dropped."""
 
     def __init__(self, blocks: Iterator[tuple[str, int]]):
         self._blocks = blocks
@@ -359,7 +365,7 @@ class _Text:
         self.position = 0  # in `held`
 
     def read_more(self) -> bool:
-        """Read at least as much as is held, so that a long value is not looked at too often; False at the end."""
+        """Read at least as much as is held, so that a long value is not parsed too often; False at the end."""
         block = next(self._blocks, None)
         if block is None:
             return False
@@ -374,9 +380,11 @@ class _Text:
         return True
 
     def next_character(self) -> str:
-        """The character at the position, which is moved behind white space; "" at the end."""
+        """The next character that is no white space; the position moves to it. "" at the end."""
         while True:
-            self.position = _SPACE.match(self.held, self.position).end()
+            space = _SPACE.match(self.held, self.position)
+            assert space is not None  # the pattern matches also where no white space is
+            self.position = space.end()
             if self.position < len(self.held):
                 return self.held[self.position]
             if not self.read_more():
@@ -387,14 +395,14 @@ class _Text:
         return self.offset + _num_bytes(self.held[: self.position])
 
     def may_go_on(self, error: Exception) -> bool:
-        """Whether more text may mend what the parser says of the text held so far."""
+        """Whether the parser may succeed with more text."""
         if not isinstance(error, json.JSONDecodeError):
             return False
         return error.pos >= len(self.held) - 16 or error.msg.startswith("Unterminated string")
 
 
-def check_record(record: dict, column: str, where: str) -> None:
-    """Raise if another than the guessed column holds text."""
+def check_record(record: dict[str, object], column: str, where: str) -> None:
+    """Raise if a column besides the guessed one may hold text."""
     for name, value in record.items():
         if name != column and value is not None and not is_number(value):
             raise SourceError(
@@ -403,21 +411,18 @@ def check_record(record: dict, column: str, where: str) -> None:
             )
 
 
-def missing_column(record: dict, column: str, where: str) -> SourceError:
+def missing_column(record: Iterable[str], column: str, where: str) -> SourceError:
     return SourceError(
         f"{where} must have the column {column!r}, got {', '.join(record) or 'no columns'}; choose one that all "
         "records have with text_column"
     )
 
 
-# Tables
-
-
 class CsvReader(Reader):
-    """Fields with commas or tabs between them, the first row names them. Blank rows are left out."""
+    """Fields between commas or tabs; the first row names the columns. Blank rows are left out."""
 
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
+    def __init__(self, source: Input, name: str, format: str, errors: str, statistics: Counter[str]):
+        super().__init__(source, name, format, errors, statistics)
         self._delimiter = "\t" if self.format == "tsv" else ","
         lines = _lines(self._file, self._decode, self._statistics)
         self._csv = csv.reader(map(itemgetter(0), lines), delimiter=self._delimiter, strict=True)
@@ -445,8 +450,9 @@ class CsvReader(Reader):
         header = self._header
         if not header:
             return
+        assert choice is not None  # a header gives columns, and columns give a choice
         if choice.column not in header:
-            raise missing_column(dict.fromkeys(header, ""), choice.column, self.name)
+            raise missing_column(dict.fromkeys(header), choice.column, self.name)
         column = header.index(choice.column)
         for line, row in self._rows:
             place = f"{self.name}, line {line}, column {choice.column!r}"
@@ -458,7 +464,7 @@ class CsvReader(Reader):
         """(number of its last line, fields) of each row that is not blank."""
         begin = 1
         while True:
-            # The limit belongs to the process, and somebody else may have changed it since the last row.
+            # The limit belongs to the process, and other code may have changed it since the last row.
             before = csv.field_size_limit(MAX_FIELD_CHARS)
             try:
                 row = next(self._csv, None)
@@ -470,7 +476,7 @@ class CsvReader(Reader):
                 csv.field_size_limit(before)
             if row is None:
                 return
-            # A blank line, or one of spaces; an empty field in quotes is a row of a table with one column.
+            # Blank lines and lines of spaces are no rows; an empty field in quotes is a row of a table with one column.
             if row and not (len(row) == 1 and row[0].isspace()):
                 yield self._csv.line_num, row
             begin = self._csv.line_num + 1
@@ -479,10 +485,10 @@ class CsvReader(Reader):
 class ParquetReader(Reader):
     """A column of a Parquet file."""
 
-    def __init__(self, source: Input, *arguments):
+    def __init__(self, source: Input, name: str, format: str, errors: str, statistics: Counter[str]):
         import pyarrow.parquet
 
-        super().__init__(source, *arguments)
+        super().__init__(source, name, format, errors, statistics)
         with _ArrowErrors(self.name, "a Parquet"):
             file = seekable(source.file)
             self._table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=BLOCK_BYTES)
@@ -496,7 +502,9 @@ class ParquetReader(Reader):
             schema = self._table.schema_arrow
             return schema_columns(schema.names, map(arrow_kind, schema.types), self.name)
 
-    def documents(self, choice: Choice) -> Iterator[Document]:
+    def documents(self, choice: Choice | None) -> Iterator[Document]:
+        if choice is None:
+            raise self.error(" must have columns, got none")
         self.columns()
         rows = itertools.count()
         with _ArrowErrors(self.name, "a Parquet"):
@@ -507,7 +515,7 @@ class ParquetReader(Reader):
     def _batch_size(self) -> int:
         """Rows of about BATCH_BYTES."""
         metadata = self._table.metadata
-        # Not the sizes of single columns: pyarrow ends the process when it finds damage while it tells them.
+        # The sizes of single columns are not asked for: in a damaged file, that call of pyarrow ends the process.
         size = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
         return batch_rows(size, metadata.num_rows)
 
@@ -515,10 +523,10 @@ class ParquetReader(Reader):
 class ArrowReader(Reader):
     """A column of an Arrow stream or file."""
 
-    def __init__(self, source: Input, *arguments):
+    def __init__(self, source: Input, name: str, format: str, errors: str, statistics: Counter[str]):
         import pyarrow
 
-        super().__init__(source, *arguments)
+        super().__init__(source, name, format, errors, statistics)
         self._is_file = source.head.startswith(b"ARROW1")
         with _ArrowErrors(self.name, "an Arrow"):
             if self._is_file:
@@ -536,7 +544,9 @@ class ArrowReader(Reader):
             schema = self._table.schema
             return schema_columns(schema.names, map(arrow_kind, schema.types), self.name)
 
-    def documents(self, choice: Choice) -> Iterator[Document]:
+    def documents(self, choice: Choice | None) -> Iterator[Document]:
+        if choice is None:
+            raise self.error(" must have columns, got none")
         self.columns()
         rows = itertools.count()
         with _ArrowErrors(self.name, "an Arrow"):
@@ -548,7 +558,7 @@ class ArrowReader(Reader):
 
 
 class _ArrowErrors:
-    """Errors of pyarrow become ones with the name of the file."""
+    """A context manager that turns errors of pyarrow into ones with the name of the file."""
 
     def __init__(self, name: str, kind: str):
         self._name, self._kind = name, kind
@@ -556,15 +566,18 @@ class _ArrowErrors:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         import pyarrow
 
         # A damaged length may ask for more memory than there is.
         known = isinstance(error, (pyarrow.ArrowException, UnicodeDecodeError, MemoryError))
-        # pyarrow says OSError of what it cannot read, without a number; with one it comes from the disk.
+        # An OSError without a number says that pyarrow cannot read the file; one with a number comes from the disk.
         if known or (isinstance(error, OSError) and error.errno is None):
             raise SourceError(
-                f"{self._name} must be {self._kind} file, it is damaged or something else: {error or kind.__name__}"
+                f"{self._name} must be {self._kind} file, it is damaged or something else: "
+                f"{error or type(error).__name__}"
             ) from error
 
 
@@ -573,18 +586,20 @@ def _other(head: bytes) -> str:
 
 
 def batch_rows(size: int, rows: int) -> int:
-    """How many rows of a column to read at once: a thousand, or fewer if their texts are long."""
+    """The number of rows of a column to read at once: a thousand, or fewer if their texts are long."""
     return max(1, min(MAX_BATCH_DOCUMENTS, BATCH_BYTES * rows // size if size else MAX_BATCH_DOCUMENTS))
 
 
-def arrow_documents(array, column: str, name: str, rows: Iterator[int], decode: Decoder) -> Iterator[Document]:
+def arrow_documents(
+    array: pyarrow.Array, column: str, name: str, rows: Iterator[int], decode: Decoder
+) -> Iterator[Document]:
     """The documents in a column of a record batch.
 
     Args:
-        array: `pyarrow.Array`, which may come from a damaged file.
+        array: the column; the file may be damaged.
         column, name: for messages.
-        rows: numbers of the rows, for messages; those of this batch are taken.
-        decode: of the file.
+        rows: the numbers of the rows, for messages; one is taken for each row of this batch.
+        decode: the decoder of the whole file.
     """
     array = _sound(array)
     step = batch_rows(array.nbytes, len(array))
@@ -599,8 +614,8 @@ def arrow_documents(array, column: str, name: str, rows: Iterator[int], decode: 
             yield Document(value, f"{name}, row {row}, column {column!r}")
 
 
-def _sound(array):
-    """The array, if nothing in it points outside it; as bytes, if it holds strings that are not UTF-8."""
+def _sound(array: pyarrow.Array) -> pyarrow.Array:
+    """The array, checked for offsets that point outside it; as bytes if it holds strings that are not UTF-8."""
     import pyarrow
 
     try:
@@ -612,8 +627,8 @@ def _sound(array):
         return array
 
 
-def _as_bytes(array):
-    """An array of strings, or of categories that are strings, as one of bytes; other ones as they are."""
+def _as_bytes(array: pyarrow.Array) -> pyarrow.Array:
+    """An array of strings, or of categories that are strings, as an array of bytes; other arrays unchanged."""
     import pyarrow
 
     types = pyarrow.types
@@ -629,7 +644,7 @@ def _as_bytes(array):
     return array
 
 
-_READERS = {
+_READERS: dict[str, type[Reader]] = {
     "text": TextReader,
     "json": JsonReader,
     "jsonl": JsonLinesReader,

@@ -1,7 +1,4 @@
-"""Where documents come from: files, directories, pipes, `datasets` objects, the hub; each as a stream of clean texts.
-
-decoding.py: bytes to text    readers.py: formats of files    folders.py: which files    columns.py: which column
-"""
+"""Sources of documents: files, directories, pipes, objects of `datasets`, the hub; each gives a stream of documents."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
-from typing import BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from andromeda.data.columns import (
     SAMPLE_FILES,
@@ -46,14 +43,17 @@ from andromeda.data.readers import (
 from andromeda.data.tokenizer import hub_problem
 from andromeda.data.workers import MAX_BATCH_DOCUMENTS
 
+if TYPE_CHECKING:
+    import datasets
+
 
 class Source:
-    """Where documents come from.
+    """A source of documents.
 
     Attributes:
         name: for messages and for the name in the cache.
-        column: the column of documents, once it was looked for; None for plain text.
-        skipped: what was left out.
+        column: the column of documents, once it is chosen; None for plain text.
+        skipped: the files that were left out.
     """
 
     name: str
@@ -63,28 +63,29 @@ class Source:
         self.text_column = text_column
         self.errors = errors
         self.skipped = Skipped()
-        self._formats: Counter = Counter()
+        self._formats: Counter[str] = Counter()
 
     def fingerprint(self) -> str | None:
-        """Changes with the documents; None if only reading them all would tell."""
+        """A string that changes with the documents; None if that would take reading all of them."""
         raise NotImplementedError
 
     def size(self) -> int | None:
-        """About how many bytes of text there are; None if that is not known."""
+        """The approximate number of bytes of text; None if it is not known."""
         raise NotImplementedError
 
     def num_documents(self) -> int | None:
+        """The number of documents; None if it is not known."""
         raise NotImplementedError
 
-    def documents(self, statistics: Counter) -> Iterator[Document]:
-        """All documents, as they are; `clean` is to follow. Long ones come in parts."""
+    def documents(self, statistics: Counter[str]) -> Iterator[Document]:
+        """All documents as the source has them, not yet clean (`cleaning.clean`). Long ones come in parts."""
         raise NotImplementedError
 
     def keep(self) -> None:
         """Make sure that the documents can be read more than once."""
 
-    def facts(self) -> dict:
-        """What a user should know of a source that has been read: column, formats of files, what was skipped."""
+    def facts(self) -> dict[str, Any]:
+        """Facts for the user about a source that has been read: column, formats of files, skipped files."""
         return {
             "text_column": self.column,
             "formats": dict(self._formats),
@@ -93,14 +94,14 @@ class Source:
         }
 
 
-def check_name(name) -> None:
-    """Raise if a name of a source is empty: as a path that would be the current directory."""
+def check_name(name: object) -> None:
+    """Raise if the name of a source is empty: such a path would mean the current directory."""
     text = os.fspath(name) if isinstance(name, os.PathLike) else name
     if isinstance(text, str) and not text.strip():
         raise ValueError(
             f"DatasetBuilder: dataset_name must not be empty, got {text!r}; name a file, a folder or a data set"
         )
-    if isinstance(name, PurePath) and text == ".":  # also what Path("") is
+    if isinstance(name, PurePath) and text == ".":  # Path("") is Path(".")
         raise ValueError(
             "DatasetBuilder: dataset_name must not be Path('') or Path('.'), which are the same; for the current "
             "directory say '.' or Path.cwd()"
@@ -108,7 +109,7 @@ def check_name(name) -> None:
 
 
 def open_source(
-    name,
+    name: str | os.PathLike | datasets.Dataset | datasets.IterableDataset | datasets.DatasetDict | Source,
     split: str | None = None,
     *,
     text_column: str | None = None,
@@ -118,9 +119,9 @@ def open_source(
     separator: str | None = None,
     format: str | None = None,
 ) -> Source:
-    """The source that a path, a name on the hub or an object of `datasets` stands for; arguments as `DatasetBuilder`'s.
+    """The source behind a path, a name on the hub or an object of `datasets`; a `Source` is returned unchanged.
 
-    A `Source` is returned as it is.
+    The arguments are those of `DatasetBuilder`.
     """
     if isinstance(name, Source):
         return name
@@ -131,15 +132,12 @@ def open_source(
     if separator is not None and not (isinstance(separator, str) and separator):
         raise TypeError(f"DatasetBuilder: separator must be a non-empty string or None, got {separator!r}")
 
-    def refuse(what: str, **given):
+    def refuse(source: str, **given: object) -> None:
         for argument, value in given.items():
             if value:
-                raise ValueError(f"DatasetBuilder: {argument} must not be given for {what}, got {value!r}")
+                raise ValueError(f"DatasetBuilder: {argument} must not be given for {source}, got {value!r}")
 
-    datasets = sys.modules.get("datasets")  # who holds an object of it has loaded it
-    if datasets is not None and isinstance(
-        name, (datasets.Dataset, datasets.IterableDataset, datasets.DatasetDict, datasets.IterableDatasetDict)
-    ):
+    if _is_hf_object(name):
         refuse("a data set", include=include, exclude=exclude, separator=separator, format=format)
         return _hf_source(name, split, type(name).__name__, text_column, errors)
     if not isinstance(name, (str, os.PathLike)):
@@ -153,10 +151,10 @@ def open_source(
         return _Pipe(None, text_column, errors, separator, format)
     path = Path(name).expanduser()
     if path.is_dir() and is_saved_dataset(path):
-        import datasets
+        from datasets import load_from_disk
 
         refuse("a saved data set", include=include, exclude=exclude, separator=separator, format=format)
-        return _hf_source(datasets.load_from_disk(str(path)), split, path.name, text_column, errors)
+        return _hf_source(load_from_disk(str(path)), split, path.name, text_column, errors)
     if path.exists():
         if split is not None:
             raise ValueError(f"DatasetBuilder: split must be None for files, got {split!r}; name the right files")
@@ -165,7 +163,7 @@ def open_source(
         refuse("a single file", include=include, exclude=exclude)
         if not path.is_file():
             return _Pipe(path, text_column, errors, separator, format)
-        if path.absolute().is_relative_to("/dev"):  # /dev/stdin with a file behind it, whose name says more
+        if path.absolute().is_relative_to("/dev"):  # /dev/stdin may be a file, whose own name tells more
             path = path.resolve()
         return _Files(path, text_column, errors, separator, format)
     if not isinstance(name, str) or text.startswith((".", "/", "~")) or text.count("/") > 1 or suffix_format(path):
@@ -175,7 +173,7 @@ def open_source(
 
 
 def glob_patterns(patterns: str | Iterable[str] | None, argument: str) -> tuple[str, ...]:
-    """One or several patterns of names as a tuple; raises if one is not a string or is empty."""
+    """One pattern of names or several, as a tuple; raises if one is not a string or is empty."""
     patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
     for pattern in patterns:
         if not (isinstance(pattern, str) and pattern.strip()):
@@ -183,7 +181,16 @@ def glob_patterns(patterns: str | Iterable[str] | None, argument: str) -> tuple[
     return patterns
 
 
-def _hf_source(dataset, split: str | None, name: str, text_column: str | None, errors: str) -> Source:
+def _is_hf_object(name: object) -> bool:
+    """Whether a name is an object of `datasets`; if that package is not loaded, there can be no such object."""
+    datasets = sys.modules.get("datasets")
+    if datasets is None:
+        return False
+    kinds = (datasets.Dataset, datasets.IterableDataset, datasets.DatasetDict, datasets.IterableDatasetDict)
+    return isinstance(name, kinds)
+
+
+def _hf_source(dataset: Any, split: str | None, name: str, text_column: str | None, errors: str) -> Source:
     import datasets
 
     if isinstance(dataset, dict):
@@ -193,12 +200,12 @@ def _hf_source(dataset, split: str | None, name: str, text_column: str | None, e
         dataset = dataset[chosen]
     elif split is not None and str(dataset.split) != split:
         raise ValueError(f"DatasetBuilder: split must be that of the data set, {dataset.split}, got {split!r}")
-    # What a transform makes is known only by reading it.
+    # The records that a transform makes are known only by reading them.
     has_rows = isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom"
     return (_Rows if has_rows else _Stream)(dataset, name, text_column, errors)
 
 
-def _load_from_hub(name: str, split: str):
+def _load_from_hub(name: str, split: str) -> datasets.Dataset:
     import datasets
     import huggingface_hub.constants
 
@@ -221,27 +228,29 @@ def _load_from_hub(name: str, split: str):
 
 
 class _Rows(Source):
-    """A `datasets.Dataset` whose texts are those in its table."""
+    """A `datasets.Dataset` without a transform: its texts are those in its table."""
 
-    def __init__(self, dataset, name: str, text_column: str | None, errors: str):
+    column: str
+
+    def __init__(self, dataset: datasets.Dataset, name: str, text_column: str | None, errors: str):
         super().__init__(text_column, errors)
         self._dataset = dataset
         self.name = name
         columns = _feature_columns(dataset.features, name)
-        shown = dataset.format["columns"]  # set_format(columns=...) hides the others
+        shown = dataset.format["columns"]  # set_format(columns=...) hides the other columns
         self.column = choose([(name, {name: columns[name] for name in shown})], text_column).column
 
     def fingerprint(self) -> str:
         return f"dataset {self._dataset._fingerprint} {self.column}"
 
     def size(self) -> int | None:
-        table = self._dataset.data  # all rows, the dataset may have chosen some of them
+        table = self._dataset.data  # all rows; the data set may have selected some of them
         return table.column(self.column).nbytes * len(self._dataset) // len(table) if len(table) else None
 
     def num_documents(self) -> int:
         return len(self._dataset)
 
-    def documents(self, statistics: Counter) -> Iterator[Document]:
+    def documents(self, statistics: Counter[str]) -> Iterator[Document]:
         table = self._dataset.with_format(None).select_columns([self.column]).with_format("arrow")
         decode = Decoder(self.name, self.errors)
         rows = itertools.count()
@@ -255,13 +264,15 @@ class _Rows(Source):
 class _Stream(Source):
     """Records that are known only by reading them: an `IterableDataset`, or a `Dataset` with a transform."""
 
-    def __init__(self, dataset, name: str, text_column: str | None, errors: str):
+    def __init__(
+        self, dataset: datasets.Dataset | datasets.IterableDataset, name: str, text_column: str | None, errors: str
+    ):
         import datasets
 
         super().__init__(text_column, errors)
         self._features = None
         if isinstance(dataset, datasets.IterableDataset):
-            dataset = dataset.with_format(None)  # the texts are the same in all formats, the records are not
+            dataset = dataset.with_format(None)  # the records depend on the format, the texts do not
             self._features = dataset.features
         self._dataset = dataset
         self.name = name
@@ -275,10 +286,10 @@ class _Stream(Source):
     def num_documents(self) -> int | None:
         return len(self._dataset) if hasattr(self._dataset, "__len__") else None
 
-    def documents(self, statistics: Counter) -> Iterator[Document]:
+    def documents(self, statistics: Counter[str]) -> Iterator[Document]:
         known = None if self._features is None else _feature_columns(self._features, self.name)
         decode = Decoder(self.name, self.errors)
-        if known is not None and self.errors != "strict":  # as Python objects, strings that are not UTF-8 would fail
+        if known is not None and self.errors != "strict":  # strings that are not UTF-8 cannot be Python objects
             self.column = choose([(self.name, known)], self.text_column).column
             rows = itertools.count()
             with _located(self.name):
@@ -305,7 +316,7 @@ class _Stream(Source):
             yield Document(text, f"{place}, column {column!r}")
         decode.finish()
 
-    def _records(self) -> Iterator[dict]:
+    def _records(self) -> Iterator[dict[str, Any]]:
         row, records = 0, iter(self._dataset)
         while True:
             try:
@@ -315,15 +326,15 @@ class _Stream(Source):
                 record = dict(record)
             except OSError:
                 raise
-            except Exception as error:  # of the user's generator or transform
+            except Exception as error:  # raised by the user's generator or transform
                 message = f"{self.name}, row {row} cannot be read: {type(error).__name__}: {error}"
                 raise SourceError(message) from error
             yield record
             row += 1
 
 
-def _feature_columns(features, where: str) -> Columns:
-    """Columns by the features of a data set; pictures and sounds are no text, though they are objects with bytes."""
+def _feature_columns(features: datasets.Features, where: str) -> Columns:
+    """Columns by the features of a data set. Pictures and sounds are objects with bytes, but never text."""
     media = ("Image", "Audio", "Video", "Pdf", "Nifti")
     kinds = (
         Kind(type(feature).__name__, may_be_text=False) if type(feature).__name__ in media else arrow_kind(field.type)
@@ -351,8 +362,8 @@ class _Files(Source):
         self._separator = separator
         self._format = format
         self._options = {"include": include, "exclude": exclude, "separator": separator, "format": format}
-        self._skips_objects = False  # whether a lone JSON object without the column is a description of the data
-        self._objects: set[Path] = set()  # those
+        self._skips_objects = False  # whether a file of one JSON object without the column is taken for a description
+        self._objects: set[Path] = set()  # the files that were skipped as such
         if path.is_dir():
             if is_rows(path):
                 raise SourceError(
@@ -363,7 +374,7 @@ class _Files(Source):
             files = walk(path, is_known, include, exclude, self.skipped)
         else:
             files = [path]
-        self._files = [(file, format or suffix_format(file)) for file in files]  # None: the content tells
+        self._files = [(file, format or suffix_format(file)) for file in files]  # None: the content tells the format
         if not self._files:
             raise SourceError(
                 f"{path} must hold files of a known kind (text, source code, json, jsonl, parquet, csv, arrow), "
@@ -382,8 +393,8 @@ class _Files(Source):
 
     def size(self) -> int:
         def text_bytes(path: Path) -> int:
-            packed = path.suffix.lower() in COMPRESSED_SUFFIXES  # text, to about a quarter
-            return path.stat().st_size * (4 if packed else 1)
+            is_compressed = path.suffix.lower() in COMPRESSED_SUFFIXES  # text shrinks to about a quarter
+            return path.stat().st_size * (4 if is_compressed else 1)
 
         return sum(text_bytes(path) for path, _ in self._files)
 
@@ -391,7 +402,7 @@ class _Files(Source):
         formats = {format for _, format in self._files}
         return len(self._files) if formats == {"text"} and self._separator is None else None
 
-    def documents(self, statistics: Counter) -> Iterator[Document]:
+    def documents(self, statistics: Counter[str]) -> Iterator[Document]:
         choice = self._choose()
         self.column = None if choice is None else choice.column
         self._formats.clear()
@@ -408,16 +419,16 @@ class _Files(Source):
             raise self._no_text()
 
     @contextlib.contextmanager
-    def _open(self, path: Path, format: str | None, statistics: Counter) -> Iterator[Reader]:
+    def _open(self, path: Path, format: str | None, statistics: Counter[str]) -> Iterator[Reader]:
         name = str(path)
         with _located(name), open_input(path, name) as source:
             format = format or content_format(source.head)
             yield open_reader(source, name, format, self.errors, statistics, self._separator)
 
     def _choose(self) -> Choice | None:
-        """The column of documents, one for all files; None if there are no records with columns."""
+        """The column of documents, one for all files; None if no file has records with columns."""
         wanted = self.text_column
-        # Lone JSON objects are json files: the others are to be asked, too.
+        # Only json files can be lone JSON objects, so samples of both groups are looked at.
         groups = [
             [file for file in self._files if (file[1] == "json") == is_json and file[1] != "text"]
             for is_json in (False, True)
@@ -437,12 +448,13 @@ class _Files(Source):
             if tables:
                 return choose(tables, wanted)
             if wanted is not None:
-                what = "is plain text" if num_texts == len(self._files) else "has no columns"
-                raise SourceError(f"text_column must be None for {self._root}, which {what}, got {wanted!r}")
+                reason = "is plain text" if num_texts == len(self._files) else "has no columns"
+                raise SourceError(f"text_column must be None for {self._root}, which {reason}, got {wanted!r}")
             return None
         if num_texts and wanted is None and not any("text" in columns for _, columns in objects):
-            name, columns = next((it for it in objects if any(kind.may_be_text for kind in it[1].values())), (None, {}))
-            if name is not None:
+            for name, columns in objects:
+                if not any(kind.may_be_text for kind in columns.values()):
+                    continue
                 raise SourceError(
                     f"{name} is one JSON object beside files of text; to read it, choose with text_column; to leave "
                     f"it out, exclude it; {listing(columns)}"
@@ -452,8 +464,8 @@ class _Files(Source):
         return choose(objects, wanted)
 
     def _has_documents(self, reader: Reader, choice: Choice | None, path: Path) -> bool:
-        """Whether a file is to be read; raises if it has other columns than the source."""
-        if reader.format in ("text", "jsonl"):  # each record of jsonl is looked at
+        """Whether to read a file; raises if its columns are not those of the source."""
+        if reader.format in ("text", "jsonl"):  # the reader of jsonl checks each record
             return True
         columns = reader.columns(self.text_column)
         if self._skips_objects and reader.is_single_object() and (choice is None or choice.column not in columns):
@@ -464,13 +476,13 @@ class _Files(Source):
             return False
         if columns and choice is None:
             raise SourceError(f"{path} has columns and the files before it have none; choose with text_column")
-        if columns and reader.format != "json":
+        if columns and choice is not None and reader.format != "json":
             check(choice, columns, str(path))
         return True
 
 
 class _Pipe(Source):
-    """Standard input, a named pipe or what else can be read only once."""
+    """Standard input, a named pipe, or another file that can be read only once."""
 
     def __init__(
         self, path: Path | None, text_column: str | None, errors: str, separator: str | None, format: str | None
@@ -507,7 +519,7 @@ class _Pipe(Source):
             return contextlib.nullcontext(sys.stdin.buffer)
         return open(self._path, "rb")
 
-    def documents(self, statistics: Counter) -> Iterator[Document]:
+    def documents(self, statistics: Counter[str]) -> Iterator[Document]:
         if self._copy is not None:
             self._copy.seek(0)
         path = self._path or Path("-")
@@ -530,7 +542,7 @@ class _Pipe(Source):
 
 @contextlib.contextmanager
 def _located(name: str) -> Iterator[None]:
-    """Whatever goes wrong inside names the source."""
+    """Every error in the block names the source."""
     try:
         yield
     except (SourceError, MemoryError):

@@ -10,13 +10,14 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from andromeda import files
 from andromeda.data import workers
 from andromeda.data.pieces import Seams, pieces
 
 if TYPE_CHECKING:
+    import numpy as np
     import tokenizers
     import torch
     from transformers import PreTrainedTokenizerBase
@@ -24,12 +25,12 @@ if TYPE_CHECKING:
 PROBE_SECONDS = 5
 
 
-def check_texts(texts: Iterable[str], name: str) -> Iterator[str]:
-    """The texts, one after the other, each checked before it is handed on.
+def check_texts(texts: Iterable[object], name: str) -> Iterator[str]:
+    """The texts, one after the other; each is checked first.
 
     Args:
-        texts: what must be strings that UTF-8 can express.
-        name: of the argument and who takes it, as in "AndromedaTokenizer.train: texts".
+        texts: items that must be strings that UTF-8 can express.
+        name: of the function and its argument, as in "AndromedaTokenizer.train: texts".
 
     Raises:
         TypeError, ValueError: an item is not a string or holds a lone surrogate; names its index and the character.
@@ -38,7 +39,7 @@ def check_texts(texts: Iterable[str], name: str) -> Iterator[str]:
         yield check_text(text, f"{name}[{index}]")
 
 
-def check_text(text: str, name: str) -> str:
+def check_text(text: object, name: str) -> str:
     """`check_texts` for a single text."""
     if not isinstance(text, str):
         got = "None" if text is None else f"{type(text).__name__} {text!r:.80}"
@@ -61,29 +62,29 @@ def check_text(text: str, name: str) -> str:
 class AndromedaTokenizer:
     """Text to token ids and back.
 
-    Text is text: what spells the end token, the padding token or another special token of the vocabulary is not read as
-    one, neither by `tokenize_texts`, nor in a prompt, nor by `DatasetBuilder`, so no text can end a document. Only the
-    tokens of `extra_ids` are read wherever they stand: that is what they are asked for.
+    Text stays text: `tokenize_texts`, `encode_prompt` and `DatasetBuilder` do not read characters that spell the end
+    token, the padding token or another special token as that token, so no text can end a document. Only the tokens of
+    `extra_ids` are read wherever a text spells them, because they are made for that.
 
     Args:
         pretrained: name of a repository on the Hugging Face hub, a local directory, the path of a `tokenizer.json`, or
             a tokenizer made by `tokenizers` or `transformers`, which is copied, not changed. A name is looked up in the
-            local cache first; the network is asked only for what is not there.
-        eos_token: end of a document, written between documents by `DatasetBuilder`. None: the one the tokenizer has.
-        pad_token: fills short rows. None: the one the tokenizer has.
-        extra_ids: adds this many tokens `<extra_id_0>`, `<extra_id_1>`, ... to be written into texts.
+            local cache first and asked for in the network only if it is not there.
+        eos_token: end of a document, which `DatasetBuilder` writes after each. None: that of the tokenizer.
+        pad_token: fills short rows. None: that of the tokenizer.
+        extra_ids: adds this many tokens `<extra_id_0>`, `<extra_id_1>`, ... for use in texts.
         model_max_length: `tokenize_texts` cuts longer texts to this many ids.
 
     Tokens that the vocabulary does not have are appended to it in the order eos, pad, extra ids: 50277 and 50278 for
     GPT-NeoX. `len(tokenizer)` counts them: size the embedding of a model with it, rounded up (50304).
 
     Attributes:
-        tokenizer: the `transformers` tokenizer. Its `padding_side` is "right", as training wants it; set "left" before
-            batches of prompts for generation. Called itself, it reads special tokens in texts, as everywhere in
+        tokenizer: the `transformers` tokenizer. Its `padding_side` is "right", as training needs it; set "left" before
+            batches of prompts for generation. A direct call of it reads special tokens in texts, as usual in
             transformers; `split_special_tokens=True` makes it follow the rule above.
 
     Raises:
-        OSError: `pretrained` is neither a local tokenizer nor in the cache nor to be had from the hub; says which.
+        OSError: `pretrained` is no local tokenizer, is not in the cache, and the hub does not give it; says why.
         TypeError, ValueError: an argument is of the wrong kind.
     """
 
@@ -100,7 +101,7 @@ class AndromedaTokenizer:
                 raise TypeError(f"AndromedaTokenizer: {name} must be an integer, got {value!r}")
             if value < least:
                 raise ValueError(f"AndromedaTokenizer: {name} must be at least {least}, got {value}")
-        options: dict = {"model_max_length": model_max_length}
+        options: dict[str, Any] = {"model_max_length": model_max_length}
         for name, token in (("eos_token", eos_token), ("pad_token", pad_token)):
             if token is not None and not (isinstance(token, str) and token):
                 raise TypeError(f"AndromedaTokenizer: {name} must be a non-empty string or None, got {token!r}")
@@ -116,9 +117,9 @@ class AndromedaTokenizer:
 
         added = self.tokenizer.added_tokens_decoder.values()
         were_special = any(token.special and token.content in names for token in added)
-        # Special ones would not be read from texts.
+        # Texts are read without special tokens, so these must not be special.
         self.tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in names])
-        if were_special:  # tokenizers forgets that only when it reads the tokenizer anew
+        if were_special:  # tokenizers forgets that only if it reads the tokenizer anew
             self.tokenizer._tokenizer = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
 
     def __len__(self) -> int:
@@ -134,7 +135,7 @@ class AndromedaTokenizer:
 
         Args:
             texts: strings; a single string counts as a list of one. The end token is not appended.
-            special_tokens: read the special tokens that a text spells, as a prompt for a chat model needs it.
+            special_tokens: read the special tokens that a text spells, as prompts for chat models need it.
 
         Returns:
             (len(texts), longest) int64; (0, 0) for no texts.
@@ -183,7 +184,9 @@ class AndromedaTokenizer:
         """
         return token_ids(self.tokenizer, prompt, special_tokens, name="AndromedaTokenizer.encode_prompt: prompt")
 
-    def decode(self, ids, skip_special_tokens: bool = True) -> str | list[str]:
+    def decode(
+        self, ids: int | Iterable[Any] | torch.Tensor | np.ndarray, skip_special_tokens: bool = True
+    ) -> str | list[str]:
         """Text of token ids.
 
         Args:
@@ -195,8 +198,8 @@ class AndromedaTokenizer:
             embedding may be larger) have no text.
 
         Raises:
-            TypeError, ValueError: an id is not a whole number or is negative, which is how labels mark padding; names
-                its place.
+            TypeError, ValueError: an id is not a whole number, or is negative, as the labels of padding are; names its
+                place.
         """
         rows = _to_lists(ids)
         if not isinstance(rows, list):
@@ -205,7 +208,7 @@ class AndromedaTokenizer:
             return self._decode_row(rows, "ids", skip_special_tokens)
         return [self._decode_row(row, f"row {index}: ids", skip_special_tokens) for index, row in enumerate(rows)]
 
-    def _decode_row(self, row, name: str, skip_special_tokens: bool) -> str:
+    def _decode_row(self, row: object, name: str, skip_special_tokens: bool) -> str:
         if not isinstance(row, list):
             raise TypeError(
                 f"AndromedaTokenizer.decode: {name} must be a row of ids as the others are, got {row!r:.80}"
@@ -213,7 +216,9 @@ class AndromedaTokenizer:
         ids = [_check_id(token, f"{name}[{index}]") for index, token in enumerate(row)]
         if skip_special_tokens and (extra := self._extra_ids()):
             ids = [token for token in ids if token not in extra]
-        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)  # of one row
+        return text
 
     def _extra_ids(self) -> set[int]:
         """The ids of the tokens of `extra_ids`."""
@@ -226,7 +231,7 @@ class AndromedaTokenizer:
         Every file is written under a temporary name, synced and renamed.
 
         Raises:
-            OSError: something could not be written; says why and what to do.
+            OSError: a file could not be written; names the cause and the remedy.
         """
         if not os.fspath(path):
             raise ValueError("AndromedaTokenizer.save: path must not be empty; '.' is the current directory")
@@ -235,7 +240,7 @@ class AndromedaTokenizer:
             path.mkdir(parents=True, exist_ok=True)
             with files.temporary_folder(path, ".tokenizer-") as temporary:
                 self.tokenizer.save_pretrained(temporary)
-                # tokenizer.json is what `AndromedaTokenizer(path)` looks for, so it comes last.
+                # `AndromedaTokenizer(path)` looks for tokenizer.json, so this file comes last.
                 for file in sorted(temporary.iterdir(), key=lambda file: file.name == "tokenizer.json"):
                     files.flush(file)
                     os.replace(file, path / file.name)
@@ -255,14 +260,14 @@ class AndromedaTokenizer:
     ) -> AndromedaTokenizer:
         """Train a byte-level BPE tokenizer: any text encodes without unknown tokens and decodes to itself.
 
-        It is trained in a process of its own, which an exception in this one (Ctrl-C, or one that `texts` raises) ends
-        at once.
+        A process of its own does the work; an exception in this one (Ctrl-C, or one that `texts` raises) ends it at
+        once.
 
         Args:
             texts: documents, read once and not kept in memory.
-            vocab_size: number of ids at most, end and padding token (ids 0 and 1) and the 256 bytes included.
-            min_frequency: a pair of tokens is merged only if it occurs this often.
-            eos_token, pad_token: two strings that differ, and not the characters that stand for bytes.
+            vocab_size: largest number of ids, with the end and padding tokens (ids 0 and 1) and the 256 bytes.
+            min_frequency: a pair of tokens is merged only if it occurs at least this often.
+            eos_token, pad_token: two different strings, neither of them a character that stands for a byte.
             model_max_length: as in the constructor.
             progress: show the progress bars of `tokenizers`.
 
@@ -271,7 +276,7 @@ class AndromedaTokenizer:
 
         Raises:
             TypeError, ValueError: an argument or one of the texts is wrong; names it, and the index of the text.
-            RuntimeError: the process that trains died, as it does when memory runs out; says how.
+            RuntimeError: the process that trains died, for example because memory ran out; says how.
         """
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -285,8 +290,8 @@ class AndromedaTokenizer:
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"AndromedaTokenizer.train: {name} must be an integer, got {value!r}")
             if value < low:
-                what = " (every byte, end, padding)" if name == "vocab_size" else ""
-                raise ValueError(f"AndromedaTokenizer.train: {name} must be at least {low}{what}, got {value}")
+                reason = " (every byte, end, padding)" if name == "vocab_size" else ""
+                raise ValueError(f"AndromedaTokenizer.train: {name} must be at least {low}{reason}, got {value}")
         for name, token in (("eos_token", eos_token), ("pad_token", pad_token)):
             if not isinstance(token, str) or not token:
                 raise TypeError(f"AndromedaTokenizer.train: {name} must be a non-empty string, got {token!r}")
@@ -304,7 +309,7 @@ class AndromedaTokenizer:
             raise TypeError(
                 f"AndromedaTokenizer.train: texts must be an iterable of documents, got {type(texts).__name__}"
             )
-        # The alphabet is what finds the words of long texts; the trainer builds its own vocabulary.
+        # The alphabet serves to find seams in long texts; the trainer builds its own vocabulary.
         tokenizer = Tokenizer(models.BPE({character: index for index, character in enumerate(alphabet)}, []))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
@@ -340,8 +345,8 @@ def token_ids(
 _EXTRA_ID = re.compile(r"<extra_id_\d+>")
 
 
-def _to_lists(ids):
-    """Nested lists of a tensor, an array, a sequence of them, or what is no sequence as it is."""
+def _to_lists(ids: Any) -> Any:
+    """Nested lists of a tensor, an array, or a sequence of them; a value that is no sequence stays as it is."""
     if hasattr(ids, "tolist"):
         return ids.tolist()
     if isinstance(ids, (str, bytes, dict)) or not isinstance(ids, Iterable):
@@ -349,7 +354,7 @@ def _to_lists(ids):
     return [_to_lists(row) for row in ids]
 
 
-def _check_id(token, name: str) -> int:
+def _check_id(token: Any, name: str) -> int:
     try:
         if isinstance(token, bool):
             raise TypeError
@@ -361,7 +366,9 @@ def _check_id(token, name: str) -> int:
     return token
 
 
-def _load(pretrained, options: dict) -> PreTrainedTokenizerBase:
+def _load(
+    pretrained: str | os.PathLike | tokenizers.Tokenizer | PreTrainedTokenizerBase, options: dict[str, Any]
+) -> PreTrainedTokenizerBase:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -388,26 +395,26 @@ def _load(pretrained, options: dict) -> PreTrainedTokenizerBase:
 
 
 def _looks_like_path(name: str | os.PathLike) -> bool:
-    """Whether a name that does not exist here cannot be meant as `owner/name` on the hub."""
+    """Whether a name that is no existing path cannot mean `owner/name` on the hub."""
     text = os.fspath(name)
     return (
         not isinstance(name, str) or text.startswith((".", "/", "~")) or text.count("/") > 1 or text.endswith(".json")
     )
 
 
-def _load_file(path: Path, options: dict) -> PreTrainedTokenizerBase:
+def _load_file(path: Path, options: dict[str, Any]) -> PreTrainedTokenizerBase:
     from transformers import PreTrainedTokenizerFast
 
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # also what bad UTF-8 raises
+    except ValueError as error:  # bad UTF-8 raises it, too
         raise ValueError(f"AndromedaTokenizer: {path} must be the JSON of a tokenizer: {error}") from error
     if not isinstance(description, dict) or "model" not in description:
         raise ValueError(f'AndromedaTokenizer: {path} must be a tokenizer.json of tokenizers, found no "model" in it')
     return PreTrainedTokenizerFast(tokenizer_file=str(path), **options)
 
 
-def _load_directory(path: Path, options: dict) -> PreTrainedTokenizerBase:
+def _load_directory(path: Path, options: dict[str, Any]) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     if (path / "tokenizer_config.json").is_file():
@@ -420,8 +427,8 @@ def _load_directory(path: Path, options: dict) -> PreTrainedTokenizerBase:
     )
 
 
-def _load_from_hub(name: str, options: dict) -> PreTrainedTokenizerBase:
-    """From the cache, else from the network if it answers: transformers alone would retry for 46 seconds."""
+def _load_from_hub(name: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """A tokenizer from the cache, else from the network if that answers: transformers would retry for 46 seconds."""
     from transformers import AutoTokenizer
 
     try:
@@ -446,9 +453,9 @@ def _load_from_hub(name: str, options: dict) -> PreTrainedTokenizerBase:
 
 
 def hub_problem() -> str | None:
-    """Why the Hugging Face hub cannot be reached, or None if it answers; within PROBE_SECONDS.
+    """The reason why the Hugging Face hub cannot be reached, or None if it answers within PROBE_SECONDS.
 
-    One request without the many retries of huggingface_hub, through the proxies that the environment names.
+    It is asked once, without the many retries of huggingface_hub, through the proxies that the environment names.
     """
     import ssl
     import urllib.error
@@ -460,10 +467,10 @@ def hub_problem() -> str | None:
         return "HF_HUB_OFFLINE=1 forbids asking the hub"
     request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
     try:
-        with contextlib.suppress(urllib.error.HTTPError):  # an answer, if not a kind one
+        with contextlib.suppress(urllib.error.HTTPError):  # an error of HTTP is an answer
             urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
     except OSError as error:
         reason = getattr(error, "reason", error)
-        # Certificates are huggingface_hub's business: it may know other ones.
+        # huggingface_hub checks certificates itself: it may know other ones.
         return None if isinstance(reason, ssl.SSLError) else f"{constants.ENDPOINT} cannot be reached ({reason})"
     return None

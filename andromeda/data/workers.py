@@ -1,13 +1,13 @@
-"""Tokenise in order, in threads of this process or in worker processes; train a tokenizer in a process.
+"""Texts to token ids, in threads of this process or in worker processes; and tokenizers trained in a process.
 
-    batches of texts -> Tokenization (threads here, or worker processes) -> token ids
+    texts -> document_batches -> Tokenization (threads here, or worker processes) -> token ids
 
-The order of the tokens depends on the order of the documents alone: a batch may be tokenised anywhere, its result is
-taken in turn.
+The order of the tokens depends on the order of the documents alone: any worker may tokenise a batch, but the results
+are taken in the order of the batches.
 
 Nothing here imports torch: a worker process loads this file by its path, not as part of the package, and is ready in
 a tenth of a second. That also spares scripts the `if __name__ == "__main__"` guard that multiprocessing asks for.
-Tokenizers are trained in such a process, too: it can be ended at any moment, which a call of `tokenizers` cannot.
+Tokenizers are trained in such a process, too: a process can be ended at any moment, a call of `tokenizers` cannot.
 """
 
 from __future__ import annotations
@@ -22,25 +22,29 @@ import sys
 import threading
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
-from typing import NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 MAX_BATCH_DOCUMENTS = 1000
-MAX_BATCH_CHARS = 1 << 20  # about 0.3 M tokens; the tokenizer needs some 150 bytes for each while it works
+MAX_BATCH_CHARS = 1 << 20  # about 0.3 M tokens; the tokenizer needs about 150 bytes per token while it works
 _FRAME = struct.Struct("<QQ")  # bytes of lengths, bytes of payload
 
 
 class Unfinished(str):
-    """A part of a document that goes on with the next text."""
+    """A part of a document; the next text continues the document."""
 
     __slots__ = ()
 
 
 def document_batches(texts: Iterable[str]) -> Iterator[list[str]]:
     """Consecutive lists of at most MAX_BATCH_DOCUMENTS texts and, unless one text alone is longer, MAX_BATCH_CHARS."""
-    batch, chars = [], 0
+    batch: list[str] = []
+    chars = 0
     for text in texts:
         if batch and (len(batch) == MAX_BATCH_DOCUMENTS or chars + len(text) > MAX_BATCH_CHARS):
             yield batch
@@ -51,8 +55,8 @@ def document_batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def packing_tokenizer_json(tokenizer) -> str:
-    """The JSON of a `tokenizers.Tokenizer` without the state that would change what a document encodes to.
+def packing_tokenizer_json(tokenizer: Tokenizer) -> str:
+    """The JSON of a tokenizer without the state that would change the tokens of a document.
 
     Truncation and padding stay switched on after a call that used them, and BPE dropout draws random numbers.
     """
@@ -63,8 +67,8 @@ def packing_tokenizer_json(tokenizer) -> str:
     return json.dumps(description, ensure_ascii=False, separators=(",", ":"))
 
 
-def plain_tokenizer(tokenizer_json: str):
-    """A `tokenizers.Tokenizer` for which text that spells a special token is text."""
+def plain_tokenizer(tokenizer_json: str) -> Tokenizer:
+    """A tokenizer that treats text that spells a special token as text."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(tokenizer_json)
@@ -82,16 +86,16 @@ class Encoder:
         self._tokenizer = plain_tokenizer(tokenizer_json)
         self._eos_token_id = eos_token_id
 
-    def __call__(self, texts: list[str]) -> tuple[array, array]:
+    def __call__(self, texts: list[str]) -> tuple[array[int], array[int]]:
         """Ids of all texts (uint32) and the number of ids of each.
 
-        No end follows an `Unfinished` text, nor a document without tokens.
+        No end-of-sequence id follows an `Unfinished` text or a document without tokens.
         """
         ids, lengths = array("I"), array("I")
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         for text, encoding in zip(texts, encodings, strict=True):
-            # One array per document: array("I", list) takes 8 ns per id where numpy takes 19, and the list with its
-            # integers is freed while it is still in the cache.
+            # One array per document: array("I", list) takes 8 ns per id, numpy takes 19, and the list with its integers
+            # is freed while it is still in the processor's cache.
             document = array("I", encoding.ids)
             if document and not isinstance(text, Unfinished):
                 document.append(self._eos_token_id)
@@ -104,19 +108,20 @@ class Tokenization:
     """Tokenises batches of documents in parallel and gives the results in order. A context manager.
 
     Args:
-        tokenizer_json: as from `packing_tokenizer_json`.
+        tokenizer_json: made by `packing_tokenizer_json`.
         eos_token_id: id written after each document.
-        num_processes: 1 tokenises in this process, with the threads that the tokenizers package starts by itself;
-            more starts that many worker processes of one thread each. The results are the same.
+        num_processes: 1 tokenises in this process, with the threads that the tokenizers package starts by itself; a
+            larger number starts that many worker processes of one thread each. The results are the same.
     """
 
     def __init__(self, tokenizer_json: str, eos_token_id: int, num_processes: int):
         self._workers: list[_Worker] = []
         if num_processes == 1:
-            # Two threads: one batch becomes arrays, which takes the interpreter, and the last documents of it keep one
-            # core busy, while the tokenizer is at work on the next. 0.97 of the tokenizer's own rate, one thread 0.88.
+            # Two threads: while one batch becomes arrays, which holds the interpreter's lock, and its last documents
+            # keep one core busy, the tokenizer works on the next batch. This reaches 0.97 of the tokenizer's own rate;
+            # one thread reaches 0.88.
             self._num_threads = 2
-            self._encode: Callable = Encoder(tokenizer_json, eos_token_id)
+            self._encode: Callable[[list[str]], tuple[array[int], array[int]]] = Encoder(tokenizer_json, eos_token_id)
         else:
             self._num_threads = num_processes
             self._encode = self._encode_in_worker
@@ -134,26 +139,26 @@ class Tokenization:
     def __enter__(self) -> Tokenization:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """End the workers, whatever they are doing."""
+        """End the workers, even if they are at work."""
         for worker in self._workers:
             worker.kill()
         self._workers = []
 
-    def _encode_in_worker(self, texts: list[str]) -> tuple[array, array]:
+    def _encode_in_worker(self, texts: list[str]) -> tuple[array[int], array[int]]:
         worker = self._idle.get()
         try:
             return worker.encode(texts)
         finally:
-            self._idle.put(worker)  # a dead one too: who takes it must fail, not wait
+            self._idle.put(worker)  # also a dead one: the next thread must fail, not wait
 
-    def map(self, batches: Iterable[list[str]]) -> Iterator[tuple[list[str], array, array]]:
-        """Yield (texts, ids, lengths) per batch, in the order of `batches`, reading at most a few batches ahead."""
+    def map(self, batches: Iterable[list[str]]) -> Generator[tuple[list[str], array[int], array[int]], None, None]:
+        """Yield (texts, ids, lengths) per batch, in the order of `batches`; at most a few batches are read ahead."""
         pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="andromeda-tokenize")
-        pending: deque = deque()
+        pending: deque[tuple[list[str], Future[tuple[array[int], array[int]]]]] = deque()
         try:
             for texts in batches:
                 pending.append((texts, pool.submit(self._encode, texts)))
@@ -167,7 +172,7 @@ class Tokenization:
             for _, result in pending:
                 result.cancel()
             if pending:
-                self.close()  # a thread that waits for a worker is released by the worker's end
+                self.close()  # a thread that waits for a worker goes on when the worker ends
             pool.shutdown()
 
 
@@ -180,48 +185,50 @@ class _Process:
             [sys.executable, "-c", start, os.path.abspath(__file__), *map(os.path.abspath, sys.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C reaches this process, which then ends its workers
+            start_new_session=True,  # Ctrl-C reaches only this process, which then ends its workers
             env={**os.environ, **(environment or {})},
         )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._requests, self._replies = self._process.stdin, self._process.stdout
 
     def _read(self) -> tuple[bytes, bytes]:
         try:
-            return _read_frame(self._process.stdout)
+            return _read_frame(self._replies)
         except EOFError:
             self._raise_dead()
 
     def _send(self, lengths: bytes, payload: bytes) -> None:
         try:
-            _write_frame(self._process.stdin, lengths, payload)
+            _write_frame(self._requests, lengths, payload)
         except BrokenPipeError:
             self._raise_dead()
 
     def _raise_dead(self) -> NoReturn:
         code = self._process.wait()
         how = f"was killed by signal {-code}" if code < 0 else f"exited with status {code}"
-        raise RuntimeError(self._what_died(how)) from None
+        raise RuntimeError(self._death_notice(how)) from None
 
-    def _what_died(self, how: str) -> str:
+    def _death_notice(self, how: str) -> str:
         raise NotImplementedError
 
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(BrokenPipeError):  # what was still to be sent has no reader any more
+        for pipe in (self._requests, self._replies):
+            with contextlib.suppress(BrokenPipeError):  # nobody reads the bytes that were still to be sent
                 pipe.close()
 
 
 class _Worker(_Process):
-    """A process that tokenises. It ends when its input does."""
+    """A process that tokenises. It ends when its input ends."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__("serve", {"TOKENIZERS_PARALLELISM": "false"})
 
     def configure(self, tokenizer_json: str, eos_token_id: int) -> None:
         self._send(struct.pack("<q", eos_token_id), tokenizer_json.encode())
 
-    def encode(self, texts: list[str]) -> tuple[array, array]:
+    def encode(self, texts: list[str]) -> tuple[array[int], array[int]]:
         self._send(*_pack_texts(texts))
         frame = self._read()
         ids, lengths = array("I"), array("I")
@@ -229,7 +236,7 @@ class _Worker(_Process):
         ids.frombytes(frame[1])
         return ids, lengths
 
-    def _what_died(self, how: str) -> str:
+    def _death_notice(self, how: str) -> str:
         return (
             f"DatasetBuilder: a tokenizer process {how}; its own message, if any, is on stderr. "
             "Fewer processes need less memory: num_cpu=1 starts none"
@@ -239,10 +246,10 @@ class _Worker(_Process):
 class _Trainer(_Process):
     """A process that trains one tokenizer."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__("serve_training")
 
-    def train(self, texts: Iterable[str], tokenizer_json: str, trainer: dict) -> str:
+    def train(self, texts: Iterable[str], tokenizer_json: str, trainer: dict[str, Any]) -> str:
         options = json.dumps({"tokenizer": tokenizer_json, "trainer": trainer})
         self._send(b"", options.encode())
         for batch in document_batches(texts):
@@ -254,27 +261,27 @@ class _Trainer(_Process):
         return trained.decode()
 
     def _raise_dead(self) -> NoReturn:
-        with contextlib.suppress(EOFError):  # it may have said why it stopped reading
-            problem, _ = _read_frame(self._process.stdout)
+        with contextlib.suppress(EOFError):  # the process may have told why it stopped reading
+            problem, _ = _read_frame(self._replies)
             raise RuntimeError(f"AndromedaTokenizer.train: {problem.decode()}") from None
         super()._raise_dead()
 
-    def _what_died(self, how: str) -> str:
+    def _death_notice(self, how: str) -> str:
         return (
             f"AndromedaTokenizer.train: the process that trains {how}; its own message, if any, is on stderr. The "
             "system kills processes when memory runs out: train on a sample of the texts"
         )
 
 
-def train_tokenizer(texts: Iterable[str], tokenizer_json: str, trainer: dict) -> str:
+def train_tokenizer(texts: Iterable[str], tokenizer_json: str, trainer: dict[str, Any]) -> str:
     """The JSON of a `tokenizers.Tokenizer` trained on `texts`, in a process of its own.
 
-    While it works, which is minutes for large texts, a call of `tokenizers` lets no signal through. A process can be
-    ended: Ctrl-C, or any other exception that reaches this function, ends it at once. It ends with this one, too.
+    A call of `tokenizers` lets no signal through while it works, which takes minutes for large texts. A process can be
+    ended: Ctrl-C, or any other exception in this function, ends it at once. It also ends when this process ends.
 
     Args:
         texts: documents, or pieces of them (`Unfinished`).
-        tokenizer_json: of a tokenizer with the pre-tokenizer and an alphabet for every text.
+        tokenizer_json: the tokenizer to train, with its pre-tokenizer.
         trainer: arguments of `tokenizers.trainers.BpeTrainer`.
 
     Raises:
@@ -288,7 +295,7 @@ def train_tokenizer(texts: Iterable[str], tokenizer_json: str, trainer: dict) ->
 
 
 def _pack_texts(texts: list[str]) -> tuple[bytes, bytes]:
-    """A frame of texts: twice the size of each, one more if it is `Unfinished`; their bytes."""
+    """A frame of texts: for each twice its number of bytes, plus one if it is `Unfinished`; then the bytes of all."""
     encoded = [text.encode() for text in texts]
     marks = (isinstance(text, Unfinished) for text in texts)
     sizes = array("Q", (2 * len(data) + mark for data, mark in zip(encoded, marks, strict=True)))
@@ -304,19 +311,19 @@ def _unpack_texts(sizes: bytes, payload: bytes) -> list[str]:
     return texts
 
 
-def _write_frame(stream, lengths: bytes, payload: bytes) -> None:
+def _write_frame(stream: IO[bytes], lengths: bytes, payload: bytes) -> None:
     stream.write(_FRAME.pack(len(lengths), len(payload)))
     stream.write(lengths)
     stream.write(payload)
     stream.flush()
 
 
-def _read_frame(stream) -> tuple[bytes, bytes]:
+def _read_frame(stream: IO[bytes]) -> tuple[bytes, bytes]:
     sizes = _FRAME.unpack(_read_exactly(stream, _FRAME.size))
     return _read_exactly(stream, sizes[0]), _read_exactly(stream, sizes[1])
 
 
-def _read_exactly(stream, count: int) -> bytes:
+def _read_exactly(stream: IO[bytes], count: int) -> bytes:
     data = stream.read(count)
     if len(data) != count:
         raise EOFError
@@ -324,7 +331,7 @@ def _read_exactly(stream, count: int) -> bytes:
 
 
 def serve() -> None:
-    """Body of a worker process: tokenise what arrives on stdin until it ends."""
+    """Body of a worker process: tokenise the texts that arrive on stdin, until it ends."""
     requests, replies = _own_pipes()
     with contextlib.suppress(EOFError, BrokenPipeError):
         eos_token_id, tokenizer_json = _read_frame(requests)
@@ -335,7 +342,7 @@ def serve() -> None:
 
 
 def serve_training() -> None:
-    """Body of a process that trains a tokenizer on what arrives on stdin, up to an empty frame."""
+    """Body of a process that trains a tokenizer on the texts that arrive on stdin, up to an empty frame."""
     from tokenizers import Tokenizer, trainers
 
     requests, replies = _own_pipes()
@@ -353,21 +360,21 @@ def serve_training() -> None:
             reply = b"", tokenizer.to_str().encode()
         except EOFError:
             raise
-        except Exception as error:  # tokenizers raises Exception itself
+        except Exception as error:  # tokenizers raises no subclass of it
             reply = f"{type(error).__name__}: {error}".encode(errors="replace"), b""
         _write_frame(replies, *reply)
 
 
-def _own_pipes():
-    """stdin and stdout for frames; what a library prints goes to stderr and does not get between them."""
+def _own_pipes() -> tuple[IO[bytes], IO[bytes]]:
+    """stdin and stdout for frames; prints of a library go to stderr, not between the frames."""
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     return sys.stdin.buffer, replies
 
 
 def _end_with_stdin() -> None:
-    """Leave when nobody can write to stdin any more: who wanted the result has gone."""
+    """Leave when nobody can write to stdin any more: the process that wanted the result has ended."""
     waiting = select.poll()
-    waiting.register(0, 0)  # a pipe that nobody writes to is always reported
+    waiting.register(0, 0)  # poll reports a pipe without writers even if no event is asked for
     waiting.poll()
     os._exit(1)

@@ -1,4 +1,4 @@
-"""Small data sets for tests: the texts, a tokenizer, a function that builds, and looks at what was built."""
+"""Small data sets for tests: texts, a tokenizer, a function that builds rows, functions that read and change them."""
 
 import json
 
@@ -31,7 +31,7 @@ def builder(tokenizer, cache_dir):
 
 
 def stream_of(tokenizer, texts=TEXTS):
-    """All tokens of all documents, made one by one."""
+    """The tokens of all documents, tokenised one by one."""
     backend = workers.Encoder(
         workers.packing_tokenizer_json(tokenizer.tokenizer.backend_tokenizer), tokenizer.tokenizer.eos_token_id
     )

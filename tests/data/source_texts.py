@@ -7,7 +7,7 @@ from andromeda.data.sources import open_source
 
 
 def whole_texts(documents):
-    """The texts of documents; the parts of one are joined, which holds all of it in memory."""
+    """The texts of documents; parts are joined, so memory holds each document as a whole."""
     parts = []
     for document in documents:
         parts.append(document.text)

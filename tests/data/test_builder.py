@@ -1,4 +1,4 @@
-"""DatasetBuilder: the rows it makes, and what is left when a build fails or is killed."""
+"""DatasetBuilder: its rows, and the state of the disk after a build that failed or was killed."""
 
 import copy
 import errno
@@ -90,7 +90,7 @@ def test_best_fit_rows(build, tokenizer):
     assert dataset.statistics["padding"] == (~real).sum()
     assert dataset.statistics["remainder"] == 0
     for row, lengths in zip(starts, real.sum(1), strict=True):
-        assert (row[lengths:] == lengths).all()  # padding sees padding alone
+        assert (row[lengths:] == lengths).all()  # padding sees only padding
     assert dataset.hf.column_names == ["input_ids", "length"]
 
 
@@ -135,7 +135,7 @@ def test_documents_without_tokens_are_empty(build, kind):
 @pytest.mark.parametrize("kind", ["stream", "bfd"])
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "stream"])
 def test_long_documents_are_cut_without_a_trace(build, tokenizer, monkeypatch, tmp_path, kind, name):
-    """Read in parts, tokenised in pieces, by one process and by two: the same rows as of whole documents."""
+    """Documents read in parts and tokenised in pieces, by one or two processes, give the rows of whole documents."""
     texts = ["alpha beta, gamma\n" * 400 + "漢字。" * 50, " ".join(TEXTS)][: 1 if name == "a.txt" else 2]
     path = tmp_path / name
     if name == "stream":
@@ -232,7 +232,7 @@ def is_running(pid):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc to see which processes run")
 def test_killed_build(build, tokenizer, tmp_path):
-    """SIGKILL in the middle: nothing readable, no orphans; the next build succeeds and tidies up."""
+    """SIGKILL in mid-build leaves nothing readable and no orphans; the next build succeeds and cleans up."""
     tokenizer.save(tmp_path / "tokenizer")
     source = tmp_path / "a.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
@@ -423,7 +423,7 @@ def test_upload_without_network_or_token(build, monkeypatch):
 
 
 def test_relative_paths_are_those_of_the_start(tokenizer, monkeypatch, tmp_path):
-    """Everything that was given as a relative path is found after a change of the directory."""
+    """All relative paths still mean the same files after a change of the directory."""
     monkeypatch.chdir(tmp_path)
     tokenizer.save("tokenizer")
     Path("a.txt").write_text(" ".join(TEXTS))

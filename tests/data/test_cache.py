@@ -142,7 +142,7 @@ def test_damaged_bytes_in_the_cache_are_said_and_built_again(build, tmp_path):
 
 
 def test_what_killed_builds_left(build, tmp_path):
-    """Removed if no process has locked it, unless it is so young that its builder may not have come to that yet."""
+    """Removed, unless a process holds their locks, or they are so young that the builder may not have a lock yet."""
     cache, minutes_ago = tmp_path / "cache", time.time() - 61
     cache.mkdir()
     for name in (".building-young", ".building-stale", ".building-locked", "other", ".other"):
@@ -164,7 +164,7 @@ def test_what_killed_builds_left(build, tmp_path):
 
 
 def test_two_builders_of_the_same(build, monkeypatch, tmp_path):
-    """The second builder finishes while the first is at work; both get whole data sets, nothing else is left."""
+    """The second builder finishes while the first is at work: both get whole data sets, and no other files remain."""
     finish = packing.StreamPacker.finish
     datasets_built = []
 
@@ -208,7 +208,7 @@ def test_default_cache_dir(monkeypatch, environment, expected):
 
 @pytest.fixture
 def no_account(monkeypatch):
-    """A user without an entry in the table of accounts, and nothing that says where a cache may be."""
+    """A user without an entry in the table of accounts, and no variable that names a place for a cache."""
 
     def unknown(user):
         raise KeyError(user)

@@ -58,7 +58,7 @@ def parts_of(*texts):
     ids=range(12),
 )
 def test_documents_in_parts(monkeypatch, texts, errors, expected, counted, waiting):
-    """A document is kept, repaired or left out as a whole, wherever it is cut; what follows is not touched."""
+    """A document is kept, repaired or left out as a whole, wherever it is cut; the next document stays unchanged."""
     monkeypatch.setattr(cleaning, "BLOCK_BYTES", waiting)
     monkeypatch.setattr("andromeda.data.readers.BLOCK_BYTES", 4)
     counts = Counter()
@@ -69,7 +69,7 @@ def test_documents_in_parts(monkeypatch, texts, errors, expected, counted, waiti
 
 
 def test_parts_go_on_without_waiting():
-    """Long documents are not held back, but for white space at their start."""
+    """Long documents are handed on part by part, except for white space at their start."""
 
     def endless():
         for index in range(5):

@@ -1,4 +1,4 @@
-"""What files are by their first bytes, unpacking, and UTF-8 with and without faults."""
+"""The kinds of files by their first bytes, unpacking, and UTF-8 with and without faults."""
 
 import bz2
 import gzip
@@ -49,13 +49,13 @@ def content(path, stream=None):
 
 @pytest.mark.parametrize(("suffix", "pack"), PACKERS)
 def test_unpacking(tmp_path, suffix, pack, monkeypatch):
-    """By content, whatever the name; of several streams one after the other, in pieces of any size."""
+    """Files are unpacked by their content, whatever the name: several streams in a row, read in pieces of any size."""
     monkeypatch.setattr(decoding, "HEAD_BYTES", 64)
     data = bytes(range(256)) * 40
     for name in ("a" + suffix, "a.txt"):
         (tmp_path / name).write_bytes(pack(data))
         assert content(tmp_path / name) == data
-    if suffix != ".lzma":  # cannot be told where it ends
+    if suffix != ".lzma":  # this format has no end mark
         (tmp_path / "two").write_bytes(pack(data) + pack(b"more"))
         assert content(tmp_path / "two") == data + b"more"
     with open_input(tmp_path / "a.txt", "a") as source:
@@ -65,12 +65,12 @@ def test_unpacking(tmp_path, suffix, pack, monkeypatch):
 
 @pytest.mark.parametrize(("suffix", "pack"), PACKERS)
 def test_damage_is_located(tmp_path, suffix, pack):
-    """Cut or changed at any place, in the first stream or a later one."""
+    """A file that is cut or changed at any place, in its first stream or a later one, is an error."""
     data = numpy.random.default_rng(0).integers(0, 256, 3000, dtype=numpy.uint8).tobytes().hex().encode()
     whole = pack(data)
     path = tmp_path / f"a.txt{suffix}"
     damaged = [whole[:end] for end in (1, 5, len(whole) // 2, len(whole) - 1)]
-    if suffix != ".lzma":  # has no checksum and ends anywhere
+    if suffix != ".lzma":  # this format has no checksum and may end anywhere
         damaged += [pack(b"good") + whole[:-3], whole + b"not packed"]
     if suffix not in (".lzma", ".zst"):
         damaged += [whole[:100] + bytes([whole[100] ^ 0x55]) + whole[101:]]
@@ -109,7 +109,7 @@ def test_streams_that_cannot_be_wound_back(tmp_path, monkeypatch):
             return False
 
         def read(self, size=-1):
-            return super().read(min(size, 3) if size > 0 else size)  # as much as there is
+            return super().read(min(size, 3) if size > 0 else size)  # at most three bytes, as a slow pipe gives them
 
     data = b"0123456789" * 10
     assert content(tmp_path / "a", Pipe(data)) == data

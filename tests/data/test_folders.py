@@ -1,4 +1,4 @@
-"""Which files of a folder are read, and that nothing else is left out without a word."""
+"""The files of a folder: which are read, and a remark on each of the others."""
 
 import json
 import os
@@ -17,7 +17,7 @@ def make(root, *names):
 
 
 def found(root, include=(), exclude=()):
-    """Names of the files that are read, and what is said of the others."""
+    """The names of the files that are read, and the remarks on the others."""
     skipped = Skipped()
     files = walk(root, lambda name: name.endswith(".txt"), include, exclude, skipped)
     return [path.relative_to(root).as_posix() for path in files], skipped

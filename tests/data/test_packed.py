@@ -1,4 +1,4 @@
-"""PackedDataset: items, labels, document starts, checksums; nothing is believed that the disk says."""
+"""PackedDataset: items, labels, document starts, checksums; and no file on the disk is trusted unchecked."""
 
 import contextlib
 import json
@@ -171,7 +171,7 @@ def test_metadata_is_checked(build, values, message):
 
 
 def write_rows(path, columns, **values):
-    """Give the data set another file of rows, with the metadata that it needs to be looked at."""
+    """Give the data set another file of rows, with metadata that lets it be opened."""
     batch = pyarrow.record_batch(columns)
     with pyarrow.OSFile(str(path / "data.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, batch.schema) as stream:
         stream.write_batch(batch)
@@ -218,7 +218,7 @@ def test_lengths_of_padded_rows_are_checked(build, lengths):
 @pytest.mark.parametrize("kind", ["stream", "bfd"])
 @pytest.mark.parametrize("factor", [20_000, -1, 0])
 def test_forged_lengths(build, kind, factor):
-    """An item of them would be read outside the file, which ends the process."""
+    """Items of such rows would be read outside the file, which ends the process."""
     dataset = build(packing=kind)
     content = (dataset.path / "data.arrow").read_bytes()
     for length in (len(dataset) * SEQ_LEN, len(dataset)):
@@ -232,7 +232,7 @@ def test_forged_lengths(build, kind, factor):
 
 @pytest.mark.parametrize("kind", ["stream", "bfd"])
 def test_any_damage_is_refused_or_harmless_to_open(build, kind):
-    """Bytes of the headers, one after the other: an error or rows, never another exception or the end."""
+    """After damage to any byte of the headers, opening gives a ValueError or rows and never ends the process."""
     dataset = build(packing=kind)
     content = (dataset.path / "data.arrow").read_bytes()
     random = np.random.default_rng(0)

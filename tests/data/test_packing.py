@@ -1,4 +1,4 @@
-"""Packing: no token is lost, made or moved."""
+"""Packing: no token is lost, added or moved."""
 
 import errno
 import os
@@ -18,7 +18,7 @@ DOCUMENT_LENGTHS = st.lists(st.one_of(st.integers(0, 9), st.integers(10, 70)), m
 
 
 def feed(packer, lengths, batch):
-    """Give the packer documents of these lengths, `batch` at a time, whose ids count up; return the number of ids."""
+    """Give the packer documents of these lengths, `batch` at a time; their ids count up. Return the number of ids."""
     begin = 0
     for first in range(0, len(lengths), batch):
         part = array("I", lengths[first : first + batch])
@@ -35,7 +35,7 @@ def read(path, seq_len):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A directory whose files each test gives names of their own."""
+    """A function that gives a new path in one directory."""
     directory = tmp_path_factory.mktemp("rows")
     return lambda: directory / os.urandom(8).hex()
 
@@ -67,7 +67,7 @@ def test_best_fit_keeps_documents_whole(folder, lengths, seq_len, batch, rows_pe
     rows, row_lengths = read(path, seq_len)
     assert writer.rows == len(rows)
     assert packer.padding == rows.size - total
-    # The pieces of documents, in order: whole ones, and rows full of one document that is longer than a row.
+    # The pieces in order: whole documents; of documents longer than a row, full rows and a rest.
     pieces, begin = {}, 0
     for length in lengths:
         for cut in range(0, length, seq_len):

@@ -12,50 +12,15 @@ from andromeda.data import packing, pieces, workers
 
 EOS = 0
 FRAGMENTS = [
-    *(
-        "a",
-        "the",
-        "Word",
-        "don't",
-        "x1",
-        "3",
-        "1234567",
-        "ü",
-        "e\u0301",
-        "a\u0323\u0307",
-        "漢字",
-        "字",
-        "。",
-        "カタ",
-        "한국",
-        "ع",
-    ),
-    *(
-        "👩‍👩‍👧",
-        "🏽",
-        "🇩🇪",
-        ".",
-        ", ",
-        "...",
-        "<eos>",
-        "<pad>",
-        "_",
-        "\n",
-        "\r\n",
-        "\t",
-        " ",
-        "  ",
-        " " * 9,
-        "\n\n\n",
-        "\xa0",
-    ),
-    *("\u3000", "\u200b", "- ", " (", ") ", "'s", "▁", "Ġ"),
-]
+    "a", "the", "Word", "don't", "x1", "3", "1234567", "ü", "e\u0301", "a\u0323\u0307", "漢字", "字", "。", "カタ",
+    "한국", "ع", "👩‍👩‍👧", "🏽", "🇩🇪", ".", ", ", "...", "<eos>", "<pad>", "_", "\n", "\r\n", "\t", " ", "  ", " " * 9,
+    "\n\n\n", "\xa0", "\u3000", "\u200b", "- ", " (", ") ", "'s", "▁", "Ġ",
+]  # fmt: skip
 DOCUMENTS = st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=60).map("".join)
 
 
 def make_tokenizers():
-    """Tokenizers that differ in how words are found, all trained on the fragments."""
+    """Tokenizers that find words in different ways, all trained on the fragments."""
     corpus = [" ".join(FRAGMENTS), "".join(FRAGMENTS), "the Word don't " * 3] * 3
     byte_level = pre_tokenizers.ByteLevel
     kinds = {
@@ -86,7 +51,7 @@ def make_tokenizers():
             vocab_size=400, special_tokens=["<eos>", "<pad>", "<unk>"], show_progress=False, **options
         )
         tokenizer.train_from_iterator(corpus, trainer)
-        # Read before words are found, and only where nothing normalizes them to nothing.
+        # Tokens that are read before words are found; not normalized, because that might leave nothing of them.
         tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ("  ", " (", "Word the")])
         trained[name] = workers.packing_tokenizer_json(tokenizer)
     return trained
@@ -143,7 +108,7 @@ def test_text_without_a_seam_stays_whole(tokenizer_of, monkeypatch, word):
     monkeypatch.setattr(pieces, "PIECE_CHARS", 100)
     seams = pieces.Seams(tokenizer_of["byte-level"])
     assert (*pieces.pieces([text], seams),) == (text,)
-    # It is cut again where that is possible, and the search does not take longer and longer.
+    # Text with seams behind it is cut again, and the search does not take longer and longer.
     tries = []
     monkeypatch.setattr(seams, "_is_seam", lambda *_: tries.append(1))
     parts = [workers.Unfinished(text[begin : begin + 50]) for begin in range(0, len(text), 50)]
@@ -162,7 +127,7 @@ def test_pieces_are_short_again_after_a_long_one(tokenizer_of, monkeypatch):
 
 
 def test_a_seam_waits_for_the_text_behind_it(tokenizer_of, monkeypatch):
-    """What is read before words are found reaches over a space: no end of a part may hide that."""
+    """Tokens that are read before words are found may reach over a space; the end of a part must not hide that."""
     monkeypatch.setattr(pieces, "SEAM_CHARS", 12)
     text = "of Word the end, " * 12
     encode, seams = workers.Encoder(tokenizer_of["byte-level"], EOS), pieces.Seams(tokenizer_of["byte-level"])
@@ -175,7 +140,7 @@ def test_a_seam_waits_for_the_text_behind_it(tokenizer_of, monkeypatch):
 
 
 def test_pieces_are_made_while_the_text_is_read(tokenizer_of, monkeypatch):
-    """A document of any length: what is read and not yet handed on is little more than a piece."""
+    """However long a document is, the text read but not yet handed on is little more than a piece."""
     monkeypatch.setattr(pieces, "PIECE_CHARS", 500)
     read = made = 0
 

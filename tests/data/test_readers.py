@@ -1,4 +1,4 @@
-"""The formats of files: records, places, faults; nothing is read much before it is asked for."""
+"""The formats of files: records, places, faults; and files are not read far ahead of the documents asked for."""
 
 import csv
 import io
@@ -18,7 +18,7 @@ from andromeda.data.readers import Document, content_format, open_reader, split_
 
 
 class Counted(io.BytesIO):
-    """Bytes that know how many of them were read."""
+    """A file of bytes that counts how many of them were read."""
 
     taken = 0
 
@@ -409,7 +409,7 @@ def test_strings_that_are_not_utf8(writer, kind):
     elif kind == "binary":
         array = array.view(pyarrow.binary())
     data, format = WRITERS[writer](pyarrow.table({"text": array})), writer.split()[0]
-    if (writer, kind) == ("parquet", "categories"):  # which pyarrow reads only whole
+    if (writer, kind) == ("parquet", "categories"):  # pyarrow reads these only as a whole
         with pytest.raises(SourceError, match=r"a.parquet must be .*: Invalid UTF8 payload"):
             texts_of(data, format)
         return
@@ -435,7 +435,7 @@ def test_a_name_twice(writer):
 @pytest.mark.parametrize("kind", ["string", "string_view", "categories"])
 @pytest.mark.parametrize("writer", WRITERS)
 def test_damage_is_an_error_or_seen_in_the_text(writer, kind):
-    """Never the end of the process, nor an error without the name of the file."""
+    """Damage never ends the process, and every error names the file."""
     texts = [f"document {i}" for i in range(20)]
     data = WRITERS[writer](pyarrow.table({"text": COLUMNS[kind](pyarrow.array(texts))}))
     random = numpy.random.default_rng(0)

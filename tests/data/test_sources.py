@@ -116,7 +116,7 @@ def test_directory_is_read_in_order_of_names(tmp_path):
     assert texts == [f"content of {name}" for name in ("a.md", "c.cu", "b/a.txt", "b/z.py")]
     assert counts["ignored_files"] == 4
     assert open_source(tmp_path, None).num_documents() == 4
-    assert texts_of(tmp_path / "Makefile")[0] == ["content of Makefile"]  # named: a text whatever its suffix
+    assert texts_of(tmp_path / "Makefile")[0] == ["content of Makefile"]  # text, as a file given by name
     assert texts_of(Path(tmp_path / "b" / ".x.txt"))[0] == ["content of b/.x.txt"]
 
 
@@ -158,7 +158,7 @@ def write_files(root, files):
 
 
 LINES = '{"content": "a line", "n": 1}\n'
-MANY = {f"{i:02}.jsonl": LINES for i in range(12)}  # more files than are looked at first
+MANY = {f"{i:02}.jsonl": LINES for i in range(12)}  # more files than the first look takes
 
 
 @pytest.mark.parametrize(
@@ -332,7 +332,7 @@ def test_transforms_are_honoured():
     dataset = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "n": [1, 2, 3]})
     source = open_source(dataset.with_transform(upper))
     assert texts_of_opened(source)[0] == ["A", "B", "C"]
-    assert source.fingerprint() is None  # what a function does cannot be told
+    assert source.fingerprint() is None  # nothing tells the results of a function
     assert texts_of(dataset.with_transform(upper).select([2, 0]))[0] == ["C", "A"]
     assert texts_of(dataset.select([2, 0]).with_transform(upper))[0] == ["C", "A"]
     assert texts_of(dataset.with_transform(lambda batch: {"body": batch["text"], "k": batch["n"]}))[0] == [
@@ -450,7 +450,7 @@ def test_file_descriptors(tmp_path):
     assert texts_of(f"/dev/fd/{reading}")[0] == ["through a pipe"]
     os.close(reading)
     (tmp_path / "a.jsonl").write_text(LINES)
-    with open(tmp_path / "a.jsonl", "rb") as file:  # as `< a.jsonl` makes /dev/stdin
+    with open(tmp_path / "a.jsonl", "rb") as file:  # like /dev/stdin after `< a.jsonl`
         source = open_source(f"/dev/fd/{file.fileno()}")
         assert source.name == "a.jsonl" and source.fingerprint() is not None
         assert texts_of_opened(source)[0] == ["a line"]
@@ -497,7 +497,7 @@ def test_the_builder_passes_the_options_on(tmp_path):
 )
 @pytest.mark.parametrize("kind", ["dataset", "jsonl", "parquet", "csv"])
 def test_column_choice(tmp_path, kind, columns, wanted, expected):
-    if kind == "csv" and wanted is None:  # all of its fields are strings: a number may be a text
+    if kind == "csv" and wanted is None:  # all fields are strings, so a column of numbers may be text, too
         columns = {name: values for name, values in columns.items() if name != "n"}
     dataset = datasets.Dataset.from_dict(columns)
     source = dataset

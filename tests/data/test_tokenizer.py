@@ -1,4 +1,4 @@
-"""AndromedaTokenizer: ids, padding, decoding, saving, training, and what it says without a network."""
+"""AndromedaTokenizer: ids, padding, decoding, saving, training, and its errors without a network."""
 
 import errno
 import json
@@ -142,7 +142,7 @@ def with_beginning(tokenizer):
 
 @pytest.mark.parametrize("extra_ids", [0, 2])
 def test_one_rule_for_special_tokens_in_texts(tokenizer, tmp_path, extra_ids):
-    """`tokenize_texts`, prompts, and the packer, now and after saving: text is text, except for extra ids."""
+    """Text stays text, except for extra ids: in `tokenize_texts`, prompts and the packer, now and after saving."""
     made = AndromedaTokenizer(with_beginning(tokenizer), extra_ids=extra_ids)
     made.save(tmp_path)
     loaded = AndromedaTokenizer(tmp_path, None, None)
@@ -167,11 +167,11 @@ def test_special_tokens_on_request(tokenizer):
     before = tokenizer.tokenize_texts(["hello<eos>world"])
     assert eos in tokenizer.tokenize_texts(["hello<eos>world"], special_tokens=True)
     assert tokenizer.encode_prompt("<eos>", special_tokens=True) == [eos]
-    assert torch.equal(tokenizer.tokenize_texts(["hello<eos>world"]), before)  # nothing stays switched on
+    assert torch.equal(tokenizer.tokenize_texts(["hello<eos>world"]), before)  # the option holds for one call
 
 
 def test_extra_ids_that_were_special(tokenizer):
-    """Those of the vocabulary become readable when they are asked for."""
+    """Extra ids that the vocabulary has as special tokens are read from texts, too, once they are asked for."""
     backend = Tokenizer.from_str(tokenizer.tokenizer.backend_tokenizer.to_str())
     backend.add_special_tokens(["<extra_id_0>"])
     for extra_ids, count in ((0, 12), (1, 1)):
@@ -197,7 +197,7 @@ def test_padding_side_and_no_padding_token(tokenizer):
 def test_cut_at_model_max_length(tokenizer):
     short = AndromedaTokenizer(tokenizer.tokenizer, model_max_length=5)
     assert short.tokenize_texts(TEXTS).shape == (3, 5)
-    assert tokenizer.tokenize_texts(TEXTS).shape[1] > 5  # the original is a tokenizer of its own
+    assert tokenizer.tokenize_texts(TEXTS).shape[1] > 5  # the original is not changed
 
 
 def test_decode_takes_rows_and_batches(tokenizer):
@@ -272,7 +272,7 @@ def test_save_and_load(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("limit", [0, 500, 5000])
 def test_a_save_that_does_not_fit(tokenizer, tmp_path, limit):
-    """tokenizers reports it as a bare Exception; what was saved before stays."""
+    """tokenizers reports the failure as a bare Exception; the tokenizer saved before stays."""
     tokenizer.save(tmp_path / "tokenizer")
     before = {path.name: path.read_bytes() for path in (tmp_path / "tokenizer").iterdir()}
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -324,7 +324,7 @@ def test_training_is_deterministic(tokenizer):
     ids=lambda value: ascii(next(iter(value.items()))) if isinstance(value, dict) else "",
 )
 def test_training_refuses(monkeypatch, arguments, error, message):
-    monkeypatch.setattr(workers, "train_tokenizer", None)  # before the work
+    monkeypatch.setattr(workers, "train_tokenizer", None)  # arguments are checked before the work begins
     with pytest.raises(error, match=f"AndromedaTokenizer.train: {message}"):
         AndromedaTokenizer.train(**{"texts": []} | arguments)
 
@@ -344,7 +344,7 @@ def trained_here(texts, **options):
 
 
 def test_trained_as_in_one_process(monkeypatch):
-    """Also where a document is long, arrives in parts, or fills several frames."""
+    """The result is the same if a document is long, arrives in parts, or fills several frames."""
     monkeypatch.setattr(pieces, "PIECE_CHARS", 300)
     monkeypatch.setattr(workers, "MAX_BATCH_CHARS", 1000)
     long = Path(workers.__file__).read_text()[:12000]
@@ -359,7 +359,7 @@ def test_trained_as_in_one_process(monkeypatch):
 
 @pytest.fixture
 def trainer(monkeypatch):
-    """Acts on the process that trains when the texts were sent; the processes that were started."""
+    """The class of training processes: `act` is called once the texts are sent, `started` lists the processes."""
     started = []
 
     class Recorded(workers._Trainer):
@@ -380,7 +380,7 @@ def trainer(monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_signal_while_it_trains(trainer, number):
-    """The process that trains is stopped: it would never answer."""
+    """A signal ends training even if the process that trains is stopped and would never answer."""
 
     def stop(process):
         process.send_signal(signal.SIGSTOP)
@@ -417,7 +417,7 @@ def test_a_process_that_dies_while_texts_are_sent(trainer):
 
 
 def test_a_process_that_nobody_waits_for_ends():
-    """It is at work for a second when the pipe closes, as it does when this process is killed."""
+    """The pipe closes, as if this process were killed, while the other one has work for a second."""
     random = np.random.default_rng(0)
     words = random.integers(ord("a"), ord("z"), (40_000, 12), dtype=np.uint8).tobytes().decode()
     texts = [" ".join(words[begin : begin + 12] for begin in range(0, len(words), 12))]
@@ -468,7 +468,7 @@ def test_progress_bars_are_those_of_tokenizers(monkeypatch, capfd, progress):
     monkeypatch.setattr(workers, "train_tokenizer", lambda *given: options.update(given[2]) or train(*given))
     AndromedaTokenizer.train(TEXTS, 300, progress=progress)
     assert options["show_progress"] is progress
-    assert capfd.readouterr().out == ""  # of which the answer is made
+    assert capfd.readouterr().out == ""  # stdout of that process carries the answer
 
 
 @pytest.mark.parametrize(
@@ -506,7 +506,7 @@ def test_not_a_tokenizer(tmp_path, name, content, error, message):
 
 @pytest.mark.parametrize("offline", [True, False], ids=["offline-mode", "no-answer"])
 def test_no_network(monkeypatch, capfd, offline):
-    """The hub is a port of this machine where nobody listens: no test asks the network."""
+    """The hub is a port of this machine without a listener, so no test asks the network."""
     from huggingface_hub import constants
 
     for proxy in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from itertools import chain
 
 import pytest
@@ -65,7 +67,7 @@ def test_results_are_in_order(description, processes):
 
 @pytest.fixture
 def started(monkeypatch):
-    """The workers that are started, as processes."""
+    """The processes of the workers that were started."""
     processes = []
 
     class Recorded(workers._Worker):
@@ -114,3 +116,10 @@ def test_worker_that_cannot_start(started):
     ):
         list(tokenization.map(batches_of(3)))
     assert all(process.poll() is not None for process in started)
+
+
+def test_worker_processes_load_neither_torch_nor_the_package():
+    """They load the file by its path, in a tenth of a second."""
+    code = "import runpy, sys; runpy.run_path(sys.argv[1]); print({'andromeda', 'numpy', 'torch'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code, workers.__file__], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
