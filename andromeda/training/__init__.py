@@ -21,18 +21,10 @@ Everything of Trainer that is not named in `TrainSettings` is reached through `T
 training is `torchrun` with `{"fsdp": True}`, nothing of it is made here.
 """
 
-from andromeda.training.checkpoints import (
-    HISTORY,
-    LEFT_BY_A_START,
-    MANIFEST,
-    MODEL,
-    check_saved_model,
-    latest_checkpoint,
-    read_sealed,
-    sealed,
-)
+from andromeda.training.checkpoints import HISTORY, LEFT_BY_A_START, MODEL, check_saved_model, latest_checkpoint
 from andromeda.training.evaluation import Evaluation, evaluate, token_bytes
 from andromeda.training.finite import nonfinite_parameters
+from andromeda.training.manifest import MANIFEST, read_sealed, sealed
 from andromeda.training.messages import first_few
 from andromeda.training.model_checks import check_vocabulary
 from andromeda.training.progress import peak_flops, sample_text, training_flops_per_token

@@ -28,7 +28,7 @@ from tiny_run import (
 
 from andromeda import Andromeda, AndromedaTokenizer
 from andromeda.huggingface import AndromedaForCausalLM
-from andromeda.training import evaluate, latest_checkpoint, nonfinite_parameters, train
+from andromeda.training import evaluate, latest_checkpoint, nonfinite_parameters, train, trainer
 from andromeda.training.trainer import AndromedaTrainer, Guard
 
 
@@ -124,10 +124,17 @@ def test_continuing_across_epochs_with_accumulation(tmp_path):
         assert_same(weights(model), expected)
 
 
-@pytest.mark.parametrize("stage", ["_save_rng_state", "_save_optimizer_and_scheduler", "_install"])
-def test_a_run_killed_while_it_writes_a_checkpoint(tmp_path, monkeypatch, uninterrupted, stage):
+@pytest.mark.parametrize(
+    "owner, stage",
+    [
+        (AndromedaTrainer, "_save_rng_state"),
+        (AndromedaTrainer, "_save_optimizer_and_scheduler"),
+        (trainer, "install"),
+    ],
+)
+def test_a_run_killed_while_it_writes_a_checkpoint(tmp_path, monkeypatch, uninterrupted, owner, stage):
     """The half-written second checkpoint is not there, the first one is used, and the rest is cleared away."""
-    original = getattr(AndromedaTrainer, stage)
+    original = getattr(owner, stage)
     calls = []
 
     def killed_the_second_time(*arguments):
@@ -136,9 +143,8 @@ def test_a_run_killed_while_it_writes_a_checkpoint(tmp_path, monkeypatch, uninte
             raise Killed
         return original(*arguments)
 
-    replacement = staticmethod(killed_the_second_time) if stage == "_install" else killed_the_second_time
     with monkeypatch.context() as patch:
-        patch.setattr(AndromedaTrainer, stage, replacement)
+        patch.setattr(owner, stage, killed_the_second_time)
         with pytest.raises(Killed):
             train(new_model(), Rows(), settings(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == [".partial", "checkpoint-2", "history.jsonl"]
