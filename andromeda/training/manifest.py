@@ -18,10 +18,10 @@ _SEAL = "xxh3_128"  # key of a JSON object under which the checksum of all its o
 
 
 def write_manifest(folder: Path, *, step: int, identity: Mapping[str, Any], interval: list[float] | None) -> None:
-    """Write the checksums of all files in `folder`, and what a continuation needs to know.
+    """Write the checksums of all files in `folder`, and the state that a continuation needs.
 
     identity: settings, model and data of the run, see `check_identity`.
-    interval: what `StepRecord.interval` has summed up for the next figure.
+    interval: `StepRecord.interval`, the sums for the next figure so far.
     """
     manifest = {
         "format": _FORMAT,
@@ -34,7 +34,7 @@ def write_manifest(folder: Path, *, step: int, identity: Mapping[str, Any], inte
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint or a saved model; OSError or ValueError if it is not what this module wrote."""
+    """The manifest of a checkpoint or a saved model; OSError or ValueError if it is damaged or of another kind."""
     path = folder / MANIFEST
     manifest = files.read_json(path, ("format", "step", "run", "files"))
     if manifest["format"] not in (1, _FORMAT):

@@ -362,7 +362,7 @@ class AndromedaTrainer(Trainer):
         return loss / (count + (count == 0)), None, None
 
     def _without_repeats(self, labels: torch.Tensor) -> torch.Tensor:
-        """Labels without those of rows that fill up the last batches, which several processes get of one size."""
+        """Ignore the labels of repeated rows, which fill up the last batches where several processes share the data."""
         state = self.accelerator.gradient_state
         if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return labels
@@ -473,17 +473,16 @@ class AndromedaTrainer(Trainer):
         remove_old(self.folder, step=self.state.global_step, keep=self.keep, best=best)
 
     @contextlib.contextmanager
-    def _written_whole(self, what: str, kept: str) -> Iterator[None]:
-        """A block that fills `.partial/`. On an error, the message names the thing and the folder, and the block's
-        files are removed, so that they do not fill the disk.
+    def _written_whole(self, name: str, kept: str) -> Iterator[None]:
+        """Around a block that fills `.partial/`: an error removes its files, so that they do not fill the disk.
 
-        what: the thing that is written, for the message. kept: what is still whole without it.
+        name: of the thing that is written, for the message. kept: says which checkpoint is still whole.
         """
         partial = self.folder / PARTIAL
         if self.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)  # an earlier process may have left files there
         self.accelerator.wait_for_everyone()
-        with files.writing(self.folder, what, whole=kept):
+        with files.writing(self.folder, name, whole=kept):
             try:
                 yield
             except Exception:

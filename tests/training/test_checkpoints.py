@@ -1,4 +1,4 @@
-"""Checkpoints that are as they were written, and those that are not."""
+"""Whole and damaged checkpoints: which one a run continues from, and which ones it keeps."""
 
 import shutil
 from pathlib import Path
@@ -74,7 +74,7 @@ def test_one_flipped_bit_makes_a_resumed_run_take_the_checkpoint_before(
 
 
 def test_damaged_checkpoints_do_not_count_among_those_to_keep(tmp_path, checkpoints):
-    """A run that continues before damaged ones must not delete its own for theirs."""
+    """A run that continues before damaged ones must not delete its own in place of theirs."""
     for step in (2, 6, 8):
         shutil.copytree(checkpoints / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
     for step in (6, 8):
@@ -106,7 +106,7 @@ def test_a_checkpoint_without_the_state_of_the_optimiser_is_not_continued(tmp_pa
 
 @pytest.mark.parametrize("kind", ["file", "dangling link"])
 def test_what_has_the_name_of_a_checkpoint_and_is_no_folder_is_refused(tmp_path, kind):
-    """Before the training, not when it comes to this step."""
+    """At the start, not when the training reaches this step."""
     path = tmp_path / "checkpoint-4"
     path.write_text("") if kind == "file" else path.symlink_to(tmp_path / "nowhere")
     for resume in (False, True):
@@ -115,7 +115,7 @@ def test_what_has_the_name_of_a_checkpoint_and_is_no_folder_is_refused(tmp_path,
 
 
 def test_half_checkpoints_neither_count_nor_go(tmp_path):
-    """What something else left behind: `keep` counts whole ones."""
+    """Another program left them behind: `keep` counts whole ones only."""
     train(new_model(), Rows(), settings(tmp_path, steps=2, save_every=0))
     half = tmp_path / "checkpoint-1"
     shutil.copytree(tmp_path / "checkpoint-2", half)
