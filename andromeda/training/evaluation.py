@@ -13,8 +13,8 @@ from andromeda.huggingface import AndromedaForCausalLM
 from andromeda.model import Andromeda
 from andromeda.training.finite import nonfinite_parameters
 from andromeda.training.messages import first_few
-from andromeda.training.model_checks import check_model, check_vocabulary, hf_tokenizer
-from andromeda.training.rows import collate
+from andromeda.training.model_checks import Model, Tokenizer, check_model, check_vocabulary, hf_tokenizer
+from andromeda.training.rows import IGNORED_LABEL, Rows, collate
 from andromeda.training.settings import LARGEST_COUNT, Bounds
 
 
@@ -27,9 +27,9 @@ class Evaluation:
         perplexity: its exponential.
         bits_per_byte: the same likelihood in bits per byte of text, which compares across tokenizers; None where the
             bytes of a token are not known.
-        tokens: predicted tokens.
-        bytes: bytes of text they stand for, or None.
-        seconds: time it took.
+        tokens: number of predicted tokens.
+        bytes: bytes of text that they stand for, or None.
+        seconds: duration of the evaluation.
     """
 
     loss: float
@@ -41,15 +41,24 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model, dataset, *, tokenizer=None, batch_size=8, max_rows=None, progress=False) -> Evaluation:
-    """Loss, perplexity and bits per byte of `model` on the rows of `dataset`, each token weighted alike.
+def evaluate(
+    model: Model,
+    dataset: Rows,
+    *,
+    tokenizer: Tokenizer | None = None,
+    batch_size: int = 8,
+    max_rows: int | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """Loss, perplexity and bits per byte of `model` on the rows of `dataset`; every token has the same weight.
 
     Args:
         model: `Andromeda` or `AndromedaForCausalLM`.
         dataset: rows as in `train`.
         tokenizer: gives the bytes of each token; only byte-level tokenizers have them.
-        max_rows: look at the first so many rows only.
-        progress: a bar on stderr, on a terminal.
+        batch_size: rows per forward pass.
+        max_rows: the number of rows to look at, from the first on; None is all.
+        progress: show a bar on stderr if that is a terminal.
 
     Raises:
         ValueError: no token is predicted, or the tokenizer has more ids than the model.
@@ -64,10 +73,9 @@ def evaluate(model, dataset, *, tokenizer=None, batch_size=8, max_rows=None, pro
         model = AndromedaForCausalLM.from_andromeda(model)
     if names := nonfinite_parameters(model):
         raise FloatingPointError(f"evaluate: model must have finite weights, got NaN or Inf in {first_few(names)}")
-    device = model.device
-    widths = None if tokenizer is None else token_bytes(tokenizer)
+    bytes_of = None if tokenizer is None else token_bytes(tokenizer)
     rows = len(dataset) if max_rows is None else min(max_rows, len(dataset))
-    total, tokens, size = 0.0, 0, 0
+    total, tokens, text_bytes = 0.0, 0, 0
     started = time.perf_counter()
     bar = tqdm(
         range(0, rows, batch_size), unit="batch", file=sys.stderr, disable=not (progress and sys.stderr.isatty())
@@ -75,32 +83,32 @@ def evaluate(model, dataset, *, tokenizer=None, batch_size=8, max_rows=None, pro
     for begin in bar:
         batch = collate([dataset[index] for index in range(begin, min(begin + batch_size, rows))])
         targets = batch["labels"][:, 1:]
-        targets = targets[targets != -100]
+        targets = targets[targets != IGNORED_LABEL]
         if not len(targets):
             continue
-        loss = model(**{name: value.to(device) for name, value in batch.items()}, use_cache=False).loss
-        if not math.isfinite(loss.item()):
+        loss = model(**{name: value.to(model.device) for name, value in batch.items()}, use_cache=False).loss.item()
+        if not math.isfinite(loss):
             raise FloatingPointError(
-                f"evaluate: the loss must be finite, got {loss.item()} in the rows from {begin} on, though the weights "
-                "are finite; try another dtype (float32) or look at these rows"
+                f"evaluate: the loss must be finite, got {loss} in the rows from {begin} on, though the weights are "
+                "finite; try another dtype (float32) or look at these rows"
             )
-        total += loss.item() * len(targets)
+        total += loss * len(targets)
         tokens += len(targets)
-        size += 0 if widths is None else int(widths[targets].sum())
+        text_bytes += 0 if bytes_of is None else int(bytes_of[targets].sum())
     if not tokens:
         raise ValueError(f"evaluate: dataset must have a token to predict, got {rows} rows without one")
-    loss = total / tokens
+    mean = total / tokens
     return Evaluation(
-        loss=loss,
-        perplexity=math.exp(min(loss, 700.0)),  # exp overflows a double beyond 709
-        bits_per_byte=total / math.log(2) / size if size else None,
+        loss=mean,
+        perplexity=math.exp(min(mean, 700.0)),  # exp overflows a double beyond 709
+        bits_per_byte=total / math.log(2) / text_bytes if text_bytes else None,
         tokens=tokens,
-        bytes=size or None,
+        bytes=text_bytes or None,
         seconds=time.perf_counter() - started,
     )
 
 
-def token_bytes(tokenizer) -> torch.Tensor | None:
+def token_bytes(tokenizer: Tokenizer) -> torch.Tensor | None:
     """Bytes of text of each token id, int64 (len(tokenizer),), special tokens 0; None unless it is byte-level.
 
     A byte-level vocabulary writes one character per byte, so the length of an entry is the number of its bytes; tokens
@@ -110,9 +118,9 @@ def token_bytes(tokenizer) -> torch.Tensor | None:
     decoder = json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder") or {}
     if "ByteLevel" not in {decoder.get("type"), *(part["type"] for part in decoder.get("decoders", ()))}:
         return None
-    widths = torch.zeros(len(tokenizer), dtype=torch.int64)
+    lengths = torch.zeros(len(tokenizer), dtype=torch.int64)
     for token, index in tokenizer.get_vocab().items():
-        widths[index] = len(token)
-    for index, token in tokenizer.added_tokens_decoder.items():
-        widths[index] = 0 if token.special else len(token.content.encode())
-    return widths
+        lengths[index] = len(token)
+    for index, added in tokenizer.added_tokens_decoder.items():
+        lengths[index] = 0 if added.special else len(added.content.encode())
+    return lengths

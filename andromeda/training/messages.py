@@ -1,17 +1,18 @@
-"""Messages of a run."""
+"""Messages of a run, on stderr."""
 
 import os
 import sys
+from collections.abc import Sequence
 
 from tqdm import tqdm
 
 
-def say(text: str):
-    """A message beside the progress line, from the one process that speaks."""
+def say(text: str) -> None:
+    """Write a message beside the progress line; of several processes, the first one does."""
     if int(os.environ.get("RANK", "0")) == 0:
         tqdm.write(text, file=sys.stderr)
 
 
-def first_few(names: list[str]) -> str:
-    """Some names for a message, and how many more there are."""
+def first_few(names: Sequence[str]) -> str:
+    """Up to three names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

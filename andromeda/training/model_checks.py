@@ -2,15 +2,22 @@
 
 import collections
 import tempfile
+from typing import TypeAlias
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from andromeda.checkpoint import is_plain_embedding, plain_name
 from andromeda.huggingface import AndromedaForCausalLM
 from andromeda.model import Andromeda
+from andromeda.data.tokenizer import AndromedaTokenizer
+
+Model: TypeAlias = Andromeda | AndromedaForCausalLM
+Tokenizer: TypeAlias = AndromedaTokenizer | PreTrainedTokenizerBase
 
 
-def check_model(owner: str, model):
+def check_model(owner: str, model: object) -> None:
+    """TypeError, in the name of `owner`, unless `model` is one of ours."""
     if not isinstance(model, Andromeda | AndromedaForCausalLM):
         raise TypeError(
             f"{owner}: model must be an Andromeda or AndromedaForCausalLM, not wrapped in something else, got a "
@@ -18,26 +25,26 @@ def check_model(owner: str, model):
         )
 
 
-def check_vocabulary(model, tokenizer):
-    """ValueError if `tokenizer` (or None) has ids that `model` has no embedding for."""
-    tokenizer = hf_tokenizer(tokenizer)
+def check_vocabulary(model: Model, tokenizer: Tokenizer | None) -> None:
+    """ValueError if `tokenizer` has ids that `model` has no embedding for."""
+    if tokenizer is None:
+        return
+    ids = len(hf_tokenizer(tokenizer))
     rows = model.config.vocab_size if isinstance(model, AndromedaForCausalLM) else model.config.num_tokens
-    if tokenizer is not None and len(tokenizer) > rows:
+    if ids > rows:
         raise ValueError(
-            f"tokenizer: must have at most the {rows} ids of the model (num_tokens), got {len(tokenizer)}; "
+            f"tokenizer: must have at most the {rows} ids of the model (num_tokens), got {ids}; "
             "build the model with a larger num_tokens or use the tokenizer it was trained with"
         )
 
 
-def hf_tokenizer(tokenizer):
+def hf_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
     """The transformers tokenizer inside an `AndromedaTokenizer`, or the argument itself."""
-    from andromeda.data.tokenizer import AndromedaTokenizer
-
     return tokenizer.tokenizer if isinstance(tokenizer, AndromedaTokenizer) else tokenizer
 
 
-def check_saveable(model: AndromedaForCausalLM, tokenizer):
-    """ValueError if what is trained could not be saved, or not be loaded again from what was saved."""
+def check_saveable(model: AndromedaForCausalLM, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """ValueError if the model could not be saved after the training, or not be loaded again."""
     owner = "train: the model must be one that can be saved and loaded again"
     if not is_plain_embedding(model.get_input_embeddings()):
         raise ValueError(
@@ -48,7 +55,7 @@ def check_saveable(model: AndromedaForCausalLM, tokenizer):
     with torch.device("meta"):
         fresh = AndromedaForCausalLM(model.config)
     expected = {name: tuple(value.shape) for name, value in fresh.state_dict().items()}
-    found = {  # saved without what wrappers, such as torch.compile, put into names
+    found = {  # by the names of the checkpoint, without those of wrappers such as torch.compile
         plain_name(name, expected): tuple(value.shape) for name, value in model.state_dict().items()
     }
     if different := [name for name in {**expected, **found} if expected.get(name) != found.get(name)]:
@@ -61,18 +68,18 @@ def check_saveable(model: AndromedaForCausalLM, tokenizer):
             tokenizer.save_pretrained(folder)
 
 
-def shared_parameters(model) -> list[list[str]]:
-    """Names of the parameters that are one and the same, in groups."""
+def shared_parameters(model: torch.nn.Module) -> list[list[str]]:
+    """Groups of names that stand for one and the same parameter."""
     groups = collections.defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups[id(parameter)].append(name)
     return [names for names in groups.values() if len(names) > 1]
 
 
-def _check_ties(model: AndromedaForCausalLM, ties: list[list[str]], owner: str):
+def _check_ties(model: AndromedaForCausalLM, ties: list[list[str]], owner: str) -> None:
     """Save and load a small model with the same ties: transformers decides by the names which of them it can keep."""
     sizes = {"num_tokens": 8, "max_seq_len": 8, "dim": 16, "dim_head": 8}
-    with torch.random.fork_rng(devices=[]):  # it draws weights
+    with torch.random.fork_rng(devices=[]):  # drawing its weights must not move the random generator
         small = AndromedaForCausalLM.from_andromeda(Andromeda(**{**model.config.to_arguments(), **sizes}))
     for first, *others in ties:
         for name in others:
@@ -82,6 +89,6 @@ def _check_ties(model: AndromedaForCausalLM, ties: list[list[str]], owner: str):
         with tempfile.TemporaryDirectory() as folder:
             small.save_pretrained(folder)
             AndromedaForCausalLM.from_pretrained(folder)
-    except (RuntimeError, ValueError) as error:  # not those of the disk: they say nothing of the ties
+    except (RuntimeError, ValueError) as error:  # an OSError of the disk says nothing of the ties
         shared = "; ".join(" = ".join(names) for names in ties)
         raise ValueError(f"{owner}, got parameters that share one tensor ({shared}): {error}") from error

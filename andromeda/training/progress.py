@@ -1,18 +1,27 @@
-"""The progress line, its figures and sample texts."""
+"""The progress line of a run: its figures, the pace of its steps, and sample texts."""
 
 import collections
 import math
 import statistics
 import sys
 import time
+from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import (
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from andromeda.huggingface import AndromedaForCausalLM
+from andromeda.data.tokenizer import token_ids
 from andromeda.training.messages import say
-from andromeda.training.model_checks import hf_tokenizer
+from andromeda.training.model_checks import Model, Tokenizer, hf_tokenizer
 from andromeda.training.rows import IGNORED_LABEL
 from andromeda.training.settings import TrainSettings
 
@@ -64,14 +73,14 @@ class Pace:
 
     _WARM_UP, _STEPS, _FACTOR = 5, 20, 3.0  # steps that do not count, steps of a median, how much longer
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.ignored = 0
-        self.first = []  # seconds of the first steps
-        self.recent = collections.deque(maxlen=self._STEPS)
+        self.first: list[float] = []  # seconds of the first steps
+        self.recent: collections.deque[float] = collections.deque(maxlen=self._STEPS)
         self.said = False
 
     def add(self, seconds: float, device: str) -> str | None:
-        """Seconds of a step; what to say about the pace, or None."""
+        """Add the duration of a step; returns advice where steps have become slow, else None."""
         if self.said:
             return None
         if self.ignored < self._WARM_UP:
@@ -99,24 +108,35 @@ class Pace:
 class Progress(TrainerCallback):
     """A line with loss, tokens/s and time left: a bar on a terminal, a plain line per logged interval elsewhere."""
 
-    def __init__(self, settings: TrainSettings, tokenizer):
+    def __init__(self, settings: TrainSettings, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self.settings = settings
         self.tokenizer = tokenizer
-        self.bar = None
-        self.loss = None
+        self.bar: tqdm | None = None  # in the process that shows it
+        self.loss: float | None = None
+        self.begin_step = 0  # steps and tokens of the run before this call
+        self.begin_tokens = 0
         self.tokens = 0  # of this call, over all processes
-        self.seconds = 0.0  # of this call's steps, without evaluations, samples and checkpoints
+        self.seconds = 0.0  # of the steps of this call, without evaluations, samples and checkpoints
         self.mark = 0.0  # when the step began: rows are loaded after it, evaluations and checkpoints made before it
-        self.taken = (0, 0.0)  # tokens and seconds of the figures before
+        self.taken = (0, 0.0)  # tokens and seconds at the last `take_rate`
         self.pace = Pace()
-        self.flops_per_token = None
-        self.peak = None
+        self.flops_per_token: int | None = None
+        self.peak: float | None = None
 
-    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module | None = None,
+        train_dataloader: DataLoader | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.begin_step = state.global_step
         self.begin_tokens = state.num_input_tokens_seen
-        seqlen = train_dataloader.dataset[0]["input_ids"].shape[-1]
         if isinstance(model, AndromedaForCausalLM):  # a sharded model cannot count its own parameters
+            assert train_dataloader is not None
+            seqlen = train_dataloader.dataset[0]["input_ids"].shape[-1]
             self.flops_per_token = training_flops_per_token(model, seqlen)
         peak = peak_flops(args.device) if args.bf16 or args.fp16 else None
         self.peak = None if peak is None else peak * args.world_size
@@ -131,53 +151,66 @@ class Progress(TrainerCallback):
             )
         self.mark = time.perf_counter()
 
-    def on_evaluate(self, args, state, control, **kwargs):
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.mark = time.perf_counter()
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.mark = time.perf_counter()
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: AndromedaForCausalLM | None = None,
+        **kwargs: Any,
+    ) -> None:
         seconds = time.perf_counter() - self.mark
         self.seconds += seconds
         if (advice := self.pace.add(seconds, args.device.type)) and self.bar is not None:
-            self._write(f"step {state.global_step}: {advice}")
+            say(f"step {state.global_step}: {advice}")
         self.tokens = state.num_input_tokens_seen - self.begin_tokens
         if self.bar is not None:
             self.bar.set_postfix_str(self._figures(), refresh=False)
             self.bar.update()
             every = self.settings.sample_every
             if every and state.global_step % every == 0 and args.world_size == 1:
-                self._show_sample(model, state.global_step)
+                assert model is not None and self.tokenizer is not None  # `train` demands it for samples
+                self._show_sample(model, self.tokenizer, state.global_step)
         self.mark = time.perf_counter()
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if self.bar is None or not logs:
             return
         if without := logs.get("steps_without_targets"):
-            self._write(
+            say(
                 f"step {state.global_step}: {without} of the last steps had no token to predict (every label is "
                 f"{IGNORED_LABEL}); their loss counts as nothing"
             )
         if "eval_loss" in logs:
             loss = logs["eval_loss"]
             finite = "" if math.isfinite(loss) else ": it is not finite, look at the rows of the evaluation"
-            self._write(f"step {state.global_step}: evaluation loss {loss:.4f}{finite}")
+            say(f"step {state.global_step}: evaluation loss {loss:.4f}{finite}")
         elif "loss" in logs:
             self.loss = float(logs["loss"])
             if self.bar.disable:
                 rate = self.seconds / max(1, state.global_step - self.begin_step)
                 left = (state.max_steps - state.global_step) * rate
-                self._write(
-                    f"step {state.global_step}/{state.max_steps}: {self._figures()}, {tqdm.format_interval(left)} left"
-                )
+                say(f"step {state.global_step}/{state.max_steps}: {self._figures()}, {tqdm.format_interval(left)} left")
 
-    def close(self):
+    def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
 
     def take_rate(self) -> float | None:
-        """Tokens per second since the last call."""
+        """Tokens per second since the last call; None if no time has passed."""
         tokens, seconds = self.tokens - self.taken[0], self.seconds - self.taken[1]
         self.taken = (self.tokens, self.seconds)
         return tokens / seconds if seconds else None
@@ -196,18 +229,15 @@ class Progress(TrainerCallback):
             figures.append(f"MFU {100 * mfu:.1f} %")
         return ", ".join(figures)
 
-    def _write(self, text: str):
-        say(text)
-
-    def _show_sample(self, model, step: int):
-        text = sample_text(model, self.tokenizer, self.settings.sample_prompt, tokens=48, seed=self.settings.seed)
-        self._write(f"step {step}: a sample\n" + "\n".join(f"  | {line}" for line in text.splitlines()))
+    def _show_sample(self, model: AndromedaForCausalLM, tokenizer: PreTrainedTokenizerBase, step: int) -> None:
+        text = sample_text(model, tokenizer, self.settings.sample_prompt, tokens=48, seed=self.settings.seed)
+        say(f"step {step}: a sample\n" + "\n".join(f"  | {line}" for line in text.splitlines()))
 
 
-def sample_text(model, tokenizer, prompt: str, *, tokens: int, temperature: float = 0.8, seed: int = 0) -> str:
+def sample_text(
+    model: Model, tokenizer: Tokenizer, prompt: str, *, tokens: int, temperature: float = 0.8, seed: int = 0
+) -> str:
     """`prompt` and its continuation by `tokens` sampled tokens. Leaves the random generators as they were."""
-    from andromeda.data.tokenizer import token_ids
-
     tokenizer = hf_tokenizer(tokenizer)
     ids = token_ids(tokenizer, prompt) or [tokenizer.eos_token_id or 0]
     plain = model.to_andromeda() if isinstance(model, AndromedaForCausalLM) else model
@@ -216,4 +246,6 @@ def sample_text(model, tokenizer, prompt: str, *, tokens: int, temperature: floa
     continuation = plain.generate(
         torch.tensor(ids, device=device), tokens, temperature=temperature, generator=generator
     )
-    return prompt + tokenizer.decode(continuation.tolist(), skip_special_tokens=True)
+    text = tokenizer.decode(continuation.tolist(), skip_special_tokens=True)
+    assert isinstance(text, str)  # several sequences would give a list
+    return prompt + text

@@ -1,48 +1,57 @@
-"""How to train: the settings of a run, their bounds, and the arguments of transformers they stand for."""
+"""How to train: the settings of a run, the bounds of each number, and the arguments that transformers gets."""
 
 import dataclasses
 import math
 import numbers
 import os
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
-_LARGEST_FLOAT = sys.float_info.max
 LARGEST_COUNT = 2**31 - 1  # no count is larger: some libraries below hold it in 32 bits
+_LARGEST_FLOAT = sys.float_info.max
 
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """The numbers that a setting may be; never NaN or infinity."""
+    """The interval in which a number must lie; NaN and infinity lie in none."""
 
-    kind: type  # int or float
+    kind: type[int] | type[float]
     low: float
     high: float
     open_low: bool = False
     open_high: bool = False
 
-    def check(self, owner: str, name: str, value):
+    def check(self, owner: str, name: str, value: object) -> int | float:
         """`value` as an `int` or `float`.
 
         Raises:
-            TypeError: it is no number, or not a whole one where only those make sense; bools are no numbers.
+            TypeError: it is no number, or no whole number where only those make sense; bools are no numbers.
             ValueError: it is not finite or out of bounds.
         """
-        wanted = numbers.Integral if self.kind is int else numbers.Real
-        if isinstance(value, bool) or not isinstance(value, wanted):
-            what = "a whole number" if self.kind is int else "a number"
-            raise TypeError(f"{owner}: {name} must be {what}, got {value!r}")
-        try:
-            result = self.kind(value)
-        except OverflowError:  # a whole number beyond all of float
-            result = math.nan
+        result = self._convert(value)
+        if result is None:
+            kind = "a whole number" if self.kind is int else "a number"
+            raise TypeError(f"{owner}: {name} must be {kind}, got {value!r}")
         above = result > self.low if self.open_low else result >= self.low
         below = result < self.high if self.open_high else result <= self.high
         if not (above and below):  # NaN is neither
             raise ValueError(f"{owner}: {name} must be {self}, got {value}")
         return result
+
+    def _convert(self, value: object) -> int | float | None:
+        """`value` as a number of this kind, None if it is no such number."""
+        if isinstance(value, bool):
+            return None
+        if self.kind is int:
+            return int(value) if isinstance(value, numbers.Integral) else None
+        try:
+            return float(value) if isinstance(value, numbers.Real) else None
+        except OverflowError:  # a whole number that no float can hold
+            return math.nan
 
     def __str__(self) -> str:
         if self.high == _LARGEST_FLOAT:
@@ -50,9 +59,38 @@ class Bounds:
         return f"in {'(' if self.open_low else '['}{self.low}, {self.high}{')' if self.open_high else ']'}"
 
 
+BOUNDS = {  # of every number in `TrainSettings`
+    **dict.fromkeys(
+        ("steps", "batch_size", "gradient_accumulation", "log_every", "keep"), Bounds(int, 1, LARGEST_COUNT)
+    ),
+    **dict.fromkeys(("save_every", "eval_every", "sample_every", "num_workers"), Bounds(int, 0, LARGEST_COUNT)),
+    "warmup_steps": Bounds(int, 0, LARGEST_COUNT),
+    "learning_rate": Bounds(float, 0, _LARGEST_FLOAT, open_low=True),
+    "min_learning_rate_ratio": Bounds(float, 0, 1),
+    "weight_decay": Bounds(float, 0, _LARGEST_FLOAT),
+    "adam_beta1": Bounds(float, 0, 1, open_high=True),
+    "adam_beta2": Bounds(float, 0, 1, open_high=True),
+    "max_grad_norm": Bounds(float, 0, _LARGEST_FLOAT),
+    "seed": Bounds(int, 0, 2**32 - 1),  # numpy takes no larger one
+}
+
+# The result of a run does not depend on these: they may change when it is resumed.
+NON_IDENTITY_FIELDS = (
+    "output_dir",
+    "device",
+    "log_every",
+    "save_every",
+    "eval_every",
+    "sample_every",
+    "keep",
+    "sample_prompt",
+    "num_workers",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
-    """How to train. The defaults suit a model of some hundred million parameters and less.
+    """How to train. The defaults suit models of up to some hundred million parameters.
 
     Attributes:
         output_dir: folder of the checkpoints, of the model and of `history.jsonl`.
@@ -63,15 +101,15 @@ class TrainSettings:
             `min_learning_rate_ratio` times that.
         weight_decay: on the matrices of linear maps and embeddings; never on gains, scales and biases.
         adam_beta1, adam_beta2: of AdamW, in [0, 1).
-        max_grad_norm: the gradient is scaled down to this norm; 0 leaves it as it is.
-        seed: order of the rows, below 2**32.
-        bf16: autocast to bfloat16. Default: on a CUDA device that has it, not on a CPU.
+        max_grad_norm: a larger gradient is scaled down to this norm; 0 never scales it.
+        seed: of the order of the rows, below 2**32.
+        bf16: autocast to bfloat16. Default: on a CUDA device that supports it, not on a CPU.
         device: None for the best there is, or "cpu".
         log_every, save_every, eval_every, sample_every: steps between progress figures, checkpoints, evaluations and
-            sample texts; 0 is never (the last step always saves).
-        keep: how many checkpoints stay on disk.
-        sample_prompt: what the sample texts continue.
-        num_workers: processes that load rows; 0 loads them in this one, which is enough for packed rows.
+            sample texts; 0 is never (a checkpoint is saved after the last step in any case).
+        keep: number of checkpoints that stay on the disk.
+        sample_prompt: the text that the sample texts continue.
+        num_workers: processes that load rows; 0 loads them in this one, which is fast enough for packed rows.
         trainer: further keyword arguments of `transformers.TrainingArguments`, such as `{"fsdp": True}`.
     """
 
@@ -96,25 +134,10 @@ class TrainSettings:
     keep: int = 2
     sample_prompt: str = ""
     num_workers: int = 0
-    trainer: dict = dataclasses.field(default_factory=dict)
+    trainer: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    _BOUNDS = {  # noqa: RUF012 - no field
-        **dict.fromkeys(
-            ("steps", "batch_size", "gradient_accumulation", "log_every", "keep"), Bounds(int, 1, LARGEST_COUNT)
-        ),
-        **dict.fromkeys(("save_every", "eval_every", "sample_every", "num_workers"), Bounds(int, 0, LARGEST_COUNT)),
-        "warmup_steps": Bounds(int, 0, LARGEST_COUNT),
-        "learning_rate": Bounds(float, 0, _LARGEST_FLOAT, open_low=True),
-        "min_learning_rate_ratio": Bounds(float, 0, 1),
-        "weight_decay": Bounds(float, 0, _LARGEST_FLOAT),
-        "adam_beta1": Bounds(float, 0, 1, open_high=True),
-        "adam_beta2": Bounds(float, 0, 1, open_high=True),
-        "max_grad_norm": Bounds(float, 0, _LARGEST_FLOAT),
-        "seed": Bounds(int, 0, 2**32 - 1),  # numpy takes no larger one
-    }
-
-    def __post_init__(self):
-        for name, bounds in self._BOUNDS.items():
+    def __post_init__(self) -> None:
+        for name, bounds in BOUNDS.items():
             value = getattr(self, name)
             if value is not None or name != "warmup_steps":
                 object.__setattr__(self, name, bounds.check("TrainSettings", name, value))
@@ -138,18 +161,17 @@ class TrainSettings:
             )
         if not isinstance(self.trainer, dict):
             raise TypeError(f"TrainSettings: trainer must be a dict, got {self.trainer!r}")
-        for name, value in _numbers_in(self.trainer, "trainer"):
+        for name, value in _floats_in(self.trainer, "trainer"):
             if not math.isfinite(value):
                 raise ValueError(f"TrainSettings: {name} must be finite, got {value}")
 
-    # What may change between the parts of one run without changing what it computes.
-    _INCIDENTAL = ("output_dir", "device", "log_every", "save_every", "eval_every", "sample_every", "keep")
-    _INCIDENTAL += ("sample_prompt", "num_workers")
+    def identity(self) -> dict[str, Any]:
+        """The settings that the result depends on, with defaults filled in.
 
-    def decisive(self) -> dict:
-        """The settings that the result depends on, with defaults filled in: a checkpoint continues only under these."""
+        A checkpoint is continued only with settings of the same identity.
+        """
         settings = dataclasses.asdict(self)
-        for name in self._INCIDENTAL:
+        for name in NON_IDENTITY_FIELDS:
             del settings[name]
         return settings | {"warmup_steps": self._warmup(), "bf16": self._bf16()}
 
@@ -162,12 +184,12 @@ class TrainSettings:
         return self.device is None and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
 
     def training_arguments(self) -> TrainingArguments:
-        """These settings in the words of transformers.
+        """The arguments of transformers that these settings stand for.
 
         Raises:
             ValueError: `trainer` repeats a setting that has a name here, or has a name that transformers does not know.
         """
-        words = {
+        arguments: dict[str, Any] = {
             "output_dir": self.output_dir,
             "max_steps": self.steps,
             "per_device_train_batch_size": self.batch_size,
@@ -184,7 +206,7 @@ class TrainSettings:
             "bf16": self._bf16(),
             "use_cpu": self.device == "cpu",
             "logging_steps": self.log_every,
-            "logging_nan_inf_filter": False,  # it shows other losses in place of those that are not finite
+            "logging_nan_inf_filter": False,  # it replaces losses that are not finite by others
             "save_strategy": "steps",
             "save_steps": self.save_every or self.steps,
             "eval_strategy": "steps" if self.eval_every else "no",
@@ -196,9 +218,9 @@ class TrainSettings:
             raise ValueError(
                 f"TrainSettings: trainer must name arguments of TrainingArguments, got {', '.join(unknown)}"
             )
-        if repeated := sorted(set(self.trainer) & (set(words) | {"save_total_limit"})):
+        if repeated := sorted(set(self.trainer) & (set(arguments) | {"save_total_limit"})):
             raise ValueError(f"TrainSettings: trainer must not repeat what has a name here, got {', '.join(repeated)}")
-        habits = {
+        defaults: dict[str, Any] = {  # which `trainer` may change
             "per_device_eval_batch_size": self.batch_size,
             "prediction_loss_only": True,
             "dataloader_drop_last": True,
@@ -210,16 +232,16 @@ class TrainSettings:
             "report_to": "none",
             "disable_tqdm": True,  # the progress line is ours
         }
-        return TrainingArguments(**words, **{**habits, **self.trainer})
+        return TrainingArguments(**arguments, **(defaults | self.trainer))
 
 
-def _numbers_in(value, name: str):
+def _floats_in(value: object, name: str) -> Iterator[tuple[str, float]]:
     """(name, number) of each float in nested dicts and lists."""
     if isinstance(value, dict):
         for key, item in value.items():
-            yield from _numbers_in(item, f"{name}[{key!r}]")
+            yield from _floats_in(item, f"{name}[{key!r}]")
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            yield from _numbers_in(item, f"{name}[{index}]")
+            yield from _floats_in(item, f"{name}[{index}]")
     elif isinstance(value, float):
         yield name, value

@@ -4,39 +4,44 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, TypeAlias
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+_Handler: TypeAlias = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
 
 
 class StopSignals:
-    """While active, the first SIGINT or SIGTERM is noted in `received`; the second acts as it always would.
+    """While active, the first SIGINT or SIGTERM is noted in `received`; the second one acts as it always would.
 
     Only in the main thread, where Python lets handlers be set, and only for one process: several would have to agree on
-    the step at which they stop.
+    the step after which they stop.
     """
 
-    def __init__(self, active: bool):
+    def __init__(self, active: bool) -> None:
         self.active = active and threading.current_thread() is threading.main_thread()
         self.process = os.getpid()
-        self.received = None
-        self.previous = {}
+        self.received: str | None = None
+        self.previous: dict[signal.Signals, _Handler] = {}
 
-    def __enter__(self):
+    def __enter__(self) -> "StopSignals":
         if self.active:
             self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self._restore()
 
-    def _note(self, number, frame):
+    def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self.process:  # a process that loads rows gets the Ctrl-C of its terminal, too
             return
         self.received = signal.Signals(number).name
         self._restore()
         print("\nstopping after this step (once more to stop at once)", file=sys.stderr, flush=True)
 
-    def _restore(self):
+    def _restore(self) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
         self.previous = {}
@@ -45,10 +50,10 @@ class StopSignals:
 class StopCallback(TrainerCallback):
     """Ends the run with a checkpoint after the step in which a signal arrived; logs the last step of any run."""
 
-    def __init__(self, stop: StopSignals):
+    def __init__(self, stop: StopSignals) -> None:
         self.stop = stop
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.stop.received:
             control.should_save = control.should_training_stop = True
         if state.global_step >= state.max_steps:

@@ -6,36 +6,46 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from torch.utils.data import DataLoader, Dataset
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging as transformers_logging
 
 from andromeda import files
 from andromeda.huggingface import AndromedaForCausalLM
 from andromeda.model import Andromeda
 from andromeda.training.checkpoints import (
-    FORMAT,
     HISTORY,
-    MANIFEST,
     MODEL,
     PARTIAL,
     check_identity,
-    checkpoints_in,
-    defects_of,
+    install,
     latest_checkpoint,
-    read_manifest,
-    sealed,
+    remove_old,
     starting_point,
     step_of,
 )
 from andromeda.training.finite import StepRecord, are_finite, local, nonfinite_parameters
 from andromeda.training.history import History
+from andromeda.training.manifest import read_manifest, write_manifest
 from andromeda.training.messages import first_few
 from andromeda.training.model_checks import (
+    Model,
+    Tokenizer,
     check_model,
     check_saveable,
     check_vocabulary,
@@ -43,25 +53,25 @@ from andromeda.training.model_checks import (
     shared_parameters,
 )
 from andromeda.training.progress import Progress
-from andromeda.training.rows import IGNORED_LABEL, check_rows, collate, fingerprint
+from andromeda.training.rows import IGNORED_LABEL, Rows, check_rows, collate, fingerprint
 from andromeda.training.settings import TrainSettings
 from andromeda.training.stopping import StopCallback, StopSignals
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """What a call of `train` did.
+    """The outcome of a call of `train`.
 
     Attributes:
         steps: optimiser steps of the run so far, those before a resume included.
         loss: mean training loss over the last logged interval, in nats per token; None if there was none.
-        tokens, seconds: seen and spent by this call.
+        tokens, seconds: tokens seen and time spent by this call.
         tokens_per_second: their ratio.
-        mfu: share of the device's peak that the model's own flops amount to; None where the peak is not known.
+        mfu: the model's own flops per second as a share of the device's peak; None where the peak is not known.
         checkpoint: the newest checkpoint.
         interrupted: the signal that ended the run early, or None.
         history: one dict per logged interval: step, loss, learning_rate, grad_norm; and eval_loss per evaluation.
-        damaged: what was found of newer checkpoints than the one resumed from, one line each.
+        damaged: the defects of checkpoints that are newer than the one resumed from, one line each.
     """
 
     steps: int
@@ -72,18 +82,18 @@ class TrainResult:
     mfu: float | None
     checkpoint: str | None
     interrupted: str | None
-    history: list
-    damaged: list = dataclasses.field(default_factory=list)
+    history: list[dict[str, float]]
+    damaged: list[str] = dataclasses.field(default_factory=list)
 
 
 def train(
-    model,
-    dataset,
+    model: Model,
+    dataset: Rows,
     settings: TrainSettings,
     *,
-    eval_dataset=None,
-    tokenizer=None,
-    resume=False,
+    eval_dataset: Rows | None = None,
+    tokenizer: Tokenizer | None = None,
+    resume: bool = False,
     on_start: Callable[[], None] | None = None,
 ) -> TrainResult:
     """Train `model` in place; leave checkpoints in `settings.output_dir` and, at the end, the model in `model/` there.
@@ -91,14 +101,14 @@ def train(
     `history.jsonl` in the same folder holds the figures of the run, see `andromeda.training`.
 
     Args:
-        model: `Andromeda` or `AndromedaForCausalLM`. The result is in its own parameters.
+        model: `Andromeda` or `AndromedaForCausalLM`. Its own parameters are trained.
         dataset: rows of equal length: dicts of tensors `input_ids`, `labels` and, optionally, `key_start`, as
             `DatasetBuilder` makes them.
         settings: how to train.
         eval_dataset: rows for `settings.eval_every`.
         tokenizer: saved into every checkpoint and needed for sample texts; `AndromedaTokenizer` or one of transformers.
-        resume: continue from the newest whole checkpoint in `settings.output_dir`; without one it is an error. One
-            whose files are not as they were written is passed over, with a message.
+        resume: continue from the newest whole checkpoint in `settings.output_dir`; it is an error if there is none.
+            Checkpoints whose files are not as they were written are passed over, with a message.
         on_start: called once, in the process that writes, when nothing is left to check and the first step begins.
 
     Raises:
@@ -109,9 +119,9 @@ def train(
         FloatingPointError: a loss, a gradient norm or a weight is not finite; names the step. Nothing was saved after
             the last good checkpoint, and nothing deleted.
     """
-    tokenizer = hf_tokenizer(tokenizer)
     check_model("train", model)
     check_vocabulary(model, tokenizer)
+    tokenizer = None if tokenizer is None else hf_tokenizer(tokenizer)
     if settings.sample_every and tokenizer is None:
         raise ValueError("train: tokenizer must be given for sample_every, got None")
     if settings.eval_every and eval_dataset is None:
@@ -128,22 +138,9 @@ def train(
     if isinstance(model, Andromeda):
         model = AndromedaForCausalLM.from_andromeda(model)
     check_saveable(model, tokenizer)
-    if tokenizer is not None:  # `generate` of a saved model ends where this tokenizer says
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            for holder in (model.config, model.generation_config):
-                setattr(holder, name, getattr(tokenizer, name))
-    identity = {
-        "settings": settings.decisive(),
-        "model": model.config.to_arguments(),
-        "data": fingerprint(dataset),
-        "processes": {"number": arguments.world_size},
-    }
-    try:
-        identity = json.loads(json.dumps(identity))  # as it will be read from a checkpoint: tuples become lists
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"TrainSettings: trainer must hold what JSON can hold, for the checkpoints: {error}"
-        ) from error
+    if tokenizer is not None:
+        _take_token_ids(model, tokenizer)
+    identity = _identity(settings, model, dataset, processes=arguments.world_size)
     if checkpoint is not None:
         check_identity(checkpoint, identity)
 
@@ -168,13 +165,8 @@ def train(
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         if checkpoint is not None and step_of(checkpoint) >= settings.steps:
-            # Trainer would make one step more before it looks at the count.
-            trainer._load_from_checkpoint(str(checkpoint))
-            trainer.state.global_step = step_of(checkpoint)
-            if not Path(settings.output_dir, MODEL).is_dir():
-                trainer.save_whole_model()
-            trainer.clear_away()
-            return _result(checkpoint=checkpoint, steps=step_of(checkpoint), damaged=damaged)
+            trainer.finish_without_a_step(checkpoint)
+            return _result(steps=step_of(checkpoint), checkpoint=str(checkpoint), damaged=damaged)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
@@ -194,8 +186,41 @@ def train(
     )
 
 
+def _take_token_ids(model: AndromedaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Note the tokenizer's special tokens in the model: `generate` of the saved model ends where they say."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for holder in (model.config, model.generation_config):
+            setattr(holder, name, getattr(tokenizer, name))
+
+
+def _identity(
+    settings: TrainSettings, model: AndromedaForCausalLM, dataset: Rows, processes: int
+) -> dict[str, dict[str, Any]]:
+    """All that the result of a run depends on, as JSON gives it back: only a run of the same identity is resumed."""
+    identity = {
+        "settings": settings.identity(),
+        "model": model.config.to_arguments(),
+        "data": fingerprint(dataset),
+        "processes": {"number": processes},
+    }
+    try:
+        return json.loads(json.dumps(identity))  # tuples become lists, as in a checkpoint
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"TrainSettings: trainer must hold what JSON can hold, for the checkpoints: {error}"
+        ) from error
+
+
 def _result(
-    *, steps, checkpoint, damaged, history=(), tokens=0, seconds=0.0, mfu=None, interrupted=None
+    *,
+    steps: int,
+    checkpoint: str | None,
+    damaged: list[str],
+    history: Sequence[dict[str, float]] = (),
+    tokens: int = 0,
+    seconds: float = 0.0,
+    mfu: float | None = None,
+    interrupted: str | None = None,
 ) -> TrainResult:
     losses = [entry["loss"] for entry in history if "loss" in entry]
     return TrainResult(
@@ -205,7 +230,7 @@ def _result(
         seconds=seconds,
         tokens_per_second=tokens / seconds if seconds else 0.0,
         mfu=mfu,
-        checkpoint=None if checkpoint is None else str(checkpoint),
+        checkpoint=checkpoint,
         interrupted=interrupted,
         history=list(history),
         damaged=damaged,
@@ -213,8 +238,8 @@ def _result(
 
 
 @contextlib.contextmanager
-def _quiet():
-    """Errors only from transformers and accelerate: what they have to say at the start of every run is known."""
+def _quiet() -> Iterator[None]:
+    """Let transformers and accelerate log errors only: their remarks at the start of every run are known."""
     loggers = [logging.getLogger(name) for name in ("transformers", "accelerate")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -234,49 +259,70 @@ class AndromedaTrainer(Trainer):
     """Trainer with whole-or-absent checkpoints, weight decay by kind of parameter, and figures that are true.
 
     Losses are kept in a `StepRecord` of our own: a loss that is not finite is not hidden, and a checkpoint carries the
-    part of an interval that lies before it, so that a resumed run logs what an uninterrupted one does.
+    part of an interval that lies before it, so that a resumed run logs the figures of an uninterrupted one.
     """
 
-    def __init__(self, *args, identity: dict, keep: int, resumed_from: Path | None = None, progress=None, **kwargs):
+    def __init__(
+        self,
+        *args: Any,
+        identity: dict[str, dict[str, Any]],
+        keep: int,
+        resumed_from: Path | None = None,
+        progress: Progress | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        assert isinstance(self.model, PreTrainedModel) and self.args.output_dir is not None
+        self.folder = Path(self.args.output_dir)
         self.identity = identity
         self.keep = keep
+        self.resumed_from = resumed_from
         self.progress = progress
-        self.writing = False
+        self.history: History | None = None  # in the process that writes, from the first step on
         self.flops_per_token = 6 * self.model.num_parameters(exclude_embeddings=True)
         self.record = StepRecord(self.args.device, scaled=self.accelerator.scaler is not None)
-        self.history = None
-        self.batch = None  # the last one
-        self.evaluated = None
-        self.resumed_from = resumed_from
+        self.batch: dict[str, Any] | None = None  # the last one
+        self.evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # losses and their number
+        self.writing = False  # a checkpoint, into `.partial/`
         clip = self.accelerator.clip_grad_norm_
 
-        def clip_and_note(*args, **kwargs):
+        def clip_and_note(*args: Any, **kwargs: Any) -> torch.Tensor:
             self.record.norm = norm = clip(*args, **kwargs)
             return norm
 
         self.accelerator.clip_grad_norm_ = clip_and_note
 
-    # ---- losses
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
         self.batch = inputs
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.record.add_part(loss, num_items_in_batch)
         return loss
 
-    def log(self, logs, *args, **kwargs):
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             total, counted, steps = self.accelerator.reduce(self.record.interval, reduction="mean").tolist()
             logs["loss"] = total / max(1.0, counted)
             if counted < steps:
                 logs["steps_without_targets"] = round(steps - counted)
             self.record.interval.zero_()
-            if self.progress is not None:
-                logs["tokens_per_second"] = self.progress.take_rate()
-        super().log(logs, *args, **kwargs)
+            if self.progress is not None and (rate := self.progress.take_rate()) is not None:
+                logs["tokens_per_second"] = rate
+        super().log(logs, start_time)
 
-    def get_eval_dataloader(self, eval_dataset=None):
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """Matrices of linear maps and embeddings: gains, residual and QK scales and biases do not decay."""
+        kinds = (torch.nn.Linear, torch.nn.Embedding)
+        return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, kinds)]
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return self.flops_per_token * inputs["input_ids"].numel()
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         # dataloader_drop_last is meant for training: an evaluation looks at every row.
         self.args.dataloader_drop_last, kept = False, self.args.dataloader_drop_last
         try:
@@ -284,7 +330,28 @@ class AndromedaTrainer(Trainer):
         finally:
             self.args.dataloader_drop_last = kept
 
-    def prediction_step(self, model, inputs, *args, **kwargs):
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        self.evaluated.zero_()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        total, count = self.accelerator.reduce(self.evaluated, reduction="sum").tolist()
+        assert output.metrics is not None
+        output.metrics[f"{metric_key_prefix}_loss"] = total / count  # `train` saw that there is something to predict
+        return output
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, None, None]:
         """Adds the losses of a batch and their number to `evaluated`; Trainer would average means of batches."""
         inputs = dict(self._prepare_inputs(inputs))
         inputs["labels"] = self._without_repeats(inputs["labels"])
@@ -294,8 +361,8 @@ class AndromedaTrainer(Trainer):
         self.evaluated += torch.stack((loss, count)).to(self.evaluated.dtype)
         return loss / (count + (count == 0)), None, None
 
-    def _without_repeats(self, labels):
-        """Several processes get batches of one size: rows that were taken a second time for that are not counted."""
+    def _without_repeats(self, labels: torch.Tensor) -> torch.Tensor:
+        """Ignore the labels of repeated rows, which fill up the last batches where several processes share the data."""
         state = self.accelerator.gradient_state
         if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return labels
@@ -304,28 +371,20 @@ class AndromedaTrainer(Trainer):
         labels[own:] = IGNORED_LABEL
         return labels
 
-    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
-        self.evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        total, count = self.accelerator.reduce(self.evaluated, reduction="sum").tolist()
-        output.metrics[f"{metric_key_prefix}_loss"] = total / count  # `train` saw that there is something to predict
-        return output
-
-    # ---- what must be finite
-
-    def stop_unless_finite(self):
+    def stop_unless_finite(self) -> None:
         """End the run if a loss or gradient norm since the start was not finite; waits for the device."""
-        bad = self.accelerator.gather(self.record.bad[None]).tolist()  # (processes, step and loss and norm)
-        if bad := [entry for entry in bad if entry[0]]:
+        entries = self.accelerator.gather(self.record.bad[None]).tolist()  # (processes, step and loss and norm)
+        if bad := [entry for entry in entries if entry[0]]:
             step, loss, norm = min(bad)
             self._fail(round(step), f"step {step:.0f} had loss {loss:g} and gradient norm {norm:g}")
 
-    def stop_unless_good(self, model):
-        """End the run if what is to be saved now is useless: the last checkpoint is better.
+    def stop_unless_good(self, model: torch.nn.Module) -> None:
+        """End the run if the state that is to be saved now is useless: the last checkpoint is better.
 
         The weights and the averages that the optimiser keeps must be finite, and so must be the loss that the weights
         give, on the last batch: finite weights may be so large that nothing can be computed with them.
         """
+        assert self.model is not None
         names = nonfinite_parameters(self.model)
         state = {} if self.optimizer is None else self.optimizer.state
         averages = [
@@ -335,6 +394,7 @@ class AndromedaTrainer(Trainer):
         if self.batch is not None:
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss = self.compute_loss(model, self._prepare_inputs(self.batch), num_items_in_batch=1)
+            assert isinstance(loss, torch.Tensor)
             found[2] = ~torch.isfinite(loss)
         faults = self.accelerator.reduce(found.to(torch.int64), reduction="sum").tolist()
         weights = first_few(names) or "the weights"
@@ -343,16 +403,15 @@ class AndromedaTrainer(Trainer):
             if fault:
                 self._fail(self.state.global_step, f"after step {self.state.global_step} NaN or Inf is in {place}")
 
-    def _fail(self, step: int, what: str):
-        newest = latest_checkpoint(self.args.output_dir)
-        folder = self.args.output_dir
+    def _fail(self, step: int, fault: str) -> None:
+        newest = latest_checkpoint(self.folder)
         error = (
-            f"train: loss, gradient norm and weights must be finite, {what}. Nothing was saved since; the training is "
+            f"train: loss, gradient norm and weights must be finite, {fault}. Nothing was saved since; the training is "
             f"unstable: lower learning_rate (now {self.args.learning_rate:g}), lengthen the warm-up (warmup_steps, now "
             f"{self.args.warmup_steps}) or clip gradients more (max_grad_norm, now {self.args.max_grad_norm:g})"
         )
         if newest is None:
-            error += f". There is no checkpoint yet: start again in {folder} with other settings"
+            error += f". There is no checkpoint yet: start again in {self.args.output_dir} with other settings"
         else:
             error += (
                 f". {Path(newest).name} is whole and finite: start another run from its weights (--from {newest} "
@@ -362,29 +421,36 @@ class AndromedaTrainer(Trainer):
             self.history.write({"step": step, "error": error})
         raise FloatingPointError(error)
 
-    def get_decay_parameter_names(self, model) -> list[str]:
-        """Matrices of linear maps and embeddings: gains, residual and QK scales and biases are left alone."""
-        kinds = (torch.nn.Linear, torch.nn.Embedding)
-        return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, kinds)]
+    def finish_without_a_step(self, checkpoint: Path) -> None:
+        """Complete a run that was killed after its last step; Trainer would make one step before it looks at the count.
 
-    def floating_point_ops(self, inputs) -> int:
-        return self.flops_per_token * inputs["input_ids"].numel()
+        The weights become those of the checkpoint, the model is saved where it is missing, and leftovers are removed.
+        """
+        self._load_from_checkpoint(str(checkpoint))
+        self.state.global_step = step_of(checkpoint)
+        if not (self.folder / MODEL).is_dir():
+            self.save_whole_model()
+        if self.args.should_save:
+            shutil.rmtree(self.folder / PARTIAL, ignore_errors=True)
+            self._remove_old()
 
-    def _get_output_dir(self, trial) -> str:
-        folder = super()._get_output_dir(trial)
-        return os.path.join(folder, PARTIAL) if self.writing else folder
+    def save_whole_model(self) -> None:
+        """Save the model and its tokenizer in the output folder as `model/`: whole or absent, and never sharded."""
+        partial = self.folder / PARTIAL / MODEL
+        self.stop_unless_good(self.model_wrapped)
+        if self.is_fsdp_enabled:
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        with self._written_whole("the model", "the last checkpoint is whole"):
+            self.save_model(str(partial))
+            if self.args.should_save:
+                write_manifest(partial, step=self.state.global_step, identity=self.identity, interval=None)
+                install(partial, self.folder / MODEL)
 
-    def _save(self, output_dir=None, state_dict=None):
-        super()._save(output_dir, state_dict)
-        # A pickle of the arguments that nothing reads back: the manifest holds them as JSON.
-        Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
-
-    def _save_checkpoint(self, model, trial):
-        folder = Path(self.args.output_dir)
-        partial = folder / PARTIAL / f"checkpoint-{self.state.global_step}"
-        whole = folder / partial.name
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        partial = self.folder / PARTIAL / f"checkpoint-{self.state.global_step}"
+        whole = self.folder / partial.name
         self.stop_unless_good(model)
-        newest = latest_checkpoint(folder) if self.args.should_save else None
+        newest = latest_checkpoint(self.folder) if self.args.should_save else None
         kept = f"{Path(newest).name} is whole" if newest else "there is no earlier checkpoint"
         with self._written_whole(f"the checkpoint of step {self.state.global_step}", kept):
             self.writing = True
@@ -398,57 +464,45 @@ class AndromedaTrainer(Trainer):
                 if self.state.best_model_checkpoint and PARTIAL in Path(self.state.best_model_checkpoint).parts:
                     self.state.best_model_checkpoint = str(whole)
                     self.state.save_to_json(str(partial / "trainer_state.json"))
-                self._write_manifest(partial, interval)
-                self._install(partial, whole)
-                self._drop_old(folder)
+                write_manifest(partial, step=self.state.global_step, identity=self.identity, interval=interval)
+                install(partial, whole)
+                self._remove_old()
+
+    def _remove_old(self) -> None:
+        best = self.state.best_model_checkpoint
+        remove_old(self.folder, step=self.state.global_step, keep=self.keep, best=best)
 
     @contextlib.contextmanager
-    def _written_whole(self, what: str, kept: str):
-        """A block that fills `.partial/`: an error says what and where, and leaves nothing of it to fill the disk."""
-        folder = Path(self.args.output_dir)
+    def _written_whole(self, name: str, kept: str) -> Iterator[None]:
+        """Around a block that fills `.partial/`: an error removes its files, so that they do not fill the disk.
+
+        name: of the thing that is written, for the message. kept: says which checkpoint is still whole.
+        """
+        partial = self.folder / PARTIAL
         if self.args.should_save:
-            shutil.rmtree(folder / PARTIAL, ignore_errors=True)  # what an earlier process did not finish
+            shutil.rmtree(partial, ignore_errors=True)  # an earlier process may have left files there
         self.accelerator.wait_for_everyone()
-        with files.writing(folder, what, whole=kept):
+        with files.writing(self.folder, name, whole=kept):
             try:
                 yield
             except Exception:
                 if self.args.should_save:
-                    shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+                    shutil.rmtree(partial, ignore_errors=True)
                 raise
         self.accelerator.wait_for_everyone()
 
-    def _write_manifest(self, folder: Path, interval=None):
-        manifest = {
-            "format": FORMAT,
-            "step": self.state.global_step,
-            "run": self.identity,
-            "interval": interval,  # what `StepRecord.interval` has summed up for the next figure
-            "files": files.checksums(folder),
-        }
-        files.write_json(folder / MANIFEST, sealed(manifest))
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, PARTIAL) if self.writing else folder
 
-    def save_whole_model(self):
-        """Save the model and its tokenizer in the output folder as `model/`: whole or absent, unsharded if it was."""
-        partial = Path(self.args.output_dir, PARTIAL, MODEL)
-        self.stop_unless_good(self.model_wrapped)
-        if self.is_fsdp_enabled:
-            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-        with self._written_whole("the model", "the last checkpoint is whole"):
-            self.save_model(str(partial))
-            if self.args.should_save:
-                self._write_manifest(partial)
-                self._install(partial, Path(self.args.output_dir, MODEL))
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        # A pickle of the arguments, which nothing reads: the manifest holds them as JSON.
+        Path(output_dir or self.folder, "training_args.bin").unlink(missing_ok=True)
 
-    def clear_away(self):
-        """Remove what the process that ended this run did not come to remove."""
-        if self.args.should_save:
-            folder = Path(self.args.output_dir)
-            shutil.rmtree(folder / PARTIAL, ignore_errors=True)
-            self._drop_old(folder)
-
-    def _issue_warnings_after_load(self, load_result):
-        """Trainer warns of parameters that a checkpoint lacks, and would go on with others."""
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Trainer only warns of parameters that a checkpoint lacks, and would train the model with others."""
+        assert self.model is not None
         tied = {name for names in shared_parameters(self.model) for name in names}
         missing = [name for name in load_result.missing_keys if name not in tied]
         if names := missing + list(load_result.unexpected_keys):
@@ -457,64 +511,46 @@ class AndromedaTrainer(Trainer):
                 + first_few(names)
             )
 
-    @staticmethod
-    def _install(partial: Path, target: Path):
-        """Give what was written its name."""
-        files.replace_folder(partial, target)
-        shutil.rmtree(partial.parent, ignore_errors=True)
-
-    def _drop_old(self, folder: Path):
-        """Keep the newest whole checkpoints; half ones that something else left behind do not count, and stay.
-
-        Neither do those of later steps count, which a resumed run passed over because they are damaged.
-        """
-        step = self.state.global_step
-        whole = [path for path in checkpoints_in(folder) if step_of(path) <= step and not defects_of(path)]
-        best = self.state.best_model_checkpoint
-        for path in whole[: -self.keep]:
-            if best is None or path != Path(best):
-                # A checkpoint that is half removed has no longer the name of one.
-                trash = folder / PARTIAL / path.name
-                trash.parent.mkdir(exist_ok=True)
-                os.rename(path, trash)
-                shutil.rmtree(trash.parent)
-
 
 class Guard(TrainerCallback):
-    """Watches a run: what must be finite, and the history."""
+    """Ends a run whose numbers are not finite, and writes its history."""
 
-    def __init__(self, trainer: AndromedaTrainer, on_start: Callable[[], None] | None):
+    def __init__(self, trainer: AndromedaTrainer, on_start: Callable[[], None] | None) -> None:
         self.trainer = trainer
         self.on_start = on_start
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         trainer = self.trainer
         trainer.record = StepRecord(args.device, scaled=trainer.accelerator.scaler is not None)
-        interval = None
-        if trainer.resumed_from is not None:
-            interval = read_manifest(trainer.resumed_from).get("interval")
+        resumed = trainer.resumed_from
+        interval = None if resumed is None else read_manifest(resumed).get("interval")
         if interval is not None:
             trainer.record.interval.copy_(torch.tensor(interval, dtype=torch.float64))
+        assert trainer.model is not None
         if names := nonfinite_parameters(trainer.model):
-            source = "the model" if trainer.resumed_from is None else trainer.resumed_from.name
+            source = "the model" if resumed is None else resumed.name
             raise FloatingPointError(f"train: {source} must have finite weights, got NaN or Inf in {first_few(names)}")
         if state.is_world_process_zero:
-            for path in Path(args.output_dir).iterdir():
+            for path in trainer.folder.iterdir():
                 if files.is_temporary(path.name) and path.is_file():  # a killed start was writing it
                     path.unlink()
             if self.on_start is not None:
                 self.on_start()
-            trainer.history = History(Path(args.output_dir, HISTORY), state.log_history)
+            trainer.history = History(trainer.folder / HISTORY, state.log_history)
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.trainer.record.end_step(state.global_step + 1)
-        if args.world_size == 1 and args.device.type == "cpu":  # nothing to wait for: before it spoils the weights
+        if args.world_size == 1 and args.device.type == "cpu":  # nothing to wait for: stop before it spoils the weights
             self.trainer.stop_unless_finite()
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
             self.trainer.stop_unless_finite()
 
-    def on_log(self, args, state, control, **kwargs):
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.trainer.history is not None:
             self.trainer.history.write(state.log_history[-1])

@@ -8,7 +8,7 @@ from andromeda.training.finite import StepRecord
 
 
 def test_float16_may_overflow_now_and_then():
-    """The loss scale is lowered after each; only a long row of them, or a loss, ends the run."""
+    """Each overflow lowers the loss scale; only many in a row, or a loss that is not finite, end the run."""
     record = StepRecord("cpu", scaled=True)
 
     def step(number, loss, norm):

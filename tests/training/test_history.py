@@ -11,7 +11,7 @@ from andromeda.training import latest_checkpoint, train
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory):
-    """The history of 8 steps in one go, with figures and evaluations that no checkpoint falls together with."""
+    """The history of 8 steps in one go, whose figures and evaluations do not all coincide with checkpoints."""
     folder = tmp_path_factory.mktemp("watched")
     train(new_model(), Rows(), settings(folder, **WATCHED), eval_dataset=Rows(5))
     return history(folder)
@@ -38,7 +38,7 @@ def test_the_history_has_the_figures_of_a_run(tmp_path, watched):
 
 @pytest.mark.parametrize("how", ["killed", "signal", "killed in a half written line"])
 def test_a_resumed_run_has_the_history_of_an_uninterrupted_one(tmp_path, watched, how):
-    """The checkpoint that it continues from, of step 4 or 5, is in the middle of an interval."""
+    """It continues from a checkpoint of step 4 or 5, in the middle of an interval."""
 
     class Interrupting(Rows):
         def __getitem__(self, index):

@@ -1,4 +1,4 @@
-"""Rows that cannot be trained on, and how a data set is known again."""
+"""Rows that cannot be trained on, and the fingerprint of a data set."""
 
 import itertools
 import shutil

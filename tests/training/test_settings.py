@@ -10,12 +10,13 @@ import torch
 from tiny_run import settings
 
 from andromeda.training import TrainSettings
+from andromeda.training.settings import BOUNDS
 
 NUMBERS = [field.name for field in dataclasses.fields(TrainSettings) if field.type in (int, float, int | None)]
 
 
 def test_every_number_has_bounds():
-    assert set(NUMBERS) == set(TrainSettings._BOUNDS) and len(NUMBERS) == 17
+    assert set(NUMBERS) == set(BOUNDS) and len(NUMBERS) == 17
 
 
 @pytest.mark.parametrize("name", NUMBERS)

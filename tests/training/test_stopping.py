@@ -48,7 +48,7 @@ def test_a_second_signal_within_one_step_stops_at_once(tmp_path):
 
 
 def test_processes_that_load_rows_leave_a_signal_to_the_one_that_trains(capfd):
-    """A terminal sends Ctrl-C to all of them."""
+    """A terminal sends Ctrl-C to all processes."""
     with StopSignals(active=True) as stop:
         child = os.fork()
         if child == 0:

@@ -28,7 +28,7 @@ from tiny_run import (
 
 from andromeda import Andromeda, AndromedaTokenizer
 from andromeda.huggingface import AndromedaForCausalLM
-from andromeda.training import evaluate, latest_checkpoint, nonfinite_parameters, train
+from andromeda.training import evaluate, latest_checkpoint, nonfinite_parameters, train, trainer
 from andromeda.training.trainer import AndromedaTrainer, Guard
 
 
@@ -65,7 +65,7 @@ def test_checkpoints_hold_no_pickle_of_arguments_and_old_ones_go(tmp_path):
 
 
 def test_gradient_accumulation_is_one_large_batch(tmp_path):
-    """The mean goes over all tokens of a step: rows with few labels must not weigh more."""
+    """The loss is the mean over all tokens of a step: rows with few labels must not weigh more."""
 
     class Uneven(Rows):
         def __getitem__(self, index):
@@ -124,10 +124,17 @@ def test_continuing_across_epochs_with_accumulation(tmp_path):
         assert_same(weights(model), expected)
 
 
-@pytest.mark.parametrize("stage", ["_save_rng_state", "_save_optimizer_and_scheduler", "_install"])
-def test_a_run_killed_while_it_writes_a_checkpoint(tmp_path, monkeypatch, uninterrupted, stage):
-    """The half-written second checkpoint is not there, the first one is used, and the rest is cleared away."""
-    original = getattr(AndromedaTrainer, stage)
+@pytest.mark.parametrize(
+    "owner, stage",
+    [
+        (AndromedaTrainer, "_save_rng_state"),
+        (AndromedaTrainer, "_save_optimizer_and_scheduler"),
+        (trainer, "install"),
+    ],
+)
+def test_a_run_killed_while_it_writes_a_checkpoint(tmp_path, monkeypatch, uninterrupted, owner, stage):
+    """There is no half-written second checkpoint; the run continues from the first one and removes the rest."""
+    original = getattr(owner, stage)
     calls = []
 
     def killed_the_second_time(*arguments):
@@ -136,9 +143,8 @@ def test_a_run_killed_while_it_writes_a_checkpoint(tmp_path, monkeypatch, uninte
             raise Killed
         return original(*arguments)
 
-    replacement = staticmethod(killed_the_second_time) if stage == "_install" else killed_the_second_time
     with monkeypatch.context() as patch:
-        patch.setattr(AndromedaTrainer, stage, replacement)
+        patch.setattr(owner, stage, killed_the_second_time)
         with pytest.raises(Killed):
             train(new_model(), Rows(), settings(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == [".partial", "checkpoint-2", "history.jsonl"]
@@ -191,7 +197,7 @@ def test_a_run_that_diverges_ends_with_an_error_and_keeps_what_is_good(tmp_path,
 
 
 class Poison:
-    """From the `step`-th step on, makes `what` of it not finite."""
+    """Makes the loss or the gradient norm infinite or NaN, from the `step`-th step on. what: "loss" or "norm"."""
 
     def __init__(self, monkeypatch, step, what):
         original = AndromedaTrainer.compute_loss
@@ -213,7 +219,7 @@ class Poison:
 )
 @pytest.mark.parametrize("waiting", [False, True], ids=["at once", "looked at with the next figure"])
 def test_the_first_step_that_is_not_finite_is_named(tmp_path, monkeypatch, what, said, waiting):
-    """Also where a device computes ahead, and nobody has looked at the steps since the last figure."""
+    """Also where a device computes ahead, and the steps since the last figure have not been looked at."""
     if waiting:
         monkeypatch.setattr(
             Guard,
@@ -226,7 +232,7 @@ def test_the_first_step_that_is_not_finite_is_named(tmp_path, monkeypatch, what,
         train(model, Rows(), settings(tmp_path, log_every=3, save_every=4, steps=12, bf16=False))
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["checkpoint-4", "history.jsonl"]
     assert [line["step"] for line in history(tmp_path)] == [3, 5]
-    if not waiting:  # then the step was not made
+    if not waiting:  # the step was not made then
         assert nonfinite_parameters(model) == []
 
 
@@ -250,7 +256,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_written(tmp_path, monkeypatch, w
 
 
 def test_no_model_is_saved_from_a_checkpoint_that_is_not_finite(tmp_path, checkpoints):
-    """Of the last step: nothing is left to train, which would find it."""
+    """The checkpoint is of the last step: no step follows that would find it."""
     folder = tmp_path / "checkpoint-8"
     shutil.copytree(checkpoints / "checkpoint-8", folder)
     state = load_file(folder / "model.safetensors")
@@ -277,10 +283,10 @@ def test_a_model_that_is_not_finite_is_neither_trained_nor_evaluated(tmp_path):
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_step_without_a_label_changes_nothing_by_its_gradient(tmp_path, capsys, parts):
-    """Its loss is left out of the mean, and that is said; never is it NaN."""
+    """Its loss is left out of the mean, with a message, and is never NaN."""
     options = {"steps": 12 // parts, "batch_size": 1, "gradient_accumulation": parts, "log_every": 12 // parts}
     model = new_model()
-    rows = Masked(12, masked=range(0, 12) if parts == 3 else (1, 3, 4, 8, 9))
+    rows = Masked(12, masked=(1, 3, 4, 8, 9))
     result = train(model, rows, settings(tmp_path, learning_rate=1e-9, warmup_steps=0, save_every=0, **options))
     assert nonfinite_parameters(model) == []
     said = capsys.readouterr().err
@@ -292,7 +298,7 @@ def test_a_step_without_a_label_changes_nothing_by_its_gradient(tmp_path, capsys
 
 
 def test_an_evaluation_weighs_tokens_and_looks_at_every_row(tmp_path):
-    """Batches without a label or with few of them weigh by their labels; the last one may be smaller."""
+    """Each batch weighs by its number of labels, even without any; the last batch may be smaller."""
 
     class Uneven(Masked):
         def __getitem__(self, index):
@@ -309,7 +315,7 @@ def test_an_evaluation_weighs_tokens_and_looks_at_every_row(tmp_path):
 
 @pytest.mark.parametrize("rank, own", [(0, 3), (1, 2), (2, 0)])
 def test_rows_that_a_process_gets_a_second_time_are_not_counted(rank, own):
-    """Three processes with batches of 3 and 5 rows left: 3, 2 and none of them, made up by rows from the beginning."""
+    """Three processes take batches of 3 from the last 5 rows: 3, 2 and none; the first rows fill up the others."""
     gradient_state = types.SimpleNamespace(end_of_dataloader=True, remainder=5)
     trainer = types.SimpleNamespace(
         args=types.SimpleNamespace(world_size=3, process_index=rank),
@@ -351,7 +357,7 @@ def test_a_checkpoint_of_other_names_is_not_continued_with_other_weights(tmp_pat
 
 
 def test_a_tied_projection_is_trained_saved_and_resumed(tmp_path):
-    """Kept in checkpoints and in the model; a resumed run ends as the uninterrupted one."""
+    """Checkpoints and the saved model keep the tie, and a resumed run ends as an uninterrupted one."""
 
     def tied():
         model = new_model()

@@ -1,7 +1,7 @@
-"""Training and saving, killed at 20 points each that are spread over all file operations, then resumed or loaded.
+"""Training and saving, each killed at 20 points that are spread over all file operations, then resumed or loaded.
 
 One process imports everything, and forks: a child that is killed before its n-th operation, another one that resumes.
-Run as a program in a folder, this file does all of it and prints what it found, as JSON.
+Run as a program with the path of an empty folder, this file does all of that and prints its findings as JSON.
 """
 
 import json
@@ -36,7 +36,7 @@ def test_twenty_kills_of_train_and_of_save(tmp_path):
 
 
 class Operations:
-    """Counts what this process changes in files, and kills it before the operation number `last`."""
+    """Counts the file operations of this process, and kills it before the one number `last`."""
 
     def __init__(self, last: int | None = None):
         self.last, self.count = last, 0
@@ -120,7 +120,7 @@ def kills_of_train(folder: Path, faults: list) -> dict:
         command("train", rows, "--out", out, "--eval-data", rows, *TRAIN.split(), *MODEL.split(), *words)
 
     def result(out: Path) -> dict:
-        """What a run leaves, without its speed: weights, optimiser, random state, schedule, figures, names."""
+        """All that a run leaves, without its speed: weights, optimiser, random state, schedule, figures, names."""
         checkpoint = out / "checkpoint-4"
         lines = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
         for line in lines:
@@ -220,7 +220,7 @@ def kills_of_save(folder: Path, faults: list) -> dict:
 def main(folder: Path) -> dict:
     import andromeda.training  # noqa: F401 - all imports before the first fork
 
-    # Figures and progress of the runs are not what this program prints.
+    # Only the findings go to stdout; figures and progress of the runs go to stderr.
     stdout = os.dup(1)
     os.dup2(2, 1)
     faults: list[str] = []

@@ -1,4 +1,4 @@
-"""A tiny model, rows it can learn, and a run of a few steps, for the tests of the training."""
+"""A tiny model, rows that it can learn, and settings of a short run, for the tests of the training."""
 
 import json
 from pathlib import Path
@@ -16,9 +16,9 @@ TEXTS = ["def add(a, b):\n    return a + b\n", "for name in names:\n    print(na
 
 
 class Rows(torch.utils.data.Dataset):
-    """Rows that count up, with different starts: something a tiny model can learn.
+    """Rows that count up from different starts, which a tiny model can learn.
 
-    fail_at: as if killed when so many rows have been read since `begin`.
+    fail_at: the number of rows, read since `begin`, at which the run ends as if killed.
     """
 
     def __init__(self, count=24, seqlen=12, fail_at=None):
@@ -40,7 +40,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 class Killed(BaseException):
-    """Ends a run as a signal that cannot be caught would: nothing after it is executed."""
+    """Ends a run like a signal that cannot be caught: no handler of `Exception` runs."""
 
 
 def new_model() -> Andromeda:
@@ -77,7 +77,7 @@ def history(folder, without=("tokens_per_second",)) -> list[dict]:
 
 
 class Masked(Rows):
-    """Some rows without a label."""
+    """Rows of which some, by index, have no label."""
 
     def __init__(self, *args, masked=(), **kwargs):
         super().__init__(*args, **kwargs)
@@ -91,7 +91,7 @@ class Masked(Rows):
 
 
 def seal_again(folder):
-    """As if what is in a checkpoint had been written so."""
+    """Write a new manifest, as if the files in a checkpoint had been written as they are now."""
     manifest = json.loads((folder / MANIFEST).read_text())
     del manifest["xxh3_128"]
     manifest["files"] = files.checksums(folder, manifest["files"])
