@@ -1,7 +1,7 @@
-"""`python -m andromeda ...`, and the script `andromeda`: all that must be there before torch is loaded.
+"""`python -m andromeda ...` and the script `andromeda`: the preparations that come before torch is loaded.
 
-The package does not load torch in the process of the command (see `__init__.py`). So a signal ends it quietly from the
-first moment, and the number of threads can still be set.
+In the process of the command the package does not load torch (see `__init__.py`). So a signal ends the process without
+a traceback from the first moment, and the number of threads can still be set.
 """
 
 import os
@@ -11,10 +11,10 @@ from andromeda.cli import interrupts, threads
 
 
 def main() -> int:
-    """Run the command that the words of this process name; returns its exit code."""
+    """Run the command that the arguments of this process name; returns its exit code."""
     interrupts.leave_at_once()
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed (`>&-`): no file that is opened later must get its number
+        if getattr(sys, name) is None:  # closed (`>&-`): a file opened later must not get its number
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until the end)
     threads.limit_environment()
     from andromeda.cli import main as command

@@ -1,6 +1,6 @@
-"""Types of command line options: whole numbers and numbers within bounds, and names that are not empty.
+"""Types of command line options (numbers within bounds, names that are not empty), and options that commands share.
 
-argparse puts the name of the option before the message of such a type.
+argparse puts the name of the option before the message of a type.
 """
 
 import argparse
@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable
 
-MOST = 2**31 - 1  # of what counts something, unless a smaller number is the most that makes sense
+MOST = 2**31 - 1  # the upper bound of counts that have no smaller one
 
 
 def integer(least: int, most: int = MOST) -> Callable[[str], int]:
@@ -43,7 +43,7 @@ def number(least: float, most: float = math.inf, *, above: bool = False, below: 
 
 
 def not_empty(text: str) -> str:
-    """The name of a file, a folder or something else: not empty, which would mean the current folder to many."""
+    """The name of a file, a folder or something else. An empty path would often mean the current folder."""
     if not text.strip():
         raise argparse.ArgumentTypeError(f"must not be empty, got {text!r} (an unset variable?)")
     return text
@@ -53,11 +53,12 @@ def _shown(text: str) -> str:
     return repr(text if len(text) <= 40 else f"{text[:37]}...")
 
 
-SEED = integer(0, 2**32 - 1)  # what every random generator takes
-DOC_MASK = "keep attention from looking beyond the start of a document"
+SEED = integer(0, 2**32 - 1)  # the range that every random generator accepts
+DOC_MASK = "keep attention from looking beyond the start of a document"  # the help of --doc-mask
 
 
-def device_options(parser):
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how to load a saved model."""
     parser.add_argument("--tokenizer", metavar="NAME", help="default: the one saved with the model")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")

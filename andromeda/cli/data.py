@@ -1,25 +1,27 @@
-"""`andromeda build-dataset`: text into packed rows."""
+"""`andromeda build-dataset`: tokenises text and packs it into rows."""
 
+import argparse
 import sys
 from pathlib import Path
 
 from andromeda.cli.arguments import integer
-from andromeda.cli.console import UsageError
+from andromeda.cli.console import UsageError, show
 from andromeda.cli.loading import load_tokenizer, pack, texts_of
 
 DESCRIPTION = """\
 Tokenise text, pack it into rows of equal length without padding, and write them to a folder that
-`train` and `eval` read. The tokenizer is saved inside it, so those commands need not be told.
+`train` and `eval` read. The tokenizer is saved inside the folder, where those commands find it.
 
 SOURCE is a text, json, jsonl, csv, parquet or arrow file, a folder of them, a pipe (- is standard input), or the name
-of a data set on the hub. gzip, bzip2, xz and zstd are unpacked on the way.
+of a data set on the hub. gzip, bzip2, xz and zstd are unpacked while reading.
 
   andromeda build-dataset corpus.txt --train-tokenizer 8192 --seq-len 1024 --out rows
   andromeda build-dataset corpus.jsonl --tokenizer EleutherAI/gpt-neox-20b --out rows
   zcat stories.gz | andromeda build-dataset - --train-tokenizer 8192 --document-separator '<|endoftext|>' --out rows"""
 
 
-def add_options(parser):
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of this command."""
     parser.add_argument("source", metavar="SOURCE", help="file, folder or hub name")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; must not exist")
     which = parser.add_mutually_exclusive_group(required=True)
@@ -32,23 +34,25 @@ def add_options(parser):
         "--num-cpu", type=integer(1, 1024), metavar="N", help="processes that tokenise (default: one with all cores)"
     )
     parser.add_argument(
-        "--text-column", metavar="NAME", help="column with the text (default: `text`, or the only one that may be it)"
+        "--text-column",
+        metavar="NAME",
+        help="column of the text (default: `text`, or the only one that can be it)",
     )
     parser.add_argument(
         "--include",
         action="append",
         default=[],
         metavar="GLOB",
-        help="of a folder, read only the files that match (may be repeated)",
+        help="read only the files of a folder that match (may be repeated)",
     )
     parser.add_argument(
         "--exclude",
         action="append",
         default=[],
         metavar="GLOB",
-        help="of a folder, leave out files and folders that match (may be repeated)",
+        help="leave out files and folders of a folder that match (may be repeated)",
     )
-    parser.add_argument("--document-separator", metavar="TEXT", help="what stands between documents in text files")
+    parser.add_argument("--document-separator", metavar="TEXT", help="text that separates the documents in text files")
     parser.add_argument(
         "--format",
         choices=("text", "json", "jsonl", "csv", "tsv", "parquet", "arrow"),
@@ -62,12 +66,13 @@ def add_options(parser):
         "--errors",
         choices=("strict", "replace", "skip"),
         default="strict",
-        help="what to do with text that is not UTF-8",
+        help="how to treat text that is not UTF-8",
     )
     parser.add_argument("--hub-repo", metavar="REPO", help="also upload the rows to this data set repository")
 
 
-def run(arguments) -> int:
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the command line asks for; returns the exit code."""
     from andromeda import AndromedaTokenizer
     from andromeda.data.sources import open_source
 
@@ -87,7 +92,7 @@ def run(arguments) -> int:
     if arguments.tokenizer is not None:
         tokenizer = load_tokenizer(arguments.tokenizer)
     else:
-        source.keep()  # the packing reads it again
+        source.keep()  # a pipe can be read only once, and is packed after this
         texts = texts_of(source, errors=arguments.errors)
         tokenizer = AndromedaTokenizer.train(texts, arguments.train_tokenizer, progress=sys.stderr.isatty())
     rows = pack(
@@ -100,18 +105,18 @@ def run(arguments) -> int:
         packing=arguments.packing,
         errors=arguments.errors,
     )
-    print(f"rows         {len(rows):,} of {rows.seq_len:,} tokens in {target}")
+    show(f"rows         {len(rows):,} of {rows.seq_len:,} tokens in {target}")
     formats = ", ".join(f"{count:,} {name}" for name, count in rows.metadata["formats"].items())
     if formats:
-        print(f"formats      {formats}")
+        show(f"formats      {formats}")
     if rows.metadata["text_column"] is not None:
-        print(f"text column  {rows.metadata['text_column']}")
+        show(f"text column  {rows.metadata['text_column']}")
     for name, value in rows.statistics.items():
         if value and name != "rows":
-            print(f"{name.replace('_', ' '):12} {value:,}")
+            show(f"{name.replace('_', ' '):12} {value:,}")
     for line in rows.metadata["skipped"]:
-        print(f"left out     {line}")
+        show(f"left out     {line}")
     for line in rows.metadata["notes"]:
-        print(f"note         {line}")
-    print(f"vocabulary   {rows.vocab_size:,} ids (tokenizer in {target / 'tokenizer'})")
+        show(f"note         {line}")
+    show(f"vocabulary   {rows.vocab_size:,} ids (tokenizer in {target / 'tokenizer'})")
     return 0

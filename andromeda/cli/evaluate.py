@@ -1,25 +1,26 @@
-"""`andromeda eval`: how well a model predicts a text."""
+"""`andromeda eval`: measures how well a model predicts a text."""
 
 import argparse
 import dataclasses
 from pathlib import Path
 
-from andromeda.cli.arguments import DOC_MASK, device_options, integer
-from andromeda.cli.console import print_evaluation
+from andromeda.cli.arguments import DOC_MASK, add_model_options, integer
+from andromeda.cli.console import show_evaluation
 from andromeda.cli.loading import find_model, load_model, open_rows, read_device, tokenizer_of
 from andromeda.files import write_json
 
 DESCRIPTION = """\
-How well a model predicts a text: loss (nats per token), perplexity, and bits per byte, which compares
-models with different tokenizers.
+Measure how well a model predicts a text: loss (nats per token), perplexity, and bits per byte, which
+compares models with different tokenizers.
 
   andromeda eval run/model heldout.txt
   andromeda eval run/model rows --json figures.json"""
 
 
-def add_options(parser):
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of this command."""
     parser.add_argument("checkpoint", metavar="MODEL", help="folder of a saved model, a checkpoint or a run")
-    parser.add_argument("data", metavar="ROWS", help="folder of build-dataset, or a text source as there")
+    parser.add_argument("data", metavar="ROWS", help="folder of build-dataset, or a text source (see there)")
     parser.add_argument(
         "--seq-len",
         type=integer(2),
@@ -28,12 +29,13 @@ def add_options(parser):
     )
     parser.add_argument("--doc-mask", action=argparse.BooleanOptionalAction, default=True, help=DOC_MASK)
     parser.add_argument("--batch-size", type=integer(1), default=8, metavar="N", help="rows per forward pass")
-    parser.add_argument("--max-rows", type=integer(1), metavar="N", help="look at the first N rows only")
+    parser.add_argument("--max-rows", type=integer(1), metavar="N", help="use the first N rows only")
     parser.add_argument("--json", metavar="FILE", help="also write the figures to a file")
-    device_options(parser)
+    add_model_options(parser)
 
 
-def run(arguments) -> int:
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the command line asks for; returns the exit code."""
     from andromeda.training import evaluate
 
     device = read_device(arguments.device)
@@ -50,7 +52,7 @@ def run(arguments) -> int:
         max_rows=arguments.max_rows,
         progress=True,
     )
-    print_evaluation(evaluation)
+    show_evaluation(evaluation)
     if arguments.json:
         write_json(
             Path(arguments.json), {"model": str(folder), "data": arguments.data, **dataclasses.asdict(evaluation)}

@@ -1,50 +1,59 @@
-"""What is installed and what would run: the facts behind `andromeda info`."""
+"""`andromeda info`: what is installed, and which backend would run each operation."""
 
+from __future__ import annotations
+
+import argparse
 import contextlib
 import importlib.metadata
 import json
 import os
 import platform
+from typing import Any
+
+from andromeda.cli import cgroups, threads
+from andromeda.cli.console import show
 
 DESCRIPTION = """\
-Say what is installed, how the extension was built, which devices there are, and for each operation
+Show what is installed, how the extension was built, which devices there are, and for each operation
 which backend would run and why the others would not."""
 
 
-def add_options(parser):
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of this command."""
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
 
 
-def run(arguments) -> int:
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the command line asks for; returns the exit code."""
     facts = gather_info()
-    print(json.dumps(facts, indent=2) if arguments.json else info_table(facts))
+    show(json.dumps(facts, indent=2) if arguments.json else info_table(facts))
     return 0
 
 
-def gather_info() -> dict:
-    """What `andromeda info --json` prints."""
+def gather_info() -> dict[str, Any]:
+    """The facts that `andromeda info --json` prints."""
     import torch
 
     from andromeda import __version__
     from andromeda.ops import _select
 
     packages = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "safetensors", "triton")
-    facts = {
+    facts: dict[str, Any] = {
         "andromeda": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _installed(name) for name in packages},
         "torch_cuda": torch.version.cuda,
-        "extension": _extension(_select),
-        "cuda": _cuda_versions(_select),
-        "devices": _devices(torch),
+        "extension": _extension(),
+        "cuda": _cuda_versions(),
+        "devices": _devices(),
         "operations": {},
     }
     for device in ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",):
         dtype = str(_select.usual_dtype(device)).removeprefix("torch.")
         try:
             report = _select.report(device)
-        except RuntimeError as error:  # torch: the device is there, but another process has it to itself, for instance
+        except RuntimeError as error:  # torch sees the device and cannot use it: another process may own it
             facts["cuda"]["error"] = str(error).partition("\n")[0]
             continue
         for operation, reasons in report.items():
@@ -61,27 +70,40 @@ def _installed(name: str) -> str | None:
         return None
 
 
-def _extension(select) -> dict:
-    if select.extension is None:
-        return {"loaded": False, "reason": select.extension_error}
+def _extension() -> dict[str, Any]:
+    from andromeda.ops import _select
+
+    if _select.extension_error is not None:
+        return {"loaded": False, "reason": _select.extension_error}
     return {
         "loaded": True,
-        "build": select.extension.build_info(),
-        "cpu_isa": select.extension.cpu_isa(),
-        "cpu_isas": list(select.extension.cpu_isas()),
+        "build": _select.extension.build_info(),
+        "cpu_isa": _select.extension.cpu_isa(),
+        "cpu_isas": list(_select.extension.cpu_isas()),
     }
 
 
-def _cuda_versions(select) -> dict:
-    """CUDA of the kernels and the newest that the driver runs; None where there is none. No device is touched."""
-    return {"runtime": None, "driver": None} if select.extension is None else select.extension.cuda_versions()
+def _cuda_versions() -> dict[str, str | None]:
+    """The CUDA version of the kernels, and the newest one that the driver runs, each None if absent. Uses no device."""
+    from andromeda.ops import _select
+
+    if _select.extension_error is not None:
+        return {"runtime": None, "driver": None}
+    return _select.extension.cuda_versions()
 
 
-def _devices(torch) -> list[dict]:
-    from andromeda.cli import threads
+def _devices() -> list[dict[str, Any]]:
+    import torch
 
-    cpu = {"device": "cpu", "name": _cpu_name(), "threads": torch.get_num_threads(), "cores": os.cpu_count()}
-    devices = [cpu | {"affinity": threads.affinity(), "quota": threads.quota()}]
+    cpu = {
+        "device": "cpu",
+        "name": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "affinity": threads.affinity(),
+        "quota": cgroups.quota(),
+    }
+    devices = [cpu]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
@@ -105,20 +127,21 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def info_table(facts: dict) -> str:
+def info_table(facts: dict[str, Any]) -> str:
+    """The facts as `andromeda info` prints them."""
     lines = [f"andromeda {facts['andromeda']}", ""]
 
-    def section(title, rows):
+    def section(title: str, rows: list[tuple[str, str]]) -> None:
         width = max((len(name) for name, _ in rows), default=0)
         lines.append(title)
         for name, value in rows:
             lines.append(f"  {name:{width}}  {value}".rstrip())
         lines.append("")
 
-    cuda = f" (built for CUDA {facts['torch_cuda']})" if facts["torch_cuda"] else " (built without CUDA)"
+    build = f" (built for CUDA {facts['torch_cuda']})" if facts["torch_cuda"] else " (built without CUDA)"
     versions = [("python", facts["python"]), ("platform", facts["platform"])]
     versions += [
-        (name, (version or "not installed") + (cuda if name == "torch" else ""))
+        (name, (version or "not installed") + (build if name == "torch" else ""))
         for name, version in facts["packages"].items()
     ]
     section("Versions", versions)
@@ -161,14 +184,14 @@ def info_table(facts: dict) -> str:
     return "\n".join(lines).rstrip()
 
 
-def _processors(cpu: dict) -> str:
-    """How many threads torch uses, and what would allow them."""
+def _processors(cpu: dict[str, Any]) -> str:
+    """How many threads torch uses, and how many the machine and its limits allow."""
     granted = "no quota" if cpu["quota"] is None else f"a quota of {cpu['quota']:g}"
     threads = f"{cpu['threads']} thread{'s' * (cpu['threads'] != 1)}"
     return f"{threads} on {cpu['cores']} processors (affinity: {cpu['affinity']}, {granted})"
 
 
-def _short(value) -> str:
+def _short(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value)) or "none"
     return "none" if value is None or value == "" else str(value)

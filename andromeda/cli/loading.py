@@ -1,12 +1,15 @@
-"""What the commands share: model sizes, and the folders they read and write (rows, models, tokenizers, JSON files)."""
+"""Finds and loads what the command line names: models, devices, prompts, tokenizers, rows."""
+
+from __future__ import annotations
 
 import contextlib
 import os
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from andromeda.cli.console import UsageError, say
 from andromeda.files import whole_folder
@@ -14,16 +17,13 @@ from andromeda.files import whole_folder
 if TYPE_CHECKING:
     import torch
 
-# Sizes to start from; every constructor argument has an option of its own on top.
-SIZES = {
-    "tiny": {"dim": 128, "depth": 4, "heads": 4, "dim_head": 32, "alibi_num_heads": 2},
-    "small": {"dim": 768, "depth": 12, "heads": 12, "dim_head": 64, "alibi_num_heads": 6},
-    "medium": {"dim": 1536, "depth": 24, "heads": 12, "dim_head": 128, "alibi_num_heads": 6},
-    "full": {},
-}
+    from andromeda import AndromedaTokenizer
+    from andromeda.data.packed import PackedDataset
+    from andromeda.data.sources import Source
+    from andromeda.huggingface import AndromedaForCausalLM
 
 
-def existing(path: str, what: str) -> Path:
+def _existing(path: str, what: str) -> Path:
     found = Path(path)
     if not found.exists():
         raise UsageError(f"{what} {path} does not exist")
@@ -34,7 +34,7 @@ def find_model(path: str) -> Path:
     """The folder of a saved model: the path itself, the `model` inside a run, or its newest whole checkpoint."""
     from andromeda.training import latest_checkpoint
 
-    folder = existing(path, "checkpoint")
+    folder = _existing(path, "checkpoint")
     newest = latest_checkpoint(folder)
     inside = (folder, folder / "model", *([] if newest is None else [Path(newest)]))
     for candidate in inside:
@@ -46,11 +46,11 @@ def find_model(path: str) -> Path:
     )
 
 
-def read_device(name: str | None) -> "torch.device":
-    """The device that --device names; None is a GPU if there is one, else the CPU.
+def read_device(name: str | None) -> torch.device:
+    """The device that --device names; None stands for a GPU if there is one, else for the CPU.
 
     Raises:
-        UsageError: there is no such device here; says which there are, and why there is no GPU.
+        UsageError: this machine has no such device; the message lists its devices and says why there is no GPU.
     """
     import torch
 
@@ -64,12 +64,14 @@ def read_device(name: str | None) -> "torch.device":
         return torch.device(name)
     here = ["cpu", *(f"cuda:{number}" for number in range(gpus))]
     raise UsageError(
-        f"--device must be {' or '.join(here)}, got {name!r}{'' if gpus else '; ' + _why_no_gpu(torch)}; "
+        f"--device must be {' or '.join(here)}, got {name!r}{'' if gpus else '; ' + _why_no_gpu()}; "
         "leave --device out to take the best there is"
     )
 
 
-def _why_no_gpu(torch) -> str:
+def _why_no_gpu() -> str:
+    import torch
+
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -78,10 +80,10 @@ def _why_no_gpu(torch) -> str:
 
 
 def training_device(name: str | None) -> str | None:
-    """The device that --device names as training wants it: "cpu", or None for the GPU that is seen first.
+    """The device that --device names, as `TrainSettings.device`: "cpu", or None for the first visible GPU.
 
     Raises:
-        UsageError: there is no such device, or it is another GPU.
+        UsageError: there is no such device, or it is another than the first GPU.
     """
     device = read_device(name)
     if name is None or device.type == "cpu":
@@ -94,18 +96,19 @@ def training_device(name: str | None) -> str | None:
 
 
 def read_prompt(text: str | None, file: str | None) -> str:
-    """What --prompt or --prompt-file gives; "-" is standard input.
+    """The text of --prompt or of --prompt-file, one of which is given; "-" is standard input.
 
     Raises:
-        UsageError: there is no such file, or what it holds is not UTF-8; names file and place.
+        UsageError: there is no such file, or its content is not UTF-8; the message names file and place.
     """
     if text is not None:
         return _decoded(os.fsencode(text), "--prompt") if any("\udc80" <= char <= "\udcff" for char in text) else text
+    assert file is not None
     if file == "-":
         if sys.stdin is None:
             raise UsageError("--prompt-file - needs standard input, which is closed")
         return _decoded(sys.stdin.buffer.read(), "--prompt-file: standard input")
-    path = existing(file, "--prompt-file")
+    path = _existing(file, "--prompt-file")
     if path.is_dir():
         raise UsageError(f"--prompt-file must be a file, got the folder {file}")
     return _decoded(path.read_bytes(), f"--prompt-file: {file}")
@@ -123,18 +126,20 @@ def _decoded(data: bytes, where: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads text
 
 
-def load_model(folder: Path, device: "str | torch.device | None", dtype: str | None, *, finite: bool = False):
+def load_model(
+    folder: Path, device: str | torch.device | None, dtype: str | None, *, finite: bool = False
+) -> AndromedaForCausalLM:
     """The model in a folder that `find_model` found, in evaluation mode.
 
-    What a manifest there says of the files is checked first.
+    If the folder has a manifest, its files are compared with it first.
 
     Args:
         device: None for a GPU if there is one.
         dtype: of the weights; None is float32.
-        finite: refuse weights that are NaN or infinite, which are otherwise said to be so.
+        finite: refuse weights that are NaN or infinite; without it they give a warning.
 
     Raises:
-        ValueError: files are damaged, do not describe a model, or hold such weights; names them.
+        ValueError: files are damaged, do not describe a model, or hold weights that are refused; names them.
     """
     import torch
     from huggingface_hub.errors import StrictDataclassError
@@ -144,29 +149,30 @@ def load_model(folder: Path, device: "str | torch.device | None", dtype: str | N
     from andromeda.training import check_saved_model, first_few, nonfinite_parameters
 
     device = read_device(None) if device is None else device
-    dtype = getattr(torch, "float32" if dtype is None else dtype)
+    dtype_of_weights = getattr(torch, "float32" if dtype is None else dtype)
     check_saved_model(folder)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".* holds weights that are not finite")  # said below, in a line
+        warnings.filterwarnings("ignore", message=".* holds weights that are not finite")  # the message below says it
         if (folder / "andromeda.json").is_file():
-            model = AndromedaForCausalLM.from_andromeda(Andromeda.load(folder, device=device, dtype=dtype)).eval()
+            plain = Andromeda.load(folder, device=device, dtype=dtype_of_weights)
+            model = AndromedaForCausalLM.from_andromeda(plain).eval()
         else:
             try:
                 with _transformers_quietly():
-                    model = AndromedaForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+                    model = AndromedaForCausalLM.from_pretrained(folder, dtype=dtype_of_weights).to(device).eval()
             except StrictDataclassError as error:
                 raise ValueError(f"{folder / 'config.json'} describes no model: {error}") from error
     if odd := nonfinite_parameters(model):
         text = f"{len(odd)} of {len(list(model.parameters()))} parameters of {folder} are not finite: {first_few(odd)}"
         if finite:
             raise ValueError(f"{text}; the training diverged, take an earlier checkpoint")
-        say(f"andromeda: warning: {text}; the training diverged, what the model writes means nothing")
+        say(f"andromeda: warning: {text}; the training diverged, and the text of this model means nothing")
     return model
 
 
 @contextlib.contextmanager
-def _transformers_quietly():
-    """No progress bars and no advice from transformers: a command has its own messages."""
+def _transformers_quietly() -> Iterator[None]:
+    """Silence the progress bars and the advice of transformers: a command has its own messages."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -179,7 +185,8 @@ def _transformers_quietly():
         logging.enable_progress_bar()
 
 
-def load_tokenizer(source: str | Path):
+def load_tokenizer(source: str | Path) -> AndromedaTokenizer:
+    """The tokenizer of that name on the hub, or in that folder or file."""
     from andromeda import AndromedaTokenizer
 
     if Path(source, "tokenizer.json").is_file():
@@ -188,8 +195,8 @@ def load_tokenizer(source: str | Path):
     return AndromedaTokenizer(str(source))
 
 
-def tokenizer_of(folder: Path, override: str | None):
-    """The tokenizer named on the command line, or the one saved with a model or data set."""
+def tokenizer_of(folder: Path, override: str | None) -> AndromedaTokenizer:
+    """The tokenizer that --tokenizer names (`override`), or the one saved with the model or the rows in `folder`."""
     if override is not None:
         return load_tokenizer(override)
     for candidate in (folder, folder / "tokenizer"):
@@ -200,10 +207,13 @@ def tokenizer_of(folder: Path, override: str | None):
     raise UsageError(f"{folder} has no tokenizer.json: say which tokenizer with --tokenizer")
 
 
-def open_rows(source: str, *, tokenizer, seq_len: int, doc_mask: bool, verify: bool = True):
+def open_rows(
+    source: str, *, tokenizer: AndromedaTokenizer, seq_len: int, doc_mask: bool, verify: bool = True
+) -> PackedDataset:
     """Packed rows: those in a folder of `build-dataset`, or a text source packed now (and kept in the cache).
 
-    verify: compare those of a folder with their checksums, which reads all of them; `train` does it by itself.
+    Args:
+        verify: compare the rows of a folder with their checksums, which reads all of them.
     """
     from andromeda.data.cache import METADATA_FILE
     from andromeda.data.packed import PackedDataset
@@ -219,8 +229,8 @@ def open_rows(source: str, *, tokenizer, seq_len: int, doc_mask: bool, verify: b
     return DatasetBuilder(source, seq_len=seq_len, tokenizer=tokenizer, doc_mask=doc_mask).build_dataset()
 
 
-def _check_same_tokenizer(folder: Path, tokenizer):
-    """Rows packed with another tokenizer than the one in hand would be read as other text, without any error."""
+def _check_same_tokenizer(folder: Path, tokenizer: AndromedaTokenizer) -> None:
+    """Refuse rows packed with another tokenizer: their ids would silently mean other text."""
     from andromeda.data.workers import packing_tokenizer_json
 
     if not (folder / "tokenizer" / "tokenizer.json").is_file():
@@ -230,19 +240,23 @@ def _check_same_tokenizer(folder: Path, tokenizer):
         raise UsageError(f"the rows in {folder} were packed with another tokenizer; pack the text with the one in use")
 
 
-def texts_of(source, text_column: str | None = None, split: str | None = None, errors: str = "strict", **options):
-    """The documents of a source, as the packing will see them; long ones in parts."""
+def texts_of(source: str | Path | Source, errors: str = "strict") -> Iterator[str]:
+    """The documents of a source as the packing will read them, long ones in parts."""
     from andromeda.data.cleaning import clean
-    from andromeda.data.pieces import in_parts
     from andromeda.data.sources import open_source
+    from andromeda.data.pieces import in_parts
 
-    opened = open_source(source, split, text_column=text_column, errors=errors, **options)
-    counts: Counter = Counter()
+    opened = open_source(source, errors=errors)
+    counts: Counter[str] = Counter()
     return in_parts(clean(opened.documents(counts), errors, counts))
 
 
-def pack(source, target: Path, tokenizer, **options):
-    """Pack a source into the folder `target`, with the tokenizer inside: whole or absent."""
+def pack(source: str | Path | Source, target: Path, tokenizer: AndromedaTokenizer, **options: Any) -> PackedDataset:
+    """Pack a source into the folder `target`, with the tokenizer inside: whole or absent.
+
+    Args:
+        options: those of `DatasetBuilder`.
+    """
     from andromeda import DatasetBuilder
     from andromeda.data.cache import DATA_FILE, METADATA_FILE
     from andromeda.data.packed import PackedDataset
@@ -254,12 +268,3 @@ def pack(source, target: Path, tokenizer, **options):
         built.path.rmdir()
         tokenizer.save(folder / "tokenizer")
     return PackedDataset(target)
-
-
-def round_up(value: int, step: int) -> int:
-    """The smallest multiple of `step` that is not below `value`."""
-    return -(-value // step) * step
-
-
-def parameter_count(model) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

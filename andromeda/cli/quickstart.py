@@ -1,9 +1,12 @@
-"""The whole way once, without a network: corpus, tokenizer, rows, training, evaluation, a saved model, a sample.
+"""`andromeda quickstart`: corpus, tokenizer, rows, training, evaluation, a saved model and a sample, without a network.
 
 The corpus is the source of the running interpreter's standard library. Every step leaves a folder that is whole or
-absent, and `quickstart.json` remembers what was chosen, so an interrupted run goes on where it stopped.
+absent, and `quickstart.json` records settings and figures, so an interrupted quickstart continues where it stopped.
 """
 
+from __future__ import annotations
+
+import argparse
 import dataclasses
 import json
 import math
@@ -16,53 +19,54 @@ import statistics
 import sysconfig
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from andromeda import __version__
 from andromeda.cli import interrupts
 from andromeda.cli.arguments import SEED, number
-from andromeda.cli.console import UsageError, say, stopped
-from andromeda.cli.loading import (
-    SIZES,
-    load_model,
-    load_tokenizer,
-    pack,
-    parameter_count,
-    round_up,
-    texts_of,
-    training_device,
-)
+from andromeda.cli.console import UsageError, say, say_how_to_continue, show
+from andromeda.cli.loading import load_model, load_tokenizer, pack, texts_of, training_device
+from andromeda.cli.sizes import model_arguments, parameter_count
 from andromeda.files import check_output_folder, is_temporary, read_json, whole_folder, write_json
 
+if TYPE_CHECKING:
+    import torch
+
+    from andromeda.data.packed import PackedDataset
+    from andromeda.training import Evaluation, TrainResult
+
 _RECORD = "quickstart.json"
-_HELD_OUT_EVERY = 20  # one file in so many is kept for the evaluation
-_CORPUS_BYTES_PER_MINUTE = 4_000_000  # a short training needs no long preparation
-# Small steps learn most in so short a time: on equal CPU time 1.92 bits per byte with 4 rows, 2.02 with 8. The rate is
-# half of one at which, depending on the seed, the model stays at the frequencies of single tokens (loss 6.4) for long;
-# the long warm-up keeps that away at this one.
-_TRAINING = {"batch_size": 4, "learning_rate": 3e-3, "weight_decay": 0.05, "log_every": 10, "keep": 1}
+_HELD_OUT_EVERY = 20  # one file in 20 is kept for the evaluation
+_CORPUS_BYTES_PER_MINUTE = 4_000_000  # of training: a short one needs no long preparation
+# In so short a time small steps learn most: equal CPU time gives 1.92 bits per byte with 4 rows and 2.02 with 8.
+# At twice this learning rate some seeds keep the model at the frequencies of single tokens (loss 6.4) for long; at this
+# rate the long warm-up prevents that.
+_BATCH_SIZE = 4
+_LEARNING_RATE = 3e-3
 _WARMUP = 0.15  # of the steps
 _SEQ_LEN = 256
 _VOCABULARY = 2048
 _PROMPT = "def "
 
 DESCRIPTION = """\
-Everything once, on real text and without a network: train a tokenizer on the source of this machine's Python standard
-library, pack it, train a small model, evaluate it on files it has not seen, save, reload, and let it write some Python.
+Run every step once, on real text and without a network: train a tokenizer on the source of this machine's Python
+standard library, pack the source, train a small model, evaluate it on files it has not seen, save it, reload it, and
+let it write some Python.
 
 An interrupted run continues when the same command is given again."""
 
 
-def add_options(parser):
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of this command."""
     parser.add_argument("--out", default="andromeda-quickstart", metavar="DIR", help="folder to write")
-    parser.add_argument(
-        "--minutes", type=number(0, 1e6, above=True), default=1.5, metavar="X", help="time to train for"
-    )
+    parser.add_argument("--minutes", type=number(0, 1e6, above=True), default=1.5, metavar="X", help="minutes to train")
     parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="weights, order of the rows and sample")
     parser.add_argument("--force", action="store_true", help="replace what an earlier quickstart left in DIR")
     parser.add_argument("--device", metavar="NAME", help="cpu, even where there is a GPU, or cuda (default: a GPU)")
 
 
-def run(arguments) -> int:
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the command line asks for; returns the exit code."""
     out = Path(arguments.out)
     device = training_device(arguments.device)
     options = {"minutes": arguments.minutes, "seed": arguments.seed, "device": device}
@@ -74,23 +78,25 @@ def run(arguments) -> int:
         say(f"andromeda: interrupted; this continues:\n    {again}")
         return interrupts.exit_code(error)
     if isinstance(outcome, str):
-        print(outcome)
+        show(outcome)
         return 0
-    return stopped(outcome, again)
+    return say_how_to_continue(outcome, again)
 
 
-def quickstart(out: Path, *, minutes: float = 1.5, seed: int = 0, device: str | None = None, force: bool = False):
-    """Run the quickstart in the folder `out`, or go on with an interrupted one.
+def quickstart(
+    out: Path, *, minutes: float = 1.5, seed: int = 0, device: str | None = None, force: bool = False
+) -> str | TrainResult:
+    """Run the quickstart in the folder `out`, or continue an interrupted one.
 
     Args:
         out: new or empty folder, or one of an earlier quickstart.
-        minutes: how long to train.
-        seed: of weights, order of the rows, choice of files and sample.
-        device: None for the best there is, or "cpu".
+        minutes: time to train.
+        seed: of the weights, the order of the rows, the choice of files and the sample.
+        device: "cpu", or None for a GPU if there is one.
         force: replace what an earlier quickstart left in `out`.
 
     Returns:
-        A summary to print; or the `TrainResult` of a training that a signal stopped.
+        A summary to print; or the `TrainResult` of the training if a signal stopped it.
 
     Raises:
         UsageError: `out` holds something else, a finished quickstart, or one with other settings, or an argument is
@@ -104,13 +110,13 @@ def quickstart(out: Path, *, minutes: float = 1.5, seed: int = 0, device: str | 
     check_output_folder(out)
     started = time.perf_counter()
     state = _begin(out, {"minutes": minutes, "seed": seed, "device": device}, force)
-    return _run(out, state, started)
+    return _run_steps(out, state, started)
 
 
-def _begin(out: Path, settings: dict, force: bool) -> dict:
-    """What is known of an interrupted quickstart in `out`, or a new record; refuses to touch anything else."""
+def _begin(out: Path, settings: dict[str, Any], force: bool) -> dict[str, Any]:
+    """The record of an interrupted quickstart in `out`, or a new one; refuses any other folder that is not empty."""
     record = out / _RECORD
-    # A temporary name is our own record, of a process that was killed while it wrote it for the first time.
+    # A file with a temporary name is a record: its process was killed while it wrote the first one.
     if out.exists() and not all(is_temporary(path.name) for path in out.iterdir()):
         if not record.is_file():
             raise UsageError(f"--out must be a new or empty folder, or one of an earlier quickstart, got {out}")
@@ -135,14 +141,14 @@ def _begin(out: Path, settings: dict, force: bool) -> dict:
     return state
 
 
-def _read_record(record: Path) -> dict:
+def _read_record(record: Path) -> dict[str, Any]:
     try:
         return read_json(record, ("status", "settings"))
     except ValueError as error:
         raise UsageError(f"{error}; --force starts anew, --out chooses another folder") from error
 
 
-def _run(out: Path, state: dict, started: float):
+def _run_steps(out: Path, state: dict[str, Any], started: float) -> str | TrainResult:
     import torch
 
     from andromeda import Andromeda, AndromedaTokenizer
@@ -174,10 +180,9 @@ def _run(out: Path, state: dict, started: float):
     say(f"  {len(rows):,} to train on, {len(held_out):,} held out")
 
     _stage(4, "training")
-    vocabulary = round_up(len(tokenizer), 128)
-    model_arguments = {"num_tokens": vocabulary, "max_seq_len": _SEQ_LEN, **SIZES["tiny"]}
+    sizes = model_arguments("tiny", len(tokenizer), _SEQ_LEN)
     if "steps" not in state:
-        seconds = _seconds_per_step(model_arguments, rows, device)
+        seconds = _seconds_per_step(sizes, rows, device)
         state["steps"] = max(5, min(20_000, round(60 * state["settings"]["minutes"] / seconds)))
         state["evaluated_rows"] = max(8, min(len(held_out), state["steps"]))
         write_json(out / _RECORD, state)
@@ -190,10 +195,14 @@ def _run(out: Path, state: dict, started: float):
         sample_prompt=_PROMPT,
         save_every=max(1, state["steps"] // 5),
         warmup_steps=round(_WARMUP * state["steps"]),
-        **_TRAINING,
+        batch_size=_BATCH_SIZE,
+        learning_rate=_LEARNING_RATE,
+        weight_decay=0.05,
+        log_every=10,
+        keep=1,
     )
     torch.manual_seed(seed)
-    model = Andromeda(**model_arguments)
+    model = Andromeda(**sizes)
     say(f"  {parameter_count(model):,} parameters, {state['steps']} steps of {settings.batch_size} rows")
     resume = latest_checkpoint(out / "run") is not None
     result = train(model, rows, settings, tokenizer=tokenizer, resume=resume)
@@ -209,7 +218,7 @@ def _run(out: Path, state: dict, started: float):
     with torch.no_grad():
         if not torch.equal(model(probe), reloaded(probe).logits):
             raise RuntimeError(
-                "quickstart: the saved model must give the same logits as the one in memory, it does not"
+                "quickstart: the saved model must give the same logits as the model in memory, and does not"
             )
     say("  the same logits, bit for bit")
     sample = sample_text(reloaded, tokenizer, _PROMPT, tokens=120, seed=seed)
@@ -227,14 +236,14 @@ def _run(out: Path, state: dict, started: float):
     return _summary(out, state, result, evaluation, parameter_count(model), reloaded.device)
 
 
-def _stage(number: int, text: str):
+def _stage(number: int, text: str) -> None:
     say(f"[{number}/6] {text}")
 
 
-def _write_corpus(folder: Path, limit: int, seed: int) -> dict:
+def _write_corpus(folder: Path, limit: int, seed: int) -> dict[str, int]:
     """Write train.jsonl and heldout.jsonl: the modules of the standard library, without tests and tables of data.
 
-    The order is shuffled by `seed`, and at most about `limit` bytes are taken.
+    `seed` shuffles the modules. Those for the training end with the one that reaches `limit` bytes.
     """
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {
@@ -277,20 +286,20 @@ def _write_corpus(folder: Path, limit: int, seed: int) -> dict:
     return counts
 
 
-def _seconds_per_step(model_arguments: dict, rows, device: str | None) -> float:
-    """Time of one training step, measured on a model that is thrown away."""
+def _seconds_per_step(sizes: dict[str, int], rows: PackedDataset, device: str | None) -> float:
+    """Measure the time of one training step, on a model of its own."""
     import torch
 
     from andromeda import Andromeda
     from andromeda.huggingface import AndromedaForCausalLM
     from andromeda.training import collate
 
-    device = "cuda" if device is None and torch.cuda.is_available() else "cpu"
-    model = AndromedaForCausalLM.from_andromeda(Andromeda(**model_arguments)).to(device)
+    on = torch.device("cuda" if device is None and torch.cuda.is_available() else "cpu")
+    model = AndromedaForCausalLM.from_andromeda(Andromeda(**sizes).to(on))
     optimizer = torch.optim.AdamW(model.parameters())
-    batch = collate(rows.__getitems__(range(min(len(rows), _TRAINING["batch_size"]))))
-    batch = {name: value.to(device) for name, value in batch.items()}
-    times = []
+    batch = collate(rows.__getitems__(range(min(len(rows), _BATCH_SIZE))))
+    batch = {name: value.to(on) for name, value in batch.items()}
+    times: list[float] = []
     while len(times) < 4 or (len(times) < 15 and sum(times) < 3):
         begin = time.perf_counter()
         loss = model(**batch).loss
@@ -302,7 +311,9 @@ def _seconds_per_step(model_arguments: dict, rows, device: str | None) -> float:
     return statistics.median(times[2:])  # the first ones warm up
 
 
-def _summary(out: Path, state: dict, result, evaluation, parameters: int, device) -> str:
+def _summary(
+    out: Path, state: dict[str, Any], result: TrainResult, evaluation: Evaluation, parameters: int, device: torch.device
+) -> str:
     minutes, seconds = divmod(round(state["seconds"]), 60)
     first = "" if state["first_loss"] is None else f", loss {state['first_loss']:.2f} -> {result.loss:.2f}"
     folder = shlex.quote(str(out))

@@ -1,4 +1,6 @@
-"""`andromeda train`: a run, new or resumed, and the options it remembers."""
+"""`andromeda train`: starts or resumes a run; a run remembers the options it was started with."""
+
+from __future__ import annotations
 
 import argparse
 import dataclasses
@@ -6,30 +8,35 @@ import os
 import re
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from andromeda import __version__
 from andromeda.cli import interrupts
 from andromeda.cli.arguments import DOC_MASK, SEED, integer, number
-from andromeda.cli.console import UsageError, print_evaluation, say, stopped
-from andromeda.cli.loading import SIZES, find_model, load_model, open_rows, parameter_count, round_up, tokenizer_of
+from andromeda.cli.console import UsageError, say, say_how_to_continue, show, show_evaluation
+from andromeda.cli.loading import find_model, load_model, open_rows, tokenizer_of
+from andromeda.cli.sizes import SIZES, model_arguments, parameter_count
 from andromeda.config import ModelConfig
 from andromeda.files import is_temporary, write_json
 
+if TYPE_CHECKING:
+    from andromeda import Andromeda
+    from andromeda.data.packed import PackedDataset
+
 DESCRIPTION = """\
-Train a model on rows made by `build-dataset` (or on a text source, packed on the way).
+Train a model on rows made by `build-dataset` (or on a text source, which is packed first).
 
 Checkpoints go to DIR/checkpoint-N, the trained model to DIR/model, the figures of the run (step, loss, learning rate,
-gradient norm, tokens/s, evaluations) to DIR/history.jsonl, one JSON object per line. A run that was interrupted, in
-whatever way, continues exactly with `andromeda train --out DIR --resume`; it remembers its options. Ctrl-C finishes the
-step, saves and stops; a second Ctrl-C stops at once. A run that becomes unstable (a loss that is not finite) ends with
-an error that names the step, and keeps its checkpoints.
+gradient norm, tokens/s, evaluations) to DIR/history.jsonl, one JSON object per line. However a run was interrupted,
+`andromeda train --out DIR --resume` continues it exactly; the run remembers its options. Ctrl-C finishes the step,
+saves and stops; a second Ctrl-C stops at once. A run that becomes unstable (a loss that is not finite) ends with an
+error that names the step, and keeps its checkpoints.
 
 Options that are not listed here go to transformers' TrainingArguments, so `torchrun --nproc-per-node 8 -m andromeda
 train ... --fsdp` shards the model over eight devices.
 
   andromeda train rows --out run --size small --steps 2000
   andromeda train --out run --resume"""
-
 
 _MODEL_HELP = {
     "dim": "width of the model",
@@ -43,21 +50,22 @@ _MODEL_HELP = {
 }
 
 
-def add_options(parser):
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of this command."""
     parser.usage = "andromeda train [ROWS] --out DIR [--steps N | --resume] [options]"
-    parser.add_argument("data", nargs="?", metavar="ROWS", help="folder of build-dataset, or a text source as there")
+    parser.add_argument("data", nargs="?", metavar="ROWS", help="folder of build-dataset, or a text source (see there)")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="continue the interrupted run in DIR")
     parser.add_argument(
         "--eval-data", metavar="ROWS", help="rows to evaluate on, at the end and every --eval-every steps"
     )
-    parser.add_argument("--tokenizer", metavar="NAME", help="default: the one inside ROWS")
+    parser.add_argument("--tokenizer", metavar="NAME", help="default: the one saved in ROWS")
     parser.add_argument(
         "--seq-len", type=integer(1), metavar="N", help="row length, when ROWS is a text source (default: 1024)"
     )
     parser.add_argument("--doc-mask", action=argparse.BooleanOptionalAction, help=DOC_MASK + " (default: yes)")
     parser.add_argument("--from", dest="start", metavar="CHECKPOINT", help="start from the weights of a saved model")
-    parser.add_argument("--json", metavar="FILE", help="also write the figures of the end to a file")
+    parser.add_argument("--json", metavar="FILE", help="also write the final figures to a file")
 
     training = parser.add_argument_group("training")
     for flag, kind, metavar, text in (
@@ -73,7 +81,7 @@ def add_options(parser):
         ("--save-every", integer(0), "N", "steps between checkpoints (default: 500)"),
         ("--eval-every", integer(0), "N", "steps between evaluations on --eval-data (default: at the end)"),
         ("--sample-every", integer(0), "N", "steps between sample texts (default: none)"),
-        ("--sample-prompt", str, "TEXT", "what the sample texts continue"),
+        ("--sample-prompt", str, "TEXT", "prompt of the sample texts"),
         ("--keep", integer(1), "N", "checkpoints to keep (default: 2)"),
         ("--num-workers", integer(0, 1024), "N", "processes that load rows (default: 0)"),
     ):
@@ -98,11 +106,12 @@ def add_options(parser):
             model.add_argument(flag, type=integer(least), metavar="N", help=_MODEL_HELP[field.name])
 
 
-def run(arguments) -> int:
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the command line asks for; returns the exit code."""
     folder = Path(arguments.out)
     again = f"andromeda train --out {shlex.quote(str(folder))} --resume"
     try:
-        return _train_in(folder, arguments, again)
+        return _train(folder, arguments, again)
     except KeyboardInterrupt as error:
         if not (folder / _OPTIONS_FILE).is_file():
             raise
@@ -110,34 +119,35 @@ def run(arguments) -> int:
         return interrupts.exit_code(error)
 
 
-def _train_in(folder: Path, arguments, again: str) -> int:
+def _train(folder: Path, arguments: argparse.Namespace, again: str) -> int:
     from andromeda.training import TrainSettings, evaluate, sealed, train
 
-    first = int(os.environ.get("RANK", "0")) == 0  # of the processes that torchrun started, one writes and speaks
-    options = _train_choices(arguments, folder, first)
+    first = int(os.environ.get("RANK", "0")) == 0  # of several processes (torchrun), only this one prints and writes
+    options = _options_of_run(arguments, folder, first)
+    names = {field.name for field in dataclasses.fields(TrainSettings)} & {*options}
     try:
-        settings = TrainSettings(
-            output_dir=str(folder),
-            **{name: options[name] for name in _settings_names() if name in options},
-        )
+        settings = TrainSettings(output_dir=str(folder), **{name: options[name] for name in names})
         settings.training_arguments()
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
 
     start = find_model(options["start"]) if "start" in options else None
     tokenizer = tokenizer_of(start or Path(options["data"]), options.get("tokenizer"))
-    packing = {"seq_len": options.get("seq_len", 1024), "doc_mask": options.get("doc_mask", True)}
-    packing["verify"] = False  # `train` does it
-    rows = open_rows(options["data"], tokenizer=tokenizer, **packing)
-    held_out = open_rows(options["eval_data"], tokenizer=tokenizer, **packing) if "eval_data" in options else None
+
+    def open_packed(source: str) -> PackedDataset:
+        seq_len, doc_mask = options.get("seq_len", 1024), options.get("doc_mask", True)
+        return open_rows(source, tokenizer=tokenizer, seq_len=seq_len, doc_mask=doc_mask, verify=False)  # `train` does
+
+    rows = open_packed(options["data"])
+    held_out = open_packed(options["eval_data"]) if "eval_data" in options else None
     model = _new_model(options, rows, settings.seed) if start is None else load_model(start, "cpu", None)
     if first:
         say(f"training {parameter_count(model):,} parameters on {len(rows):,} rows of {rows.seq_len:,} tokens")
-    # A run that did not come to its first checkpoint begins anew, which is just as exact.
+    # A run that did not reach its first checkpoint starts over, which gives the same result.
     resume = arguments.resume and any(folder.glob("checkpoint-*"))
 
-    def remember():
-        # After all checks: options that fail them must not stand in the way of the corrected ones.
+    def remember() -> None:
+        # Called after all checks, so that options that fail them are not recorded.
         write_json(folder / _OPTIONS_FILE, sealed({"andromeda": __version__, "options": options}))
 
     result = train(
@@ -152,31 +162,42 @@ def _train_in(folder: Path, arguments, again: str) -> int:
     if not first:
         return 0
     if result.interrupted:
-        return stopped(result, again)
+        return say_how_to_continue(result, again)
     figures = {"training": {name: value for name, value in dataclasses.asdict(result).items() if name != "history"}}
-    print(f"steps        {result.steps:,}" + (f", loss {result.loss:.4f}" if result.loss is not None else ""))
+    show(f"steps        {result.steps:,}" + (f", loss {result.loss:.4f}" if result.loss is not None else ""))
     if result.seconds:
-        print(f"speed        {result.tokens_per_second:,.0f} tokens/s over {result.tokens:,} tokens")
+        show(f"speed        {result.tokens_per_second:,.0f} tokens/s over {result.tokens:,} tokens")
     if result.mfu is not None:
-        print(f"MFU          {100 * result.mfu:.1f} %")
-    print(f"model        {folder / 'model'}")
+        show(f"MFU          {100 * result.mfu:.1f} %")
+    show(f"model        {folder / 'model'}")
     if held_out is not None and "WORLD_SIZE" not in os.environ:
         evaluation = evaluate(model, held_out, tokenizer=tokenizer, batch_size=settings.batch_size, progress=True)
         figures["evaluation"] = dataclasses.asdict(evaluation)
-        print_evaluation(evaluation)
+        show_evaluation(evaluation)
     if arguments.json:
         write_json(Path(arguments.json), figures)
     return 0
 
 
+def _new_model(options: dict[str, Any], rows: PackedDataset, seed: int) -> Andromeda:
+    import torch
+
+    from andromeda import Andromeda
+
+    arguments = model_arguments(options.get("size", "small"), rows.vocab_size, rows.seq_len)
+    given = {field.name: options[field.name] for field in dataclasses.fields(ModelConfig) if field.name in options}
+    torch.manual_seed(seed)
+    return Andromeda(**arguments | given)
+
+
 _OPTIONS_FILE = "train.json"
 _NOT_OPTIONS = ("command", "run", "passes_on", "debug", "out", "resume", "json", "rest")
-# What a resumed run may do otherwise; everything else has to stay.
+# --resume may change these options and no others.
 _FREE_ON_RESUME = ("log_every", "save_every", "eval_every", "sample_every", "sample_prompt", "keep", "num_workers")
 
 
-def _train_choices(arguments, folder: Path, first: bool) -> dict:
-    """The options of the run: those given, and on --resume those it was started with."""
+def _options_of_run(arguments: argparse.Namespace, folder: Path, first: bool) -> dict[str, Any]:
+    """The options of the run: those given and, with --resume, those it was started with."""
     given = {name: value for name, value in vars(arguments).items() if name not in _NOT_OPTIONS and value is not None}
     for name in ("data", "eval_data", "tokenizer", "start"):
         if name in given and Path(given[name]).exists():
@@ -186,13 +207,13 @@ def _train_choices(arguments, folder: Path, first: bool) -> dict:
     missing = [flag for flag, name in (("ROWS", "data"), ("--steps", "steps")) if name not in given]
     record = folder / _OPTIONS_FILE
     if not arguments.resume:
-        if first and (held := _what_holds(folder)):
-            raise UsageError(f"--out must be a new or empty folder, got {folder}, which {held}, or choose another")
+        if first and (obstacle := _obstacle_to_a_new_run(folder)):
+            raise UsageError(f"--out must be a new or empty folder, got {folder}, which {obstacle}, or choose another")
         if missing:
             raise UsageError(f"train needs {' and '.join(missing)} (or --resume)")
         return given
     if not record.is_file():
-        # The run may have been killed before it could write the file: then all options are to be given again.
+        # The run may have been killed before it could write the file; then all options have to be given again.
         if missing or not folder.is_dir():
             raise UsageError(
                 f"--resume needs the folder of a run in --out, got {folder}, which has no {_OPTIONS_FILE}; give ROWS "
@@ -202,10 +223,10 @@ def _train_choices(arguments, folder: Path, first: bool) -> dict:
     from andromeda.training import read_sealed
 
     try:
-        stored = read_sealed(record, ("options",))["options"]
+        stored: dict[str, Any] = read_sealed(record, ("options",))["options"]
     except ValueError as error:
         raise UsageError(f"{error}; remove it and give ROWS and all options again with --resume") from error
-    # Before its first checkpoint nothing depends on the options: they may be corrected.
+    # Before the first checkpoint nothing depends on the options, so they may be corrected.
     begun = any(folder.glob("checkpoint-*"))
     changed = [name for name, value in given.items() if stored.get(name) != value and name not in _FREE_ON_RESUME]
     if changed and begun:
@@ -214,8 +235,8 @@ def _train_choices(arguments, folder: Path, first: bool) -> dict:
     return stored | given
 
 
-def _what_holds(folder: Path) -> str | None:
-    """What is in the way of a new run in `folder`, and the remedy; None if there is nothing but a start that failed."""
+def _obstacle_to_a_new_run(folder: Path) -> str | None:
+    """What a new run must not overwrite in `folder`, and the remedy. A start that failed leaves no obstacle: None."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if not names:
         return None
@@ -227,33 +248,15 @@ def _what_holds(folder: Path) -> str | None:
     return "is not empty; remove what is in it" if names else None
 
 
-def _settings_names() -> set[str]:
-    from andromeda.training import TrainSettings
-
-    return {field.name for field in dataclasses.fields(TrainSettings)} - {"output_dir"}
-
-
-def _trainer_options(words: list[str]) -> dict:
-    """Options that are not ours, read as transformers reads them; only those that were given."""
+def _trainer_options(words: list[str]) -> dict[str, Any]:
+    """The values of the options in `words`, which transformers declares and reads."""
     from transformers import HfArgumentParser, TrainingArguments
 
-    parser = HfArgumentParser(TrainingArguments, add_help=False, allow_abbrev=False)
+    declared: Any = TrainingArguments  # the parser's own annotation admits no class
+    parser = HfArgumentParser(declared, add_help=False, allow_abbrev=False)
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     options, unknown = parser.parse_known_args(words)
     if unknown:
         raise UsageError(f"unrecognized arguments: {' '.join(unknown)} (see `andromeda train --help`)")
     return vars(options)
-
-
-def _new_model(options: dict, rows, seed: int):
-    import torch
-
-    from andromeda import Andromeda
-
-    sizes = {"num_tokens": round_up(rows.vocab_size, 128), "max_seq_len": rows.seq_len} | SIZES[
-        options.get("size", "small")
-    ]
-    sizes |= {field.name: options[field.name] for field in dataclasses.fields(ModelConfig) if field.name in options}
-    torch.manual_seed(seed)
-    return Andromeda(**sizes)

@@ -90,7 +90,7 @@ def test_info_table(capsys):
     ],
 )
 def test_info_of_processors(capsys, monkeypatch, quota, threads, text):
-    monkeypatch.setattr("andromeda.cli.threads.quota", lambda: quota)
+    monkeypatch.setattr("andromeda.cli.cgroups.quota", lambda: quota)
     monkeypatch.setattr("andromeda.cli.threads.affinity", lambda: 4)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)

@@ -213,8 +213,3 @@ def test_prompts_that_are_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(console.UsageError, match="standard input, which is closed"):
         loading.read_prompt(None, "-")
-
-
-@pytest.mark.parametrize("value, expected", [(1, 128), (128, 128), (129, 256)])
-def test_round_up(value, expected):
-    assert loading.round_up(value, 128) == expected

@@ -108,7 +108,7 @@ def test_numbers_out_of_bounds_name_option_and_bounds(capsys, tmp_path, monkeypa
 
 def test_every_option_that_takes_a_number_has_bounds():
     """Bounds of later options are not forgotten: none reads its number by itself."""
-    (commands,) = [action for action in main._parser()._actions if action.dest == "command"]
+    (commands,) = [action for action in main.make_parser()._actions if action.dest == "command"]
     types = [(name, a.dest, a.type) for name, parser in commands.choices.items() for a in parser._actions]
     assert len(types) > 80
     assert [(name, dest) for name, dest, kind in types if kind in (int, float)] == []

@@ -4,10 +4,11 @@ import json
 import signal
 
 import pytest
+from transformers import Trainer
 
-from andromeda import training
 from andromeda.cli import console, interrupts, quickstart
 from andromeda.cli.main import main
+from andromeda.data.packed import PackedDataset
 
 
 @pytest.fixture
@@ -23,18 +24,18 @@ def run(*words) -> int:
 def test_quickstart(small_corpus, tmp_path, capsys, monkeypatch):
     """Interrupted in the training, continued, finished, refused the third time."""
     out = tmp_path / "quick start"
-    original = training.collate
-    batches = []
+    original = Trainer.training_step
+    steps = []
 
-    def interrupting(batch):
-        batches.append(1)
-        if len(batches) == 2:
+    def interrupting(*arguments, **options):
+        steps.append(1)
+        if len(steps) == 2:
             signal.raise_signal(signal.SIGINT)
-        return original(batch)
+        return original(*arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(quickstart, "_seconds_per_step", lambda *arguments: 0.2)
-        patch.setattr(training.trainer, "collate", interrupting)
+        patch.setattr(Trainer, "training_step", interrupting)
         assert run("--out", out) == 130
     said = capsys.readouterr().err
     assert f"andromeda quickstart --out '{out}' --minutes 0.02 --seed 0 --device cpu" in said
@@ -96,7 +97,7 @@ def test_a_signal_before_the_training(small_corpus, tmp_path, capsys, monkeypatc
 def test_a_record_that_was_not_finished_blocks_nothing(tmp_path, monkeypatch, capsys):
     """Killed while it wrote quickstart.json for the first time."""
     (tmp_path / ".quickstart.json.0123456789abcdef").write_text("{")
-    monkeypatch.setattr(quickstart, "_run", lambda out, state, started: "went on")
+    monkeypatch.setattr(quickstart, "_run_steps", lambda out, state, started: "went on")
     assert run("--out", tmp_path) == 0
     assert capsys.readouterr().out == "went on\n"
 
@@ -105,7 +106,7 @@ def test_a_record_that_was_not_finished_blocks_nothing(tmp_path, monkeypatch, ca
 def test_a_damaged_record_is_named_and_can_be_replaced(tmp_path, monkeypatch, capsys, content):
     record = tmp_path / "quickstart.json"
     record.write_text(content)
-    monkeypatch.setattr(quickstart, "_run", lambda out, state, started: "went on")
+    monkeypatch.setattr(quickstart, "_run_steps", lambda out, state, started: "went on")
     assert run("--out", tmp_path) == 2
     said = capsys.readouterr().err
     assert f"{record} is damaged" in said and "--force starts anew" in said
@@ -155,7 +156,6 @@ def test_the_measured_step_takes_time(tmp_path, small_corpus):
     """The calibration runs on rows as the builder makes them and gives a plausible figure."""
     from andromeda import AndromedaTokenizer
     from andromeda.cli.loading import pack
-    from andromeda.data.packed import PackedDataset
 
     (tmp_path / "corpus.txt").write_text("for item in items:\n    total += item\n" * 200)
     tokenizer = AndromedaTokenizer.train(["for item in items: total += item"], 260, min_frequency=1)

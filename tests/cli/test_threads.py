@@ -1,4 +1,4 @@
-"""Processors by affinity and by quotas of control groups, read from copies of the files of other machines."""
+"""Processors that affinity and quotas grant, and the threads that torch and the commands use."""
 
 import os
 import subprocess
@@ -7,74 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from control_groups import V2, machine
 
 import andromeda
 from andromeda.cli import threads
 
 ROOT = Path(__file__).resolve().parents[2]
-
-V2 = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n"
-V1 = (
-    "31 23 0:27 / /sys/fs/cgroup ro - tmpfs tmpfs ro,mode=755\n"
-    "32 31 0:28 / /sys/fs/cgroup/cpu,cpuacct rw shared:9 - cgroup cgroup rw,cpu,cpuacct\n"
-    "33 31 0:29 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"
-    "34 31 0:30 / /sys/fs/cgroup/cpuset rw - cgroup cgroup rw,cpuset\n"
-)
-
-
-def machine(root, cgroup, mounts, limits):
-    """A root with these files in it."""
-    (root / "proc/self").mkdir(parents=True)
-    (root / "proc/self/cgroup").write_text(cgroup)
-    (root / "proc/self/mountinfo").write_text(f"23 1 8:1 / / rw - ext4 /dev/sda1 rw\n{mounts}")
-    for name, text in limits.items():
-        path = root / "sys/fs/cgroup" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return root
-
-
-def cfs(folder, limit, period=100_000):
-    return {f"{folder}/cpu.cfs_quota_us": f"{limit}\n", f"{folder}/cpu.cfs_period_us": f"{period}\n"}
-
-
-@pytest.mark.parametrize(
-    "cgroup, mounts, limits, expected",
-    [
-        ("0::/\n", V2, {"cpu.max": "150000 100000\n"}, 1.5),
-        ("0::/\n", V2, {"cpu.max": "max 100000\n"}, None),
-        ("0::/\n", V2, {}, None),
-        ("0::/a/b\n", V2, {"a/b/cpu.max": "max 100000", "a/cpu.max": "50000 100000", "cpu.max": "max 1000"}, 0.5),
-        ("0::/a/b\n", V2, {"a/b/cpu.max": "300000 100000", "a/cpu.max": "400000 100000"}, 3),
-        ("0::/a\n", V2, {"a/cpu.max": "max 100000", "b/cpu.max": "100000 100000"}, None),
-        ("0::/../..\n", V2, {"cpu.max": "100000 100000"}, 1),
-        # The mount begins at the own group, which has its whole path without a namespace of control groups.
-        ("0::/docker/abc\n", V2.replace("0:26 /", "0:26 /docker/abc"), {"cpu.max": "200000 100000"}, 2),
-        ("0::/docker/abc/job\n", V2.replace("0:26 /", "0:26 /docker/abc"), {"job/cpu.max": "200000 100000"}, 2),
-        ("0::/docker/abcd\n", V2.replace("0:26 /", "0:26 /docker/abc"), {"cpu.max": "200000 100000"}, 2),
-        ("4:cpu,cpuacct:/\n3:memory:/m\n", V1, cfs("cpu,cpuacct", 100_000), 1),
-        ("4:cpu,cpuacct:/a\n", V1, cfs("cpu,cpuacct/a", -1) | cfs("cpu,cpuacct", 250_000), 2.5),
-        ("4:cpu,cpuacct:/b\n2:cpuset:/a\n", V1, cfs("cpu,cpuacct/a", 1000) | cfs("cpu,cpuacct/b", 50_000), 0.5),
-        ("", V1, cfs("cpu,cpuacct", 100_000), 1),
-        ("0::/\n", V1, {"cpu,cpuacct/cpu.cfs_quota_us": "100000\n"}, None),
-        # Both versions, as systemd mounts them in its hybrid mode.
-        (
-            "4:cpu,cpuacct:/a\n0::/a\n",
-            V1 + V2.replace("/sys/fs/cgroup", "/sys/fs/cgroup/unified"),
-            cfs("cpu,cpuacct/a", 300_000) | {"unified/a/cpu.max": "200000 100000"},
-            2,
-        ),
-        ("0::/a\n", V2.replace("/sys/fs/cgroup", r"/sys/fs/cgroup/a\040b"), {"a b/a/cpu.max": "100000 100000"}, 1),
-        ("0::/\n", V2, {"cpu.max": "rubbish"}, None),
-        ("rubbish\n", "rubbish\n - \n", {}, None),
-    ],
-)
-def test_quota(tmp_path, cgroup, mounts, limits, expected):
-    assert threads.quota(machine(tmp_path, cgroup, mounts, limits)) == expected
-
-
-def test_quota_without_proc(tmp_path):
-    assert threads.quota(tmp_path) is None
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from commands import FAST, MODEL, failing, run
+from transformers import Trainer
 
 from andromeda import training
 from andromeda.data.packed import PackedDataset
@@ -44,17 +45,17 @@ def test_rows_without_checksums_are_said(rows, trained, tmp_path, capsys):
 def test_train_resumes_with_the_options_it_was_started_with(rows, tmp_path, capsys, monkeypatch, trained):
     """Ctrl-C in the third step; the continued run ends with the weights of the uninterrupted one."""
     folder = tmp_path / "run"
-    original = training.collate
-    batches = []
+    original = Trainer.training_step
+    steps = []
 
-    def interrupting(batch):
-        batches.append(1)
-        if len(batches) == 3:
+    def interrupting(*arguments, **options):
+        steps.append(1)
+        if len(steps) == 3:
             signal.raise_signal(signal.SIGINT)
-        return original(batch)
+        return original(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "collate", interrupting)
+        patch.setattr(Trainer, "training_step", interrupting)
         code = run("train", rows, "--out", folder, "--steps", "6", "--save-every", "2", *FAST)
     assert code == 130
     said = capsys.readouterr().err
