@@ -50,9 +50,9 @@ def _seed():
 @pytest.fixture(autouse=True)
 def _no_plans():
     """Tests change what a plan depends on: the extension, the devices of a backend."""
-    _select._plans.clear()
+    _select.plans.clear()
     yield
-    _select._plans.clear()
+    _select.plans.clear()
 
 
 @pytest.fixture
@@ -66,8 +66,8 @@ def emulated(request, monkeypatch):
     monkeypatch.setattr(_select, "extension", EmulatedExtension(emulator))
     monkeypatch.setattr(_select, "cuda_unavailable", lambda device: [])
     # A kernel that does not leave its semaphores zero must not spoil other tests.
-    monkeypatch.setattr(_persistent, "_semaphores", {})
-    monkeypatch.setattr(_persistent, "_free", {})
+    monkeypatch.setattr(_persistent, "taken_semaphores", {})
+    monkeypatch.setattr(_persistent, "free_semaphores", {})
     # Tables of exactly the rows that a call needs: what is read beside them is outside of the buffer.
     monkeypatch.setattr(_rotary, "window", lambda first, end: (first, end))
     monkeypatch.setattr(_select, "DEVICE_TYPES", {"cuda": "cpu", "triton": "no device", "cpu": "no device"})

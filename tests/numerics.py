@@ -135,7 +135,7 @@ def gradient_magnitudes(dout, q, k, v, out, softmax_lse, *, softmax_scale, weigh
     weight: this weight for each visible pair instead of that of the softmax.
     """
     num_kv_heads = k.shape[2]
-    logits, hidden = reference._logits(q, k, softmax_scale=softmax_scale, **{"first_query": None, **options})
+    logits, hidden = reference.masked_logits(q, k, softmax_scale=softmax_scale, **{"first_query": None, **options})
     weights = (logits - softmax_lse.unflatten(1, (num_kv_heads, -1))[..., None]).exp()
     weights = (weights if weight is None else torch.full_like(weights, weight)).masked_fill(hidden, 0)
     dout, q, k, v, out = (t.abs() for t in (dout, q, k, v, out))

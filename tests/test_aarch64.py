@@ -95,7 +95,7 @@ def run_kernel(driver, folder, name, **arguments):
     Tensors lie in one memory with NaN in between, which must not reach the results, nor change.
     """
     assert arguments.pop("stream", 0) == 0
-    assert [arguments.pop(name, None) for name in ("workspace", "semaphores")] == [None, None]  # of CUDA calls
+    assert [arguments.pop(name, None) for name in ("partials", "semaphores")] == [None, None]  # of CUDA calls
     arguments.update(num_threads=2, dtype=DTYPES.index(arguments["q"].dtype))
     call, memory, places = [name], bytearray(NAN * LINE), {}
     for argument, value in arguments.items():

@@ -171,10 +171,10 @@ def logit_range(inputs, lse, softmax_scale):
     options = {"alibi_slopes": None, "key_start": None, "first_query": None, "logit_bound": None, **inputs.options}
     options.pop("logit_bound")
     q, k = inputs.q.double(), inputs.k.double()
-    logits, hidden = reference._logits(q, k, softmax_scale=softmax_scale, **options)
-    scores, _ = reference._logits(q, k, softmax_scale=softmax_scale, **{**options, "alibi_slopes": None})
+    logits, hidden = reference.masked_logits(q, k, softmax_scale=softmax_scale, **options)
+    scores, _ = reference.masked_logits(q, k, softmax_scale=softmax_scale, **{**options, "alibi_slopes": None})
     carries = (logits > lse.unflatten(1, (k.shape[2], -1))[..., None] + math.log(NEGLIGIBLE)) & ~hidden
-    terms, _ = reference._logits(
+    terms, _ = reference.masked_logits(
         q.abs(), k.abs(), softmax_scale=abs(softmax_scale), **{**options, "alibi_slopes": None}
     )
     row = lse.unflatten(1, (k.shape[2], -1))[..., None].abs()
@@ -186,7 +186,7 @@ def seen_keys(inputs):
     """How many rows of k some query sees."""
     options = {"key_start": None, **inputs.options, "alibi_slopes": None, "softmax_scale": 1.0, "first_query": None}
     options.pop("logit_bound", None)
-    _, hidden = reference._logits(inputs.q, inputs.k, **options)
+    _, hidden = reference.masked_logits(inputs.q, inputs.k, **options)
     return int((~hidden[:, :, 0]).any(-2).sum())  # of each key head
 
 
@@ -278,7 +278,7 @@ SPLIT_CASES = [
 def check_splits(case, num_splits, device, monkeypatch):
     """The forward pass of that kernel, with keys enough for a step of 64 in each share, and its results."""
     inputs = make(dataclasses.replace(case, seqlen_k=max(64 * num_splits - 27, 100)), device)
-    monkeypatch.setattr(op, "_NUM_SPLITS", num_splits)
+    monkeypatch.setattr(op, "num_splits", num_splits)
     options = {**inputs.options, "return_lse": True, "backend": "cuda"}
     with numerics.nan_filled():
         results = out, lse = attention(*inputs.tensors(), **options)
@@ -358,7 +358,7 @@ def test_float64_takes_the_reference(causal, device):
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_reference_in_blocks_of_queries(causal, device, monkeypatch):
-    monkeypatch.setattr(op, "_REFERENCE_BLOCK_LOGITS", 2000)  # a few rows at a time
+    monkeypatch.setattr(op, "reference_block_logits", 2000)  # a few rows at a time
     check(make(Case(seqlen_q=70, seqlen_k=50, causal=causal, mask="documents"), device), "reference")
     check(make(Case(seqlen_q=50, seqlen_k=70, causal=causal, mask="padding"), device), "reference")
 
@@ -868,7 +868,7 @@ def visible_pairs(inputs):
     """(batch, num_heads, seqlen_q, seqlen_k): which keys each query sees."""
     masks = {"causal": inputs.options["causal"], "key_start": inputs.options.get("key_start")}
     zeros = (torch.zeros_like(t) for t in (inputs.q, inputs.k))
-    _, hidden = reference._logits(*zeros, softmax_scale=1.0, alibi_slopes=None, first_query=None, **masks)
+    _, hidden = reference.masked_logits(*zeros, softmax_scale=1.0, alibi_slopes=None, first_query=None, **masks)
     return ~hidden.flatten(1, 2)
 
 
@@ -1113,7 +1113,7 @@ def test_opcheck(layout, backend, device):
     require(backend, *inputs.tensors(), **inputs.options)
     arguments = operator_arguments(inputs, backend)
     torch.library.opcheck(op.FORWARD, arguments)
-    torch.library.opcheck(op.BACKWARD, (inputs.dout, *arguments[:3], *op.FORWARD(*arguments), *arguments[3:]))
+    torch.library.opcheck(op.BACKWARD, (inputs.dout, *op.FORWARD(*arguments), *arguments))
 
 
 def test_compiles_into_one_graph(backend, device):

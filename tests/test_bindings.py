@@ -28,7 +28,7 @@ def attention_call(batch=2, seqlen_q=3, seqlen_k=5, num_heads=4, num_kv_heads=2,
         "causal": False,
         "softmax_scale": 0.25,
         "num_threads": 1,
-        "workspace": None,
+        "partials": None,
         "semaphores": None,
         "stream": 0,
     }

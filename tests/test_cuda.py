@@ -373,7 +373,7 @@ def test_a_capture_may_be_the_first_to_need_a_table(device):
     for number in range(1, 4):
         far = 2**20 * number
         graph, results, _ = capture(first(iter((0, 0, far))))
-        kept = [table.data_ptr() for entries in _persistent._entries.values() for table in entries.values()]
+        kept = [table.data_ptr() for entries in _persistent.entries.values() for table in entries.values()]
         assert private_pools_at(kept) == []
         graph.replay()
         assert_same(results, call(far), f"position {far}")
@@ -690,7 +690,7 @@ def test_kernels_are_the_default(subject, device, monkeypatch):
         return chosen[-1]
 
     monkeypatch.setattr(_select, "choose", watched)
-    _select._plans.clear()  # what was chosen for the calls above
+    _select.plans.clear()  # what was chosen for the calls above
     assert_same(subject.call(*tensors), expected, subject)
     assert set(chosen) == {"cuda"}
 
@@ -698,14 +698,14 @@ def test_kernels_are_the_default(subject, device, monkeypatch):
 def test_unsupported_gpu_is_named(device, monkeypatch):
     tensors = draw_attention(30, 30, device, 0)[:3]
     expected = attention(*tensors, causal=True, backend="reference")
-    _select.cuda_unavailable.cache_clear()
+    _select.lasting_answers.clear()
     try:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
         with pytest.raises(NotImplementedError, match=r"compute capability 7\.5 \(built for "):
             attention(*tensors, causal=True, backend="cuda")
         assert_same((attention(*tensors, causal=True),), (expected,), "the fallback")
     finally:
-        _select.cuda_unavailable.cache_clear()
+        _select.lasting_answers.clear()
 
 
 # ---- shares of the keys ----------------------------------------------------------------------------------------------

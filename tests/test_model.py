@@ -708,8 +708,8 @@ def compiled_of(name):
 def test_a_fresh_model_compiles_into_one_graph(name, monkeypatch):
     """Before it has run, with no constant of another model at hand; forward and backward."""
     torch.compiler.reset()
-    entries = andromeda.ops._persistent._entries
-    monkeypatch.setattr(andromeda.ops._persistent, "_entries", type(entries)(dict))
+    entries = andromeda.ops._persistent.entries
+    monkeypatch.setattr(andromeda.ops._persistent, "entries", type(entries)(dict))
     model, call = compiled_of(name)
     found = call(torch.compile(model, fullgraph=True, backend="eager"))
     found.backward()

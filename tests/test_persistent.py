@@ -25,9 +25,9 @@ WINDOW = _rotary.window  # the fixture `emulated` has one of its own
 
 @pytest.fixture(autouse=True)
 def nothing_kept(monkeypatch):
-    for name in ("_entries", "_semaphores", "_free"):
+    for name in ("entries", "taken_semaphores", "free_semaphores"):
         monkeypatch.setattr(_persistent, name, type(getattr(_persistent, name))())
-    _persistent._entries.default_factory = dict
+    _persistent.entries.default_factory = dict
 
 
 def ones(size=3):
@@ -92,7 +92,7 @@ def test_of_two_threads_the_first_result_is_kept():
 
 def test_on_the_cpu_the_oldest_make_room():
     kept = [weakref.ref(_persistent.keep("kind", CPU, key, ones())) for key in range(100)]
-    assert sum(entry() is not None for entry in kept) == _persistent._CPU_ENTRIES
+    assert sum(entry() is not None for entry in kept) == _persistent.CPU_ENTRIES
     assert kept[-1]() is not None
 
 
@@ -141,8 +141,8 @@ def test_a_larger_request_leaves_the_smaller_one_to_who_has_it():
 
 def test_many_captures_share_few_allocations(place, monkeypatch):
     made = []
-    apart = _persistent._made_apart
-    monkeypatch.setattr(_persistent, "_made_apart", lambda *arguments: made.append(1) or apart(*arguments))
+    apart = _persistent.made_apart
+    monkeypatch.setattr(_persistent, "made_apart", lambda *arguments: made.append(1) or apart(*arguments))
     for capture in range(60):
         place(capture=capture)
         _persistent.semaphores(CPU, 200, 1)
@@ -230,9 +230,9 @@ def test_on_a_gpu_nothing_is_ever_freed(streams):
 
 
 IMPLEMENTATIONS = {
-    operator: implementation
+    operator: (implementation, module.Call)
     for module in (attention_op, rotary_op, shift_op)
-    for operator, implementation in ((module.FORWARD, module._forward), (module.BACKWARD, module._backward))
+    for operator, implementation in ((module.FORWARD, module.forward), (module.BACKWARD, module.backward))
 }
 
 
@@ -250,8 +250,10 @@ class PrivatePool(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.names.append(function.name())
         if function in IMPLEMENTATIONS:
+            implementation, record = IMPLEMENTATIONS[function]
+            leading = len(args) - len(record._fields)
             with self:
-                results = IMPLEMENTATIONS[function](*args, **(kwargs or {}))
+                results = implementation(*args[:leading], record(*args[leading:]))
         else:
             results = function(*args, **(kwargs or {}))
         given = {storage_of(tensor).cdata for tensor in tensors_in((args, kwargs))}
@@ -328,7 +330,7 @@ def test_operators_leave_nothing_in_a_pool(name, capture, emulated, monkeypatch)
     seqlen_q, seqlen_k, call = CALLS[name]
     q, k = operands(seqlen_q, seqlen_k)
     expected = call(q, k)
-    for kept in (_persistent._entries, _persistent._semaphores, _select._plans):
+    for kept in (_persistent.entries, _persistent.taken_semaphores, _select.plans):
         kept.clear()
     emulated.settings.capture = capture
     monkeypatch.setattr(_select, "capture_id", lambda device: capture)
@@ -338,7 +340,7 @@ def test_operators_leave_nothing_in_a_pool(name, capture, emulated, monkeypatch)
     for out, other in zip(tensors_in(outs), tensors_in(expected), strict=True):
         assert torch.equal(out, other)
     if "splits" in name:
-        assert [place[2] for place in _persistent._semaphores] == [capture]
+        assert [place[2] for place in _persistent.taken_semaphores] == [capture]
 
 
 def test_a_captured_step_holds_kernels_of_this_library_alone(emulated, monkeypatch):

@@ -622,7 +622,7 @@ def test_tables_serve_every_mode(backend, tensors_for):
     """Tables made under inference mode, a fake mode, func.grad or another default device serve an ordinary call."""
     q, k, *_ = tensors_for(PLAIN)
     options = {"rotary_dim": 32, "xpos": True, "backend": backend}
-    module._cached_tables.cache_clear()
+    module.cached_tables.cache_clear()
     with torch.inference_mode():
         qk_norm_rotary(q, k, position=100, **options)
     with FakeTensorMode() as mode:
@@ -646,15 +646,15 @@ def tables_made(device, count):
 
 def test_layers_share_the_tables(backend, tensors_for, device):
     q, k, *_ = tensors_for(PLAIN)
-    module._cached_tables.cache_clear()
+    module.cached_tables.cache_clear()
     for _ in range(5):
         qk_norm_rotary(q, k, backend=backend, **PLAIN.options())
-    assert module._cached_tables.cache_info().misses == tables_made(device, 1)
+    assert module.cached_tables.cache_info().misses == tables_made(device, 1)
 
 
 def test_decoding_makes_tables_rarely(backend, tensors_for, device):
     q, k, *_ = tensors_for(Case("", seqlen_q=1, seqlen_k=1))
-    module._cached_tables.cache_clear()
+    module.cached_tables.cache_clear()
     for position in range(900, 1030):
         q_out, k_out = qk_norm_rotary(q, k, rotary_dim=32, xpos=True, position=position, origin=500, backend=backend)
         exact = reference.qk_norm_rotary(
@@ -662,7 +662,7 @@ def test_decoding_makes_tables_rarely(backend, tensors_for, device):
         )
         for out, ref in zip((q_out, k_out), exact, strict=True):
             assert_rows_close(out, ref, torch.float32)
-    assert module._cached_tables.cache_info().misses == tables_made(device, 3)  # positions 896 ..., 960 ..., 1024 ...
+    assert module.cached_tables.cache_info().misses == tables_made(device, 3)  # positions 896 ..., 960 ..., 1024 ...
 
 
 def test_flops_are_counted():

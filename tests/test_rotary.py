@@ -16,8 +16,8 @@ POSITIONS = (0, 1, 2**14 - 1, 2**15, 131_071, 10**6, 10**9, -1, -70_000)
 @pytest.fixture
 def made(monkeypatch):
     """What has been kept since: (kind, rows)."""
-    monkeypatch.setattr(_persistent, "_entries", type(_persistent._entries)(dict))
-    return lambda: sorted((kind, key[1:]) for (kind, _), entries in _persistent._entries.items() for key in entries)
+    monkeypatch.setattr(_persistent, "entries", type(_persistent.entries)(dict))
+    return lambda: sorted((kind, key[1:]) for (kind, _), entries in _persistent.entries.items() for key in entries)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -86,13 +86,14 @@ def pretend(monkeypatch, built_for=("80",), capability=(8, 0), **status):
         cuda_status=lambda index: asked.append(index) or answer,
     )
     monkeypatch.setattr(_select, "extension", extension)
-    monkeypatch.setattr(_select, "_lasting_answers", {})
+    monkeypatch.setattr(_select, "extension_error", None)
+    monkeypatch.setattr(_select, "lasting_answers", {})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     return asked
 
 
 def test_cuda_without_an_extension_or_kernels(monkeypatch):
-    monkeypatch.setattr(_select, "_lasting_answers", {})
+    monkeypatch.setattr(_select, "lasting_answers", {})
     monkeypatch.setattr(_select, "extension", None)
     monkeypatch.setattr(_select, "extension_error", "not built")
     assert _select.cuda_unavailable(torch.device("cuda", 0)) == ["not built"]
@@ -138,16 +139,16 @@ def test_answers_are_kept_per_device(monkeypatch):
 def test_a_forked_child_asks_again(monkeypatch):
     """CUDA does not work in the child of a process that has used it, whatever the parent was told."""
     device = torch.device("cuda", 7)
-    _select._lasting_answers[device] = ["of the parent"]
-    monkeypatch.setitem(_select._plans, "of the parent", ("cuda",))
+    _select.lasting_answers[device] = ["of the parent"]
+    monkeypatch.setitem(_select.plans, "of the parent", ("cuda",))
     try:
         child = os.fork()
         if child == 0:
-            os._exit(len(_select._lasting_answers) + len(_select._plans))
+            os._exit(len(_select.lasting_answers) + len(_select.plans))
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        assert _select._lasting_answers[device] == ["of the parent"]
+        assert _select.lasting_answers[device] == ["of the parent"]
     finally:
-        _select.cuda_unavailable.cache_clear()
+        _select.lasting_answers.clear()
 
 
 def test_report_lists_every_backend_of_every_operation():

@@ -310,7 +310,7 @@ def penalty_value(penalty):
 @pytest.fixture
 def nothing_kept(monkeypatch):
     """No constants of earlier tests: what a test does first makes them."""
-    monkeypatch.setattr(_persistent, "_entries", type(_persistent._entries)(dict))
+    monkeypatch.setattr(_persistent, "entries", type(_persistent.entries)(dict))
 
 
 @flags
@@ -328,7 +328,7 @@ def test_a_fake_call_leaves_nothing_behind(flags, nothing_kept):
         assert type(out) is torch.Tensor
     close(model(TOKENS), expected(TOKENS))
     assert torch.equal(model.generate(TOKENS, 5, temperature=0), expected.generate(TOKENS, 5, temperature=0))
-    for kept in _persistent._entries.values():
+    for kept in _persistent.entries.values():
         assert all(type(tensor) is torch.Tensor for tensor in kept.values())
 
 

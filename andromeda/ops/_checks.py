@@ -8,6 +8,8 @@ import math
 
 import torch
 
+from andromeda.ops._common import dtype_name
+
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -43,10 +45,6 @@ def have_values(*tensors: torch.Tensor) -> bool:
     return True
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def check_tensor(op: str, name: str, tensor: torch.Tensor, axes: tuple[str, ...]) -> None:
     """A tensor with the named axes whose last one is dense."""
     if not isinstance(tensor, torch.Tensor):
@@ -66,11 +64,10 @@ def check_dtypes(op: str, **tensors: torch.Tensor) -> None:
     """One of FLOAT_DTYPES, the same for all."""
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOAT_DTYPES:
-            raise TypeError(
-                f"{op}: {name}.dtype must be one of {', '.join(map(_name, FLOAT_DTYPES))}, got {_name(tensor.dtype)}"
-            )
+            known = ", ".join(map(dtype_name, FLOAT_DTYPES))
+            raise TypeError(f"{op}: {name}.dtype must be one of {known}, got {dtype_name(tensor.dtype)}")
     if len({tensor.dtype for tensor in tensors.values()}) > 1:
-        found = ", ".join(_name(tensor.dtype) for tensor in tensors.values())
+        found = ", ".join(dtype_name(tensor.dtype) for tensor in tensors.values())
         raise TypeError(f"{op}: {', '.join(tensors)} must have one dtype, got {found}; cast them or use torch.autocast")
 
 
@@ -84,12 +81,12 @@ def check_devices(op: str, **tensors: torch.Tensor | None) -> None:
 
 def check_equal_axis(op: str, axis: int, axis_name: str, **tensors: torch.Tensor) -> None:
     """The sizes of one axis equal that of the first tensor."""
-    (first, reference), *others = tensors.items()
+    (first, leader), *others = tensors.items()
     for name, tensor in others:
-        if tensor.shape[axis] != reference.shape[axis]:
+        if tensor.shape[axis] != leader.shape[axis]:
             raise ValueError(
                 f"{op}: {name}.shape[{axis}] ({axis_name}) must equal {first}.shape[{axis}], "
-                f"got {tensor.shape[axis]} and {reference.shape[axis]}"
+                f"got {tensor.shape[axis]} and {leader.shape[axis]}"
             )
 
 
@@ -118,10 +115,11 @@ def check_exact(
             f"got {tuple(tensor.shape)}"
         )
     if tensor.dtype not in dtypes:
-        raise TypeError(f"{op}: {name}.dtype must be {' or '.join(map(_name, dtypes))}, got {_name(tensor.dtype)}")
+        allowed = " or ".join(map(dtype_name, dtypes))
+        raise TypeError(f"{op}: {name}.dtype must be {allowed}, got {dtype_name(tensor.dtype)}")
 
 
-def has_axes(tensor: torch.Tensor, count: int) -> bool:
+def has_axes(tensor: object, count: int) -> bool:
     """Whether it is a tensor of `count` dimensions whose last one is dense."""
     return isinstance(tensor, torch.Tensor) and tensor.ndim == count and tensor.stride(-1) == 1
 
@@ -140,6 +138,12 @@ def is_floating(tensor: torch.Tensor, shape: tuple[int, ...], device: torch.devi
         and is_exact(tensor, shape, tensor.dtype, device)
         and tensor.dtype in FLOAT_DTYPES
     )
+
+
+def check_int(op: str, name: str, value: object) -> None:
+    """An int, or the symbol of one; no bool."""
+    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be an int, got {value!r} ({type(value).__name__})")
 
 
 def check_finite_number(op: str, name: str, value: float) -> float:

@@ -5,6 +5,8 @@ and token by token. Tables cover windows of 2**15 rows, or of twice the rows tha
 so that every call finds its rows in one of them.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from andromeda.ops import _persistent
@@ -32,7 +34,14 @@ def window(first: int, end: int) -> tuple[int, int]:
     return begin, begin + 2 * half
 
 
-def _rows(kind, make, first, end, rotary_dim, device):
+def _rows(
+    kind: str,
+    make: Callable[[int, int, int], torch.Tensor],
+    first: int,
+    end: int,
+    rotary_dim: int,
+    device: torch.device,
+) -> tuple[torch.Tensor, int]:
     begin, stop = window(first, end)
     table = _persistent.keep(
         kind,

@@ -1,15 +1,17 @@
 """How operations behave under torch.func and when gradients are differentiated again.
 
-vmap      The mapped axis is folded into the batch where that gives the same; where tensors without a batch axis are
-          mapped, and where a gradient is a sum over the batch, the slices are computed one after the other.
+vmap      The mapped axis is folded into the batch where that gives the same result. Where tensors without a batch axis
+          are mapped, and where a gradient is a sum over the batch, the slices are computed one after the other.
 tangents  There is no forward mode: a call with tangents is an error.
-twice     The kernels' gradients have no derivative: to ask for it is an error that names backend="reference", whose
+twice     The gradients of kernels have no derivative: asking for it is an error that names backend="reference", whose
           gradients are plain torch. Under `torch.func` and with `create_graph=True` that backend keeps all it computes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 ONLY_BACKWARD = (
     "{op}: forward-mode derivatives (jvp, jacfwd) do not exist; use reverse mode (grad, vjp, jacrev), or "
@@ -21,74 +23,83 @@ ONLY_ONCE = (
 )
 
 
-def refuse_tangents(op: str, tensors) -> None:
-    """Raises where one of the tensors (or None) has a tangent. Every Function would do so, too, without the reason."""
+def refuse_tangents(op: str, tensors: Iterable[Tensor | None]) -> None:
+    """Raises where one of the tensors has a tangent. Every Function would raise, too, but give no reason."""
     for tensor in tensors:
         if tensor is not None and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(ONLY_BACKWARD.format(op=op))
 
 
-def gradients(op: str, backend: str, tensors, kernel: Callable[[], tuple], plain: Callable[[], tuple]) -> tuple:
-    """What the `backward` of a Function returns for the tensors it is about: tensors or None.
+def gradients(
+    op: str,
+    backend: str,
+    tensors: Sequence[Tensor | None],
+    kernel: Callable[[], Sequence[Tensor | None]],
+    plain: Callable[[], Sequence[Tensor | None]],
+) -> tuple[Tensor | None, ...]:
+    """The gradients that the `backward` of a Function returns first.
 
     Args:
-        tensors: all that the gradients depend on; None for what is not given.
+        tensors: all that the gradients depend on; None for a tensor that is not given.
         kernel: computes the gradients by an operator.
         plain: computes them in plain torch, for a backend "reference" whose gradients are differentiated again.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return kernel()
+        return tuple(kernel())
     if backend == "reference":
-        return plain()
+        return tuple(plain())
     with torch.no_grad():
-        results = kernel()
+        results = list(kernel())
     dependencies = [tensor for tensor in tensors if tensor is not None]
-    # Under a transform a tensor does not know whether an outer level follows it.
+    # Under a transform a tensor does not know whether an outer level differentiates it.
     if not torch._C._are_functorch_transforms_active() and not any(t.requires_grad for t in dependencies):
-        return results
+        return tuple(results)
     given = [index for index, result in enumerate(results) if result is not None]
     outputs = _Once.apply(op, len(given), *(results[index] for index in given), *dependencies)
-    results = list(results)
     for index, output in zip(given, outputs, strict=True):
         results[index] = output
     return tuple(results)
 
 
-def given(gradients, tensors) -> tuple:
+def given(gradients: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """The gradients of the tensors that are given, and None for the others."""
     return tuple(None if tensor is None else grad for grad, tensor in zip(gradients, tensors, strict=True))
 
 
 class _Once(torch.autograd.Function):
-    """Gradients as they are; their own derivative is an error. It depends on all that they depend on."""
+    """The identity on gradients, whose derivative is an error. Its further inputs are the tensors they depend on."""
 
     @staticmethod
-    def forward(op, count, *tensors):
+    def forward(op: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
         ctx.op = inputs[0]
 
     @staticmethod
-    def backward(ctx, *_):
+    def backward(ctx: Any, *_: object) -> None:
         raise NotImplementedError(ONLY_ONCE.format(op=ctx.op))
 
     @staticmethod
-    def vmap(info, in_dims, op, count, *tensors):
+    def vmap(info: Any, in_dims: tuple[int | None, ...], op: str, count: int, *tensors: Tensor) -> tuple[Any, Any]:
         return _Once.apply(op, count, *tensors), in_dims[2 : 2 + count]
 
 
-def vmap_rule(function: Callable[..., tuple], rows, sums=()) -> Callable:
+def vmap_rule(
+    function: Callable[..., tuple[Tensor, ...]], rows: Iterable[int], sums: Iterable[int] = ()
+) -> Callable[..., tuple[tuple[Tensor, ...], tuple[int | None, ...]]]:
     """The `vmap` of a Function, or of an operator: (info, in_dims, *args) -> (outputs, out_dims).
 
     function: takes the arguments by position; each output is (batch, ...), or (0,) where there is none.
-    rows: numbers of the arguments that are tensors (batch, ...) or None; other tensors have no batch.
-    sums: numbers of the arguments for which, if they are given, an output is a sum over the batch.
+    rows: places of the arguments that are tensors (batch, ...) or None; other tensors have no batch.
+    sums: places of the arguments for which, if they are given, an output is a sum over the batch.
     """
-    rows = frozenset(rows)
+    rows, sums = frozenset(rows), tuple(sums)
 
-    def rule(info, in_dims, *args):
+    def rule(
+        info: Any, in_dims: tuple[int | None, ...], *args: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
         size = info.batch_size
         mapped = [index for index, dim in enumerate(in_dims) if dim is not None]
         if not rows.issuperset(mapped) or any(args[index] is not None for index in sums):
@@ -98,14 +109,14 @@ def vmap_rule(function: Callable[..., tuple], rows, sums=()) -> Callable:
             ]
             outputs = tuple(torch.stack(parts) for parts in zip(*slices, strict=True))
             return outputs, (0,) * len(outputs)
-        # An argument that is not mapped is repeated; attention's keys are read through the stride of 0 where it can be.
+        # An argument that is not mapped is repeated: by a stride of 0 where that can be, as for attention's keys.
         folded = [
             _fold(arg, in_dims[index], size) if index in rows and arg is not None else arg
             for index, arg in enumerate(args)
         ]
         outputs = function(*folded)
         batch = folded[mapped[0]].shape[0] // size
-        empty = [output.shape == (0,) for output in outputs]  # stands for none, or has no rows
+        empty = [output.shape == (0,) for output in outputs]  # such an output stands for none, or has no rows
         return (
             tuple(o if none else o.unflatten(0, (size, batch)) for o, none in zip(outputs, empty, strict=True)),
             tuple(None if none else 0 for none in empty),
@@ -114,7 +125,7 @@ def vmap_rule(function: Callable[..., tuple], rows, sums=()) -> Callable:
     return rule
 
 
-def _fold(tensor, dim, size):
+def _fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     """(batch, ...) with a mapped axis, or without one (dim None), as (size * batch, ...)."""
     tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
     return tensor.flatten(0, 1)

@@ -1,36 +1,81 @@
 """attention (docs/model.md#5): arguments, backend choice, allocation and gradients. The kernels are elsewhere."""
 
-from typing import NamedTuple
+import math
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
+from torch import Tensor
 
-from andromeda.ops import _checks, _persistent, _select, _transforms
+from andromeda.ops import Backend, _checks, _operator, _persistent, _select, _transforms
+from andromeda.ops._common import cast, compute_dtype, contiguous, with_dense_rows
 from andromeda.reference import attention as reference
+
+NAME = "attention"
 
 _DTYPES = {
     "cpu": (torch.float32, torch.float16, torch.bfloat16),
     "cuda": (torch.float16, torch.bfloat16),  # tensor cores; float32 would lose digits there and takes the reference
 }
-_CUDA_MAX_HEAD_DIM = 128  # kMaxAttentionHeadDim in csrc/include/andromeda/attention.h
-_CUDA_MAX_SEQLEN = 2**31 - 256  # kMaxAttentionSeqlen
-_CUDA_MIN_SOFTMAX_SCALE = 2.0**-60  # kMinSoftmaxScale
-_NUM_SPLITS = 0  # tests: into how many shares the CUDA kernel for few queries cuts the keys; 0: it chooses
-_REFERENCE_BLOCK_LOGITS = 2**24  # the reference holds this many logits at once, 64 MiB of float32
+num_splits = 0  # tests: into how many splits the CUDA kernel for few queries cuts the keys; 0: it chooses
+reference_block_logits = 2**24  # the reference holds at most so many logits at once: 64 MiB of float32
 
 
+@overload
 def attention(
-    q,
-    k,
-    v,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     *,
-    causal=False,
-    softmax_scale=None,
-    alibi_slopes=None,
-    logit_bound=None,
-    key_start=None,
-    return_lse=False,
-    backend=None,
-):
+    causal: bool = ...,
+    softmax_scale: float | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    logit_bound: Tensor | None = ...,
+    key_start: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: Backend | None = ...,
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = ...,
+    softmax_scale: float | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    logit_bound: Tensor | None = ...,
+    key_start: Tensor | None = ...,
+    return_lse: Literal[True],
+    backend: Backend | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = ...,
+    softmax_scale: float | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    logit_bound: Tensor | None = ...,
+    key_start: Tensor | None = ...,
+    return_lse: bool,
+    backend: Backend | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    logit_bound: Tensor | None = None,
+    key_start: Tensor | None = None,
+    return_lse: bool = False,
+    backend: Backend | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention with an optional ALiBi bias (docs/model.md#5).
 
         score = softmax_scale * q @ k^T - alibi_slopes * |i - j|,   out = softmax(score) @ v
@@ -88,57 +133,71 @@ def attention(
     if softmax_scale is None:
         softmax_scale = q.shape[3] ** -0.5
     else:
-        softmax_scale = _checks.check_finite_number("attention", "softmax_scale", softmax_scale)
+        softmax_scale = _checks.check_finite_number(NAME, "softmax_scale", softmax_scale)
     if logit_bound is not None and logit_bound.requires_grad:
         logit_bound = logit_bound.detach()
-    arguments = q, k, v, alibi_slopes, logit_bound, key_start
-    options = bool(causal), softmax_scale, _select.backend_argument("attention", backend)
-    if _select.needs_function("attention", q, k, v):
-        out, softmax_lse = _Attention.apply(*arguments, *options)
-    else:
-        out, softmax_lse = FORWARD(*arguments, *options)
+    backend_argument = _select.backend_argument(NAME, backend)
+    call = Call(q, k, v, alibi_slopes, logit_bound, key_start, bool(causal), softmax_scale, backend_argument)
+    needs_function = _select.needs_function(NAME, q, k, v)
+    out, softmax_lse = _Attention.apply(*call) if needs_function else FORWARD(*call)
     return (out, softmax_lse) if return_lse else out
 
 
 def unsupported(
-    backend, q, k, v, *, softmax_scale=None, alibi_slopes=None, logit_bound=None, key_start=None
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    logit_bound: Tensor | None = None,
+    key_start: Tensor | None = None,
 ) -> list[str]:
     """Why `backend` cannot run `attention` on these (correct) arguments here; empty when it can."""
-    if backend == "reference":
-        return []
-    if backend == "triton":
-        return ["no Triton kernel in this version"]
-    if _select.extension is None:
-        return [_select.extension_error]
-    reasons = []
-    if q.device.type != _select.DEVICE_TYPES[backend]:
-        reasons.append(f"tensors on {q.device}")
-    if q.dtype not in _DTYPES[backend]:
-        reasons.append(f"dtype {_name(q.dtype)} (built for {', '.join(map(_name, _DTYPES[backend]))})")
-    if max(*q.shape, *k.shape) >= 2**31:
-        reasons.append(f"a dimension of q {tuple(q.shape)} or k {tuple(k.shape)} above 2**31 - 1")
+    if (answer := _select.without_compiled_kernels(backend)) is not None:
+        return answer
+    reasons = _select.common_reasons(backend, _DTYPES[backend], q=q, k=k)
     if backend == "cuda":
-        reasons += _select.cuda_unavailable(q.device)
-        if q.shape[3] > _CUDA_MAX_HEAD_DIM:
-            reasons.append(f"head_dim={q.shape[3]} (built for 1 to {_CUDA_MAX_HEAD_DIM})")
+        limits = _select.extension.build_info()
+        if q.shape[3] > (max_head_dim := limits["max_attention_head_dim"]):
+            reasons.append(f"head_dim={q.shape[3]} (built for 1 to {max_head_dim})")
         for name, seqlen in (("seqlen_q", q.shape[1]), ("seqlen_k", k.shape[1])):
-            if seqlen > _CUDA_MAX_SEQLEN:
-                reasons.append(f"{name}={seqlen} (built for up to 2**31 - 256)")
-        if softmax_scale is not None and softmax_scale < _CUDA_MIN_SOFTMAX_SCALE:
-            reasons.append(f"softmax_scale={softmax_scale} (built for at least 2**-60; -q has the opposite scale)")
+            if seqlen > (max_seqlen := limits["max_attention_seqlen"]):
+                reasons.append(f"{name}={seqlen} (built for up to 2**31 - {2**31 - max_seqlen})")
+        if softmax_scale is not None and softmax_scale < (smallest := limits["min_softmax_scale"]):
+            power = f"2**{math.log2(smallest):.0f}"
+            reasons.append(f"softmax_scale={softmax_scale} (built for at least {power}; -q has the opposite scale)")
     return reasons
 
 
-def _name(dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+class Call(NamedTuple):
+    """The arguments of `attention_forward`, in the order of its schema; `attention` has checked them."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    alibi_slopes: Tensor | None
+    logit_bound: Tensor | None
+    key_start: Tensor | None
+    causal: bool
+    softmax_scale: float
+    backend: str
 
 
-def _is_usual(q, k, v, alibi_slopes, logit_bound, key_start) -> bool:
-    """Whether nothing is wrong and nothing to be cast, which most calls learn here in a few microseconds.
+def _is_usual(
+    q: object,
+    k: object,
+    v: object,
+    alibi_slopes: Tensor | None,
+    logit_bound: Tensor | None,
+    key_start: Tensor | None,
+) -> bool:
+    """Whether the call is correct and needs no cast. Most calls are, and this takes a few microseconds.
 
-    What this does not let pass is looked at again by `_checked`, which finds the words for what is wrong.
+    `_checked` looks again at every other call, and says what is wrong with it.
     """
-    if not (isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)):
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         return False
     if not q.ndim == k.ndim == v.ndim == 4:
         return False
@@ -164,38 +223,43 @@ def _is_usual(q, k, v, alibi_slopes, logit_bound, key_start) -> bool:
     )
 
 
-def _is_per_head(tensor, num_heads, device) -> bool:
+def _is_per_head(tensor: Tensor, num_heads: int, device: torch.device) -> bool:
     return _checks.is_exact(tensor, (num_heads,), torch.float32, device)
 
 
-def _checked(q, k, v, alibi_slopes, logit_bound, key_start):
+def _checked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alibi_slopes: Tensor | None,
+    logit_bound: Tensor | None,
+    key_start: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v, cast under autocast.
 
     Raises:
         ValueError, TypeError: see `attention`.
     """
-    _checks.check_tensor("attention", "q", q, ("batch", "seqlen_q", "num_heads", "head_dim"))
-    _checks.check_tensor("attention", "k", k, ("batch", "seqlen_k", "num_kv_heads", "head_dim"))
-    _checks.check_tensor("attention", "v", v, ("batch", "seqlen_k", "num_kv_heads", "head_dim"))
+    _checks.check_tensor(NAME, "q", q, ("batch", "seqlen_q", "num_heads", "head_dim"))
+    _checks.check_tensor(NAME, "k", k, ("batch", "seqlen_k", "num_kv_heads", "head_dim"))
+    _checks.check_tensor(NAME, "v", v, ("batch", "seqlen_k", "num_kv_heads", "head_dim"))
     device = q.device.type
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         q, k, v = (t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (q, k, v))
     batch, seqlen_q, num_heads, _ = q.shape
-    _checks.check_dtypes("attention", q=q, k=k, v=v)
-    _checks.check_equal_axis("attention", 0, "batch", q=q, k=k, v=v)
-    _checks.check_equal_axis("attention", 1, "seqlen_k", k=k, v=v)
-    _checks.check_equal_axis("attention", 2, "num_kv_heads", k=k, v=v)
-    _checks.check_equal_axis("attention", 3, "head_dim", k=k, v=v)
-    _checks.check_heads("attention", q, k)
+    _checks.check_dtypes(NAME, q=q, k=k, v=v)
+    _checks.check_equal_axis(NAME, 0, "batch", q=q, k=k, v=v)
+    _checks.check_equal_axis(NAME, 1, "seqlen_k", k=k, v=v)
+    _checks.check_equal_axis(NAME, 2, "num_kv_heads", k=k, v=v)
+    _checks.check_equal_axis(NAME, 3, "head_dim", k=k, v=v)
+    _checks.check_heads(NAME, q, k)
     for name, tensor in (("alibi_slopes", alibi_slopes), ("logit_bound", logit_bound)):
         if tensor is not None:
-            _checks.check_exact("attention", name, tensor, ("num_heads",), (num_heads,), torch.float32)
+            _checks.check_exact(NAME, name, tensor, ("num_heads",), (num_heads,), torch.float32)
     if key_start is not None:
-        _checks.check_exact("attention", "key_start", key_start, ("batch", "seqlen_q"), (batch, seqlen_q), torch.int32)
-    _checks.check_devices(
-        "attention", q=q, k=k, v=v, alibi_slopes=alibi_slopes, logit_bound=logit_bound, key_start=key_start
-    )
+        _checks.check_exact(NAME, "key_start", key_start, ("batch", "seqlen_q"), (batch, seqlen_q), torch.int32)
+    _checks.check_devices(NAME, q=q, k=k, v=v, alibi_slopes=alibi_slopes, logit_bound=logit_bound, key_start=key_start)
     if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "attention: alibi_slopes must not require a gradient, got requires_grad=True; pass alibi_slopes.detach()"
@@ -203,8 +267,8 @@ def _checked(q, k, v, alibi_slopes, logit_bound, key_start):
     return q, k, v
 
 
-def _check_values(alibi_slopes, key_start) -> None:
-    """Reading values back would stall a GPU, and a traced call has none: this runs inside the operator, on the CPU."""
+def _check_values(alibi_slopes: Tensor | None, key_start: Tensor | None) -> None:
+    """The operator calls this, on the CPU: reading values back would stall a GPU, and a traced call has no values."""
     if alibi_slopes is not None and alibi_slopes.numel() > 0:
         low, high = (value.item() for value in torch.aminmax(alibi_slopes))
         if not (low >= 0 and high < float("inf")):  # NaN fails both
@@ -219,187 +283,182 @@ def _check_values(alibi_slopes, key_start) -> None:
             )
 
 
-def _forward(q, k, v, alibi_slopes, logit_bound, key_start, causal, softmax_scale, backend):
-    if q.is_cpu:
-        _check_values(alibi_slopes, key_start)
-    plan = _plan("forward", backend, q, k, causal, softmax_scale)
-    out, softmax_lse = _fake_forward(q, k, v, alibi_slopes, logit_bound, key_start, causal, softmax_scale, backend)
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """The operator `attention_forward`: out and softmax_lse."""
+    device = call.q.device
+    if device.type == "cpu":
+        _check_values(call.alibi_slopes, call.key_start)
+    plan = _plan("forward", call)
+    out, softmax_lse = _fake_forward(call)
     if plan.is_empty:
         out.zero_()
         softmax_lse.fill_(float("-inf"))
-    elif plan.backend in ("cpu", "cuda"):
-        with _select.device_guard(q.device):
-            _select.extension.attention_forward(
-                **_arguments(q, k, v, alibi_slopes, logit_bound, key_start, out, softmax_lse, causal, softmax_scale),
-                **_resources(plan, q.device),
-            )
+    elif plan.backend == "reference":
+        _reference_forward(call, out, softmax_lse)
     else:
-        _reference_forward(q, k, v, alibi_slopes, key_start, causal, softmax_scale, out, softmax_lse)
+        with _select.device_guard(device):
+            _select.extension.attention_forward(**_tensors(call, out, softmax_lse), **_resources(plan, device))
     return out, softmax_lse
 
 
-def _backward(dout, q, k, v, out, softmax_lse, alibi_slopes, logit_bound, key_start, causal, softmax_scale, backend):
-    plan = _plan("backward", backend, q, k, causal, softmax_scale)
-    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def backward(dout: Tensor, out: Tensor, softmax_lse: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator `attention_backward`: dq, dk and dv."""
+    device = call.q.device
+    plan = _plan("backward", call)
+    dq, dk, dv = gradients = _fake_backward(dout, out, softmax_lse, call)
     if plan.is_empty:
-        for gradient in (dq, dk, dv):
+        for gradient in gradients:
             gradient.zero_()
-    elif plan.backend in ("cpu", "cuda"):
-        with _select.device_guard(q.device):
-            _select.extension.attention_backward(
-                **_arguments(q, k, v, alibi_slopes, logit_bound, key_start, out, softmax_lse, causal, softmax_scale),
-                dout=dout,
-                dq=dq,
-                dk=dk,
-                dv=dv,
-                **_resources(plan, q.device),
-            )
+    elif plan.backend == "reference":
+        _reference_backward(dout, out, softmax_lse, call, gradients)
     else:
-        _reference_backward(dout, q, k, v, out, softmax_lse, alibi_slopes, key_start, causal, softmax_scale, dq, dk, dv)
-    return dq, dk, dv
+        with _select.device_guard(device):
+            _select.extension.attention_backward(
+                **_tensors(call, out, softmax_lse), dout=dout, dq=dq, dk=dk, dv=dv, **_resources(plan, device)
+            )
+    return gradients
 
 
 class Plan(NamedTuple):
-    """What does not depend on the data of a call."""
+    """Everything about a call that does not depend on its data."""
 
     backend: str
     is_empty: bool  # there is nothing to compute
-    num_values: int  # of the workspace, floats
+    num_partials: int  # of the workspace, floats
     num_semaphores: int
-    splits: dict  # the argument num_splits, where a direction has it: what the workspace was made for
+    splits: dict[str, int]  # the argument num_splits, where a direction has it: the one that the workspace is for
 
 
-def _plan(direction, backend, q, k, causal, softmax_scale) -> Plan:
-    """The backend of a call and the memory it works with besides its tensors."""
-    key = direction, backend, q.device, q.dtype, q.shape, k.shape, causal, softmax_scale, _NUM_SPLITS
-    return _select.plan(key, q.device, lambda: _make_plan(*key[:2], q, k, causal, softmax_scale))
+_Direction = Literal["forward", "backward"]
 
 
-def _make_plan(direction, backend, q, k, causal, softmax_scale) -> Plan:
-    backend = _select.choose("attention", backend, lambda name: unsupported(name, q, k, k, softmax_scale=softmax_scale))
+def _plan(direction: _Direction, call: Call) -> Plan:
+    """The backend of a call and the sizes of its workspace."""
+    q, shape_k = call.q, call.k.shape
+    key = direction, call.backend, q.device, q.dtype, q.shape, shape_k, call.causal, call.softmax_scale, num_splits
+    return _select.plan(key, q.device, lambda: _make_plan(direction, call))
+
+
+def _make_plan(direction: _Direction, call: Call) -> Plan:
+    q, k, scale = call.q, call.k, call.softmax_scale
+    backend = _select.choose(NAME, call.backend, lambda name: unsupported(name, q, k, k, softmax_scale=scale))
     is_empty = 0 in (*q.shape, k.shape[1])
     if backend != "cuda" or is_empty:
         return Plan(backend, is_empty, 0, 0, {})
-    splits = {"num_splits": _NUM_SPLITS} if direction == "forward" else {}
     batch, seqlen_q, num_heads, head_dim = q.shape
+    shape = {
+        "batch": batch,
+        "seqlen_q": seqlen_q,
+        "seqlen_k": k.shape[1],
+        "num_heads": num_heads,
+        "num_kv_heads": k.shape[2],
+        "head_dim": head_dim,
+    }
     with _select.device_guard(q.device):
-        sizes = getattr(_select.extension, f"attention_{direction}_workspace")(
-            batch=batch,
-            seqlen_q=seqlen_q,
-            seqlen_k=k.shape[1],
-            num_heads=num_heads,
-            num_kv_heads=k.shape[2],
-            head_dim=head_dim,
-            causal=causal,
-            **splits,
+        if direction == "backward":
+            partials, semaphores = _select.extension.attention_backward_workspace(**shape, causal=call.causal)
+            return Plan(backend, False, partials, semaphores, {})
+        partials, semaphores, splits = _select.extension.attention_forward_workspace(
+            **shape, causal=call.causal, num_splits=num_splits
         )
-    if direction == "forward":
-        splits = {"num_splits": sizes[2]}
-    return Plan(backend, False, *sizes[:2], splits)
+        return Plan(backend, False, partials, semaphores, {"num_splits": splits})
 
 
-def _arguments(q, k, v, alibi_slopes, logit_bound, key_start, out, softmax_lse, causal, softmax_scale):
-    """What both directions hand to a compiled kernel."""
+def _tensors(call: Call, out: Tensor, softmax_lse: Tensor) -> dict[str, Any]:
+    """The arguments that a compiled kernel takes in both directions."""
     return {
-        "q": q,
-        "k": k,
-        "v": v,
-        "alibi_slopes": _dense(alibi_slopes),
-        "logit_bound": _dense(logit_bound),
-        "key_start": _dense(key_start),
+        "q": call.q,
+        "k": call.k,
+        "v": call.v,
+        "alibi_slopes": contiguous(call.alibi_slopes),
+        "logit_bound": contiguous(call.logit_bound),
+        "key_start": contiguous(call.key_start),
         "out": out,
         "softmax_lse": softmax_lse,
-        "causal": causal,
-        "softmax_scale": softmax_scale,
+        "causal": call.causal,
+        "softmax_scale": call.softmax_scale,
     }
 
 
-def _resources(plan, device):
-    """What a compiled kernel works with besides its tensors: threads on the CPU; memory and a stream on a GPU."""
+def _resources(plan: Plan, device: torch.device) -> dict[str, Any]:
+    """The means of a compiled kernel: threads on the CPU; a workspace and a stream on a GPU."""
     stream = _select.current_stream(device)
+    count = plan.num_partials
     return {
         "num_threads": torch.get_num_threads(),
-        "workspace": torch.empty(plan.num_values, dtype=torch.float32, device=device) if plan.num_values else None,
+        "partials": torch.empty(count, dtype=torch.float32, device=device) if count else None,
         "semaphores": _persistent.semaphores(device, plan.num_semaphores, stream),
         "stream": stream,
         **plan.splits,
     }
 
 
-def _dense(tensor):
-    return None if tensor is None else tensor.contiguous()
-
-
-def _fake_forward(q, k, v, alibi_slopes, logit_bound, key_start, causal, softmax_scale, backend):
+def _fake_forward(call: Call) -> tuple[Tensor, Tensor]:
+    q = call.q
     batch, seqlen_q, num_heads, _ = q.shape
-    softmax_lse = q.new_empty((batch, num_heads, seqlen_q), dtype=_accumulator(q.dtype))
+    softmax_lse = q.new_empty((batch, num_heads, seqlen_q), dtype=compute_dtype(q.dtype))
     return torch.empty_like(q, memory_format=torch.contiguous_format), softmax_lse
 
 
-def _fake_backward(
-    dout, q, k, v, out, softmax_lse, alibi_slopes, logit_bound, key_start, causal, softmax_scale, backend
-):
+def _fake_backward(dout: Tensor, out: Tensor, softmax_lse: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = call.q, call.k, call.v
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _query_blocks(q, k, key_start, causal):
+def _query_blocks(call: Call) -> Iterator[tuple[slice, slice, dict[str, Any]]]:
     """Cuts the queries so that the logits of a block fit in memory.
 
-    Yields (queries, keys, options): slices of the two sequence axes, and the arguments of the reference that depend on
-    them.
+    Yields (queries, keys, options): slices of the two sequence axes, and the arguments of the reference.
     """
-    batch, seqlen_q, num_heads, _ = q.shape
-    seqlen_k = k.shape[1]
-    rows = max(1, _REFERENCE_BLOCK_LOGITS // (batch * num_heads * seqlen_k))
-    first_key = seqlen_k - seqlen_q  # the key at the position of the first query
+    batch, seqlen_q, num_heads, _ = call.q.shape
+    seqlen_k = call.k.shape[1]
+    rows = max(1, reference_block_logits // (batch * num_heads * seqlen_k))
+    first_query = seqlen_k - seqlen_q  # its position among the keys
     for start in range(0, seqlen_q, rows):
         stop = min(start + rows, seqlen_q)
-        keys = slice(0, max(0, first_key + stop)) if causal else slice(0, seqlen_k)  # later keys are hidden anyway
-        options = {"first_query": first_key + start}
-        if key_start is not None:
-            options["key_start"] = key_start[:, start:stop]
+        # Under a causal mask the keys after the last query of the block are hidden.
+        keys = slice(0, max(0, first_query + stop) if call.causal else seqlen_k)
+        options = _reference_options(call) | {"first_query": first_query + start}
+        if call.key_start is not None:
+            options["key_start"] = call.key_start[:, start:stop]
         yield slice(start, stop), keys, options
 
 
-def _reference_forward(q, k, v, alibi_slopes, key_start, causal, softmax_scale, out, softmax_lse) -> None:
+def _reference_options(call: Call) -> dict[str, Any]:
+    return {
+        "causal": call.causal,
+        "softmax_scale": call.softmax_scale,
+        "alibi_slopes": call.alibi_slopes,
+        "key_start": call.key_start,
+    }
+
+
+def _reference_forward(call: Call, out: Tensor, softmax_lse: Tensor) -> None:
     dtype = softmax_lse.dtype
     # Inside torch.autocast the products of the reference would be rounded to half precision.
-    with torch.autocast(q.device.type, enabled=False):
-        k, v = k.to(dtype), v.to(dtype)
-        for queries, keys, options in _query_blocks(q, k, key_start, causal):
-            out[:, queries], softmax_lse[:, :, queries] = reference.attention(
-                q[:, queries].to(dtype),
-                k[:, keys],
-                v[:, keys],
-                causal=causal,
-                softmax_scale=softmax_scale,
-                alibi_slopes=alibi_slopes,
-                **options,
-            )
+    with torch.autocast(call.q.device.type, enabled=False):
+        k, v = call.k.to(dtype), call.v.to(dtype)
+        for queries, keys, options in _query_blocks(call):
+            q = call.q[:, queries].to(dtype)
+            out[:, queries], softmax_lse[:, :, queries] = reference.attention(q, k[:, keys], v[:, keys], **options)
 
 
 def _reference_backward(
-    dout, q, k, v, out, softmax_lse, alibi_slopes, key_start, causal, softmax_scale, dq, dk, dv
+    dout: Tensor, out: Tensor, softmax_lse: Tensor, call: Call, gradients: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     dtype = softmax_lse.dtype
-    with torch.autocast(q.device.type, enabled=False):
-        k, v = k.to(dtype), v.to(dtype)
+    dq, dk, dv = gradients
+    with torch.autocast(call.q.device.type, enabled=False):
+        k, v = call.k.to(dtype), call.v.to(dtype)
         dk_sum, dv_sum = torch.zeros_like(k), torch.zeros_like(v)
-        for queries, keys, options in _query_blocks(q, k, key_start, causal):
+        for queries, keys, options in _query_blocks(call):
             dq[:, queries], dk_block, dv_block = reference.attention_backward(
                 dout[:, queries].to(dtype),
-                q[:, queries].to(dtype),
+                call.q[:, queries].to(dtype),
                 k[:, keys],
                 v[:, keys],
                 out[:, queries].to(dtype),
                 softmax_lse[:, :, queries],
-                causal=causal,
-                softmax_scale=softmax_scale,
-                alibi_slopes=alibi_slopes,
                 **options,
             )
             dk_sum[:, keys] += dk_block
@@ -408,105 +467,107 @@ def _reference_backward(
         dv.copy_(dv_sum)
 
 
-def _plain_backward(dout, q, k, v, alibi_slopes, logit_bound, key_start, causal, softmax_scale, backend):
+def _plain_backward(dout: Tensor, call: Call) -> tuple[Tensor, ...]:
     """dq, dk and dv by operations that torch can differentiate again. Holds all scores at once."""
-    options = {
-        "causal": causal,
-        "softmax_scale": softmax_scale,
-        "alibi_slopes": alibi_slopes,
-        "key_start": key_start,
-    }
-    with torch.autocast(q.device.type, enabled=False):
-        wide = [tensor.to(_accumulator(q.dtype)) for tensor in (dout, q, k, v)]
-        out, softmax_lse = reference.attention(*wide[1:], **options)
-        results = reference.attention_backward(*wide, out, softmax_lse, **options)
-    return tuple(result.to(q.dtype) for result in results)
+    options = _reference_options(call)
+    with torch.autocast(call.q.device.type, enabled=False):
+        dout, q, k, v = (cast(tensor, compute_dtype(call.q.dtype)) for tensor in (dout, call.q, call.k, call.v))
+        out, softmax_lse = reference.attention(q, k, v, **options)
+        results = reference.attention_backward(dout, q, k, v, out, softmax_lse, **options)
+    return tuple(result.to(call.q.dtype) for result in results)
 
 
-def _visible_pairs(q_shape, k_shape, causal) -> int:
-    """Pairs of query and key in one head. A square causal call has half of them, and the diagonal."""
-    seqlen_q, seqlen_k = q_shape[1], k_shape[1]
-    if not causal:
-        return seqlen_q * seqlen_k
+def _visible_pairs(call: Call) -> int:
+    """Pairs of query and key in one head, over all of them. Of a square causal call half are visible, and the diagonal.
+
+    Pairs that `key_start` hides and that windows leave out are counted.
+    """
+    batch, seqlen_q, num_heads, _ = call.q.shape
+    seqlen_k = call.k.shape[1]
+    if not call.causal:
+        return batch * num_heads * seqlen_q * seqlen_k
     rows = min(seqlen_q, seqlen_k)  # rows that see a key: the last one sees all, each one before it sees one less
-    return rows * seqlen_k - rows * (rows - 1) // 2
+    return batch * num_heads * (rows * seqlen_k - rows * (rows - 1) // 2)
 
 
-def _forward_flops(q_shape, k_shape, v_shape, slopes, bound, key_start, causal, *args, out_shape=None, **kwargs) -> int:
-    """Two products of 2 * head_dim operations per visible pair; what `key_start` and windows skip is counted."""
-    batch, _, num_heads, head_dim = q_shape
-    return 4 * batch * num_heads * head_dim * _visible_pairs(q_shape, k_shape, causal)
+def _forward_flops(call: Call) -> int:
+    """Two products of 2 * head_dim operations per visible pair."""
+    return 4 * call.q.shape[3] * _visible_pairs(call)
 
 
-def _backward_flops(
-    dout_shape, q_shape, k_shape, v_shape, o_shape, lse_shape, slopes, bound, key_start, causal, *args, **kwargs
-) -> int:
+def _backward_flops(dout: Tensor, out: Tensor, softmax_lse: Tensor, call: Call) -> int:
     """Five products: the scores again, and one for each of the gradients of weights, q, k and v."""
-    batch, _, num_heads, head_dim = q_shape
-    return 10 * batch * num_heads * head_dim * _visible_pairs(q_shape, k_shape, causal)
+    return 10 * call.q.shape[3] * _visible_pairs(call)
 
 
-_TENSORS = "Tensor q, Tensor k, Tensor v"
-_OPTIONS = "Tensor? alibi_slopes, Tensor? logit_bound, Tensor? key_start, bool causal, float softmax_scale, str backend"
 # The operators themselves, for policies that name them (selective activation checkpointing should save FORWARD).
-FORWARD = _select.define(
-    f"attention_forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
-    implementation=_forward,
+FORWARD = _operator.define(
+    f"attention_forward({_operator.parameters(Call)}) -> (Tensor, Tensor)",
+    Call,
+    implementation=forward,
     fake=_fake_forward,
     flops=_forward_flops,
-    rows=(0, 1, 2, 5),
+    rows=("q", "k", "v", "key_start"),
 )
-BACKWARD = _select.define(
-    f"attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, {_OPTIONS})"
+BACKWARD = _operator.define(
+    f"attention_backward(Tensor dout, Tensor out, Tensor softmax_lse, {_operator.parameters(Call)})"
     " -> (Tensor, Tensor, Tensor)",
-    implementation=_backward,
+    Call,
+    implementation=backward,
     fake=_fake_backward,
     flops=_backward_flops,
-    rows=(0, 1, 2, 3, 4, 5, 8),
+    rows=("dout", "out", "softmax_lse", "q", "k", "v", "key_start"),
 )
 
 
 class _Attention(torch.autograd.Function):
-    """The two operators as one differentiable function."""
+    """The two operators as one differentiable function of the fields of a `Call`."""
 
     @staticmethod
-    def forward(q, k, v, alibi_slopes, logit_bound, key_start, causal, softmax_scale, backend):
-        return FORWARD(q, k, v, alibi_slopes, logit_bound, key_start, causal, softmax_scale, backend)
+    @_operator.takes(Call)
+    def forward(*fields: Any) -> Any:
+        return FORWARD(*fields)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        q, k, v, alibi_slopes, logit_bound, key_start, *ctx.options = inputs
-        ctx.save_for_backward(q, k, v, *output, alibi_slopes, logit_bound, key_start)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*output, *inputs[:_NUM_TENSORS])
+        ctx.options = inputs[_NUM_TENSORS:]
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, dout, _):
+    def backward(ctx: Any, dout: Tensor | None, _: object) -> tuple[Tensor | None, ...]:
         if dout is None:
-            return (None,) * 9
-        if dout.stride(-1) != 1:  # the gradient of a sum is one expanded number
-            dout = dout.contiguous()
-        saved = ctx.saved_tensors
+            return _NO_GRADIENTS
+        dense_dout = with_dense_rows(dout)
+        out, softmax_lse, *tensors = ctx.saved_tensors
+        call = Call(*tensors, *ctx.options)
         results = _transforms.gradients(
-            "attention",
-            ctx.options[-1],
-            (dout, *saved[:3]),
-            lambda: BACKWARD(dout, *saved, *ctx.options),
-            lambda: _plain_backward(dout, *saved[:3], *saved[5:], *ctx.options),
+            NAME,
+            call.backend,
+            (dense_dout, call.q, call.k, call.v),
+            lambda: BACKWARD(dense_dout, out, softmax_lse, *call),
+            lambda: _plain_backward(dense_dout, call),
         )
-        return *results, *(None,) * 6
+        return *results, *_NO_GRADIENTS[len(results) :]
 
     @staticmethod
-    def vmap(info, in_dims, *args):
-        return _vmap(info, in_dims, *args)
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *fields: Any) -> tuple[Any, Any]:
+        return _vmap(info, in_dims, *fields)
 
 
-def _vmap(info, in_dims, q, k, v, alibi_slopes, logit_bound, *args):
-    """Of promises for each of the mapped calls the largest holds for all."""
-    if in_dims[4] is not None:
-        logit_bound = logit_bound.amax(in_dims[4])
-        in_dims = (*in_dims[:4], None, *in_dims[5:])
-    return _fold(info, in_dims, q, k, v, alibi_slopes, logit_bound, *args)
+_NUM_TENSORS = _operator.num_tensors(Call)
+_NO_GRADIENTS = (None,) * len(Call._fields)
+_LOGIT_BOUND = Call._fields.index("logit_bound")
+_fold = _transforms.vmap_rule(_Attention.apply, rows=_operator.indices(Call, "q", "k", "v", "key_start"))
 
 
-_fold = _transforms.vmap_rule(_Attention.apply, rows=(0, 1, 2, 5))
+def _vmap(info: Any, in_dims: tuple[int | None, ...], *fields: Any) -> tuple[Any, Any]:
+    """Each of the mapped calls makes a promise; the largest holds for all."""
+    mapped = in_dims[_LOGIT_BOUND]
+    if mapped is not None:
+        call = Call(*fields)
+        assert call.logit_bound is not None  # it has an axis
+        fields = call._replace(logit_bound=call.logit_bound.amax(mapped))
+        in_dims = (*in_dims[:_LOGIT_BOUND], None, *in_dims[_LOGIT_BOUND + 1 :])
+    return _fold(info, in_dims, *fields)

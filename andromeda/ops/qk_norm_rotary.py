@@ -2,44 +2,48 @@
 
 import functools
 import math
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from andromeda.ops import _checks, _rotary, _select, _transforms
+from andromeda.ops import Backend, _checks, _operator, _rotary, _select, _transforms
+from andromeda.ops._common import cast, compute_dtype, contiguous, dtype_name, with_dense_rows
 from andromeda.reference import qk_norm_rotary as reference
 
 NAME = "qk_norm_rotary"
 
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that compiled kernels take
+
 # Both operands are stored with their xPos factors. A factor above 2 ** limit leaves too little room for the values.
 _FACTOR_LIMIT_LOG2 = {torch.float16: 8, torch.bfloat16: 100, torch.float32: 100, torch.float64: 900}
-# The fastest growing factor is that of pair 0, zeta_0 = 0.4 / 1.4: log2(3.5) bits every 512 positions.
+# The factor of pair 0 grows fastest, zeta_0 = 0.4 / 1.4: log2(3.5) bits every 512 positions.
 _LOG2_PER_POSITION = math.log2(3.5) / 512
 _FACTOR_REACH = {dtype: math.floor(limit / _LOG2_PER_POSITION) for dtype, limit in _FACTOR_LIMIT_LOG2.items()}
 
-_CUDA_MAX_HEAD_DIM = 512  # kMaxHeadDim in csrc/cuda/qk_norm_rotary.cuh
-_CUDA_MAX_SEQLEN = 2**31 - 256  # kMaxSeqlen
-
-# Gradients of scales are summed over runs of tokens first, then over the runs. Their number depends on shapes alone, so
-# the result depends on neither threads nor timing. Enough of them to fill the machine, and tokens to pay for each.
+# The gradients of the scales are summed over runs of tokens first, then over the runs. Their number depends on shapes
+# alone, so the result depends on neither threads nor timing. There are enough runs to fill the machine, and each is
+# long enough to pay for its partial sum.
 _MAX_CPU_PARTIALS = 64
 _MIN_TOKENS_PER_PARTIAL = 16
 
-_TABLE_BLOCK = 64  # the CPU's tables hold whole blocks of positions: token by token, every 64th call makes new ones
+# The CPU's tables hold whole blocks of positions: generation token by token makes new ones at every 64th call only.
+_TABLE_BLOCK = 64
 
 
 def qk_norm_rotary(
-    q,
-    k,
+    q: Tensor,
+    k: Tensor,
     *,
-    q_scale=None,
-    k_scale=None,
-    normalize=True,
-    rotary_dim=0,
-    xpos=False,
-    position=0,
-    origin=None,
-    backend=None,
-):
+    q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    normalize: bool = True,
+    rotary_dim: int = 0,
+    xpos: bool = False,
+    position: int = 0,
+    origin: int | None = None,
+    backend: Backend | None = None,
+) -> tuple[Tensor, Tensor]:
     """Normalise, scale and rotate the rows of q and k (docs/model.md#5.2, #5.3).
 
         x = x / max(||x||, 1e-12)                       over head_dim, when `normalize`
@@ -83,40 +87,49 @@ def qk_norm_rotary(
         origin = reference.default_origin(q.shape[1], k.shape[1], position)
     if xpos:
         _check_factors(q.dtype, q.shape[1], position + k.shape[1], origin)
-    compute_dtype = _compute_dtype(q)
-    tensors = q, k, _to(compute_dtype, q_scale), _to(compute_dtype, k_scale)
-    options = normalize, rotary_dim, xpos, position, origin, _select.backend_argument(NAME, backend)
-    if _select.needs_function(NAME, *tensors):
-        return _QkNormRotary.apply(*tensors, *options)
-    return FORWARD(*tensors, *options)
+    dtype = compute_dtype(q.dtype)
+    q_scale, k_scale = cast(q_scale, dtype), cast(k_scale, dtype)
+    backend_argument = _select.backend_argument(NAME, backend)
+    call = Call(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin, backend_argument)
+    needs_function = _select.needs_function(NAME, q, k, q_scale, k_scale)
+    return _QkNormRotary.apply(*call) if needs_function else FORWARD(*call)
 
 
-def unsupported(backend, q, k) -> list[str]:
+def unsupported(backend: str, q: Tensor, k: Tensor) -> list[str]:
     """Why `backend` cannot run `qk_norm_rotary` on these (correct) arguments here; empty when it can."""
-    if backend == "reference":
-        return []
-    if backend == "triton":
-        return ["no Triton kernel in this version"]
-    if _select.extension is None:
-        return [_select.extension_error]
-    reasons = []
-    if q.device.type != _select.DEVICE_TYPES[backend]:
-        reasons.append(f"tensors on {q.device}")
-    if q.dtype == torch.float64:
-        reasons.append("dtype float64 (built for float32, float16, bfloat16)")
-    if max(*q.shape, *k.shape) >= 2**31:
-        reasons.append(f"a dimension of q {tuple(q.shape)} or k {tuple(k.shape)} above 2**31 - 1")
+    if (answer := _select.without_compiled_kernels(backend)) is not None:
+        return answer
+    reasons = _select.common_reasons(backend, _DTYPES, q=q, k=k)
     if backend == "cuda":
-        reasons += _select.cuda_unavailable(q.device)
-        if q.shape[3] % 2 != 0 or q.shape[3] > _CUDA_MAX_HEAD_DIM:
-            reasons.append(f"head_dim={q.shape[3]} (built for even ones up to {_CUDA_MAX_HEAD_DIM})")
-        if (seqlen := max(q.shape[1], k.shape[1])) > _CUDA_MAX_SEQLEN:
-            reasons.append(f"seqlen={seqlen} (built for up to 2**31 - 256)")
+        limits = _select.extension.build_info()
+        max_head_dim, max_seqlen = limits["max_rotary_head_dim"], limits["max_rotary_seqlen"]
+        if q.shape[3] % 2 != 0 or q.shape[3] > max_head_dim:
+            reasons.append(f"head_dim={q.shape[3]} (built for even ones up to {max_head_dim})")
+        if (seqlen := max(q.shape[1], k.shape[1])) > max_seqlen:
+            reasons.append(f"seqlen={seqlen} (built for up to 2**31 - {2**31 - max_seqlen})")
     return reasons
 
 
-def _promote(q, k):
-    """Under autocast, operands of different dtypes take the autocast dtype; float64 is never rounded."""
+class Call(NamedTuple):
+    """The arguments of `qk_norm_rotary_forward`, in the order of its schema; `qk_norm_rotary` has checked them."""
+
+    q: Tensor
+    k: Tensor
+    q_scale: Tensor | None
+    k_scale: Tensor | None
+    normalize: bool
+    rotary_dim: int
+    xpos: bool
+    position: _operator.SymInt
+    origin: _operator.SymInt
+    backend: str
+
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # dq, dk, dq_scale, dk_scale
+
+
+def _promote(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Under autocast, operands of different dtypes are cast to the autocast dtype; float64 is never rounded."""
     device = q.device.type
     if q.dtype != k.dtype and device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -124,10 +137,20 @@ def _promote(q, k):
     return q, k
 
 
-def _is_usual(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin) -> bool:
-    """Whether nothing is wrong and nothing to be cast, which most calls learn here in a few microseconds.
+def _is_usual(
+    q: Tensor,
+    k: Tensor,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    normalize: bool,
+    rotary_dim: int,
+    xpos: bool,
+    position: int,
+    origin: int | None,
+) -> bool:
+    """Whether the call is correct and needs no cast. Most calls are, and this takes a few microseconds.
 
-    What this does not let pass is looked at again by `_checked`, which finds the words for what is wrong.
+    `_checked` looks again at every other call, and says what is wrong with it.
     """
     if not (_checks.has_axes(q, 4) and _checks.has_axes(k, 4)):
         return False
@@ -151,7 +174,17 @@ def _is_usual(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, ori
     )
 
 
-def _checked(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin):
+def _checked(
+    q: Tensor,
+    k: Tensor,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    normalize: bool,
+    rotary_dim: int,
+    xpos: bool,
+    position: int,
+    origin: int | None,
+) -> tuple[Tensor, Tensor]:
     """q and k, cast under autocast.
 
     Raises:
@@ -174,8 +207,8 @@ def _checked(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, orig
         if not isinstance(flag, bool):
             raise TypeError(f"{NAME}: {name} must be True or False, got {flag!r}")
     for name, value in (("rotary_dim", rotary_dim), ("position", position), ("origin", origin)):
-        if not _is_integer(value) and not (name == "origin" and value is None):
-            raise TypeError(f"{NAME}: {name} must be an int, got {value!r} ({type(value).__name__})")
+        if not (name == "origin" and value is None):
+            _checks.check_int(NAME, name, value)
     if rotary_dim % 2 != 0 or not 0 <= rotary_dim <= head_dim:
         raise ValueError(f"{NAME}: rotary_dim must be even and between 0 and head_dim={head_dim}, got {rotary_dim}")
     if xpos and rotary_dim == 0:
@@ -183,156 +216,155 @@ def _checked(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, orig
     return q, k
 
 
-def _is_integer(value) -> bool:
-    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
-
-
-def _check_factors(dtype, seqlen_q, end, origin) -> None:
-    """The largest factors are those of the first query and of the last key, at `end - 1`. Small ones underflow without
-    harm: the last query sits at the last key, so no query's factor is smaller than the inverse of the largest one."""
+def _check_factors(dtype: torch.dtype, seqlen_q: int, end: int, origin: int) -> None:
+    """The first query and the last key, at `end - 1`, have the largest factors. Small factors underflow without harm:
+    the last query sits at the last key, so no factor of a query is smaller than the inverse of the largest one."""
     limit, reach = _FACTOR_LIMIT_LOG2[dtype], _FACTOR_REACH[dtype]
     first_query = end - seqlen_q
     if end - 1 - origin > reach or origin - first_query > reach:
         raise ValueError(
             f"{NAME}: origin must be at most {reach} positions after the first query and before the last key, where "
-            f"xPos factors reach 2**{limit} ({str(dtype).removeprefix('torch.')}), got origin {origin}, first query "
+            f"xPos factors reach 2**{limit} ({dtype_name(dtype)}), got origin {origin}, first query "
             f"{first_query}, last key {end - 1}; process the queries in segments, each with its own origin"
         )
 
 
-def _compute_dtype(x) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _forward(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin, backend):
-    backend, rotation, _ = _plan(backend, q, k, rotary_dim, xpos, position, origin)
-    q_out, k_out = _fake_forward(q, k)
-    if backend == "reference":
-        dtype = _compute_dtype(q)
-        q_table, k_table = _whole_tables(q, k, rotary_dim, xpos, position, origin)
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """The operator `qk_norm_rotary_forward`: q and k transformed."""
+    plan = _plan(call)
+    q, k, q_scale, k_scale, normalize, *_ = call
+    q_out, k_out = _fake_forward(call)
+    if plan.backend == "reference":
+        dtype = compute_dtype(q.dtype)
+        q_table, k_table = _whole_tables(call)
         q_out.copy_(reference.transform(q.to(dtype), q_scale, q_table, normalize))
         k_out.copy_(reference.transform(k.to(dtype), k_scale, k_table, normalize))
     else:
         with _select.device_guard(q.device):
-            _select.extension.qk_norm_rotary_forward(
-                q=q,
-                k=k,
-                q_scale=_dense(q_scale),
-                k_scale=_dense(k_scale),
-                **(rotation or _host_rotation(q, k, rotary_dim, xpos, position, origin)),
-                q_out=q_out,
-                k_out=k_out,
-                normalize=normalize,
-                num_threads=torch.get_num_threads(),
-                stream=_select.current_stream(q.device),
-            )
+            _select.extension.qk_norm_rotary_forward(**_arguments(call, plan), q_out=q_out, k_out=k_out)
     return q_out, k_out
 
 
-def _backward(dq_out, dk_out, q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin, backend):
-    backend, rotation, num_partials = _plan(backend, q, k, rotary_dim, xpos, position, origin)
-    dq, dk, dq_scale, dk_scale = _fake_backward(dq_out, dk_out, q, k, q_scale, k_scale)
-    if backend == "reference":
-        tables = _whole_tables(q, k, rotary_dim, xpos, position, origin)
-        exact = _exact_gradients(dq_out, dk_out, q, k, q_scale, k_scale, normalize, tables)
-        for gradient, result in zip((dq, dk, dq_scale, dk_scale), exact, strict=True):
+def backward(dq_out: Tensor, dk_out: Tensor, call: Call) -> Gradients:
+    """The operator `qk_norm_rotary_backward`. The gradient of a scale that is not given is an empty tensor."""
+    plan = _plan(call)
+    dq, dk, dq_scale, dk_scale = gradients = _fake_backward(dq_out, dk_out, call)
+    if plan.backend == "reference":
+        exact = _exact_gradients(dq_out, dk_out, call, _whole_tables(call))
+        for gradient, result in zip(gradients, exact, strict=True):
             if result is not None:
                 gradient.copy_(result)
     else:
         dq_scale_partial, dk_scale_partial = (
-            None if scale is None else scale.new_empty((num_partials, *scale.shape)) for scale in (q_scale, k_scale)
+            None if scale is None else scale.new_empty((plan.num_partials, *scale.shape))
+            for scale in (call.q_scale, call.k_scale)
         )
-        with _select.device_guard(q.device):
+        with _select.device_guard(call.q.device):
             _select.extension.qk_norm_rotary_backward(
-                q=q,
-                k=k,
-                q_scale=_dense(q_scale),
-                k_scale=_dense(k_scale),
-                **(rotation or _host_rotation(q, k, rotary_dim, xpos, position, origin)),
+                **_arguments(call, plan),
                 dq_out=dq_out,
                 dk_out=dk_out,
                 dq=dq,
                 dk=dk,
                 dq_scale_partial=dq_scale_partial,
                 dk_scale_partial=dk_scale_partial,
-                normalize=normalize,
-                num_threads=torch.get_num_threads(),
-                stream=_select.current_stream(q.device),
             )
         for dscale, partial in ((dq_scale, dq_scale_partial), (dk_scale, dk_scale_partial)):
             if partial is not None:
                 torch.sum(partial, dim=0, out=dscale)
-    return dq, dk, dq_scale, dk_scale
+    return gradients
 
 
-def _plain_backward(dq_out, dk_out, q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin, backend):
+def _arguments(call: Call, plan: "Plan") -> dict[str, Any]:
+    """The arguments that a compiled kernel takes in both directions."""
+    return {
+        "q": call.q,
+        "k": call.k,
+        "q_scale": contiguous(call.q_scale),
+        "k_scale": contiguous(call.k_scale),
+        **(plan.rotation or _host_rotation(call)),
+        "normalize": call.normalize,
+        "num_threads": torch.get_num_threads(),
+        "stream": _select.current_stream(call.q.device),
+    }
+
+
+def _plain_backward(dq_out: Tensor, dk_out: Tensor, call: Call) -> tuple[Tensor | None, ...]:
     """The gradients by operations that torch can differentiate again."""
-    tables = reference.rotary_tables(q.shape[1], k.shape[1], rotary_dim, xpos, position, origin, q.device)
-    dq, dk, dq_scale, dk_scale = _exact_gradients(dq_out, dk_out, q, k, q_scale, k_scale, normalize, tables)
+    q, k = call.q, call.k
+    tables = reference.rotary_tables(
+        q.shape[1], k.shape[1], call.rotary_dim, call.xpos, call.position, call.origin, q.device
+    )
+    dq, dk, dq_scale, dk_scale = _exact_gradients(dq_out, dk_out, call, tables)
     return dq.to(q.dtype), dk.to(k.dtype), dq_scale, dk_scale
 
 
-def _exact_gradients(dq_out, dk_out, q, k, q_scale, k_scale, normalize, tables):
-    """Those of q, k and their scales by the reference, in the dtype that is computed in."""
-    dtype = _compute_dtype(q)
+def _exact_gradients(
+    dq_out: Tensor, dk_out: Tensor, call: Call, tables: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The gradients by the reference, in the dtype in which it computes."""
+    q, k, q_scale, k_scale, normalize, *_ = call
+    dtype = compute_dtype(q.dtype)
     dq, dq_scale = reference.transform_backward(dq_out.to(dtype), q.to(dtype), q_scale, tables[0], normalize)
     dk, dk_scale = reference.transform_backward(dk_out.to(dtype), k.to(dtype), k_scale, tables[1], normalize)
     return dq, dk, dq_scale, dk_scale
 
 
-def _plan(backend, q, k, rotary_dim, xpos, position, origin):
-    """The backend of a call, what it rotates by on a GPU, and the number of partial sums for the gradients of scales:
-    all layers of a step share a plan."""
+class Plan(NamedTuple):
+    """Everything about a call that does not depend on its data. All layers of a step share a plan."""
 
-    def make():
-        chosen = _select.choose(NAME, backend, lambda name: unsupported(name, q, k))
-        if chosen == "reference":
-            return chosen, None, 0
-        if chosen != "cuda":
-            return chosen, None, _num_partials(_MAX_CPU_PARTIALS, q, k)
-        rotation = _device_rotation(q.shape[1], k.shape[1], rotary_dim, xpos, position, origin, q.device)
-        with _select.device_guard(q.device):
-            most = _select.extension.qk_norm_rotary_backward_runs(q=q, k=k)
-        return chosen, rotation, _num_partials(most, q, k)
-
-    key = NAME, backend, q.device, q.dtype, q.shape, k.shape, rotary_dim, xpos, position, origin
-    return _select.plan(key, q.device, make)
+    backend: str
+    rotation: dict[str, Any] | None  # the tables of a kernel on a GPU
+    num_partials: int  # partial sums for the gradients of the scales
 
 
-def _num_partials(most, q, k) -> int:
+def _plan(call: Call) -> Plan:
+    q, k = call.q, call.k
+    rotation = call.rotary_dim, call.xpos, call.position, call.origin
+    key = NAME, call.backend, q.device, q.dtype, q.shape, k.shape, rotation
+    return _select.plan(key, q.device, lambda: _make_plan(call))
+
+
+def _make_plan(call: Call) -> Plan:
+    q, k = call.q, call.k
+    backend = _select.choose(NAME, call.backend, lambda name: unsupported(name, q, k))
+    if backend == "reference":
+        return Plan(backend, None, 0)
+    if backend != "cuda":
+        return Plan(backend, None, _num_partials(_MAX_CPU_PARTIALS, q, k))
+    rotation = _device_rotation(call)
+    with _select.device_guard(q.device):
+        most = _select.extension.qk_norm_rotary_backward_runs(q=q, k=k)
+    return Plan(backend, rotation, _num_partials(most, q, k))
+
+
+def _num_partials(most: int, q: Tensor, k: Tensor) -> int:
     return min(most, 1 + q.shape[0] * max(q.shape[1], k.shape[1]) // _MIN_TOKENS_PER_PARTIAL)
 
 
-def _to(dtype, scale):
-    return scale if scale is None or scale.dtype == dtype else scale.to(dtype)
+# The operators make the tables, so the tables are neither saved for the backward pass nor part of a compiled graph, and
+# a table that is kept never meets a fake or a traced tensor.
 
 
-def _dense(tensor):
-    return None if tensor is None else tensor.contiguous()
-
-
-# Tables are made inside the operators: so they are neither saved for the backward pass nor part of a compiled graph,
-# and what is kept never meets a fake or a traced tensor.
-
-
-def _host_rotation(q, k, rotary_dim, xpos, position, origin):
-    """What a kernel of the CPU rotates by: the arguments q_table and k_table of the binding."""
-    if rotary_dim == 0:
+def _host_rotation(call: Call) -> dict[str, Any]:
+    """The tables of a kernel on the CPU: the arguments q_table and k_table of the binding."""
+    if call.rotary_dim == 0:
         return {"q_table": None, "k_table": None}
-    q_table, k_table = _whole_tables(q, k, rotary_dim, xpos, position, origin)
+    q_table, k_table = _whole_tables(call)
     return {"q_table": q_table, "k_table": k_table}
 
 
-def _device_rotation(seqlen_q, seqlen_k, rotary_dim, xpos, position, origin, device):
-    """What a kernel of a GPU rotates by: the arguments q_table ... k_factor_row of the binding."""
+def _device_rotation(call: Call) -> dict[str, Any]:
+    """The tables of a kernel on a GPU: the arguments q_table ... k_factor_row of the binding."""
+    rotary_dim, position, origin, device = call.rotary_dim, call.position, call.origin, call.q.device
     if rotary_dim == 0:
         return {"q_table": None, "k_table": None}
-    end = position + seqlen_k
-    first_query = end - seqlen_q  # the last query sits at the last key
+    end = position + call.k.shape[1]
+    first_query = end - call.q.shape[1]  # the last query sits at the last key
     first = min(position, first_query)
     table, row = _rotary.angles(first, end, rotary_dim, device)
     rotation = {"q_table": table, "k_table": table, "q_row": row + first_query - first, "k_row": row + position - first}
-    if xpos:
+    if call.xpos:
         # The exponent is position - origin for q and origin - position for k.
         lowest = min(first_query - origin, origin - end + 1)
         highest = max(end - 1 - origin, origin - position)
@@ -345,106 +377,114 @@ def _device_rotation(seqlen_q, seqlen_k, rotary_dim, xpos, position, origin, dev
     return rotation
 
 
-def _whole_tables(q, k, rotary_dim, xpos, position, origin):
-    """Tables for q and k with the xPos factors in them, of the dtype that is computed in."""
-    dtype = _compute_dtype(q)
-    end = position + k.shape[1]
-    seqlens = q.shape[1], k.shape[1]
+def _whole_tables(call: Call) -> tuple[Tensor, Tensor]:
+    """Tables for q and k that include the xPos factors, in the dtype in which the reference computes."""
+    q, origin = call.q, call.origin
+    dtype = compute_dtype(q.dtype)
+    seqlen_q, seqlen_k = q.shape[1], call.k.shape[1]
+    end = call.position + seqlen_k
     if q.device.type != "cpu":  # plain torch, which a graph repeats
-        tables = reference.rotary_tables(*seqlens, rotary_dim, xpos, position, origin, q.device)
-        return tuple(table.to(dtype) for table in tables)
-    last = -(-end // _TABLE_BLOCK) * _TABLE_BLOCK
-    # The last position of every table is `last`; what lies after `end` is cut off again.
-    rows = (last - (end - seqlen) // _TABLE_BLOCK * _TABLE_BLOCK for seqlen in seqlens)
-    surplus = last - end
-    return tuple(
-        table[len(table) - surplus - seqlen : len(table) - surplus]
-        for table, seqlen in zip(_cached_tables(*rows, rotary_dim, xpos, last, origin, dtype), seqlens, strict=True)
-    )
+        q_table, k_table = reference.rotary_tables(
+            seqlen_q, seqlen_k, call.rotary_dim, call.xpos, call.position, origin, q.device
+        )
+        return q_table.to(dtype), k_table.to(dtype)
+    last = (
+        -(-end // _TABLE_BLOCK) * _TABLE_BLOCK
+    )  # the last position of every table; rows after `end` are cut off again
+    rows_q, rows_k = (last - (end - seqlen) // _TABLE_BLOCK * _TABLE_BLOCK for seqlen in (seqlen_q, seqlen_k))
+    q_table, k_table = cached_tables(rows_q, rows_k, call.rotary_dim, call.xpos, last, origin, dtype)
+    stop_q, stop_k = rows_q - (last - end), rows_k - (last - end)
+    return q_table[stop_q - seqlen_q : stop_q], k_table[stop_k - seqlen_k : stop_k]
 
 
 @functools.lru_cache(maxsize=16)  # all layers of a forward and backward pass ask for the same few tables
-def _cached_tables(rows_q, rows_k, rotary_dim, xpos, end, origin, dtype):
-    tables = reference.rotary_tables(rows_q, rows_k, rotary_dim, xpos, end - rows_k, origin)
-    return tuple(table.to(dtype) for table in tables)
+def cached_tables(
+    rows_q: int, rows_k: int, rotary_dim: int, xpos: bool, end: int, origin: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    q_table, k_table = reference.rotary_tables(rows_q, rows_k, rotary_dim, xpos, end - rows_k, origin)
+    return q_table.to(dtype), k_table.to(dtype)
 
 
-def _fake_forward(q, k, *args):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
+def _fake_forward(call: Call) -> tuple[Tensor, Tensor]:
+    q_out, k_out = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (call.q, call.k))
+    return q_out, k_out
 
 
-def _fake_backward(dq_out, dk_out, q, k, q_scale, k_scale, *args):
+def _fake_backward(dq_out: Tensor, dk_out: Tensor, call: Call) -> Gradients:
+    q, k = call.q, call.k
     dq_scale, dk_scale = (
-        q.new_empty(0) if scale is None else scale.new_empty(scale.shape) for scale in (q_scale, k_scale)
+        q.new_empty(0) if scale is None else scale.new_empty(scale.shape) for scale in (call.q_scale, call.k_scale)
     )
     return q.new_empty(q.shape), k.new_empty(k.shape), dq_scale, dk_scale
 
 
-def _forward_flops(q_shape, k_shape, q_scale, k_scale, normalize, rotary_dim, *args, **kwargs) -> int:
+def _forward_flops(call: Call) -> int:
     """Per channel: three operations to normalise, one to scale, three to rotate."""
     return sum(
-        math.prod(shape[:3]) * (3 * normalize * shape[3] + (scale is not None) * shape[3] + 3 * rotary_dim)
-        for shape, scale in ((q_shape, q_scale), (k_shape, k_scale))
+        math.prod(x.shape[:3])
+        * (3 * call.normalize * x.shape[3] + (scale is not None) * x.shape[3] + 3 * call.rotary_dim)
+        for x, scale in ((call.q, call.q_scale), (call.k, call.k_scale))
     )
 
 
-def _backward_flops(dq_shape, dk_shape, *args, **kwargs) -> int:
+def _backward_flops(dq_out: Tensor, dk_out: Tensor, call: Call) -> int:
     """The forward pass again, then its transpose."""
-    return 2 * _forward_flops(*args, **kwargs)
+    return 2 * _forward_flops(call)
 
 
-_TENSORS = "Tensor q, Tensor k, Tensor? q_scale, Tensor? k_scale"
-_OPTIONS = "bool normalize, int rotary_dim, bool xpos, SymInt position, SymInt origin, str backend"
 # The operators themselves, for policies that name them.
-FORWARD = _select.define(
-    f"qk_norm_rotary_forward({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor)",
-    implementation=_forward,
+FORWARD = _operator.define(
+    f"qk_norm_rotary_forward({_operator.parameters(Call)}) -> (Tensor, Tensor)",
+    Call,
+    implementation=forward,
     fake=_fake_forward,
     flops=_forward_flops,
-    rows=(0, 1),
+    rows=("q", "k"),
 )
-BACKWARD = _select.define(
-    f"qk_norm_rotary_backward(Tensor dq_out, Tensor dk_out, {_TENSORS}, {_OPTIONS})"
+BACKWARD = _operator.define(
+    f"qk_norm_rotary_backward(Tensor dq_out, Tensor dk_out, {_operator.parameters(Call)})"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    implementation=_backward,
+    Call,
+    implementation=backward,
     fake=_fake_backward,
     flops=_backward_flops,
-    rows=(0, 1, 2, 3),
-    sums=(4, 5),
+    rows=("dq_out", "dk_out", "q", "k"),
+    sums=("q_scale", "k_scale"),
 )
 
 
 class _QkNormRotary(torch.autograd.Function):
-    """The two operators as one differentiable function."""
+    """The two operators as one differentiable function of the fields of a `Call`."""
 
     @staticmethod
-    def forward(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin, backend):
-        return FORWARD(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin, backend)
+    @_operator.takes(Call)
+    def forward(*fields: Any) -> Any:
+        return FORWARD(*fields)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, normalize, rotary_dim, xpos, position, origin, backend = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.options = normalize, rotary_dim, xpos, position, origin, backend
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:_NUM_TENSORS])
+        ctx.options = inputs[_NUM_TENSORS:]
 
     @staticmethod
-    def backward(ctx, dq_out, dk_out):
-        # The gradient of a sum is one expanded number: its last dimension is not dense.
-        douts = (dout if dout.stride(-1) == 1 else dout.contiguous() for dout in (dq_out, dk_out))
-        saved = ctx.saved_tensors
-        tensors = *douts, *saved
+    def backward(ctx: Any, dq_out: Tensor, dk_out: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        call = Call(*tensors, *ctx.options)
+        douts = with_dense_rows(dq_out), with_dense_rows(dk_out)
         results = _transforms.gradients(
             NAME,
-            ctx.options[-1],
-            tensors,
-            lambda: _transforms.given(BACKWARD(*tensors, *ctx.options), saved),
-            lambda: _plain_backward(*tensors, *ctx.options),
+            call.backend,
+            (*douts, *tensors),
+            lambda: _transforms.given(BACKWARD(*douts, *call), tensors),
+            lambda: _plain_backward(*douts, call),
         )
-        return *results, *(None,) * 6
+        return *results, *_NO_GRADIENTS[len(results) :]
 
     @staticmethod
-    def vmap(info, in_dims, *args):
-        return _vmap(info, in_dims, *args)
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *fields: Any) -> tuple[Any, Any]:
+        return _vmap(info, in_dims, *fields)
 
 
-_vmap = _transforms.vmap_rule(_QkNormRotary.apply, rows=(0, 1))
+_NUM_TENSORS = _operator.num_tensors(Call)
+_NO_GRADIENTS = (None,) * len(Call._fields)
+_vmap = _transforms.vmap_rule(_QkNormRotary.apply, rows=_operator.indices(Call, "q", "k"))

@@ -1,35 +1,40 @@
 """Residual, layer norm and token shift in one pass over memory (docs/model.md#3, #4, #7)."""
 
 import math
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from andromeda.ops import _checks, _select, _transforms
+from andromeda.ops import Backend, _checks, _operator, _select, _transforms
+from andromeda.ops._common import cast, compute_dtype, contiguous, with_dense_rows
 from andromeda.reference import token_shift_norm as reference
 
 NAME = "token_shift_norm"
 
-# Gradients of gamma and residual_scale are summed over runs of tokens first, then over the runs. Their number depends
-# on shapes and the kind of device alone, so the result depends on neither threads nor timing. On a GPU a run is a
-# block, and there are at most as many as it works on at a time. A partial sum is as many bytes as a token of float32:
-# it takes a number of tokens to pay for one.
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that compiled kernels take
+
+# The gradients of gamma and residual_scale are summed over runs of tokens first, then over the runs. Their number
+# depends on shapes and the kind of device alone, so the result depends on neither threads nor timing. On a GPU a run is
+# a block, and there are at most as many as it works on at a time. A partial sum has as many bytes as a token of
+# float32, so that a run needs a number of tokens to pay for it.
 _MAX_CPU_PARTIALS = 64
 _MIN_TOKENS_PER_PARTIAL = 16
 
 
 def token_shift_norm(
-    x,
+    x: Tensor,
     *,
-    gamma=None,
-    residual=None,
-    residual_scale=None,
-    alpha=1.0,
-    shift=0,
-    history=None,
-    key_start=None,
-    position=0,
-    backend=None,
-):
+    gamma: Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    alpha: float = 1.0,
+    shift: int = 0,
+    history: Tensor | None = None,
+    key_start: Tensor | None = None,
+    position: int = 0,
+    backend: Backend | None = None,
+) -> tuple[Tensor, Tensor]:
     """Add a scaled residual, normalise, and delay segments of the channels (docs/model.md#3, #4, #7).
 
         u = alpha * residual_scale * residual + x                   u = x without a residual
@@ -56,56 +61,64 @@ def token_shift_norm(
         backend: "cuda", "triton", "cpu" or "reference". Default: the first that supports the call.
 
     Returns:
-        y and shifted, in the shape of x. What nothing was done to is not copied: without gamma and residual y is x, and
+        y and shifted, in the shape of x. Nothing is copied that stays the same: without gamma and residual y is x, and
         with shift 0 shifted is y.
 
     Raises:
         ValueError, TypeError: the call is wrong on every machine.
         NotImplementedError: no backend (or not the one asked for) can run it here; says why, each.
     """
-    if not _is_usual(x, gamma, residual, residual_scale, alpha, shift, history, key_start, position):
-        alpha = _checked(x, gamma, residual, residual_scale, alpha, shift, history, key_start, position)
-    backend = _select.backend_argument(NAME, backend)
+    backend_argument = _select.backend_argument(NAME, backend)
+    call = Call(x, residual, residual_scale, gamma, history, key_start, alpha, shift, position, backend_argument)
+    if not _is_usual(call):
+        call = _checked(call)
     if gamma is None and residual is None and shift == 0:
         return x, x
-    compute_dtype = _compute_dtype(x)
-    residual_scale, gamma = _to(compute_dtype, residual_scale, gamma)
-    differentiable = x, residual, residual_scale, gamma
-    arguments = *differentiable, history, key_start, alpha, shift, position, backend
-    if _select.needs_function(NAME, *differentiable):
-        y, shifted = _TokenShiftNorm.apply(*arguments)
-    else:
-        y, shifted = FORWARD(*arguments)
+    dtype = compute_dtype(x.dtype)
+    if residual_scale is not None and residual_scale.dtype != dtype:
+        call = call._replace(residual_scale=residual_scale.to(dtype))
+    if gamma is not None and gamma.dtype != dtype:
+        call = call._replace(gamma=gamma.to(dtype))
+    run = (
+        _TokenShiftNorm.apply if _select.needs_function(NAME, x, residual, call.residual_scale, call.gamma) else FORWARD
+    )
+    y, shifted = run(*call)
     if gamma is None and residual is None:
         y = x
     return y, y if shift == 0 else shifted
 
 
-def unsupported(backend, x) -> list[str]:
+def unsupported(backend: str, x: Tensor) -> list[str]:
     """Why `backend` cannot run `token_shift_norm` on this (correct) x here; empty when it can."""
-    if backend == "reference":
-        return []
-    if backend == "triton":
-        return ["no Triton kernel in this version"]
-    if _select.extension is None:
-        return [_select.extension_error]
-    reasons = []
-    if x.device.type != _select.DEVICE_TYPES[backend]:
-        reasons.append(f"tensors on {x.device}")
-    if x.dtype == torch.float64:
-        reasons.append("dtype float64 (built for float32, float16, bfloat16)")
-    if max(x.shape) >= 2**31:
-        reasons.append(f"a dimension of x {tuple(x.shape)} above 2**31 - 1")
-    if backend == "cuda":
-        reasons += _select.cuda_unavailable(x.device)
-    return reasons
+    if (answer := _select.without_compiled_kernels(backend)) is not None:
+        return answer
+    return _select.common_reasons(backend, _DTYPES, x=x)
 
 
-def _is_usual(x, gamma, residual, residual_scale, alpha, shift, history, key_start, position) -> bool:
-    """Whether nothing is wrong, which most calls learn here in a few microseconds.
+class Call(NamedTuple):
+    """The arguments of `token_shift_norm_forward`, in the order of its schema."""
 
-    What this does not let pass is looked at again by `_checked`, which finds the words for what is wrong.
+    x: Tensor
+    residual: Tensor | None
+    residual_scale: Tensor | None
+    gamma: Tensor | None
+    history: Tensor | None
+    key_start: Tensor | None
+    alpha: float
+    shift: int
+    position: _operator.SymInt
+    backend: str
+
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # dx, dresidual, dresidual_scale, dgamma
+
+
+def _is_usual(call: Call) -> bool:
+    """Whether the call is correct. Most calls are, and this takes a few microseconds.
+
+    `_checked` looks again at every other call, and says what is wrong with it.
     """
+    x, residual, residual_scale, gamma, history, key_start, alpha, shift, position, _ = call
     if not _checks.has_axes(x, 3):
         return False
     batch, seqlen, dim = x.shape
@@ -135,24 +148,25 @@ def _is_usual(x, gamma, residual, residual_scale, alpha, shift, history, key_sta
     return key_start is None or _checks.is_exact(key_start, (batch, seqlen), torch.int32, device)
 
 
-def _checked(x, gamma, residual, residual_scale, alpha, shift, history, key_start, position) -> float:
-    """alpha as a float.
+def _checked(call: Call) -> Call:
+    """The call, with alpha as a float.
 
     Raises:
         ValueError, TypeError: see `token_shift_norm`.
     """
-    _checks.check_tensor(NAME, "x", x, ("batch", "seqlen", "dim"))
+    x, residual, residual_scale, gamma, history, key_start, alpha, shift, position, _ = call
+    axes = "batch", "seqlen", "dim"
+    _checks.check_tensor(NAME, "x", x, axes)
     if residual is not None:
-        _checks.check_tensor(NAME, "residual", residual, ("batch", "seqlen", "dim"))
+        _checks.check_tensor(NAME, "residual", residual, axes)
     _checks.check_dtypes(NAME, **{"x": x} if residual is None else {"x": x, "residual": residual})
     batch, seqlen, dim = x.shape
-    _check_int("shift", shift)
+    _checks.check_int(NAME, "shift", shift)
     if not 0 <= shift < dim:
         raise ValueError(f"{NAME}: shift must be at least 0 and less than dim={dim}, got {shift}")
-    _check_int("position", position)
+    _checks.check_int(NAME, "position", position)
     if residual is not None:
-        axes, shape = ("batch", "seqlen", "dim"), (batch, seqlen, dim)
-        _checks.check_exact(NAME, "residual", residual, axes, shape, *_checks.FLOAT_DTYPES)
+        _checks.check_exact(NAME, "residual", residual, axes, (batch, seqlen, dim), *_checks.FLOAT_DTYPES)
     for name, vector in (("gamma", gamma), ("residual_scale", residual_scale)):
         if vector is not None:
             _checks.check_exact(NAME, name, vector, ("dim",), (dim,), *_checks.FLOAT_DTYPES)
@@ -174,226 +188,225 @@ def _checked(x, gamma, residual, residual_scale, alpha, shift, history, key_star
         history=history,
         key_start=key_start,
     )
-    return _checks.check_finite_number(NAME, "alpha", alpha)
+    return call._replace(alpha=_checks.check_finite_number(NAME, "alpha", alpha))
 
 
-def _check_int(name, value) -> None:
-    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
-        raise TypeError(f"{NAME}: {name} must be an int, got {value!r} ({type(value).__name__})")
-
-
-def _compute_dtype(x) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _to(dtype, *tensors):
-    return (tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors)
-
-
-def _dense(tensor):
-    return None if tensor is None else tensor.contiguous()
-
-
-def _forward(x, residual, residual_scale, gamma, history, key_start, alpha, shift, position, backend):
-    backend, _ = _plan(backend, x)
-    y, shifted = _fake_forward(x, residual, residual_scale, gamma, history, key_start, alpha, shift)
-    if backend == "reference":
-        wide_x, wide_residual, wide_history = _to(_compute_dtype(x), x, residual, history)
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """The operator `token_shift_norm_forward`. An output that equals another tensor is empty."""
+    plan = _plan(call)
+    y, shifted = _fake_forward(call)
+    has_y, has_shifted = y.ndim == 3, call.shift > 0
+    if plan.backend == "reference":
+        dtype = compute_dtype(call.x.dtype)
         exact_y, exact_shifted = reference.token_shift_norm(
-            wide_x,
-            gamma=gamma,
-            residual=wide_residual,
-            residual_scale=residual_scale,
-            alpha=alpha,
-            shift=shift,
-            history=wide_history,
-            key_start=key_start,
-            position=position,
+            cast(call.x, dtype),
+            residual=cast(call.residual, dtype),
+            history=cast(call.history, dtype),
+            **_options(call),
         )
-        if y.ndim == 3:
+        if has_y:
             y.copy_(exact_y)
-        if shift > 0:
+        if has_shifted:
             shifted.copy_(exact_shifted)
     else:
-        with _select.device_guard(x.device):
+        with _select.device_guard(call.x.device):
             _select.extension.token_shift_norm_forward(
-                x=x,
-                residual=residual,
-                residual_scale=_dense(residual_scale),
-                gamma=_dense(gamma),
-                history=history,
-                key_start=_dense(key_start),
-                y=y if y.ndim == 3 else None,
-                shifted=shifted if shift > 0 else None,
-                alpha=alpha,
-                shift=shift,
-                position=position,
-                num_threads=torch.get_num_threads(),
-                stream=_select.current_stream(x.device),
+                **_arguments(call),
+                history=call.history,
+                y=y if has_y else None,
+                shifted=shifted if has_shifted else None,
             )
     return y, shifted
 
 
-def _backward(dy, dshifted, x, residual, residual_scale, gamma, key_start, alpha, shift, position, backend):
-    backend, num_partials = _plan(backend, x)
-    gradients = _fake_backward(dy, dshifted, x, residual, residual_scale, gamma)
-    dx, dresidual, dresidual_scale, dgamma = gradients
-    if backend == "reference":
-        exact = _plain_backward(
-            dy, dshifted, x, residual, residual_scale, gamma, key_start, alpha, shift, position, backend
-        )
-        for gradient, result in zip(gradients, exact, strict=True):
+def backward(dy: Tensor | None, dshifted: Tensor | None, call: Call) -> Gradients:
+    """The operator `token_shift_norm_backward`. The gradient of a tensor that is not given is an empty tensor.
+
+    dy, dshifted: None for 0, but not both. The history of the call has no effect.
+    """
+    plan = _plan(call)
+    dx, dresidual, dresidual_scale, dgamma = gradients = _fake_backward(dy, dshifted, call)
+    if plan.backend == "reference":
+        for gradient, result in zip(gradients, _plain_backward(dy, dshifted, call), strict=True):
             if result is not None:
                 gradient.copy_(result)
     else:
-        scale_partial, gamma_partial = (
-            None if vector is None else vector.new_empty((num_partials, *vector.shape))
-            for vector in (residual_scale, gamma)
+        dresidual_scale_partial, dgamma_partial = (
+            None if vector is None else vector.new_empty((plan.num_partials, *vector.shape))
+            for vector in (call.residual_scale, call.gamma)
         )
-        with _select.device_guard(x.device):
+        with _select.device_guard(call.x.device):
             _select.extension.token_shift_norm_backward(
-                x=x,
-                residual=residual,
-                residual_scale=_dense(residual_scale),
-                gamma=_dense(gamma),
-                key_start=_dense(key_start),
+                **_arguments(call),
                 dy=dy,
                 dshifted=dshifted,
                 dx=dx,
-                dresidual=None if residual is None else dresidual,
-                dresidual_scale_partial=scale_partial,
-                dgamma_partial=gamma_partial,
-                alpha=alpha,
-                shift=shift,
-                position=position,
-                num_threads=torch.get_num_threads(),
-                stream=_select.current_stream(x.device),
+                dresidual=None if call.residual is None else dresidual,
+                dresidual_scale_partial=dresidual_scale_partial,
+                dgamma_partial=dgamma_partial,
             )
-        for gradient, partial in ((dresidual_scale, scale_partial), (dgamma, gamma_partial)):
+        for gradient, partial in ((dresidual_scale, dresidual_scale_partial), (dgamma, dgamma_partial)):
             if partial is not None:
                 torch.sum(partial, dim=0, out=gradient)
     return gradients
 
 
-def _plain_backward(dy, dshifted, x, residual, residual_scale, gamma, key_start, alpha, shift, position, backend):
+def _arguments(call: Call) -> dict[str, Any]:
+    """The arguments that a compiled kernel takes in both directions."""
+    return {
+        "x": call.x,
+        "residual": call.residual,
+        "residual_scale": contiguous(call.residual_scale),
+        "gamma": contiguous(call.gamma),
+        "key_start": contiguous(call.key_start),
+        "alpha": call.alpha,
+        "shift": call.shift,
+        "position": call.position,
+        "num_threads": torch.get_num_threads(),
+        "stream": _select.current_stream(call.x.device),
+    }
+
+
+def _options(call: Call) -> dict[str, Any]:
+    """The arguments that the reference takes in both directions as they are."""
+    return {
+        "gamma": call.gamma,
+        "residual_scale": call.residual_scale,
+        "alpha": call.alpha,
+        "shift": call.shift,
+        "key_start": call.key_start,
+        "position": call.position,
+    }
+
+
+def _plain_backward(dy: Tensor | None, dshifted: Tensor | None, call: Call) -> tuple[Tensor | None, ...]:
     """The gradients by operations that torch can differentiate again."""
-    wide_dy, wide_dshifted, wide_x, wide_residual = _to(_compute_dtype(x), dy, dshifted, x, residual)
+    dtype = compute_dtype(call.x.dtype)
     dx, dresidual, dresidual_scale, dgamma = reference.token_shift_norm_backward(
-        wide_dy,
-        wide_dshifted,
-        wide_x,
-        gamma=gamma,
-        residual=wide_residual,
-        residual_scale=residual_scale,
-        alpha=alpha,
-        shift=shift,
-        key_start=key_start,
-        position=position,
+        cast(dy, dtype),
+        cast(dshifted, dtype),
+        cast(call.x, dtype),
+        residual=cast(call.residual, dtype),
+        **_options(call),
     )
-    dx, dresidual = _to(x.dtype, dx, dresidual)
-    return dx, dresidual, dresidual_scale, dgamma
+    return cast(dx, call.x.dtype), cast(dresidual, call.x.dtype), dresidual_scale, dgamma
 
 
-def _plan(backend, x) -> tuple[str, int]:
-    """The backend of a call and, for its gradients, the number of partial sums."""
+class Plan(NamedTuple):
+    """Everything about a call that does not depend on its data."""
 
-    def make():
-        chosen = _select.choose(NAME, backend, lambda name: unsupported(name, x))
-        return chosen, 0 if chosen == "reference" else _num_partials(chosen, x)
-
-    return _select.plan((NAME, backend, x.device, x.dtype, x.shape), x.device, make)
+    backend: str
+    num_partials: int  # partial sums for the gradients of residual_scale and gamma
 
 
-def _num_partials(backend, x) -> int:
+def _plan(call: Call) -> Plan:
+    x = call.x
+    return _select.plan((NAME, call.backend, x.device, x.dtype, x.shape), x.device, lambda: _make_plan(call))
+
+
+def _make_plan(call: Call) -> Plan:
+    x = call.x
+    backend = _select.choose(NAME, call.backend, lambda name: unsupported(name, x))
+    if backend == "reference":
+        return Plan(backend, 0)
     most = _MAX_CPU_PARTIALS
     if backend == "cuda":
         with _select.device_guard(x.device):
             most = _select.extension.token_shift_norm_backward_runs(x=x)
-    return min(most, 1 + x.shape[0] * x.shape[1] // _MIN_TOKENS_PER_PARTIAL)
+    return Plan(backend, min(most, 1 + x.shape[0] * x.shape[1] // _MIN_TOKENS_PER_PARTIAL))
 
 
-def _fake_forward(x, residual, residual_scale, gamma, history, key_start, alpha, shift, *args):
+def _fake_forward(call: Call) -> tuple[Tensor, Tensor]:
     """An output that equals another tensor is empty: an operator must not return one of its inputs."""
-    y = x.new_empty(0 if gamma is None and residual is None else x.shape)
-    return y, x.new_empty(0 if shift == 0 else x.shape)
+    x = call.x
+    y = x.new_empty(0 if call.gamma is None and call.residual is None else x.shape)
+    return y, x.new_empty(0 if call.shift == 0 else x.shape)
 
 
-def _fake_backward(dy, dshifted, x, residual, residual_scale, gamma, *args):
-    return x.new_empty(x.shape), *(
+def _fake_backward(dy: Tensor | None, dshifted: Tensor | None, call: Call) -> Gradients:
+    x = call.x
+    dresidual, dresidual_scale, dgamma = (
         x.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
-        for tensor in (residual, residual_scale, gamma)
+        for tensor in (call.residual, call.residual_scale, call.gamma)
     )
+    return x.new_empty(x.shape), dresidual, dresidual_scale, dgamma
 
 
-def _forward_flops(x_shape, residual, residual_scale, gamma, *args, **kwargs) -> int:
+def _forward_flops(call: Call) -> int:
     """Per channel: two or three operations for the residual, eight for the norm."""
-    return math.prod(x_shape) * ((residual is not None) * 2 + (residual_scale is not None) + (gamma is not None) * 8)
+    per_channel = (call.residual is not None) * 2 + (call.residual_scale is not None) + (call.gamma is not None) * 8
+    return math.prod(call.x.shape) * per_channel
 
 
-def _backward_flops(dy_shape, dshifted_shape, *args, **kwargs) -> int:
+def _backward_flops(dy: Tensor | None, dshifted: Tensor | None, call: Call) -> int:
     """The forward pass again, then its transpose."""
-    return 2 * _forward_flops(*args, **kwargs)
+    return 2 * _forward_flops(call)
 
 
-_TENSORS = "Tensor x, Tensor? residual, Tensor? residual_scale, Tensor? gamma"
-_OPTIONS = "Tensor? key_start, float alpha, int shift, SymInt position, str backend"
 # The operators themselves, for policies that name them.
-FORWARD = _select.define(
-    f"token_shift_norm_forward({_TENSORS}, Tensor? history, {_OPTIONS}) -> (Tensor, Tensor)",
-    implementation=_forward,
+FORWARD = _operator.define(
+    f"token_shift_norm_forward({_operator.parameters(Call)}) -> (Tensor, Tensor)",
+    Call,
+    implementation=forward,
     fake=_fake_forward,
     flops=_forward_flops,
-    rows=(0, 1, 4, 5),
+    rows=("x", "residual", "history", "key_start"),
 )
-BACKWARD = _select.define(
-    f"token_shift_norm_backward(Tensor? dy, Tensor? dshifted, {_TENSORS}, {_OPTIONS})"
+BACKWARD = _operator.define(
+    f"token_shift_norm_backward(Tensor? dy, Tensor? dshifted, {_operator.parameters(Call)})"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    implementation=_backward,
+    Call,
+    implementation=backward,
     fake=_fake_backward,
     flops=_backward_flops,
-    rows=(0, 1, 2, 3, 6),
-    sums=(4, 5),
+    rows=("dy", "dshifted", "x", "residual", "history", "key_start"),
+    sums=("residual_scale", "gamma"),
 )
 
 
 class _TokenShiftNorm(torch.autograd.Function):
-    """The two operators as one differentiable function."""
+    """The two operators as one differentiable function of the fields of a `Call`."""
 
     @staticmethod
-    def forward(x, residual, residual_scale, gamma, history, key_start, alpha, shift, position, backend):
-        return FORWARD(x, residual, residual_scale, gamma, history, key_start, alpha, shift, position, backend)
+    @_operator.takes(Call)
+    def forward(*fields: Any) -> Any:
+        return FORWARD(*fields)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, residual, residual_scale, gamma, _, key_start, *ctx.options = inputs
-        ctx.save_for_backward(x, residual, residual_scale, gamma, key_start)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        call = Call(*inputs)._replace(history=None)  # the backward pass does not read it
+        ctx.save_for_backward(*call[:_NUM_TENSORS])
+        ctx.options = call[_NUM_TENSORS:]
         ctx.set_materialize_grads(False)  # an output that is not used costs nothing
 
     @staticmethod
-    def backward(ctx, dy, dshifted):
+    def backward(ctx: Any, dy: Tensor | None, dshifted: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None and dshifted is None:
-            return (None,) * 10
-        saved = ctx.saved_tensors
-        tensors = *(_readable(dout, saved[0]) for dout in (dy, dshifted)), *saved
+            return _NO_GRADIENTS
+        call = Call(*ctx.saved_tensors, *ctx.options)
+        douts = _readable(dy, call.x), _readable(dshifted, call.x)
+        differentiable = call.x, call.residual, call.residual_scale, call.gamma
         results = _transforms.gradients(
             NAME,
-            ctx.options[-1],
-            tensors[:-1],
-            lambda: _transforms.given(BACKWARD(*tensors, *ctx.options), saved[:4]),
-            lambda: _plain_backward(*tensors, *ctx.options),
+            call.backend,
+            (*douts, *differentiable),
+            lambda: _transforms.given(BACKWARD(*douts, *call), differentiable),
+            lambda: _plain_backward(*douts, call),
         )
-        return *results, *(None,) * 6
+        return *results, *_NO_GRADIENTS[len(results) :]
 
     @staticmethod
-    def vmap(info, in_dims, *args):
-        return _vmap(info, in_dims, *args)
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *fields: Any) -> tuple[Any, Any]:
+        return _vmap(info, in_dims, *fields)
 
 
-_vmap = _transforms.vmap_rule(_TokenShiftNorm.apply, rows=(0, 1, 4, 5))
+_NUM_TENSORS = _operator.num_tensors(Call)
+_NO_GRADIENTS = (None,) * len(Call._fields)
+_vmap = _transforms.vmap_rule(
+    _TokenShiftNorm.apply, rows=_operator.indices(Call, "x", "residual", "history", "key_start")
+)
 
 
-def _readable(dout, x):
-    """A gradient with a dense last dimension, which the one expanded number that is the gradient of a sum has not."""
-    if dout is None or dout.shape != x.shape:
-        return None
-    return dout if dout.stride(-1) == 1 else dout.contiguous()
+def _readable(dout: Tensor | None, x: Tensor) -> Tensor | None:
+    """The gradient of an output that has rows, readable by the kernels; None for an output that is empty."""
+    return None if dout is None or dout.shape != x.shape else with_dense_rows(dout)

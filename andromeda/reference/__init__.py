@@ -1,4 +1,4 @@
-"""The operations in plain torch: what every other backend is measured against, and the one that runs everywhere.
+"""The operations in plain torch. Every other backend is measured against this one, and it runs everywhere.
 
-Nothing here casts: a function computes in the dtype it is handed, so that tests can hand it float64.
+No function casts: it computes in the dtype of its arguments, so that tests can pass float64.
 """

@@ -1,13 +1,17 @@
 """attention (docs/model.md#5, #16.3) in plain torch."""
 
 import torch
+from torch import Tensor
+
+Span = tuple[Tensor, Tensor]  # first, end: integers of one shape
 
 
-def _spans(q, k, causal, key_start, first_query):
-    """first, end: query i sees the keys first[i] <= j < end[i]; and key j is seen by the queries of its own span.
+def _spans(q: Tensor, k: Tensor, causal: bool, key_start: Tensor | None, first_query: int | None) -> tuple[Span, Span]:
+    """The keys that each query sees, and the queries that see each key: first <= index < end.
 
     Returns:
-        two pairs, of queries (1 or batch, seqlen_q) and of keys (1 or batch, seqlen_k).
+        of_query: first and end, each (1 or batch, seqlen_q).
+        of_key: first and end, each (1 or batch, seqlen_k).
     """
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
     if first_query is None:
@@ -20,28 +24,28 @@ def _spans(q, k, causal, key_start, first_query):
         first_of_key = (key - first_query).clamp(0, seqlen_q)
     if key_start is not None:
         first = key_start.long().clamp(0, seqlen_k)
-        end_of_key = torch.searchsorted(
-            key_start.contiguous(), key.expand(len(first), -1).contiguous().int(), right=True
-        )
+        keys = key.expand(len(first), -1).contiguous().int()
+        end_of_key = torch.searchsorted(key_start.contiguous(), keys, right=True)
     return (first, torch.maximum(first, end)), (first_of_key, torch.maximum(first_of_key, end_of_key))
 
 
-def _any_within(flags, span):
+def _any_within(flags: Tensor, span: Span) -> Tensor:
     """Whether any of flags[:, first:end] is set, for each first and end of a span."""
     counts = torch.nn.functional.pad(flags.cumsum(1, dtype=torch.int32), (0, 0, 0, 0, 1, 0))
     first, end = (counts.gather(1, edge[..., None, None].expand(len(flags), -1, *flags.shape[2:])) for edge in span)
     return first < end
 
 
-def _sum(equation, weights, values, span, *, signed=False):
-    """torch.einsum(equation, weights, values), to which hidden places, of weight 0, add nothing: 0 * nan would be nan.
+def _sum(equation: str, weights: Tensor, values: Tensor, span: Span, *, signed: bool = False) -> Tensor:
+    """torch.einsum(equation, weights, values), to which hidden rows, of weight 0, add nothing: 0 * nan would be nan.
 
-    The product takes what is not finite for 0. A sum that sees such numbers is nan; or, of weights of one sign, the
-    infinity that they all are.
+    The product takes numbers that are not finite for 0. A sum that sees such numbers is nan; or, where all weights have
+    one sign and all these numbers are the same infinity, that infinity.
 
-    values: rows (batch, seqlen, num_kv_heads, head_dim), or with a group behind num_kv_heads, over which is summed too.
-    span: of the rows that each sum sees.
-    signed: weights of either sign.
+    values: rows (batch, seqlen, num_kv_heads, head_dim), or (batch, seqlen, num_kv_heads, group, head_dim): then the
+        sum goes over the group, too.
+    span: the rows that each sum sees.
+    signed: weights may have either sign.
     """
     finite = values.isfinite()
     total = torch.einsum(equation, weights, values.masked_fill(~finite, 0))
@@ -53,8 +57,16 @@ def _sum(equation, weights, values, span, *, signed=False):
     return total
 
 
-def _logits(q, k, causal, softmax_scale, alibi_slopes, key_start, first_query):
-    """The logits, -inf where hidden, and the hidden places: (batch, num_kv_heads, group, seqlen_q, seqlen_k)."""
+def masked_logits(
+    q: Tensor,
+    k: Tensor,
+    causal: bool,
+    softmax_scale: float,
+    alibi_slopes: Tensor | None,
+    key_start: Tensor | None,
+    first_query: int | None,
+) -> tuple[Tensor, Tensor]:
+    """The logits, -inf where the key is hidden, and whether it is: (batch, num_kv_heads, group, seqlen_q, seqlen_k)."""
     seqlen_q, seqlen_k, num_kv_heads = q.shape[1], k.shape[1], k.shape[2]
     if first_query is None:
         first_query = seqlen_k - seqlen_q
@@ -71,7 +83,17 @@ def _logits(q, k, causal, softmax_scale, alibi_slopes, key_start, first_query):
     return logits.masked_fill(hidden, float("-inf")), hidden.expand_as(logits)
 
 
-def attention(q, k, v, *, causal, softmax_scale, alibi_slopes=None, key_start=None, first_query=None):
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    softmax_scale: float,
+    alibi_slopes: Tensor | None = None,
+    key_start: Tensor | None = None,
+    first_query: int | None = None,
+) -> tuple[Tensor, Tensor]:
     """Softmax attention; shapes and meaning as in `andromeda.ops.attention.attention`.
 
     first_query: position of q[:, 0] among the keys. Default: seqlen_k - seqlen_q, the last query sits at the last key.
@@ -79,21 +101,30 @@ def attention(q, k, v, *, causal, softmax_scale, alibi_slopes=None, key_start=No
     Returns:
         out, in the shape of q, and softmax_lse (batch, num_heads, seqlen_q), natural logarithm; both in the dtype of q.
     """
-    logits, hidden = _logits(q, k, causal, softmax_scale, alibi_slopes, key_start, first_query)
+    logits, hidden = masked_logits(q, k, causal, softmax_scale, alibi_slopes, key_start, first_query)
     of_query, _ = _spans(q, k, causal, key_start, first_query)
-    weights = logits.softmax(-1).masked_fill(
-        hidden, 0
-    )  # the softmax of a row that sees nothing is NaN, its weights are 0
+    weights = logits.softmax(-1).masked_fill(hidden, 0)  # the softmax of a row that sees no key is NaN
     out = _sum("bhgqk,bkhd->bqhgd", weights, v, of_query).flatten(2, 3)
     return out, logits.logsumexp(-1).flatten(1, 2)
 
 
 def attention_backward(
-    dout, q, k, v, out, softmax_lse, *, causal, softmax_scale, alibi_slopes=None, key_start=None, first_query=None
-):
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    *,
+    causal: bool,
+    softmax_scale: float,
+    alibi_slopes: Tensor | None = None,
+    key_start: Tensor | None = None,
+    first_query: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients dq, dk, dv of `attention` as a formula (docs/model.md#16.3): an operator must not call autograd."""
     num_kv_heads = k.shape[2]
-    logits, hidden = _logits(q, k, causal, softmax_scale, alibi_slopes, key_start, first_query)
+    logits, hidden = masked_logits(q, k, causal, softmax_scale, alibi_slopes, key_start, first_query)
     of_query, of_key = _spans(q, k, causal, key_start, first_query)
     weights = (logits - softmax_lse.unflatten(1, (num_kv_heads, -1))[..., None]).exp().masked_fill(hidden, 0)
     delta = (dout * out).sum(-1).transpose(1, 2).unflatten(1, (num_kv_heads, -1))

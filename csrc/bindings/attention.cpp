@@ -11,12 +11,12 @@ namespace {
 namespace py = pybind11;
 using OptionalTensor = std::optional<TensorView>;
 
-AttentionWorkspace pack_workspace(const Call& call, const OptionalTensor& values, const OptionalTensor& semaphores) {
+AttentionWorkspace pack_workspace(const Call& call, const OptionalTensor& partials, const OptionalTensor& semaphores) {
   AttentionWorkspace workspace{};
-  if (values.has_value()) {
-    call.dimensions("workspace", *values, 1);
-    workspace.num_values = values->shape[0];
-    workspace.values = call.contiguous<float>("workspace", *values, {workspace.num_values});
+  if (partials.has_value()) {
+    call.dimensions("partials", *partials, 1);
+    workspace.num_values = partials->shape[0];
+    workspace.values = call.contiguous<float>("partials", *partials, {workspace.num_values});
   }
   if (semaphores.has_value()) {
     call.dimensions("semaphores", *semaphores, 1);
@@ -68,18 +68,18 @@ AttentionParams pack(const Call& call, const TensorView& q, const TensorView& k,
 void forward(const TensorView& q, const TensorView& k, const TensorView& v, const OptionalTensor& alibi_slopes,
              const OptionalTensor& logit_bound, const OptionalTensor& key_start, const TensorView& out,
              const TensorView& softmax_lse, bool causal, float softmax_scale, int num_threads,
-             const OptionalTensor& workspace, const OptionalTensor& semaphores, std::uintptr_t stream, int num_splits) {
+             const OptionalTensor& partials, const OptionalTensor& semaphores, std::uintptr_t stream, int num_splits) {
   const Call call("attention_forward", q);
   AttentionParams params =
       pack(call, q, k, v, alibi_slopes, logit_bound, key_start, out, softmax_lse, causal, softmax_scale, num_threads);
   params.num_splits = num_splits;
-  const AttentionWorkspace memory = pack_workspace(call, workspace, semaphores);
+  const AttentionWorkspace workspace = pack_workspace(call, partials, semaphores);
   if (is_empty(softmax_lse)) return;
   const py::gil_scoped_release release;
   if (q.device == Device::kCpu) {
     cpu::attention_forward(params, num_threads);
   } else {
-    cuda::attention_forward(params, memory, as_stream(stream));
+    cuda::attention_forward(params, workspace, as_stream(stream));
   }
 }
 
@@ -87,12 +87,12 @@ void backward(const TensorView& q, const TensorView& k, const TensorView& v, con
               const OptionalTensor& logit_bound, const OptionalTensor& key_start, const TensorView& out,
               const TensorView& softmax_lse, bool causal, float softmax_scale, const TensorView& dout,
               const TensorView& dq, const TensorView& dk, const TensorView& dv, int num_threads,
-              const OptionalTensor& workspace, const OptionalTensor& semaphores, std::uintptr_t stream) {
+              const OptionalTensor& partials, const OptionalTensor& semaphores, std::uintptr_t stream) {
   const Call call("attention_backward", q);
   AttentionBackwardParams params;
   params.forward =
       pack(call, q, k, v, alibi_slopes, logit_bound, key_start, out, softmax_lse, causal, softmax_scale, num_threads);
-  const AttentionWorkspace memory = pack_workspace(call, workspace, semaphores);
+  const AttentionWorkspace workspace = pack_workspace(call, partials, semaphores);
   const auto shape_q = {q.shape[0], q.shape[1], q.shape[2], q.shape[3]};
   const auto shape_k = {k.shape[0], k.shape[1], k.shape[2], k.shape[3]};
   params.dout_stride = call.activations("dout", dout, shape_q);
@@ -108,13 +108,14 @@ void backward(const TensorView& q, const TensorView& k, const TensorView& v, con
   if (q.device == Device::kCpu) {
     cpu::attention_backward(params, num_threads);
   } else {
-    cuda::attention_backward(params, memory, as_stream(stream));
+    cuda::attention_backward(params, workspace, as_stream(stream));
   }
 }
 
-// Of a CUDA call of these shapes on the current device.
-AttentionWorkspace workspace(AttentionWorkspace (*sizes_of)(const AttentionParams&), int batch, int seqlen_q,
-                             int seqlen_k, int num_heads, int num_kv_heads, int head_dim, bool causal, int num_splits) {
+// The sizes for a CUDA call of these shapes on the current device.
+AttentionWorkspace workspace_sizes(AttentionWorkspace (*sizes_of)(const AttentionParams&), int batch, int seqlen_q,
+                                   int seqlen_k, int num_heads, int num_kv_heads, int head_dim, bool causal,
+                                   int num_splits) {
   AttentionParams params{};
   params.batch = batch;
   params.seqlen_q = seqlen_q;
@@ -123,25 +124,25 @@ AttentionWorkspace workspace(AttentionWorkspace (*sizes_of)(const AttentionParam
   params.num_kv_heads = num_kv_heads;
   params.head_dim = head_dim;
   params.causal = causal;
-  params.dtype = DType::kBFloat16;  // the sizes are those of every dtype with kernels
+  params.dtype = DType::kBFloat16;  // every dtype with kernels has the same sizes
   params.num_splits = num_splits;
   return sizes_of(params);
 }
 
-// (num_values, num_semaphores, num_splits).
+// (num_partials, num_semaphores, num_splits).
 std::tuple<std::int64_t, std::int64_t, int> forward_workspace(int batch, int seqlen_q, int seqlen_k, int num_heads,
                                                               int num_kv_heads, int head_dim, bool causal,
                                                               int num_splits) {
-  const AttentionWorkspace sizes = workspace(&cuda::attention_forward_workspace, batch, seqlen_q, seqlen_k, num_heads,
-                                             num_kv_heads, head_dim, causal, num_splits);
+  const AttentionWorkspace sizes = workspace_sizes(&cuda::attention_forward_workspace, batch, seqlen_q, seqlen_k,
+                                                   num_heads, num_kv_heads, head_dim, causal, num_splits);
   return {sizes.num_values, sizes.num_semaphores, sizes.num_splits};
 }
 
-// (num_values, num_semaphores).
+// (num_partials, num_semaphores).
 std::pair<std::int64_t, std::int64_t> backward_workspace(int batch, int seqlen_q, int seqlen_k, int num_heads,
                                                          int num_kv_heads, int head_dim, bool causal) {
-  const AttentionWorkspace sizes = workspace(&cuda::attention_backward_workspace, batch, seqlen_q, seqlen_k, num_heads,
-                                             num_kv_heads, head_dim, causal, 0);
+  const AttentionWorkspace sizes = workspace_sizes(&cuda::attention_backward_workspace, batch, seqlen_q, seqlen_k,
+                                                   num_heads, num_kv_heads, head_dim, causal, 0);
   return {sizes.num_values, sizes.num_semaphores};
 }
 
@@ -151,16 +152,16 @@ void bind_attention(py::module_& m) {
   using py::arg;
   m.def("attention_forward", &forward, "csrc/include/andromeda/attention.h. Writes out and softmax_lse.", py::kw_only(),
         arg("q"), arg("k"), arg("v"), arg("alibi_slopes"), arg("logit_bound"), arg("key_start"), arg("out"),
-        arg("softmax_lse"), arg("causal"), arg("softmax_scale"), arg("num_threads"), arg("workspace"),
-        arg("semaphores"), arg("stream"), arg("num_splits") = 0);
+        arg("softmax_lse"), arg("causal"), arg("softmax_scale"), arg("num_threads"), arg("partials"), arg("semaphores"),
+        arg("stream"), arg("num_splits") = 0);
   m.def("attention_backward", &backward, "csrc/include/andromeda/attention.h. Writes dq, dk and dv.", py::kw_only(),
         arg("q"), arg("k"), arg("v"), arg("alibi_slopes"), arg("logit_bound"), arg("key_start"), arg("out"),
         arg("softmax_lse"), arg("causal"), arg("softmax_scale"), arg("dout"), arg("dq"), arg("dk"), arg("dv"),
-        arg("num_threads"), arg("workspace"), arg("semaphores"), arg("stream"));
+        arg("num_threads"), arg("partials"), arg("semaphores"), arg("stream"));
   const auto bind_workspace = [&m](const char* name, auto function, const auto&... further) {
     m.def(name, function,
-          "Scratch memory of a CUDA call on the current device: floats, and counters that are zero; forward also the "
-          "num_splits that it is for.",
+          "Sizes of the workspace of a CUDA call on the current device: partials (float32) and semaphores (int32, "
+          "zero); forward also the num_splits that they are for.",
           py::kw_only(), arg("batch"), arg("seqlen_q"), arg("seqlen_k"), arg("num_heads"), arg("num_kv_heads"),
           arg("head_dim"), arg("causal"), further...);
   };

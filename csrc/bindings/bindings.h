@@ -1,4 +1,4 @@
-// What module.cpp assembles: one bind_<operation> per file of this folder.
+// The parts of the module: one bind_<operation> per file of this folder. module.cpp calls them.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,4 +1,4 @@
-// Versions of CUDA and the state of a device, as dicts; None where there is nothing to say.
+// Versions of CUDA and the state of a device, as dicts; None stands for no version and for no error.
 #include "andromeda/cuda_status.h"
 
 #include <optional>
@@ -46,10 +46,10 @@ py::dict status(int device) {
 
 void bind_cuda_status(py::module_& m) {
   m.def("cuda_versions", &versions,
-        "CUDA of the kernels (runtime) and the newest that the driver runs. No device needed.");
+        "The CUDA version of the kernels (runtime) and the newest that the driver runs. It needs no device.");
   m.def("cuda_status", &status, py::arg("device"),
-        "The first error of making a device ready, or of loading a kernel for it, and whether it will always be the "
-        "same.");
+        "The error of making a device ready, or else the error of loading a kernel for it, and whether the answer "
+        "lasts.");
 }
 
 }  // namespace andromeda::bindings

@@ -11,7 +11,7 @@ void bind_graph_capture(pybind11::module_& m) {
       "capture_id", [](std::uintptr_t stream) { return cuda::capture_id(as_stream(stream)); },
       "csrc/include/andromeda/graph_capture.h. The capture that a stream is part of, or 0.", arg("stream"));
   m.def("permit_work_beside_captures", &cuda::permit_work_beside_captures,
-        "csrc/include/andromeda/graph_capture.h. For this thread; returns what was in force before.", arg("permitted"));
+        "csrc/include/andromeda/graph_capture.h. For this thread; returns the setting from before.", arg("permitted"));
 }
 
 }  // namespace andromeda::bindings

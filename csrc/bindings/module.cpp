@@ -5,7 +5,8 @@
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of andromeda. Use andromeda.ops: it checks, allocates and differentiates.";
   andromeda::cpu::cpu_isa();  // a wrong ANDROMEDA_CPU_ISA fails here, at import, not in the first call
-  m.def("build_info", &andromeda::bindings::build_info, "How this library was built.");
+  m.def("build_info", &andromeda::bindings::build_info,
+        "How this library was built, and the limits of its CUDA kernels.");
   m.def("cpu_isa", &andromeda::cpu::cpu_isa, "The instruction set in use.");
   m.def("cpu_isas", &andromeda::cpu::cpu_isas, "Instruction sets this machine can run, lowest first.");
   andromeda::bindings::bind_cuda_status(m);

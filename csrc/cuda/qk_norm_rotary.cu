@@ -32,9 +32,9 @@ int ceil_log2(int value) { return value <= 1 ? 0 : floor_log2(value - 1) + 1; }
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 void check_rows(int head_dim, int rotary_dim) {
-  if (head_dim < 2 || head_dim > kMaxHeadDim || head_dim % 2 != 0) {
+  if (head_dim < 2 || head_dim > kMaxRotaryHeadDim || head_dim % 2 != 0) {
     throw std::invalid_argument("qk_norm_rotary: head_dim must be even and between 2 and " +
-                                std::to_string(kMaxHeadDim) + " on CUDA, got " + std::to_string(head_dim));
+                                std::to_string(kMaxRotaryHeadDim) + " on CUDA, got " + std::to_string(head_dim));
   }
   if (rotary_dim < 0 || rotary_dim > head_dim || rotary_dim % 2 != 0) {
     throw std::invalid_argument("qk_norm_rotary: rotary_dim must be even and between 0 and head_dim=" +
@@ -43,8 +43,8 @@ void check_rows(int head_dim, int rotary_dim) {
 }
 
 void check_operand(const QkNormRotaryOperand& operand, int rotary_dim) {
-  if (operand.seqlen > kMaxSeqlen) {
-    throw std::invalid_argument("qk_norm_rotary: seqlen must be at most " + std::to_string(kMaxSeqlen) +
+  if (operand.seqlen > kMaxRotarySeqlen) {
+    throw std::invalid_argument("qk_norm_rotary: seqlen must be at most " + std::to_string(kMaxRotarySeqlen) +
                                 " on CUDA, got " + std::to_string(operand.seqlen));
   }
   if (rotary_dim > 0 && operand.table == nullptr && operand.seqlen > 0) {

@@ -38,16 +38,13 @@
 namespace andromeda::cuda {
 
 inline constexpr int kThreads = 128;
-inline constexpr int kMaxHeadDim = 512;
-// A token's place in its sequence is an int, and a group counts up to kThreads past the end before it wraps.
-inline constexpr int kMaxSeqlen = 0x7FFFFF00;
 inline constexpr float kNormFloor = 1e-12f;
 static_assert(kThreads % kWarpLanes == 0);
 static_assert(kNormFloor * kNormFloor > FLT_MIN, "the squared floor must be a normal number");
 
 // Chunks of a row per lane, for rows that need more than one.
 template <typename T>
-inline constexpr int kWideChunks = kMaxHeadDim / (kWarpLanes * kChunkWidth<T>);
+inline constexpr int kWideChunks = kMaxRotaryHeadDim / (kWarpLanes * kChunkWidth<T>);
 
 // How far a pointer moves from one token of a group to its next, in elements: inside a sequence, or across its end.
 // Additions: 64-bit products for every row would cost as much as its arithmetic.

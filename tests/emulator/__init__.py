@@ -291,7 +291,7 @@ class EmulatedExtension:
     """
 
     # Names of the tensors that functions write, in every operation.
-    _WRITTEN_ALWAYS = frozenset({"workspace", "semaphores"})
+    _WRITTEN_ALWAYS = frozenset({"partials", "semaphores"})
     _WRITTEN_FORWARD = frozenset({"out", "softmax_lse", "q_out", "k_out", "y", "shifted"})
     _WRITTEN_BACKWARD = frozenset({"dq", "dk", "dv", "dx", "dresidual"})
 

@@ -107,46 +107,45 @@ def attention_arguments(changes):
     case = dataclasses.replace(SMALL, **changes)
     inputs = whole.make(case, torch.device("cpu"))
     options = (inputs.options.get(name) for name in ("alibi_slopes", "logit_bound", "key_start"))
-    return inputs, (*options, case.causal, case.softmax_scale)
+    return inputs, attention_op.Call(*inputs.tensors(), *options, case.causal, case.softmax_scale, "cuda")
 
 
 def forward(device=ONE_MULTIPROCESSOR, num_splits=0, **changes):
-    inputs, options = attention_arguments(changes)
+    _, call = attention_arguments(changes)
 
     def run():
-        with unittest.mock.patch.object(attention_op, "_NUM_SPLITS", num_splits):
-            return attention_op._forward(*inputs.tensors(), *options, "cuda")
+        with unittest.mock.patch.object(attention_op, "num_splits", num_splits):
+            return attention_op.forward(call)
 
     return Trial(run, device)
 
 
 def backward(**changes):
-    inputs, options = attention_arguments(changes)
-    results = attention_op._forward(*inputs.tensors(), *options, "reference")
-    return Trial(functools.partial(attention_op._backward, inputs.dout, *inputs.tensors(), *results, *options, "cuda"))
+    inputs, call = attention_arguments(changes)
+    results = attention_op.forward(call._replace(backend="reference"))
+    return Trial(functools.partial(attention_op.backward, inputs.dout, *results, call))
 
 
 def rotary_backward(**changes):
     case = dataclasses.replace(rotary.PLAIN, seqlen_q=9, seqlen_k=9, **changes)
     tensors = case.tensors(torch.bfloat16)
-    arguments = (*rotary.random_like(tensors[:2]), *tensors, case.normalize, case.rotary_dim, case.xpos, 0, 4)
-    return Trial(functools.partial(rotary_op._backward, *arguments, "cuda"))
+    call = rotary_op.Call(*tensors, case.normalize, case.rotary_dim, case.xpos, 0, 4, "cuda")
+    return Trial(functools.partial(rotary_op.backward, *rotary.random_like(tensors[:2]), call))
 
 
 def shift_arguments(changes):
     case = shift.Case("", seqlen=9, **changes)
     tensors, options = case.tensors(torch.bfloat16), case.options(dtype=torch.bfloat16)
-    return tensors, options["history"], (None, case.alpha, case.shift, case.position, "cuda")
+    return shift_op.Call(*tensors, options["history"], None, case.alpha, case.shift, case.position, "cuda")
 
 
 def shift_forward(**changes):
-    tensors, history, options = shift_arguments(changes)
-    return Trial(functools.partial(shift_op._forward, *tensors, history, *options))
+    return Trial(functools.partial(shift_op.forward, shift_arguments(changes)))
 
 
 def shift_backward(**changes):
-    tensors, _, options = shift_arguments(changes)
-    return Trial(functools.partial(shift_op._backward, *shift.random_like([tensors[0]] * 2), *tensors, *options))
+    call = shift_arguments(changes)
+    return Trial(functools.partial(shift_op.backward, *shift.random_like([call.x] * 2), call))
 
 
 ROTARY = "qk_norm_rotary_backward_kernelI13__nv_bfloat16LNS0_6AccessE"
@@ -222,7 +221,7 @@ def attempt(emulated, trial, schedule):
     """(what was found wrong, results)"""
     emulated.settings.device, emulated.settings.schedule = trial.device, schedule
     emulated.reports.clear()
-    _persistent._semaphores.clear()
+    _persistent.taken_semaphores.clear()
     _persistent._free.clear()
     try:
         with nan_filled():

@@ -61,7 +61,7 @@ class Memory:
 def resources(emu, direction, q, k, causal=True):
     batch, seqlen_q, num_heads, head_dim = q.shape
     with emu:
-        num_values, num_semaphores, *_ = getattr(emu.extension, f"attention_{direction}_workspace")(
+        num_partials, num_semaphores, *_ = getattr(emu.extension, f"attention_{direction}_workspace")(
             batch=batch,
             seqlen_q=seqlen_q,
             seqlen_k=k.shape[1],
@@ -70,10 +70,10 @@ def resources(emu, direction, q, k, causal=True):
             head_dim=head_dim,
             causal=causal,
         )
-    workspace = emu.sparse((num_values,), torch.float32, name="workspace") if num_values else None
+    partials = emu.sparse((num_partials,), torch.float32, name="partials") if num_partials else None
     semaphores = torch.zeros(num_semaphores, dtype=torch.int32)
     semaphores = emu.tensor(semaphores, name="semaphores", writable=True) if num_semaphores else None
-    return {"workspace": workspace, "semaphores": semaphores, "num_threads": 1, "stream": 0}
+    return {"partials": partials, "semaphores": semaphores, "num_threads": 1, "stream": 0}
 
 
 def attention_call(emu, q, k, v, out, softmax_lse, key_start=None):
@@ -301,7 +301,7 @@ def test_a_grid_beyond_its_limit_is_refused(emu, row):
     softmax_lse = DeviceTensor(row.data_ptr(), (batch, 1, seqlen), (seqlen, seqlen, 1), torch.float32)
     with emu, pytest.raises(ValueError, match=r"attention_forward: batch=2147483647, .* more than a grid can have"):
         emu.extension.attention_forward(
-            **attention_call(emu, q, k, k, q, softmax_lse), workspace=None, semaphores=None, num_threads=1, stream=0
+            **attention_call(emu, q, k, k, q, softmax_lse), partials=None, semaphores=None, num_threads=1, stream=0
         )
     assert emu.launches == []
 
@@ -317,7 +317,7 @@ def test_positions_beyond_an_int_are_refused_by_attention(name, seqlen_q, seqlen
     q, k = (expanded(row, 1, n) for n in (seqlen_q, seqlen_k))
     softmax_lse = DeviceTensor(row.data_ptr(), (1, 1, seqlen_q), (seqlen_q, seqlen_q, 1), torch.float32)
     call = attention_call(emu, q, k, k, q, softmax_lse)
-    memory = {"workspace": None, "semaphores": None, "num_threads": 1, "stream": 0}
+    memory = {"partials": None, "semaphores": None, "num_threads": 1, "stream": 0}
     with emu:
         emu.extension.attention_forward_workspace(
             seqlen_q=min(seqlen_q, LONGEST), seqlen_k=min(seqlen_k, LONGEST), **sizes

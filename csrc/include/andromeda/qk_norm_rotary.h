@@ -63,10 +63,15 @@ void qk_norm_rotary_backward(const QkNormRotaryBackwardParams& params, int num_t
 }  // namespace cpu
 
 namespace cuda {
+// head_dim even and up to kMaxRotaryHeadDim, seqlen up to kMaxRotarySeqlen.
 void qk_norm_rotary_forward(const QkNormRotaryParams& params, CUstream_st* stream);
 void qk_norm_rotary_backward(const QkNormRotaryBackwardParams& params, CUstream_st* stream);
 // The number of partials for many tokens at which the larger operand has as many blocks as run at the same time.
 int qk_norm_rotary_backward_runs(DType dtype, int head_dim, int q_heads, int k_heads);
+
+inline constexpr int kMaxRotaryHeadDim = 512;
+// A token's place in its sequence is an int, and a group counts up to a block's threads past the end before it wraps.
+inline constexpr int kMaxRotarySeqlen = 0x7FFFFF00;
 }  // namespace cuda
 
 }  // namespace andromeda

@@ -1,0 +1,38 @@
+"""Small functions on tensors and dtypes that the operations share."""
+
+from typing import overload
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and statistics for data of `dtype`: float64 for float64, float32 otherwise."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "float32" of torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+@overload
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor: ...
+@overload
+def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None: ...
+def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The tensor in `dtype`; None stays None."""
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """The tensor without gaps between its elements; None stays None."""
+    return None if tensor is None else tensor.contiguous()
+
+
+def with_dense_rows(tensor: Tensor) -> Tensor:
+    """A gradient that the kernels can read: their rows are dense.
+
+    Autograd hands on the gradient of a sum as one expanded number, whose strides are all 0.
+    """
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -1,0 +1,106 @@
+"""Makes operators of torch from functions that take one record.
+
+Each operation has a record `Call`, a NamedTuple: the arguments of its operators, once, in the order of their schemas,
+tensors first. torch hands them over by position. Here, and nowhere else, positions become a record.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from andromeda.ops import _transforms
+
+SymInt = Annotated[int, "SymInt"]  # an int that a traced program may keep as a symbol
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_LIB = torch.library.Library("andromeda", "DEF")
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    bool: "bool",
+    int: "int",
+    SymInt: "SymInt",
+    float: "float",
+    str: "str",
+}
+
+
+def parameters(record: type[tuple[Any, ...]]) -> str:
+    """The fields of a record as the arguments of a schema: "Tensor q, Tensor? alibi_slopes, bool causal, ..."."""
+    hints = get_type_hints(record, include_extras=True)
+    return ", ".join(f"{_SCHEMA_TYPES[hint]} {name}" for name, hint in hints.items())
+
+
+def num_tensors(record: type[tuple[Any, ...]]) -> int:
+    """The number of fields that are tensors; they come first."""
+    return sum(hint in (Tensor, Tensor | None) for hint in get_type_hints(record).values())
+
+
+def indices(record: type[tuple[Any, ...]], *names: str) -> tuple[int, ...]:
+    """The places of fields in a record."""
+    fields = list(get_type_hints(record))
+    return tuple(map(fields.index, names))
+
+
+def takes(record: type[tuple[Any, ...]]) -> Callable[[_Function], _Function]:
+    """Gives a function of `*fields` the signature of a record: torch.compile counts the arguments of a `forward`."""
+
+    def decorate(function: _Function) -> _Function:
+        vars(function)["__signature__"] = inspect.signature(record)
+        return function
+
+    return decorate
+
+
+def define(
+    schema: str,
+    record: type[tuple[Any, ...]],
+    *,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    flops: Callable[..., int],
+    rows: Sequence[str],
+    sums: Sequence[str] = (),
+) -> torch._ops.OpOverload:
+    """Make `andromeda::<schema>` an operator and return it.
+
+    The last arguments of the schema are the fields of `record`. The functions take the arguments before them, then the
+    record.
+
+    Args:
+        implementation: runs on tensors of any device. It chooses the backend, so that a traced or exported program does
+            not carry the choice of the machine that traced it.
+        fake: the outputs for given inputs, without data. Like the implementation it must allocate with
+            `new_empty(shape)`.
+        flops: floating point operations of a call, for `torch.utils.flop_counter`.
+        rows, sums: names of arguments; see `_transforms.vmap_rule`.
+    """
+    name = schema.partition("(")[0]
+    # The kernels read dense rows: a compiler may not permute the dimensions of an argument behind our back.
+    _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    packet = getattr(torch.ops.andromeda, name)
+    operator = packet.default
+    names = [argument.name for argument in operator._schema.arguments]
+    leading = len(names) - len(record.__annotations__)
+    by_position = functools.partial(_by_position, record, leading)
+    _LIB.impl(name, by_position(implementation), "CompositeExplicitAutograd")  # every device: the reference runs on all
+    torch.library.register_fake(f"andromeda::{name}", by_position(fake), lib=_LIB)
+    count = by_position(flops)
+    register_flop_formula(packet, get_raw=True)(lambda *args, out_val=None: count(*args))
+    rule = _transforms.vmap_rule(operator, [names.index(row) for row in rows], [names.index(total) for total in sums])
+    torch.library.register_vmap(f"andromeda::{name}", rule, lib=_LIB)
+    return operator
+
+
+def _by_position(record: type[tuple[Any, ...]], leading: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """function(*leading arguments, record) as a function of all arguments by position."""
+    make = functools.partial(tuple.__new__, record)  # `record._make` without its Python frame
+
+    if leading == 0:
+        return lambda *args: function(make(args))
+    return lambda *args: function(*args[:leading], make(args[leading:]))
