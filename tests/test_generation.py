@@ -746,7 +746,7 @@ def test_logits_that_are_not_finite(value, temperature, told, monkeypatch):
     """On a GPU they are told at the end, and what is drawn until then is no reason for it to stop."""
     model = build()
     if told == "at the end":
-        see = _Sampler._see
+        see = _Sampler._check_finite
 
         class Elsewhere:
             """A tensor of another device."""
@@ -757,7 +757,7 @@ def test_logits_that_are_not_finite(value, temperature, told, monkeypatch):
             def __sub__(self, other):
                 return self.tensor - other.tensor
 
-        monkeypatch.setattr(_Sampler, "_see", lambda self, words, largest: see(self, words, Elsewhere(largest)))
+        monkeypatch.setattr(_Sampler, "_check_finite", lambda self, words, largest: see(self, words, Elsewhere(largest)))
     with_logit(model, value, 2, monkeypatch)
     heard = []
     place = "for new token 2" if told == "at once" else "one of 6 new tokens"

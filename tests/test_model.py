@@ -20,6 +20,7 @@ import andromeda.ops._persistent
 import andromeda.ops.attention
 from andromeda import Andromeda, AndromedaEmbedding, AutoregressiveWrapper, Decoder, TransformerWrapper
 from andromeda.checkpoint import x_transformers_names
+from andromeda.config import read_key_start
 
 # docs/model.md#15: dtype -> limits of the largest difference in logits, loss and gradients.
 LIMITS = {torch.float64: (1e-10, 1e-10, 1e-10), torch.float32: (2e-5, 2e-6, 1e-6)}
@@ -202,6 +203,27 @@ def test_left_padding_equals_the_row_alone(flags):
     assert largest(out[:, 7:], model(row)) <= 1e-12
 
 
+@pytest.mark.parametrize("flags", ({}, dict(use_abs_pos_emb=True)), ids=("relative", "absolute"))
+@pytest.mark.parametrize("return_loss", (False, True), ids=("logits", "loss"))
+def test_key_start_is_checked_once(flags, return_loss, monkeypatch):
+    """The outermost module checks it, and those inside check what others hand them."""
+    owners = []
+
+    def read(owner, key_start, *shape_and_device):
+        if isinstance(key_start, torch.Tensor):
+            owners.append(owner)
+        return read_key_start(owner, key_start, *shape_and_device)
+
+    monkeypatch.setattr(andromeda.model, "read_key_start", read)
+    model, wrong = small(**flags), torch.zeros(1, 2, dtype=torch.int32)
+    model([1, 2, 3], return_loss=return_loss, key_start=torch.zeros(1, 3, dtype=torch.int64))
+    assert owners == ["Andromeda"]
+    for module, inputs in ((model.decoder, [1, 2, 3]), (model.transformer, [1, 2, 3]),
+                           (model.transformer.attn_layers, torch.ones(1, 3, 24))):  # fmt: skip
+        with pytest.raises(ValueError, match="key_start must have shape"):
+            module(inputs, key_start=wrong)
+
+
 def test_attn_flash_is_only_a_switch():
     model = small(depth=2, heads=4, alibi_num_heads=2)
     plain = small(depth=2, heads=4, alibi_num_heads=2, attn_flash=False)
@@ -212,7 +234,7 @@ def test_attn_flash_is_only_a_switch():
 
 @pytest.mark.parametrize("segment", (16, 64))
 def test_segments_of_positions(segment, monkeypatch):
-    """Sequences longer than an xPos segment: each segment of queries has its own origin (docs/model.md#16.1)."""
+    """Sequences longer than an xPos segment: each segment of queries has its own origin (docs/attention.md#xpos)."""
     model = small(depth=2).double()
     tokens = torch.randint(23, (2, 150))
     whole = model(tokens)
