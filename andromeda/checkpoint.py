@@ -293,7 +293,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return all(bool(end.isfinite()) for end in torch.aminmax(tensor.detach()))
 
 
-def warn_of_not_finite(owner: str, tensors: dict[str, torch.Tensor]) -> None:
+def warn_of_not_finite(owner: str, tensors: Mapping[str, torch.Tensor]) -> None:
     """Warn of these tensors, which are not finite. The warning begins with `owner`."""
     if not tensors:
         return
