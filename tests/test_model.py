@@ -3,11 +3,10 @@
 import copy
 import gc
 import itertools
-import json
 import pickle
 import weakref
 
-import golden
+import golden_cases
 import oracle
 import pytest
 import torch
@@ -30,14 +29,6 @@ def small(**arguments) -> Andromeda:
     return Andromeda(**(oracle.SMALL | arguments))
 
 
-def golden_model(name: str, dtype: torch.dtype) -> tuple[Andromeda, dict, dict]:
-    description, tensors = golden.load(name)
-    model = Andromeda(**description["andromeda_kwargs"])
-    prefix = "weights/"
-    model.load_x_transformers({key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)})
-    return model.to(dtype), description, tensors
-
-
 def largest(a: torch.Tensor, b: torch.Tensor) -> float:
     return (a.double() - b.double()).abs().max().item()
 
@@ -46,9 +37,9 @@ def largest(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
-@pytest.mark.parametrize("name", golden.CASES)
+@pytest.mark.parametrize("name", golden_cases.CASES)
 def test_golden(name, dtype):
-    model, description, tensors = golden_model(name, dtype)
+    model, description, tensors = golden_cases.model(name, dtype)
     logits_limit, loss_limit, gradient_limit = LIMITS[dtype]
     assert largest(model(tensors["tokens"]), tensors["logits_f64"]) <= logits_limit
     loss = model(tensors["loss_tokens"], return_loss=True)
@@ -60,9 +51,9 @@ def test_golden(name, dtype):
         assert largest(parameters[names[key]].grad, tensors[f"grads_f64/{key}"]) <= gradient_limit, key
 
 
-@pytest.mark.parametrize("name", golden.CASES)
+@pytest.mark.parametrize("name", golden_cases.CASES)
 def test_golden_bfloat16(name):
-    model, description, tensors = golden_model(name, torch.bfloat16)
+    model, description, tensors = golden_cases.model(name, torch.bfloat16)
     error = (model(tensors["tokens"]).double() - tensors["logits_f64"]).abs()
     assert error.max() <= 5e-2 and error.mean() <= 1e-2
     loss = model(tensors["loss_tokens"], return_loss=True)
@@ -72,12 +63,6 @@ def test_golden_bfloat16(name):
     for key in description["gradients"]:
         expected = tensors[f"grads_f64/{key}"]
         assert largest(parameters[names[key]].grad, expected) <= 5e-2 * expected.abs().max().item(), key
-
-
-def test_golden_cases():
-    """The cases above are those of the index, so that a new one is not overlooked."""
-    index = json.loads((golden.folder() / "index.json").read_text())
-    assert [case["name"] for case in index] == list(golden.CASES)
 
 
 # ---- the oracle
