@@ -1,4 +1,4 @@
-"""Checkpoints: a directory of our own, and state dicts of every version of x-transformers (docs/model.md#12).
+"""Checkpoints: directories that `save` writes, and state dicts of every version of x-transformers (docs/model.md#12).
 
 A saved model is a directory with `model.safetensors`, the parameters, and `andromeda.json`, the arguments of the
 constructor. Nothing is unpickled.
@@ -14,7 +14,9 @@ import shutil
 import tempfile
 import uuid
 import warnings
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import torch
 import xxhash
@@ -22,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from andromeda import files
-from andromeda.config import ModelConfig
+from andromeda.config import EmbeddingProvider, ModelConfig
 
 WEIGHTS = "model.safetensors"
 SETTINGS = "andromeda.json"
@@ -31,16 +33,52 @@ _DEFAULT_PROVIDER = "andromeda.model.AndromedaEmbedding"
 _SEAL, _NO_SEAL = "checksum", "0" * 32  # in the metadata of the weights: XXH3-128 of the file, with this in its place
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
-# Parts of names that wrappers put anywhere: torch.compile, DistributedDataParallel, FSDP, activation checkpointing ...
+# Parts that wrappers put anywhere into names: torch.compile, DistributedDataParallel, FSDP, activation checkpoints ...
 _WRAPPERS = frozenset(
     ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_fpw_module", "_forward_module")
 )
-# ... and those in front, of what holds the model, among them averages of weights.
+# ... and the first parts of names, of objects that hold a model, among them averages of weights.
 _OWNERS = frozenset(("Andromeda", "decoder", "ema", "ema_model", "model", "net", "online_model"))
-_COUNTERS = frozenset(("initted", "n_averaged", "step"))  # which averages of weights keep beside them
+_COUNTERS = frozenset(("initted", "n_averaged", "step"))  # averages of weights keep them beside the weights
 
 
-def save(model, path) -> None:
+class Transformer(Protocol):
+    """The parts of `andromeda.model.TransformerWrapper` that checkpoints know."""
+
+    token_emb: torch.nn.Module
+
+    @property
+    def to_logits(self) -> torch.nn.Linear: ...
+
+
+class Model(Protocol):
+    """The parts of `andromeda.model.Andromeda` that checkpoints know."""
+
+    embedding_provider: EmbeddingProvider
+
+    def __init__(self, **arguments: Any) -> None: ...
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def transformer(self) -> Transformer: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any: ...
+
+    def get_submodule(self, target: str) -> torch.nn.Module: ...
+
+    def get_parameter(self, target: str) -> torch.nn.Parameter: ...
+
+    def to(self, device: torch.device) -> Any: ...
+
+
+_Model = TypeVar("_Model", bound=Model)
+
+
+def save(model: Model, path: str | os.PathLike[str]) -> None:
     """Write `model` into the directory `path`, whole or not at all. Other files in the directory stay.
 
     A new directory appears when it is complete. In an existing one the files are replaced one after the other, weights
@@ -57,16 +95,14 @@ def save(model, path) -> None:
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"Andromeda.save: path must be a directory or not exist, got the file {path}")
     state, ties = _state_to_save(model)
-    provider = type(model.embedding_provider)
-    provider = f"{provider.__module__}.{provider.__qualname__}"
+    provider = _class_name(model.embedding_provider)
     if provider == _DEFAULT_PROVIDER and not is_plain_embedding(model.transformer.token_emb):
-        embedding = type(model.transformer.token_emb)
-        provider = f"{embedding.__module__}.{embedding.__qualname__}"  # put in afterwards: the default makes another
+        provider = _class_name(model.transformer.token_emb)  # put in afterwards: the default provider makes another
     dtype = _name(model.transformer.to_logits.weight.dtype)
     dtypes = {name: _name(tensor.dtype) for name, tensor in state.items() if tensor.is_floating_point()}
     settings = {
         "format": FORMAT,
-        "save_id": uuid.uuid4().hex,  # says which settings and weights belong together
+        "save_id": uuid.uuid4().hex,  # settings and weights that belong together have the same one
         "arguments": dataclasses.asdict(model.config),
         "embedding_provider": provider,
         "dtype": dtype,
@@ -93,8 +129,12 @@ def save(model, path) -> None:
         files.flush(path.parent)
 
 
+def _class_name(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
 def is_plain_embedding(module: torch.nn.Module) -> bool:
-    """Whether it computes what `torch.nn.Embedding` does, under whatever wrappers."""
+    """Whether the module is a `torch.nn.Embedding` or computes the same, also inside of wrappers."""
     inside = [module]
     while inside:
         module = inside[0]
@@ -102,7 +142,7 @@ def is_plain_embedding(module: torch.nn.Module) -> bool:
     return type(module).forward is torch.nn.Embedding.forward
 
 
-def _state_to_save(model) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _state_to_save(model: Model) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Parameters by name, each once, and the other names of those that have several: name -> name in the first."""
     own = model.state_dict()
     with torch.device("meta"):
@@ -131,7 +171,8 @@ def apart(state: dict[str, torch.Tensor], owner: str) -> tuple[dict[str, torch.T
     Raises:
         ValueError: some overlap; begins with `owner`.
     """
-    firsts, ties, kept, here = {}, {}, {}, {}
+    firsts: dict[tuple[object, ...], str] = {}
+    ties, kept, here = {}, {}, {}
     for name, tensor in state.items():
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_meta or tensor.numel() == 0:
             kept[name] = tensor  # sharded, or elsewhere
@@ -141,9 +182,9 @@ def apart(state: dict[str, torch.Tensor], owner: str) -> tuple[dict[str, torch.T
             ties[name] = firsts[place]
         else:
             kept[name] = here[name] = tensor.detach()
-    ends = {}  # device -> where the memory ends of what begins before, and whose it is
+    ends: dict[torch.device, tuple[int, str]] = {}  # where the tensors so far end, and the name of the last one
     for name, tensor in sorted(here.items(), key=lambda item: item[1].data_ptr()):
-        begin, (end, other) = tensor.data_ptr(), ends.get(tensor.device, (0, None))
+        begin, (end, other) = tensor.data_ptr(), ends.get(tensor.device, (0, ""))
         if begin < end:
             raise ValueError(
                 f"{owner}: {other} and {name} must not overlap in memory, a part cannot be tied; make one of them a "
@@ -153,7 +194,7 @@ def apart(state: dict[str, torch.Tensor], owner: str) -> tuple[dict[str, torch.T
         ends[tensor.device] = begin + span * tensor.element_size(), name
     storages = collections.Counter(tensor.untyped_storage().data_ptr() for tensor in here.values())
     for name, tensor in here.items():
-        shared = storages[tensor.untyped_storage().data_ptr()] > 1  # pieces of one buffer
+        shared = storages[tensor.untyped_storage().data_ptr()] > 1  # it is a piece of a buffer
         kept[name] = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
     return kept, ties
 
@@ -162,14 +203,20 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def load(model_class, path, device=None, dtype=None, embedding_provider=None):
-    """The model saved in the directory `path`. Memory for its parameters is taken once.
+def load(
+    model_class: Callable[..., _Model],
+    path: str | os.PathLike[str],
+    device: str | int | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    embedding_provider: EmbeddingProvider | None = None,
+) -> _Model:
+    """The model saved in the directory `path`. Memory for its parameters is allocated once.
 
     Args:
         model_class: `Andromeda`.
-        device: where to put it; default the CPU.
+        device: device of the model; default the CPU.
         dtype: floating-point dtype of the parameters; default the one they were saved in.
-        embedding_provider: needed when the saved model had one of its own.
+        embedding_provider: needed when the saved model did not have the default one.
 
     Raises:
         FileNotFoundError: the directory or a file is missing.
@@ -219,9 +266,10 @@ def load(model_class, path, device=None, dtype=None, embedding_provider=None):
     if problems:
         raise ValueError(f"Andromeda.load: {path / WEIGHTS} does not fit its settings\n" + "\n".join(problems))
     device = torch.device("cpu" if device is None else device)
-    state, not_finite = {}, {}
+    state: dict[str, torch.Tensor] = {}
+    not_finite: dict[str, torch.Tensor] = {}
     for name, own_name in names.items():
-        # Opened for each tensor: closing gives the mapped pages back, which would otherwise count as a second copy.
+        # Opened for each tensor: closing returns the mapped pages, which would otherwise count as a second copy.
         with safe_open(path / WEIGHTS, framework="pt") as file:
             tensor = file.get_tensor(name)
         if not is_finite(tensor):
@@ -234,18 +282,19 @@ def load(model_class, path, device=None, dtype=None, embedding_provider=None):
         module, _, parameter = name.rpartition(".")
         setattr(model.get_submodule(module), parameter, model.get_parameter(first))
     warn_of_not_finite(f"Andromeda.load: {path}", not_finite)
-    return model.to(device)  # what a provider has beside its state
+    model.to(device)  # the parts of a provider's module that its state does not hold
+    return model
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no number is NaN or infinite: one pass over memory and none of its own."""
+    """Whether no number is NaN or infinite, in one pass over memory that allocates nothing."""
     if tensor.numel() == 0 or not tensor.is_floating_point() or tensor.is_meta:
         return True
     return all(bool(end.isfinite()) for end in torch.aminmax(tensor.detach()))
 
 
-def warn_of_not_finite(owner: str, tensors: dict[str, torch.Tensor]) -> None:
-    """Warn of these tensors, which are not finite. owner: what the warning begins with."""
+def warn_of_not_finite(owner: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Warn of these tensors, which are not finite. The warning begins with `owner`."""
     if not tensors:
         return
     shown = []
@@ -283,8 +332,8 @@ def _is_sealed(file: Path, seal: str) -> bool:
     return state.hexdigest() == seal
 
 
-def _verified(path: Path, settings: dict, metadata: dict) -> dict:
-    """The settings that belong to the weights, after a look at the checksums. Older saves have none.
+def _verified(path: Path, settings: dict[str, Any], metadata: dict[str, str]) -> dict[str, Any]:
+    """The settings that belong to the weights, after a check of the checksums, which older saves do not have.
 
     Weights carry a copy of the settings and a checksum of themselves; the settings' file has a checksum of the
     weights' file.
@@ -302,7 +351,7 @@ def _verified(path: Path, settings: dict, metadata: dict) -> dict:
         faults = files.damages(path, {WEIGHTS: recorded[WEIGHTS]})
     except (TypeError, KeyError) as error:
         raise ValueError(f"Andromeda.load: the checksums in {path / SETTINGS} are damaged: {error!r}") from error
-    if faults and _is_sealed(weights, metadata.get(_SEAL)):
+    if faults and _is_sealed(weights, metadata.get(_SEAL, "")):
         raise ValueError(f"Andromeda.load: {path / SETTINGS} is damaged, {WEIGHTS} is whole; restore it from a copy")
     if faults:
         raise ValueError(f"Andromeda.load: {weights} is damaged: {faults[0]}; restore it from a copy")
@@ -317,8 +366,8 @@ def _verified(path: Path, settings: dict, metadata: dict) -> dict:
     return settings
 
 
-def _check_sizes(path: Path, arguments: dict, shapes: dict) -> None:
-    """Refuse what would take for ever to build, before it is built."""
+def _check_sizes(path: Path, arguments: dict[str, Any], shapes: Mapping[str, tuple[int, ...] | None]) -> None:
+    """Refuse a model that does not fit the weights before it is built, which could take for ever."""
     try:
         config = ModelConfig(**arguments)
     except (TypeError, ValueError) as error:
@@ -326,7 +375,7 @@ def _check_sizes(path: Path, arguments: dict, shapes: dict) -> None:
     check_layers(f"Andromeda.load: {path / WEIGHTS} does not fit its settings", config, shapes)
 
 
-def check_layers(owner: str, config: ModelConfig, shapes: dict[str, tuple]) -> None:
+def check_layers(owner: str, config: ModelConfig, shapes: Mapping[str, tuple[int, ...] | None]) -> None:
     """Compare depth and heads of a config with the names and shapes of saved parameters.
 
     Raises:
@@ -345,7 +394,12 @@ def check_layers(owner: str, config: ModelConfig, shapes: dict[str, tuple]) -> N
         )
 
 
-def _misfits(expected: dict, found: dict, ties: dict, settings: dict) -> list[str]:
+def _misfits(
+    expected: dict[str, torch.Tensor],
+    found: dict[str, tuple[tuple[int, ...], str]],
+    ties: dict[str, str],
+    settings: dict[str, Any],
+) -> list[str]:
     """A line for each kind of difference between the model's tensors and (shape, dtype) by name."""
     if not set(ties) <= set(expected) or not set(ties.values()) <= set(found):
         return [f"    tied: {ties} must be names of parameters"]
@@ -366,27 +420,29 @@ def _misfits(expected: dict, found: dict, ties: dict, settings: dict) -> list[st
 
 
 class _OnCpu:
-    """A provider that makes its module with values, also where others are made on the meta device."""
+    """A provider whose module has values, also while other modules are made on the meta device."""
 
-    def __init__(self, provider):
+    def __init__(self, provider: EmbeddingProvider):
         self.provider = provider
         if callable(getattr(provider, "get_embedding", None)):
             self.get_embedding = self._get_embedding
 
-    def _get_embedding(self, num_tokens, dim):
+    def _get_embedding(self, num_tokens: int, dim: int) -> torch.nn.Module:
         with torch.device("cpu"):
             return self.provider.get_embedding(num_tokens, dim)
 
 
-def read_header(file: Path, owner: str = "Andromeda.load"):
+def read_header(
+    file: Path, owner: str = "Andromeda.load"
+) -> tuple[dict[str, tuple[tuple[int, ...], str]], dict[str, str]]:
     """(shape, dtype) by name and the metadata of a safetensors file whose size is right."""
-    found = file.stat().st_size
+    size = file.stat().st_size
     with open(file, "rb") as stream:
         head = stream.read(8)
         length = int.from_bytes(head, "little")
-        if len(head) < 8 or length > found - 8:
+        if len(head) < 8 or length > size - 8:
             raise ValueError(
-                f"{owner}: {file} must be a whole safetensors file, got {found} bytes that end within its header"
+                f"{owner}: {file} must be a whole safetensors file, got {size} bytes that end within its header"
             )
         try:
             header = json.loads(stream.read(length))
@@ -394,8 +450,8 @@ def read_header(file: Path, owner: str = "Andromeda.load"):
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise ValueError(f"{owner}: {file} must be a safetensors file, its header is damaged") from error
     expected = 8 + length + max(ends, default=0)
-    if found != expected:
-        raise ValueError(f"{owner}: {file} must hold {expected} bytes as its header says, found {found}")
+    if size != expected:
+        raise ValueError(f"{owner}: {file} must hold {expected} bytes as its header says, found {size}")
     try:
         with safe_open(file, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in header if name != "__metadata__"}
@@ -405,7 +461,7 @@ def read_header(file: Path, owner: str = "Andromeda.load"):
         raise ValueError(f"{owner}: {file} must be a safetensors file: {error}") from error
 
 
-def _read_settings(file: Path, text) -> dict:
+def _read_settings(file: Path, text: str | bytes) -> dict[str, Any]:
     try:
         settings = json.loads(text)
         version, arguments = settings["format"], settings["arguments"]
@@ -418,7 +474,7 @@ def _read_settings(file: Path, text) -> dict:
     return settings
 
 
-def _differences(expected: dict, found: dict) -> list[str]:
+def _differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
     """A line for each kind of difference between two maps from names to shapes."""
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
@@ -431,7 +487,7 @@ def _differences(expected: dict, found: dict) -> list[str]:
     return [f"    {kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
 
 
-def x_transformers_names(model) -> dict[str, str]:
+def x_transformers_names(model: Model) -> dict[str, str]:
     """The parameters of `model` (docs/model.md#12): name in x-transformers' state dict -> name in ours."""
     config = model.config
     ours, theirs = "transformer.attn_layers", "attn_layers"
@@ -465,18 +521,18 @@ def x_transformers_names(model) -> dict[str, str]:
 
 
 @torch.no_grad()
-def load_x_transformers(model, state_dict, version="2.31.10") -> None:
+def load_x_transformers(model: Model, state_dict: Mapping[str, torch.Tensor], version: str = "2.31.10") -> None:
     """Copy a state dict of x-transformers into `model`, converting older versions (docs/model.md#12).
 
     Args:
-        state_dict: of a TransformerWrapper, or of an AutoregressiveWrapper around one. What torch.compile, DDP, FSDP
-            and other wrappers put into names is left out.
-        version: of the library that wrote it. A state dict does not say.
+        state_dict: that of a TransformerWrapper, or of an AutoregressiveWrapper around one. Parts of names that come
+            from torch.compile, DDP, FSDP and other wrappers are left out.
+        version: version of the library that wrote it, which the state dict does not hold.
 
     Raises:
         TypeError: a value is no tensor.
         ValueError: the version is no version; or the model cannot represent the checkpoint: names every missing,
-            unexpected and misshapen key and whatever cannot be converted. The model is unchanged then.
+            unexpected and misshapen key and every parameter that cannot be converted. The model is unchanged then.
 
     Warns:
         UserWarning: parameters are not finite; names them.
@@ -497,9 +553,10 @@ def load_x_transformers(model, state_dict, version="2.31.10") -> None:
     warn_of_not_finite("load_x_transformers: state_dict", not_finite)
 
 
-def _different_ties(targets, tensors) -> list[str]:
+def _different_ties(targets: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """Lines for names that are one parameter of the model, tied, and several values of the checkpoint."""
-    firsts, problems = {}, []
+    firsts: dict[tuple[int, torch.Size], str] = {}
+    problems = []
     for key, target in targets.items():
         first = firsts.setdefault((target.data_ptr(), target.shape), key)
         if not _same(tensors[first], tensors[key]):
@@ -513,8 +570,8 @@ def _parse_version(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("."))
 
 
-def plain_name(name: str, expected=()) -> str:
-    """A name without what wrappers put into it; one that is expected stays as it is."""
+def plain_name(name: str, expected: Collection[str] = ()) -> str:
+    """A name without the parts that wrappers put into it; a name that is expected stays as it is."""
     parts = name.split(".")
     if name not in expected:
         parts = [part for part in parts if part not in _WRAPPERS]
@@ -523,18 +580,21 @@ def plain_name(name: str, expected=()) -> str:
     return ".".join(parts)
 
 
-WRAPPERS_PATTERN = rf"(^|\.)(?:(?:{'|'.join(sorted(_WRAPPERS))})\.)+"  # of a name; what stays is group 1
+WRAPPERS_PATTERN = rf"(^|\.)(?:(?:{'|'.join(sorted(_WRAPPERS))})\.)+"  # the parts of wrappers in a name; group 1 stays
 
 
-def rename(state_dict, expected, owner: str) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Tensors by the names that are expected, without those of wrappers, and a line for each problem found.
+def rename(
+    state_dict: Mapping[str, Any], expected: Collection[str], owner: str
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Tensors by the names that are expected, without parts of wrappers, and a line for each problem found.
 
     A model that holds both a network and its wrapper lists everything twice: equal tensors are taken once.
 
     Raises:
         TypeError: a value is no tensor; begins with `owner`.
     """
-    tensors, problems = {}, []
+    tensors: dict[str, torch.Tensor] = {}
+    problems = []
     for full_name, tensor in state_dict.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{owner}: {full_name} must be a tensor, got {type(tensor).__name__}")
@@ -553,8 +613,8 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
-def for_model(model, state_dict):
-    """A state dict under the names of `model`, whatever wrappers it or the model were in when they were listed.
+def for_model(model: Model, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A state dict under the names of `model`; it or the model may have been in any wrappers when it was made.
 
     Raises:
         ValueError: one parameter has several values; names them.
@@ -569,12 +629,12 @@ def for_model(model, state_dict):
     return {names.get(name, name): tensor for name, tensor in tensors.items()}
 
 
-def _convert(tensors: dict, config: ModelConfig, version: tuple[int, ...]) -> list[str]:
-    """Bring `tensors` to the meaning of the current version, in place; returns what cannot be represented.
+def _convert(tensors: dict[str, torch.Tensor], config: ModelConfig, version: tuple[int, ...]) -> list[str]:
+    """Bring `tensors` to the meaning of the current version, in place; returns a line for each one that has none.
 
-    Each step is a row of the table in docs/model.md#12, from the checkpoint's side: what it wrote, what we need.
+    Each step is a row of the table in docs/model.md#12.
     """
-    problems = []
+    problems: list[str] = []
     if config.rotary_xpos:  # constant tables, which the model computes itself
         for table in ("inv_freq", "scale"):
             tensors.pop(f"attn_layers.rotary_pos_emb.{table}", None)
@@ -599,8 +659,8 @@ def _convert(tensors: dict, config: ModelConfig, version: tuple[int, ...]) -> li
     return problems
 
 
-def _convert_norms(tensors) -> list[str]:
-    """The gain itself was stored, as `weight` or `gamma`: gamma = gain - 1."""
+def _convert_norms(tensors: dict[str, torch.Tensor]) -> list[str]:
+    """Old versions stored the gain itself, as `weight` or `gamma`: gamma = gain - 1."""
     problems = []
     for key in list(tensors):
         found = re.fullmatch(r"(attn_layers\.(?:layers\.\d+\.0\.\d+|final_norm))\.(weight|gamma|bias|beta)", key)
@@ -613,15 +673,15 @@ def _convert_norms(tensors) -> list[str]:
     return problems
 
 
-def _drop_zero(tensors, key) -> list[str]:
-    """Remove a bias that the model does not have, which is possible when it is zero."""
+def _drop_zero(tensors: dict[str, torch.Tensor], key: str) -> list[str]:
+    """Remove a bias that the model does not have, if it is zero."""
     bias = tensors.pop(key, None)
     if bias is not None and bias.any():
         return [f"    {key} must be zero, the model has no such bias, got values up to {bias.abs().max().item():.3g}"]
     return []
 
 
-def _convert_key_scales(tensors, config) -> list[str]:
+def _convert_key_scales(tensors: dict[str, torch.Tensor], config: ModelConfig) -> list[str]:
     """Some versions kept a key scale per query head beside a single key head."""
     problems = []
     for key, scale in tensors.items():
@@ -632,23 +692,23 @@ def _convert_key_scales(tensors, config) -> list[str]:
                 tensors[key] = scale[:1]
             else:
                 problems.append(f"    {key} must have equal rows, the model has one key head, got different ones")
-                tensors[key] = scale[:1]  # named once, not also as misshapen
+                tensors[key] = scale[:1]  # so that it is not named again for its shape
     return problems
 
 
-def _interleave_pairs(tensor, key, config):
+def _interleave_pairs(tensor: torch.Tensor, key: str, config: ModelConfig) -> torch.Tensor:
     """Rotary pairs were (t, t + r/2): new channel 2t is old channel t, new 2t + 1 is old t + r/2, in every head."""
     order = list(range(config.dim_head))
     half = config.rotary_dim // 2
     order[: config.rotary_dim] = [channel for t in range(half) for channel in (t, t + half)]
     axis = 0 if key.endswith(".weight") else -1
     if tensor.ndim == 0 or tensor.shape[axis] % config.dim_head != 0:
-        return tensor  # misshapen, which is reported later
+        return tensor  # its shape is wrong, and will be reported
     heads = tensor.unflatten(axis, (-1, config.dim_head))  # the channels of a head are now axis 1 or -1
     return heads.index_select(1 if axis == 0 else -1, torch.tensor(order, device=tensor.device)).reshape(tensor.shape)
 
 
-def _convert_score_scale(tensors, config, version) -> list[str]:
+def _convert_score_scale(tensors: dict[str, torch.Tensor], config: ModelConfig, version: tuple[int, ...]) -> list[str]:
     """Bring scores tau * <a_q q, a_k k> of another tau to ours, d ** -0.5, by scaling both a_q and a_k."""
     root = math.sqrt(config.dim_head)
     inverted = version < (1, 22, 23) and config.attn_flash
@@ -660,7 +720,7 @@ def _convert_score_scale(tensors, config, version) -> list[str]:
         if not key.endswith(("qk_norm_q_scale", "qk_norm_k_scale")):
             continue
         scale = tensors[key].double()
-        if version > (2, 17, 0):  # without effect there: scores were 1000 * cosine
+        if version > (2, 17, 0):  # the scales had no effect there: scores were 1000 * cosine
             tensors[key] = torch.full_like(scale, (1000 * root) ** 0.5)
         else:
             tensors[key] = scale * (10 * root) ** (-0.5 if inverted else 0.5)

@@ -1,4 +1,4 @@
-"""What a user may hand to a model: constructor arguments, tokens and `key_start`, checked once.
+"""The arguments of a model, its constructor's and its calls' (tokens, `key_start`): each is checked once, here.
 
 `DecoderConfig` and `ModelConfig` also translate the constructor's words into those of the operations (`heads` into
 `num_kv_heads`, flags into scales and slopes), so that no other file derives them again.
@@ -6,11 +6,39 @@
 
 import dataclasses
 import functools
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, TypedDict
 
 import torch
 
 from andromeda.ops import _checks, _persistent
+
+Tokens: TypeAlias = torch.Tensor | Sequence[int] | Sequence[Sequence[int]]
+"""Token ids: an int64 tensor (seqlen,) or (batch, seqlen), a list of ints, or a list of lists of ints."""
+
+
+class EmbeddingProvider(Protocol):
+    """An object that makes the embedding module of a model (docs/model.md#2)."""
+
+    def get_embedding(self, num_tokens: int, dim: int) -> torch.nn.Module:
+        """A new module that maps int64 (batch, n) to (batch, n, dim)."""
+
+
+class DecoderOptions(TypedDict, total=False):
+    """The keyword arguments of `andromeda.model.Decoder` besides `dim` and `depth`, which `DecoderConfig` describes."""
+
+    dim_head: int
+    heads: int
+    alibi_pos_bias: bool
+    alibi_num_heads: int | None
+    rotary_xpos: bool
+    attn_flash: bool
+    deepnorm: bool
+    shift_tokens: int
+    attn_one_kv_head: bool
+    qk_norm: bool
+    attn_qk_norm: bool
+    attn_qk_norm_dim_scale: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,8 +52,8 @@ class DecoderConfig:
         heads: number of query heads; heads * dim_head need not equal dim.
         alibi_pos_bias: ALiBi on the first `alibi_num_heads` heads (None: on all, 0: on none).
         rotary_xpos: rotary xPos on the first half of the channels of each head.
-        attn_flash: use the fused kernels where they can run; False uses plain torch. The result is the same, and its
-            gradients can be differentiated again.
+        attn_flash: use the fused kernels where they can run; False uses plain torch, which gives the same result, and
+            gradients that can be differentiated again.
         deepnorm: post-norm with scaled residuals; False is pre-norm with a final norm.
         shift_tokens: delay in tokens of the last of shift_tokens + 1 channel segments; 0 is off.
         attn_one_kv_head: one key/value head for all query heads; False gives each its own.
@@ -33,7 +61,7 @@ class DecoderConfig:
         attn_qk_norm_dim_scale: learned scale per channel after that normalisation; False is a fixed score scale of 10.
 
     Raises:
-        TypeError, ValueError: an argument that no model has, named with its value.
+        TypeError, ValueError: no model has such an argument; names it and its value.
     """
 
     owner: ClassVar[str] = "Decoder"
@@ -53,7 +81,7 @@ class DecoderConfig:
     attn_qk_norm: bool = True
     attn_qk_norm_dim_scale: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             self._check_type(field.name, getattr(self, field.name), field.type)
         for field in dataclasses.fields(self):
@@ -71,15 +99,16 @@ class DecoderConfig:
         if self.norm_on:
             self._require("dim_head", "be greater than 2 with QK normalisation on", self.dim_head > 2)
 
-    def _check_type(self, name, value, kind) -> None:
+    def _check_type(self, name: str, value: object, kind: Any) -> None:
+        """kind: bool, int or int | None, as `dataclasses` reports it."""
         if kind is bool:
             if not isinstance(value, bool):
                 raise TypeError(f"{self.owner}: {name} must be True or False, got {value!r}")
-        elif isinstance(value, bool) or not isinstance(value, kind):  # int, or int | None
+        elif isinstance(value, bool) or not isinstance(value, kind):
             choice = "an int" if kind is int else "an int or None"
             raise TypeError(f"{self.owner}: {name} must be {choice}, got {value!r} ({type(value).__name__})")
 
-    def _require(self, name, requirement, holds) -> None:
+    def _require(self, name: str, requirement: str, holds: bool) -> None:
         if not holds:
             raise ValueError(f"{self.owner}: {name} must {requirement}, got {getattr(self, name)}")
 
@@ -95,6 +124,7 @@ class DecoderConfig:
 
     @property
     def num_kv_heads(self) -> int:
+        """Number of key/value heads."""
         return 1 if self.attn_one_kv_head else self.heads
 
     @property
@@ -124,7 +154,7 @@ class DecoderConfig:
 
     @functools.cached_property
     def alibi_slopes(self) -> tuple[float, ...] | None:
-        """A slope per head, 0 where a head has no bias (docs/model.md#5.4); None when none has."""
+        """A slope per head, 0 for a head without a bias (docs/model.md#5.4); None when no head has one."""
         biased = self.heads if self.alibi_num_heads is None else self.alibi_num_heads
         if not self.alibi_pos_bias or biased == 0:
             return None
@@ -133,7 +163,7 @@ class DecoderConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig(DecoderConfig):
-    """Every argument of `andromeda.Andromeda` but `embedding_provider`, which is an object and no setting.
+    """Every argument of `andromeda.Andromeda` except `embedding_provider`, which is an object and not a setting.
 
     Attributes:
         num_tokens: size of the vocabulary.
@@ -147,7 +177,7 @@ class ModelConfig(DecoderConfig):
     max_seq_len: int = 8192
     use_abs_pos_emb: bool = False
 
-    def decoder_arguments(self) -> dict:
+    def decoder_arguments(self) -> dict[str, Any]:
         """The keyword arguments of the `Decoder` inside."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(DecoderConfig)}
 
@@ -163,23 +193,30 @@ def alibi_slopes(num_heads: int) -> tuple[float, ...]:
 def constant(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
     """The values in float32. No buffer: a buffer would be rounded together with the model by `.bfloat16()`."""
     if _checks.is_tracing():
-        # Written by the program itself: `torch.tensor` would become a constant on the CPU that is copied at every run,
-        # and a program that touches the CPU is not made a CUDA graph. Fake tensors do not mix with real ones.
+        # The recorded program makes the tensor itself. `torch.tensor` would become a constant on the CPU that every run
+        # copies, and a program that touches the CPU is not made a CUDA graph. Fake tensors do not mix with real ones.
         return torch.cat([torch.full((1,), value, dtype=torch.float32, device=device) for value in values])
     return _persistent.constant(values, device)
 
 
-def read_tokens(owner: str, tokens, num_tokens: int, device: torch.device, *, ignore_index=None) -> torch.Tensor:
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and statistics for data of `dtype` (docs/model.md#5.6)."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def read_tokens(
+    owner: str, tokens: Tokens, num_tokens: int, device: torch.device, *, ignore_index: int | None = None
+) -> torch.Tensor:
     """Token ids in any form that `forward` takes, as an int64 tensor (batch, seqlen) on `device`.
 
     Args:
-        owner: the class that errors name.
+        owner: the class that error messages name.
         tokens: list of ints, list of equally long lists, or int64 tensor (seqlen,) or (batch, seqlen).
-        num_tokens: ids must be smaller. Checked for lists and CPU tensors only: reading back would stall a GPU.
-        ignore_index: an id that is allowed besides.
+        num_tokens: ids must be smaller. Only lists and CPU tensors are checked: reading back would stall a GPU.
+        ignore_index: an id that is allowed in addition.
 
     Raises:
-        TypeError: anything else, such as floats, bools or other dtypes.
+        TypeError: the tokens have another form, such as floats, bools or another dtype.
         ValueError: an empty sequence, rows of different lengths, an id outside the vocabulary.
     """
     if isinstance(tokens, list | tuple):
@@ -202,9 +239,10 @@ def read_tokens(owner: str, tokens, num_tokens: int, device: torch.device, *, ig
     return tokens.to(device)
 
 
-def read_rows(owner: str, tokens) -> list[list[int]]:
+def read_rows(owner: str, tokens: Sequence[int] | Sequence[Sequence[int]]) -> list[list[int]]:
     """The rows of a list of ints (one row) or of a list of lists of ints, of any lengths >= 1."""
-    rows = tokens if len(tokens) > 0 and isinstance(tokens[0], list | tuple) else [tokens]
+    rows: Sequence[object] = tokens if len(tokens) > 0 and isinstance(tokens[0], list | tuple) else [tokens]
+    result = []
     for index, row in enumerate(rows):
         if not isinstance(row, list | tuple):
             raise TypeError(f"{owner}: tokens must be all ints or all lists of ints, got {row!r} as row {index}")
@@ -215,10 +253,11 @@ def read_rows(owner: str, tokens) -> list[list[int]]:
                 raise TypeError(f"{owner}: tokens must be ints, got {token!r} at row {index}, position {position}")
             if not -(2**63) <= token < 2**63:
                 raise ValueError(f"{owner}: token {token} at row {index}, position {position} does not fit into int64")
-    return [list(row) for row in rows]
+        result.append(list(row))
+    return result
 
 
-def _check_range(owner, tokens, num_tokens, ignore_index) -> None:
+def _check_range(owner: str, tokens: torch.Tensor, num_tokens: int, ignore_index: int | None) -> None:
     if tokens.numel() == 0:
         return
     low, high = (value.item() for value in torch.aminmax(tokens))
@@ -237,10 +276,29 @@ def _check_range(owner, tokens, num_tokens, ignore_index) -> None:
         )
 
 
-def read_key_start(owner: str, key_start, batch: int, seqlen: int, device: torch.device) -> torch.Tensor | None:
-    """`key_start` as int32 (batch, seqlen) on `device`; None stays None."""
+class CheckedKeyStart(NamedTuple):
+    """A tensor that `read_key_start` returned, on its way to a module inside, which need not check it again."""
+
+    tensor: torch.Tensor
+
+
+KeyStart: TypeAlias = torch.Tensor | CheckedKeyStart | None
+"""The argument `key_start` of a module: an integer tensor (batch, seqlen); or one that an outer module has checked."""
+
+
+def checked(key_start: torch.Tensor | None) -> CheckedKeyStart | None:
+    """What `read_key_start` returned, in the form in which it is handed to a module inside."""
+    return None if key_start is None else CheckedKeyStart(key_start)
+
+
+def read_key_start(
+    owner: str, key_start: KeyStart, batch: int, seqlen: int, device: torch.device
+) -> torch.Tensor | None:
+    """`key_start` as int32 (batch, seqlen) on `device`; None stays None. owner: the class that error messages name."""
     if key_start is None:
         return None
+    if isinstance(key_start, CheckedKeyStart):
+        return key_start.tensor
     if not isinstance(key_start, torch.Tensor) or key_start.dtype not in (torch.int32, torch.int64):
         found = key_start.dtype if isinstance(key_start, torch.Tensor) else type(key_start).__name__
         raise TypeError(f"{owner}: key_start must be an int32 or int64 tensor, got {found}")

@@ -1,8 +1,14 @@
 """Files and folders that appear whole or not at all, also when the machine loses power.
 
-What is new is written under another name on the same file system and synced to the disk; then it is renamed, and the
-folder that holds the name is synced. A link stays, what it leads to is replaced; what is no ordinary file (a pipe, a
-terminal, `/dev/stdout`) is written into. `writing` says in words why something could not be written.
+New files are written under a temporary name on the same file system and synced to the disk; then they are renamed, and
+the folder that holds the name is synced. A link stays, and the file or folder that it leads to is replaced. A pipe, a
+terminal or `/dev/stdout`, which is no ordinary file, is written into. The functions, in this order:
+
+    check_output, check_output_folder                       before the work: could it be written?
+    write_bytes, write_text, write_json, read_json          files
+    whole_folder, replace_folder, temporary_folder, flush   folders
+    writing, explained                                      errors that say in words why it could not be written
+    checksum, checksums, damages                            checksums
 """
 
 import contextlib
@@ -18,22 +24,20 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
 _BLOCK_BYTES = 1 << 20
 _STALE_SECONDS = 60  # a temporary folder this young may belong to a process that has not locked it yet
 _MAX_LINKS = 40  # as in Linux
-_unfinished: set[Path] = set()  # what is being written at this moment
-
-
-# ---- before the work
+_unfinished: set[Path] = set()  # the temporary names that are being written at this moment
 
 
 def check_output(path: str | os.PathLike) -> None:
     """Raise if the file `path` could not be written, as far as can be known without writing it.
 
-    Nothing is left behind. A file that is there may be replaced; pipes, terminals and the like are accepted.
+    It leaves nothing behind. A file that is there may be replaced; pipes, terminals and the like are accepted.
 
     Raises:
         ValueError: the name is empty.
@@ -55,11 +59,11 @@ def check_output(path: str | os.PathLike) -> None:
 def check_output_folder(path: str | os.PathLike) -> None:
     """Raise if nothing could be written into the folder `path`, which need not exist yet, nor the folders above it.
 
-    Nothing is left behind.
+    It leaves nothing behind.
 
     Raises:
         ValueError: the name is empty.
-        OSError: it, or what should hold it, is no folder or may not be written to.
+        OSError: it, or the place that is to hold it, is no folder or may not be written to.
     """
     _check_name(path)
     with _explaining(path):
@@ -78,13 +82,10 @@ def _check_name(path: str | os.PathLike) -> None:
 
 
 def _try_to_make_a_file_in(path: Path) -> None:
-    """Only trying tells: permissions, read-only and full file systems, quotas, access lists, too long names."""
+    """Only a trial shows permissions, read-only and full file systems, quotas, access lists and too long names."""
     new = _other_name(path)
     os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     os.unlink(new)
-
-
-# ---- files
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
@@ -110,12 +111,12 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_json(path: str | os.PathLike, value) -> None:
+def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write `value` as JSON into the file `path`, as `write_bytes` does."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: str | os.PathLike, keys: Iterable[str] = ()) -> dict:
+def read_json(path: str | os.PathLike, keys: Iterable[str] = ()) -> dict[str, Any]:
     """The object in a JSON file.
 
     Args:
@@ -139,10 +140,10 @@ def read_json(path: str | os.PathLike, keys: Iterable[str] = ()) -> dict:
 
 
 def _resolve(path: str | os.PathLike) -> tuple[Path, bool]:
-    """What a name leads to through all links, and whether that is written into instead of being replaced.
+    """The end of all links of a name, and whether it is written into instead of being replaced.
 
     `/dev/stdout` leads to a descriptor that is open already, maybe of an ordinary file: replacing that file would lose
-    what was written to it before.
+    the text that was written to it before.
     """
     name = os.path.abspath(path)
     for _ in range(_MAX_LINKS):
@@ -187,8 +188,8 @@ def _write_into(target: Path, data: bytes) -> None:
     if descriptor is not None:
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
-                stream.flush()  # what was printed before comes first
-        descriptor = os.dup(descriptor)  # goes on where others have written
+                stream.flush()  # earlier prints come first
+        descriptor = os.dup(descriptor)  # shares the position: writes behind them
     with open(target if descriptor is None else descriptor, "wb") as file:  # waits for the reader of a pipe
         file.write(data)
 
@@ -212,11 +213,8 @@ def _replace_file(target: Path, data: bytes) -> None:
     flush(target.parent)
 
 
-# ---- folders
-
-
 def flush(path: str | os.PathLike) -> None:
-    """fsync a file or a folder, which holds the names of what is in it."""
+    """fsync a file; or a folder, which syncs the names in it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -225,7 +223,7 @@ def flush(path: str | os.PathLike) -> None:
 
 
 def flush_tree(folder: Path) -> None:
-    """fsync a folder and all that is below it."""
+    """fsync a folder and everything below it."""
     for path in (*folder.rglob("*"), folder):
         flush(path)
 
@@ -234,7 +232,7 @@ def replace_folder(new: Path, target: Path) -> None:
     """Sync the folder `new` and rename it to `target`, in place of a folder that is there.
 
     If `target` is a link, the folder that it leads to is replaced. Between two renames `target` may be absent, but it
-    is never half of the old one or of the new one. The old one becomes `<new>.old` and is removed.
+    never holds a part of the old or of the new folder. The old one becomes `<new>.old` and is removed.
     """
     target = Path(os.path.realpath(target))
     with writing(target):
@@ -251,8 +249,8 @@ def replace_folder(new: Path, target: Path) -> None:
 def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
     """A folder to write into; becomes `target`, replacing one that is there, if the block ends without an error.
 
-    If `target` is a link, the folder that it leads to is made or replaced. What earlier processes left that were killed
-    in the block is removed.
+    If `target` is a link, the folder that it leads to is made or replaced. Temporary folders of processes that were
+    killed in the block are removed.
 
     Raises:
         OSError: something could not be written; says why, what is left and what to do.
@@ -270,7 +268,7 @@ def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
 def temporary_folder(parent: Path, prefix: str, target: Path | None = None) -> Iterator[Path]:
     """A new folder `<prefix><random>` in `parent`, locked while in use; removed at the end unless it was renamed.
 
-    Those of this prefix that killed processes left are removed first. `target`: what it will be renamed to.
+    Folders of this prefix that killed processes left are removed first. `target`: its name in the end.
     """
     _remove_stale(parent, prefix, target)
     new = parent / f"{prefix}{secrets.token_hex(8)}"
@@ -285,16 +283,16 @@ def temporary_folder(parent: Path, prefix: str, target: Path | None = None) -> I
 
 
 def _remove_stale(parent: Path, prefix: str, target: Path | None) -> None:
-    """Remove what has a temporary name of this prefix and is not locked by the process that writes it."""
-    with contextlib.suppress(OSError):  # a folder that may not be listed
+    """Remove files and folders with a temporary name of this prefix that no process has locked to write them."""
+    with contextlib.suppress(OSError):  # the folder may not be listed
         for path in parent.iterdir():
             if not path.name.startswith(prefix):
                 continue
             if target is not None and not re.fullmatch(r"[0-9a-f]{16}(\.old)?", path.name[len(prefix) :]):
-                continue  # of another target, or the user's own
+                continue  # it belongs to another target or to the user
             if target is not None and path.suffix == ".old" and not target.exists():
-                continue  # killed between two renames: all that is left of it
-            with contextlib.suppress(OSError):  # locked: in use; gone: somebody else removed it
+                continue  # a process was killed between two renames, and left nothing else of the target
+            with contextlib.suppress(OSError):  # it is locked: in use; or gone: another process removed it
                 if time.time() - path.stat().st_mtime < _STALE_SECONDS:
                     continue
                 with _locked(path, fcntl.LOCK_NB):
@@ -319,28 +317,26 @@ def _locked(path: Path, flags: int = 0) -> Iterator[None]:
 
 
 def remove_unfinished() -> None:
-    """Remove what this process is writing at this moment; for a process that ends without its clean-up."""
+    """Remove the files and folders that this process is writing now; for a process that ends without its clean-up."""
     for path in list(_unfinished):
         with contextlib.suppress(OSError):
             _remove(path)
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file or folder of this name is one that this module had not finished when its process was killed."""
+    """Whether this is a temporary name of this module, so of a file or folder that a killed process did not finish."""
     return re.fullmatch(r"\..*\.[0-9a-f]{16}(\.old)?", name, re.DOTALL) is not None
 
 
 def _other_name(path: Path) -> Path:
-    """A hidden name beside `path` that nobody else uses."""
+    """A hidden name beside `path` that no other process uses."""
     return path.with_name(f"{_prefix(path)}{secrets.token_hex(8)}")
 
 
 def _prefix(path: Path) -> str:
-    """What the temporary names of `path` begin with: its name, so far that they are no longer than names may be."""
+    """The beginning of the temporary names of `path`: its own name, cut so that they are not too long."""
     return f".{os.fsdecode(os.fsencode(path.name)[:200])}."
 
-
-# ---- why something could not be written
 
 _REMEDIES = {
     errno.ENOSPC: "Make room there or choose another place",
@@ -359,7 +355,7 @@ _REMEDIES = {
     errno.EPIPE: "Whoever read it has gone",
     errno.EIO: "Look at the disk and at the limit of file sizes (`ulimit -f`), or choose another place",
 }
-# Errors that reading never gives: they are about what is written, whatever else is done beside it.
+# Errors that only writing gives, so they are about the output of a block that reads as well.
 _OF_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EXDEV}
 
 
@@ -367,15 +363,16 @@ _OF_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EXDEV
 def writing(path: str | os.PathLike, what: str = "", *, whole: str = "", remedy: str = "") -> Iterator[None]:
     """In the block, an error of writing to `path` becomes an OSError that says so in words.
 
-    That are errors that only writing has (a full disk, a quota, a read-only file system, a limit of file size), also
-    as safetensors, tokenizers and torch report them, and all others that name `path`, what is in it or beside it. The
-    error keeps its class and `errno`. Everything else passes as it is.
+    These are the errors that only writing gives (a full disk, a quota, a read-only file system, a limit of file size),
+    also as safetensors, tokenizers and torch report them, and all others that name `path`, a file in it or a temporary
+    one beside it. The error keeps its class and `errno`. Every other error passes as it is.
 
     Args:
         path: file or folder that is written.
-        what: what it is, such as "the checkpoint of step 500".
-        whole: what is still whole, such as "checkpoint-400 is whole". Default: whether something was there before.
-        remedy: what to do, beside what the kind of error asks for.
+        what: a noun for it, such as "the checkpoint of step 500".
+        whole: a clause about the data that is still whole, such as "checkpoint-400 is whole". Default: whether a file
+            was there before.
+        remedy: advice in addition to that for this kind of error.
     """
     whole = whole or _what_is_left(path)
     try:
@@ -393,42 +390,48 @@ def _explaining(path: str | os.PathLike, whole: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None or getattr(error, "is_explained", False):
+        if error.errno is None or _is_explained(error):
             raise
         raise explained(error, error.errno, path, whole=whole) from error
 
 
-def explained(error: Exception, number: int, path, what: str = "", whole: str = "", remedy: str = "") -> OSError:
-    """The error of `writing`, for those who catch an error themselves. `number`: of `errno`."""
+def explained(
+    error: Exception, number: int, path: str | os.PathLike, what: str = "", whole: str = "", remedy: str = ""
+) -> OSError:
+    """The error that `writing` raises, for callers that catch an error themselves. `number`: its `errno`."""
     path = os.fspath(path)
-    own = isinstance(error, OSError) and error.errno == number
-    text = f"cannot write {what + ' to ' if what else ''}{path}: {(own and error.strerror) or os.strerror(number)}"
-    if own and isinstance(error.filename, str | bytes):
-        place = Path(os.fsdecode(error.filename))
-        place = place.parent if is_temporary(place.name) else place  # a name that nobody knows
+    own = error if isinstance(error, OSError) and error.errno == number else None
+    text = f"cannot write {what + ' to ' if what else ''}{path}: {(own and own.strerror) or os.strerror(number)}"
+    if own is not None and isinstance(own.filename, str | bytes):
+        place = Path(os.fsdecode(own.filename))
+        place = place.parent if is_temporary(place.name) else place  # the user does not know a temporary name
         text += f" ({place})" if place != Path(path) else ""
     if number in (errno.ENOSPC, errno.EDQUOT):
         text += f", {_free(path) / 1e6:,.1f} MB free"
     text += f"; {whole}" if whole else ""
     text += "".join(f". {part}" for part in (remedy, _REMEDIES.get(number, "")) if part)
-    # Of the class that Python has for this number, but a reader that has gone is not that of stdout.
+    # The class is the one that Python has for this number. A BrokenPipeError would be taken for one of stdout.
     result = OSError(text) if number == errno.EPIPE else type(OSError(number, ""))(text)
     result.errno = number
-    result.is_explained = True
+    vars(result)["is_explained"] = True
     return result
 
 
+def _is_explained(error: BaseException) -> bool:
+    return getattr(error, "is_explained", False)
+
+
 def _error_number(error: Exception, path: Path) -> int | None:
-    """The `errno` of an error of writing to `path`; None if it is about something else, or explained already."""
-    if getattr(error, "is_explained", False):
+    """The `errno` of an error of writing to `path`; None if it has another cause or is explained already."""
+    if _is_explained(error):
         return None
     if isinstance(error, OSError):
-        if type(error).__module__ != "builtins":  # of the network, for instance
+        if type(error).__module__ != "builtins":  # an error of the network, for instance
             return None
         if error.errno in _OF_WRITING or any(_belongs_to(name, path) for name in (error.filename, error.filename2)):
             return error.errno
     seen: BaseException | None = error
-    while seen is not None and not getattr(seen, "is_explained", False):
+    while seen is not None and not _is_explained(seen):
         text = str(seen)
         if isinstance(seen, OSError):
             if seen.errno in _OF_WRITING:
@@ -443,7 +446,7 @@ def _error_number(error: Exception, path: Path) -> int | None:
 
 
 def _belongs_to(name: str | bytes | int | None, path: Path) -> bool:
-    """Whether a file named in an error is `path`, in it, above it, or a temporary one beside it."""
+    """Whether the file that an error names is `path`, in it, above it, or a temporary one beside it."""
     if not isinstance(name, str | bytes):
         return False
     named = Path(os.path.abspath(os.fsdecode(name)))
@@ -467,11 +470,8 @@ def _free(path: str | os.PathLike) -> int:
     return status.f_bavail * status.f_frsize
 
 
-# ---- checksums
-
-
 def checksum(path: str | os.PathLike) -> str:
-    """XXH3-128 of a file's bytes, in hexadecimal: it finds what disks and copies damage, not what somebody forges."""
+    """XXH3-128 of a file's bytes, in hexadecimal: it finds damage by disks and copies, but no forgery."""
     state = xxhash.xxh3_128()
     with open(path, "rb", buffering=0) as file:
         while block := file.read(_BLOCK_BYTES):
@@ -479,15 +479,15 @@ def checksum(path: str | os.PathLike) -> str:
     return state.hexdigest()
 
 
-def checksums(folder: Path, names: Iterable[str] | None = None) -> dict[str, dict]:
+def checksums(folder: Path, names: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
     """{name: {"bytes": size, "xxh3_128": checksum}} of files in `folder`, by names relative to it; default: all."""
     if names is None:
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return {name: {"bytes": (folder / name).stat().st_size, "xxh3_128": checksum(folder / name)} for name in names}
 
 
-def damages(folder: Path, recorded: dict[str, dict]) -> list[str]:
-    """One line per file of `folder` that is not as `checksums` recorded it; empty if all are."""
+def damages(folder: Path, recorded: dict[str, dict[str, Any]]) -> list[str]:
+    """One line per file of `folder` that differs from the record of `checksums`; empty if none does."""
     found = []
     for name, entry in recorded.items():
         path = folder / name

@@ -12,18 +12,43 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
-from andromeda.config import read_rows, read_tokens
+from andromeda.config import Tokens, compute_dtype, read_rows, read_tokens
+
+LogitsFilter: TypeAlias = Callable[..., torch.Tensor]
+"""Logits (batch, num_tokens) and keyword arguments -> the same logits with -inf for those removed."""
+
+
+class Network(Protocol):
+    """The parts of `andromeda.model.TransformerWrapper` that `generate` uses."""
+
+    max_seq_len: int
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def use_abs_pos_emb(self) -> bool: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def modules(self) -> Iterator[torch.nn.Module]: ...
+
+    def __call__(
+        self, tokens: torch.Tensor, *, key_start: torch.Tensor | None, cache: "Cache | None", logits_to_keep: int
+    ) -> torch.Tensor: ...
 
 
 class Cache:
-    """What a model remembers of the tokens it has processed (docs/model.md#10.1): keys, values and token-shift rows.
+    """The memory of a model of the tokens it has processed (docs/model.md#10.1): keys, values and token-shift rows.
 
-    Made empty, filled by `model(tokens, cache=cache)` under `torch.no_grad()`, belongs to one model and one batch. A
-    call that fails leaves it as it was. Memory grows by half when it runs out, so a token costs O(1) copies.
+    It is made empty, filled by `model(tokens, cache=cache)` under `torch.no_grad()`, and belongs to one model and one
+    batch. A call that fails leaves it as it was. Memory grows by half when it runs out, so a token costs O(1) copies.
 
     Args:
         capacity: number of tokens to make room for at once, when it is known.
@@ -33,6 +58,7 @@ class Cache:
         length: number of tokens whose keys are stored; less than `position` after `keep_last`.
         key_start: (batch,) int32, the first position that further tokens of a row see, from the last call that was
             given one; None when they see everything. Left padding is passed once, with the prompt.
+        batch: number of rows, once a call has ended.
     """
 
     def __init__(self, capacity: int = 0):
@@ -40,8 +66,8 @@ class Cache:
         self.capacity = capacity
         self.position = 0
         self.length = 0
-        self.key_start = None
-        self.batch = None
+        self.key_start: torch.Tensor | None = None
+        self.batch: int | None = None
         self._attention: dict[int, KeyValueStore] = {}
         self._shift_rows: dict[int, torch.Tensor] = {}  # (batch, shift_tokens, dim) per sub-layer
         self._next_shift_rows: dict[int, torch.Tensor] = {}  # of the call in progress
@@ -56,7 +82,7 @@ class Cache:
             self.length = count
 
     def reorder(self, index: torch.Tensor) -> None:
-        """Row b becomes what row index[b] was, in every piece of state; for beam search. index: (new_batch,) int64."""
+        """Row b becomes the old row index[b], in every piece of state; for beam search. index: (new_batch,) int64."""
         for store in self._attention.values():
             store.reorder(index, self.length)
         self._shift_rows = {layer: rows.index_select(0, index) for layer, rows in self._shift_rows.items()}
@@ -64,10 +90,10 @@ class Cache:
             self.key_start = self.key_start.index_select(0, index)
         self.batch = index.shape[0]
 
-    # The rest is called by the model.
+    # The model calls the methods below.
 
     def begin(self, batch: int, seqlen: int, key_start: torch.Tensor | None) -> torch.Tensor | None:
-        """Start a call on `seqlen` tokens; returns its key_start (batch, seqlen), taken from earlier calls if None."""
+        """Start a call on `seqlen` tokens; returns its key_start (batch, seqlen), that of earlier calls if None."""
         if self.batch not in (None, batch):
             raise ValueError(f"Cache: batch must be that of earlier calls, {self.batch}, got {batch}")
         self._next_shift_rows = {}
@@ -76,7 +102,7 @@ class Cache:
         return key_start
 
     def commit(self, batch: int, seqlen: int, key_start: torch.Tensor | None) -> None:
-        """End a call: from here on its tokens count as processed."""
+        """End a call: its tokens count as processed now."""
         self.batch = batch
         self.position += seqlen
         self.length += seqlen
@@ -103,7 +129,7 @@ class Cache:
             before = self._shift_rows.get(layer)
             before = h.new_zeros(h.shape[0], count, h.shape[2]) if before is None else before
             h = torch.cat((before[:, surplus:], h), dim=1)
-        # A copy, if need be, so that the whole of `h` does not stay alive.
+        # A copy of a part, so that the whole of `h` does not stay alive.
         self._next_shift_rows[layer] = h[:, surplus:].clone() if surplus > 0 else h
 
 
@@ -112,56 +138,64 @@ class KeyValueStore:
 
     The live rows begin at `start`. Forgetting moves `start`; when the end is reached the live rows are copied into new
     memory. Keys are stored rotated, for the xPos origin of one segment of positions (`enter_segment`).
+
+    Attributes:
+        segment: number of that segment.
+        logit_bound: `Attention.logit_bound` of the layer, whose parameters do not change while a cache lives.
     """
 
     def __init__(self, capacity: int):
         self.capacity = capacity
-        self.keys = self.values = None
+        self.keys: torch.Tensor | None = None
+        self.values: torch.Tensor | None = None
         self.start = 0
         self.segment = 0
-        self.logit_bound = None  # of the layer: parameters do not change while a cache lives
+        self.logit_bound: torch.Tensor | None = None
 
     def enter_segment(self, segment: int, segment_length: int, rotary_dim: int, stored: int) -> int:
         """Make the stored keys comparable with queries whose xPos origin is that of `segment`; returns the segment.
 
-        Moving the origin by L multiplies pair t of a key by zeta_t ** (L / 512) <= 1
-        (docs/model.md#5.3): far keys underflow to
-        zero, which is what their scores do as well. There is no way back: after a failed call the segment may be
-        the following one already, which serves as well.
+        Moving the origin by L multiplies pair t of a key by zeta_t ** (L / 512) <= 1 (docs/model.md#5.3): far keys
+        underflow to zero, as their scores do. There is no way back: a call that fails may leave the store in the next
+        segment, which serves as well.
         """
         steps = segment - self.segment
         if steps > 0 and self.keys is not None and stored > 0:
             twice_t = torch.arange(0, rotary_dim, 2, dtype=torch.float64)
             zeta = (twice_t + 0.4 * rotary_dim) / (1.4 * rotary_dim)
             factor = (zeta ** (steps * segment_length / 512)).repeat_interleave(2)
-            wide = torch.float64 if self.keys.dtype == torch.float64 else torch.float32
-            self.keys[:, self.start : self.start + stored, :, :rotary_dim] *= factor.to(self.keys.device, wide)
+            factor = factor.to(self.keys.device, compute_dtype(self.keys.dtype))
+            self.keys[:, self.start : self.start + stored, :, :rotary_dim] *= factor
         self.segment = max(self.segment, segment)
         return self.segment
 
     def append(self, k: torch.Tensor, v: torch.Tensor, stored: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Write rows behind the first `stored` live ones; returns all live keys and values, as views."""
-        if stored > 0 and k.dtype != self.keys.dtype:
+        if stored > 0 and self.keys is not None and k.dtype != self.keys.dtype:
             raise TypeError(f"Cache: the model must have the dtype of earlier calls, {self.keys.dtype}, got {k.dtype}")
         needed = stored + k.shape[1]
-        if self.keys is None or self.keys.shape[0] != k.shape[0] or self.start + needed > self.keys.shape[1]:
+        keys, values = self.keys, self.values
+        if keys is None or values is None or keys.shape[0] != k.shape[0] or self.start + needed > keys.shape[1]:
             # Once rows are forgotten, every token moves `start`: without slack every token would copy them all.
             room = self.capacity if self.start == 0 and needed <= self.capacity else needed + needed // 2
-            self._move(k, v, stored, room)
+            keys, values = self._move(k, v, stored, room)
         begin, end = self.start + stored, self.start + needed
-        self.keys[:, begin:end] = k
-        self.values[:, begin:end] = v
-        return self.keys[:, self.start : end], self.values[:, self.start : end]
+        keys[:, begin:end] = k
+        values[:, begin:end] = v
+        return keys[:, self.start : end], values[:, self.start : end]
 
-    def _move(self, k, v, stored, room) -> None:
+    def _move(self, k: torch.Tensor, v: torch.Tensor, stored: int, room: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Move the first `stored` live rows into new memory for `room` rows like `k` and `v`; returns all of it."""
         keys, values = (_new_memory(like, like.shape[0], room) for like in (k, v))
-        if stored > 0:
+        if stored > 0 and self.keys is not None and self.values is not None:
             keys[:, :stored] = self.keys[:, self.start : self.start + stored]
             values[:, :stored] = self.values[:, self.start : self.start + stored]
         self.keys, self.values, self.start = keys, values, 0
+        return keys, values
 
     def reorder(self, index: torch.Tensor, stored: int) -> None:
-        if self.keys is None:
+        """`Cache.reorder` for the first `stored` live rows."""
+        if self.keys is None or self.values is None:
             return
         keys, values = (_new_memory(old, index.shape[0], old.shape[1]) for old in (self.keys, self.values))
         keys[:, :stored] = self.keys[:, self.start : self.start + stored].index_select(0, index)
@@ -169,12 +203,12 @@ class KeyValueStore:
         self.keys, self.values, self.start = keys, values, 0
 
 
-def _new_memory(like, batch, room):
-    with torch.inference_mode(False):  # it may be written to outside of inference mode as well
+def _new_memory(like: torch.Tensor, batch: int, room: int) -> torch.Tensor:
+    with torch.inference_mode(False):  # calls outside of inference mode may write to it as well
         return torch.empty(batch, room, *like.shape[2:], dtype=like.dtype, device=like.device)
 
 
-def top_k(logits, k=None, frac_num_tokens=0.1):
+def top_k(logits: torch.Tensor, k: int | None = None, frac_num_tokens: float = 0.1) -> torch.Tensor:
     """Keep the k largest logits of each row, the others become -inf.
 
     k: default ceil(frac_num_tokens * num_tokens); never more than there are. logits: (batch, num_tokens).
@@ -191,11 +225,11 @@ def top_k(logits, k=None, frac_num_tokens=0.1):
     return torch.full_like(logits, -math.inf).scatter(-1, index, values)
 
 
-def top_p(logits, thres=0.9):
+def top_p(logits: torch.Tensor, thres: float = 0.9) -> torch.Tensor:
     """Keep the largest logits of each row until their probability exceeds `thres`, the others become -inf.
 
-    A logit is removed when the probability of those before it exceeds `thres`; the largest stays. logits: (batch,
-    num_tokens).
+    A logit is removed when the larger ones together have a probability above `thres`; the largest stays.
+    logits: (batch, num_tokens).
     """
     _check_number("top_p: thres", thres)
     if not 0 <= thres <= 1:
@@ -207,7 +241,7 @@ def top_p(logits, thres=0.9):
     return torch.empty_like(logits).scatter(-1, index, values.masked_fill(removed, -math.inf))
 
 
-def min_p(logits, min_p=0.1):
+def min_p(logits: torch.Tensor, min_p: float = 0.1) -> torch.Tensor:
     """Remove logits with a probability below `min_p` times the largest one of the row. logits: (batch, num_tokens)."""
     _check_number("min_p: min_p", min_p)
     if not 0 <= min_p <= 1:
@@ -216,40 +250,40 @@ def min_p(logits, min_p=0.1):
     return logits.masked_fill(probabilities < min_p * probabilities.amax(dim=-1, keepdim=True), -math.inf)
 
 
-FILTERS = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+FILTERS: dict[str, LogitsFilter] = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
 
 
 @torch.no_grad()
 def generate(
-    net,
-    prompts,
-    seq_len,
-    eos_token=None,
-    temperature=1.0,
-    filter_logits_fn="top_k",
-    filter_kwargs=None,
-    cache_kv=True,
-    restrict_to_max_seq_len=True,
+    net: Network,
+    prompts: Tokens,
+    seq_len: int,
+    eos_token: int | None = None,
+    temperature: float = 1.0,
+    filter_logits_fn: str | LogitsFilter = "top_k",
+    filter_kwargs: Mapping[str, Any] | None = None,
+    cache_kv: bool = True,
+    restrict_to_max_seq_len: bool = True,
     *,
-    prompt_lengths=None,
-    generator=None,
-    on_token=None,
-    pad_value=0,
-):
+    prompt_lengths: Sequence[int] | torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+    on_token: Callable[[torch.Tensor], object] | None = None,
+    pad_value: int = 0,
+) -> torch.Tensor:
     """Continue the prompts by sampling (docs/model.md#10.3, #10.4).
 
-    Runs in evaluation mode, and each module has the mode it had when the last call on it returns, which may run in
-    several threads.
+    Runs in evaluation mode. Calls may run in several threads: when the last one on a module returns, the module has the
+    mode it had before the first.
 
     Args:
         net: the `TransformerWrapper`.
         prompts: list of ints, list of lists of ints of any lengths, or int64 tensor (n,) or (batch, n). Rows of
             different lengths are padded on the left out of sight: each row gives what it gives alone.
         seq_len: number of tokens to generate, >= 0.
-        eos_token: a row ends with the first one generated, what follows is `pad_value`; stops when all rows have ended.
+        eos_token: a row ends with the first one generated, `pad_value` follows; stops when all rows have ended.
         temperature: 0 takes the largest logit; otherwise samples from softmax(filter(logits) / temperature).
-        filter_logits_fn: "top_k", "top_p", "min_p", or a callable (batch, num_tokens) -> same with -inf for what is
-            removed. It sees the logits before the temperature. Not used at temperature 0.
+        filter_logits_fn: "top_k", "top_p", "min_p", or a callable that returns logits (batch, num_tokens) with -inf for
+            those it removes. It sees the logits before the temperature. Not used at temperature 0.
         filter_kwargs: keyword arguments for the filter.
         cache_kv: keep keys and values of earlier tokens; False computes the whole window for each token.
         restrict_to_max_seq_len: each step sees at most the last max_seq_len tokens.
@@ -264,22 +298,20 @@ def generate(
 
     Raises:
         TypeError, ValueError: an argument is wrong, or absolute positions end before the continuation does; or the
-            logits are not finite, which a GPU tells at the end.
+            logits are not finite, which a GPU reports at the end.
     """
     tokens, padding, flat = _read_prompts(prompts, prompt_lengths, net)
     sampler = _Sampler(net.device, temperature, filter_logits_fn, filter_kwargs, generator)
     _check_count("generate: seq_len", seq_len)
     if seq_len >= 2**31:
         raise ValueError(f"generate: seq_len must be below 2**31, got {seq_len}")
-    for name, token in (("eos_token", eos_token), ("pad_value", pad_value)):
-        if token is not None or name == "pad_value":
-            _check_count(f"generate: {name}", token)
-            if token >= net.num_tokens:
-                raise ValueError(f"generate: {name} must be below the vocabulary size {net.num_tokens}, got {token}")
+    if eos_token is not None:
+        _check_token("eos_token", eos_token, net.num_tokens)
+    _check_token("pad_value", pad_value, net.num_tokens)
     if on_token is not None and not callable(on_token):
         raise TypeError(f"generate: on_token must be callable or None, got {on_token!r}")
     window = net.max_seq_len if restrict_to_max_seq_len else tokens.shape[1] + seq_len
-    first = max(0, tokens.shape[1] - window)  # what lies before the window has no influence
+    first = max(0, tokens.shape[1] - window)  # tokens before the window have no influence
     tokens = tokens[:, first:]
     if padding is not None:
         padding = (padding - first).clamp_min(0)
@@ -315,23 +347,26 @@ def generate(
     return new_tokens[0] if flat else new_tokens
 
 
-def _read_prompts(prompts, prompt_lengths, net):
+def _read_prompts(
+    prompts: Tokens, prompt_lengths: Sequence[int] | torch.Tensor | None, net: Network
+) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
     """Tokens (batch, n), number of padded tokens per row (batch,) or None, and whether the prompt had one dimension."""
     device = net.device
+    padding: list[int] | None = None
     if isinstance(prompts, list | tuple):
         if prompt_lengths is not None:
             raise ValueError("generate: prompt_lengths must be None for lists, which know their lengths")
         rows = read_rows("generate", prompts)
         longest = max(len(row) for row in rows)
-        padding = [longest - len(row) for row in rows]
+        padding = pads = [longest - len(row) for row in rows]
         flat = not isinstance(prompts[0], list | tuple)
-        # Padded on the right first: so errors count positions as the caller does.
-        rectangle = [row + [0] * pad for row, pad in zip(rows, padding, strict=True)]
+        # Padded on the right at first, so that errors count positions as the caller does.
+        rectangle = [row + [0] * pad for row, pad in zip(rows, pads, strict=True)]
         tokens = read_tokens("generate", rectangle, net.num_tokens, device)
-        tokens = torch.stack([row.roll(pad) for row, pad in zip(tokens, padding, strict=True)])
+        tokens = torch.stack([row.roll(pad) for row, pad in zip(tokens, pads, strict=True)])
     else:
-        tokens, padding = read_tokens("generate", prompts, net.num_tokens, device), None
-        flat = prompts.ndim == 1
+        tokens = read_tokens("generate", prompts, net.num_tokens, device)
+        flat = isinstance(prompts, torch.Tensor) and prompts.ndim == 1
         if prompt_lengths is not None:
             try:
                 lengths = torch.as_tensor(prompt_lengths, device="cpu")
@@ -352,20 +387,26 @@ def _read_prompts(prompts, prompt_lengths, net):
     return tokens, torch.tensor(padding, dtype=torch.int32, device=device), flat
 
 
-def _check_count(name, value) -> None:
+def _check_count(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
     if value < 0:
         raise ValueError(f"{name} must not be negative, got {value}")
 
 
-def _check_number(name, value) -> None:
+def _check_token(name: str, token: int, num_tokens: int) -> None:
+    _check_count(f"generate: {name}", token)
+    if token >= num_tokens:
+        raise ValueError(f"generate: {name} must be below the vocabulary size {num_tokens}, got {token}")
+
+
+def _check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
 
 
-def _check_absolute_positions(net, prompt_length, seq_len, cache_kv, restrict) -> None:
-    """The last token that is fed sits at prompt_length + seq_len - 2."""
+def _check_absolute_positions(net: Network, prompt_length: int, seq_len: int, cache_kv: bool, restrict: bool) -> None:
+    """The last token that the model reads sits at prompt_length + seq_len - 2."""
     if not net.use_abs_pos_emb or seq_len == 0 or (restrict and not cache_kv):
         return
     needed = prompt_length + seq_len - 1
@@ -382,11 +423,18 @@ def _check_absolute_positions(net, prompt_length, seq_len, cache_kv, restrict) -
 class _Sampler:
     """From logits (batch, num_tokens) to tokens (batch,).
 
-    Logits that are not finite are an error. On a GPU it is told by `finish`: to read values back at each token would
-    stall it.
+    Logits that are not finite are an error. On a GPU `finish` raises it: to read values back at each token would stall
+    the GPU.
     """
 
-    def __init__(self, device, temperature, filter_logits_fn, filter_kwargs, generator):
+    def __init__(
+        self,
+        device: torch.device,
+        temperature: float,
+        filter_logits_fn: str | LogitsFilter,
+        filter_kwargs: Mapping[str, Any] | None,
+        generator: torch.Generator | None,
+    ):
         _check_number("generate: temperature", temperature)
         if not 0 <= temperature <= sys.float_info.max:
             raise ValueError(f"generate: temperature must be finite and >= 0, got {temperature}")
@@ -398,7 +446,7 @@ class _Sampler:
                 names = ", ".join(map(repr, FILTERS))
                 raise ValueError(f"generate: filter_logits_fn must be {names} or a callable, got {filter_logits_fn!r}")
             filter_logits_fn = FILTERS[filter_logits_fn]
-            filter_logits_fn(torch.zeros(1, 2), **self.filter_kwargs)  # what is wrong with them is said before the work
+            filter_logits_fn(torch.zeros(1, 2), **self.filter_kwargs)  # raises for wrong keywords before the work
         elif not callable(filter_logits_fn):
             raise TypeError(f"generate: filter_logits_fn must be a name or a callable, got {filter_logits_fn!r}")
         if generator is not None and not isinstance(generator, torch.Generator):
@@ -407,11 +455,12 @@ class _Sampler:
             raise ValueError(f"generate: generator must be on the model's device {device}, got {generator.device}")
         self.temperature, self.filter_logits_fn, self.generator = float(temperature), filter_logits_fn, generator
         self.count = 0
-        self.not_finite = None  # on a GPU: (batch,), NaN in rows whose logits were not finite
+        self.not_finite: torch.Tensor | None = None  # on a GPU: (batch,), NaN in rows whose logits were not finite
 
-    def sample(self, logits):
+    def sample(self, logits: torch.Tensor) -> torch.Tensor:
+        """A token for each row."""
         largest, greedy = logits.max(dim=-1)
-        self._see(
+        self._check_finite(
             "the model's logits must be finite; look for weights that are not, or for overflow in float16", largest
         )
         self.count += 1
@@ -424,15 +473,15 @@ class _Sampler:
             found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else repr(logits)
             raise ValueError(f"generate: filter_logits_fn must return logits {tuple(shape)}, got {found}")
         largest = logits.amax(dim=-1)
-        self._see("filter_logits_fn must leave a finite logit in each row and no NaN", largest)
-        logits = logits - largest[:, None]  # so that no temperature is too small for the quotient
+        self._check_finite("filter_logits_fn must leave a finite logit in each row and no NaN", largest)
+        logits = logits - largest[:, None]  # so that the quotient does not overflow at a small temperature
         probabilities = (logits / self.temperature).softmax(dim=-1)
         if self.not_finite is not None:
             probabilities = probabilities.nan_to_num(1.0)  # CUDA would end the process at a NaN
         return torch.multinomial(probabilities, 1, generator=self.generator)[:, 0]
 
-    def _see(self, requirement, largest):
-        """Look at the largest logit of each row, (batch,), which shows a NaN and an infinite one."""
+    def _check_finite(self, requirement: str, largest: torch.Tensor) -> None:
+        """Check the largest logit of each row, (batch,): it is NaN or infinite if one of the row is NaN or +inf."""
         if largest.device.type != "cpu":
             self.not_finite = (largest - largest) + (0 if self.not_finite is None else self.not_finite)
         elif not math.isfinite(largest.sum().item()) and not bool(largest.isfinite().all()):
@@ -442,7 +491,7 @@ class _Sampler:
             )
 
     def finish(self) -> None:
-        """Says what a GPU has not been asked for yet."""
+        """Raise the error that a GPU has not been asked for yet."""
         if self.not_finite is not None and bool(self.not_finite.isnan().any()):
             row = self.not_finite.isnan().nonzero()[0, 0]
             raise ValueError(
@@ -451,12 +500,19 @@ class _Sampler:
             )
 
 
-_evaluating = weakref.WeakKeyDictionary()  # module -> [how many calls of `generate` are on it, its mode before them]
+class _Evaluating:
+    """The calls of `generate` that run on a module, and the module's mode before them."""
+
+    def __init__(self, mode: bool):
+        self.calls, self.mode = 0, mode
+
+
+_evaluating: weakref.WeakKeyDictionary[torch.nn.Module, _Evaluating] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
-def _renew_lock():
-    """A child of fork may have got a lock that is held for ever."""
+def _renew_lock() -> None:
+    """In a child of fork nobody would release a lock that another thread held."""
     global _lock
     _lock = threading.Lock()
 
@@ -465,12 +521,12 @@ os.register_at_fork(after_in_child=_renew_lock)
 
 
 @contextlib.contextmanager
-def _evaluation_mode(net):
+def _evaluation_mode(net: Network) -> Iterator[None]:
     """Evaluation mode inside; when the last call on a module ends, it has the mode from before the first one."""
     modules = list(net.modules())
     with _lock:
         for module in modules:
-            _evaluating.setdefault(module, [0, module.training])[0] += 1
+            _evaluating.setdefault(module, _Evaluating(module.training)).calls += 1
             module.training = False
     try:
         yield
@@ -478,7 +534,7 @@ def _evaluation_mode(net):
         with _lock:
             for module in modules:
                 entry = _evaluating[module]
-                entry[0] -= 1
-                if entry[0] == 0:
-                    module.training = entry[1]
+                entry.calls -= 1
+                if entry.calls == 0:
+                    module.training = entry.mode
                     del _evaluating[module]

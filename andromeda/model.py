@@ -24,21 +24,38 @@
         cross-entropy with the next tokens                        AutoregressiveWrapper
 
 Tensors are (batch, n, dim), those of heads (batch, n, num_heads, head_dim): the output of a projection is viewed, never
-transposed or copied. What lies between two maps, residual, norm and token shift, is one pass over memory
+transposed or copied. Residual, norm and token shift, which lie between two maps, are one pass over memory
 (`token_shift_norm`): with DeepNorm a sub-layer ends with it and hands the next one its input, already shifted.
 """
 
 import copy
 import dataclasses
 import functools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 import torch.utils.checkpoint
 from torch import nn
 from torch.nn import functional
+from torch.nn.modules.module import _IncompatibleKeys
+from typing_extensions import Unpack
 
 from andromeda import checkpoint, generation
-from andromeda.config import DecoderConfig, ModelConfig, constant, read_key_start, read_tokens
+from andromeda.config import (
+    DecoderConfig,
+    DecoderOptions,
+    EmbeddingProvider,
+    KeyStart,
+    ModelConfig,
+    Tokens,
+    checked,
+    compute_dtype,
+    constant,
+    read_key_start,
+    read_tokens,
+)
 from andromeda.ops import _checks, _transforms
 from andromeda.ops.attention import attention
 from andromeda.ops.qk_norm_rotary import qk_norm_rotary
@@ -49,13 +66,15 @@ _INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _HIDDEN_BLOCK = 2**21  # without gradients feed-forward holds this many hidden numbers at once, 8 MiB of float32
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics and sums (docs/model.md#5.6)."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def segment_length(dtype: torch.dtype) -> int:
-    """Positions that share an xPos origin, at most half as many away: factors up to 2**3.6 in float16, 2**14.5 else."""
+    """Number of consecutive positions that share an xPos origin (docs/attention.md#xpos).
+
+    xPos multiplies pair t of a query by zeta_t ** (distance / 512) and of a key by zeta_t ** (-distance / 512), where
+    distance is that of its position from the origin and zeta_t is at least 0.4 / 1.4 (docs/model.md#5.3). The origin
+    lies in the middle of a segment of this length. So positions of the segment are at most length / 2 away from it, and
+    their factors are at most 3.5 ** (length / 1024): 2**3.6 in float16, 2**14.5 in the other dtypes. Keys of earlier
+    segments have factors below 1.
+    """
     return 2048 if dtype == torch.float16 else 8192
 
 
@@ -75,7 +94,7 @@ class Linear(nn.Linear):
             self.draw(name)
 
     def draw(self, name: str) -> None:
-        """Draw "weight" or "bias" anew."""
+        """Draw "weight" or "bias" again."""
         bound = self.in_features**-0.5
         if self.gain is None:
             nn.init.uniform_(self.get_parameter(name), -bound, bound)
@@ -86,10 +105,10 @@ class Linear(nn.Linear):
 
 
 class AndromedaEmbedding:
-    """The default embedding provider (docs/model.md#2). Any object with such a method is one."""
+    """The default `andromeda.config.EmbeddingProvider`: a table of normal numbers (docs/model.md#2)."""
 
     def get_embedding(self, num_tokens: int, dim: int) -> nn.Module:
-        """A new table, from int64 (batch, n) to (batch, n, dim)."""
+        """A new table, which maps int64 (batch, n) to (batch, n, dim)."""
         return nn.Embedding.from_pretrained(torch.empty(num_tokens, dim).normal_(std=(2 / dim) ** 0.5), freeze=False)
 
 
@@ -100,36 +119,56 @@ class LayerNorm(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: torch.Tensor, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm of x and its token shift; options: of `token_shift_norm`, among them the residual."""
         return token_shift_norm(x, gamma=self.gamma, **options)
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What all sub-layers of one forward pass share.
+    """The state that all sub-layers of one forward pass share.
 
     Attributes:
-        position: of the first new token in its sequence.
-        key_start: (batch, n) int32, counted in the sequence, or None.
-        first_key: the same, counted in the keys that attention is handed.
-        cache: `generation.Cache` or None.
+        position: position of the first new token in its sequence.
+        stored: number of earlier tokens whose keys the cache holds.
+        key_start: (batch, n) int32, the first position that each new token sees, or None.
+        stored_key_start: the same place as an index into the keys that attention is handed, of which the cache may have
+            forgotten the first ones.
+        cache: the cache with the earlier tokens, or None.
     """
 
     position: int = 0
+    stored: int = 0
     key_start: torch.Tensor | None = None
-    first_key: torch.Tensor | None = None
+    stored_key_start: torch.Tensor | None = None
     cache: generation.Cache | None = None
+
+    @classmethod
+    def begin(cls, key_start: torch.Tensor | None, cache: generation.Cache | None) -> "Call":
+        """The state of a call with this `key_start` (batch, n), as `Cache.begin` has completed it."""
+        if cache is None:
+            return cls(key_start=key_start, stored_key_start=key_start)
+        forgotten, stored_key_start = cache.position - cache.length, key_start
+        if key_start is not None and forgotten > 0:
+            stored_key_start = (key_start - forgotten).clamp_min(0)
+        return cls(cache.position, cache.length, key_start, stored_key_start, cache)
 
 
 class Attention(nn.Module):
-    """Attention sub-layer (docs/model.md#5). index: number of the sub-layer; a cache names its keys and values so."""
+    """Attention sub-layer (docs/model.md#5).
+
+    index: number of the sub-layer, by which a cache names its keys and values.
+    """
+
+    q_scale: nn.Parameter | None
+    k_scale: nn.Parameter | None
 
     def __init__(self, config: DecoderConfig, index: int):
         super().__init__()
         self.config, self.index = config, index
         q_dim, kv_dim = config.heads * config.dim_head, config.num_kv_heads * config.dim_head
-        self._alibi_slopes = config.alibi_slopes  # read here: a property that remembers would end a compiled graph
+        # Read here: torch.compile would end its graph at a cached property.
+        self._alibi_slopes = config.alibi_slopes
         gain, gain_value = (1.0, config.beta) if config.deepnorm else (None, None)
         self.to_q = Linear(config.dim, q_dim, gain=gain)
         self.to_k = Linear(config.dim, kv_dim, gain=gain)
@@ -154,7 +193,7 @@ class Attention(nn.Module):
                 queries, keys = self._normalise_and_rotate(q[:, start:stop], k[:, :stop])
                 values = v[:, :stop]
             else:
-                stored = call.cache.length + start
+                stored = call.stored + start
                 segment = store.enter_segment(segment, length, self.config.rotary_dim, stored)
                 position, origin = call.position + start, segment * length + length // 2
                 queries, keys = self._normalise_and_rotate(q[:, start:stop], k[:, start:stop], position, origin)
@@ -167,15 +206,15 @@ class Attention(nn.Module):
                 softmax_scale=self.config.softmax_scale,
                 alibi_slopes=self._constant(self._alibi_slopes, q.device),
                 logit_bound=bound,
-                key_start=None if call.first_key is None else call.first_key[:, start:stop],
+                key_start=None if call.stored_key_start is None else call.stored_key_start[:, start:stop],
                 backend=self.config.backend,
             )
             outs.append(out)
         out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
         return self.to_out(out.flatten(2))
 
-    def _segments(self, position: int, q: torch.Tensor):
-        """Cut the new tokens so that the xPos factors of a piece stay in range (docs/model.md#16.1).
+    def _segments(self, position: int, q: torch.Tensor) -> Iterator[tuple[int, int, int, int]]:
+        """Cut the new tokens so that the xPos factors of a piece stay in range (docs/attention.md#xpos).
 
         Yields (start, stop, segment, length): the tokens start ... stop - 1 of this call lie in positions
         segment * length ... (segment + 1) * length - 1.
@@ -189,7 +228,9 @@ class Attention(nn.Module):
             yield start, stop, segment, length
             start = stop
 
-    def _normalise_and_rotate(self, q, k, position=0, origin=None):
+    def _normalise_and_rotate(
+        self, q: torch.Tensor, k: torch.Tensor, position: int = 0, origin: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.config.norm_on and not self.config.rotary_xpos:
             return q, k
         return qk_norm_rotary(
@@ -205,31 +246,32 @@ class Attention(nn.Module):
             backend=self.config.backend,
         )
 
-    def logit_bound(self, store=None) -> torch.Tensor | None:
-        """(num_heads,): what no |softmax_scale * <q, k>| of a visible pair exceeds; None without QK norm.
+    def logit_bound(self, store: generation.KeyValueStore | None = None) -> torch.Tensor | None:
+        """An upper bound per head, (num_heads,), of |softmax_scale * <q, k>| over visible pairs; None without QK norm.
 
-        Cauchy-Schwarz per rotated pair and plain channel: rotation keeps the length of a pair, xPos only shrinks it for
-        keys before the query. 2**-7 covers the rounding of q and k to bfloat16 (docs/attention.md#bound).
+        It is Cauchy-Schwarz per rotated pair and per plain channel: rotation keeps the length of a pair, and xPos only
+        shrinks it for keys before the query. The factor 1 + 2**-7 covers the rounding of q and k to bfloat16
+        (docs/attention.md#bound).
         """
         margin = 1 + 2**-7
         if not self.config.norm_on:
             return None
-        if self.q_scale is None:
+        if self.q_scale is None or self.k_scale is None:
             return self._constant((self.config.softmax_scale * margin,) * self.config.heads, self.to_q.weight.device)
         if store is not None and store.logit_bound is not None:
             return store.logit_bound
-        reach = []
-        for scale in (self.q_scale, self.k_scale):
-            scale = scale.detach().float().abs().squeeze(1)  # (num_heads or num_kv_heads, head_dim)
+        largest = []  # scale of each pair and plain channel: (num_heads or num_kv_heads, pairs + plain channels)
+        for parameter in (self.q_scale, self.k_scale):
+            scale = parameter.detach().float().abs().squeeze(1)  # (num_heads or num_kv_heads, head_dim)
             rotated, plain = scale.split((self.config.rotary_dim, self.config.dim_head - self.config.rotary_dim), dim=1)
-            reach.append(torch.cat((rotated.unflatten(1, (-1, 2)).amax(2), plain), dim=1))
-        bound = (reach[0] * reach[1]).amax(1) * (self.config.softmax_scale * margin)
+            largest.append(torch.cat((rotated.unflatten(1, (-1, 2)).amax(2), plain), dim=1))
+        bound = (largest[0] * largest[1]).amax(1) * (self.config.softmax_scale * margin)
         if store is not None:
             store.logit_bound = bound
         return bound
 
     @staticmethod
-    def _constant(values, device):
+    def _constant(values: tuple[float, ...] | None, device: torch.device) -> torch.Tensor | None:
         return None if values is None else constant(values, device)
 
 
@@ -247,8 +289,8 @@ class FeedForward(nn.Module):
         whole = torch.is_grad_enabled() or h.device.type != "cpu" or _checks.is_tracing()
         if whole or h.shape[0] * h.shape[1] <= rows:
             return self._rows(h)
-        # Blocks stay in the cache, and their memory is used again: a page fault per 4 KiB of the whole hidden tensor,
-        # which malloc returns to the system each time, costs as much as the GELU.
+        # A block stays in the processor's cache, and the next one uses its memory again. malloc returns the memory of a
+        # whole hidden tensor to the system each time, and a page fault per 4 KiB costs as much as the GELU.
         blocks = [self._rows(block) for block in h.flatten(0, 1).split(rows)]
         return torch.cat(blocks).unflatten(0, h.shape[:2])
 
@@ -269,8 +311,13 @@ class Sublayer(nn.Module):
         self.fn = FeedForward(config) if index % 2 else Attention(config, index)
         self.residual_scale = nn.Parameter(torch.ones(config.dim)) if config.deepnorm else None
 
-    def forward(self, x: torch.Tensor, shifted: torch.Tensor | None, call: Call):
-        """The stream x and, where the sub-layer before has made it already, its token shift; returns both anew."""
+    def forward(
+        self, x: torch.Tensor, shifted: torch.Tensor | None, call: Call
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """From the stream x and its token shift to those after this sub-layer.
+
+        The token shift is None where the sub-layer before has not computed it together with the stream.
+        """
         if not self.config.deepnorm:
             _, shifted = self._shift(self.norm, x, self.index, call)
             return x + self.fn(shifted, call), None
@@ -282,8 +329,15 @@ class Sublayer(nn.Module):
             return self.norm(out, backend=self.config.backend, **residual)[0], None
         return self._shift(self.norm, out, self.index + 1, call, **residual)
 
-    def _shift(self, function, x, index, call, **residual):
-        """`function`, a form of `token_shift_norm`, with the token shift of sub-layer `index`."""
+    def _shift(
+        self,
+        function: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+        x: torch.Tensor,
+        index: int,
+        call: Call,
+        **residual: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The results of `function`, a form of `token_shift_norm`, with the token shift of sub-layer `index`."""
         shift = self.config.shift_tokens
         cache = call.cache if shift > 0 else None
         history = None if cache is None else cache.shift_rows(index, x.dtype)
@@ -308,19 +362,21 @@ class Decoder(nn.Module):
         dim, depth, **options: see `andromeda.config.DecoderConfig`.
     """
 
-    def __init__(self, dim: int, depth: int, **options):
+    def __init__(self, dim: int, depth: int, **options: Unpack[DecoderOptions]):
         super().__init__()
         self.config = DecoderConfig(dim=dim, depth=depth, **options)
         self.layers = nn.ModuleList(Sublayer(self.config, index) for index in range(2 * depth))
         self.final_norm = None if self.config.deepnorm else LayerNorm(dim)
-        # The two names by which transformers switches activation checkpointing on.
+        # transformers switches activation checkpointing on by these two names.
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 
-    def forward(self, x: torch.Tensor, *, key_start=None, cache=None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, *, key_start: KeyStart = None, cache: generation.Cache | None = None
+    ) -> torch.Tensor:
         """key_start, cache: see `TransformerWrapper.forward`."""
         batch, n, _ = x.shape
-        x = x if x.stride(-1) == 1 else x.contiguous()  # an embedding of one's own may give any strides
+        x = x if x.stride(-1) == 1 else x.contiguous()  # a user's embedding may give any strides
         key_start = read_key_start("Decoder", key_start, batch, n, x.device)
         if cache is not None:
             if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
@@ -329,25 +385,16 @@ class Decoder(nn.Module):
                     "torch.no_grad(), or pass the whole sequence without a cache to train on it"
                 )
             key_start = cache.begin(batch, n, key_start)
-        call = self._call(key_start, cache)
+        call = Call.begin(key_start, cache)
         shifted = None
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
-                x, _ = self._gradient_checkpointing_func(layer, x, None, call)  # shifted would be kept beside x
+                x, _ = self._gradient_checkpointing_func(layer, x, None, call)  # else shifted would be kept beside x
             else:
                 x, shifted = layer(x, shifted, call)
         if cache is not None:
             cache.commit(batch, n, key_start)
         return x if self.final_norm is None else self.final_norm(x, backend=self.config.backend)[0]
-
-    @staticmethod
-    def _call(key_start, cache) -> Call:
-        if cache is None:
-            return Call(0, key_start, key_start)
-        first_key = key_start
-        if key_start is not None and cache.position > cache.length:  # the first stored key is no longer key 0
-            first_key = (key_start - (cache.position - cache.length)).clamp_min(0)
-        return Call(cache.position, key_start, first_key, cache)
 
 
 class TransformerWrapper(nn.Module):
@@ -368,7 +415,7 @@ class TransformerWrapper(nn.Module):
         max_seq_len: int,
         attn_layers: Decoder,
         use_abs_pos_emb: bool = False,
-        embedding_provider=AndromedaEmbedding(),  # noqa: B008 - it holds no state
+        embedding_provider: EmbeddingProvider = AndromedaEmbedding(),  # noqa: B008 - it holds no state
     ):
         super().__init__()
         if not isinstance(attn_layers, Decoder):
@@ -378,20 +425,24 @@ class TransformerWrapper(nn.Module):
                 "TransformerWrapper: embedding_provider must have a method get_embedding(num_tokens, dim), got "
                 f"{embedding_provider!r}"
             )
-        sizes = {"num_tokens": num_tokens, "max_seq_len": max_seq_len, "use_abs_pos_emb": use_abs_pos_emb}
-        decoder = ModelConfig(**sizes, **dataclasses.asdict(attn_layers.config))
+        dim = ModelConfig(
+            num_tokens=num_tokens,
+            max_seq_len=max_seq_len,
+            use_abs_pos_emb=use_abs_pos_emb,
+            **dataclasses.asdict(attn_layers.config),
+        ).dim
         self.max_seq_len = max_seq_len
-        self.token_emb = embedding_provider.get_embedding(num_tokens, decoder.dim)
+        self.token_emb = embedding_provider.get_embedding(num_tokens, dim)
         if not isinstance(self.token_emb, nn.Module):
             raise TypeError(
                 "TransformerWrapper: embedding_provider.get_embedding must return a torch.nn.Module, got "
                 f"{type(self.token_emb).__name__}"
             )
-        self.pos_emb = nn.Embedding(max_seq_len, decoder.dim) if use_abs_pos_emb else None
+        self.pos_emb = nn.Embedding(max_seq_len, dim) if use_abs_pos_emb else None
         self.attn_layers = attn_layers
-        self.to_logits = Linear(decoder.dim, num_tokens)
+        self.to_logits = Linear(dim, num_tokens)
 
-    # What the modules inside know is asked of them: they may be replaced.
+    # The modules inside may be replaced, so the properties ask them.
 
     @property
     def num_tokens(self) -> int:
@@ -418,7 +469,14 @@ class TransformerWrapper(nn.Module):
         """The device of the parameters."""
         return next(self.parameters()).device
 
-    def forward(self, tokens, *, key_start=None, cache=None, logits_to_keep=0) -> torch.Tensor:
+    def forward(
+        self,
+        tokens: Tokens,
+        *,
+        key_start: KeyStart = None,
+        cache: generation.Cache | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+    ) -> torch.Tensor:
         """Logits of the next token after each token.
 
         Args:
@@ -432,13 +490,15 @@ class TransformerWrapper(nn.Module):
                 one-dimensional integer tensor.
 
         Returns:
-            (batch, n or what logits_to_keep says, num_tokens).
+            (batch, n or the number of positions kept, num_tokens).
         """
         features = self.features(tokens, key_start=key_start, cache=cache)
         return self.to_logits(kept_positions("Andromeda", features, logits_to_keep))
 
-    def features(self, tokens, *, key_start=None, cache=None) -> torch.Tensor:
-        """What `to_logits` is applied to: (batch, n, dim)."""
+    def features(
+        self, tokens: Tokens, *, key_start: KeyStart = None, cache: generation.Cache | None = None
+    ) -> torch.Tensor:
+        """The output of the decoder, (batch, n, dim), to which `to_logits` is applied; arguments as for `forward`."""
         tokens = read_tokens("Andromeda", tokens, self.num_tokens, self.device)
         batch, n = tokens.shape
         key_start = read_key_start("Andromeda", key_start, batch, n, self.device)
@@ -451,10 +511,12 @@ class TransformerWrapper(nn.Module):
             )
         if self.pos_emb is not None:
             x = x + dim**-0.5 * self.pos_emb(self._absolute_positions(n, key_start, cache))
-        return self.attn_layers(x, key_start=key_start, cache=cache)
+        return self.attn_layers(x, key_start=checked(key_start), cache=cache)
 
-    def _absolute_positions(self, n, key_start, cache) -> torch.Tensor:
-        """(n,) or (batch, n): tokens since key_start; padding, which nobody sees, takes position 0."""
+    def _absolute_positions(
+        self, n: int, key_start: torch.Tensor | None, cache: generation.Cache | None
+    ) -> torch.Tensor:
+        """(n,) or (batch, n): tokens since key_start; padding, which no token sees, takes position 0."""
         first = 0 if cache is None else cache.position
         positions = torch.arange(first, first + n, device=self.device)
         last = first + n - 1
@@ -463,7 +525,7 @@ class TransformerWrapper(nn.Module):
         if key_start is not None:
             positions = (positions - key_start).clamp_min(0)
             if last >= self.max_seq_len:  # rarely; reading back stalls a GPU
-                last = positions.max().item() if _checks.have_values(positions) else 0
+                last = int(positions.max().item()) if _checks.have_values(positions) else 0
         if last >= self.max_seq_len:
             raise ValueError(
                 f"Andromeda: tokens must end before position max_seq_len={self.max_seq_len} of the absolute position "
@@ -473,7 +535,7 @@ class TransformerWrapper(nn.Module):
 
 
 def draw(net: TransformerWrapper, name: str) -> None:
-    """Draw a parameter anew, from the distribution of docs/model.md#11. name: as in `net.named_parameters()`."""
+    """Draw a parameter again, from the distribution of docs/model.md#11. name: as in `net.named_parameters()`."""
     path, _, own = name.rpartition(".")
     module, parameter = net.get_submodule(path), net.get_parameter(name)
     with torch.no_grad():
@@ -490,9 +552,9 @@ def draw(net: TransformerWrapper, name: str) -> None:
 
 
 def kept_positions(owner: str, x: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """Those positions of x (batch, n, dim) whose logits are wanted: see `TransformerWrapper.forward`.
+    """The positions of x (batch, n, dim) whose logits are wanted, see `TransformerWrapper.forward`.
 
-    owner: the class that errors name.
+    owner: the class that error messages name.
     """
     if isinstance(logits_to_keep, torch.Tensor):
         index, n = logits_to_keep, x.shape[1]
@@ -501,7 +563,7 @@ def kept_positions(owner: str, x: torch.Tensor, logits_to_keep: int | torch.Tens
                 f"{owner}: logits_to_keep must be an int >= 0 or a one-dimensional tensor of integers, got a tensor "
                 f"{tuple(index.shape)} of {str(index.dtype).removeprefix('torch.')}"
             )
-        index = index.to(torch.int64)  # torch takes bytes for a mask
+        index = index.to(torch.int64)  # torch would take a tensor of bytes for a mask
         if index.device.type == "cpu" and _checks.have_values(index):
             outside = index[(index < -n) | (index >= n)]
             if len(outside):
@@ -520,8 +582,8 @@ def kept_positions(owner: str, x: torch.Tensor, logits_to_keep: int | torch.Tens
     return x[:, -logits_to_keep:] if logits_to_keep > 0 else x
 
 
-def keeps_all(logits_to_keep) -> bool:
-    """Whether it is left out."""
+def keeps_all(logits_to_keep: int | torch.Tensor) -> bool:
+    """Whether the argument has its default, which keeps all logits."""
     return not isinstance(logits_to_keep, torch.Tensor) and logits_to_keep == 0 and logits_to_keep is not False
 
 
@@ -530,9 +592,11 @@ class AutoregressiveWrapper(nn.Module):
 
     Args:
         net: the `TransformerWrapper`.
-        ignore_index: label that is not trained on.
-        pad_value: token that stands for it in the input, and that fills rows which have ended in `generate`.
+        ignore_index: a label that is not trained on.
+        pad_value: the token that replaces it in the input, and that fills rows which have ended in `generate`.
     """
+
+    net: TransformerWrapper
 
     def __init__(self, net: TransformerWrapper, ignore_index: int = -100, pad_value: int = 0):
         super().__init__()
@@ -540,41 +604,77 @@ class AutoregressiveWrapper(nn.Module):
         self.ignore_index = ignore_index
         self.pad_value = pad_value
 
-    def forward(self, tokens, *, key_start=None) -> torch.Tensor:
+    def forward(self, tokens: Tokens, *, key_start: KeyStart = None) -> torch.Tensor:
         """Mean cross-entropy of each token after the first, given those before it; a scalar, float32 or float64.
 
-        tokens: as for `TransformerWrapper.forward`, and `ignore_index` where a token shall not be predicted.
+        tokens: as for `TransformerWrapper.forward`, with `ignore_index` where no token is to be predicted.
         key_start: as there. The first token of a packed document is predicted from the document before: ignore it.
         """
         tokens = read_tokens("Andromeda", tokens, self.net.num_tokens, self.net.device, ignore_index=self.ignore_index)
         if tokens.shape[1] < 2:
             raise ValueError("Andromeda: tokens must hold at least 2 tokens per row for a loss, got 1")
-        key_start = read_key_start("Andromeda", key_start, *tokens.shape, self.net.device)
+        batch, n = tokens.shape
+        key_start = read_key_start("Andromeda", key_start, batch, n, self.net.device)
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         inputs = inputs.masked_fill(inputs == self.ignore_index, self.pad_value)
-        logits = self.net(inputs, key_start=None if key_start is None else key_start[:, :-1])
+        logits = self.net(inputs, key_start=None if key_start is None else checked(key_start[:, :-1]))
         return cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=self.ignore_index)
 
-    def generate(self, prompts, seq_len, *args, **kwargs) -> torch.Tensor:
+    def generate(
+        self,
+        prompts: Tokens,
+        seq_len: int,
+        eos_token: int | None = None,
+        temperature: float = 1.0,
+        filter_logits_fn: str | generation.LogitsFilter = "top_k",
+        filter_kwargs: Mapping[str, Any] | None = None,
+        cache_kv: bool = True,
+        restrict_to_max_seq_len: bool = True,
+        *,
+        prompt_lengths: Sequence[int] | torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+        on_token: Callable[[torch.Tensor], object] | None = None,
+    ) -> torch.Tensor:
         """See `andromeda.generation.generate`."""
-        return generation.generate(self.net, prompts, seq_len, *args, pad_value=self.pad_value, **kwargs)
+        return generation.generate(
+            self.net,
+            prompts,
+            seq_len,
+            eos_token,
+            temperature,
+            filter_logits_fn,
+            filter_kwargs,
+            cache_kv,
+            restrict_to_max_seq_len,
+            prompt_lengths=prompt_lengths,
+            generator=generator,
+            on_token=on_token,
+            pad_value=self.pad_value,
+        )
 
 
-def cross_entropy(logits, targets, *, ignore_index=-100, count=None) -> torch.Tensor:
+def cross_entropy(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    ignore_index: int = -100,
+    count: int | torch.Tensor | None = None,
+) -> torch.Tensor:
     """Sum of logsumexp(logits) - logits[target] over targets other than `ignore_index`, divided by `count`.
 
     Args:
         logits: (rows, num_tokens).
         targets: (rows,) int64.
         count: default the number of these targets, which gives their mean; a number or scalar tensor when several calls
-            share one mean, as in gradient accumulation. The sum over no target is 0, and so is its gradient, whatever
-            the count.
+            share one mean, as in gradient accumulation. The sum over no target is 0, and so is its gradient, with any
+            count.
 
     Returns:
         Scalar, float32 or float64.
 
     Raises:
-        ValueError: no target and no `count`. Checked on the CPU only, reading back would stall a GPU: 0 there.
+        ValueError: there is no target and no `count`. Only the CPU checks it, since reading back would stall a GPU,
+            where the result is 0.
     """
     counted = targets != ignore_index
     if count is None:
@@ -593,29 +693,33 @@ class _TokenLosses(torch.autograd.Function):
     """logsumexp(logits) - logits[target] of each row, and the logsumexp: (rows,) each, float32 or better.
 
     Works on blocks of rows, so that neither pass holds a float32 copy of half-precision logits, and the backward pass
-    nothing but the gradient: a vocabulary of 50304 makes the logits the largest tensor of a training step.
+    holds the gradient alone: a vocabulary of 50304 makes the logits the largest tensor of a training step.
     """
 
     @staticmethod
-    def forward(logits, targets):  # (rows, num_tokens), (rows,)
+    def forward(
+        logits: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # (rows, num_tokens), (rows,)
         rows = max(1, _LOSS_BLOCK_LOGITS // logits.shape[1])
-        wide = _wide(logits.dtype)
+        wide = compute_dtype(logits.dtype)
         lse = torch.cat([block.to(wide).logsumexp(-1) for block in logits.split(rows)])
         return lse - logits.gather(1, targets[:, None])[:, 0], lse
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(
+        ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
         ctx.save_for_backward(*inputs, output[1])
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, dlosses, _):
+    def backward(ctx: Any, dlosses: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, None]:
         if dlosses is None:
             return None, None
         logits, targets, lse = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # Under a transform of torch.func, or to be differentiated again.
+            # A transform of torch.func is active, or the gradient will be differentiated again.
             probability = logits.to(lse.dtype).softmax(-1)
             hot = probability.scatter_add(1, targets[:, None], -torch.ones_like(probability[:, :1]))
             return (hot * dlosses[:, None]).to(logits.dtype), None
@@ -632,7 +736,7 @@ class _TokenLosses(torch.autograd.Function):
         return dlogits, None
 
     @staticmethod
-    def vmap(info, in_dims, *args):
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: torch.Tensor) -> Any:
         return _vmap_losses(info, in_dims, *args)
 
 
@@ -640,30 +744,35 @@ _vmap_losses = _transforms.vmap_rule(_TokenLosses.apply, rows=(0, 1))
 
 
 class _ModelDecoder(AutoregressiveWrapper):
-    """`Andromeda.decoder`: its network is what the model has as `transformer`, looked up at each use.
+    """`Andromeda.decoder`: its network is the model's `transformer`, which is looked up at each use.
 
-    modules: the children of the model by name. Not the model itself, which would then never be freed at once.
+    modules: the children of the model by name. The model itself would make a cycle, which delays the freeing of its
+        memory.
     """
 
-    def __init__(self, modules: dict[str, nn.Module]):
+    def __init__(self, modules: dict[str, nn.Module | None]):
         self.__dict__["_of_model"] = modules
-        super().__init__(modules["transformer"])
+        super().__init__(self.net)
 
     @property
-    def net(self) -> nn.Module:
-        return self.__dict__["_of_model"]["transformer"]
+    def net(self) -> TransformerWrapper:
+        return cast(TransformerWrapper, self.__dict__["_of_model"]["transformer"])  # or a wrapper around one
+
+    @net.setter
+    def net(self, value: TransformerWrapper) -> None:
+        self.__dict__["_of_model"]["transformer"] = value
 
     @property
-    def _modules(self) -> dict[str, nn.Module]:
+    def _modules(self) -> dict[str, nn.Module | None]:
         return {"net": self.net}
 
     @_modules.setter
-    def _modules(self, modules):
-        """torch gives every new module an empty dictionary."""
+    def _modules(self, modules: dict[str, nn.Module | None]) -> None:
+        """torch gives every new module an empty dictionary, which is not needed here."""
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         if name == "net":
-            self.__dict__["_of_model"]["transformer"] = value
+            object.__setattr__(self, name, value)  # torch's would not use the property
         else:
             super().__setattr__(name, value)
 
@@ -672,36 +781,38 @@ class Andromeda(nn.Module):
     """Decoder-only language model: multi-query attention with ALiBi, rotary xPos and QK norm, DeepNorm, token shift.
 
     `model.transformer` is the `TransformerWrapper` with all parameters, `model.decoder` the `AutoregressiveWrapper`
-    around it. `model.config` holds the arguments, which `andromeda.config` describes. `model.transformer` and what is
-    in it may be replaced; the others follow.
+    around it. `model.config` holds the arguments, which `andromeda.config` describes. `model.transformer` and its
+    modules may be replaced; the others follow.
 
     Args:
         embedding_provider: object whose `get_embedding(num_tokens, dim)` makes the embedding module (docs/model.md#2).
 
     Raises:
-        TypeError, ValueError: an argument that no model has, named with its value.
+        TypeError, ValueError: no model has such an argument; names it and its value.
     """
+
+    embedding_provider: EmbeddingProvider
 
     def __init__(
         self,
-        num_tokens=50304,
-        max_seq_len=8192,
-        dim=2560,
-        depth=32,
-        dim_head=128,
-        heads=24,
-        use_abs_pos_emb=False,
-        alibi_pos_bias=True,
-        alibi_num_heads=12,
-        rotary_xpos=True,
-        attn_flash=True,
-        deepnorm=True,
-        shift_tokens=1,
-        attn_one_kv_head=True,
-        qk_norm=True,
-        attn_qk_norm=True,
-        attn_qk_norm_dim_scale=True,
-        embedding_provider=AndromedaEmbedding(),  # noqa: B008 - it holds no state
+        num_tokens: int = 50304,
+        max_seq_len: int = 8192,
+        dim: int = 2560,
+        depth: int = 32,
+        dim_head: int = 128,
+        heads: int = 24,
+        use_abs_pos_emb: bool = False,
+        alibi_pos_bias: bool = True,
+        alibi_num_heads: int | None = 12,
+        rotary_xpos: bool = True,
+        attn_flash: bool = True,
+        deepnorm: bool = True,
+        shift_tokens: int = 1,
+        attn_one_kv_head: bool = True,
+        qk_norm: bool = True,
+        attn_qk_norm: bool = True,
+        attn_qk_norm_dim_scale: bool = True,
+        embedding_provider: EmbeddingProvider = AndromedaEmbedding(),  # noqa: B008 - it holds no state
     ):
         super().__init__()
         config = ModelConfig(
@@ -743,14 +854,14 @@ class Andromeda(nn.Module):
     @property
     def decoder(self) -> AutoregressiveWrapper:
         """Loss and generation around `transformer`."""
-        held = self.__dict__["_decoder"]
-        if held.__dict__["_of_model"] is not self._modules:  # of a shallow copy: a replica of DataParallel has its own
+        held: AutoregressiveWrapper = self.__dict__["_decoder"]
+        if held.__dict__["_of_model"] is not self._modules:  # of a shallow copy, such as a replica
             held = copy.copy(held)
             held.__dict__["_of_model"] = self._modules
             self.__dict__["_decoder"] = held
         return held
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         if name == "decoder":
             raise AttributeError(
                 "Andromeda: decoder is made around transformer and follows it; set model.transformer, or attributes of "
@@ -758,32 +869,75 @@ class Andromeda(nn.Module):
             )
         super().__setattr__(name, value)
 
-    def forward(self, text_tokens, return_loss=False, *, key_start=None, cache=None, logits_to_keep=0):
+    def forward(
+        self,
+        text_tokens: Tokens,
+        return_loss: bool = False,
+        *,
+        key_start: KeyStart = None,
+        cache: generation.Cache | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+    ) -> torch.Tensor:
         """Logits (batch, n, num_tokens), see `TransformerWrapper.forward`; with `return_loss` the scalar of
-        `AutoregressiveWrapper.forward`, where -100 marks tokens that shall not be predicted."""
+        `AutoregressiveWrapper.forward`, where -100 marks tokens that are not to be predicted."""
         if not return_loss:
             return self.transformer(text_tokens, key_start=key_start, cache=cache, logits_to_keep=logits_to_keep)
         if cache is not None or not keeps_all(logits_to_keep):
             raise ValueError("Andromeda: cache and logits_to_keep must be left out with return_loss=True")
         return self.decoder(text_tokens, key_start=key_start)
 
-    def generate(self, prompts, seq_len, *args, **kwargs):
+    def generate(
+        self,
+        prompts: Tokens,
+        seq_len: int,
+        eos_token: int | None = None,
+        temperature: float = 1.0,
+        filter_logits_fn: str | generation.LogitsFilter = "top_k",
+        filter_kwargs: Mapping[str, Any] | None = None,
+        cache_kv: bool = True,
+        restrict_to_max_seq_len: bool = True,
+        *,
+        prompt_lengths: Sequence[int] | torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+        on_token: Callable[[torch.Tensor], object] | None = None,
+    ) -> torch.Tensor:
         """See `andromeda.generation.generate`."""
-        return self.decoder.generate(prompts, seq_len, *args, **kwargs)
+        return self.decoder.generate(
+            prompts,
+            seq_len,
+            eos_token,
+            temperature,
+            filter_logits_fn,
+            filter_kwargs,
+            cache_kv,
+            restrict_to_max_seq_len,
+            prompt_lengths=prompt_lengths,
+            generator=generator,
+            on_token=on_token,
+        )
 
-    def save(self, path) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """See `andromeda.checkpoint.save`."""
         checkpoint.save(self, path)
 
     @classmethod
-    def load(cls, path, device=None, dtype=None, *, embedding_provider=None) -> "Andromeda":
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        device: str | int | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        embedding_provider: EmbeddingProvider | None = None,
+    ) -> "Andromeda":
         """See `andromeda.checkpoint.load`."""
         return checkpoint.load(cls, path, device, dtype, embedding_provider)
 
-    def load_state_dict(self, state_dict, strict=True, assign=False):
-        """See torch. What torch.compile, DDP, FSDP and other wrappers put into names is left out."""
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> _IncompatibleKeys:
+        """See torch. Parts of names that come from torch.compile, DDP, FSDP and other wrappers are left out."""
         return super().load_state_dict(checkpoint.for_model(self, state_dict), strict, assign)
 
-    def load_x_transformers(self, state_dict, version="2.31.10") -> None:
+    def load_x_transformers(self, state_dict: Mapping[str, torch.Tensor], version: str = "2.31.10") -> None:
         """See `andromeda.checkpoint.load_x_transformers`."""
         checkpoint.load_x_transformers(self, state_dict, version)

@@ -4,7 +4,7 @@ import itertools
 import math
 import threading
 
-import golden
+import golden_cases
 import hypothesis
 import oracle
 import pytest
@@ -77,10 +77,10 @@ splits = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 
 
 @pytest.mark.parametrize("dtype", DECODE, ids=str)
-@pytest.mark.parametrize("name", golden.CASES)
+@pytest.mark.parametrize("name", golden_cases.CASES)
 def test_golden_decode(name, dtype):
     """A prompt, then one token at a time."""
-    model, description, tensors = golden.model(name, dtype)
+    model, description, tensors = golden_cases.model(name, dtype)
     prefill, steps = description["decode"]["prefill"], description["decode"]["steps"]
     logits = in_pieces(model, tensors["tokens"], (prefill, *[1] * steps))
     error = (logits[:, prefill:].double() - tensors["decode/logits"].double()).abs()
@@ -112,9 +112,9 @@ def test_half_precision(flags, dtype):
 
 @pytest.mark.parametrize("cache_kv", (True, False), ids=("cached", "recomputed"))
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
-@pytest.mark.parametrize("name", golden.CASES)
+@pytest.mark.parametrize("name", golden_cases.CASES)
 def test_golden_greedy(name, dtype, cache_kv):
-    model, description, tensors = golden.model(name, dtype)
+    model, description, tensors = golden_cases.model(name, dtype)
     prompt = tensors["tokens"][:, : description["greedy"]["prompt_len"]]
     expected = tensors["greedy/tokens"]
     new = model.generate(prompt, expected.shape[1], temperature=0, cache_kv=cache_kv)
@@ -126,9 +126,9 @@ def test_golden_greedy(name, dtype, cache_kv):
     [("top_k_default", top_k, {}), ("top_k_5", top_k, {"k": 5}), ("top_p_0.9", top_p, {}), ("min_p_0.1", min_p, {})],
     ids=("top_k_default", "top_k_5", "top_p", "min_p"),
 )
-@pytest.mark.parametrize("name", golden.CASES)
+@pytest.mark.parametrize("name", golden_cases.CASES)
 def test_golden_filters(name, tensor, function, arguments):
-    _, tensors = golden.load(name)
+    _, tensors = golden_cases.load(name)
     assert torch.equal(function(tensors["logits"][:, -1], **arguments), tensors[f"filters/{tensor}"])
 
 
@@ -743,10 +743,10 @@ def with_logit(model, value, step, monkeypatch):
 @pytest.mark.parametrize("value", [math.nan, INF])
 @pytest.mark.parametrize("told", ["at once", "at the end"])
 def test_logits_that_are_not_finite(value, temperature, told, monkeypatch):
-    """On a GPU they are told at the end, and what is drawn until then is no reason for it to stop."""
+    """A GPU reports them at the end, and no draw until then ends the process."""
     model = build()
     if told == "at the end":
-        see = _Sampler._see
+        check = _Sampler._check_finite
 
         class Elsewhere:
             """A tensor of another device."""
@@ -757,7 +757,8 @@ def test_logits_that_are_not_finite(value, temperature, told, monkeypatch):
             def __sub__(self, other):
                 return self.tensor - other.tensor
 
-        monkeypatch.setattr(_Sampler, "_see", lambda self, words, largest: see(self, words, Elsewhere(largest)))
+        elsewhere = lambda self, requirement, largest: check(self, requirement, Elsewhere(largest))  # noqa: E731
+        monkeypatch.setattr(_Sampler, "_check_finite", elsewhere)
     with_logit(model, value, 2, monkeypatch)
     heard = []
     place = "for new token 2" if told == "at once" else "one of 6 new tokens"

@@ -3,11 +3,10 @@
 import copy
 import gc
 import itertools
-import json
 import pickle
 import weakref
 
-import golden
+import golden_cases
 import oracle
 import pytest
 import torch
@@ -20,6 +19,7 @@ import andromeda.ops._persistent
 import andromeda.ops.attention
 from andromeda import Andromeda, AndromedaEmbedding, AutoregressiveWrapper, Decoder, TransformerWrapper
 from andromeda.checkpoint import x_transformers_names
+from andromeda.config import read_key_start
 
 # docs/model.md#15: dtype -> limits of the largest difference in logits, loss and gradients.
 LIMITS = {torch.float64: (1e-10, 1e-10, 1e-10), torch.float32: (2e-5, 2e-6, 1e-6)}
@@ -27,14 +27,6 @@ LIMITS = {torch.float64: (1e-10, 1e-10, 1e-10), torch.float32: (2e-5, 2e-6, 1e-6
 
 def small(**arguments) -> Andromeda:
     return Andromeda(**(oracle.SMALL | arguments))
-
-
-def golden_model(name: str, dtype: torch.dtype) -> tuple[Andromeda, dict, dict]:
-    description, tensors = golden.load(name)
-    model = Andromeda(**description["andromeda_kwargs"])
-    prefix = "weights/"
-    model.load_x_transformers({key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)})
-    return model.to(dtype), description, tensors
 
 
 def largest(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -45,9 +37,9 @@ def largest(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
-@pytest.mark.parametrize("name", golden.CASES)
+@pytest.mark.parametrize("name", golden_cases.CASES)
 def test_golden(name, dtype):
-    model, description, tensors = golden_model(name, dtype)
+    model, description, tensors = golden_cases.model(name, dtype)
     logits_limit, loss_limit, gradient_limit = LIMITS[dtype]
     assert largest(model(tensors["tokens"]), tensors["logits_f64"]) <= logits_limit
     loss = model(tensors["loss_tokens"], return_loss=True)
@@ -59,9 +51,9 @@ def test_golden(name, dtype):
         assert largest(parameters[names[key]].grad, tensors[f"grads_f64/{key}"]) <= gradient_limit, key
 
 
-@pytest.mark.parametrize("name", golden.CASES)
+@pytest.mark.parametrize("name", golden_cases.CASES)
 def test_golden_bfloat16(name):
-    model, description, tensors = golden_model(name, torch.bfloat16)
+    model, description, tensors = golden_cases.model(name, torch.bfloat16)
     error = (model(tensors["tokens"]).double() - tensors["logits_f64"]).abs()
     assert error.max() <= 5e-2 and error.mean() <= 1e-2
     loss = model(tensors["loss_tokens"], return_loss=True)
@@ -71,12 +63,6 @@ def test_golden_bfloat16(name):
     for key in description["gradients"]:
         expected = tensors[f"grads_f64/{key}"]
         assert largest(parameters[names[key]].grad, expected) <= 5e-2 * expected.abs().max().item(), key
-
-
-def test_golden_cases():
-    """The cases above are those of the index, so that a new one is not overlooked."""
-    index = json.loads((golden.folder() / "index.json").read_text())
-    assert [case["name"] for case in index] == list(golden.CASES)
 
 
 # ---- the oracle
@@ -202,6 +188,27 @@ def test_left_padding_equals_the_row_alone(flags):
     assert largest(out[:, 7:], model(row)) <= 1e-12
 
 
+@pytest.mark.parametrize("flags", ({}, dict(use_abs_pos_emb=True)), ids=("relative", "absolute"))
+@pytest.mark.parametrize("return_loss", (False, True), ids=("logits", "loss"))
+def test_key_start_is_checked_once(flags, return_loss, monkeypatch):
+    """The outermost module checks it, and those inside check what others hand them."""
+    owners = []
+
+    def read(owner, key_start, *shape_and_device):
+        if isinstance(key_start, torch.Tensor):
+            owners.append(owner)
+        return read_key_start(owner, key_start, *shape_and_device)
+
+    monkeypatch.setattr(andromeda.model, "read_key_start", read)
+    model, wrong = small(**flags), torch.zeros(1, 2, dtype=torch.int32)
+    model([1, 2, 3], return_loss=return_loss, key_start=torch.zeros(1, 3, dtype=torch.int64))
+    assert owners == ["Andromeda"]
+    for module, inputs in ((model.decoder, [1, 2, 3]), (model.transformer, [1, 2, 3]),
+                           (model.transformer.attn_layers, torch.ones(1, 3, 24))):  # fmt: skip
+        with pytest.raises(ValueError, match="key_start must have shape"):
+            module(inputs, key_start=wrong)
+
+
 def test_attn_flash_is_only_a_switch():
     model = small(depth=2, heads=4, alibi_num_heads=2)
     plain = small(depth=2, heads=4, alibi_num_heads=2, attn_flash=False)
@@ -212,7 +219,7 @@ def test_attn_flash_is_only_a_switch():
 
 @pytest.mark.parametrize("segment", (16, 64))
 def test_segments_of_positions(segment, monkeypatch):
-    """Sequences longer than an xPos segment: each segment of queries has its own origin (docs/model.md#16.1)."""
+    """Sequences longer than an xPos segment: each segment of queries has its own origin (docs/attention.md#xpos)."""
     model = small(depth=2).double()
     tokens = torch.randint(23, (2, 150))
     whole = model(tokens)

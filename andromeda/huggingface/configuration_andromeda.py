@@ -1,16 +1,17 @@
 """`AndromedaConfig`: the constructor of `andromeda.Andromeda` in the words of transformers.
 
-This is the one file that knows both vocabularies: sizes are called as every transformers model calls them, the switches
-that other models do not have keep the names of the constructor.
+This is the one file that knows both vocabularies: sizes have the names that every transformers model gives them, and
+switches that other models do not have keep the names of the constructor.
 """
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-# Constructor argument -> name here. What is not listed has the same name in both, apart from `attn_one_kv_head`, which
-# is said by `num_key_value_heads`.
+# Constructor argument -> name here. The others have one name in both, except `attn_one_kv_head`, which
+# `num_key_value_heads` stands for.
 _NAMES = {
     "num_tokens": "vocab_size",
     "max_seq_len": "max_position_embeddings",
@@ -47,12 +48,11 @@ class AndromedaConfig(PreTrainedConfig):
         head_dim: width of a head, `dim_head`; `num_attention_heads * head_dim` need not be `hidden_size`.
         use_abs_pos_emb, alibi_pos_bias, alibi_num_heads, rotary_xpos, attn_flash, deepnorm, shift_tokens, qk_norm,
             attn_qk_norm, attn_qk_norm_dim_scale: as in `andromeda.Andromeda`.
-        use_cache: return a cache from `forward`, unless it is told otherwise.
+        use_cache: return a cache from `forward`, unless its argument `use_cache` is given.
 
     Raises:
-        huggingface_hub.errors.StrictDataclassError: a value of the wrong type, or sizes that no model has
-            (docs/model.md#1),
-            with the constructor's name for the argument.
+        huggingface_hub.errors.StrictDataclassError: a value has the wrong type, or no model has such sizes
+            (docs/model.md#1); gives the constructor's name of the argument.
     """
 
     model_type = "andromeda"
@@ -81,8 +81,8 @@ class AndromedaConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
-    def validate_architecture(self):
-        """Refuse what the constructor of the model refuses. Called by transformers when a config is made."""
+    def validate_architecture(self) -> None:
+        """Refuse the arguments that the model's constructor refuses. transformers calls it for every new config."""
         from andromeda.config import ModelConfig
 
         if self.num_key_value_heads not in (1, self.num_attention_heads):
@@ -92,17 +92,17 @@ class AndromedaConfig(PreTrainedConfig):
             )
         ModelConfig(**self.to_arguments())
 
-    def to_arguments(self) -> dict:
+    def to_arguments(self) -> dict[str, Any]:
         """The keyword arguments of `andromeda.Andromeda` for the same model."""
         arguments = {ours: getattr(self, theirs) for ours, theirs in _NAMES.items()}
         arguments |= {name: getattr(self, name) for name in _SWITCHES}
         return arguments | {"attn_one_kv_head": self.num_key_value_heads == 1}
 
     @classmethod
-    def from_arguments(cls, arguments: dict, **options) -> "AndromedaConfig":
+    def from_arguments(cls, arguments: Mapping[str, Any], **options: Any) -> "AndromedaConfig":
         """The config of a model from the keyword arguments of `andromeda.Andromeda`.
 
-        options: what only transformers knows, such as `use_cache` or `eos_token_id`.
+        options: arguments that only transformers has, such as `use_cache` or `eos_token_id`.
         """
         values = {theirs: arguments[ours] for ours, theirs in _NAMES.items()}
         values |= {name: arguments[name] for name in _SWITCHES}

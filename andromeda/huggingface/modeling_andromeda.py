@@ -5,17 +5,22 @@ that going from one to the other copies nothing.
 """
 
 import dataclasses
+import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, Literal, overload
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from torch.nn import functional
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from typing_extensions import Self
 
 from andromeda import checkpoint
-from andromeda.config import ModelConfig
+from andromeda.config import KeyStart, ModelConfig
 from andromeda.files import read_json
 from andromeda.generation import Cache
 from andromeda.huggingface.configuration_andromeda import AndromedaConfig
@@ -55,15 +60,15 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # Trainer hands over num_items_in_batch
-    _no_split_modules = ("Sublayer",)
-    _skip_keys_device_placement = ("past_key_values",)
+    _no_split_modules = ["Sublayer"]  # noqa: RUF012 - transformers declares it so
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _tied_weights_keys = _TIES  # with config.tie_word_embeddings
-    _is_stateful = True  # the cache cannot go back, which assisted generation would ask for
+    _is_stateful = True  # refuses assisted generation, which would ask the cache to go back
 
     def __init__(self, config: AndromedaConfig, transformer: TransformerWrapper | None = None):
         super().__init__(config)
         if transformer is not None:
-            if config.tie_word_embeddings and not _is_tied(transformer):  # to tie it would overwrite its projection
+            if config.tie_word_embeddings and not _is_tied(transformer):  # tying would overwrite its projection
                 raise ValueError(
                     "AndromedaForCausalLM: config.tie_word_embeddings must be False for a transformer whose projection "
                     "is its own"
@@ -73,8 +78,11 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_andromeda(cls, model: Andromeda, **options) -> "AndromedaForCausalLM":
-        """The same model with this interface, sharing its parameters. options: see `AndromedaConfig.from_arguments`."""
+    def from_andromeda(cls, model: Andromeda, **options: Any) -> Self:
+        """The same model with this interface; the parameters are shared.
+
+        options: see `AndromedaConfig.from_arguments`.
+        """
         config = AndromedaConfig.from_arguments(dataclasses.asdict(model.config), **options)
         return cls(config, transformer=model.transformer).train(model.training)
 
@@ -85,20 +93,33 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
         model.transformer = self.transformer
         return model.train(self.training)
 
+    @overload
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(
+        cls, *args: Any, output_loading_info: Literal[True], **kwargs: Any
+    ) -> tuple[Self, dict[str, Any]]: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self: ...
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self | tuple[Self, dict[str, Any]]:
         """See transformers; a checkpoint with missing, unexpected or misshapen parameters is a `ValueError` here.
 
-        With `ignore_mismatched_sizes` misshapen ones are drawn anew (docs/model.md#11), and a warning names them, as
-        are weights that are not finite. What wrappers put into names is left out.
+        With `ignore_mismatched_sizes` misshapen parameters are drawn again (docs/model.md#11). Warnings name them, and
+        weights that are not finite. Parts of names that come from wrappers are left out.
         """
         report = kwargs.pop("output_loading_info", False)
         kwargs["key_mapping"] = {checkpoint.WRAPPERS_PATTERN: r"\1"} | (kwargs.get("key_mapping") or {})
         ignored = {"mismatched_keys"} if kwargs.get("ignore_mismatched_sizes") else set()
         kwargs["ignore_mismatched_sizes"] = True  # transformers' own error does not name them
         _check_layers(*args, **kwargs)
+        model: Self
+        information: dict[str, Any]
         try:
-            model, information = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+            loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+            model, information = loaded
         except SafetensorError as error:
             raise ValueError(f"AndromedaForCausalLM: the weights must be a whole safetensors file: {error}") from error
         faults = [
@@ -122,11 +143,11 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
         checkpoint.warn_of_not_finite("AndromedaForCausalLM: the checkpoint", not_finite)
         return (model, information) if report else model
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """See transformers. A projection tied to the embedding stays so, names are without those of wrappers.
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """See transformers. A projection tied to the embedding stays tied; parts of wrappers in names are left out.
 
         Raises:
-            ValueError: what no config describes, such as an embedding of one's own or other tied parameters.
+            ValueError: no config describes the model, which has a user's embedding, or other tied parameters.
         """
         owner = "AndromedaForCausalLM.save_pretrained"
         if not checkpoint.is_plain_embedding(self.transformer.token_emb):
@@ -160,18 +181,18 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids,
-        attention_mask=None,
-        past_key_values=None,
-        labels=None,
-        use_cache=None,
-        logits_to_keep=0,
-        key_start=None,
-        num_items_in_batch=None,
-        return_dict=None,
-        output_attentions=None,
-        output_hidden_states=None,
-    ):
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        key_start: KeyStart = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits, and with `labels` the loss of docs/model.md#9.
 
         Args:
@@ -185,13 +206,13 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
             logits_to_keep: logits of so many last tokens only, 0 is all; or of the positions in a one-dimensional
                 integer tensor.
             key_start: (batch, seqlen) int32, in place of a mask; see `TransformerWrapper.forward`.
-            num_items_in_batch: what the sum of the losses is divided by, when several batches share one mean (gradient
+            num_items_in_batch: divisor of the sum of the losses, when several batches share one mean (gradient
                 accumulation). Default: the number of labels that count.
             return_dict: False gives a tuple.
             output_attentions, output_hidden_states: must be off; the kernels do not keep them.
 
         Returns:
-            `CausalLMOutputWithPast`: loss, logits (batch, seqlen or what logits_to_keep says, vocab_size),
+            `CausalLMOutputWithPast`: loss, logits (batch, seqlen or the number of positions kept, vocab_size),
             past_key_values.
         """
         for name, value in (("output_attentions", output_attentions), ("output_hidden_states", output_hidden_states)):
@@ -221,10 +242,14 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
         features = self.transformer.features(input_ids, key_start=key_start, cache=past_key_values)
         logits = self.transformer.to_logits(kept_positions("AndromedaForCausalLM", features, logits_to_keep))
         loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values,  # type: ignore[arg-type]  # any cache of the model's own works here
+        )
         return output.to_tuple() if return_dict is False else output
 
-    def _loss(self, logits, labels, count):
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor, count: int | torch.Tensor | None) -> torch.Tensor:
         if labels.shape != logits.shape[:2]:
             raise ValueError(
                 f"AndromedaForCausalLM: labels must have the shape of input_ids, got {tuple(labels.shape)} and "
@@ -238,31 +263,35 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
                     f"AndromedaForCausalLM: labels must be below the vocabulary size {num_tokens}, or "
                     f"{_IGNORE_INDEX}, got {labels[outside][0].item()}"
                 )
-        # Shifting the labels, and not the logits, leaves the largest tensor of a training step where it is.
+        # The labels are shifted, because shifting the logits would copy the largest tensor of a training step.
         targets = functional.pad(labels[:, 1:], (0, 1), value=_IGNORE_INDEX).to(logits.device)
-        if torch.is_tensor(count):
+        if isinstance(count, torch.Tensor):
             count = count.to(logits.device)
         return cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=_IGNORE_INDEX, count=count)
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Module:
+        """See transformers."""
         return self.transformer.token_emb
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """See transformers."""
         self.transformer.token_emb = value
 
-    def get_output_embeddings(self):
+    def get_output_embeddings(self) -> nn.Module:
+        """See transformers."""
         return self.transformer.to_logits
 
-    def set_output_embeddings(self, new_embeddings):
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        """See transformers."""
         self.transformer.to_logits = new_embeddings
 
-    def _init_weights(self, module):
-        """Nothing: every module draws its own weights (docs/model.md#11) when made, and `from_pretrained` accepts only
+    def _init_weights(self, module: nn.Module) -> None:
+        """Does nothing: every new module draws its own weights (docs/model.md#11), and `from_pretrained` accepts only
         checkpoints that hold all of them."""
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # `generate` leaves it to forward to make the cache
+        return False  # so that `generate` lets `forward` make the cache
 
     @staticmethod
     def _reorder_cache(past_key_values: Cache, beam_idx: torch.Tensor) -> Cache:
@@ -275,7 +304,7 @@ def _is_tied(transformer: TransformerWrapper) -> bool:
     return weight is not None and weight is getattr(transformer.token_emb, "weight", None)
 
 
-def _check_layers(*args, **kwargs) -> None:
+def _check_layers(*args: Any, **kwargs: Any) -> None:
     """Refuse a config of more layers than a local checkpoint has, before they are built."""
     name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
     folder = Path(name or "", kwargs.get("subfolder") or "")
@@ -290,11 +319,11 @@ def _check_layers(*args, **kwargs) -> None:
         config = AndromedaConfig.from_pretrained(folder, **options)
     owner = "AndromedaForCausalLM: the checkpoint must have the model's parameters"
     if weights.is_file():
-        names = checkpoint.read_header(weights, "AndromedaForCausalLM")[0]
+        names: Iterable[str] = checkpoint.read_header(weights, "AndromedaForCausalLM")[0]
     else:
         names = read_json(index, ("weight_map",))["weight_map"]
-    names = {checkpoint.plain_name(name): None for name in names}
-    checkpoint.check_layers(owner, ModelConfig(**config.to_arguments()), names)
+    shapes = {checkpoint.plain_name(name): None for name in names}
+    checkpoint.check_layers(owner, ModelConfig(**config.to_arguments()), shapes)
 
 
 def _new_transformer(config: AndromedaConfig) -> TransformerWrapper:
@@ -307,8 +336,8 @@ def _new_transformer(config: AndromedaConfig) -> TransformerWrapper:
     )
 
 
-def _read_mask(mask, input_ids, cache) -> tuple[torch.Tensor | None, bool]:
-    """`key_start` (batch, seqlen) or None for what `mask` hides, and whether a cache may continue from there."""
+def _read_mask(mask: torch.Tensor, input_ids: torch.Tensor, cache: Cache | None) -> tuple[torch.Tensor | None, bool]:
+    """`key_start` (batch, seqlen) that hides the tokens that `mask` hides, or None, and whether a cache may follow."""
     batch, seqlen = input_ids.shape
     total = seqlen + (0 if cache is None else cache.position)
     if tuple(mask.shape) != (batch, total):
@@ -317,7 +346,7 @@ def _read_mask(mask, input_ids, cache) -> tuple[torch.Tensor | None, bool]:
             f"got {tuple(mask.shape)}"
         )
     visible = mask.bool()
-    if not _checks.have_values(visible):  # in a compiled program: the first real token of a row, on whichever side
+    if not _checks.have_values(visible):  # in a compiled program: the first real token, with padding on any side
         return visible.to(torch.int32).argmax(1, keepdim=True).to(torch.int32).expand(batch, seqlen), True
     real = visible.sum(1, keepdim=True)  # (batch, 1)
     token = torch.arange(total, device=mask.device)
