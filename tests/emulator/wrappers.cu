@@ -1,4 +1,4 @@
-// One kernel per instruction wrapper of csrc/cuda/mma.cuh and per tile function of attention_tile.cuh, for
+// One kernel per instruction wrapper of csrc/cuda/mma.cuh and per tile function of csrc/cuda/attention/, for
 // test_wrappers.py: the emulator and a GPU run the same PTX, and both must give what plain torch says.
 //
 // A kernel is one block. It moves operands between global memory and the registers of a lane by the layouts that the
@@ -6,7 +6,11 @@
 #include <cstdint>
 #include <cstring>
 
-#include "attention_tile.cuh"
+#include "attention/alibi.cuh"
+#include "attention/mask.cuh"
+#include "attention/tile.cuh"
+#include "mma.cuh"
+#include "warp.cuh"
 
 namespace andromeda::cuda {
 
@@ -136,7 +140,7 @@ extern "C" __global__ void power_of_two(const float* x, float* result, int count
   }
 }
 
-// ---- attention_tile.cuh ---------------------------------------------------------------------------------------------
+// ---- attention/ -----------------------------------------------------------------------------------------------------
 
 // The bytes of a tile of rows `first` ... `first + 63`, as they lie in shared memory.
 template <int kHeadDim, int kThreads>

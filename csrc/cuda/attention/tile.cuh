@@ -1,4 +1,5 @@
-// What the attention kernels share: tiles in shared memory, products of tiles, which keys a row sees, the bias.
+// Tiles of the attention kernels in shared memory: how they lie there, copies into them, their products, and results on
+// the way out.
 //
 // A tile of kRows rows lies in panels of 64 channels. A row of a panel is 128 bytes, eight chunks of 16, and chunk x of
 // row r sits at position x ^ (r % 8):
@@ -10,25 +11,15 @@
 //   ...
 //
 // Every address a lane uses has r % 8 == lane % 8, so the step from one pair of chunks to the next is one xor.
-//
-// Scores are kept in units of <q, k>: the bias is divided by softmax_scale, and 2^(score * scale2) with
-// scale2 = softmax_scale * log2(e) is the weight. log-sum-exps inside a kernel are in base 2.
 #pragma once
 
-#include <climits>
 #include <cstdint>
 
-#include "andromeda/attention.h"
 #include "load.cuh"
 #include "mma.cuh"
 #include "warp.cuh"
 
 namespace andromeda::cuda {
-
-inline constexpr float kLog2E = 1.44269504088896340736f;
-inline constexpr float kLn2 = 0.69314718055994530942f;
-
-// ---- tiles in shared memory -----------------------------------------------------------------------------------------
 
 inline constexpr int kPanelWidth = 64;       // channels
 inline constexpr int kPanelRowBytes = 128;   // of a 16-bit type
@@ -117,8 +108,6 @@ __device__ inline void load_tile(std::uint32_t tile, const Rows<const T>& rows, 
     }
   }
 }
-
-// ---- products of tiles ----------------------------------------------------------------------------------------------
 
 // Results of kGroups x 16 rows and 8 * kTiles columns; see mma.cuh for what a lane holds of each tile.
 template <int kGroups, int kTiles>
@@ -295,168 +284,6 @@ __device__ inline void store_rows(const Rows<T>& target, int first, const float 
 #pragma unroll
       for (int i = 0; i < kChunkWidth<T>; ++i) {
         if (i < channels) row_data[i] = elements[i];
-      }
-    }
-  }
-}
-
-// ---- which keys a row sees ------------------------------------------------------------------------------------------
-
-inline constexpr int kUnlimited = INT_MAX;
-// Bounded softmax takes 2^(score * scale2) as it is. The numbers a row may sum are then between 2^-126 and 2^126 in
-// bfloat16 and float32 (docs/attention.md#bounded-softmax). float16 is normal from 2^-14 on: a row whose own key has
-// the smallest weight, e^-7 = 2^-10, keeps its neighbours, which a bias makes smaller still, to 4 bits less than the
-// own key.
-template <typename T>
-inline constexpr float kMaxBound = std::is_same_v<T, __half> ? 7.0f : 40.0f;
-
-// A head's constants. `window`: keys at this distance or farther together hold less than 2^-24 of a row's softmax if
-// the row sees its own key: exp(2 bound - slope * distance), a geometric sum (docs/attention.md#windows).
-struct Head {
-  float slope;  // per key, natural units
-  float bound;  // on |softmax_scale <q, k>|; infinite when unknown
-  int window;   // in keys; kUnlimited without a bound or a bias
-};
-
-__device__ inline Head describe_head(const AttentionParams& params, int head) {
-  Head result{0.0f, __int_as_float(0x7f800000), kUnlimited};
-  if (params.alibi_slopes != nullptr) result.slope = __ldg(params.alibi_slopes + head);
-  if (params.logit_bound == nullptr) return result;
-  const float bound = __ldg(params.logit_bound + head);
-  if (bound >= 0.0f) result.bound = bound;  // a NaN promises nothing
-  // Rounded up and one more: float32 need not be exact, keeping a key too many is harmless.
-  const float window = ceilf((2.0f * bound + 16.6355324f) / result.slope) + 1.0f;  // 24 ln 2
-  if (result.slope > 0.0f && window < 1e9f) result.window = static_cast<int>(window);
-  return result;
-}
-
-// One query row of one batch entry: it sees keys first <= j < end. `position` is the key it is aligned with. A row that
-// does not exist sees everything: its result is dropped, and it must not make others mask.
-struct Row {
-  int position, first, end;
-  __device__ bool empty() const { return first >= end; }
-  __device__ bool sees_itself() const { return first <= position && position < end; }
-};
-
-__device__ inline Row describe_row(const AttentionParams& params, int batch, int query) {
-  Row row;
-  row.position = query + (params.seqlen_k - params.seqlen_q);
-  row.first = 0;
-  row.end = params.seqlen_k;
-  if (query >= params.seqlen_q) return row;
-  if (params.key_start != nullptr) {
-    row.first = max(__ldg(params.key_start + static_cast<std::int64_t>(batch) * params.seqlen_q + query), 0);
-  }
-  if (params.causal) row.end = min(row.end, row.position + 1);
-  if (row.empty()) row.first = kUnlimited, row.end = 0;  // masked in every tile
-  return row;
-}
-
-// What `hide` needs of a Row.
-struct KeySpan {
-  int first, end;
-};
-
-// Keys that some of a set of rows see (`begin`, `end`: tiles outside are skipped; the window is taken off), and keys
-// that all of them see (`plain_begin`, `plain_end`: tiles inside need no mask).
-struct Reach {
-  int begin, end, plain_begin, plain_end;
-
-  __device__ static Reach of(const Row& row, bool exists, int window) {
-    if (!exists) return {kUnlimited, 0, 0, kUnlimited};
-    Reach reach{row.first, row.end, row.first, row.end};
-    if (!row.empty() && row.sees_itself() && window != kUnlimited) {
-      reach.begin = max(reach.begin, row.position - window + 1);
-      reach.end =
-          min(reach.end,
-              static_cast<int>(min(static_cast<long long>(row.position) + window, static_cast<long long>(kUnlimited))));
-    }
-    return reach;
-  }
-
-  // The reach of the rows of all lanes together, in all lanes.
-  __device__ Reach of_warp() const {
-    return {__reduce_min_sync(kWholeWarp, begin), __reduce_max_sync(kWholeWarp, end),
-            __reduce_max_sync(kWholeWarp, plain_begin), __reduce_min_sync(kWholeWarp, plain_end)};
-  }
-
-  __device__ bool touches(int key, int count) const { return key < end && key + count > begin; }
-  __device__ bool is_plain(int key, int count) const { return plain_begin <= key && key + count <= plain_end; }
-};
-
-// ---- the bias -------------------------------------------------------------------------------------------------------
-
-// Sets the accumulators of a product to -slope * (position - key) / softmax_scale, so that the bias costs nothing after
-// it (`raw_slope` is slope / softmax_scale): right for keys at or left of the diagonal; `mirror_bias` does the others.
-// A lane holds rows r and r + 8 of each group; `position` is that of its first row r of group 0, and `key` the key of
-// its first column.
-//
-// Both rows share one value, -slope * (position + 8 - key): adding a constant to a row leaves its softmax unchanged,
-// and for row r the constant is -8 slope. `lowered_by` below undoes it in the log-sum-exp. A reference shared by more
-// rows would underflow: 127 rows of slope 0.7 are 130 bits.
-template <int kGroups, int kTiles>
-__device__ inline void seed_bias(float (&scores)[kGroups][kTiles][4], float raw_slope, int position, int key) {
-#pragma unroll
-  for (int group = 0; group < kGroups; ++group) {
-    const float distance = static_cast<float>(key - (position + group * 16 + 8));  // exact: formed in integers
-    const float base = raw_slope * distance;
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        scores[group][n][i] = scores[group][n][i + 2] = fmaf(raw_slope, static_cast<float>(8 * n + i), base);
-      }
-    }
-  }
-}
-
-// By how many rows the bias of row r (half 0) and r + 8 (half 1) was taken too far away.
-__device__ constexpr float lowered_by(int half) { return half == 0 ? 8.0f : 0.0f; }
-
-// Corrects, after the product, what `seed_bias` set for keys right of the diagonal: there the bias falls again.
-template <int kGroups, int kTiles>
-__device__ inline void mirror_bias(float (&scores)[kGroups][kTiles][4], float raw_slope, int position, int key) {
-#pragma unroll
-  for (int group = 0; group < kGroups; ++group) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float distance = static_cast<float>(key - (position + group * 16 + half * 8));
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float beyond = fmaxf(distance + static_cast<float>(8 * n + i), 0.0f);
-          float& score = scores[group][n][2 * half + i];
-          score = fmaf(-2.0f * raw_slope, beyond, score);
-        }
-      }
-    }
-  }
-}
-
-// Hides, after the product, what a row does not see: a NaN in a hidden key must not survive. `rows` are those of the
-// block's tile in shared memory, from the warp's first row on, each a Row or a KeySpan.
-//
-// `gradients`: of the weights, or nothing; what is hidden becomes 0.
-template <int kGroups, int kTiles, typename R, typename... Gradients>
-__device__ inline void hide(float (&scores)[kGroups][kTiles][4], const R* rows, int key, Gradients&... gradients) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
-#pragma unroll
-  for (int group = 0; group < kGroups; ++group) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const R& row = rows[group * 16 + half * 8 + (lane >> 2)];
-      const int first = row.first - key, end = row.end - key;
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int column = 8 * n + i;
-          if (column < first || column >= end) {
-            scores[group][n][2 * half + i] = -__int_as_float(0x7f800000);
-            ((gradients[group][n][2 * half + i] = 0.0f), ...);
-          }
-        }
       }
     }
   }

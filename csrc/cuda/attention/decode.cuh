@@ -41,98 +41,25 @@
 // row is then exactly 1, and the sum of the unrounded weights is a good enough divisor
 // (docs/attention.md#bounded-softmax).
 //
-// Not supported: float32, head_dim above 128 (attention_launch.h).
+// Not supported: float32, head_dim above 128 (launch.h).
 #pragma once
 
 #include <cstdint>
 
-#include "attention_tile.cuh"
+#include "attention/combine.cuh"
+#include "attention/decode_plan.cuh"
+#include "attention/mask.cuh"
+#include "attention/softmax.cuh"
+#include "attention/tile.cuh"
+#include "load.cuh"
+#include "mma.cuh"
+#include "warp.cuh"
 
 namespace andromeda::cuda {
 
-inline constexpr int kDecodeWarps = 4;
-inline constexpr int kDecodeThreads = kDecodeWarps * kWarpLanes;
-inline constexpr int kSlice = 16;                          // keys of a warp at a time: the depth of an mma
-inline constexpr int kDecodeStep = kDecodeWarps * kSlice;  // keys of a block at a time
-inline constexpr int kFanIn = 16;                          // partial results that one block adds, at most
-
-// What the launcher decided, the same for all blocks.
-struct DecodePlan {
-  unsigned char* partials;  // of the workspace: num_partials of a row tile together, level by level
-  unsigned* semaphores;     // num_semaphores of a row tile together, zero between calls
-  int num_rows;             // seqlen_q * group
-  int group;                // query heads of a key head
-  int num_row_tiles, num_shares, num_partials, num_semaphores;
-  int fan_in;        // partial results that one block adds: the last block of a level may have fewer
-  int partial_rows;  // that a partial result has room for
-  float scale2, inverse_scale;
-  bool in_chunks;
-};
-
-// What remains of a row after a share, or after several.
-struct Statistics {
-  float maximum;  // of the scores, base 2
-  float sum;      // of the weights relative to it
-};
-
-// A partial result in the workspace, of a share or of a group of the level before: only rows that exist, one behind the
-// other. A row is its sums of weights * values relative to its maximum, as the upper 16 bits of kHeadDim floats and
-// then bits 8 to 15 of each; behind all rows are their statistics.
-//
-// Sums of 16 significant bits are enough: rounding moves each by 2^-16 of itself at most, and the weights in it have
-// been rounded to 8 bits (float16: 11) for the product already. In three levels that is less than a tenth of what those
-// may have moved it by, and the bytes a block waits for are fewer by a quarter.
-template <int kHeadDim>
-struct PartialLayout {
-  static constexpr int kRowBytes = 3 * kHeadDim;
-  static constexpr int kLowBytes = 2 * kHeadDim;  // where the lower bits begin
-  static_assert(kRowBytes % kChunkBytes == 0, "rows are copied in chunks");
-
-  // The statistics are copied in chunks too, two rows each.
-  __host__ __device__ static constexpr int statistics_at(int rows) { return rows * kRowBytes; }
-  __host__ __device__ static constexpr int bytes(int rows) {
-    return statistics_at(rows) + (rows + rows % 2) * static_cast<int>(sizeof(Statistics));
-  }
-};
-
-// Shared memory that is read element by element, behind the tiles.
-template <int kRows>
-struct DecodeShared {
-  Row rows[kRows];
-  int head[kRows];  // -1: the row does not exist
-  float raw_slope[kRows];
-  alignas(kChunkBytes) Statistics statistics[kFanIn][kRows];  // of what is being added
-  float factor[kFanIn][kRows];                                // that takes each to the common maximum
-  Statistics total[kRows];
-  bool is_last;
-};
-
-template <int kHeadDim, int kGroups>
-struct DecodeTiles {
-  static constexpr int kRows = 16 * kGroups;
-  static constexpr int kQueryBytes = kTileBytes<kRows, kHeadDim>;
-  static constexpr int kSliceBytes = kTileBytes<kSlice, kHeadDim>;  // keys, or values
-  static constexpr int kStages = 256 / kHeadDim;
-  static constexpr int kRingBytes = kStages * 2 * kSliceBytes;  // of a warp
-  static constexpr int kTilesBytes = kQueryBytes + kDecodeWarps * kRingBytes;
-  static constexpr int kBytes = kTilesBytes + sizeof(DecodeShared<kRows>);
-  static_assert(kQueryBytes % kTileAlignment == 0 && kSliceBytes % kTileAlignment == 0);
-  static_assert(kBytes <= 99 * 1024, "8.6, 8.9 and 12.0 have no more");
-
-  // The outputs of the warps lie here when the tiles are done with. Eight floats more per row put the four rows that
-  // half a warp writes at once into different banks.
-  static constexpr int kOutPitch = kHeadDim + 8;
-  static_assert(kDecodeWarps * kRows * kOutPitch * static_cast<int>(sizeof(float)) <= kTilesBytes);
-
-  // Afterwards partial results of `rows` rows, of which a block keeps its own in registers.
-  static constexpr int max_fan_in(int rows) {
-    const int others = kTilesBytes / (rows * PartialLayout<kHeadDim>::kRowBytes);
-    return others < kFanIn ? others + 1 : kFanIn;
-  }
-  static_assert(max_fan_in(kRows) >= 2);
-};
-
-// ---- rows -----------------------------------------------------------------------------------------------------------
+__device__ inline std::int64_t offset_of(const SeqStrides& stride, int batch, int seq, int head) {
+  return batch * stride.batch + seq * stride.seq + head * stride.head;
+}
 
 // A packed row as a query of one head.
 struct PackedRow {
@@ -143,10 +70,6 @@ struct PackedRow {
 __device__ inline PackedRow unpack_row(const DecodePlan& plan, int kv_head, int packed) {
   const int query = packed / plan.group;
   return {query, kv_head * plan.group + (packed - query * plan.group), packed < plan.num_rows};
-}
-
-__device__ inline std::int64_t offset_of(const SeqStrides& stride, int batch, int seq, int head) {
-  return batch * stride.batch + seq * stride.seq + head * stride.head;
 }
 
 // Begins to copy the query rows of the block; rows and channels that do not exist become zero.
@@ -192,8 +115,6 @@ __device__ inline Reach describe_rows(DecodeShared<kRows>* shared, const Attenti
   return Reach::of(row, exists, head.window).of_warp();
 }
 
-// ---- one slice of a warp --------------------------------------------------------------------------------------------
-
 inline constexpr int kScoreTiles = kSlice / 8;
 
 // A lane's four rows (two without a second group): [group][half] is row 16 * group + 8 * half + lane / 4.
@@ -225,9 +146,6 @@ __device__ inline void seed_row_bias(float (&scores)[kGroups][kScoreTiles][4], c
     }
   }
 }
-
-// A row without a visible key so far has no maximum: any finite one serves, its weights are 0.
-__device__ inline float reference_of(float maximum) { return maximum == -__int_as_float(0x7f800000) ? 0.0f : maximum; }
 
 // Scores become weights relative to the new maximum; what was summed before is brought to it.
 template <int kHeadDim, int kGroups>
@@ -285,173 +203,6 @@ __device__ inline void update_softmax(float (&scores)[kGroups][kScoreTiles][4], 
   }
 }
 
-// ---- adding partial results -----------------------------------------------------------------------------------------
-
-// A thread owns these four channels of a row, whatever is added: number `i` of kVectors.
-template <int kHeadDim>
-struct OwnVector {
-  int row, channel;
-  __device__ OwnVector(int thread, int i) {
-    const int vector = thread + i * kDecodeThreads;
-    row = vector / (kHeadDim / 4);
-    channel = vector % (kHeadDim / 4) * 4;
-  }
-};
-
-// From the statistics of `count` parts in shared memory: the totals, and the factor of each part. Barriers around it.
-template <int kRows>
-__device__ inline void combine_statistics(DecodeShared<kRows>* shared, int count, int rows, int thread) {
-  if (thread >= rows) return;
-  float maximum = shared->statistics[0][thread].maximum;
-  for (int part = 1; part < count; ++part) maximum = fmaxf(maximum, shared->statistics[part][thread].maximum);
-  const float reference = reference_of(maximum);
-  float sum = 0.0f;
-  for (int part = 0; part < count; ++part) {
-    const Statistics of_part = shared->statistics[part][thread];
-    const float factor = exp2_approx(of_part.maximum - reference);
-    shared->factor[part][thread] = factor;
-    sum = fmaf(of_part.sum, factor, sum);
-  }
-  shared->total[thread] = {maximum, sum};
-}
-
-__device__ inline void add_scaled(float4& total, const float4& part, float factor) {
-  total.x = fmaf(part.x, factor, total.x);
-  total.y = fmaf(part.y, factor, total.y);
-  total.z = fmaf(part.z, factor, total.z);
-  total.w = fmaf(part.w, factor, total.w);
-}
-
-// The sum of the outputs of the warps, each in its rows of `staging`.
-template <int kHeadDim, int kGroups, int kVectors>
-__device__ inline void add_warps(float4 (&total)[kVectors], const DecodeShared<16 * kGroups>* shared,
-                                 const float* staging, int thread) {
-  using Tiles = DecodeTiles<kHeadDim, kGroups>;
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const OwnVector<kHeadDim> own(thread, i);
-    total[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-    for (int warp = 0; warp < kDecodeWarps; ++warp) {
-      const float* part = staging + (warp * Tiles::kRows + own.row) * Tiles::kOutPitch + own.channel;
-      add_scaled(total[i], *reinterpret_cast<const float4*>(part), shared->factor[warp][own.row]);
-    }
-  }
-}
-
-// Four sums as a partial result has them.
-struct Stored {
-  uint2 high;         // the upper halves
-  std::uint32_t low;  // the next byte of each
-};
-
-// To the nearest float of 16 significant bits, in the upper 24; the last 8 are of no account. A NaN needs care: a carry
-// could run through it into the sign, and all that tells it from an infinity may be in those 8.
-__device__ inline std::uint32_t round_to_store(float value) {
-  return isnan(value) ? 0x7FFFFFFFu : __float_as_uint(value) + 0x80u;
-}
-
-__device__ inline Stored to_stored(const float4& values) {
-  const std::uint32_t bits[4] = {round_to_store(values.x), round_to_store(values.y), round_to_store(values.z),
-                                 round_to_store(values.w)};
-  return {make_uint2(__byte_perm(bits[0], bits[1], 0x7632), __byte_perm(bits[2], bits[3], 0x7632)),
-          __byte_perm(__byte_perm(bits[0], bits[1], 0x0051), __byte_perm(bits[2], bits[3], 0x0051), 0x5410)};
-}
-
-__device__ inline float4 from_stored(const Stored& stored) {
-  const auto value = [&](std::uint32_t high, int selector) {
-    return __uint_as_float(__byte_perm(high, stored.low, selector) & 0xFFFFFF00u);
-  };
-  return make_float4(value(stored.high.x, 0x1040), value(stored.high.x, 0x3250), value(stored.high.y, 0x1060),
-                     value(stored.high.y, 0x3270));
-}
-
-// The block's part for the next level: `own` is what the others will read.
-template <int kRows, int kHeadDim, int kVectors>
-__device__ inline void write_partial(unsigned char* partial, const Stored (&own)[kVectors],
-                                     const DecodeShared<kRows>* shared, int partial_rows, int rows, int thread) {
-  using Layout = PartialLayout<kHeadDim>;
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const OwnVector<kHeadDim> vector(thread, i);
-    if (vector.row >= rows) continue;
-    unsigned char* row = partial + vector.row * Layout::kRowBytes;
-    *reinterpret_cast<uint2*>(row + 2 * vector.channel) = own[i].high;
-    *reinterpret_cast<std::uint32_t*>(row + Layout::kLowBytes + vector.channel) = own[i].low;
-  }
-  if (thread < rows) {
-    reinterpret_cast<Statistics*>(partial + Layout::statistics_at(partial_rows))[thread] = shared->total[thread];
-  }
-}
-
-// Begins to copy `count` partial results of a group, all but that of this block: the statistics as one group of copies,
-// the rows as another, one part behind the other at `places`. Both come from L2, where the others' writes are.
-template <int kRows, int kHeadDim>
-__device__ inline void fetch_partials(std::uint32_t places, DecodeShared<kRows>* shared, const unsigned char* partials,
-                                      int count, int own_part, int partial_rows, int rows, int thread) {
-  using Layout = PartialLayout<kHeadDim>;
-  const std::int64_t bytes = Layout::bytes(partial_rows);
-  if (2 * thread < rows) {
-    const unsigned char* source = partials + Layout::statistics_at(partial_rows) + thread * kChunkBytes;
-    const int exist = min(rows - 2 * thread, 2) * static_cast<int>(sizeof(Statistics));
-#pragma unroll 1
-    for (int part = 0; part < count; ++part, source += bytes) {
-      if (part != own_part) cp_async(shared_address(&shared->statistics[part][2 * thread]), source, exist);
-    }
-  }
-  cp_async_commit();
-  const int row_bytes = rows * Layout::kRowBytes;
-#pragma unroll 1
-  for (int part = 0; part < count; ++part, partials += bytes) {
-    if (part == own_part) continue;
-#pragma unroll 4
-    for (int at = thread * kChunkBytes; at < row_bytes; at += kDecodeThreads * kChunkBytes) {
-      cp_async(places + at, partials + at, kChunkBytes);
-    }
-    places += row_bytes;
-  }
-  cp_async_commit();
-}
-
-// The sum of `count` partial results in the order of their numbers, this block's from registers.
-template <int kRows, int kHeadDim, int kVectors>
-__device__ inline void add_partials(float4 (&total)[kVectors], const Stored (&own)[kVectors],
-                                    const DecodeShared<kRows>* shared, const unsigned char* places, int count,
-                                    int own_part, int rows, int thread) {
-  using Layout = PartialLayout<kHeadDim>;
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) total[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 1
-  for (int part = 0; part < count; ++part) {
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const OwnVector<kHeadDim> vector(thread, i);
-      if (vector.row >= rows) continue;
-      Stored stored = own[i];
-      if (part != own_part) {
-        const unsigned char* row = places + vector.row * Layout::kRowBytes;
-        stored.high = *reinterpret_cast<const uint2*>(row + 2 * vector.channel);
-        stored.low = *reinterpret_cast<const std::uint32_t*>(row + Layout::kLowBytes + vector.channel);
-      }
-      add_scaled(total[i], from_stored(stored), shared->factor[part][vector.row]);
-    }
-    if (part != own_part) places += rows * Layout::kRowBytes;
-  }
-}
-
-// How many of `count` blocks drew this semaphore before. The counter wraps to 0: the next call finds it as this one did.
-//
-// One thread draws for its block, between two barriers. Release: its fence comes after what all threads wrote before
-// the first barrier, and before the atomic. Acquire: the atomic, then a fence of the same thread, then the second
-// barrier and whoever reads behind it. In PTX's memory model the atomic and the fence must be of one thread: behind the
-// barrier the other threads' own fences would add nothing.
-__device__ inline unsigned draw_ticket(unsigned* semaphore, int count) {
-  fence_device();
-  const unsigned drawn = atomicInc(semaphore, count - 1);
-  fence_device();
-  return drawn;
-}
-
 // Divides, rounds and writes the rows of the block, and their log-sum-exp.
 template <typename T, int kRows, int kHeadDim, int kVectors>
 __device__ inline void write_rows(const AttentionParams& params, const DecodePlan& plan, int batch,
@@ -486,8 +237,6 @@ __device__ inline void write_rows(const AttentionParams& params, const DecodePla
         fmaf(shared->total[thread].maximum, kLn2, logf(shared->total[thread].sum));
   }
 }
-
-// ---- the kernel -----------------------------------------------------------------------------------------------------
 
 // Blocks of dim3(32, kDecodeWarps), so that threadIdx.x is the lane: load_tile then works for one warp. Row tiles of
 // the same keys are neighbours in the grid: the second reads what the first has brought to L2.

@@ -18,16 +18,12 @@
 
 namespace andromeda::cuda {
 
-// ---- the kernel for few query rows and many keys: attention_decode.cu ----------------------------------------------
-
 // num_splits for a call: kNotSplit where the other kernel is the better one. Reads what attention_forward_workspace may
 // read, and num_splits where it is not 0.
 int choose_num_splits(const AttentionParams& params);
 // Both with num_splits > 0.
 AttentionWorkspace attention_decode_workspace(const AttentionParams& params);
 void attention_decode(const AttentionParams& params, const AttentionWorkspace& workspace, CUstream_st* stream);
-
-// ---- checks ---------------------------------------------------------------------------------------------------------
 
 // What protects memory and the kernels' arithmetic; Python has checked the meaning. `kernel` begins the messages.
 inline void check_attention(const AttentionParams& params, const char* kernel) {
@@ -64,8 +60,6 @@ inline void check_softmax_scale(const AttentionParams& params, const char* kerne
   }
 }
 
-// ---- alignment ------------------------------------------------------------------------------------------------------
-
 // Whether every row of a tensor of 16-bit elements starts at a multiple of 16 bytes. The stride of a dimension of size
 // 1 is never used.
 inline bool in_chunks(const void* data, const SeqStrides& stride, int batch, int seqlen, int num_heads) {
@@ -84,8 +78,6 @@ inline bool in_chunks(const AttentionParams& params) {
          in_chunks(params.v, params.v_stride, batch, params.seqlen_k, params.num_kv_heads) &&
          in_chunks(params.out, params.out_stride, batch, params.seqlen_q, params.num_heads);
 }
-
-// ---- launches -------------------------------------------------------------------------------------------------------
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 

@@ -31,7 +31,13 @@
 // Not here: float32 operands, head_dim above 128, dropout.
 #pragma once
 
-#include "attention_tile.cuh"
+#include "attention/alibi.cuh"
+#include "attention/mask.cuh"
+#include "attention/softmax.cuh"
+#include "attention/tile.cuh"
+#include "load.cuh"
+#include "mma.cuh"
+#include "warp.cuh"
 
 namespace andromeda::cuda {
 

@@ -1,5 +1,5 @@
 // attention, backward, on the GPU: checks, the workspace, the shares of the query heads, dispatch and launches. The
-// kernels are in attention_backward.cuh.
+// kernels are in backward_dq.cuh and backward_dkdv.cuh.
 //
 // The tensors' device must be the current one. Nothing is allocated and nothing waits: the launches can be captured.
 #include <algorithm>
@@ -7,8 +7,10 @@
 #include <stdexcept>
 #include <string>
 
-#include "attention_backward.cuh"
-#include "attention_launch.h"
+#include "attention/backward.cuh"
+#include "attention/backward_dkdv.cuh"
+#include "attention/backward_dq.cuh"
+#include "attention/launch.h"
 
 namespace andromeda::cuda {
 namespace {

@@ -1,5 +1,5 @@
 // attention for few query rows on the GPU: when it is the better kernel, how many shares, workspace and launch. The
-// kernel is in attention_decode.cuh.
+// kernel is in decode.cuh.
 //
 // Both choices follow from the shapes and the device alone, never from data: a captured graph stays valid. They take
 // the cheapest by a model whose unit is a step, the 64 keys and values (32 KiB) that a block takes at a time:
@@ -21,8 +21,8 @@
 #include <string>
 #include <type_traits>
 
-#include "attention_decode.cuh"
-#include "attention_launch.h"
+#include "attention/decode.cuh"
+#include "attention/launch.h"
 
 namespace andromeda::cuda {
 namespace {

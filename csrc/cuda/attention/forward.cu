@@ -1,9 +1,9 @@
 // Attention forward on the GPU: checks, the choice between its two kernels, and the launch of the one for many query
-// rows (attention_forward.cuh). The other is in attention_decode.cu.
+// rows (forward.cuh). The other is in decode.cu.
 //
 // The tensors' device must be the current one. Nothing is allocated and nothing waits: a launch can be captured.
-#include "attention_forward.cuh"
-#include "attention_launch.h"
+#include "attention/forward.cuh"
+#include "attention/launch.h"
 
 namespace andromeda::cuda {
 namespace {
