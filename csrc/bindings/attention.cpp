@@ -15,8 +15,8 @@ AttentionWorkspace pack_workspace(const Call& call, const OptionalTensor& values
   AttentionWorkspace workspace{};
   if (values.has_value()) {
     call.dimensions("workspace", *values, 1);
-    workspace.num_values = values->shape[0];
-    workspace.values = call.contiguous<float>("workspace", *values, {workspace.num_values});
+    workspace.num_partials = values->shape[0];
+    workspace.partials = call.contiguous<float>("workspace", *values, {workspace.num_partials});
   }
   if (semaphores.has_value()) {
     call.dimensions("semaphores", *semaphores, 1);
@@ -128,21 +128,21 @@ AttentionWorkspace workspace(AttentionWorkspace (*sizes_of)(const AttentionParam
   return sizes_of(params);
 }
 
-// (num_values, num_semaphores, num_splits).
+// (num_partials, num_semaphores, num_splits).
 std::tuple<std::int64_t, std::int64_t, int> forward_workspace(int batch, int seqlen_q, int seqlen_k, int num_heads,
                                                               int num_kv_heads, int head_dim, bool causal,
                                                               int num_splits) {
   const AttentionWorkspace sizes = workspace(&cuda::attention_forward_workspace, batch, seqlen_q, seqlen_k, num_heads,
                                              num_kv_heads, head_dim, causal, num_splits);
-  return {sizes.num_values, sizes.num_semaphores, sizes.num_splits};
+  return {sizes.num_partials, sizes.num_semaphores, sizes.num_splits};
 }
 
-// (num_values, num_semaphores).
+// (num_partials, num_semaphores).
 std::pair<std::int64_t, std::int64_t> backward_workspace(int batch, int seqlen_q, int seqlen_k, int num_heads,
                                                          int num_kv_heads, int head_dim, bool causal) {
   const AttentionWorkspace sizes = workspace(&cuda::attention_backward_workspace, batch, seqlen_q, seqlen_k, num_heads,
                                              num_kv_heads, head_dim, causal, 0);
-  return {sizes.num_values, sizes.num_semaphores};
+  return {sizes.num_partials, sizes.num_semaphores};
 }
 
 }  // namespace

@@ -11,17 +11,17 @@ namespace andromeda::cuda {
 // Both rows share one value, -slope * (position + 8 - key): adding a constant to a row leaves its softmax unchanged,
 // and for row r the constant is -8 slope. `lowered_by` below undoes it in the log-sum-exp. A reference shared by more
 // rows would underflow: 127 rows of slope 0.7 are 130 bits.
-template <int kGroups, int kTiles>
-__device__ inline void seed_bias(float (&scores)[kGroups][kTiles][4], float raw_slope, int position, int key) {
+template <int kRowTiles, int kColumnTiles>
+__device__ inline void seed_bias(float (&scores)[kRowTiles][kColumnTiles][4], float raw_slope, int position, int key) {
 #pragma unroll
-  for (int group = 0; group < kGroups; ++group) {
-    const float distance = static_cast<float>(key - (position + group * 16 + 8));  // exact: formed in integers
+  for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
+    const float distance = static_cast<float>(key - (position + row_tile * 16 + 8));  // exact: formed in integers
     const float base = raw_slope * distance;
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
+    for (int n = 0; n < kColumnTiles; ++n) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        scores[group][n][i] = scores[group][n][i + 2] = fmaf(raw_slope, static_cast<float>(8 * n + i), base);
+        scores[row_tile][n][i] = scores[row_tile][n][i + 2] = fmaf(raw_slope, static_cast<float>(8 * n + i), base);
       }
     }
   }
@@ -31,19 +31,20 @@ __device__ inline void seed_bias(float (&scores)[kGroups][kTiles][4], float raw_
 __device__ constexpr float lowered_by(int half) { return half == 0 ? 8.0f : 0.0f; }
 
 // Corrects, after the product, what `seed_bias` set for keys right of the diagonal: there the bias falls again.
-template <int kGroups, int kTiles>
-__device__ inline void mirror_bias(float (&scores)[kGroups][kTiles][4], float raw_slope, int position, int key) {
+template <int kRowTiles, int kColumnTiles>
+__device__ inline void mirror_bias(float (&scores)[kRowTiles][kColumnTiles][4], float raw_slope, int position,
+                                   int key) {
 #pragma unroll
-  for (int group = 0; group < kGroups; ++group) {
+  for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float distance = static_cast<float>(key - (position + group * 16 + half * 8));
+      const float distance = static_cast<float>(key - (position + row_tile * 16 + half * 8));
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
+      for (int n = 0; n < kColumnTiles; ++n) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const float beyond = fmaxf(distance + static_cast<float>(8 * n + i), 0.0f);
-          float& score = scores[group][n][2 * half + i];
+          float& score = scores[row_tile][n][2 * half + i];
           score = fmaf(-2.0f * raw_slope, beyond, score);
         }
       }

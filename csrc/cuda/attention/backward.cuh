@@ -1,6 +1,6 @@
 // attention, backward (docs/model.md#16.3): three kernels without atomics. Every sum has one owner and a fixed order.
 //
-//   P  = 2^(scale2 * (q k^T + bias) - lse)      recomputed; log-sum-exps in base 2
+//   P  = 2^(softmax_scale_log2 * (q k^T + bias) - lse)      recomputed; log-sum-exps in base 2
 //   dP = dout v^T,   delta = <dout, out>,   dS = P * (dP - delta)
 //   dq = softmax_scale * dS k,   dk = softmax_scale * dS^T q,   dv = P^T dout
 //
@@ -22,7 +22,7 @@
 //   registers more than there are (one resident block fewer). With two stages the next k and v arrive during all of a
 //   tile. With one, where two would cost a resident block, the products are ordered so that each buffer is refilled
 //   while the other one is in use: dP (v), then S and dq (k). For the next kernel it leaves what a query row needs
-//   beside q and dout (`QueryTile`), and which keys a tile of 64 queries touches (`Reach`).
+//   beside q and dout (`QueryTile`), and which keys a tile of 64 queries touches (`KeyRange`).
 //
 // dk, dv kernel: a block owns 64 keys of one key head, a warp 16 of them, and walks over the tiles of 64 queries that
 // see them, of all query heads of the key head or of a share of those.
@@ -60,8 +60,8 @@ inline constexpr int kBackwardWarps = kBackwardThreads / kWarpLanes;
 inline constexpr int kBackwardTile = 64;  // queries or keys of the dk, dv kernel; a warp owns 16 keys
 static_assert(kBackwardTile == 16 * kBackwardWarps);
 
-inline constexpr int kQueryGroups = 2;                              // of 16 rows, per warp of the dq kernel
-inline constexpr int kQueryWarpRows = 16 * kQueryGroups;            // one lane describes each
+inline constexpr int kQueryRowTiles = 2;                            // of 16 rows, per warp of the dq kernel
+inline constexpr int kQueryWarpRows = 16 * kQueryRowTiles;          // one lane describes each
 inline constexpr int kQueryRows = kBackwardWarps * kQueryWarpRows;  // per block
 inline constexpr int kQueryKeys = 32;                               // per tile
 static_assert(kQueryWarpRows == kWarpLanes && kBackwardTile == 2 * kQueryWarpRows);
@@ -86,19 +86,19 @@ template <typename T>
 inline constexpr float kFirstGradientScale = std::is_same_v<T, __half> ? 0x1p24f : 1.0f;
 
 // Multiplies dS by `scale`, and lowers it, and what has been summed with it, to keep the warp's elements below 2^15.
-template <typename T, int kGroups, int kTiles, int kSums>
-__device__ inline void scale_gradients(float (&ds)[kGroups][kTiles][4], float (&sums)[kGroups][kSums][4],
+template <typename T, int kRowTiles, int kColumnTiles, int kSums>
+__device__ inline void scale_gradients(float (&ds)[kRowTiles][kColumnTiles][4], float (&sums)[kRowTiles][kSums][4],
                                        float& scale) {
   if constexpr (std::is_same_v<T, __half>) {
     float largest = 0.0f;
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
+    for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
+      for (int n = 0; n < kColumnTiles; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          ds[group][n][i] *= scale;
-          largest = fmaxf(largest, fabsf(ds[group][n][i]));
+          ds[row_tile][n][i] *= scale;
+          largest = fmaxf(largest, fabsf(ds[row_tile][n][i]));
         }
       }
     }
@@ -107,12 +107,12 @@ __device__ inline void scale_gradients(float (&ds)[kGroups][kTiles][4], float (&
       // Infinities are those of their rows: the others keep their digits.
       largest = 0.0f;
 #pragma unroll
-      for (int group = 0; group < kGroups; ++group) {
+      for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
+        for (int n = 0; n < kColumnTiles; ++n) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const float size = fabsf(ds[group][n][i]);
+            const float size = fabsf(ds[row_tile][n][i]);
             if (size < __int_as_float(0x7f800000)) largest = fmaxf(largest, size);
           }
         }
@@ -124,16 +124,16 @@ __device__ inline void scale_gradients(float (&ds)[kGroups][kTiles][4], float (&
     const float ratio = __int_as_float((127 + 14 - exponent) << 23);
     scale *= ratio;
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
+    for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
+      for (int n = 0; n < kColumnTiles; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) ds[group][n][i] *= ratio;
+        for (int i = 0; i < 4; ++i) ds[row_tile][n][i] *= ratio;
       }
 #pragma unroll
       for (int n = 0; n < kSums; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sums[group][n][i] *= ratio;
+        for (int i = 0; i < 4; ++i) sums[row_tile][n][i] *= ratio;
       }
     }
   }
@@ -142,20 +142,21 @@ __device__ inline void scale_gradients(float (&ds)[kGroups][kTiles][4], float (&
 // A tile of query rows for the dk, dv kernel, one KiB in the workspace and in shared memory. Rows that see no key or do
 // not exist have an infinite lse, so that their weights are 0.
 struct QueryTile {
-  float lse[kBackwardTile];  // base 2, plus slope2 * (row in the tile), minus kWeightScaleLog2: see `weigh`
+  float lse
+      [kBackwardTile];  // base 2, plus slope_log2 * (row in the tile), minus kWeightScaleLog2: see `scores_to_log2_weights`
   float minus_delta[kBackwardTile];
   int first[kBackwardTile], end[kBackwardTile];  // keys that the row sees
 };
 
 struct BackwardPlan {
-  Reach* reaches;        // (batch, num_heads, num_query_tiles)
+  KeyRange* key_ranges;  // (batch, num_heads, num_query_tiles)
   QueryTile* tiles;      // (batch, num_heads, num_query_tiles)
-  float* partials;       // (num_shares, 2: dk and dv, batch, seqlen_k, num_kv_heads, built head_dim); one share: unused
+  float* partials;  // (num_head_splits, 2: dk and dv, batch, seqlen_k, num_kv_heads, built head_dim); one share: unused
   int num_query_tiles;   // of a head
   int num_query_blocks;  // of a head: blocks of the dq kernel
-  int num_shares;        // of the query heads of one key head; share s has the heads s, s + num_shares ...
-  float scale2;
-  bool in_chunks;
+  int num_head_splits;   // of the query heads of one key head; share s has the heads s, s + num_head_splits ...
+  float softmax_scale_log2;
+  bool is_aligned16;
 };
 
 // Indices are unsigned where they are multiplied in 64 bits: the upper word of a signed one occupies a register.
@@ -167,9 +168,9 @@ __device__ inline std::int64_t tile_index(const AttentionParams& params, const B
 // A head of a (batch, seqlen, num_heads, head_dim) tensor. U is T or const T.
 template <typename U>
 __device__ inline Rows<U> rows_of(const void* data, const SeqStrides& stride, unsigned batch, unsigned head, int seqlen,
-                                  int head_dim, bool in_chunks) {
+                                  int head_dim, bool is_aligned16) {
   U* first = static_cast<U*>(const_cast<void*>(data)) + batch * stride.batch + head * stride.head;
-  return {first, stride.seq, seqlen, head_dim, in_chunks};
+  return {first, stride.seq, seqlen, head_dim, is_aligned16};
 }
 
 }  // namespace andromeda::cuda

@@ -16,7 +16,7 @@ namespace andromeda::cuda {
 
 // The keys of a block, and whose. Longest first: under a causal mask the first keys are seen by most queries.
 struct KeyBlock {
-  int batch, kv_head, share, key;
+  int batch, kv_head, head_split, key;
 
   // blockIdx.x is read anew: what the loop does not need is not kept in registers over it.
   __device__ static KeyBlock read(const AttentionParams& params, const BackwardPlan& plan) {
@@ -27,39 +27,40 @@ struct KeyBlock {
     block /= params.batch;
     result.kv_head = block % params.num_kv_heads;
     block /= params.num_kv_heads;
-    result.share = block % plan.num_shares;
-    result.key = block / plan.num_shares * kBackwardTile;
+    result.head_split = block % plan.num_head_splits;
+    result.key = block / plan.num_head_splits * kBackwardTile;
     return result;
   }
 };
 
 // Walks over the query tiles of a share's heads that touch the keys of a block, head by head. The reaches of 32 tiles
 // are read at once, one per lane; the state is the same in all lanes and warps.
-struct Visit {
+struct QueryTileIterator {
   int head, tile;
-  unsigned touched, plain;  // of the 32 tiles around `tile`: those that are still to be visited; that need no mask
+  unsigned touched, unmasked;  // of the 32 tiles around `tile`: those that are still to be visited; that need no mask
 
-  __device__ bool is_plain() const { return (plain >> (tile % kWarpLanes) & 1) != 0; }
+  __device__ bool is_unmasked() const { return (unmasked >> (tile % kWarpLanes) & 1) != 0; }
 
   // On to the next tile, or to a head that is not one of the share.
   __device__ void advance(const AttentionParams& params, const BackwardPlan& plan, int batch, int heads_end, int key) {
-    int chunk = tile / kWarpLanes * kWarpLanes;
+    int first_tile = tile / kWarpLanes * kWarpLanes;
     while (touched == 0) {
-      chunk += kWarpLanes;
-      if (chunk >= plan.num_query_tiles) {
-        head += plan.num_shares;
+      first_tile += kWarpLanes;
+      if (first_tile >= plan.num_query_tiles) {
+        head += plan.num_head_splits;
         if (head >= heads_end) return;
         // Under a causal mask no query before position `key` sees the block.
         const int first_query = params.causal ? max(key - (params.seqlen_k - params.seqlen_q), 0) : 0;
-        chunk = first_query / (kBackwardTile * kWarpLanes) * kWarpLanes;
+        first_tile = first_query / (kBackwardTile * kWarpLanes) * kWarpLanes;
       }
-      const int lane_tile = chunk + read_thread_index() % kWarpLanes;
-      Reach reach{kUnlimited, 0, 0, kUnlimited};
-      if (lane_tile < plan.num_query_tiles) reach = plan.reaches[tile_index(params, plan, batch, head, lane_tile)];
-      touched = __ballot_sync(kWholeWarp, reach.touches(key, kBackwardTile));
-      plain = __ballot_sync(kWholeWarp, reach.is_plain(key, min(kBackwardTile, params.seqlen_k - key)));
+      const int lane_tile = first_tile + read_thread_index() % kWarpLanes;
+      KeyRange key_range{kUnlimited, 0, 0, kUnlimited};
+      if (lane_tile < plan.num_query_tiles)
+        key_range = plan.key_ranges[tile_index(params, plan, batch, head, lane_tile)];
+      touched = __ballot_sync(kWholeWarp, key_range.touches(key, kBackwardTile));
+      unmasked = __ballot_sync(kWholeWarp, key_range.is_unmasked(key, min(kBackwardTile, params.seqlen_k - key)));
     }
-    tile = chunk + __ffs(touched) - 1;
+    tile = first_tile + __ffs(touched) - 1;
     touched &= touched - 1;
   }
 };
@@ -67,10 +68,11 @@ struct Visit {
 // Scores to exponents of the weights, times kWeightScale. Rows are keys, `distance` = key of the lane's row g -
 // position of the tile's query 0; columns are queries.
 //
-// Left of the diagonal, -slope2 * (position - key) - lse is one difference, slope2 * distance - (lse + slope2 *
+// Left of the diagonal, -slope_log2 * (position - key) - lse is one difference, slope_log2 * distance - (lse + slope_log2 *
 // column), whose right side the dq kernel has prepared.
-__device__ inline void weigh(float (&scores)[kBackwardTile / 8][4], const QueryTile& tile, float scale2, float slope2,
-                             int distance, bool left_of_diagonal) {
+__device__ inline void scores_to_log2_weights(float (&scores)[kBackwardTile / 8][4], const QueryTile& tile,
+                                              float softmax_scale_log2, float slope_log2, int distance,
+                                              bool left_of_diagonal) {
   const int column = read_thread_index() % 4 * 2;
 #pragma unroll
   for (int n = 0; n < kBackwardTile / 8; ++n) {
@@ -80,16 +82,17 @@ __device__ inline void weigh(float (&scores)[kBackwardTile / 8][4], const QueryT
     for (int i = 0; i < 4; ++i) {
       const float row_distance = static_cast<float>(distance + i / 2 * 8);
       const float query = static_cast<float>(column + 8 * n + i % 2);
-      const float exponent = left_of_diagonal
-                                 ? fmaf(slope2, row_distance, -lse_of[i % 2])
-                                 : fmaf(-slope2, fabsf(row_distance - query), fmaf(slope2, query, -lse_of[i % 2]));
-      scores[n][i] = fmaf(scores[n][i], scale2, exponent);
+      const float exponent =
+          left_of_diagonal ? fmaf(slope_log2, row_distance, -lse_of[i % 2])
+                           : fmaf(-slope_log2, fabsf(row_distance - query), fmaf(slope_log2, query, -lse_of[i % 2]));
+      scores[n][i] = fmaf(scores[n][i], softmax_scale_log2, exponent);
     }
   }
 }
 
 // Sets what the queries do not see to `value`; `key` is that of the lane's row g.
-__device__ inline void hide_keys(float (&scores)[kBackwardTile / 8][4], const QueryTile& tile, int key, float value) {
+__device__ inline void apply_key_mask(float (&scores)[kBackwardTile / 8][4], const QueryTile& tile, int key,
+                                      float value) {
   const int column = read_thread_index() % 4 * 2;
 #pragma unroll
   for (int n = 0; n < kBackwardTile / 8; ++n) {
@@ -134,9 +137,10 @@ __device__ inline void store_key_gradients(const AttentionBackwardParams& params
   const int row = block.key + warp_row;
   constexpr float dv_factor = 1.0f / kWeightScale<T>;
   const float dk_factor = forward.softmax_scale / scale * dv_factor;
-  if (plan.num_shares == 1) {
+  if (plan.num_head_splits == 1) {
     const auto target = [&](void* data, const SeqStrides& stride) {
-      return rows_of<T>(data, stride, block.batch, block.kv_head, forward.seqlen_k, forward.head_dim, plan.in_chunks);
+      return rows_of<T>(data, stride, block.batch, block.kv_head, forward.seqlen_k, forward.head_dim,
+                        plan.is_aligned16);
     };
     const float dk_factors[1][2] = {{dk_factor, dk_factor}}, dv_factors[1][2] = {{dv_factor, dv_factor}};
     store_rows<T, kHeadDim, kBackwardTile, 1>(target(params.dk, params.dk_stride), row, dk, dk_factors, k_tile,
@@ -146,7 +150,7 @@ __device__ inline void store_key_gradients(const AttentionBackwardParams& params
   } else {
     const std::int64_t row_stride = static_cast<std::int64_t>(forward.num_kv_heads) * kHeadDim;
     const std::int64_t size = row_stride * forward.batch * forward.seqlen_k;  // of dk or dv
-    float* rows = plan.partials + 2 * block.share * size +
+    float* rows = plan.partials + 2 * block.head_split * size +
                   (static_cast<std::int64_t>(block.batch) * forward.seqlen_k + row) * row_stride +
                   block.kv_head * kHeadDim;
     store_partial<kHeadDim>(rows, row_stride, forward.seqlen_k - row, dk, dk_factor);
@@ -159,9 +163,9 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
     attention_backward_dkdv_kernel(const __grid_constant__ AttentionBackwardParams params,
                                    const __grid_constant__ BackwardPlan plan) {
   constexpr int kTile = kBackwardTile;
-  constexpr int kTiles = kTile / 8;  // of an accumulator
+  constexpr int kColumnTiles = kTile / 8;  // of an accumulator
   extern __shared__ __align__(kTileAlignment) unsigned char shared[];
-  __shared__ __align__(kChunkBytes) QueryTile tile;
+  __shared__ __align__(kVec16Bytes) QueryTile tile;
   const std::uint32_t k_tile = shared_address(shared);
   const std::uint32_t v_tile = k_tile + kTileBytes<kTile, kHeadDim>;
   const std::uint32_t q_tile = v_tile + kTileBytes<kTile, kHeadDim>;
@@ -171,60 +175,65 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
   const KeyBlock block = KeyBlock::read(forward, plan);
   const int batch = block.batch, key = block.key;
   const auto of_keys = [&](const void* data, const SeqStrides& stride) {
-    return rows_of<const T>(data, stride, batch, block.kv_head, forward.seqlen_k, forward.head_dim, plan.in_chunks);
+    return rows_of<const T>(data, stride, batch, block.kv_head, forward.seqlen_k, forward.head_dim, plan.is_aligned16);
   };
   load_tile<kTile, kHeadDim, kBackwardThreads>(k_tile, of_keys(forward.k, forward.k_stride), key);
   load_tile<kTile, kHeadDim, kBackwardThreads>(v_tile, of_keys(forward.v, forward.v_stride), key);
 
-  const int group = forward.num_heads / forward.num_kv_heads, heads_end = (block.kv_head + 1) * group;
-  Visit visit{block.kv_head * group + block.share - plan.num_shares, plan.num_query_tiles, 0,
-              0};  // before the first one
+  const int qhead_per_kvhead = forward.num_heads / forward.num_kv_heads,
+            heads_end = (block.kv_head + 1) * qhead_per_kvhead;
+  QueryTileIterator iterator{block.kv_head * qhead_per_kvhead + block.head_split - plan.num_head_splits,
+                             plan.num_query_tiles, 0, 0};  // before the first one
   const auto load_queries = [&] {
-    load_tile<kTile, kHeadDim, kBackwardThreads>(q_tile,
-                                                 rows_of<const T>(forward.q, forward.q_stride, batch, visit.head,
-                                                                  forward.seqlen_q, forward.head_dim, plan.in_chunks),
-                                                 visit.tile * kTile);
-    constexpr int kChunks = sizeof(QueryTile) / kChunkBytes;
-    static_assert(sizeof(QueryTile) % kChunkBytes == 0 && kChunks <= kBackwardThreads);
+    load_tile<kTile, kHeadDim, kBackwardThreads>(
+        q_tile,
+        rows_of<const T>(forward.q, forward.q_stride, batch, iterator.head, forward.seqlen_q, forward.head_dim,
+                         plan.is_aligned16),
+        iterator.tile * kTile);
+    constexpr int kVecs = sizeof(QueryTile) / kVec16Bytes;
+    static_assert(sizeof(QueryTile) % kVec16Bytes == 0 && kVecs <= kBackwardThreads);
     const int thread = read_thread_index();
-    if (thread < kChunks) {
-      const QueryTile* source = plan.tiles + tile_index(forward, plan, batch, visit.head, visit.tile);
-      cp_async(shared_address(&tile) + thread * kChunkBytes, reinterpret_cast<const uint4*>(source) + thread,
-               kChunkBytes);
+    if (thread < kVecs) {
+      const QueryTile* source = plan.tiles + tile_index(forward, plan, batch, iterator.head, iterator.tile);
+      cp_async(shared_address(&tile) + thread * kVec16Bytes, reinterpret_cast<const uint4*>(source) + thread,
+               kVec16Bytes);
     }
   };
 
   float dk[1][kHeadDim / 8][4] = {}, dv[1][kHeadDim / 8][4] = {}, scale = kFirstGradientScale<T>;
-  visit.advance(forward, plan, batch, heads_end, key);
-  if (visit.head < heads_end) load_queries();
+  iterator.advance(forward, plan, batch, heads_end, key);
+  if (iterator.head < heads_end) load_queries();
   cp_async_commit();
 #pragma unroll 1
-  while (visit.head < heads_end) {
+  while (iterator.head < heads_end) {
     cp_async_wait<0>();
     __syncthreads();  // q and `tile` (at first also k and v) are there; everyone has finished with the dout before
-    load_tile<kTile, kHeadDim, kBackwardThreads>(dout_tile,
-                                                 rows_of<const T>(params.dout, params.dout_stride, batch, visit.head,
-                                                                  forward.seqlen_q, forward.head_dim, plan.in_chunks),
-                                                 visit.tile * kTile);
+    load_tile<kTile, kHeadDim, kBackwardThreads>(
+        dout_tile,
+        rows_of<const T>(params.dout, params.dout_stride, batch, iterator.head, forward.seqlen_q, forward.head_dim,
+                         plan.is_aligned16),
+        iterator.tile * kTile);
     cp_async_commit();
-    const float slope2 = forward.alibi_slopes == nullptr ? 0.0f : __ldg(forward.alibi_slopes + visit.head) * kLog2E;
-    const int position = visit.tile * kTile + (forward.seqlen_k - forward.seqlen_q);
+    const float slope_log2 =
+        forward.alibi_slopes == nullptr ? 0.0f : __ldg(forward.alibi_slopes + iterator.head) * kLog2E;
+    const int position = iterator.tile * kTile + (forward.seqlen_k - forward.seqlen_q);
     const int thread = read_thread_index();
     const int lane = thread % kWarpLanes, warp_row = thread / kWarpLanes * 16;
     const int lane_key = key + warp_row + lane / 4;
-    float weights[1][kTiles][4] = {};
+    float weights[1][kColumnTiles][4] = {};
     multiply_transposed<T, kHeadDim, kTile, kTile, 1>(weights, k_tile, warp_row, q_tile);
-    weigh(weights[0], tile, plan.scale2, slope2, lane_key - position, forward.causal || key + kTile - 1 <= position);
-    const bool plain = uniform(visit.is_plain()) != 0;  // it is needed to the end of the loop
-    if (!plain) hide_keys(weights[0], tile, lane_key, -__int_as_float(0x7f800000));
+    scores_to_log2_weights(weights[0], tile, plan.softmax_scale_log2, slope_log2, lane_key - position,
+                           forward.causal || key + kTile - 1 <= position);
+    const bool unmasked = uniform(iterator.is_unmasked()) != 0;  // it is needed to the end of the loop
+    if (!unmasked) apply_key_mask(weights[0], tile, lane_key, -__int_as_float(0x7f800000));
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
+    for (int n = 0; n < kColumnTiles; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) weights[0][n][i] = exp2_approx(weights[0][n][i]);
     }
-    float ds[1][kTiles][4];
+    float ds[1][kColumnTiles][4];
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
+    for (int n = 0; n < kColumnTiles; ++n) {
       const float2 minus_delta = *reinterpret_cast<const float2*>(tile.minus_delta + 8 * n + lane % 4 * 2);
       ds[0][n][0] = ds[0][n][2] = minus_delta.x;
       ds[0][n][1] = ds[0][n][3] = minus_delta.y;
@@ -232,17 +241,17 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
     cp_async_wait<0>();
     __syncthreads();  // dout is there
     multiply_transposed<T, kHeadDim, kTile, kTile, 1>(ds, v_tile, warp_row, dout_tile);
-    if (!plain) {
-      hide_keys(ds[0], tile, lane_key, 0.0f);
+    if (!unmasked) {
+      apply_key_mask(ds[0], tile, lane_key, 0.0f);
       // A gradient that is not finite would be clamped in the product: its weights carry it.
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
+      for (int n = 0; n < kColumnTiles; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) weights[0][n][i] = fmaf(ds[0][n][i], 0.0f, weights[0][n][i]);
       }
     }
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
+    for (int n = 0; n < kColumnTiles; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) ds[0][n][i] *= weights[0][n][i];
     }
@@ -258,14 +267,14 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
         multiply_step<T, kHeadDim, kTile, 1, decltype(clamped)::value>(dk, operand, q_tile, step);
       }
     };
-    if (plain) {
+    if (unmasked) {
       add_to_dk(std::false_type{});
     } else {
       add_to_dk(std::true_type{});
     }
-    visit.advance(forward, plan, batch, heads_end, key);
+    iterator.advance(forward, plan, batch, heads_end, key);
     __syncthreads();  // everyone has finished with q and `tile`
-    if (visit.head < heads_end) load_queries();
+    if (iterator.head < heads_end) load_queries();
     cp_async_commit();
     const auto add_to_dv = [&](auto clamped) {
 #pragma unroll
@@ -273,7 +282,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
         multiply_step<T, kHeadDim, kTile, 1, decltype(clamped)::value>(dv, weight_operands[step], dout_tile, step);
       }
     };
-    if (plain) {
+    if (unmasked) {
       add_to_dv(std::false_type{});
     } else {
       add_to_dv(std::true_type{});
@@ -293,18 +302,18 @@ template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kSumThreads)
     attention_backward_sum_kernel(const __grid_constant__ AttentionBackwardParams params,
                                   const __grid_constant__ BackwardPlan plan) {
-  constexpr int kChunks = kHeadDim / kChunkWidth<T>;  // of a row
+  constexpr int kVecs = kHeadDim / kVec16Width<T>;  // of a row
   const AttentionParams& forward = params.forward;
-  const int num_chunks = forward.batch * forward.seqlen_k * forward.num_kv_heads * kChunks;  // of dk or dv
+  const int num_vecs = forward.batch * forward.seqlen_k * forward.num_kv_heads * kVecs;  // of dk or dv
   const int index = blockIdx.x * kSumThreads + threadIdx.x;
-  const int channel = index % kChunks * kChunkWidth<T>;
+  const int channel = index % kVecs * kVec16Width<T>;
   const int channels = forward.head_dim - channel;
-  if (index >= 2 * num_chunks || channels <= 0) return;
-  float sums[kChunkWidth<T>] = {};
+  if (index >= 2 * num_vecs || channels <= 0) return;
+  float sums[kVec16Width<T>] = {};
 #pragma unroll 2
-  for (int share = 0; share < plan.num_shares; ++share) {
+  for (int head_split = 0; head_split < plan.num_head_splits; ++head_split) {
     const float4* source = reinterpret_cast<const float4*>(plan.partials) +
-                           (static_cast<std::int64_t>(2 * share) * num_chunks + index) * 2;
+                           (static_cast<std::int64_t>(2 * head_split) * num_vecs + index) * 2;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float4 four = __ldcs(source + i);
@@ -314,25 +323,25 @@ __global__ void __launch_bounds__(kSumThreads)
       sums[4 * i + 3] += four.w;
     }
   }
-  const bool is_dk = index < num_chunks;
-  const int row = (is_dk ? index : index - num_chunks) / kChunks;
+  const bool is_dk = index < num_vecs;
+  const int row = (is_dk ? index : index - num_vecs) / kVecs;
   const int kv_head = row % forward.num_kv_heads;
   const int key = row / forward.num_kv_heads % forward.seqlen_k;
   const int batch = row / forward.num_kv_heads / forward.seqlen_k;
-  Chunk<T> rounded;
+  Vec16<T> rounded;
 #pragma unroll
-  for (int i = 0; i < Chunk<T>::kPairs; ++i) {
+  for (int i = 0; i < Vec16<T>::kPairs; ++i) {
     rounded.pairs[i] = from_floats<T>(make_float2(sums[2 * i], sums[2 * i + 1]));
   }
   const SeqStrides& stride = is_dk ? params.dk_stride : params.dv_stride;
   T* target = static_cast<T*>(is_dk ? params.dk : params.dv) + batch * stride.batch + key * stride.seq +
               kv_head * stride.head + channel;
-  if (plan.in_chunks) {
-    store<Access::kChunk>(target, rounded, channels);
+  if (plan.is_aligned16) {
+    store<Access::kVec16>(target, rounded, channels);
   } else {
     const T* elements = reinterpret_cast<const T*>(&rounded);
 #pragma unroll
-    for (int i = 0; i < kChunkWidth<T>; ++i) {
+    for (int i = 0; i < kVec16Width<T>; ++i) {
       if (i < channels) target[i] = elements[i];
     }
   }

@@ -17,20 +17,21 @@
 namespace andromeda::cuda {
 
 template <typename T>
-__device__ inline Chunk<T> load_shared(std::uint32_t address) {
+__device__ inline Vec16<T> load_shared(std::uint32_t address) {
   uint4 words;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
                : "r"(address)
                : "memory");
-  Chunk<T> chunk;
-  memcpy(&chunk, &words, sizeof chunk);
-  return chunk;
+  Vec16<T> vec;
+  memcpy(&vec, &words, sizeof vec);
+  return vec;
 }
 
 // The reach of two sets of rows together.
-__device__ inline Reach join(const Reach& a, const Reach& b) {
-  return {min(a.begin, b.begin), max(a.end, b.end), max(a.plain_begin, b.plain_begin), min(a.plain_end, b.plain_end)};
+__device__ inline KeyRange join(const KeyRange& a, const KeyRange& b) {
+  return {min(a.begin, b.begin), max(a.end, b.end), max(a.unmasked_begin, b.unmasked_begin),
+          min(a.unmasked_end, b.unmasked_end)};
 }
 
 // <a, b> of row `row` of two tiles.
@@ -38,11 +39,11 @@ template <typename T, int kHeadDim>
 __device__ inline float multiply_rows(std::uint32_t a, std::uint32_t b, int row) {
   float sum = 0.0f;
 #pragma unroll 2
-  for (int chunk = 0; chunk < kHeadDim / kChunkWidth<T>; ++chunk) {
-    const std::uint32_t offset = chunk_offset<kQueryRows>(row, chunk);
-    const Chunk<T> x = load_shared<T>(a + offset), y = load_shared<T>(b + offset);
+  for (int vec = 0; vec < kHeadDim / kVec16Width<T>; ++vec) {
+    const std::uint32_t offset = vec_offset<kQueryRows>(row, vec);
+    const Vec16<T> x = load_shared<T>(a + offset), y = load_shared<T>(b + offset);
 #pragma unroll
-    for (int j = 0; j < Chunk<T>::kPairs; ++j) {
+    for (int j = 0; j < Vec16<T>::kPairs; ++j) {
       const float2 left = to_floats(x.pairs[j]), right = to_floats(y.pairs[j]);
       sum = fmaf(left.x, right.x, sum);
       sum = fmaf(left.y, right.y, sum);
@@ -85,26 +86,26 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
     attention_backward_dq_kernel(const __grid_constant__ AttentionBackwardParams params,
                                  const __grid_constant__ BackwardPlan plan) {
   constexpr int kKeys = kQueryKeys;
-  constexpr int kTiles = kKeys / 8;  // of an accumulator
+  constexpr int kColumnTiles = kKeys / 8;  // of an accumulator
   constexpr std::uint32_t kStageBytes = 2 * kTileBytes<kKeys, kHeadDim>;
   static_assert(kStages == 1 || kStages == 2);
   extern __shared__ __align__(kTileAlignment) unsigned char shared[];
-  __shared__ KeySpan spans[kQueryRows];
+  __shared__ VisibleKeys visible[kQueryRows];
   const std::uint32_t q_tile = shared_address(shared);
   const std::uint32_t dout_tile = q_tile + kTileBytes<kQueryRows, kHeadDim>;
   const std::uint32_t v_tile = dout_tile + kTileBytes<kQueryRows, kHeadDim>;
   const std::uint32_t k_tile = v_tile + kTileBytes<kKeys, kHeadDim>;
   // Of the warps, where keys come last: the spans take the KiB that two blocks of 80 leave each other on 8.0.
-  Reach* reaches = reinterpret_cast<Reach*>(shared + kQuerySharedBytes<kHeadDim, kStages>) - kBackwardWarps;
+  KeyRange* key_ranges = reinterpret_cast<KeyRange*>(shared + kQuerySharedBytes<kHeadDim, kStages>) - kBackwardWarps;
 
   const AttentionParams& forward = params.forward;
   const QueryBlock block = QueryBlock::read(forward, plan);
   const int batch = block.batch, head = block.head, query = block.query;
   const auto of_queries = [&](const void* data, const SeqStrides& stride) {
-    return rows_of<const T>(data, stride, batch, head, forward.seqlen_q, forward.head_dim, plan.in_chunks);
+    return rows_of<const T>(data, stride, batch, head, forward.seqlen_q, forward.head_dim, plan.is_aligned16);
   };
   const auto of_keys = [&](const void* data, const SeqStrides& stride) {
-    return rows_of<const T>(data, stride, batch, block.kv_head, forward.seqlen_k, forward.head_dim, plan.in_chunks);
+    return rows_of<const T>(data, stride, batch, block.kv_head, forward.seqlen_k, forward.head_dim, plan.is_aligned16);
   };
   const Rows<const T> k = of_keys(forward.k, forward.k_stride), v = of_keys(forward.v, forward.v_stride);
   load_tile<kQueryRows, kHeadDim, kBackwardThreads>(dout_tile, of_queries(params.dout, params.dout_stride), query);
@@ -115,32 +116,32 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
   const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
   const int warp = static_cast<int>(threadIdx.x) / kWarpLanes, own = static_cast<int>(threadIdx.x);
   const Head constants = describe_head(forward, head);
-  const float slope2 = constants.slope * kLog2E;
+  const float slope_log2 = constants.slope * kLog2E;
   const Row row = describe_row(forward, batch, query + own);
   const bool exists = query + own < forward.seqlen_q;
-  const Reach reach = Reach::of(row, exists, constants.window).of_warp();
-  spans[own] = {row.first, row.end};
-  if (lane == 0) reaches[warp] = reach;
+  const KeyRange key_range = KeyRange::of(row, exists, constants.window).of_warp();
+  visible[own] = {row.first, row.end};
+  if (lane == 0) key_ranges[warp] = key_range;
   const std::int64_t head_index = static_cast<std::int64_t>(batch) * forward.num_heads + head;
   // A row that sees nothing has no lse. It is hidden everywhere: 0 keeps its exponents free of NaN.
   const float lse =
       exists && !row.empty() ? __ldg(forward.softmax_lse + head_index * forward.seqlen_q + query + own) : 0.0f;
-  const float lse2 = lse * kLog2E;
+  const float lse_log2 = lse * kLog2E;
   cp_async_wait<0>();
   __syncthreads();  // spans, reaches and the tiles of dout and out (in the place of q) are complete
   const float minus_delta = -multiply_rows<T, kHeadDim>(dout_tile, q_tile, own);
-  Reach all = reaches[0];
+  KeyRange all = key_ranges[0];
 #pragma unroll
-  for (int i = 1; i < kBackwardWarps; ++i) all = join(all, reaches[i]);
+  for (int i = 1; i < kBackwardWarps; ++i) all = join(all, key_ranges[i]);
 
   // For the dk, dv kernel. Two warps describe one of its tiles, which may not exist.
   if (const int tile = (query + own) / kBackwardTile; tile < plan.num_query_tiles) {
     const std::int64_t index = tile_index(forward, plan, batch, head, tile);
     const int tile_row = own % kBackwardTile;
-    if (tile_row == 0) plan.reaches[index] = join(reaches[warp], reaches[warp + 1]);
+    if (tile_row == 0) plan.key_ranges[index] = join(key_ranges[warp], key_ranges[warp + 1]);
     QueryTile& target = plan.tiles[index];
     target.lse[tile_row] = exists && !row.empty()
-                               ? fmaf(slope2, static_cast<float>(tile_row), lse2) - kWeightScaleLog2<T>
+                               ? fmaf(slope_log2, static_cast<float>(tile_row), lse_log2) - kWeightScaleLog2<T>
                                : __int_as_float(0x7f800000);
     target.minus_delta[tile_row] = minus_delta;
     target.first[tile_row] = exists ? row.first : kUnlimited;
@@ -148,19 +149,19 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
   }
 
   // A lane's rows: g and g + 8 of each of the warp's groups.
-  float lse_of[kQueryGroups][2], minus_delta_of[kQueryGroups][2];
+  float lse_of[kQueryRowTiles][2], minus_delta_of[kQueryRowTiles][2];
 #pragma unroll
-  for (int group = 0; group < kQueryGroups; ++group) {
+  for (int row_tile = 0; row_tile < kQueryRowTiles; ++row_tile) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int source = 16 * group + 8 * half + lane / 4;
-      minus_delta_of[group][half] = __shfl_sync(kWholeWarp, minus_delta, source);
-      lse_of[group][half] = __shfl_sync(kWholeWarp, lse2, source) - lowered_by(half) * slope2;
+      const int source = 16 * row_tile + 8 * half + lane / 4;
+      minus_delta_of[row_tile][half] = __shfl_sync(kWholeWarp, minus_delta, source);
+      lse_of[row_tile][half] = __shfl_sync(kWholeWarp, lse_log2, source) - lowered_by(half) * slope_log2;
     }
   }
   const float raw_slope = constants.slope / forward.softmax_scale;
 
-  float dq[kQueryGroups][kHeadDim / 8][4] = {}, scale = kFirstGradientScale<T>;
+  float dq[kQueryRowTiles][kHeadDim / 8][4] = {}, scale = kFirstGradientScale<T>;
   const int first_key = uniform(all.begin / kKeys * kKeys);
   int key = uniform(all.begin < all.end ? (all.end - 1) / kKeys * kKeys : -kKeys);
   const auto load_keys = [&](std::uint32_t tile, const Rows<const T>& rows, int first) {
@@ -185,16 +186,16 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
       load_keys(k_tile, k, key);
     }
     cp_async_commit();
-    const bool touched = reach.touches(key, kKeys);  // uniform in a warp
+    const bool touched = key_range.touches(key, kKeys);  // uniform in a warp
     const QueryPlace place = QueryPlace::read();
-    float ds[kQueryGroups][kTiles][4];
+    float ds[kQueryRowTiles][kColumnTiles][4];
     if (touched) {  // dP - delta
 #pragma unroll
-      for (int group = 0; group < kQueryGroups; ++group) {
+      for (int row_tile = 0; row_tile < kQueryRowTiles; ++row_tile) {
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
+        for (int n = 0; n < kColumnTiles; ++n) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) ds[group][n][i] = minus_delta_of[group][i / 2];
+          for (int i = 0; i < 4; ++i) ds[row_tile][n][i] = minus_delta_of[row_tile][i / 2];
         }
       }
       multiply_transposed<T, kHeadDim, kQueryRows, kKeys>(ds, dout_tile, place.warp_row, v_tile + stage);
@@ -208,22 +209,23 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
     if (touched) {
       const int warp_position = query + place.warp_row + (forward.seqlen_k - forward.seqlen_q);
       const int position = warp_position + place.row, lane_key = key + place.column;
-      float scores[kQueryGroups][kTiles][4];
+      float scores[kQueryRowTiles][kColumnTiles][4];
       seed_bias(scores, raw_slope, position, lane_key);
       // In two halves: unrolled as a whole, it would begin to load so early that registers do not suffice.
-      multiply_transposed<T, kHeadDim, kQueryRows, kKeys, kQueryGroups, kHeadDim / 32>(scores, q_tile, place.warp_row,
-                                                                                       k_tile + stage);
+      multiply_transposed<T, kHeadDim, kQueryRows, kKeys, kQueryRowTiles, kHeadDim / 32>(scores, q_tile, place.warp_row,
+                                                                                         k_tile + stage);
       const bool left_of_diagonal = forward.causal || key + kKeys - 1 <= warp_position;
       if (!left_of_diagonal) mirror_bias(scores, raw_slope, position, lane_key);
-      const bool plain = reach.is_plain(key, kKeys);
-      if (!plain) hide(scores, spans + place.warp_row, lane_key, ds);
+      const bool unmasked = key_range.is_unmasked(key, kKeys);
+      if (!unmasked) apply_mask(scores, visible + place.warp_row, lane_key, ds);
 #pragma unroll
-      for (int group = 0; group < kQueryGroups; ++group) {
+      for (int row_tile = 0; row_tile < kQueryRowTiles; ++row_tile) {
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
+        for (int n = 0; n < kColumnTiles; ++n) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            ds[group][n][i] *= exp2_approx(fmaf(scores[group][n][i], plan.scale2, -lse_of[group][i / 2]));
+            ds[row_tile][n][i] *=
+                exp2_approx(fmaf(scores[row_tile][n][i], plan.softmax_scale_log2, -lse_of[row_tile][i / 2]));
           }
         }
       }
@@ -231,13 +233,15 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
       const auto add_to_dq = [&](auto clamped) {
 #pragma unroll
         for (int step = 0; step < kKeys / 16; ++step) {
-          std::uint32_t operand[kQueryGroups][4];
+          std::uint32_t operand[kQueryRowTiles][4];
 #pragma unroll
-          for (int group = 0; group < kQueryGroups; ++group) pack_operand<T>(operand[group], ds[group], step);
-          multiply_step<T, kHeadDim, kKeys, kQueryGroups, decltype(clamped)::value>(dq, operand, k_tile + stage, step);
+          for (int row_tile = 0; row_tile < kQueryRowTiles; ++row_tile)
+            pack_operand<T>(operand[row_tile], ds[row_tile], step);
+          multiply_step<T, kHeadDim, kKeys, kQueryRowTiles, decltype(clamped)::value>(dq, operand, k_tile + stage,
+                                                                                      step);
         }
       };
-      if (plain) {
+      if (unmasked) {
         add_to_dq(std::false_type{});
       } else {
         add_to_dq(std::true_type{});
@@ -246,11 +250,11 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
     if constexpr (kStages == 2) stage ^= kStageBytes;
   }
   const float unscale = forward.softmax_scale / scale;
-  const float factor[kQueryGroups][2] = {{unscale, unscale}, {unscale, unscale}};
+  const float factor[kQueryRowTiles][2] = {{unscale, unscale}, {unscale, unscale}};
   const QueryBlock owned = QueryBlock::read(forward, plan);  // the same as `block`
   const int warp_row = QueryPlace::read().warp_row;
   const Rows<T> dq_rows = rows_of<T>(params.dq, params.dq_stride, owned.batch, owned.head, forward.seqlen_q,
-                                     forward.head_dim, plan.in_chunks);
+                                     forward.head_dim, plan.is_aligned16);
   store_rows<T, kHeadDim, kQueryRows>(dq_rows, owned.query + warp_row, dq, factor, q_tile, warp_row);
 }
 

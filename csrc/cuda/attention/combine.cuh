@@ -28,11 +28,11 @@ __device__ inline void combine_statistics(DecodeShared<kRows>* shared, int count
   if (thread >= rows) return;
   float maximum = shared->statistics[0][thread].maximum;
   for (int part = 1; part < count; ++part) maximum = fmaxf(maximum, shared->statistics[part][thread].maximum);
-  const float reference = reference_of(maximum);
+  const float row_max = finite_max(maximum);
   float sum = 0.0f;
   for (int part = 0; part < count; ++part) {
     const Statistics of_part = shared->statistics[part][thread];
-    const float factor = exp2_approx(of_part.maximum - reference);
+    const float factor = exp2_approx(of_part.maximum - row_max);
     shared->factor[part][thread] = factor;
     sum = fmaf(of_part.sum, factor, sum);
   }
@@ -47,10 +47,10 @@ __device__ inline void add_scaled(float4& total, const float4& part, float facto
 }
 
 // The sum of the outputs of the warps, each in its rows of `staging`.
-template <int kHeadDim, int kGroups, int kVectors>
-__device__ inline void add_warps(float4 (&total)[kVectors], const DecodeShared<16 * kGroups>* shared,
+template <int kHeadDim, int kRowTiles, int kVectors>
+__device__ inline void add_warps(float4 (&total)[kVectors], const DecodeShared<16 * kRowTiles>* shared,
                                  const float* staging, int thread) {
-  using Tiles = DecodeTiles<kHeadDim, kGroups>;
+  using Tiles = DecodeTiles<kHeadDim, kRowTiles>;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     const OwnVector<kHeadDim> own(thread, i);
@@ -116,7 +116,7 @@ __device__ inline void fetch_partials(std::uint32_t places, DecodeShared<kRows>*
   using Layout = PartialLayout<kHeadDim>;
   const std::int64_t bytes = Layout::bytes(partial_rows);
   if (2 * thread < rows) {
-    const unsigned char* source = partials + Layout::statistics_at(partial_rows) + thread * kChunkBytes;
+    const unsigned char* source = partials + Layout::statistics_at(partial_rows) + thread * kVec16Bytes;
     const int exist = min(rows - 2 * thread, 2) * static_cast<int>(sizeof(Statistics));
 #pragma unroll 1
     for (int part = 0; part < count; ++part, source += bytes) {
@@ -129,8 +129,8 @@ __device__ inline void fetch_partials(std::uint32_t places, DecodeShared<kRows>*
   for (int part = 0; part < count; ++part, partials += bytes) {
     if (part == own_part) continue;
 #pragma unroll 4
-    for (int at = thread * kChunkBytes; at < row_bytes; at += kDecodeThreads * kChunkBytes) {
-      cp_async(places + at, partials + at, kChunkBytes);
+    for (int at = thread * kVec16Bytes; at < row_bytes; at += kDecodeThreads * kVec16Bytes) {
+      cp_async(places + at, partials + at, kVec16Bytes);
     }
     places += row_bytes;
   }
@@ -169,7 +169,7 @@ __device__ inline void add_partials(float4 (&total)[kVectors], const Stored (&ow
 // the first barrier, and before the atomic. Acquire: the atomic, then a fence of the same thread, then the second
 // barrier and whoever reads behind it. In PTX's memory model the atomic and the fence must be of one thread: behind the
 // barrier the other threads' own fences would add nothing.
-__device__ inline unsigned draw_ticket(unsigned* semaphore, int count) {
+__device__ inline unsigned arrive_at_semaphore(unsigned* semaphore, int count) {
   fence_device();
   const unsigned drawn = atomicInc(semaphore, count - 1);
   fence_device();

@@ -6,7 +6,7 @@
 // that a key is read once for all of them. A block owns 16 or 32 rows of one (batch, key head) and a share of the keys;
 // its warps take slices of 16 keys in turn, each with a maximum, sum and output of its own:
 //
-//              steps of 64 keys, num_shares runs of them
+//              steps of 64 keys, num_splits runs of them
 //             +----+----+----+----+----+----+----+----+--
 //   16 or 32  |w0  | w1 | w2 | w3 |w0  | w1 | w2 | w3 |       S = q k^T    rows x 16
 //     rows    |    |    |    |    |    |    |    |    |       out += P v   rows x head_dim, registers
@@ -68,29 +68,29 @@ struct PackedRow {
 };
 
 __device__ inline PackedRow unpack_row(const DecodePlan& plan, int kv_head, int packed) {
-  const int query = packed / plan.group;
-  return {query, kv_head * plan.group + (packed - query * plan.group), packed < plan.num_rows};
+  const int query = packed / plan.qhead_per_kvhead;
+  return {query, kv_head * plan.qhead_per_kvhead + (packed - query * plan.qhead_per_kvhead), packed < plan.num_rows};
 }
 
 // Begins to copy the query rows of the block; rows and channels that do not exist become zero.
 template <int kHeadDim, int kRows, typename T>
 __device__ inline void load_queries(std::uint32_t tile, const AttentionParams& params, const DecodePlan& plan,
                                     int batch, int kv_head, int first_row, int thread) {
-  constexpr int kChunks = kHeadDim / kChunkWidth<T>;
-  static_assert(kRows * kChunks % kDecodeThreads == 0);
+  constexpr int kVecs = kHeadDim / kVec16Width<T>;
+  static_assert(kRows * kVecs % kDecodeThreads == 0);
   const T* q = static_cast<const T*>(params.q);
 #pragma unroll 1
-  for (int i = thread; i < kRows * kChunks; i += kDecodeThreads) {
-    const int row = i / kChunks, chunk = i % kChunks;
+  for (int i = thread; i < kRows * kVecs; i += kDecodeThreads) {
+    const int row = i / kVecs, vec = i % kVecs;
     const PackedRow packed = unpack_row(plan, kv_head, first_row + row);
-    const int channels = packed.exists ? params.head_dim - chunk * kChunkWidth<T> : 0;
+    const int channels = packed.exists ? params.head_dim - vec * kVec16Width<T> : 0;
     const T* source = q;
     if (channels > 0) {
-      source += offset_of(params.q_stride, batch, packed.query, packed.head) + chunk * kChunkWidth<T>;
+      source += offset_of(params.q_stride, batch, packed.query, packed.head) + vec * kVec16Width<T>;
     }
-    const std::uint32_t target = tile + chunk_offset<kRows>(row, chunk);
-    if (plan.in_chunks) {
-      cp_async(target, source, channels > 0 ? kChunkBytes : 0);
+    const std::uint32_t target = tile + vec_offset<kRows>(row, vec);
+    if (plan.is_aligned16) {
+      cp_async(target, source, channels > 0 ? kVec16Bytes : 0);
     } else {
       copy_elements(target, source, channels);
     }
@@ -99,8 +99,8 @@ __device__ inline void load_queries(std::uint32_t tile, const AttentionParams& p
 
 // Describes the block's rows, one per lane: writes them to `shared` (one warp does) and returns what they see.
 template <int kRows>
-__device__ inline Reach describe_rows(DecodeShared<kRows>* shared, const AttentionParams& params,
-                                      const DecodePlan& plan, int batch, int kv_head, int first_row, bool write) {
+__device__ inline KeyRange describe_rows(DecodeShared<kRows>* shared, const AttentionParams& params,
+                                         const DecodePlan& plan, int batch, int kv_head, int first_row, bool write) {
   const int lane = static_cast<int>(threadIdx.x);
   const PackedRow packed = unpack_row(plan, kv_head, first_row + lane);
   const bool exists = lane < kRows && packed.exists;
@@ -110,37 +110,38 @@ __device__ inline Reach describe_rows(DecodeShared<kRows>* shared, const Attenti
   if (write && lane < kRows) {
     shared->rows[lane] = row;
     shared->head[lane] = exists ? packed.head : -1;
-    shared->raw_slope[lane] = head.slope * plan.inverse_scale;
+    shared->raw_slope[lane] = head.slope * plan.inverse_softmax_scale;
   }
-  return Reach::of(row, exists, head.window).of_warp();
+  return KeyRange::of(row, exists, head.window).of_warp();
 }
 
 inline constexpr int kScoreTiles = kSlice / 8;
 
 // A lane's four rows (two without a second group): [group][half] is row 16 * group + 8 * half + lane / 4.
-template <int kGroups>
+template <int kRowTiles>
 struct LaneRows {
-  float raw_slope[kGroups][2];
-  int position[kGroups][2];
-  float maximum[kGroups][2];  // of the scores so far, base 2; -inf before the first visible key
-  float sum[kGroups][2];      // of the weights in this lane's columns
+  float raw_slope[kRowTiles][2];
+  int position[kRowTiles][2];
+  float maximum[kRowTiles][2];  // of the scores so far, base 2; -inf before the first visible key
+  float sum[kRowTiles][2];      // of the weights in this lane's columns
 };
 
 // Sets the accumulators to the bias. Rows have slopes of their own, so every score needs its own instruction pair, and
 // the form with |.| serves keys on either side. `key` is that of the lane's first column.
-template <int kGroups>
-__device__ inline void seed_row_bias(float (&scores)[kGroups][kScoreTiles][4], const LaneRows<kGroups>& rows, int key) {
+template <int kRowTiles>
+__device__ inline void seed_row_bias(float (&scores)[kRowTiles][kScoreTiles][4], const LaneRows<kRowTiles>& rows,
+                                     int key) {
 #pragma unroll
-  for (int group = 0; group < kGroups; ++group) {
+  for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float distance = static_cast<float>(key - rows.position[group][half]);  // exact: formed in integers
+      const float distance = static_cast<float>(key - rows.position[row_tile][half]);  // exact: formed in integers
 #pragma unroll
       for (int n = 0; n < kScoreTiles; ++n) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          scores[group][n][2 * half + i] =
-              -rows.raw_slope[group][half] * fabsf(distance + static_cast<float>(8 * n + i));
+          scores[row_tile][n][2 * half + i] =
+              -rows.raw_slope[row_tile][half] * fabsf(distance + static_cast<float>(8 * n + i));
         }
       }
     }
@@ -148,55 +149,55 @@ __device__ inline void seed_row_bias(float (&scores)[kGroups][kScoreTiles][4], c
 }
 
 // Scores become weights relative to the new maximum; what was summed before is brought to it.
-template <int kHeadDim, int kGroups>
-__device__ inline void update_softmax(float (&scores)[kGroups][kScoreTiles][4], LaneRows<kGroups>& rows,
-                                      float (&out)[kGroups][kHeadDim / 8][4], float scale2) {
-  float maximum[kGroups][2];
+template <int kHeadDim, int kRowTiles>
+__device__ inline void update_softmax(float (&scores)[kRowTiles][kScoreTiles][4], LaneRows<kRowTiles>& rows,
+                                      float (&out)[kRowTiles][kHeadDim / 8][4], float softmax_scale_log2) {
+  float maximum[kRowTiles][2];
   bool grew = false;
 #pragma unroll
-  for (int group = 0; group < kGroups; ++group) {
+  for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float largest = fmaxf(scores[group][0][2 * half], scores[group][0][2 * half + 1]);
+      float largest = fmaxf(scores[row_tile][0][2 * half], scores[row_tile][0][2 * half + 1]);
 #pragma unroll
       for (int n = 1; n < kScoreTiles; ++n) {
-        largest = fmaxf(largest, fmaxf(scores[group][n][2 * half], scores[group][n][2 * half + 1]));
+        largest = fmaxf(largest, fmaxf(scores[row_tile][n][2 * half], scores[row_tile][n][2 * half + 1]));
       }
       largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, 1));  // a row lies in four lanes
       largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, 2));
-      maximum[group][half] = fmaxf(rows.maximum[group][half], largest * scale2);
-      grew |= maximum[group][half] > rows.maximum[group][half];
+      maximum[row_tile][half] = fmaxf(rows.maximum[row_tile][half], largest * softmax_scale_log2);
+      grew |= maximum[row_tile][half] > rows.maximum[row_tile][half];
     }
   }
   // Maxima grow often at first and seldom later: the output, most of the registers, is then left alone.
   if (__any_sync(kWholeWarp, grew)) {
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
+    for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float factor = exp2_approx(rows.maximum[group][half] - reference_of(maximum[group][half]));
-        rows.maximum[group][half] = maximum[group][half];
-        rows.sum[group][half] *= factor;
+        const float factor = exp2_approx(rows.maximum[row_tile][half] - finite_max(maximum[row_tile][half]));
+        rows.maximum[row_tile][half] = maximum[row_tile][half];
+        rows.sum[row_tile][half] *= factor;
 #pragma unroll
         for (int n = 0; n < kHeadDim / 8; ++n) {
-          out[group][n][2 * half] *= factor;
-          out[group][n][2 * half + 1] *= factor;
+          out[row_tile][n][2 * half] *= factor;
+          out[row_tile][n][2 * half + 1] *= factor;
         }
       }
     }
   }
 #pragma unroll
-  for (int group = 0; group < kGroups; ++group) {
+  for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float reference = reference_of(rows.maximum[group][half]);
+      const float row_max = finite_max(rows.maximum[row_tile][half]);
 #pragma unroll
       for (int n = 0; n < kScoreTiles; ++n) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          float& score = scores[group][n][2 * half + i];
-          score = exp2_approx(fmaf(score, scale2, -reference));
-          rows.sum[group][half] += score;
+          float& score = scores[row_tile][n][2 * half + i];
+          score = exp2_approx(fmaf(score, softmax_scale_log2, -row_max));
+          rows.sum[row_tile][half] += score;
         }
       }
     }
@@ -219,7 +220,7 @@ __device__ inline void write_rows(const AttentionParams& params, const DecodePla
     const uint2 bits = make_uint2(pack<T>(total[i].x * factor, total[i].y * factor),
                                   pack<T>(total[i].z * factor, total[i].w * factor));
     T* target = static_cast<T*>(params.out) + offset_of(params.out_stride, batch, query, head) + own.channel;
-    if (plan.in_chunks) {
+    if (plan.is_aligned16) {
       *reinterpret_cast<uint2*>(target) = bits;
     } else {
       const T* elements = reinterpret_cast<const T*>(&bits);
@@ -240,10 +241,10 @@ __device__ inline void write_rows(const AttentionParams& params, const DecodePla
 
 // Blocks of dim3(32, kDecodeWarps), so that threadIdx.x is the lane: load_tile then works for one warp. Row tiles of
 // the same keys are neighbours in the grid: the second reads what the first has brought to L2.
-template <typename T, int kHeadDim, int kGroups>
+template <typename T, int kHeadDim, int kRowTiles>
 __global__ void __launch_bounds__(kDecodeThreads, 2)
     attention_decode_kernel(const __grid_constant__ AttentionParams params, const __grid_constant__ DecodePlan plan) {
-  using Tiles = DecodeTiles<kHeadDim, kGroups>;
+  using Tiles = DecodeTiles<kHeadDim, kRowTiles>;
   constexpr int kRows = Tiles::kRows, kStages = Tiles::kStages;
   extern __shared__ __align__(kTileAlignment) unsigned char shared_memory[];
   auto* shared = reinterpret_cast<DecodeShared<kRows>*>(shared_memory + Tiles::kTilesBytes);
@@ -253,32 +254,32 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   const std::uint32_t ring = queries + Tiles::kQueryBytes + warp * Tiles::kRingBytes;
 
   int block = static_cast<int>(blockIdx.x);
-  const int row_tile = block % plan.num_row_tiles;
-  block /= plan.num_row_tiles;
-  const int share = block % plan.num_shares;
-  block /= plan.num_shares;
+  const int row_block = block % plan.num_row_blocks;
+  block /= plan.num_row_blocks;
+  const int split = block % plan.num_splits;
+  block /= plan.num_splits;
   const int kv_head = block % params.num_kv_heads, batch = block / params.num_kv_heads;
-  const int first_row = row_tile * kRows;
+  const int first_row = row_block * kRows;
 
   // The rows, and which keys they see.
   load_queries<kHeadDim, kRows, T>(queries, params, plan, batch, kv_head, first_row, thread);
   cp_async_commit();
-  const Reach reach = describe_rows(shared, params, plan, batch, kv_head, first_row, warp == 0);
+  const KeyRange key_range = describe_rows(shared, params, plan, batch, kv_head, first_row, warp == 0);
 
   // This block's run of steps and this warp's slices of it: numbers 0 ... num_slices - 1, kDecodeStep keys apart.
-  const int begin = reach.begin / kSlice * kSlice;
-  const std::int64_t num_keys = max(static_cast<std::int64_t>(reach.end) - begin, static_cast<std::int64_t>(0));
+  const int begin = key_range.begin / kSlice * kSlice;
+  const std::int64_t num_keys = max(static_cast<std::int64_t>(key_range.end) - begin, static_cast<std::int64_t>(0));
   const std::int64_t num_steps = (num_keys + kDecodeStep - 1) / kDecodeStep;
-  const std::int64_t first_offset = num_steps * share / plan.num_shares * kDecodeStep + warp * kSlice;
-  const std::int64_t end_offset = min(num_steps * (share + 1) / plan.num_shares * kDecodeStep, num_keys);
+  const std::int64_t first_offset = num_steps * split / plan.num_splits * kDecodeStep + warp * kSlice;
+  const std::int64_t end_offset = min(num_steps * (split + 1) / plan.num_splits * kDecodeStep, num_keys);
   const int num_slices =
       static_cast<int>((max(end_offset - first_offset, static_cast<std::int64_t>(0)) + kDecodeStep - 1) / kDecodeStep);
   const int first_key = static_cast<int>(begin + first_offset);
 
   const T* key_data = static_cast<const T*>(params.k) + offset_of(params.k_stride, batch, 0, kv_head);
   const T* value_data = static_cast<const T*>(params.v) + offset_of(params.v_stride, batch, 0, kv_head);
-  const Rows<const T> keys{key_data, params.k_stride.seq, params.seqlen_k, params.head_dim, plan.in_chunks};
-  const Rows<const T> values{value_data, params.v_stride.seq, params.seqlen_k, params.head_dim, plan.in_chunks};
+  const Rows<const T> keys{key_data, params.k_stride.seq, params.seqlen_k, params.head_dim, plan.is_aligned16};
+  const Rows<const T> values{value_data, params.v_stride.seq, params.seqlen_k, params.head_dim, plan.is_aligned16};
   // Every call commits a group, an empty one past the end, so that a fixed number of younger groups says "arrived".
   const auto load_slice = [&](const Rows<const T>& rows, int slice, std::uint32_t place) {
     if (slice < num_slices) {
@@ -297,24 +298,24 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   cp_async_wait<2 * kStages>();  // the queries
   __syncthreads();               // everyone's, and the description of the rows
 
-  LaneRows<kGroups> rows;
+  LaneRows<kRowTiles> rows;
 #pragma unroll
-  for (int group = 0; group < kGroups; ++group) {
+  for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = group * 16 + half * 8 + (lane >> 2);
-      rows.raw_slope[group][half] = shared->raw_slope[row];
-      rows.position[group][half] = shared->rows[row].position;
-      rows.maximum[group][half] = -__int_as_float(0x7f800000);
-      rows.sum[group][half] = 0.0f;
+      const int row = row_tile * 16 + half * 8 + (lane >> 2);
+      rows.raw_slope[row_tile][half] = shared->raw_slope[row];
+      rows.position[row_tile][half] = shared->rows[row].position;
+      rows.maximum[row_tile][half] = -__int_as_float(0x7f800000);
+      rows.sum[row_tile][half] = 0.0f;
     }
   }
-  float out[kGroups][kHeadDim / 8][4] = {};
+  float out[kRowTiles][kHeadDim / 8][4] = {};
 
   for (int slice = 0; slice < num_slices; ++slice) {
     const int key = first_key + slice * kDecodeStep;
     const int lane_key = key + ((lane & 3) << 1);
-    float scores[kGroups][kScoreTiles][4];
+    float scores[kRowTiles][kScoreTiles][4];
     seed_row_bias(scores, rows, lane_key);
     cp_async_wait<kYounger>();
     __syncwarp();  // the keys of all lanes have arrived
@@ -322,19 +323,19 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
     __syncwarp();  // the keys have been read by all lanes
     load_slice(keys, slice + kStages, keys_of(slice));
 
-    const bool plain = reach.is_plain(key, kSlice);
-    if (!plain) hide(scores, shared->rows, lane_key);
-    update_softmax<kHeadDim>(scores, rows, out, plan.scale2);
-    std::uint32_t weights[kGroups][4];
+    const bool unmasked = key_range.is_unmasked(key, kSlice);
+    if (!unmasked) apply_mask(scores, shared->rows, lane_key);
+    update_softmax<kHeadDim>(scores, rows, out, plan.softmax_scale_log2);
+    std::uint32_t weights[kRowTiles][4];
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) pack_operand<T>(weights[group], scores[group], 0);
+    for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) pack_operand<T>(weights[row_tile], scores[row_tile], 0);
 
     cp_async_wait<kYounger>();
     __syncwarp();  // the values of all lanes have arrived
-    if (plain || is_finite<T, Tiles::kSliceBytes>(values_of(slice))) {
+    if (unmasked || is_finite<T, Tiles::kSliceBytes>(values_of(slice))) {
       multiply_step<T, kHeadDim, kSlice>(out, weights, values_of(slice), 0);
     } else {
-      multiply_step<T, kHeadDim, kSlice, kGroups, true>(out, weights, values_of(slice), 0);
+      multiply_step<T, kHeadDim, kSlice, kRowTiles, true>(out, weights, values_of(slice), 0);
       add_not_finite<T, kHeadDim, kSlice>(out, shared->rows, key, values_of(slice));
     }
     __syncwarp();  // the values have been read by all lanes
@@ -343,27 +344,27 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
 
   // The warps' results become the block's.
 #pragma unroll
-  for (int group = 0; group < kGroups; ++group) {
-    sum_over_group(rows.sum[group], 2);  // the four lanes of a row
+  for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
+    sum_over_group(rows.sum[row_tile], 2);  // the four lanes of a row
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = group * 16 + half * 8 + (lane >> 2);
+      const int row = row_tile * 16 + half * 8 + (lane >> 2);
       if ((lane & 3) == 0) {
-        shared->statistics[warp][row] = {rows.maximum[group][half], rows.sum[group][half]};
+        shared->statistics[warp][row] = {rows.maximum[row_tile][half], rows.sum[row_tile][half]};
       }
     }
   }
   __syncthreads();  // statistics are there; all warps have finished with queries and ring, which become staging
   auto* staging = reinterpret_cast<float*>(shared_memory);
 #pragma unroll
-  for (int group = 0; group < kGroups; ++group) {
+  for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = warp * kRows + group * 16 + half * 8 + (lane >> 2);
+      const int row = warp * kRows + row_tile * 16 + half * 8 + (lane >> 2);
       auto* target = reinterpret_cast<float2*>(staging + row * Tiles::kOutPitch + ((lane & 3) << 1));
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; ++n) {
-        target[n * 4] = make_float2(out[group][n][2 * half], out[group][n][2 * half + 1]);
+        target[n * 4] = make_float2(out[row_tile][n][2 * half], out[row_tile][n][2 * half + 1]);
       }
     }
   }
@@ -371,25 +372,25 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   __syncthreads();  // outputs and factors are there
   constexpr int kVectors = kRows * kHeadDim / 4 / kDecodeThreads;
   float4 total[kVectors];
-  add_warps<kHeadDim, kGroups>(total, shared, staging, thread);
+  add_warps<kHeadDim, kRowTiles>(total, shared, staging, thread);
 
   // The shares' results become the tile's, level by level.
   const std::int64_t tile =
-      (static_cast<std::int64_t>(batch) * params.num_kv_heads + kv_head) * plan.num_row_tiles + row_tile;
+      (static_cast<std::int64_t>(batch) * params.num_kv_heads + kv_head) * plan.num_row_blocks + row_block;
   const std::int64_t partial_bytes = PartialLayout<kHeadDim>::bytes(plan.partial_rows);
-  unsigned char* level = plan.partials + tile * plan.num_partials * partial_bytes;
-  unsigned* semaphores = plan.semaphores + tile * plan.num_semaphores;
+  unsigned char* level = plan.partials + tile * plan.tile_partials * partial_bytes;
+  unsigned* semaphores = plan.semaphores + tile * plan.tile_semaphores;
   const int rows_here = min(plan.num_rows - first_row, kRows);
-  int index = share, count = plan.num_shares;
+  int index = split, count = plan.num_splits;
   while (count > 1) {
     Stored own[kVectors];
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) own[i] = to_stored(total[i]);
     write_partial<kRows, kHeadDim>(level + index * partial_bytes, own, shared, plan.partial_rows, rows_here, thread);
-    const int group = index / plan.fan_in, first = group * plan.fan_in, size = min(count - first, plan.fan_in);
+    const int node = index / plan.fan_in, first = node * plan.fan_in, size = min(count - first, plan.fan_in);
     const int own_part = index - first;
     __syncthreads();  // the whole block has written its part before the semaphore says so, and read what it adds
-    if (thread == 0) shared->is_last = draw_ticket(semaphores + group, size) == static_cast<unsigned>(size) - 1;
+    if (thread == 0) shared->is_last = arrive_at_semaphore(semaphores + node, size) == static_cast<unsigned>(size) - 1;
     __syncthreads();  // what the semaphore has announced may be read
     if (!shared->is_last) return;
     fetch_partials<kRows, kHeadDim>(queries, shared, level + first * partial_bytes, size, own_part, plan.partial_rows,
@@ -402,7 +403,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
     __syncthreads();  // all rows and factors are there
     add_partials<kRows, kHeadDim>(total, own, shared, shared_memory, size, own_part, rows_here, thread);
     level += count * partial_bytes;
-    index = group;
+    index = node;
     count = (count + plan.fan_in - 1) / plan.fan_in;
     semaphores += count;
   }

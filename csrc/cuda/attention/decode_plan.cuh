@@ -19,15 +19,15 @@ inline constexpr int kFanIn = 16;                          // partial results th
 
 // What the launcher decided, the same for all blocks.
 struct DecodePlan {
-  unsigned char* partials;  // of the workspace: num_partials of a row tile together, level by level
-  unsigned* semaphores;     // num_semaphores of a row tile together, zero between calls
+  unsigned char* partials;  // of the workspace: tile_partials of a row tile together, level by level
+  unsigned* semaphores;     // tile_semaphores of a row tile together, zero between calls
   int num_rows;             // seqlen_q * group
-  int group;                // query heads of a key head
-  int num_row_tiles, num_shares, num_partials, num_semaphores;
+  int qhead_per_kvhead;     // query heads of a key head
+  int num_row_blocks, num_splits, tile_partials, tile_semaphores;
   int fan_in;        // partial results that one block adds: the last block of a level may have fewer
   int partial_rows;  // that a partial result has room for
-  float scale2, inverse_scale;
-  bool in_chunks;
+  float softmax_scale_log2, inverse_softmax_scale;
+  bool is_aligned16;
 };
 
 // What remains of a row after a share, or after several.
@@ -47,7 +47,7 @@ template <int kHeadDim>
 struct PartialLayout {
   static constexpr int kRowBytes = 3 * kHeadDim;
   static constexpr int kLowBytes = 2 * kHeadDim;  // where the lower bits begin
-  static_assert(kRowBytes % kChunkBytes == 0, "rows are copied in chunks");
+  static_assert(kRowBytes % kVec16Bytes == 0, "rows are copied in vecs");
 
   // The statistics are copied in chunks too, two rows each.
   __host__ __device__ static constexpr int statistics_at(int rows) { return rows * kRowBytes; }
@@ -62,15 +62,15 @@ struct DecodeShared {
   Row rows[kRows];
   int head[kRows];  // -1: the row does not exist
   float raw_slope[kRows];
-  alignas(kChunkBytes) Statistics statistics[kFanIn][kRows];  // of what is being added
+  alignas(kVec16Bytes) Statistics statistics[kFanIn][kRows];  // of what is being added
   float factor[kFanIn][kRows];                                // that takes each to the common maximum
   Statistics total[kRows];
   bool is_last;
 };
 
-template <int kHeadDim, int kGroups>
+template <int kHeadDim, int kRowTiles>
 struct DecodeTiles {
-  static constexpr int kRows = 16 * kGroups;
+  static constexpr int kRows = 16 * kRowTiles;
   static constexpr int kQueryBytes = kTileBytes<kRows, kHeadDim>;
   static constexpr int kSliceBytes = kTileBytes<kSlice, kHeadDim>;  // keys, or values
   static constexpr int kStages = 256 / kHeadDim;

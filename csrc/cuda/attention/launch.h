@@ -31,7 +31,7 @@ inline void check_attention(const AttentionParams& params, const char* kernel) {
     throw std::invalid_argument(std::string(kernel) + ": " + message);
   };
   if (params.dtype != DType::kFloat16 && params.dtype != DType::kBFloat16) {
-    refuse("dtype must be float16 or bfloat16 on CUDA; pass backend=\"reference\" for other types");
+    refuse("dtype must be float16 or bfloat16 on CUDA; pass backend=\"row_max\" for other types");
   }
   if (params.head_dim < 1 || params.head_dim > kMaxAttentionHeadDim) {
     refuse("head_dim must be between 1 and " + std::to_string(kMaxAttentionHeadDim) + " on CUDA, got " +
@@ -62,27 +62,27 @@ inline void check_softmax_scale(const AttentionParams& params, const char* kerne
 
 // Whether every row of a tensor of 16-bit elements starts at a multiple of 16 bytes. The stride of a dimension of size
 // 1 is never used.
-inline bool in_chunks(const void* data, const SeqStrides& stride, int batch, int seqlen, int num_heads) {
-  constexpr int kWidth = kChunkBytes / 2;
+inline bool is_aligned16(const void* data, const SeqStrides& stride, int batch, int seqlen, int num_heads) {
+  constexpr int kWidth = kVec16Bytes / 2;
   const auto fits = [](int size, std::int64_t step) { return size <= 1 || step % kWidth == 0; };
-  return reinterpret_cast<std::uintptr_t>(data) % kChunkBytes == 0 && fits(batch, stride.batch) &&
+  return reinterpret_cast<std::uintptr_t>(data) % kVec16Bytes == 0 && fits(batch, stride.batch) &&
          fits(seqlen, stride.seq) && fits(num_heads, stride.head);
 }
 
 // Whether q, k, v and out of a call can all be moved in chunks.
-inline bool in_chunks(const AttentionParams& params) {
+inline bool is_aligned16(const AttentionParams& params) {
   const int batch = params.batch;
-  return params.head_dim % (kChunkBytes / 2) == 0 &&
-         in_chunks(params.q, params.q_stride, batch, params.seqlen_q, params.num_heads) &&
-         in_chunks(params.k, params.k_stride, batch, params.seqlen_k, params.num_kv_heads) &&
-         in_chunks(params.v, params.v_stride, batch, params.seqlen_k, params.num_kv_heads) &&
-         in_chunks(params.out, params.out_stride, batch, params.seqlen_q, params.num_heads);
+  return params.head_dim % (kVec16Bytes / 2) == 0 &&
+         is_aligned16(params.q, params.q_stride, batch, params.seqlen_q, params.num_heads) &&
+         is_aligned16(params.k, params.k_stride, batch, params.seqlen_k, params.num_kv_heads) &&
+         is_aligned16(params.v, params.v_stride, batch, params.seqlen_k, params.num_kv_heads) &&
+         is_aligned16(params.out, params.out_stride, batch, params.seqlen_q, params.num_heads);
 }
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// softmax_scale * log2(e), rounded once: 2^(score * scale2) is the weight of a score <q, k>.
-inline float scale2_of(const AttentionParams& params) {
+// softmax_scale * log2(e), rounded once: 2^(score * softmax_scale_log2) is the weight of a score <q, k>.
+inline float softmax_scale_log2_of(const AttentionParams& params) {
   return static_cast<float>(static_cast<double>(params.softmax_scale) * 1.4426950408889634074);
 }
 

@@ -54,59 +54,60 @@ __device__ inline Row describe_row(const AttentionParams& params, int batch, int
   return row;
 }
 
-// What `hide` needs of a Row.
-struct KeySpan {
+// What `apply_mask` needs of a Row.
+struct VisibleKeys {
   int first, end;
 };
 
 // Keys that some of a set of rows see (`begin`, `end`: tiles outside are skipped; the window is taken off), and keys
-// that all of them see (`plain_begin`, `plain_end`: tiles inside need no mask).
-struct Reach {
-  int begin, end, plain_begin, plain_end;
+// that all of them see (`unmasked_begin`, `unmasked_end`: tiles inside need no mask).
+struct KeyRange {
+  int begin, end, unmasked_begin, unmasked_end;
 
-  __device__ static Reach of(const Row& row, bool exists, int window) {
+  __device__ static KeyRange of(const Row& row, bool exists, int window) {
     if (!exists) return {kUnlimited, 0, 0, kUnlimited};
-    Reach reach{row.first, row.end, row.first, row.end};
+    KeyRange key_range{row.first, row.end, row.first, row.end};
     if (!row.empty() && row.sees_itself() && window != kUnlimited) {
-      reach.begin = max(reach.begin, row.position - window + 1);
-      reach.end =
-          min(reach.end,
+      key_range.begin = max(key_range.begin, row.position - window + 1);
+      key_range.end =
+          min(key_range.end,
               static_cast<int>(min(static_cast<long long>(row.position) + window, static_cast<long long>(kUnlimited))));
     }
-    return reach;
+    return key_range;
   }
 
   // The reach of the rows of all lanes together, in all lanes.
-  __device__ Reach of_warp() const {
+  __device__ KeyRange of_warp() const {
     return {__reduce_min_sync(kWholeWarp, begin), __reduce_max_sync(kWholeWarp, end),
-            __reduce_max_sync(kWholeWarp, plain_begin), __reduce_min_sync(kWholeWarp, plain_end)};
+            __reduce_max_sync(kWholeWarp, unmasked_begin), __reduce_min_sync(kWholeWarp, unmasked_end)};
   }
 
   __device__ bool touches(int key, int count) const { return key < end && key + count > begin; }
-  __device__ bool is_plain(int key, int count) const { return plain_begin <= key && key + count <= plain_end; }
+  __device__ bool is_unmasked(int key, int count) const { return unmasked_begin <= key && key + count <= unmasked_end; }
 };
 
 // Hides, after the product, what a row does not see: a NaN in a hidden key must not survive. `rows` are those of the
-// block's tile in shared memory, from the warp's first row on, each a Row or a KeySpan.
+// block's tile in shared memory, from the warp's first row on, each a Row or a VisibleKeys.
 //
 // `gradients`: of the weights, or nothing; what is hidden becomes 0.
-template <int kGroups, int kTiles, typename R, typename... Gradients>
-__device__ inline void hide(float (&scores)[kGroups][kTiles][4], const R* rows, int key, Gradients&... gradients) {
+template <int kRowTiles, int kColumnTiles, typename R, typename... Gradients>
+__device__ inline void apply_mask(float (&scores)[kRowTiles][kColumnTiles][4], const R* rows, int key,
+                                  Gradients&... gradients) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
 #pragma unroll
-  for (int group = 0; group < kGroups; ++group) {
+  for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const R& row = rows[group * 16 + half * 8 + (lane >> 2)];
+      const R& row = rows[row_tile * 16 + half * 8 + (lane >> 2)];
       const int first = row.first - key, end = row.end - key;
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
+      for (int n = 0; n < kColumnTiles; ++n) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int column = 8 * n + i;
           if (column < first || column >= end) {
-            scores[group][n][2 * half + i] = -__int_as_float(0x7f800000);
-            ((gradients[group][n][2 * half + i] = 0.0f), ...);
+            scores[row_tile][n][2 * half + i] = -__int_as_float(0x7f800000);
+            ((gradients[row_tile][n][2 * half + i] = 0.0f), ...);
           }
         }
       }

@@ -28,10 +28,10 @@ inline constexpr int kTileAlignment = 1024;  // eight rows: the pattern above de
 template <int kRows, int kHeadDim>
 inline constexpr int kTileBytes = kRows * kHeadDim * 2;
 
-// Byte offset of chunk `chunk` (8 channels) of row `row`.
+// Byte offset of chunk `vec` (8 channels) of row `row`.
 template <int kRows>
-__device__ inline std::uint32_t chunk_offset(int row, int chunk) {
-  return (chunk >> 3) * (kRows * kPanelRowBytes) + row * kPanelRowBytes + (((chunk ^ row) & 7) << 4);
+__device__ inline std::uint32_t vec_offset(int row, int vec) {
+  return (vec >> 3) * (kRows * kPanelRowBytes) + row * kPanelRowBytes + (((vec ^ row) & 7) << 4);
 }
 
 // Rows of one head in global memory: `data` is row 0.
@@ -41,7 +41,7 @@ struct Rows {
   std::int64_t stride;  // in elements
   int count;            // rows that exist
   int head_dim;         // channels that exist
-  bool in_chunks;       // every row starts at a multiple of 16 bytes, and head_dim is a whole number of chunks
+  bool is_aligned16;    // every row starts at a multiple of 16 bytes, and head_dim is a whole number of chunks
 };
 
 // threadIdx.x, read anew. A loop over tiles would otherwise keep in registers all that depends on it, for every tensor
@@ -60,7 +60,7 @@ template <typename T>
 __device__ inline void copy_elements(std::uint32_t target, const T* source, int count) {
   std::uint32_t words[4] = {};
 #pragma unroll
-  for (int i = 0; i < kChunkWidth<T>; ++i) {
+  for (int i = 0; i < kVec16Width<T>; ++i) {
     if (i < count) {
       const std::uint32_t bits = __ldg(reinterpret_cast<const unsigned short*>(source) + i);
       words[i / 2] |= bits << (16 * (i % 2));
@@ -79,78 +79,78 @@ __device__ inline void copy_elements(std::uint32_t target, const T* source, int 
 // code lies in the middle of theirs and would fill the instruction cache: 0.8 KiB each time, unrolled it was 2.6 KiB.
 template <int kRows, int kHeadDim, int kThreads, typename T>
 __device__ inline void load_tile(std::uint32_t tile, const Rows<const T>& rows, int first) {
-  constexpr int kChunks = kHeadDim / kChunkWidth<T>;  // of a row
-  static_assert(kThreads % kChunks == 0 && kRows * kChunks % kThreads == 0, "a thread keeps its chunk");
-  constexpr int kRowStep = kThreads / kChunks;
+  constexpr int kVecs = kHeadDim / kVec16Width<T>;  // of a row
+  static_assert(kThreads % kVecs == 0 && kRows * kVecs % kThreads == 0, "a thread keeps its vec");
+  constexpr int kRowStep = kThreads / kVecs;
   const int thread = read_thread_index();
-  const int row = thread / kChunks, chunk = thread % kChunks;
-  const int channels = rows.head_dim - chunk * kChunkWidth<T>;
-  const std::uint32_t first_target = tile + chunk_offset<kRows>(row, chunk);
+  const int row = thread / kVecs, vec = thread % kVecs;
+  const int channels = rows.head_dim - vec * kVec16Width<T>;
+  const std::uint32_t first_target = tile + vec_offset<kRows>(row, vec);
   const auto target = [&](int i) {  // eight rows on, the pattern is the same
-    return kRowStep % 8 == 0 ? first_target + i * kPanelRowBytes : tile + chunk_offset<kRows>(row + i, chunk);
+    return kRowStep % 8 == 0 ? first_target + i * kPanelRowBytes : tile + vec_offset<kRows>(row + i, vec);
   };
-  const T* source = rows.data + (first + row) * rows.stride + (channels > 0 ? chunk * kChunkWidth<T> : 0);
-  if (rows.in_chunks && first >= 0 && first + kRows <= rows.count) {
+  const T* source = rows.data + (first + row) * rows.stride + (channels > 0 ? vec * kVec16Width<T> : 0);
+  if (rows.is_aligned16 && first >= 0 && first + kRows <= rows.count) {
     constexpr int kCopies = kRows / kRowStep, kUnrolled = kCopies > 8 ? 4 : kCopies;  // an address is two registers
 #pragma unroll kUnrolled
     for (int i = 0; i < kRows; i += kRowStep, source += kRowStep * rows.stride) {
-      cp_async(target(i), source, channels > 0 ? kChunkBytes : 0);
+      cp_async(target(i), source, channels > 0 ? kVec16Bytes : 0);
     }
     return;
   }
 #pragma unroll 1
   for (int i = 0; i < kRows; i += kRowStep, source += kRowStep * rows.stride) {
     const bool inside = static_cast<unsigned>(first + row + i) < static_cast<unsigned>(rows.count) && channels > 0;
-    if (rows.in_chunks) {
-      cp_async(target(i), inside ? source : rows.data, inside ? kChunkBytes : 0);
+    if (rows.is_aligned16) {
+      cp_async(target(i), inside ? source : rows.data, inside ? kVec16Bytes : 0);
     } else {
       copy_elements(target(i), source, inside ? channels : 0);
     }
   }
 }
 
-// Results of kGroups x 16 rows and 8 * kTiles columns; see mma.cuh for what a lane holds of each tile.
-template <int kGroups, int kTiles>
-using Accumulator = float[kGroups][kTiles][4];
+// Results of kRowTiles x 16 rows and 8 * kColumnTiles columns; see mma.cuh for what a lane holds of each tile.
+template <int kRowTiles, int kColumnTiles>
+using Accumulator = float[kRowTiles][kColumnTiles][4];
 
-// scores += a b^T: 16 * kGroups rows of tile `a` from `a_row` on, times all kRowsB rows of tile `b`. kUnrolledSteps of
+// scores += a b^T: 16 * kRowTiles rows of tile `a` from `a_row` on, times all kRowsB rows of tile `b`. kUnrolledSteps of
 // 16 channels bound how far ahead operands are loaded.
-template <typename T, int kHeadDim, int kRowsA, int kRowsB, int kGroups, int kUnrolledSteps = kHeadDim / 16>
-__device__ inline void multiply_transposed(float (&scores)[kGroups][kRowsB / 8][4], std::uint32_t a, int a_row,
+template <typename T, int kHeadDim, int kRowsA, int kRowsB, int kRowTiles, int kUnrolledSteps = kHeadDim / 16>
+__device__ inline void multiply_transposed(float (&scores)[kRowTiles][kRowsB / 8][4], std::uint32_t a, int a_row,
                                            std::uint32_t b) {
   const int lane = read_thread_index() % kWarpLanes;
-  const std::uint32_t a_base = a + chunk_offset<kRowsA>(a_row + (lane & 15), lane >> 4);
-  const std::uint32_t b_base = b + chunk_offset<kRowsB>((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
+  const std::uint32_t a_base = a + vec_offset<kRowsA>(a_row + (lane & 15), lane >> 4);
+  const std::uint32_t b_base = b + vec_offset<kRowsB>((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
 #pragma unroll kUnrolledSteps
   for (int step = 0; step < kHeadDim / 16; ++step) {
     const std::uint32_t in_panel = (step & 3) << 5;
     const std::uint32_t a_panel = (step >> 2) * (kRowsA * kPanelRowBytes);
     const std::uint32_t b_panel = (step >> 2) * (kRowsB * kPanelRowBytes);
-    std::uint32_t fragment[kGroups][4];
+    std::uint32_t fragment[kRowTiles][4];
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      ldmatrix(fragment[group], (a_base ^ in_panel) + (a_panel + group * (16 * kPanelRowBytes)));
+    for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
+      ldmatrix(fragment[row_tile], (a_base ^ in_panel) + (a_panel + row_tile * (16 * kPanelRowBytes)));
     }
 #pragma unroll
     for (int n = 0; n < kRowsB / 16; ++n) {
       std::uint32_t columns[4];
       ldmatrix(columns, (b_base ^ in_panel) + (b_panel + n * (16 * kPanelRowBytes)));
 #pragma unroll
-      for (int group = 0; group < kGroups; ++group) {
-        mma<T>(scores[group][2 * n], fragment[group], columns[0], columns[1]);
-        mma<T>(scores[group][2 * n + 1], fragment[group], columns[2], columns[3]);
+      for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
+        mma<T>(scores[row_tile][2 * n], fragment[row_tile], columns[0], columns[1]);
+        mma<T>(scores[row_tile][2 * n + 1], fragment[row_tile], columns[2], columns[3]);
       }
     }
   }
 }
 
-// result += a b: `a` holds columns 16 * step ... of a 16 * kGroups row operand in registers, b the rows of the same
+// result += a b: `a` holds columns 16 * step ... of a 16 * kRowTiles row operand in registers, b the rows of the same
 // numbers of a tile. kClamped: of b what is finite, because some of `a` are zeros in place of what is hidden.
-template <typename T, int kHeadDim, int kRowsB, int kGroups, bool kClamped = false>
-__device__ inline void multiply_step(float (&result)[kGroups][kHeadDim / 8][4], const std::uint32_t (&a)[kGroups][4],
-                                     std::uint32_t b, int step) {
+template <typename T, int kHeadDim, int kRowsB, int kRowTiles, bool kClamped = false>
+__device__ inline void multiply_step(float (&result)[kRowTiles][kHeadDim / 8][4],
+                                     const std::uint32_t (&a)[kRowTiles][4], std::uint32_t b, int step) {
   const int lane = read_thread_index() % kWarpLanes;
-  const std::uint32_t b_base = b + chunk_offset<kRowsB>(lane & 15, lane >> 4);
+  const std::uint32_t b_base = b + vec_offset<kRowsB>(lane & 15, lane >> 4);
 #pragma unroll
   for (int n = 0; n < kHeadDim / 16; ++n) {
     std::uint32_t columns[4];
@@ -161,9 +161,9 @@ __device__ inline void multiply_step(float (&result)[kGroups][kHeadDim / 8][4], 
       for (std::uint32_t& pair : columns) pair = clamp_finite<T>(pair);
     }
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      mma<T>(result[group][2 * n], a[group], columns[0], columns[1]);
-      mma<T>(result[group][2 * n + 1], a[group], columns[2], columns[3]);
+    for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
+      mma<T>(result[row_tile][2 * n], a[row_tile], columns[0], columns[1]);
+      mma<T>(result[row_tile][2 * n + 1], a[row_tile], columns[2], columns[3]);
     }
   }
 }
@@ -172,9 +172,9 @@ __device__ inline void multiply_step(float (&result)[kGroups][kHeadDim / 8][4], 
 template <typename T, int kBytes>
 __device__ inline bool is_finite(std::uint32_t tile) {
   std::uint32_t sum = 0;
-  const std::uint32_t first = tile + read_thread_index() % kWarpLanes * kChunkBytes;
+  const std::uint32_t first = tile + read_thread_index() % kWarpLanes * kVec16Bytes;
 #pragma unroll 4
-  for (int at = 0; at < kBytes; at += kWarpLanes * kChunkBytes) {
+  for (int at = 0; at < kBytes; at += kWarpLanes * kVec16Bytes) {
     std::uint32_t words[4];
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
                  : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
@@ -187,20 +187,20 @@ __device__ inline bool is_finite(std::uint32_t tile) {
 }
 
 // result += b for the numbers of a tile that are not finite, in the rows that see them: what a clamped product has left
-// out, of weights that are not negative. `rows` are those of `hide`; `key` is row 0 of the tile.
-template <typename T, int kHeadDim, int kRowsB, int kGroups, typename R>
-__device__ inline void add_not_finite(float (&result)[kGroups][kHeadDim / 8][4], const R* rows, int key,
+// out, of weights that are not negative. `rows` are those of `apply_mask`; `key` is row 0 of the tile.
+template <typename T, int kHeadDim, int kRowsB, int kRowTiles, typename R>
+__device__ inline void add_not_finite(float (&result)[kRowTiles][kHeadDim / 8][4], const R* rows, int key,
                                       std::uint32_t b) {
   const int lane = read_thread_index() % kWarpLanes;
 #pragma unroll 1
   for (int row = 0; row < kRowsB; ++row) {
-    bool sees[kGroups][2];
+    bool sees[kRowTiles][2];
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
+    for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const R& own = rows[group * 16 + half * 8 + (lane >> 2)];
-        sees[group][half] = own.first <= key + row && key + row < own.end;
+        const R& own = rows[row_tile * 16 + half * 8 + (lane >> 2)];
+        sees[row_tile][half] = own.first <= key + row && key + row < own.end;
       }
     }
 #pragma unroll
@@ -208,19 +208,19 @@ __device__ inline void add_not_finite(float (&result)[kGroups][kHeadDim / 8][4],
       std::uint32_t bits;
       asm volatile("ld.shared.b32 %0, [%1];\n"
                    : "=r"(bits)
-                   : "r"(b + chunk_offset<kRowsB>(row, n) + ((lane & 3) << 2))
+                   : "r"(b + vec_offset<kRowsB>(row, n) + ((lane & 3) << 2))
                    : "memory");
       Pair<T> pair;
       memcpy(&pair, &bits, sizeof pair);
       const float2 numbers = to_floats(pair);
       const float left = isfinite(numbers.x) ? 0.0f : numbers.x, right = isfinite(numbers.y) ? 0.0f : numbers.y;
 #pragma unroll
-      for (int group = 0; group < kGroups; ++group) {
+      for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          if (!sees[group][half]) continue;
-          result[group][n][2 * half] += left;
-          result[group][n][2 * half + 1] += right;
+          if (!sees[row_tile][half]) continue;
+          result[row_tile][n][2 * half] += left;
+          result[row_tile][n][2 * half + 1] += right;
         }
       }
     }
@@ -228,8 +228,8 @@ __device__ inline void add_not_finite(float (&result)[kGroups][kHeadDim / 8][4],
 }
 
 // Columns 16 * step ... 16 * step + 15 of a result, as the A operand of the next product.
-template <typename T, int kTiles>
-__device__ inline void pack_operand(std::uint32_t (&a)[4], const float (&values)[kTiles][4], int step) {
+template <typename T, int kColumnTiles>
+__device__ inline void pack_operand(std::uint32_t (&a)[4], const float (&values)[kColumnTiles][4], int step) {
   const float (&left)[4] = values[2 * step];
   const float (&right)[4] = values[2 * step + 1];
   a[0] = pack<T>(left[0], left[1]);
@@ -238,51 +238,51 @@ __device__ inline void pack_operand(std::uint32_t (&a)[4], const float (&values)
   a[3] = pack<T>(right[2], right[3]);
 }
 
-// Writes 16 * kGroups rows of a result, times `factor` of their row ([0]: row g, [1]: row g + 8), to rows `first` ...
+// Writes 16 * kRowTiles rows of a result, times `factor` of their row ([0]: row g, [1]: row g + 8), to rows `first` ...
 // of `target`, through rows `tile_row` ... of a tile that this warp alone uses.
-template <typename T, int kHeadDim, int kRowsTile, int kGroups>
-__device__ inline void store_rows(const Rows<T>& target, int first, const float (&values)[kGroups][kHeadDim / 8][4],
-                                  const float (&factor)[kGroups][2], std::uint32_t tile, int tile_row) {
-  constexpr int kChunks = kHeadDim / kChunkWidth<T>;
-  constexpr int kRowStep = kWarpLanes / kChunks;
+template <typename T, int kHeadDim, int kRowsTile, int kRowTiles>
+__device__ inline void store_rows(const Rows<T>& target, int first, const float (&values)[kRowTiles][kHeadDim / 8][4],
+                                  const float (&factor)[kRowTiles][2], std::uint32_t tile, int tile_row) {
+  constexpr int kVecs = kHeadDim / kVec16Width<T>;
+  constexpr int kRowStep = kWarpLanes / kVecs;
   const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
   __syncwarp();  // the other lanes' last reads of these rows are done
 #pragma unroll
-  for (int group = 0; group < kGroups; ++group) {
+  for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
 #pragma unroll
     for (int n = 0; n < kHeadDim / 8; ++n) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float (&pair)[4] = values[group][n];
+        const float (&pair)[4] = values[row_tile][n];
         const std::uint32_t bits =
-            pack<T>(pair[2 * half] * factor[group][half], pair[2 * half + 1] * factor[group][half]);
-        const int row = tile_row + group * 16 + half * 8 + (lane >> 2);
-        asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(tile + chunk_offset<kRowsTile>(row, n) + ((lane & 3) << 2)),
+            pack<T>(pair[2 * half] * factor[row_tile][half], pair[2 * half + 1] * factor[row_tile][half]);
+        const int row = tile_row + row_tile * 16 + half * 8 + (lane >> 2);
+        asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(tile + vec_offset<kRowsTile>(row, n) + ((lane & 3) << 2)),
                      "r"(bits)
                      : "memory");
       }
     }
   }
   __syncwarp();  // the rows are complete
-  const int chunk = lane % kChunks;
-  const int channels = target.head_dim - chunk * kChunkWidth<T>;
+  const int vec = lane % kVecs;
+  const int channels = target.head_dim - vec * kVec16Width<T>;
 #pragma unroll 1
-  for (int row = lane / kChunks; row < 16 * kGroups; row += kRowStep) {
+  for (int row = lane / kVecs; row < 16 * kRowTiles; row += kRowStep) {
     if (first + row >= target.count || channels <= 0) continue;
-    Chunk<T> bits;
+    Vec16<T> bits;
     uint4 words;
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
                  : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
-                 : "r"(tile + chunk_offset<kRowsTile>(tile_row + row, chunk))
+                 : "r"(tile + vec_offset<kRowsTile>(tile_row + row, vec))
                  : "memory");
     memcpy(&bits, &words, sizeof bits);
-    T* row_data = target.data + (first + row) * target.stride + chunk * kChunkWidth<T>;
-    if (target.in_chunks) {
-      store<Access::kChunk>(row_data, bits, channels);
+    T* row_data = target.data + (first + row) * target.stride + vec * kVec16Width<T>;
+    if (target.is_aligned16) {
+      store<Access::kVec16>(row_data, bits, channels);
     } else {
       const T* elements = reinterpret_cast<const T*>(&bits);
 #pragma unroll
-      for (int i = 0; i < kChunkWidth<T>; ++i) {
+      for (int i = 0; i < kVec16Width<T>; ++i) {
         if (i < channels) row_data[i] = elements[i];
       }
     }
