@@ -15,8 +15,8 @@ AttentionWorkspace pack_workspace(const Call& call, const OptionalTensor& partia
   AttentionWorkspace workspace{};
   if (partials.has_value()) {
     call.dimensions("partials", *partials, 1);
-    workspace.num_values = partials->shape[0];
-    workspace.values = call.contiguous<float>("partials", *partials, {workspace.num_values});
+    workspace.num_partials = partials->shape[0];
+    workspace.partials = call.contiguous<float>("partials", *partials, {workspace.num_partials});
   }
   if (semaphores.has_value()) {
     call.dimensions("semaphores", *semaphores, 1);
@@ -135,7 +135,7 @@ std::tuple<std::int64_t, std::int64_t, int> forward_workspace(int batch, int seq
                                                               int num_splits) {
   const AttentionWorkspace sizes = workspace_sizes(&cuda::attention_forward_workspace, batch, seqlen_q, seqlen_k,
                                                    num_heads, num_kv_heads, head_dim, causal, num_splits);
-  return {sizes.num_values, sizes.num_semaphores, sizes.num_splits};
+  return {sizes.num_partials, sizes.num_semaphores, sizes.num_splits};
 }
 
 // (num_partials, num_semaphores).
@@ -143,7 +143,7 @@ std::pair<std::int64_t, std::int64_t> backward_workspace(int batch, int seqlen_q
                                                          int num_kv_heads, int head_dim, bool causal) {
   const AttentionWorkspace sizes = workspace_sizes(&cuda::attention_backward_workspace, batch, seqlen_q, seqlen_k,
                                                    num_heads, num_kv_heads, head_dim, causal, 0);
-  return {sizes.num_values, sizes.num_semaphores};
+  return {sizes.num_partials, sizes.num_semaphores};
 }
 
 }  // namespace

@@ -50,67 +50,67 @@ __device__ inline Pair<T> from_floats(float2 pair) {
   }
 }
 
-inline constexpr int kChunkBytes = 16;  // the widest access a lane can make
+inline constexpr int kVec16Bytes = 16;  // the widest access a lane can make
 
 template <typename T>
-inline constexpr int kChunkWidth = kChunkBytes / sizeof(T);  // in elements
+inline constexpr int kVec16Width = kVec16Bytes / sizeof(T);  // in elements
 
 template <typename T>
-struct alignas(kChunkBytes) Chunk {
-  static constexpr int kPairs = kChunkWidth<T> / 2;
+struct alignas(kVec16Bytes) Vec16 {
+  static constexpr int kPairs = kVec16Width<T> / 2;
   Pair<T> pairs[kPairs];
 };
 
 // How a row may be read: in chunks, if it starts at a multiple of 16 bytes and has a whole number of chunks, or else
 // one element at a time, which costs more instructions and the same bytes from memory.
-enum class Access { kChunk, kElement };
+enum class Access { kVec16, kElement };
 
 // `count` elements of the row, an even number, are left at `source`; what is missing (count may be <= 0) reads as zero.
 // The data are used once: they go through the caches marked as first to leave, so that tables and scales stay.
 template <Access kAccess, typename T>
-__device__ inline Chunk<T> load_once(const T* source, int count) {
-  static_assert(sizeof(Chunk<T>) == sizeof(uint4) && alignof(Chunk<T>) == alignof(uint4));
-  Chunk<T> chunk;
-  if constexpr (kAccess == Access::kChunk) {
+__device__ inline Vec16<T> load_once(const T* source, int count) {
+  static_assert(sizeof(Vec16<T>) == sizeof(uint4) && alignof(Vec16<T>) == alignof(uint4));
+  Vec16<T> vec;
+  if constexpr (kAccess == Access::kVec16) {
     const uint4 bits = count > 0 ? __ldcs(reinterpret_cast<const uint4*>(source)) : make_uint4(0, 0, 0, 0);
-    memcpy(&chunk, &bits, sizeof chunk);
+    memcpy(&vec, &bits, sizeof vec);
   } else {
 #pragma unroll
-    for (int i = 0; i < Chunk<T>::kPairs; ++i) {
+    for (int i = 0; i < Vec16<T>::kPairs; ++i) {
       const bool inside = 2 * i < count;
-      chunk.pairs[i].x = inside ? __ldcs(source + 2 * i) : T(0.0f);
-      chunk.pairs[i].y = inside ? __ldcs(source + 2 * i + 1) : T(0.0f);
+      vec.pairs[i].x = inside ? __ldcs(source + 2 * i) : T(0.0f);
+      vec.pairs[i].y = inside ? __ldcs(source + 2 * i + 1) : T(0.0f);
     }
   }
-  return chunk;
+  return vec;
 }
 
 template <Access kAccess, typename T>
-__device__ inline void store(T* target, const Chunk<T>& chunk, int count) {
-  if constexpr (kAccess == Access::kChunk) {
+__device__ inline void store(T* target, const Vec16<T>& vec, int count) {
+  if constexpr (kAccess == Access::kVec16) {
     uint4 bits;
-    memcpy(&bits, &chunk, sizeof bits);
+    memcpy(&bits, &vec, sizeof bits);
     if (count > 0) *reinterpret_cast<uint4*>(target) = bits;
   } else {
 #pragma unroll
-    for (int i = 0; i < Chunk<T>::kPairs; ++i) {
+    for (int i = 0; i < Vec16<T>::kPairs; ++i) {
       if (2 * i < count) {
-        target[2 * i] = chunk.pairs[i].x;
-        target[2 * i + 1] = chunk.pairs[i].y;
+        target[2 * i] = vec.pairs[i].x;
+        target[2 * i + 1] = vec.pairs[i].y;
       }
     }
   }
 }
 
 // Float constants that many lanes share, through the read-only path. Pairs past the first `count` elements, an even
-// number, read as `fill`. With Access::kChunk the address is a multiple of 16 bytes and count one of 4.
+// number, read as `fill`. With Access::kVec16 the address is a multiple of 16 bytes and count one of 4.
 template <Access kAccess, int kPairs>
 __device__ inline void load_constants(float2* pairs, const float* source, int count, float2 fill) {
   static_assert(kPairs % 2 == 0, "a 16-byte access brings two pairs");
 #pragma unroll
   for (int i = 0; i < kPairs; i += 2) {
     pairs[i] = pairs[i + 1] = fill;
-    if constexpr (kAccess == Access::kChunk) {
+    if constexpr (kAccess == Access::kVec16) {
       if (2 * i < count) {
         const float4 two = __ldg(reinterpret_cast<const float4*>(source + 2 * i));
         pairs[i] = make_float2(two.x, two.y);

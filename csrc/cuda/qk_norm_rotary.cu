@@ -52,39 +52,39 @@ void check_operand(const QkNormRotaryOperand& operand, int rotary_dim) {
   }
 }
 
-bool in_chunks(const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % kChunkBytes == 0; }
+bool is_aligned16(const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % kVec16Bytes == 0; }
 
 // Factors are read two at a time: rows of rotary_dim / 2 of them, an even number, follow each other.
-bool in_pairs(const float* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % sizeof(float2) == 0; }
+bool is_aligned8(const float* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % sizeof(float2) == 0; }
 
 // Whether every row of a tensor can be read in chunks. The stride of a dimension of size 1 is never used.
 template <typename T>
-bool in_chunks(const void* data, const SeqStrides& stride, int batch, int seqlen, int num_heads) {
-  const auto fits = [](int size, std::int64_t step) { return size <= 1 || step % kChunkWidth<T> == 0; };
-  return in_chunks(data) && fits(batch, stride.batch) && fits(seqlen, stride.seq) && fits(num_heads, stride.head);
+bool is_aligned16(const void* data, const SeqStrides& stride, int batch, int seqlen, int num_heads) {
+  const auto fits = [](int size, std::int64_t step) { return size <= 1 || step % kVec16Width<T> == 0; };
+  return is_aligned16(data) && fits(batch, stride.batch) && fits(seqlen, stride.seq) && fits(num_heads, stride.head);
 }
 
 template <typename T>
-bool in_chunks(const QkNormRotaryOperand& operand, int batch) {
+bool is_aligned16(const QkNormRotaryOperand& operand, int batch) {
   const int seqlen = operand.seqlen, num_heads = operand.num_heads;
-  return in_chunks<T>(operand.x, operand.x_stride, batch, seqlen, num_heads) &&
-         (operand.out == nullptr || in_chunks<T>(operand.out, operand.out_stride, batch, seqlen, num_heads)) &&
-         in_chunks(operand.scale) && in_chunks(operand.table) && in_pairs(operand.factors);
+  return is_aligned16<T>(operand.x, operand.x_stride, batch, seqlen, num_heads) &&
+         (operand.out == nullptr || is_aligned16<T>(operand.out, operand.out_stride, batch, seqlen, num_heads)) &&
+         is_aligned16(operand.scale) && is_aligned16(operand.table) && is_aligned8(operand.factors);
 }
 
 template <typename T>
-bool in_chunks(const QkNormRotaryBackwardOperand& operand, int batch) {
+bool is_aligned16(const QkNormRotaryBackwardOperand& operand, int batch) {
   const int seqlen = operand.forward.seqlen, num_heads = operand.forward.num_heads;
-  return in_chunks<T>(operand.forward, batch) &&
-         in_chunks<T>(operand.dout, operand.dout_stride, batch, seqlen, num_heads) &&
-         in_chunks<T>(operand.dx, operand.dx_stride, batch, seqlen, num_heads);
+  return is_aligned16<T>(operand.forward, batch) &&
+         is_aligned16<T>(operand.dout, operand.dout_stride, batch, seqlen, num_heads) &&
+         is_aligned16<T>(operand.dx, operand.dx_stride, batch, seqlen, num_heads);
 }
 
 template <typename T, typename Params>
-bool in_chunks(const Params& params) {
-  static_assert(kChunkWidth<T> % kChunkWidth<float> == 0, "chunks of x must read whole chunks of scale");
-  return params.head_dim % kChunkWidth<T> == 0 && params.rotary_dim % kChunkWidth<float> == 0 &&
-         in_chunks<T>(params.q, params.batch) && in_chunks<T>(params.k, params.batch);
+bool is_aligned16(const Params& params) {
+  static_assert(kVec16Width<T> % kVec16Width<float> == 0, "vecs of x must read whole vecs of scale");
+  return params.head_dim % kVec16Width<T> == 0 && params.rotary_dim % kVec16Width<float> == 0 &&
+         is_aligned16<T>(params.q, params.batch) && is_aligned16<T>(params.k, params.batch);
 }
 
 Pitch pitch_of(const OperandPlan& plan, int seqlen, const SeqStrides& stride) {
@@ -129,25 +129,25 @@ OperandPlan plan_operand(const QkNormRotaryOperand& operand, const QkNormRotaryP
 }
 
 template <typename T>
-int group_log2_of(int head_dim, int chunks_per_lane) {
-  return ceil_log2(static_cast<int>(ceil_div(head_dim, chunks_per_lane * kChunkWidth<T>)));
+int group_log2_of(int head_dim, int vecs_per_lane) {
+  return ceil_log2(static_cast<int>(ceil_div(head_dim, vecs_per_lane * kVec16Width<T>)));
 }
 
-template <typename T, Access kAccess, int kChunks>
+template <typename T, Access kAccess, int kVecs>
 void launch(const QkNormRotaryParams& params, CUstream_st* stream) {
-  constexpr int kRows = kChunks == 1 ? 2 : 1;  // 32 bytes in flight per lane, or more
-  const int group_log2 = group_log2_of<T>(params.head_dim, kChunks);
+  constexpr int kRows = kVecs == 1 ? 2 : 1;  // 32 bytes in flight per lane, or more
+  const int group_log2 = group_log2_of<T>(params.head_dim, kVecs);
   const Plan plan = {plan_operand(params.q, params, group_log2, 0), plan_operand(params.k, params, group_log2, 0),
                      group_log2};
   const unsigned num_blocks = plan.q.num_blocks + plan.k.num_blocks;
   if (num_blocks == 0) return;
-  qk_norm_rotary_forward_kernel<T, kAccess, kChunks, kRows><<<num_blocks, kThreads, 0, stream>>>(params, plan);
+  qk_norm_rotary_forward_kernel<T, kAccess, kVecs, kRows><<<num_blocks, kThreads, 0, stream>>>(params, plan);
   ANDROMEDA_CUDA_CHECK(cudaGetLastError(), (Launch{"qk_norm_rotary_forward", num_blocks, kThreads, 0}));
 }
 
-template <typename T, Access kAccess, int kChunks>
+template <typename T, Access kAccess, int kVecs>
 void launch(const QkNormRotaryBackwardParams& params, CUstream_st* stream) {
-  const int group_log2 = group_log2_of<T>(params.head_dim, kChunks);
+  const int group_log2 = group_log2_of<T>(params.head_dim, kVecs);
   const QkNormRotaryParams forward = {params.q.forward,  params.k.forward, params.batch, params.head_dim,
                                       params.rotary_dim, params.normalize, params.dtype};
   const auto plan_of = [&](const QkNormRotaryBackwardOperand& operand) {
@@ -164,7 +164,7 @@ void launch(const QkNormRotaryBackwardParams& params, CUstream_st* stream) {
   const Plan plan = {plan_of(params.q), plan_of(params.k), group_log2};
   const unsigned num_blocks = plan.q.num_blocks + plan.k.num_blocks;
   if (num_blocks == 0) return;
-  qk_norm_rotary_backward_kernel<T, kAccess, kChunks><<<num_blocks, kThreads, 0, stream>>>(params, plan);
+  qk_norm_rotary_backward_kernel<T, kAccess, kVecs><<<num_blocks, kThreads, 0, stream>>>(params, plan);
   ANDROMEDA_CUDA_CHECK(cudaGetLastError(), (Launch{"qk_norm_rotary_backward", num_blocks, kThreads, 0}));
 }
 
@@ -175,12 +175,12 @@ void dispatch(const Params& params, CUstream_st* stream) {
   check_rows(params.head_dim, params.rotary_dim);
   dispatch_dtype<StorageTypes>(params.dtype, [&](auto dtype) {
     using T = typename decltype(dtype)::type;
-    if (!in_chunks<T>(params)) {
-      launch<T, Access::kElement, kWideChunks<T>>(params, stream);
-    } else if (params.head_dim > kWarpLanes * kChunkWidth<T>) {
-      launch<T, Access::kChunk, kWideChunks<T>>(params, stream);
+    if (!is_aligned16<T>(params)) {
+      launch<T, Access::kElement, kWideVecs<T>>(params, stream);
+    } else if (params.head_dim > kWarpLanes * kVec16Width<T>) {
+      launch<T, Access::kVec16, kWideVecs<T>>(params, stream);
     } else {
-      launch<T, Access::kChunk, 1>(params, stream);
+      launch<T, Access::kVec16, 1>(params, stream);
     }
   });
 }
@@ -190,15 +190,15 @@ int count_head_tiles(int num_heads, int group_log2) {
   return num_heads == 0 ? 0 : num_heads >> tile_heads_log2_of(num_heads, kThreads >> group_log2);
 }
 
-template <typename T, int kChunks>
+template <typename T, int kVecs>
 int count_runs(int head_dim, int q_heads, int k_heads) {
   const Launch launch{"qk_norm_rotary_backward", 0, kThreads, 0};
   int device = 0, num_multiprocessors = 0, num_blocks = 0;
   ANDROMEDA_CUDA_CHECK(cudaGetDevice(&device), launch);
   ANDROMEDA_CUDA_CHECK(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device), launch);
-  const auto kernel = qk_norm_rotary_backward_kernel<T, Access::kChunk, kChunks>;
+  const auto kernel = qk_norm_rotary_backward_kernel<T, Access::kVec16, kVecs>;
   ANDROMEDA_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&num_blocks, kernel, kThreads, 0), launch);
-  const int group_log2 = group_log2_of<T>(head_dim, kChunks);
+  const int group_log2 = group_log2_of<T>(head_dim, kVecs);
   const int tiles = std::max(count_head_tiles(q_heads, group_log2), count_head_tiles(k_heads, group_log2));
   return std::max(num_multiprocessors * num_blocks / std::max(tiles, 1), 1);
 }
@@ -210,9 +210,9 @@ int qk_norm_rotary_backward_runs(DType dtype, int head_dim, int q_heads, int k_h
   int runs = 0;
   dispatch_dtype<StorageTypes>(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const bool wide = head_dim > kWarpLanes * kChunkWidth<T>;
+    const bool wide = head_dim > kWarpLanes * kVec16Width<T>;
     runs =
-        wide ? count_runs<T, kWideChunks<T>>(head_dim, q_heads, k_heads) : count_runs<T, 1>(head_dim, q_heads, k_heads);
+        wide ? count_runs<T, kWideVecs<T>>(head_dim, q_heads, k_heads) : count_runs<T, 1>(head_dim, q_heads, k_heads);
   });
   return runs;
 }

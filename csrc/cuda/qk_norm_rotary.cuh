@@ -44,7 +44,7 @@ static_assert(kNormFloor * kNormFloor > FLT_MIN, "the squared floor must be a no
 
 // Chunks of a row per lane, for rows that need more than one.
 template <typename T>
-inline constexpr int kWideChunks = kMaxRotaryHeadDim / (kWarpLanes * kChunkWidth<T>);
+inline constexpr int kWideVecs = kMaxRotaryHeadDim / (kWarpLanes * kVec16Width<T>);
 
 // How far a pointer moves from one token of a group to its next, in elements: inside a sequence, or across its end.
 // Additions: 64-bit products for every row would cost as much as its arithmetic.
@@ -116,40 +116,40 @@ __device__ inline float2 operator+(float2 a, float2 b) { return make_float2(a.x 
 
 // The channels of a row that belong to one lane: chunk c of the group is 2^group_log2 adjacent 16-byte pieces.
 // Pointers to rows are to the lane's first channel.
-template <typename T, Access kAccess, int kChunks>
+template <typename T, Access kAccess, int kVecs>
 struct Slice {
-  static constexpr int kChunkPairs = Chunk<T>::kPairs;
-  static constexpr int kPairs = kChunks * kChunkPairs;
-  static_assert(kChunkWidth<T> % 2 == 0, "a rotated pair must not cross lanes");
+  static constexpr int kVecPairs = Vec16<T>::kPairs;
+  static constexpr int kPairs = kVecs * kVecPairs;
+  static_assert(kVec16Width<T> % 2 == 0, "a rotated pair must not cross lanes");
 
   int lane, group_log2, head_dim, rotary_dim;
 
-  __device__ int first_channel() const { return lane * kChunkWidth<T>; }
-  __device__ int offset(int chunk) const { return (chunk << group_log2) * kChunkWidth<T>; }
-  __device__ int channel(int chunk) const { return first_channel() + offset(chunk); }
+  __device__ int first_channel() const { return lane * kVec16Width<T>; }
+  __device__ int offset(int vec) const { return (vec << group_log2) * kVec16Width<T>; }
+  __device__ int channel(int vec) const { return first_channel() + offset(vec); }
 
-  __device__ void load_row(Chunk<T> (&chunks)[kChunks], const T* row, bool inside) const {
+  __device__ void load_row(Vec16<T> (&vecs)[kVecs], const T* row, bool inside) const {
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      chunks[c] = load_once<kAccess>(row + offset(c), inside ? head_dim - channel(c) : 0);
+    for (int c = 0; c < kVecs; ++c) {
+      vecs[c] = load_once<kAccess>(row + offset(c), inside ? head_dim - channel(c) : 0);
     }
   }
 
   __device__ void store_row(T* row, const float2 (&values)[kPairs]) const {
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      Chunk<T> chunk;
+    for (int c = 0; c < kVecs; ++c) {
+      Vec16<T> vec;
 #pragma unroll
-      for (int i = 0; i < kChunkPairs; ++i) chunk.pairs[i] = from_floats<T>(values[c * kChunkPairs + i]);
-      store<kAccess>(row + offset(c), chunk, head_dim - channel(c));
+      for (int i = 0; i < kVecPairs; ++i) vec.pairs[i] = from_floats<T>(values[c * kVecPairs + i]);
+      store<kAccess>(row + offset(c), vec, head_dim - channel(c));
     }
   }
 
   // The first `width` channels of a row of constants, and `fill` for the others.
   __device__ void load_constant_row(float2 (&pairs)[kPairs], const float* row, int width, float2 fill) const {
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      load_constants<kAccess, kChunkPairs>(pairs + c * kChunkPairs, row + offset(c), width - channel(c), fill);
+    for (int c = 0; c < kVecs; ++c) {
+      load_constants<kAccess, kVecPairs>(pairs + c * kVecPairs, row + offset(c), width - channel(c), fill);
     }
   }
 
@@ -159,21 +159,21 @@ struct Slice {
   }
 
   // Channels from rotary_dim on pass through: times 1 plus 0 times their neighbour would spread an infinity. With
-  // Access::kChunk rotary_dim is a multiple of 4, and the two pairs of one load share the answer.
+  // Access::kVec16 rotary_dim is a multiple of 4, and the two pairs of one load share the answer.
   __device__ bool is_rotated(int index) const {
-    const int loaded = kAccess == Access::kChunk ? index / 2 * 2 : index;
-    return channel(loaded / kChunkPairs) + 2 * (loaded % kChunkPairs) < rotary_dim;
+    const int loaded = kAccess == Access::kVec16 ? index / 2 * 2 : index;
+    return channel(loaded / kVecPairs) + 2 * (loaded % kVecPairs) < rotary_dim;
   }
 
   // Multiplies the rotations of token `seq` by their factors z. Read so late, from L1 after the first head, they occupy
-  // no register while memory is waited for. With Access::kChunk two factors are one access.
+  // no register while memory is waited for. With Access::kVec16 two factors are one access.
   __device__ void apply_factors(float2 (&rotation)[kPairs], const QkNormRotaryOperand& operand, int seq) const {
     if (operand.factors == nullptr) return;
     const float* row = operand.factors + static_cast<std::int64_t>(seq) * operand.factor_step + first_channel() / 2;
 #pragma unroll
     for (int i = 0; i < kPairs; i += 2) {
-      const float* source = row + (offset(i / kChunkPairs) / 2 + i % kChunkPairs);
-      if constexpr (kAccess == Access::kChunk) {
+      const float* source = row + (offset(i / kVecPairs) / 2 + i % kVecPairs);
+      if constexpr (kAccess == Access::kVec16) {
         if (!is_rotated(i)) continue;
         const float2 two = __ldg(reinterpret_cast<const float2*>(source));
         rotation[i] = rotation[i] * two.x;
@@ -187,8 +187,8 @@ struct Slice {
     }
   }
 
-  __device__ static float2 pair(const Chunk<T> (&chunks)[kChunks], int index) {
-    return to_floats(chunks[index / kChunkPairs].pairs[index % kChunkPairs]);
+  __device__ static float2 pair(const Vec16<T> (&vecs)[kVecs], int index) {
+    return to_floats(vecs[index / kVecPairs].pairs[index % kVecPairs]);
   }
 };
 
@@ -212,11 +212,11 @@ __device__ inline float inverse_norm(float sum_of_squares) {
   return above_floor(sum_of_squares) ? inverse_sqrt<T>(sum_of_squares) : 1.0f / kNormFloor;
 }
 
-template <typename T, Access kAccess, int kChunks, int kRows>
+template <typename T, Access kAccess, int kVecs, int kRows>
 __global__ void __launch_bounds__(kThreads)
     qk_norm_rotary_forward_kernel(const __grid_constant__ QkNormRotaryParams params,
                                   const __grid_constant__ Plan plan) {
-  using LaneSlice = Slice<T, kAccess, kChunks>;
+  using LaneSlice = Slice<T, kAccess, kVecs>;
   constexpr int kPairs = LaneSlice::kPairs;
   const bool is_q = blockIdx.x < plan.q.num_blocks;
   const QkNormRotaryOperand& operand = is_q ? params.q : params.k;
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(kThreads)
   // The trip count is that of the whole block, because shuffles need whole warps.
   for (int first = 0; first < place.num_tokens; first += kRows * operand_plan.num_token_lanes) {
     // Step 1: every load of kRows rows, so that all are in flight together.
-    Chunk<T> chunks[kRows][kChunks];
+    Vec16<T> vecs[kRows][kVecs];
     float2 rotation[kRows][kPairs];
     int seq[kRows];
     T* out_row[kRows];
@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       inside[row] = place.token < place.num_tokens;
-      slice.load_row(chunks[row], x, inside[row]);
+      slice.load_row(vecs[row], x, inside[row]);
       slice.load_constant_row(rotation[row], table, params.rotary_dim, make_float2(0.0f, 0.0f));
       seq[row] = place.seq;
       out_row[row] = out;
@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int row = 0; row < kRows; ++row) {
 #pragma unroll
         for (int i = 0; i < kPairs; ++i) {
-          const float2 value = slice.pair(chunks[row], i);
+          const float2 value = slice.pair(vecs[row], i);
           sum_of_squares[row] = add_dot(sum_of_squares[row], value, value);
         }
       }
@@ -274,7 +274,7 @@ __global__ void __launch_bounds__(kThreads)
       float2 result[kPairs];
 #pragma unroll
       for (int i = 0; i < kPairs; ++i) {
-        const float2 scaled = slice.pair(chunks[row], i) * inverse * scale[i];
+        const float2 scaled = slice.pair(vecs[row], i) * inverse * scale[i];
         result[i] = slice.is_rotated(i) ? rotate(scaled, rotation[row][i]) : scaled;
       }
       if (inside[row]) slice.store_row(out_row[row], result);
@@ -286,14 +286,14 @@ __global__ void __launch_bounds__(kThreads)
 template <typename LaneSlice>
 __device__ inline void write_dscale(const float2 (&dscale)[LaneSlice::kPairs], const LaneSlice& slice,
                                     const Place& place, const OperandPlan& plan, int num_heads, float* partial) {
-  constexpr int kChunkPairs = LaneSlice::kChunkPairs;
+  constexpr int kVecPairs = LaneSlice::kVecPairs;
   __shared__ float2 sums[kThreads * LaneSlice::kPairs];  // (token lane, head of the tile, channel)
   static_assert(sizeof sums <= 8 * 1024, "must not limit the blocks per multiprocessor");
   const int padded_head_dim = 2 * LaneSlice::kPairs << slice.group_log2;
   const int group = static_cast<int>(threadIdx.x) >> slice.group_log2;
 #pragma unroll
   for (int i = 0; i < LaneSlice::kPairs; ++i) {
-    sums[(group * padded_head_dim + slice.channel(i / kChunkPairs)) / 2 + i % kChunkPairs] = dscale[i];
+    sums[(group * padded_head_dim + slice.channel(i / kVecPairs)) / 2 + i % kVecPairs] = dscale[i];
   }
   __syncthreads();  // the sums of all groups are there
 
@@ -311,11 +311,11 @@ __device__ inline void write_dscale(const float2 (&dscale)[LaneSlice::kPairs], c
   }
 }
 
-template <typename T, Access kAccess, int kChunks>
+template <typename T, Access kAccess, int kVecs>
 __global__ void __launch_bounds__(kThreads)
     qk_norm_rotary_backward_kernel(const __grid_constant__ QkNormRotaryBackwardParams params,
                                    const __grid_constant__ Plan plan) {
-  using LaneSlice = Slice<T, kAccess, kChunks>;
+  using LaneSlice = Slice<T, kAccess, kVecs>;
   constexpr int kPairs = LaneSlice::kPairs;
   const bool is_q = blockIdx.x < plan.q.num_blocks;
   const QkNormRotaryBackwardOperand& operand = is_q ? params.q : params.k;
@@ -337,10 +337,10 @@ __global__ void __launch_bounds__(kThreads)
   for (int first = 0; first < place.num_tokens; first += operand_plan.num_token_lanes) {
     // Step 1: loads. A row past the end is zeros: it adds nothing to dscale.
     const bool inside = place.token < place.num_tokens;
-    Chunk<T> chunks[kChunks], dout_chunks[kChunks];
+    Vec16<T> vecs[kVecs], dout_vecs[kVecs];
     float2 rotation[kPairs];
-    slice.load_row(chunks, x, inside);
-    slice.load_row(dout_chunks, dout, inside);
+    slice.load_row(vecs, x, inside);
+    slice.load_row(dout_vecs, dout, inside);
     slice.load_constant_row(rotation, table, params.rotary_dim, make_float2(0.0f, 0.0f));
     slice.apply_factors(rotation, forward, place.seq);
 
@@ -349,8 +349,8 @@ __global__ void __launch_bounds__(kThreads)
     float sums[2] = {};
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      const float2 value = slice.pair(chunks, i);
-      const float2 gradient = slice.pair(dout_chunks, i);
+      const float2 value = slice.pair(vecs, i);
+      const float2 gradient = slice.pair(dout_vecs, i);
       g[i] = slice.is_rotated(i) ? rotate_transposed(gradient, rotation[i]) : gradient;
       sums[0] = add_dot(sums[0], value, value);
       sums[1] = add_dot(sums[1], value, g[i] * scale[i]);
@@ -367,7 +367,7 @@ __global__ void __launch_bounds__(kThreads)
       if (used[0] == 0.0f) {
         sums[0] = sums[1] = 0.0f;
 #pragma unroll
-        for (Chunk<T>& chunk : chunks) chunk = Chunk<T>{};
+        for (Vec16<T>& vec : vecs) vec = Vec16<T>{};
       }
     }
 
@@ -377,7 +377,7 @@ __global__ void __launch_bounds__(kThreads)
     float2 result[kPairs];
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      const float2 x_hat = slice.pair(chunks, i) * inverse;
+      const float2 x_hat = slice.pair(vecs, i) * inverse;
       dscale[i] = dscale[i] + g[i] * x_hat;
       result[i] = g[i] * scale[i];
       if (params.normalize) result[i] = (result[i] - x_hat * along) * inverse;

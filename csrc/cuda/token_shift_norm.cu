@@ -38,35 +38,35 @@ void check(const TokenShiftNormParams& params) {
   }
 }
 
-bool in_chunks(const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % kChunkBytes == 0; }
+bool is_aligned16(const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % kVec16Bytes == 0; }
 
 // Whether every row of a tensor, if there is one, can be read in chunks. The stride of a dimension of size 1 is never
 // used.
 template <typename T>
-bool in_chunks(const void* data, const RowStrides& stride, int batch, int seqlen) {
-  const auto fits = [](int size, std::int64_t step) { return size <= 1 || step % kChunkWidth<T> == 0; };
-  return data == nullptr || (in_chunks(data) && fits(batch, stride.batch) && fits(seqlen, stride.seq));
+bool is_aligned16(const void* data, const RowStrides& stride, int batch, int seqlen) {
+  const auto fits = [](int size, std::int64_t step) { return size <= 1 || step % kVec16Width<T> == 0; };
+  return data == nullptr || (is_aligned16(data) && fits(batch, stride.batch) && fits(seqlen, stride.seq));
 }
 
 template <typename T>
-bool in_chunks(const TokenShiftNormParams& params) {
+bool is_aligned16(const TokenShiftNormParams& params) {
   const int batch = params.batch, seqlen = params.seqlen;
-  return params.dim % kChunkWidth<T> == 0 && in_chunks<T>(params.x, params.x_stride, batch, seqlen) &&
-         in_chunks<T>(params.residual, params.residual_stride, batch, seqlen) &&
-         in_chunks<T>(params.history, params.history_stride, batch, params.shift) &&
-         in_chunks<T>(params.y, params.y_stride, batch, seqlen) &&
-         in_chunks<T>(params.shifted, params.shifted_stride, batch, seqlen) && in_chunks(params.residual_scale) &&
-         in_chunks(params.gamma);
+  return params.dim % kVec16Width<T> == 0 && is_aligned16<T>(params.x, params.x_stride, batch, seqlen) &&
+         is_aligned16<T>(params.residual, params.residual_stride, batch, seqlen) &&
+         is_aligned16<T>(params.history, params.history_stride, batch, params.shift) &&
+         is_aligned16<T>(params.y, params.y_stride, batch, seqlen) &&
+         is_aligned16<T>(params.shifted, params.shifted_stride, batch, seqlen) && is_aligned16(params.residual_scale) &&
+         is_aligned16(params.gamma);
 }
 
 template <typename T>
-bool in_chunks(const TokenShiftNormBackwardParams& params) {
+bool is_aligned16(const TokenShiftNormBackwardParams& params) {
   const int batch = params.forward.batch, seqlen = params.forward.seqlen;
-  return in_chunks<T>(params.forward) && in_chunks<T>(params.dy, params.dy_stride, batch, seqlen) &&
-         in_chunks<T>(params.dshifted, params.dshifted_stride, batch, seqlen) &&
-         in_chunks<T>(params.dx, params.dx_stride, batch, seqlen) &&
-         in_chunks<T>(params.dresidual, params.dresidual_stride, batch, seqlen) &&
-         in_chunks(params.dresidual_scale_partial) && in_chunks(params.dgamma_partial);
+  return is_aligned16<T>(params.forward) && is_aligned16<T>(params.dy, params.dy_stride, batch, seqlen) &&
+         is_aligned16<T>(params.dshifted, params.dshifted_stride, batch, seqlen) &&
+         is_aligned16<T>(params.dx, params.dx_stride, batch, seqlen) &&
+         is_aligned16<T>(params.dresidual, params.dresidual_stride, batch, seqlen) &&
+         is_aligned16(params.dresidual_scale_partial) && is_aligned16(params.dgamma_partial);
 }
 
 Channels channels_of(std::int64_t count) { return {static_cast<float>(count), 1.0f / static_cast<float>(count)}; }
@@ -150,8 +150,8 @@ template <typename Params>
 void dispatch(const Params& params, DType dtype, CUstream_st* stream) {
   dispatch_dtype<StorageTypes>(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (in_chunks<T>(params)) {
-      launch<T, Access::kChunk>(params, stream);
+    if (is_aligned16<T>(params)) {
+      launch<T, Access::kVec16>(params, stream);
     } else {
       launch<T, Access::kElement>(params, stream);
     }
@@ -170,9 +170,9 @@ int token_shift_norm_backward_runs(DType dtype, int dim) {
   ANDROMEDA_CUDA_CHECK(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device), launch);
   dispatch_dtype<StorageTypes>(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const RowPlan plan = plan_rows<T, Access::kChunk>(params, 1);
+    const RowPlan plan = plan_rows<T, Access::kVec16>(params, 1);
     launch.num_threads = plan.num_groups * plan.num_lanes;
-    const auto kernel = staged_kernel<T, Access::kChunk>(launch);
+    const auto kernel = staged_kernel<T, Access::kVec16>(launch);
     ANDROMEDA_CUDA_CHECK(
         cudaOccupancyMaxActiveBlocksPerMultiprocessor(&num_blocks, kernel, launch.num_threads, launch.shared_bytes),
         launch);

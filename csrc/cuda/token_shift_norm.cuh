@@ -50,7 +50,7 @@ namespace andromeda::cuda {
 
 // Channels of a row per lane: two chunks, or what there are registers for when every element has an address of its own.
 template <typename T, Access kAccess>
-inline constexpr int kLaneChannels = kAccess == Access::kChunk ? 2 * kChunkWidth<T> : 8;
+inline constexpr int kLaneChannels = kAccess == Access::kVec16 ? 2 * kVec16Width<T> : 8;
 
 // Longer rows are cut into tiles. The bound leaves a lane of the backward pass 128 registers, or 96 with fewer
 // channels: its sums just fit.
@@ -71,7 +71,7 @@ struct Segments {
 };
 
 struct Channels {
-  float count, share;  // share: 1 / count
+  float count, inverse_count;  // share: 1 / count
 };
 
 // How rows are dealt to blocks and lanes. Block i owns run i of the tokens, which are numbered through the batch.
@@ -128,14 +128,14 @@ inline constexpr int kOperands = 4;
 
 // Dynamic shared memory of a backward pass, per lane: two chunks of each operand. Its sums need less at the end.
 template <Access kAccess>
-inline constexpr int kStagedBytes = kAccess == Access::kChunk ? kOperands * 2 * kChunkBytes : 8 * sizeof(float);
+inline constexpr int kStagedBytes = kAccess == Access::kVec16 ? kOperands * 2 * kVec16Bytes : 8 * sizeof(float);
 
 // ---- pieces: what a lane moves in one access ------------------------------------------------------------------------
 
 // A chunk, or one element.
 template <typename T, int kWidth>
-struct Piece {
-  static_assert(kWidth == 1 || kWidth == kChunkWidth<T>);
+struct Vec {
+  static_assert(kWidth == 1 || kWidth == kVec16Width<T>);
   using Bits = std::conditional_t<kWidth == 1, T, uint4>;  // whole: halves of registers would be taken apart too early
   Bits bits{};
 
@@ -143,13 +143,13 @@ struct Piece {
     if constexpr (kWidth == 1) {
       return static_cast<float>(bits);
     } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // the upper half of a float: one instruction each
-      unsigned words[kChunkBytes / sizeof(unsigned)];
+      unsigned words[kVec16Bytes / sizeof(unsigned)];
       memcpy(words, &bits, sizeof words);
       return __uint_as_float(i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xffff0000u);
     } else {
-      Chunk<T> chunk;
-      memcpy(&chunk, &bits, sizeof chunk);
-      const float2 pair = to_floats(chunk.pairs[i / 2]);
+      Vec16<T> vec16;
+      memcpy(&vec16, &bits, sizeof vec16);
+      const float2 pair = to_floats(vec16.pairs[i / 2]);
       return i % 2 == 0 ? pair.x : pair.y;
     }
   }
@@ -177,31 +177,31 @@ struct Piece {
 
 // The data are used once: they go through the caches marked as first to leave.
 template <int kWidth, typename T>
-__device__ inline Piece<T, kWidth> load_piece(const T* source, bool inside) {
-  Piece<T, kWidth> piece;
-  if (inside) piece.bits = __ldcs(reinterpret_cast<const typename Piece<T, kWidth>::Bits*>(source));
-  return piece;
+__device__ inline Vec<T, kWidth> load_vec(const T* source, bool inside) {
+  Vec<T, kWidth> vec;
+  if (inside) vec.bits = __ldcs(reinterpret_cast<const typename Vec<T, kWidth>::Bits*>(source));
+  return vec;
 }
 
 template <typename T, int kWidth>
-__device__ inline void store_piece(T* target, const Piece<T, kWidth>& piece) {
-  *reinterpret_cast<typename Piece<T, kWidth>::Bits*>(target) = piece.bits;
+__device__ inline void store_vec(T* target, const Vec<T, kWidth>& vec) {
+  *reinterpret_cast<typename Vec<T, kWidth>::Bits*>(target) = vec.bits;
 }
 
 template <typename T, int kWidth>
-__device__ inline Piece<T, kWidth> rounded(const float* values) {
-  Piece<T, kWidth> piece;
+__device__ inline Vec<T, kWidth> rounded(const float* values) {
+  Vec<T, kWidth> vec;
   if constexpr (kWidth == 1) {
-    piece.bits = T(values[0]);
+    vec.bits = T(values[0]);
   } else {
-    Chunk<T> chunk;
+    Vec16<T> vec16;
 #pragma unroll
-    for (int i = 0; i < Chunk<T>::kPairs; ++i) {
-      chunk.pairs[i] = from_floats<T>(make_float2(values[2 * i], values[2 * i + 1]));
+    for (int i = 0; i < Vec16<T>::kPairs; ++i) {
+      vec16.pairs[i] = from_floats<T>(make_float2(values[2 * i], values[2 * i + 1]));
     }
-    memcpy(&piece.bits, &chunk, sizeof chunk);
+    memcpy(&vec.bits, &vec16, sizeof vec16);
   }
-  return piece;
+  return vec;
 }
 
 // Constants that all rows share, through the read-only path; zeros where they are not inside.
@@ -269,26 +269,26 @@ __device__ inline bool is_handed_on(const TokenShiftNormParams& params, const Ro
 // from before this call has nobody else to bring it. own: in that row.
 template <typename T, int kWidth>
 __device__ inline void scatter(const TokenShiftNormParams& params, const RowPlace& place, T* own, unsigned channel,
-                               int delay, const Piece<T, kWidth>& y) {
+                               int delay, const Vec<T, kWidth>& y) {
   if (has_later(params, place, delay)) {
     T* later = own + delay * params.shifted_stride.seq;
     if (is_hidden(params, place.batch, place.seq + delay, delay)) {
-      store_piece(later, Piece<T, kWidth>{});
+      store_vec(later, Vec<T, kWidth>{});
     } else {
-      store_piece(later, y);
+      store_vec(later, y);
     }
   }
   if (place.seq < static_cast<unsigned>(delay)) {
     const bool known = params.history != nullptr && !is_hidden(params, place.batch, place.seq, delay);
     const T* before = static_cast<const T*>(params.history) + place.batch * params.history_stride.batch +
                       (params.shift - (delay - place.seq)) * params.history_stride.seq + channel;
-    store_piece(own, load_piece<kWidth>(before, known));
+    store_vec(own, load_vec<kWidth>(before, known));
   }
 }
 
 // ---- sums over a row ------------------------------------------------------------------------------------------------
 
-// Two places, used in turn: between two uses of one lies the barrier of the other, so each use needs one barrier.
+// Two places, used in buffer: between two uses of one lies the barrier of the other, so each use needs one barrier.
 struct WarpSums {
   float4 values[2][kMaxRowWarps];
 };
@@ -317,12 +317,12 @@ struct Statistics {
 // A lane of a group: which channels it owns, and what it does to them.
 template <typename T, Access kAccess>
 struct RowLane {
-  static constexpr int kWidth = kAccess == Access::kChunk ? kChunkWidth<T> : 1;
+  static constexpr int kWidth = kAccess == Access::kVec16 ? kVec16Width<T> : 1;
   static constexpr int kChannels = kLaneChannels<T, kAccess>;
-  static constexpr int kPieces = kChannels / kWidth;
-  static_assert(kWidth == 1 || kWidth % 4 == 0, "a chunk of x must read whole chunks of gamma");
+  static constexpr int kVecs = kChannels / kWidth;
+  static_assert(kWidth == 1 || kWidth % 4 == 0, "a vec16 of x must read whole vecs of gamma");
   static_assert(kMaxRowLanes<T, kAccess> <= kMaxRowWarps * kWarpLanes);
-  using Pieces = Piece<T, kWidth>[kPieces];
+  using Vecs = Vec<T, kWidth>[kVecs];
 
   const RowPlan& plan;
   RowPlace& place;
@@ -339,28 +339,28 @@ struct RowLane {
   __device__ void forget() { asm volatile("" : "+r"(lane), "+r"(place.batch), "+r"(place.seq)); }
 
   // The first of a piece; below dim + 8192, for which an int may be too small.
-  __device__ unsigned channel(int tile, int piece) const {
-    return (static_cast<unsigned>(tile * kPieces + piece) * plan.num_lanes + lane) * kWidth;
+  __device__ unsigned channel(int tile, int vec) const {
+    return (static_cast<unsigned>(tile * kVecs + vec) * plan.num_lanes + lane) * kWidth;
   }
 
   // Zeros without a tensor. All that may be missing is told by predicates: a branch between loads would make the first
   // ones arrive before the others are sent.
-  __device__ void load_row(Pieces& pieces, const void* tensor, const RowStrides& stride, int tile) const {
+  __device__ void load_row(Vecs& vecs, const void* tensor, const RowStrides& stride, int tile) const {
     const bool inside = place.inside() && tensor != nullptr;
     const T* row = place.row_of(static_cast<const T*>(tensor), stride);
 #pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) {
-      const unsigned first = channel(tile, piece);
-      pieces[piece] = load_piece<kWidth>(row + first, inside && first < dim);
+    for (int vec = 0; vec < kVecs; ++vec) {
+      const unsigned first = channel(tile, vec);
+      vecs[vec] = load_vec<kWidth>(row + first, inside && first < dim);
     }
   }
 
   // Zeros where there is no vector, or no channel.
   __device__ void load_vector(float (&values)[kChannels], const float* vector, int tile) const {
 #pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) {
-      const unsigned first = channel(tile, piece);
-      load_constants<kWidth>(values + piece * kWidth, vector + first, vector != nullptr && first < dim);
+    for (int vec = 0; vec < kVecs; ++vec) {
+      const unsigned first = channel(tile, vec);
+      load_constants<kWidth>(values + vec * kWidth, vector + first, vector != nullptr && first < dim);
     }
   }
 
@@ -373,18 +373,18 @@ struct RowLane {
   }
 
   // u, and the residual as stored. Channels that there are not are zeros.
-  __device__ void load_input(float (&u)[kChannels], Pieces& residual, const TokenShiftNormParams& params,
+  __device__ void load_input(float (&u)[kChannels], Vecs& residual, const TokenShiftNormParams& params,
                              int tile) const {
-    Pieces x;
+    Vecs x;
     load_row(x, params.x, params.x_stride, tile);
     load_row(residual, params.residual, params.residual_stride, tile);
     add_residual(u, x, residual, params, tile);
   }
 
   // Likewise, and the gradient of y from both results.
-  __device__ void load_input(float (&u)[kChannels], float (&g)[kChannels], Pieces& residual,
+  __device__ void load_input(float (&u)[kChannels], float (&g)[kChannels], Vecs& residual,
                              const TokenShiftNormBackwardParams& params, int tile) const {
-    Pieces x, dy, dshifted;
+    Vecs x, dy, dshifted;
     load_row(x, params.forward.x, params.forward.x_stride, tile);
     load_row(residual, params.forward.residual, params.forward.residual_stride, tile);
     load_row(dy, params.dy, params.dy_stride, tile);
@@ -395,72 +395,72 @@ struct RowLane {
     for (int i = 0; i < kChannels; ++i) g[i] = element(dy, i) + element(dshifted, i);
   }
 
-  // The same of a row that `request_input` asked for, and the request for the row after it, while this one is worked
+  // The same of a row that `prefetch_input` asked for, and the request for the row after it, while this one is worked
   // on. A lane copies and reads places of its own, so that no barrier is needed.
-  __device__ void take_input(float (&u)[kChannels], float (&g)[kChannels], Pieces& residual, unsigned char* staged,
-                             const TokenShiftNormBackwardParams& params) const {
+  __device__ void take_prefetched_input(float (&u)[kChannels], float (&g)[kChannels], Vecs& residual,
+                                        unsigned char* staged, const TokenShiftNormBackwardParams& params) const {
     cp_async_wait<0>();
-    Pieces x, dy, dshifted;
-    take_row(x, staged, Operand::kX);
-    take_row(residual, staged, Operand::kResidual);
-    take_row(dy, staged, Operand::kDy);
-    take_row(dshifted, staged, Operand::kDshifted);
+    Vecs x, dy, dshifted;
+    take_prefetched_row(x, staged, Operand::kX);
+    take_prefetched_row(residual, staged, Operand::kResidual);
+    take_prefetched_row(dy, staged, Operand::kDy);
+    take_prefetched_row(dshifted, staged, Operand::kDshifted);
     add_residual(u, x, residual, params.forward, 0);
     gather_mixed(dshifted, params, 0);
 #pragma unroll
     for (int i = 0; i < kChannels; ++i) g[i] = element(dy, i) + element(dshifted, i);
-    RowPlace ahead = place;
-    ahead.next(plan, params.forward.seqlen);
-    request_input(staged, params, ahead);
+    RowPlace next_place = place;
+    next_place.next(plan, params.forward.seqlen);
+    prefetch_input(staged, params, next_place);
   }
 
   // Begins to copy what a backward pass reads of the row at `at`, of one tile; zeros where there is nothing.
-  __device__ void request_input(unsigned char* staged, const TokenShiftNormBackwardParams& params,
-                                const RowPlace& at) const {
-    request_row(staged, Operand::kX, params.forward.x, params.forward.x_stride, at);
-    request_row(staged, Operand::kResidual, params.forward.residual, params.forward.residual_stride, at);
-    request_row(staged, Operand::kDy, params.dy, params.dy_stride, at);
+  __device__ void prefetch_input(unsigned char* staged, const TokenShiftNormBackwardParams& params,
+                                 const RowPlace& at) const {
+    prefetch_row(staged, Operand::kX, params.forward.x, params.forward.x_stride, at);
+    prefetch_row(staged, Operand::kResidual, params.forward.residual, params.forward.residual_stride, at);
+    prefetch_row(staged, Operand::kDy, params.dy, params.dy_stride, at);
     const T* own = at.row_of(static_cast<const T*>(params.dshifted), params.dshifted_stride);
     const bool inside = at.inside() && params.dshifted != nullptr;
 #pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) {
-      const unsigned first = channel(0, piece);
+    for (int vec = 0; vec < kVecs; ++vec) {
+      const unsigned first = channel(0, vec);
       const int delay = plan.segments.delay(first);
       const bool whole = inside && first < dim && !is_mixed(first);
       const bool exists = whole && is_handed_on(params.forward, at, delay);
-      cp_async(place_of(staged, Operand::kDshifted, piece), own + delay * params.dshifted_stride.seq + first,
-               exists ? kChunkBytes : 0);
+      cp_async(place_of(staged, Operand::kDshifted, vec), own + delay * params.dshifted_stride.seq + first,
+               exists ? kVec16Bytes : 0);
     }
     cp_async_commit();
   }
 
-  __device__ void request_row(unsigned char* staged, Operand operand, const void* tensor, const RowStrides& stride,
-                              const RowPlace& at) const {
+  __device__ void prefetch_row(unsigned char* staged, Operand operand, const void* tensor, const RowStrides& stride,
+                               const RowPlace& at) const {
     const bool inside = at.inside() && tensor != nullptr;
     const T* row = at.row_of(static_cast<const T*>(tensor), stride);
 #pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) {
-      const unsigned first = channel(0, piece);
-      cp_async(place_of(staged, operand, piece), row + first, inside && first < dim ? kChunkBytes : 0);
+    for (int vec = 0; vec < kVecs; ++vec) {
+      const unsigned first = channel(0, vec);
+      cp_async(place_of(staged, operand, vec), row + first, inside && first < dim ? kVec16Bytes : 0);
     }
   }
 
-  __device__ void take_row(Pieces& pieces, const unsigned char* staged, Operand operand) const {
+  __device__ void take_prefetched_row(Vecs& vecs, const unsigned char* staged, Operand operand) const {
 #pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) {
-      pieces[piece].bits = *reinterpret_cast<const uint4*>(staged + offset_of(operand, piece));
+    for (int vec = 0; vec < kVecs; ++vec) {
+      vecs[vec].bits = *reinterpret_cast<const uint4*>(staged + offset_of(operand, vec));
     }
   }
 
-  __device__ static unsigned offset_of(Operand operand, int piece) {
-    return ((static_cast<int>(operand) * kPieces + piece) * blockDim.x + threadIdx.x) * kChunkBytes;
+  __device__ static unsigned offset_of(Operand operand, int vec) {
+    return ((static_cast<int>(operand) * kVecs + vec) * blockDim.x + threadIdx.x) * kVec16Bytes;
   }
 
-  __device__ static std::uint32_t place_of(unsigned char* staged, Operand operand, int piece) {
-    return shared_address(staged) + offset_of(operand, piece);
+  __device__ static std::uint32_t place_of(unsigned char* staged, Operand operand, int vec) {
+    return shared_address(staged) + offset_of(operand, vec);
   }
 
-  __device__ void add_residual(float (&u)[kChannels], const Pieces& x, const Pieces& residual,
+  __device__ void add_residual(float (&u)[kChannels], const Vecs& x, const Vecs& residual,
                                const TokenShiftNormParams& params, int tile) const {
     float factor[kChannels];
     load_factor(factor, params, tile);
@@ -474,32 +474,32 @@ struct RowLane {
   }
 
   // Gathers, from the rows of `shifted` that the group's row was scattered to, their gradients.
-  __device__ void gather(Pieces& pieces, const TokenShiftNormBackwardParams& params, int tile) const {
+  __device__ void gather(Vecs& vecs, const TokenShiftNormBackwardParams& params, int tile) const {
     const T* own = place.row_of(static_cast<const T*>(params.dshifted), params.dshifted_stride);
     const bool inside = place.inside() && params.dshifted != nullptr;
 #pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) {
-      const unsigned first = channel(tile, piece);
+    for (int vec = 0; vec < kVecs; ++vec) {
+      const unsigned first = channel(tile, vec);
       const int delay = plan.segments.delay(first);
       const T* source = own + delay * params.dshifted_stride.seq + first;
       const bool whole = inside && first < dim && !is_mixed(first);
-      pieces[piece] = load_piece<kWidth>(source, whole && is_handed_on(params.forward, place, delay));
+      vecs[vec] = load_vec<kWidth>(source, whole && is_handed_on(params.forward, place, delay));
     }
   }
 
   // The pieces that `gather` left out. Their loads wait for each other, so they come after all others.
-  __device__ void gather_mixed(Pieces& pieces, const TokenShiftNormBackwardParams& params, int tile) const {
+  __device__ void gather_mixed(Vecs& vecs, const TokenShiftNormBackwardParams& params, int tile) const {
     const T* own = place.row_of(static_cast<const T*>(params.dshifted), params.dshifted_stride);
     const bool inside = place.inside() && params.dshifted != nullptr;
 #pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) {
-      const unsigned first = channel(tile, piece);
+    for (int vec = 0; vec < kVecs; ++vec) {
+      const unsigned first = channel(tile, vec);
       if (!inside || first >= dim || !is_mixed(first)) continue;
 #pragma unroll 1
       for (unsigned one = first; one < first + kWidth; ++one) {
         const int delay = plan.segments.delay(one);
         const T* source = own + delay * params.dshifted_stride.seq + one;
-        pieces[piece].rotate(load_piece<1>(source, is_handed_on(params.forward, place, delay)).bits);
+        vecs[vec].rotate(load_vec<1>(source, is_handed_on(params.forward, place, delay)).bits);
       }
     }
   }
@@ -507,9 +507,9 @@ struct RowLane {
   __device__ void store_row(void* tensor, const RowStrides& stride, const float (&values)[kChannels], int tile) const {
     T* row = place.row_of(static_cast<T*>(tensor), stride);
 #pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) {
-      const unsigned first = channel(tile, piece);
-      if (first < dim) store_piece(row + first, rounded<T, kWidth>(values + piece * kWidth));
+    for (int vec = 0; vec < kVecs; ++vec) {
+      const unsigned first = channel(tile, vec);
+      if (first < dim) store_vec(row + first, rounded<T, kWidth>(values + vec * kWidth));
     }
   }
 
@@ -518,32 +518,32 @@ struct RowLane {
     T* y_row = place.row_of(static_cast<T*>(params.y), params.y_stride);
     T* shifted_row = place.row_of(static_cast<T*>(params.shifted), params.shifted_stride);
 #pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) {
-      const unsigned first = channel(tile, piece);
+    for (int vec = 0; vec < kVecs; ++vec) {
+      const unsigned first = channel(tile, vec);
       if (first >= dim) continue;
-      Piece<T, kWidth> y = rounded<T, kWidth>(values + piece * kWidth);
-      if (params.y != nullptr) store_piece(y_row + first, y);
+      Vec<T, kWidth> y = rounded<T, kWidth>(values + vec * kWidth);
+      if (params.y != nullptr) store_vec(y_row + first, y);
       if (params.shifted == nullptr) continue;
       if (!is_mixed(first)) {
         scatter(params, place, shifted_row + first, first, plan.segments.delay(first), y);
       } else {
 #pragma unroll 1
         for (unsigned one = first; one < first + kWidth; ++one) {
-          scatter(params, place, shifted_row + one, one, plan.segments.delay(one), Piece<T, 1>{y.rotate(T(0.0f))});
+          scatter(params, place, shifted_row + one, one, plan.segments.delay(one), Vec<T, 1>{y.rotate(T(0.0f))});
         }
       }
     }
   }
 
   // Replaces each value by its sum over the lanes of the row, the same bits in all of them.
-  // turn: which place the sums of warps meet in, 0 and 1 in turn.
+  // buffer: which place the sums of warps meet in, 0 and 1 in buffer.
   template <int kCount>
-  __device__ void sum_over_row(float (&values)[kCount], int turn) const {
+  __device__ void sum_over_row(float (&values)[kCount], int buffer) const {
     if (plan.num_lanes < kWarpLanes) return sum_over_group(values, plan.warp_lanes_log2);
     sum_over_warp(values);
     if (plan.num_lanes == kWarpLanes) return;
     const int num_warps = plan.num_lanes / kWarpLanes;
-    float4* sums = warp_sums.values[turn] + place.group * num_warps;
+    float4* sums = warp_sums.values[buffer] + place.group * num_warps;
     static_assert(kCount <= 4);
     if (lane % kWarpLanes == 0) {
       float4 own{};
@@ -574,15 +574,15 @@ struct RowLane {
     for (int i = 0; i < kChannels; ++i) sum[0] += u[i];
     sum_over_row(sum, 0);
     // A quotient: what the product with 1 / count leaves is added.
-    result.mean = sum[0] * channels.share;
-    result.mean = fmaf(fmaf(-result.mean, result.count, sum[0]), channels.share, result.mean);
+    result.mean = sum[0] * channels.inverse_count;
+    result.mean = fmaf(fmaf(-result.mean, result.count, sum[0]), channels.inverse_count, result.mean);
 
     float sums[kGradient ? 3 : 1] = {};
 #pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) {
-      if (channel(tile, piece) >= dim) continue;
+    for (int vec = 0; vec < kVecs; ++vec) {
+      if (channel(tile, vec) >= dim) continue;
 #pragma unroll
-      for (int i = piece * kWidth; i < (piece + 1) * kWidth; ++i) {
+      for (int i = vec * kWidth; i < (vec + 1) * kWidth; ++i) {
         u[i] -= result.mean;
         sums[0] = fmaf(u[i], u[i], sums[0]);
         if constexpr (kGradient) {
@@ -601,7 +601,7 @@ struct RowLane {
   }
 
   // Channel i of the lane.
-  __device__ static float element(const Pieces& pieces, int i) { return pieces[i / kWidth].as_float(i % kWidth); }
+  __device__ static float element(const Vecs& vecs, int i) { return vecs[i / kWidth].as_float(i % kWidth); }
 };
 
 template <int kCount>
@@ -613,7 +613,7 @@ __device__ inline void subtract(float (&values)[kCount], float number) {
 // ---- kernels --------------------------------------------------------------------------------------------------------
 
 template <typename T, Access kAccess>
-__global__ void __launch_bounds__(kMaxRowLanes<T, kAccess>, kAccess == Access::kChunk ? 2 : 1)
+__global__ void __launch_bounds__(kMaxRowLanes<T, kAccess>, kAccess == Access::kVec16 ? 2 : 1)
     token_shift_norm_forward_kernel(const __grid_constant__ TokenShiftNormParams params,
                                     const __grid_constant__ RowPlan plan) {
   using Lane = RowLane<T, kAccess>;
@@ -627,7 +627,7 @@ __global__ void __launch_bounds__(kMaxRowLanes<T, kAccess>, kAccess == Access::k
     // Step 1: read the row. Of several tiles the last one stays in registers.
     const int last = plan.num_tiles - 1;
     float u[Lane::kChannels];
-    typename Lane::Pieces residual;
+    typename Lane::Vecs residual;
     Statistics statistics{};
     float centre = 0.0f;  // that was taken from u
     int tile = norm ? 0 : last;
@@ -642,7 +642,7 @@ __global__ void __launch_bounds__(kMaxRowLanes<T, kAccess>, kAccess == Access::k
       if (tile == last) break;
       ++tile;
     }
-    const float inverse = inverse_sqrt<T>(fmaf(statistics.squares, plan.row.share, kLayerNormEpsilon));
+    const float inverse = inverse_sqrt<T>(fmaf(statistics.squares, plan.row.inverse_count, kLayerNormEpsilon));
 
     // Step 2: normalise, write.
     while (true) {
@@ -691,9 +691,9 @@ struct RunSum {
     if (run == nullptr) return;
     float total[kChannels] = {};
 #pragma unroll
-    for (int piece = 0; piece < Lane::kPieces; ++piece) {
-      const unsigned channel = lane.channel(tile, piece);
-      if (channel < lane.dim) load_floats<kWidth>(total + piece * kWidth, run + channel);
+    for (int vec = 0; vec < Lane::kVecs; ++vec) {
+      const unsigned channel = lane.channel(tile, vec);
+      if (channel < lane.dim) load_floats<kWidth>(total + vec * kWidth, run + channel);
     }
 #pragma unroll
     for (int i = 0; i < kChannels; ++i) total[i] = fmaf(a[i] * b[i], factor, total[i]);
@@ -702,9 +702,9 @@ struct RunSum {
 
   __device__ void write(const float (&values)[kChannels], const Lane& lane, int tile) const {
 #pragma unroll
-    for (int piece = 0; piece < Lane::kPieces; ++piece) {
-      const unsigned channel = lane.channel(tile, piece);
-      if (channel < lane.dim) store_floats<kWidth>(run + channel, values + piece * kWidth);
+    for (int vec = 0; vec < Lane::kVecs; ++vec) {
+      const unsigned channel = lane.channel(tile, vec);
+      if (channel < lane.dim) store_floats<kWidth>(run + channel, values + vec * kWidth);
     }
   }
 
@@ -716,8 +716,8 @@ struct RunSum {
     if (lane.plan.num_groups == 1) return write(sums, lane, 0);
     const int padded_dim = lane.plan.num_lanes * kChannels;
 #pragma unroll
-    for (int piece = 0; piece < Lane::kPieces; ++piece) {
-      store_floats<kWidth>(group_sums + lane.place.group * padded_dim + lane.channel(0, piece), sums + piece * kWidth);
+    for (int vec = 0; vec < Lane::kVecs; ++vec) {
+      store_floats<kWidth>(group_sums + lane.place.group * padded_dim + lane.channel(0, vec), sums + vec * kWidth);
     }
     __syncthreads();  // the sums of all groups are there
     for (unsigned channel = threadIdx.x; channel < lane.dim; channel += blockDim.x) {
@@ -737,16 +737,16 @@ __global__ void __launch_bounds__(kMaxRowLanes<T, kAccess>)
                                      const __grid_constant__ RowPlan plan) {
   using Lane = RowLane<T, kAccess>;
   __shared__ WarpSums warp_sums;
-  extern __shared__ __align__(kChunkBytes) unsigned char staged[];
+  extern __shared__ __align__(kVec16Bytes) unsigned char staged[];
   const TokenShiftNormParams& forward = params.forward;
   RowPlace place(plan, forward.seqlen);
   Lane lane(plan, place, warp_sums, forward.dim);
   RunSum<Lane> dresidual_scale(params.dresidual_scale_partial, forward.alpha, lane);
   RunSum<Lane> dgamma(params.dgamma_partial, 1.0f, lane);
   const bool norm = forward.gamma != nullptr;
-  constexpr bool kStaged = kAccess == Access::kChunk;
+  constexpr bool kStaged = kAccess == Access::kVec16;
   if constexpr (kStaged) {
-    if (plan.num_tiles == 1) lane.request_input(staged, params, place);
+    if (plan.num_tiles == 1) lane.prefetch_input(staged, params, place);
   }
 
   // The trip count is that of the whole block, for its barriers, and because shuffles need whole warps.
@@ -754,14 +754,14 @@ __global__ void __launch_bounds__(kMaxRowLanes<T, kAccess>)
     // Step 1: read the row. Of several tiles the last one stays in registers.
     const int last = plan.num_tiles - 1;
     float u[Lane::kChannels], g[Lane::kChannels];
-    typename Lane::Pieces residual;
+    typename Lane::Vecs residual;
     Statistics statistics{};
     float centre = 0.0f;  // that was taken from u
     int tile = norm ? 0 : last;
     while (true) {
       lane.forget();
       if (kStaged && plan.num_tiles == 1) {
-        if constexpr (kStaged) lane.take_input(u, g, residual, staged, params);
+        if constexpr (kStaged) lane.take_prefetched_input(u, g, residual, staged, params);
       } else {
         lane.load_input(u, g, residual, params, tile);
       }
@@ -778,9 +778,9 @@ __global__ void __launch_bounds__(kMaxRowLanes<T, kAccess>)
       ++tile;
     }
     // Of float32 accuracy for dgamma, whatever T is.
-    const float inverse = inverse_sqrt<float>(fmaf(statistics.squares, plan.row.share, kLayerNormEpsilon));
-    const float from_e = -statistics.e * plan.row.share * inverse;
-    const float from_u_hat = -statistics.product * plan.row.share * inverse * inverse;
+    const float inverse = inverse_sqrt<float>(fmaf(statistics.squares, plan.row.inverse_count, kLayerNormEpsilon));
+    const float from_e = -statistics.e * plan.row.inverse_count * inverse;
+    const float from_u_hat = -statistics.product * plan.row.inverse_count * inverse * inverse;
     // A row that nobody uses (its g is 0: padding, for instance) adds nothing to any sum, whatever it holds: 0 * NaN.
     const bool may_be_unused = norm && statistics.e == 0.0f && isnan(statistics.product);
 

@@ -94,7 +94,7 @@ def compile_ptx(architecture):
     if failure:
         raise RuntimeError(failure)
     paths = map(Path, (tree / f"ptx_{architecture}.txt").read_text().splitlines())
-    return [path for path in paths if path.parent.name == "cuda"]
+    return [path for path in paths if "csrc" in path.relative_to(tree).parts]
 
 
 @functools.cache

@@ -83,7 +83,7 @@ def mutants_of(text):
 def source_line(location, files):
     """The line of our sources that a .loc names: of wrappers around inline PTX, the line that calls them."""
     for file, line in re.findall(r"(?:\.loc|inlined_at)\s+(\d+) (\d+)", location):
-        path = SOURCES / Path(files[file]).name
+        path = SOURCES / files[file].rpartition("csrc/cuda/")[2]
         if path.exists() and "asm volatile" not in (source := path.read_text().splitlines()[int(line) - 1]):
             return source.strip()
     raise AssertionError(f"not a place in {SOURCES}: {location}")

@@ -197,7 +197,7 @@ def test_cp_async_fills_with_zeros_and_arrives_by_groups(run):
     source = torch.randint(1, 1000, (64 * 8,)).to(torch.int16)
     expected = torch.where(torch.arange(8) < sizes[:, None], source.view(64, 8), 0)
     source = source[: 63 * 8 + 5].clone()  # nothing of the last chunk exists beyond what is read
-    (target,) = run("copy_chunks", WARP, source, (2 * sizes).int(), Result(torch.zeros(64 * 8).to(torch.int16)))
+    (target,) = run("copy_vecs", WARP, source, (2 * sizes).int(), Result(torch.zeros(64 * 8).to(torch.int16)))
     assert torch.equal(target.view(64, 8), expected)
 
 
@@ -234,7 +234,7 @@ def test_exp2(run, device):
     assert error <= 2**-21
 
 
-# ---- attention_tile.cuh ---------------------------------------------------------------------------------------------
+# ---- attention/ ------------------------------------------------------------------------------------------------------
 
 
 def tile_rows(data, width):
@@ -296,8 +296,8 @@ def test_multiply_step_and_pack_operand(run, kernel, dtype, threads, kind):
     width = int(kernel.rpartition("_")[2])
     weights, v = draw(kind, ROWS, COLUMNS), draw(kind, COLUMNS, width, dtype=dtype)
     before = draw(kind, ROWS, width)
-    (result,) = run(f"weigh_{kernel}", threads, weights, v, Result(before))
-    assert_product(result, weights.to(dtype), v, before, kind, f"weigh_{kernel}")
+    (result,) = run(f"multiply_weights_{kernel}", threads, weights, v, Result(before))
+    assert_product(result, weights.to(dtype), v, before, kind, f"multiply_weights_{kernel}")
 
 
 STORES = [
@@ -359,5 +359,5 @@ def test_hide(run, key):
     column = key + torch.arange(COLUMNS)[None]
     visible = (ranges[:, :1] <= column) & (column < ranges[:, 1:])
     scores = torch.where(visible, draw("normal", 32, COLUMNS), math.nan)  # a hidden NaN must not survive
-    (result,) = run("hide_keys", WARP, ranges, key, Result(scores))
+    (result,) = run("mask_keys", WARP, ranges, key, Result(scores))
     assert torch.equal(result, torch.where(visible, scores, -math.inf))

@@ -1,4 +1,4 @@
-// One kernel per instruction wrapper of csrc/cuda/mma.cuh and per tile function of attention_tile.cuh, for
+// One kernel per instruction wrapper of csrc/cuda/mma.cuh and per tile function of csrc/cuda/attention/, for
 // test_wrappers.py: the emulator and a GPU run the same PTX, and both must give what plain torch says.
 //
 // A kernel is one block. It moves operands between global memory and the registers of a lane by the layouts that the
@@ -6,7 +6,11 @@
 #include <cstdint>
 #include <cstring>
 
-#include "attention_tile.cuh"
+#include "attention/alibi.cuh"
+#include "attention/mask.cuh"
+#include "attention/tile.cuh"
+#include "mma.cuh"
+#include "warp.cuh"
 
 namespace andromeda::cuda {
 
@@ -26,14 +30,14 @@ __device__ inline std::uint32_t join(T low, T high) {
   return halves[0] | static_cast<std::uint32_t>(halves[1]) << 16;
 }
 
-// Calls function(value, row, column) for every element a lane holds of 16 * kGroups rows.
-template <int kGroups, int kTiles, typename Function>
-__device__ inline void for_each_element(float (&values)[kGroups][kTiles][4], Function function) {
+// Calls function(value, row, column) for every element a lane holds of 16 * kRowTiles rows.
+template <int kRowTiles, int kColumnTiles, typename Function>
+__device__ inline void for_each_element(float (&values)[kRowTiles][kColumnTiles][4], Function function) {
   const int g = lane_index() >> 2, c = lane_index() & 3;
-  for (int group = 0; group < kGroups; ++group) {
-    for (int n = 0; n < kTiles; ++n) {
+  for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
+    for (int n = 0; n < kColumnTiles; ++n) {
       for (int i = 0; i < 4; ++i) {
-        function(values[group][n][i], 16 * group + 8 * (i >> 1) + g, 8 * n + 2 * c + (i & 1));
+        function(values[row_tile][n][i], 16 * row_tile + 8 * (i >> 1) + g, 8 * n + 2 * c + (i & 1));
       }
     }
   }
@@ -103,7 +107,7 @@ extern "C" __global__ void load_matrices(const std::uint16_t* source, const int*
 
 // Two groups of 32 chunks of 8 elements; of chunk i only `bytes[i]` are read. The first group is stored while the
 // second may still be under way. One warp.
-extern "C" __global__ void copy_chunks(const std::uint16_t* source, const int* bytes, std::uint16_t* target) {
+extern "C" __global__ void copy_vecs(const std::uint16_t* source, const int* bytes, std::uint16_t* target) {
   __shared__ alignas(16) std::uint16_t chunks[2][kWarpLanes * 8];
   const int lane = lane_index();
   for (int i = lane; i < 2 * kWarpLanes * 8; i += kWarpLanes) (&chunks[0][0])[i] = 0xFFFF;
@@ -136,15 +140,15 @@ extern "C" __global__ void power_of_two(const float* x, float* result, int count
   }
 }
 
-// ---- attention_tile.cuh ---------------------------------------------------------------------------------------------
+// ---- attention/ -----------------------------------------------------------------------------------------------------
 
 // The bytes of a tile of rows `first` ... `first + 63`, as they lie in shared memory.
 template <int kHeadDim, int kThreads>
-__device__ inline void load_one(const __nv_bfloat16* data, std::int64_t stride, int count, int head_dim, int in_chunks,
-                                int first, uint4* bytes) {
+__device__ inline void load_one(const __nv_bfloat16* data, std::int64_t stride, int count, int head_dim,
+                                int is_aligned16, int first, uint4* bytes) {
   __shared__ alignas(kTileAlignment) unsigned char tile[kTileBytes<kRows, kHeadDim>];
   poison(tile);
-  const Rows<const __nv_bfloat16> rows{data, stride, count, head_dim, in_chunks != 0};
+  const Rows<const __nv_bfloat16> rows{data, stride, count, head_dim, is_aligned16 != 0};
   load_tile<kRows, kHeadDim, kThreads>(shared_address(tile), rows, first);
   wait_for_loads();
   for (int i = static_cast<int>(threadIdx.x); i < static_cast<int>(sizeof tile) / 16; i += kThreads) {
@@ -153,25 +157,25 @@ __device__ inline void load_one(const __nv_bfloat16* data, std::int64_t stride, 
 }
 
 extern "C" __global__ void load_tile_64(const __nv_bfloat16* data, std::int64_t stride, int count, int head_dim,
-                                        int in_chunks, int first, uint4* bytes) {
-  load_one<64, 128>(data, stride, count, head_dim, in_chunks, first, bytes);
+                                        int is_aligned16, int first, uint4* bytes) {
+  load_one<64, 128>(data, stride, count, head_dim, is_aligned16, first, bytes);
 }
 extern "C" __global__ void load_tile_128(const __nv_bfloat16* data, std::int64_t stride, int count, int head_dim,
-                                         int in_chunks, int first, uint4* bytes) {
-  load_one<128, 128>(data, stride, count, head_dim, in_chunks, first, bytes);
+                                         int is_aligned16, int first, uint4* bytes) {
+  load_one<128, 128>(data, stride, count, head_dim, is_aligned16, first, bytes);
 }
 
-// scores (64, 64) += a (64, kHeadDim) b (64, kHeadDim)^T. A warp has 16 * kGroups rows.
-template <typename T, int kHeadDim, int kGroups>
+// scores (64, 64) += a (64, kHeadDim) b (64, kHeadDim)^T. A warp has 16 * kRowTiles rows.
+template <typename T, int kHeadDim, int kRowTiles>
 __device__ inline void score(const T* a, const T* b, float* scores) {
-  constexpr int kThreads = kRows / (16 * kGroups) * kWarpLanes;
+  constexpr int kThreads = kRows / (16 * kRowTiles) * kWarpLanes;
   __shared__ alignas(kTileAlignment) unsigned char a_tile[kTileBytes<kRows, kHeadDim>];
   __shared__ alignas(kTileAlignment) unsigned char b_tile[kTileBytes<kRows, kHeadDim>];
   load_dense<kHeadDim, kThreads>(shared_address(a_tile), a);
   load_dense<kHeadDim, kThreads>(shared_address(b_tile), b);
   wait_for_loads();
-  const int first = static_cast<int>(threadIdx.x) / kWarpLanes * 16 * kGroups;
-  Accumulator<kGroups, kColumns / 8> values;
+  const int first = static_cast<int>(threadIdx.x) / kWarpLanes * 16 * kRowTiles;
+  Accumulator<kRowTiles, kColumns / 8> values;
   for_each_element(values, [&](float& value, int row, int j) { value = scores[kColumns * (first + row) + j]; });
   multiply_transposed<T, kHeadDim, kRows, kRows>(values, shared_address(a_tile), first, shared_address(b_tile));
   for_each_element(values, [&](float value, int row, int j) { scores[kColumns * (first + row) + j] = value; });
@@ -188,60 +192,62 @@ extern "C" __global__ void score_f16_128(const __half* a, const __half* b, float
 }
 
 // result (64, kHeadDim) += weights (64, 64), rounded to T, times v (64, kHeadDim).
-template <typename T, int kHeadDim, int kGroups>
-__device__ inline void weigh(const float* weights, const T* v, float* result) {
-  constexpr int kThreads = kRows / (16 * kGroups) * kWarpLanes;
+template <typename T, int kHeadDim, int kRowTiles>
+__device__ inline void multiply_weights(const float* weights, const T* v, float* result) {
+  constexpr int kThreads = kRows / (16 * kRowTiles) * kWarpLanes;
   __shared__ alignas(kTileAlignment) unsigned char v_tile[kTileBytes<kRows, kHeadDim>];
   load_dense<kHeadDim, kThreads>(shared_address(v_tile), v);
   wait_for_loads();
-  const int first = static_cast<int>(threadIdx.x) / kWarpLanes * 16 * kGroups;
-  Accumulator<kGroups, kColumns / 8> left;
-  Accumulator<kGroups, kHeadDim / 8> sum;
+  const int first = static_cast<int>(threadIdx.x) / kWarpLanes * 16 * kRowTiles;
+  Accumulator<kRowTiles, kColumns / 8> left;
+  Accumulator<kRowTiles, kHeadDim / 8> sum;
   for_each_element(left, [&](float& value, int row, int j) { value = weights[kColumns * (first + row) + j]; });
   for_each_element(sum, [&](float& value, int row, int d) { value = result[kHeadDim * (first + row) + d]; });
   for (int step = 0; step < kColumns / 16; ++step) {
-    std::uint32_t operand[kGroups][4];
-    for (int group = 0; group < kGroups; ++group) pack_operand<T>(operand[group], left[group], step);
+    std::uint32_t operand[kRowTiles][4];
+    for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) pack_operand<T>(operand[row_tile], left[row_tile], step);
     multiply_step<T, kHeadDim, kRows>(sum, operand, shared_address(v_tile), step);
   }
   for_each_element(sum, [&](float value, int row, int d) { result[kHeadDim * (first + row) + d] = value; });
 }
 
-extern "C" __global__ void weigh_bf16_64(const float* weights, const __nv_bfloat16* v, float* result) {
-  weigh<__nv_bfloat16, 64, 2>(weights, v, result);
+extern "C" __global__ void multiply_weights_bf16_64(const float* weights, const __nv_bfloat16* v, float* result) {
+  multiply_weights<__nv_bfloat16, 64, 2>(weights, v, result);
 }
-extern "C" __global__ void weigh_bf16_128(const float* weights, const __nv_bfloat16* v, float* result) {
-  weigh<__nv_bfloat16, 128, 1>(weights, v, result);
+extern "C" __global__ void multiply_weights_bf16_128(const float* weights, const __nv_bfloat16* v, float* result) {
+  multiply_weights<__nv_bfloat16, 128, 1>(weights, v, result);
 }
-extern "C" __global__ void weigh_f16_64(const float* weights, const __half* v, float* result) {
-  weigh<__half, 64, 1>(weights, v, result);
+extern "C" __global__ void multiply_weights_f16_64(const float* weights, const __half* v, float* result) {
+  multiply_weights<__half, 64, 1>(weights, v, result);
 }
 
 // Rows `first` ... of the target: values (64, kHeadDim) times factor (64,).
-template <typename T, int kHeadDim, int kGroups>
+template <typename T, int kHeadDim, int kRowTiles>
 __device__ inline void store(const float* values, const float* factor, T* data, std::int64_t stride, int count,
-                             int head_dim, int in_chunks, int first) {
+                             int head_dim, int is_aligned16, int first) {
   __shared__ alignas(kTileAlignment) unsigned char tile[kTileBytes<kRows, kHeadDim>];
-  const int warp_row = static_cast<int>(threadIdx.x) / kWarpLanes * 16 * kGroups;
-  Accumulator<kGroups, kHeadDim / 8> held;
+  const int warp_row = static_cast<int>(threadIdx.x) / kWarpLanes * 16 * kRowTiles;
+  Accumulator<kRowTiles, kHeadDim / 8> held;
   for_each_element(held, [&](float& value, int row, int d) { value = values[kHeadDim * (warp_row + row) + d]; });
-  float factors[kGroups][2];
-  for (int group = 0; group < kGroups; ++group) {
+  float factors[kRowTiles][2];
+  for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
     for (int half = 0; half < 2; ++half) {
-      factors[group][half] = factor[warp_row + 16 * group + 8 * half + (lane_index() >> 2)];
+      factors[row_tile][half] = factor[warp_row + 16 * row_tile + 8 * half + (lane_index() >> 2)];
     }
   }
-  const Rows<T> target{data, stride, count, head_dim, in_chunks != 0};
-  store_rows<T, kHeadDim, kRows, kGroups>(target, first + warp_row, held, factors, shared_address(tile), warp_row);
+  const Rows<T> target{data, stride, count, head_dim, is_aligned16 != 0};
+  store_rows<T, kHeadDim, kRows, kRowTiles>(target, first + warp_row, held, factors, shared_address(tile), warp_row);
 }
 
 extern "C" __global__ void store_rows_bf16_64(const float* values, const float* factor, __nv_bfloat16* data,
-                                              std::int64_t stride, int count, int head_dim, int in_chunks, int first) {
-  store<__nv_bfloat16, 64, 2>(values, factor, data, stride, count, head_dim, in_chunks, first);
+                                              std::int64_t stride, int count, int head_dim, int is_aligned16,
+                                              int first) {
+  store<__nv_bfloat16, 64, 2>(values, factor, data, stride, count, head_dim, is_aligned16, first);
 }
 extern "C" __global__ void store_rows_f16_128(const float* values, const float* factor, __half* data,
-                                              std::int64_t stride, int count, int head_dim, int in_chunks, int first) {
-  store<__half, 128, 1>(values, factor, data, stride, count, head_dim, in_chunks, first);
+                                              std::int64_t stride, int count, int head_dim, int is_aligned16,
+                                              int first) {
+  store<__half, 128, 1>(values, factor, data, stride, count, head_dim, is_aligned16, first);
 }
 
 // Scores (32, 64) before the product: row 0 is aligned with key `position`, column 0 is key `key`. One warp.
@@ -254,14 +260,14 @@ extern "C" __global__ void bias(float raw_slope, int position, int key, int left
 }
 
 // Scores (32, 64) after the product: row i sees keys range[i][0] <= j < range[i][1], column 0 is key `key`. One warp.
-extern "C" __global__ void hide_keys(const int* range, int key, float* scores) {
+extern "C" __global__ void mask_keys(const int* range, int key, float* scores) {
   __shared__ Row rows[32];
   const int lane = lane_index();
   rows[lane] = Row{0, range[2 * lane], range[2 * lane + 1]};
   __syncwarp();  // the rows are complete
   Accumulator<2, kColumns / 8> values;
   for_each_element(values, [&](float& value, int row, int j) { value = scores[kColumns * row + j]; });
-  hide(values, rows, key + 2 * (lane & 3));
+  apply_mask(values, rows, key + 2 * (lane & 3));
   for_each_element(values, [&](float value, int row, int j) { scores[kColumns * row + j] = value; });
 }
 

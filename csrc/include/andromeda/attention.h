@@ -26,7 +26,7 @@ struct AttentionParams {
   float softmax_scale;
   bool causal;
   DType dtype;  // of q, k, v, out
-  // CUDA: into how many shares the kernel for few query rows cuts the keys; 0: the fastest way is chosen anew;
+  // CUDA: into how many parts the kernel for few query rows splits the keys; 0: the fastest way is chosen anew;
   // kNotSplit: the kernel for many query rows.
   int num_splits;
 };
@@ -47,9 +47,9 @@ void attention_backward(const AttentionBackwardParams& params, int num_threads);
 
 // Scratch memory of one CUDA call: C++ allocates nothing. The sizes depend on shapes and on the current device.
 struct AttentionWorkspace {
-  float* values;             // (num_values,), any contents
+  float* partials;           // (num_partials,), any contents
   std::int32_t* semaphores;  // (num_semaphores,), zero before the first call; every call leaves them zero
-  std::int64_t num_values, num_semaphores;
+  std::int64_t num_partials, num_semaphores;
   int num_splits;  // forward: what was chosen, for AttentionParams::num_splits of the call
 };
 

@@ -1,5 +1,5 @@
 // attention, backward, on the GPU: checks, the workspace, the shares of the query heads, dispatch and launches. The
-// kernels are in attention_backward.cuh.
+// kernels are in backward_dq.cuh and backward_dkdv.cuh.
 //
 // The tensors' device must be the current one. Nothing is allocated and nothing waits: the launches can be captured.
 #include <algorithm>
@@ -7,8 +7,10 @@
 #include <stdexcept>
 #include <string>
 
-#include "attention_backward.cuh"
-#include "attention_launch.h"
+#include "attention/backward.cuh"
+#include "attention/backward_dkdv.cuh"
+#include "attention/backward_dq.cuh"
+#include "attention/launch.h"
 
 namespace andromeda::cuda {
 namespace {
@@ -23,65 +25,68 @@ int built_head_dim(const AttentionParams& params) { return params.head_dim <= 64
 std::int64_t num_key_tiles(const AttentionParams& params) { return ceil_div(params.seqlen_k, kBackwardTile); }
 
 // Into how many equal shares the query heads of a key head are cut: the smallest divisor that fills the device.
-int num_shares_of(const AttentionParams& params) {
+int num_head_splits_of(const AttentionParams& params) {
   const Launch launch{kName, 0, kBackwardThreads, 0};
   int device = 0, num_multiprocessors = 0;
   ANDROMEDA_CUDA_CHECK(cudaGetDevice(&device), launch);
   ANDROMEDA_CUDA_CHECK(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device), launch);
   const std::int64_t wanted = static_cast<std::int64_t>(num_multiprocessors) * kBlocksPerMultiprocessor;
   const std::int64_t num_blocks = num_key_tiles(params) * params.batch * params.num_kv_heads;
-  const int group = params.num_heads / params.num_kv_heads;
-  if (num_blocks == 0 || group == 0) return 1;
-  int num_shares = 1;
-  while (num_shares < group && (group % num_shares != 0 || num_shares * num_blocks < wanted)) ++num_shares;
-  return num_shares;
+  const int qhead_per_kvhead = params.num_heads / params.num_kv_heads;
+  if (num_blocks == 0 || qhead_per_kvhead == 0) return 1;
+  int num_head_splits = 1;
+  while (num_head_splits < qhead_per_kvhead &&
+         (qhead_per_kvhead % num_head_splits != 0 || num_head_splits * num_blocks < wanted))
+    ++num_head_splits;
+  return num_head_splits;
 }
 
 // Where everything lies in the workspace, in floats: tiles, partials, reaches.
 struct Layout {
-  std::int64_t partials, reaches, size;
-  int num_query_tiles, num_shares;
+  std::int64_t partials, key_ranges, size;
+  int num_query_tiles, num_head_splits;
 };
 
 Layout lay_out(const AttentionParams& params) {
-  static_assert(sizeof(QueryTile) % kChunkBytes == 0, "the partials that follow are read in chunks");
+  static_assert(sizeof(QueryTile) % kVec16Bytes == 0, "the partials that follow are read in vecs");
   Layout layout{};
   layout.num_query_tiles = static_cast<int>(ceil_div(params.seqlen_q, kBackwardTile));
-  layout.num_shares = num_shares_of(params);
+  layout.num_head_splits = num_head_splits_of(params);
   const std::int64_t num_tiles = static_cast<std::int64_t>(params.batch) * params.num_heads * layout.num_query_tiles;
-  const std::int64_t num_values = static_cast<std::int64_t>(params.batch) * params.seqlen_k * params.num_kv_heads *
-                                  built_head_dim(params);  // of dk or dv
+  const std::int64_t num_elements = static_cast<std::int64_t>(params.batch) * params.seqlen_k * params.num_kv_heads *
+                                    built_head_dim(params);  // of dk or dv
   layout.partials = num_tiles * static_cast<std::int64_t>(sizeof(QueryTile) / sizeof(float));
-  layout.reaches = layout.partials + (layout.num_shares == 1 ? 0 : 2 * layout.num_shares * num_values);
-  layout.size = layout.reaches + num_tiles * static_cast<std::int64_t>(sizeof(Reach) / sizeof(float));
+  layout.key_ranges = layout.partials + (layout.num_head_splits == 1 ? 0 : 2 * layout.num_head_splits * num_elements);
+  layout.size = layout.key_ranges + num_tiles * static_cast<std::int64_t>(sizeof(KeyRange) / sizeof(float));
   return layout;
 }
 
 BackwardPlan plan_of(const AttentionBackwardParams& params, const AttentionWorkspace& workspace) {
   const AttentionParams& forward = params.forward;
   const Layout layout = lay_out(forward);
-  if (workspace.num_values < layout.size) {
+  if (workspace.num_partials < layout.size) {
     throw std::invalid_argument(std::string(kName) + ": the workspace must hold " + std::to_string(layout.size) +
-                                " values, got " + std::to_string(workspace.num_values));
+                                " values, got " + std::to_string(workspace.num_partials));
   }
-  if (reinterpret_cast<std::uintptr_t>(workspace.values) % kChunkBytes != 0) {
+  if (reinterpret_cast<std::uintptr_t>(workspace.partials) % kVec16Bytes != 0) {
     throw std::invalid_argument(std::string(kName) + ": the workspace must start at a multiple of 16 bytes");
   }
   BackwardPlan plan{};
-  plan.tiles = reinterpret_cast<QueryTile*>(workspace.values);
-  plan.partials = workspace.values + layout.partials;
-  plan.reaches = reinterpret_cast<Reach*>(workspace.values + layout.reaches);
+  plan.tiles = reinterpret_cast<QueryTile*>(workspace.partials);
+  plan.partials = workspace.partials + layout.partials;
+  plan.key_ranges = reinterpret_cast<KeyRange*>(workspace.partials + layout.key_ranges);
   plan.num_query_tiles = layout.num_query_tiles;
   plan.num_query_blocks = static_cast<int>(ceil_div(forward.seqlen_q, kQueryRows));
-  plan.num_shares = layout.num_shares;
-  plan.scale2 = scale2_of(forward);
+  plan.num_head_splits = layout.num_head_splits;
+  plan.softmax_scale_log2 = softmax_scale_log2_of(forward);
   const auto fits = [&](const void* data, const SeqStrides& stride, int seqlen, int num_heads) {
-    return in_chunks(data, stride, forward.batch, seqlen, num_heads);
+    return is_aligned16(data, stride, forward.batch, seqlen, num_heads);
   };
-  plan.in_chunks = in_chunks(forward) && fits(params.dout, params.dout_stride, forward.seqlen_q, forward.num_heads) &&
-                   fits(params.dq, params.dq_stride, forward.seqlen_q, forward.num_heads) &&
-                   fits(params.dk, params.dk_stride, forward.seqlen_k, forward.num_kv_heads) &&
-                   fits(params.dv, params.dv_stride, forward.seqlen_k, forward.num_kv_heads);
+  plan.is_aligned16 = is_aligned16(forward) &&
+                      fits(params.dout, params.dout_stride, forward.seqlen_q, forward.num_heads) &&
+                      fits(params.dq, params.dq_stride, forward.seqlen_q, forward.num_heads) &&
+                      fits(params.dk, params.dk_stride, forward.seqlen_k, forward.num_kv_heads) &&
+                      fits(params.dv, params.dv_stride, forward.seqlen_k, forward.num_kv_heads);
   return plan;
 }
 
@@ -107,7 +112,7 @@ bool two_stages_cost_no_block() {
   ANDROMEDA_CUDA_CHECK(cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device), launch);
   ANDROMEDA_CUDA_CHECK(cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device), launch);
   const auto num_blocks = [&](int shared_bytes) {
-    const int static_bytes = kQueryRows * static_cast<int>(sizeof(KeySpan));
+    const int static_bytes = kQueryRows * static_cast<int>(sizeof(VisibleKeys));
     return std::min(kBackwardBlocksPerSm<kHeadDim>, available / (shared_bytes + static_bytes + reserved));
   };
   return num_blocks(kQuerySharedBytes<kHeadDim, 2>) >= num_blocks(kQuerySharedBytes<kHeadDim, 1>);
@@ -132,11 +137,11 @@ void launch_all(const AttentionBackwardParams& params, const BackwardPlan& plan,
     launch_dq<T, kHeadDim, 1>(params, plan, stream);
   }
   launch(attention_backward_dkdv_kernel<T, kHeadDim>, "attention_backward_dkdv",
-         kv_heads * num_key_tiles(forward) * plan.num_shares, kBackwardThreads, kKeySharedBytes<kHeadDim>, params, plan,
-         stream);
-  if (plan.num_shares == 1) return;
-  const std::int64_t num_chunks = 2 * kv_heads * forward.seqlen_k * (kHeadDim / kChunkWidth<T>);
-  launch(attention_backward_sum_kernel<T, kHeadDim>, "attention_backward_sum", ceil_div(num_chunks, kSumThreads),
+         kv_heads * num_key_tiles(forward) * plan.num_head_splits, kBackwardThreads, kKeySharedBytes<kHeadDim>, params,
+         plan, stream);
+  if (plan.num_head_splits == 1) return;
+  const std::int64_t num_vecs = 2 * kv_heads * forward.seqlen_k * (kHeadDim / kVec16Width<T>);
+  launch(attention_backward_sum_kernel<T, kHeadDim>, "attention_backward_sum", ceil_div(num_vecs, kSumThreads),
          kSumThreads, 0, params, plan, stream);
 }
 

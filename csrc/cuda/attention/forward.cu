@@ -1,9 +1,9 @@
 // Attention forward on the GPU: checks, the choice between its two kernels, and the launch of the one for many query
-// rows (attention_forward.cuh). The other is in attention_decode.cu.
+// rows (forward.cuh). The other is in decode.cu.
 //
 // The tensors' device must be the current one. Nothing is allocated and nothing waits: a launch can be captured.
-#include "attention_forward.cuh"
-#include "attention_launch.h"
+#include "attention/forward.cuh"
+#include "attention/launch.h"
 
 namespace andromeda::cuda {
 namespace {
@@ -15,7 +15,7 @@ void launch(const AttentionParams& params, CUstream_st* stream) {
   const std::int64_t query_tiles = ceil_div(params.seqlen_q, kForwardQueries);
   const std::int64_t num_blocks = query_tiles * params.batch * params.num_heads;
   if (num_blocks == 0) return;
-  const ForwardPlan plan = {scale2_of(params), static_cast<int>(query_tiles), in_chunks(params)};
+  const ForwardPlan plan = {softmax_scale_log2_of(params), static_cast<int>(query_tiles), is_aligned16(params)};
   const Launch launch = {kName, checked_grid(params, kName, num_blocks), kForwardThreads,
                          kForwardSharedBytes<kHeadDim>};
   const auto kernel = attention_forward_kernel<T, kHeadDim>;

@@ -17,7 +17,7 @@
 // waits. Tiles that no row of a block sees, or that its bias makes negligible (Head::window), are not loaded; a warp
 // computes none that its own 32 rows do not see.
 //
-// Softmax: the weight of a score s is 2^(s * scale2 - reference). Where the head's logits have a small bound the
+// Softmax: the weight of a score s is 2^(s * softmax_scale_log2 - reference). Where the head's logits have a small bound the
 // reference is a constant (bounded, docs/attention.md#bounded-softmax), otherwise the row's largest score so far
 // (online). The output is divided by the sum of the weights as rounded for the second product, so that the rounding of
 // a dominant weight cancels; that sum is one more tile of columns of the product. softmax_lse takes the sum of the
@@ -31,14 +31,20 @@
 // Not here: float32 operands, head_dim above 128, dropout.
 #pragma once
 
-#include "attention_tile.cuh"
+#include "attention/alibi.cuh"
+#include "attention/mask.cuh"
+#include "attention/softmax.cuh"
+#include "attention/tile.cuh"
+#include "load.cuh"
+#include "mma.cuh"
+#include "warp.cuh"
 
 namespace andromeda::cuda {
 
 inline constexpr int kForwardWarps = 4;
 inline constexpr int kForwardThreads = kForwardWarps * kWarpLanes;
-inline constexpr int kForwardGroups = 2;                                  // of 16 rows, per warp
-inline constexpr int kForwardWarpRows = kForwardGroups * 16;              // one lane describes each
+inline constexpr int kForwardRowTiles = 2;                                // of 16 rows, per warp
+inline constexpr int kForwardWarpRows = kForwardRowTiles * 16;            // one lane describes each
 inline constexpr int kForwardQueries = kForwardWarps * kForwardWarpRows;  // per block
 inline constexpr int kForwardKeys = 64;                                   // per tile
 static_assert(kForwardWarpRows == kWarpLanes);
@@ -52,14 +58,14 @@ template <int kHeadDim>
 inline constexpr int kForwardMinBlocks = kHeadDim == 64 ? 3 : 2;
 
 struct ForwardPlan {
-  float scale2;     // softmax_scale * log2(e)
-  int query_tiles;  // per head
-  bool in_chunks;   // q, k, v and out
+  float softmax_scale_log2;  // softmax_scale * log2(e)
+  int query_tiles;           // per head
+  bool is_aligned16;         // q, k, v and out
 };
 
-using ForwardScores = Accumulator<kForwardGroups, kForwardKeys / 8>;
-using ForwardWeights = std::uint32_t[kForwardKeys / 16][kForwardGroups][4];  // a step of 16 keys is one operand
-using ForwardRowValues = float[kForwardGroups][2];  // of rows g ([0]) and g + 8 ([1]) of each group
+using ForwardScores = Accumulator<kForwardRowTiles, kForwardKeys / 8>;
+using ForwardWeights = std::uint32_t[kForwardKeys / 16][kForwardRowTiles][4];  // a step of 16 keys is one operand
+using ForwardRowValues = float[kForwardRowTiles][2];  // of rows g ([0]) and g + 8 ([1]) of each group
 
 // Which part of the problem a block owns. The slow index is the query tile, the last one first: under a causal mask it
 // sees most keys, and the blocks that end the launch are short. All heads, which share keys, run side by side; the last
@@ -92,7 +98,7 @@ struct ForwardPlace {
 // no register left for it.
 struct ForwardShared {
   Row rows[kForwardQueries];
-  Reach reach[kForwardWarps];  // of a warp's rows
+  KeyRange key_range[kForwardWarps];  // of a warp's rows
   int all_see_themselves[kForwardWarps];
   int first_key, is_bounded;                           // to be read after the loop's first barrier
   alignas(16) ForwardRowValues sums[kForwardThreads];  // of the columns of each lane, which alone uses its own
@@ -101,58 +107,59 @@ struct ForwardShared {
 };
 
 // Moves the references to the rows' largest scores so far, and what was summed against the old ones with them.
-template <int kTiles>
-__device__ inline void move_references(ForwardRowValues& reference, float (&out)[kForwardGroups][kTiles][4],
-                                       float (&rounded_sum)[kForwardGroups][4], ForwardRowValues& sum,
-                                       const ForwardScores& scores, float scale2) {
+template <int kColumnTiles>
+__device__ inline void move_references(ForwardRowValues& row_max, float (&out)[kForwardRowTiles][kColumnTiles][4],
+                                       float (&rounded_sum)[kForwardRowTiles][4], ForwardRowValues& sum,
+                                       const ForwardScores& scores, float softmax_scale_log2) {
   ForwardRowValues factor;
   bool moved = false;
 #pragma unroll
-  for (int group = 0; group < kForwardGroups; ++group) {
+  for (int row_tile = 0; row_tile < kForwardRowTiles; ++row_tile) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float largest = reference[group][half];
+      float largest = row_max[row_tile][half];
 #pragma unroll
       for (int n = 0; n < kForwardKeys / 8; ++n) {
-        largest = fmaxf(largest, fmaxf(scores[group][n][2 * half], scores[group][n][2 * half + 1]));
+        largest = fmaxf(largest, fmaxf(scores[row_tile][n][2 * half], scores[row_tile][n][2 * half + 1]));
       }
       largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, 1));
       largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, 2));
-      const bool moves = largest > reference[group][half];  // false while both are -inf
-      factor[group][half] = moves ? exp2_approx((reference[group][half] - largest) * scale2) : 1.0f;
-      reference[group][half] = largest;
+      const bool moves = largest > row_max[row_tile][half];  // false while both are -inf
+      factor[row_tile][half] = moves ? exp2_approx((row_max[row_tile][half] - largest) * softmax_scale_log2) : 1.0f;
+      row_max[row_tile][half] = largest;
       moved |= moves;
     }
   }
   if (!__any_sync(kWholeWarp, moved)) return;
 #pragma unroll
-  for (int group = 0; group < kForwardGroups; ++group) {
+  for (int row_tile = 0; row_tile < kForwardRowTiles; ++row_tile) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      sum[group][half] *= factor[group][half];
+      sum[row_tile][half] *= factor[row_tile][half];
 #pragma unroll
       for (int i = 2 * half; i < 2 * half + 2; ++i) {
-        rounded_sum[group][i] *= factor[group][half];
+        rounded_sum[row_tile][i] *= factor[row_tile][half];
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n) out[group][n][i] *= factor[group][half];
+        for (int n = 0; n < kColumnTiles; ++n) out[row_tile][n][i] *= factor[row_tile][half];
       }
     }
   }
 }
 
 // The reference as an exponent of 2. A row that has not seen a key has none, and only scores of -inf: any will do.
-__device__ inline float exponent_of(float reference, float scale2) {
-  return reference == -__int_as_float(0x7f800000) ? 0.0f : reference * scale2;
+__device__ inline float exponent_of(float row_max, float softmax_scale_log2) {
+  return row_max == -__int_as_float(0x7f800000) ? 0.0f : row_max * softmax_scale_log2;
 }
 
 // Scores become weights, packed as operands. The sum of a tile is formed apart: a long row would lose the last bits of
 // small addends.
 template <typename T>
 __device__ inline void take_weights(ForwardWeights& weights, ForwardRowValues& sum, ForwardScores& scores,
-                                    const ForwardRowValues& reference, float scale2) {
+                                    const ForwardRowValues& row_max, float softmax_scale_log2) {
 #pragma unroll
-  for (int group = 0; group < kForwardGroups; ++group) {
-    const float exponent[2] = {exponent_of(reference[group][0], scale2), exponent_of(reference[group][1], scale2)};
+  for (int row_tile = 0; row_tile < kForwardRowTiles; ++row_tile) {
+    const float exponent[2] = {exponent_of(row_max[row_tile][0], softmax_scale_log2),
+                               exponent_of(row_max[row_tile][1], softmax_scale_log2)};
     float of_tile[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int step = 0; step < kForwardKeys / 16; ++step) {
@@ -160,14 +167,14 @@ __device__ inline void take_weights(ForwardWeights& weights, ForwardRowValues& s
       for (int n = 2 * step; n < 2 * step + 2; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          scores[group][n][i] = exp2_approx(fmaf(scores[group][n][i], scale2, -exponent[i / 2]));
-          of_tile[i / 2] += scores[group][n][i];
+          scores[row_tile][n][i] = exp2_approx(fmaf(scores[row_tile][n][i], softmax_scale_log2, -exponent[i / 2]));
+          of_tile[i / 2] += scores[row_tile][n][i];
         }
       }
-      pack_operand<T>(weights[step][group], scores[group], step);
+      pack_operand<T>(weights[step][row_tile], scores[row_tile], step);
     }
-    sum[group][0] += of_tile[0];
-    sum[group][1] += of_tile[1];
+    sum[row_tile][0] += of_tile[0];
+    sum[row_tile][1] += of_tile[1];
   }
 }
 
@@ -183,7 +190,7 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
   const ForwardBlock block = ForwardBlock::of_index(params, plan);
   const auto rows_of = [&](auto* data, const SeqStrides& stride, int head, int count) {
     return Rows<std::remove_reference_t<decltype(*data)>>{data + block.batch * stride.batch + head * stride.head,
-                                                          stride.seq, count, params.head_dim, plan.in_chunks};
+                                                          stride.seq, count, params.head_dim, plan.is_aligned16};
   };
   const auto q = rows_of(static_cast<const T*>(params.q), params.q_stride, block.head, params.seqlen_q);
   const auto k = rows_of(static_cast<const T*>(params.k), params.k_stride, block.kv_head, params.seqlen_k);
@@ -194,11 +201,11 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
   const int own_query = block.query + static_cast<int>(threadIdx.x);
   const Row own_row = describe_row(params, block.batch, own_query);
   const bool exists = own_query < params.seqlen_q;
-  const Reach reach = Reach::of(own_row, exists, head.window).of_warp();
+  const KeyRange key_range = KeyRange::of(own_row, exists, head.window).of_warp();
   const bool sees_itself = __all_sync(kWholeWarp, !exists || own_row.empty() || own_row.sees_itself());
   common.rows[threadIdx.x] = own_row;
   if (const int warp = threadIdx.x / kWarpLanes; threadIdx.x % kWarpLanes == 0) {
-    common.reach[warp] = reach;
+    common.key_range[warp] = key_range;
     common.all_see_themselves[warp] = sees_itself;
   }
   __syncthreads();  // all warps have written theirs
@@ -206,8 +213,8 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
   bool is_bounded = true;  // a biased row that does not see its own key may have only tiny weights
 #pragma unroll
   for (int i = 0; i < kForwardWarps; ++i) {
-    begin = min(begin, common.reach[i].begin);
-    end = max(end, common.reach[i].end);
+    begin = min(begin, common.key_range[i].begin);
+    end = max(end, common.key_range[i].end);
     is_bounded = is_bounded && common.all_see_themselves[i] != 0;
   }
   is_bounded = head.bound <= kMaxBound<T> && (is_bounded || head.slope == 0.0f);
@@ -221,16 +228,16 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
   // The bias and the references in units of <q, k>. With a bound the reference undoes seed_bias's lowering of rows g,
   // so that a weight is that of the true logit.
   const float raw_slope = head.slope / params.softmax_scale;
-  ForwardRowValues reference;
+  ForwardRowValues row_max;
   ForwardRowValues& sum_so_far = common.own_sum();
-  float rounded_sum[kForwardGroups][4] = {};
-  float out[kForwardGroups][kHeadDim / 8][4] = {};
+  float rounded_sum[kForwardRowTiles][4] = {};
+  float out[kForwardRowTiles][kHeadDim / 8][4] = {};
 #pragma unroll
-  for (int group = 0; group < kForwardGroups; ++group) {
+  for (int row_tile = 0; row_tile < kForwardRowTiles; ++row_tile) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      reference[group][half] = is_bounded ? -lowered_by(half) * raw_slope : -__int_as_float(0x7f800000);
-      sum_so_far[group][half] = 0.0f;
+      row_max[row_tile][half] = is_bounded ? -lowered_by(half) * raw_slope : -__int_as_float(0x7f800000);
+      sum_so_far[row_tile][half] = 0.0f;
     }
   }
 
@@ -241,7 +248,7 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
     int key = last_key;
 #pragma unroll 1
     do {
-      const bool touched = reach.touches(key, kForwardKeys);  // the same in all lanes
+      const bool touched = key_range.touches(key, kForwardKeys);  // the same in all lanes
       ForwardWeights weights;
 
       cp_async_wait<0>();
@@ -262,10 +269,12 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
           const int offset = block.query + (params.seqlen_k - params.seqlen_q);
           mirror_bias(scores, raw_slope, offset + again.warp_row + again.row, key + again.column);
         }
-        const Reach& stored_reach = common.reach[place.warp_row / kForwardWarpRows];
-        if (!stored_reach.is_plain(key, kForwardKeys)) hide(scores, common.rows + place.warp_row, lane_key);
-        if (!common.is_bounded) move_references(reference, out, rounded_sum, common.own_sum(), scores, plan.scale2);
-        take_weights<T>(weights, common.own_sum(), scores, reference, plan.scale2);
+        const KeyRange& stored_key_range = common.key_range[place.warp_row / kForwardWarpRows];
+        if (!stored_key_range.is_unmasked(key, kForwardKeys))
+          apply_mask(scores, common.rows + place.warp_row, lane_key);
+        if (!common.is_bounded)
+          move_references(row_max, out, rounded_sum, common.own_sum(), scores, plan.softmax_scale_log2);
+        take_weights<T>(weights, common.own_sum(), scores, row_max, plan.softmax_scale_log2);
       }
 
       cp_async_wait<0>();
@@ -276,20 +285,20 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
       }
       if (touched) {
         const int warp_row = ForwardPlace::read().warp_row;
-        const bool plain = common.reach[warp_row / kForwardWarpRows].is_plain(key, kForwardKeys);
+        const bool unmasked = common.key_range[warp_row / kForwardWarpRows].is_unmasked(key, kForwardKeys);
         // With a tile that is not finite, whoever is not to see all of it takes the slow way.
         const auto add_values = [&](auto clamped) {
 #pragma unroll
           for (int step = 0; step < kForwardKeys / 16; ++step) {
 #pragma unroll
-            for (int group = 0; group < kForwardGroups; ++group) {
-              mma<T>(rounded_sum[group], weights[step][group], kPairOfOnes<T>, kPairOfOnes<T>);
+            for (int row_tile = 0; row_tile < kForwardRowTiles; ++row_tile) {
+              mma<T>(rounded_sum[row_tile], weights[step][row_tile], kPairOfOnes<T>, kPairOfOnes<T>);
             }
-            multiply_step<T, kHeadDim, kForwardKeys, kForwardGroups, decltype(clamped)::value>(out, weights[step],
-                                                                                               v_tile, step);
+            multiply_step<T, kHeadDim, kForwardKeys, kForwardRowTiles, decltype(clamped)::value>(out, weights[step],
+                                                                                                 v_tile, step);
           }
         };
-        if (plain || is_finite<T, kTileBytes<kForwardKeys, kHeadDim>>(v_tile)) {
+        if (unmasked || is_finite<T, kTileBytes<kForwardKeys, kHeadDim>>(v_tile)) {
           add_values(std::false_type{});
         } else {
           add_values(std::true_type{});
@@ -305,23 +314,23 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
   ForwardRowValues& sum = common.own_sum();
   ForwardRowValues factor;
 #pragma unroll
-  for (int group = 0; group < kForwardGroups; ++group) {
-    sum_over_group(sum[group], 2);  // the four lanes of a row have different columns
+  for (int row_tile = 0; row_tile < kForwardRowTiles; ++row_tile) {
+    sum_over_group(sum[row_tile], 2);  // the four lanes of a row have different columns
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float divisor = rounded_sum[group][2 * half];  // all its columns are equal
-      factor[group][half] = divisor == 0.0f ? 0.0f : 1.0f / divisor;
-      const int query = first_query + group * 16 + half * 8 + place.row;
+      const float divisor = rounded_sum[row_tile][2 * half];  // all its columns are equal
+      factor[row_tile][half] = divisor == 0.0f ? 0.0f : 1.0f / divisor;
+      const int query = first_query + row_tile * 16 + half * 8 + place.row;
       if (place.column == 0 && query < params.seqlen_q) {
-        const float log2_sum =
-            exponent_of(reference[group][half], plan.scale2) + log2f(sum[group][half]);  // -inf without a visible key
+        const float log2_sum = exponent_of(row_max[row_tile][half], plan.softmax_scale_log2) +
+                               log2f(sum[row_tile][half]);  // -inf without a visible key
         const std::int64_t row = static_cast<std::int64_t>(block.batch) * params.num_heads + block.head;
         params.softmax_lse[row * params.seqlen_q + query] = fmaf(kLn2, log2_sum, lowered_by(half) * head.slope);
       }
     }
   }
   const auto target = rows_of(static_cast<T*>(params.out), params.out_stride, block.head, params.seqlen_q);
-  store_rows<T, kHeadDim, kForwardQueries, kForwardGroups>(target, first_query, out, factor, q_tile, place.warp_row);
+  store_rows<T, kHeadDim, kForwardQueries, kForwardRowTiles>(target, first_query, out, factor, q_tile, place.warp_row);
 }
 
 }  // namespace andromeda::cuda

@@ -18,8 +18,6 @@
 
 namespace andromeda::cuda {
 
-// ---- the kernel for few query rows and many keys: attention_decode.cu ----------------------------------------------
-
 // num_splits for a call: kNotSplit where the other kernel is the better one. Reads what attention_forward_workspace may
 // read, and num_splits where it is not 0.
 int choose_num_splits(const AttentionParams& params);
@@ -27,15 +25,13 @@ int choose_num_splits(const AttentionParams& params);
 AttentionWorkspace attention_decode_workspace(const AttentionParams& params);
 void attention_decode(const AttentionParams& params, const AttentionWorkspace& workspace, CUstream_st* stream);
 
-// ---- checks ---------------------------------------------------------------------------------------------------------
-
 // What protects memory and the kernels' arithmetic; Python has checked the meaning. `kernel` begins the messages.
 inline void check_attention(const AttentionParams& params, const char* kernel) {
   const auto refuse = [&](const std::string& message) {
     throw std::invalid_argument(std::string(kernel) + ": " + message);
   };
   if (params.dtype != DType::kFloat16 && params.dtype != DType::kBFloat16) {
-    refuse("dtype must be float16 or bfloat16 on CUDA; pass backend=\"reference\" for other types");
+    refuse("dtype must be float16 or bfloat16 on CUDA; pass backend=\"row_max\" for other types");
   }
   if (params.head_dim < 1 || params.head_dim > kMaxAttentionHeadDim) {
     refuse("head_dim must be between 1 and " + std::to_string(kMaxAttentionHeadDim) + " on CUDA, got " +
@@ -64,33 +60,29 @@ inline void check_softmax_scale(const AttentionParams& params, const char* kerne
   }
 }
 
-// ---- alignment ------------------------------------------------------------------------------------------------------
-
 // Whether every row of a tensor of 16-bit elements starts at a multiple of 16 bytes. The stride of a dimension of size
 // 1 is never used.
-inline bool in_chunks(const void* data, const SeqStrides& stride, int batch, int seqlen, int num_heads) {
-  constexpr int kWidth = kChunkBytes / 2;
+inline bool is_aligned16(const void* data, const SeqStrides& stride, int batch, int seqlen, int num_heads) {
+  constexpr int kWidth = kVec16Bytes / 2;
   const auto fits = [](int size, std::int64_t step) { return size <= 1 || step % kWidth == 0; };
-  return reinterpret_cast<std::uintptr_t>(data) % kChunkBytes == 0 && fits(batch, stride.batch) &&
+  return reinterpret_cast<std::uintptr_t>(data) % kVec16Bytes == 0 && fits(batch, stride.batch) &&
          fits(seqlen, stride.seq) && fits(num_heads, stride.head);
 }
 
 // Whether q, k, v and out of a call can all be moved in chunks.
-inline bool in_chunks(const AttentionParams& params) {
+inline bool is_aligned16(const AttentionParams& params) {
   const int batch = params.batch;
-  return params.head_dim % (kChunkBytes / 2) == 0 &&
-         in_chunks(params.q, params.q_stride, batch, params.seqlen_q, params.num_heads) &&
-         in_chunks(params.k, params.k_stride, batch, params.seqlen_k, params.num_kv_heads) &&
-         in_chunks(params.v, params.v_stride, batch, params.seqlen_k, params.num_kv_heads) &&
-         in_chunks(params.out, params.out_stride, batch, params.seqlen_q, params.num_heads);
+  return params.head_dim % (kVec16Bytes / 2) == 0 &&
+         is_aligned16(params.q, params.q_stride, batch, params.seqlen_q, params.num_heads) &&
+         is_aligned16(params.k, params.k_stride, batch, params.seqlen_k, params.num_kv_heads) &&
+         is_aligned16(params.v, params.v_stride, batch, params.seqlen_k, params.num_kv_heads) &&
+         is_aligned16(params.out, params.out_stride, batch, params.seqlen_q, params.num_heads);
 }
-
-// ---- launches -------------------------------------------------------------------------------------------------------
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// softmax_scale * log2(e), rounded once: 2^(score * scale2) is the weight of a score <q, k>.
-inline float scale2_of(const AttentionParams& params) {
+// softmax_scale * log2(e), rounded once: 2^(score * softmax_scale_log2) is the weight of a score <q, k>.
+inline float softmax_scale_log2_of(const AttentionParams& params) {
   return static_cast<float>(static_cast<double>(params.softmax_scale) * 1.4426950408889634074);
 }
 

@@ -1,5 +1,5 @@
 // attention for few query rows on the GPU: when it is the better kernel, how many shares, workspace and launch. The
-// kernel is in attention_decode.cuh.
+// kernel is in decode.cuh.
 //
 // Both choices follow from the shapes and the device alone, never from data: a captured graph stays valid. They take
 // the cheapest by a model whose unit is a step, the 64 keys and values (32 KiB) that a block takes at a time:
@@ -21,8 +21,8 @@
 #include <string>
 #include <type_traits>
 
-#include "attention_decode.cuh"
-#include "attention_launch.h"
+#include "attention/decode.cuh"
+#include "attention/launch.h"
 
 namespace andromeda::cuda {
 namespace {
@@ -41,24 +41,24 @@ constexpr int kPrefillRows = 128;  // of a block of the prefill kernel, all of o
 template <typename Function>
 void for_each_level(std::int64_t count, std::int64_t fan_in, const Function& function) {
   while (count > 1) {
-    const std::int64_t groups = ceil_div(count, fan_in);
-    function(count, groups);
-    count = groups;
+    const std::int64_t num_sums = ceil_div(count, fan_in);
+    function(count, num_sums);
+    count = num_sums;
   }
 }
 
 // How many results of `count` to add at a time: as few levels as `max_fan_in` permits, and for them groups as small as
 // possible. 17 are 5 x 4 rather than 8 x 3: the block that is last waits for 9 of them instead of 11.
 std::int64_t fan_in_of(std::int64_t count, std::int64_t max_fan_in) {
-  const auto reach = [](std::int64_t fan_in, int levels) {
+  const auto power = [](std::int64_t fan_in, int levels) {
     std::int64_t product = 1;
     for (int level = 0; level < levels; ++level) product *= fan_in;
     return product;
   };
   int levels = 1;
-  while (reach(max_fan_in, levels) < count) ++levels;
+  while (power(max_fan_in, levels) < count) ++levels;
   std::int64_t fan_in = 2;
-  while (reach(fan_in, levels) < count) ++fan_in;
+  while (power(fan_in, levels) < count) ++fan_in;
   return fan_in;
 }
 
@@ -66,7 +66,7 @@ std::int64_t num_rows_of(const AttentionParams& params) {
   return static_cast<std::int64_t>(params.seqlen_q) * (params.num_heads / params.num_kv_heads);
 }
 
-int num_groups_of(std::int64_t num_rows) { return num_rows <= 16 ? 1 : 2; }
+int num_row_tiles_of(std::int64_t num_rows) { return num_rows <= 16 ? 1 : 2; }
 
 // Partial results have room for the rows of a tile that exist; only the last of several tiles may have fewer.
 struct PartialShape {
@@ -77,16 +77,16 @@ PartialShape partial_shape_of(const AttentionParams& params) {
   const std::int64_t num_rows = num_rows_of(params);
   PartialShape shape{};
   dispatch_attention(params, [&](auto, auto head_dim) {
-    const auto with_groups = [&](auto groups) {
-      using Tiles = DecodeTiles<head_dim(), groups()>;
+    const auto with_row_tiles = [&](auto num_sums) {
+      using Tiles = DecodeTiles<head_dim(), num_sums()>;
       shape.rows = static_cast<int>(std::clamp<std::int64_t>(num_rows, 1, Tiles::kRows));
       shape.bytes = PartialLayout<head_dim()>::bytes(shape.rows);
       shape.max_fan_in = Tiles::max_fan_in(shape.rows);
     };
-    if (num_groups_of(num_rows) == 1) {
-      with_groups(std::integral_constant<int, 1>{});
+    if (num_row_tiles_of(num_rows) == 1) {
+      with_row_tiles(std::integral_constant<int, 1>{});
     } else {
-      with_groups(std::integral_constant<int, 2>{});
+      with_row_tiles(std::integral_constant<int, 2>{});
     }
   });
   return shape;
@@ -108,18 +108,18 @@ Slots count_slots() {
   return {num_multiprocessors, std::int64_t{num_multiprocessors} * std::clamp(shared_bytes / kBlockBytes, 1, 2)};
 }
 
-double cost_of_waves(std::int64_t num_tiles, std::int64_t num_steps, std::int64_t num_shares, const Slots& slots) {
-  const std::int64_t num_blocks = num_tiles * num_shares, waves = ceil_div(num_blocks, slots.num_blocks);
+double cost_of_waves(std::int64_t num_tiles, std::int64_t num_steps, std::int64_t num_splits, const Slots& slots) {
+  const std::int64_t num_blocks = num_tiles * num_splits, waves = ceil_div(num_blocks, slots.num_blocks);
   const double per_multiprocessor =
       static_cast<double>(num_blocks) / static_cast<double>(waves * slots.num_multiprocessors);
   const double sharing = (std::ceil(per_multiprocessor) + std::max(per_multiprocessor, 1.0)) / 2.0;
-  return static_cast<double>(waves) * (kBlockSteps + static_cast<double>(ceil_div(num_steps, num_shares)) * sharing);
+  return static_cast<double>(waves) * (kBlockSteps + static_cast<double>(ceil_div(num_steps, num_splits)) * sharing);
 }
 
-double cost_of_levels(std::int64_t num_shares, const PartialShape& partial) {
+double cost_of_levels(std::int64_t num_splits, const PartialShape& partial) {
   double cost = 0.0;
-  const std::int64_t fan_in = fan_in_of(num_shares, partial.max_fan_in);
-  for_each_level(num_shares, fan_in, [&](std::int64_t parts, std::int64_t) {
+  const std::int64_t fan_in = fan_in_of(num_splits, partial.max_fan_in);
+  for_each_level(num_splits, fan_in, [&](std::int64_t parts, std::int64_t) {
     cost += kLevelSteps + static_cast<double>(std::min(parts, fan_in) * partial.bytes) / kStepBytes;
   });
   return cost;
@@ -129,74 +129,74 @@ std::int64_t num_steps_of(const AttentionParams& params) {
   return std::max<std::int64_t>(ceil_div(params.seqlen_k, kDecodeStep), 1);
 }
 
-struct Split {
-  std::int64_t num_tiles, num_row_tiles, num_shares;
+struct Layout {
+  std::int64_t num_tiles, num_row_blocks, num_splits;
   std::int64_t fan_in, num_partials, num_semaphores;  // of a tile
   PartialShape partial;
 
-  std::int64_t num_values() const {
+  std::int64_t num_floats() const {
     return num_tiles * num_partials * (partial.bytes / static_cast<std::int64_t>(sizeof(float)));
   }
 };
 
 // What num_splits shares of the keys stand for.
-Split split_of(const AttentionParams& params) {
+Layout lay_out(const AttentionParams& params) {
   const std::int64_t num_rows = num_rows_of(params);
-  Split split{};
-  split.num_row_tiles = ceil_div(num_rows, 16 * num_groups_of(num_rows));
-  split.num_tiles = static_cast<std::int64_t>(params.batch) * params.num_kv_heads * split.num_row_tiles;
-  split.partial = partial_shape_of(params);
+  Layout layout{};
+  layout.num_row_blocks = ceil_div(num_rows, 16 * num_row_tiles_of(num_rows));
+  layout.num_tiles = static_cast<std::int64_t>(params.batch) * params.num_kv_heads * layout.num_row_blocks;
+  layout.partial = partial_shape_of(params);
   // A share beyond the number of steps would have no keys, and add nothing but its partial result.
-  split.num_shares = std::min<std::int64_t>(params.num_splits, num_steps_of(params));
-  if (split.num_tiles == 0) return split;
-  split.fan_in = fan_in_of(split.num_shares, split.partial.max_fan_in);
-  for_each_level(split.num_shares, split.fan_in, [&](std::int64_t parts, std::int64_t groups) {
-    split.num_partials += parts;
-    split.num_semaphores += groups;
+  layout.num_splits = std::min<std::int64_t>(params.num_splits, num_steps_of(params));
+  if (layout.num_tiles == 0) return layout;
+  layout.fan_in = fan_in_of(layout.num_splits, layout.partial.max_fan_in);
+  for_each_level(layout.num_splits, layout.fan_in, [&](std::int64_t parts, std::int64_t num_sums) {
+    layout.num_partials += parts;
+    layout.num_semaphores += num_sums;
   });
-  return split;
+  return layout;
 }
 
 struct Choice {
-  std::int64_t num_shares;
+  std::int64_t num_splits;
   double cost;
 };
 
-Choice choose_shares(const AttentionParams& params, const Slots& slots) {
+Choice choose_splits(const AttentionParams& params, const Slots& slots) {
   const std::int64_t num_rows = num_rows_of(params), num_steps = num_steps_of(params);
-  const std::int64_t num_tiles =
-      static_cast<std::int64_t>(params.batch) * params.num_kv_heads * ceil_div(num_rows, 16 * num_groups_of(num_rows));
+  const std::int64_t num_tiles = static_cast<std::int64_t>(params.batch) * params.num_kv_heads *
+                                 ceil_div(num_rows, 16 * num_row_tiles_of(num_rows));
   if (num_tiles == 0) return {1, 0.0};
   const PartialShape partial = partial_shape_of(params);
-  const auto cost_of = [&](std::int64_t num_shares) {
-    return cost_of_waves(num_tiles, num_steps, num_shares, slots) + cost_of_levels(num_shares, partial);
+  const auto cost_of = [&](std::int64_t num_splits) {
+    return cost_of_waves(num_tiles, num_steps, num_splits, slots) + cost_of_levels(num_splits, partial);
   };
   Choice best{1, cost_of(1)};
   // With many tiles a few shares still even out the last wave; with few tiles, as many as make one wave. Large numbers
   // need not be tried one by one: each stands for the smallest that gives shares of the same length.
-  const std::int64_t max_shares = std::min(num_steps, std::max<std::int64_t>(kFanIn, slots.num_blocks / num_tiles));
-  for (std::int64_t candidate = 2; candidate <= max_shares; candidate += 1 + candidate / 16) {
-    const std::int64_t num_shares = ceil_div(num_steps, ceil_div(num_steps, candidate));
-    if (const double cost = cost_of(num_shares); cost < best.cost) best = {num_shares, cost};
+  const std::int64_t max_splits = std::min(num_steps, std::max<std::int64_t>(kFanIn, slots.num_blocks / num_tiles));
+  for (std::int64_t candidate = 2; candidate <= max_splits; candidate += 1 + candidate / 16) {
+    const std::int64_t num_splits = ceil_div(num_steps, ceil_div(num_steps, candidate));
+    if (const double cost = cost_of(num_splits); cost < best.cost) best = {num_splits, cost};
   }
   return best;
 }
 
 // Partial results are read in chunks.
-void check_workspace(const AttentionWorkspace& workspace, std::int64_t num_values, std::int64_t num_semaphores) {
-  if (workspace.num_values < num_values || workspace.num_semaphores < num_semaphores ||
-      reinterpret_cast<std::uintptr_t>(workspace.values) % kChunkBytes != 0) {
-    throw std::invalid_argument(std::string(kKernel) + ": the workspace must have " + std::to_string(num_values) +
+void check_workspace(const AttentionWorkspace& workspace, std::int64_t num_floats, std::int64_t num_semaphores) {
+  if (workspace.num_partials < num_floats || workspace.num_semaphores < num_semaphores ||
+      reinterpret_cast<std::uintptr_t>(workspace.partials) % kVec16Bytes != 0) {
+    throw std::invalid_argument(std::string(kKernel) + ": the workspace must have " + std::to_string(num_floats) +
                                 " values, aligned to 16 bytes, and " + std::to_string(num_semaphores) +
-                                " semaphores, got " + std::to_string(workspace.num_values) + " and " +
+                                " semaphores, got " + std::to_string(workspace.num_partials) + " and " +
                                 std::to_string(workspace.num_semaphores) + "; size it on the device of the call");
   }
 }
 
-template <typename T, int kHeadDim, int kGroups>
+template <typename T, int kHeadDim, int kRowTiles>
 void launch(const AttentionParams& params, const DecodePlan& plan, std::int64_t num_blocks, CUstream_st* stream) {
-  using Tiles = DecodeTiles<kHeadDim, kGroups>;
-  const auto kernel = &attention_decode_kernel<T, kHeadDim, kGroups>;
+  using Tiles = DecodeTiles<kHeadDim, kRowTiles>;
+  const auto kernel = &attention_decode_kernel<T, kHeadDim, kRowTiles>;
   const Launch launch{kKernel, checked_grid(params, kKernel, num_blocks), kDecodeThreads, Tiles::kBytes};
   allow_shared_bytes(kernel, launch);
   kernel<<<launch.num_blocks, dim3(kWarpLanes, kDecodeWarps), launch.shared_bytes, stream>>>(params, plan);
@@ -215,40 +215,40 @@ int choose_num_splits(const AttentionParams& params) {
   const std::int64_t prefill_tiles =
       static_cast<std::int64_t>(params.batch) * params.num_heads * ceil_div(params.seqlen_q, kPrefillRows);
   const double prefill_cost = cost_of_waves(prefill_tiles, ceil_div(params.seqlen_k, kDecodeStep), 1, slots);
-  const Choice choice = choose_shares(params, slots);
+  const Choice choice = choose_splits(params, slots);
   const double cost = choice.cost * (num_rows <= kPrefillRows ? 1.0 : 2.0);
-  return cost <= prefill_cost ? static_cast<int>(choice.num_shares) : kNotSplit;
+  return cost <= prefill_cost ? static_cast<int>(choice.num_splits) : kNotSplit;
 }
 
 AttentionWorkspace attention_decode_workspace(const AttentionParams& params) {
-  const Split split = split_of(params);
-  return {nullptr, nullptr, split.num_values(), split.num_tiles * split.num_semaphores, params.num_splits};
+  const Layout layout = lay_out(params);
+  return {nullptr, nullptr, layout.num_floats(), layout.num_tiles * layout.num_semaphores, params.num_splits};
 }
 
 void attention_decode(const AttentionParams& params, const AttentionWorkspace& workspace, CUstream_st* stream) {
-  const Split split = split_of(params);
-  if (split.num_tiles == 0) return;
-  check_workspace(workspace, split.num_values(), split.num_tiles * split.num_semaphores);
+  const Layout layout = lay_out(params);
+  if (layout.num_tiles == 0) return;
+  check_workspace(workspace, layout.num_floats(), layout.num_tiles * layout.num_semaphores);
 
   DecodePlan plan{};
-  plan.partials = reinterpret_cast<unsigned char*>(workspace.values);
+  plan.partials = reinterpret_cast<unsigned char*>(workspace.partials);
   plan.semaphores = reinterpret_cast<unsigned*>(workspace.semaphores);
   plan.num_rows = static_cast<int>(num_rows_of(params));
-  plan.group = params.num_heads / params.num_kv_heads;
-  plan.num_row_tiles = static_cast<int>(split.num_row_tiles);
-  plan.num_shares = static_cast<int>(split.num_shares);
-  plan.num_partials = static_cast<int>(split.num_partials);
-  plan.num_semaphores = static_cast<int>(split.num_semaphores);
-  plan.fan_in = static_cast<int>(split.fan_in);
-  plan.partial_rows = split.partial.rows;
-  plan.scale2 = scale2_of(params);
-  plan.inverse_scale = 1.0f / params.softmax_scale;
-  plan.in_chunks = in_chunks(params);
+  plan.qhead_per_kvhead = params.num_heads / params.num_kv_heads;
+  plan.num_row_blocks = static_cast<int>(layout.num_row_blocks);
+  plan.num_splits = static_cast<int>(layout.num_splits);
+  plan.tile_partials = static_cast<int>(layout.num_partials);
+  plan.tile_semaphores = static_cast<int>(layout.num_semaphores);
+  plan.fan_in = static_cast<int>(layout.fan_in);
+  plan.partial_rows = layout.partial.rows;
+  plan.softmax_scale_log2 = softmax_scale_log2_of(params);
+  plan.inverse_softmax_scale = 1.0f / params.softmax_scale;
+  plan.is_aligned16 = is_aligned16(params);
 
-  const std::int64_t num_blocks = split.num_tiles * split.num_shares;
+  const std::int64_t num_blocks = layout.num_tiles * layout.num_splits;
   dispatch_attention(params, [&](auto dtype, auto head_dim) {
     using T = typename decltype(dtype)::type;
-    if (num_groups_of(num_rows_of(params)) == 1) {
+    if (num_row_tiles_of(num_rows_of(params)) == 1) {
       launch<T, head_dim(), 1>(params, plan, num_blocks, stream);
     } else {
       launch<T, head_dim(), 2>(params, plan, num_blocks, stream);

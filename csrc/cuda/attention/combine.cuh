@@ -1,0 +1,179 @@
+// Adding the partial results of the decode kernel (decode.cuh): those of the warps of a block, and in the workspace those
+// of the blocks that share the rows of a tile.
+#pragma once
+
+#include <cstdint>
+
+#include "attention/decode_plan.cuh"
+#include "attention/softmax.cuh"
+#include "mma.cuh"
+#include "warp.cuh"
+
+namespace andromeda::cuda {
+
+// A thread owns these four channels of a row, whatever is added: number `i` of kVectors.
+template <int kHeadDim>
+struct OwnVector {
+  int row, channel;
+  __device__ OwnVector(int thread, int i) {
+    const int vector = thread + i * kDecodeThreads;
+    row = vector / (kHeadDim / 4);
+    channel = vector % (kHeadDim / 4) * 4;
+  }
+};
+
+// From the statistics of `count` parts in shared memory: the totals, and the factor of each part. Barriers around it.
+template <int kRows>
+__device__ inline void combine_statistics(DecodeShared<kRows>* shared, int count, int rows, int thread) {
+  if (thread >= rows) return;
+  float maximum = shared->statistics[0][thread].maximum;
+  for (int part = 1; part < count; ++part) maximum = fmaxf(maximum, shared->statistics[part][thread].maximum);
+  const float row_max = finite_max(maximum);
+  float sum = 0.0f;
+  for (int part = 0; part < count; ++part) {
+    const Statistics of_part = shared->statistics[part][thread];
+    const float factor = exp2_approx(of_part.maximum - row_max);
+    shared->factor[part][thread] = factor;
+    sum = fmaf(of_part.sum, factor, sum);
+  }
+  shared->total[thread] = {maximum, sum};
+}
+
+__device__ inline void add_scaled(float4& total, const float4& part, float factor) {
+  total.x = fmaf(part.x, factor, total.x);
+  total.y = fmaf(part.y, factor, total.y);
+  total.z = fmaf(part.z, factor, total.z);
+  total.w = fmaf(part.w, factor, total.w);
+}
+
+// The sum of the outputs of the warps, each in its rows of `staging`.
+template <int kHeadDim, int kRowTiles, int kVectors>
+__device__ inline void add_warps(float4 (&total)[kVectors], const DecodeShared<16 * kRowTiles>* shared,
+                                 const float* staging, int thread) {
+  using Tiles = DecodeTiles<kHeadDim, kRowTiles>;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const OwnVector<kHeadDim> own(thread, i);
+    total[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+    for (int warp = 0; warp < kDecodeWarps; ++warp) {
+      const float* part = staging + (warp * Tiles::kRows + own.row) * Tiles::kOutPitch + own.channel;
+      add_scaled(total[i], *reinterpret_cast<const float4*>(part), shared->factor[warp][own.row]);
+    }
+  }
+}
+
+// Four sums as a partial result has them.
+struct Stored {
+  uint2 high;         // the upper halves
+  std::uint32_t low;  // the next byte of each
+};
+
+// To the nearest float of 16 significant bits, in the upper 24; the last 8 are of no account. A NaN needs care: a carry
+// could run through it into the sign, and all that tells it from an infinity may be in those 8.
+__device__ inline std::uint32_t round_to_store(float value) {
+  return isnan(value) ? 0x7FFFFFFFu : __float_as_uint(value) + 0x80u;
+}
+
+__device__ inline Stored to_stored(const float4& values) {
+  const std::uint32_t bits[4] = {round_to_store(values.x), round_to_store(values.y), round_to_store(values.z),
+                                 round_to_store(values.w)};
+  return {make_uint2(__byte_perm(bits[0], bits[1], 0x7632), __byte_perm(bits[2], bits[3], 0x7632)),
+          __byte_perm(__byte_perm(bits[0], bits[1], 0x0051), __byte_perm(bits[2], bits[3], 0x0051), 0x5410)};
+}
+
+__device__ inline float4 from_stored(const Stored& stored) {
+  const auto value = [&](std::uint32_t high, int selector) {
+    return __uint_as_float(__byte_perm(high, stored.low, selector) & 0xFFFFFF00u);
+  };
+  return make_float4(value(stored.high.x, 0x1040), value(stored.high.x, 0x3250), value(stored.high.y, 0x1060),
+                     value(stored.high.y, 0x3270));
+}
+
+// The block's part for the next level: `own` is what the others will read.
+template <int kRows, int kHeadDim, int kVectors>
+__device__ inline void write_partial(unsigned char* partial, const Stored (&own)[kVectors],
+                                     const DecodeShared<kRows>* shared, int partial_rows, int rows, int thread) {
+  using Layout = PartialLayout<kHeadDim>;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const OwnVector<kHeadDim> vector(thread, i);
+    if (vector.row >= rows) continue;
+    unsigned char* row = partial + vector.row * Layout::kRowBytes;
+    *reinterpret_cast<uint2*>(row + 2 * vector.channel) = own[i].high;
+    *reinterpret_cast<std::uint32_t*>(row + Layout::kLowBytes + vector.channel) = own[i].low;
+  }
+  if (thread < rows) {
+    reinterpret_cast<Statistics*>(partial + Layout::statistics_at(partial_rows))[thread] = shared->total[thread];
+  }
+}
+
+// Begins to copy `count` partial results of a group, all but that of this block: the statistics as one group of copies,
+// the rows as another, one part behind the other at `places`. Both come from L2, where the others' writes are.
+template <int kRows, int kHeadDim>
+__device__ inline void fetch_partials(std::uint32_t places, DecodeShared<kRows>* shared, const unsigned char* partials,
+                                      int count, int own_part, int partial_rows, int rows, int thread) {
+  using Layout = PartialLayout<kHeadDim>;
+  const std::int64_t bytes = Layout::bytes(partial_rows);
+  if (2 * thread < rows) {
+    const unsigned char* source = partials + Layout::statistics_at(partial_rows) + thread * kVec16Bytes;
+    const int exist = min(rows - 2 * thread, 2) * static_cast<int>(sizeof(Statistics));
+#pragma unroll 1
+    for (int part = 0; part < count; ++part, source += bytes) {
+      if (part != own_part) cp_async(shared_address(&shared->statistics[part][2 * thread]), source, exist);
+    }
+  }
+  cp_async_commit();
+  const int row_bytes = rows * Layout::kRowBytes;
+#pragma unroll 1
+  for (int part = 0; part < count; ++part, partials += bytes) {
+    if (part == own_part) continue;
+#pragma unroll 4
+    for (int at = thread * kVec16Bytes; at < row_bytes; at += kDecodeThreads * kVec16Bytes) {
+      cp_async(places + at, partials + at, kVec16Bytes);
+    }
+    places += row_bytes;
+  }
+  cp_async_commit();
+}
+
+// The sum of `count` partial results in the order of their numbers, this block's from registers.
+template <int kRows, int kHeadDim, int kVectors>
+__device__ inline void add_partials(float4 (&total)[kVectors], const Stored (&own)[kVectors],
+                                    const DecodeShared<kRows>* shared, const unsigned char* places, int count,
+                                    int own_part, int rows, int thread) {
+  using Layout = PartialLayout<kHeadDim>;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) total[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 1
+  for (int part = 0; part < count; ++part) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const OwnVector<kHeadDim> vector(thread, i);
+      if (vector.row >= rows) continue;
+      Stored stored = own[i];
+      if (part != own_part) {
+        const unsigned char* row = places + vector.row * Layout::kRowBytes;
+        stored.high = *reinterpret_cast<const uint2*>(row + 2 * vector.channel);
+        stored.low = *reinterpret_cast<const std::uint32_t*>(row + Layout::kLowBytes + vector.channel);
+      }
+      add_scaled(total[i], from_stored(stored), shared->factor[part][vector.row]);
+    }
+    if (part != own_part) places += rows * Layout::kRowBytes;
+  }
+}
+
+// How many of `count` blocks drew this semaphore before. The counter wraps to 0: the next call finds it as this one did.
+//
+// One thread draws for its block, between two barriers. Release: its fence comes after what all threads wrote before
+// the first barrier, and before the atomic. Acquire: the atomic, then a fence of the same thread, then the second
+// barrier and whoever reads behind it. In PTX's memory model the atomic and the fence must be of one thread: behind the
+// barrier the other threads' own fences would add nothing.
+__device__ inline unsigned arrive_at_semaphore(unsigned* semaphore, int count) {
+  fence_device();
+  const unsigned drawn = atomicInc(semaphore, count - 1);
+  fence_device();
+  return drawn;
+}
+
+}  // namespace andromeda::cuda

@@ -1,0 +1,413 @@
+// attention (docs/model.md#5) for few query rows and many keys: decoding, short continuations.
+//
+//   out = softmax(softmax_scale * q k^T - alibi_slopes * |i - j|) v
+//
+// All query heads of a key head and all tokens are packed into the rows of one tile (row = token * group + head), so
+// that a key is read once for all of them. A block owns 16 or 32 rows of one (batch, key head) and a share of the keys;
+// its warps take slices of 16 keys in turn, each with a maximum, sum and output of its own:
+//
+//              steps of 64 keys, num_splits runs of them
+//             +----+----+----+----+----+----+----+----+--
+//   16 or 32  |w0  | w1 | w2 | w3 |w0  | w1 | w2 | w3 |       S = q k^T    rows x 16
+//     rows    |    |    |    |    |    |    |    |    |       out += P v   rows x head_dim, registers
+//             +----+----+----+----+----+----+----+----+--
+//
+// A slice's keys and values travel through a ring that belongs to the warp: no barrier of the block in the loop, and as
+// soon as the keys of a slice have been multiplied their place takes those of the slice kStages ahead.
+//
+//   shared memory, head_dim 128     queries 8 KiB, ring 4 warps x 2 stages x (4 KiB keys + 4 KiB values) = 64 KiB
+//   head_dim 64                     queries 4 KiB, ring 4 warps x 4 stages x (2 KiB keys + 2 KiB values) = 64 KiB
+//   registers, 32 rows, 128 wide    out 128, scores 16, their maxima, sums, slopes and positions 4 each
+//
+// 32 FLOP for each byte that is read: a fifth of what the tensor cores can do meanwhile. What counts is bytes in
+// flight, latency times bandwidth: 24 KiB per SM (docs/attention.md#decoding). A block has 48 to 64 KiB on the way, and
+// two blocks fit on an SM of 8.0 and 9.0, one where shared memory ends at 100 KiB.
+//
+// The end. The four warps add their outputs through shared memory. With more than one share the block writes the sums
+// to the workspace and draws a semaphore; of a group of shares the last to arrive adds them, always in the order of their
+// numbers, so that a result does not depend on timing. The groups' sums are added in the same way, until one is left:
+//
+//   128 shares of 24 rows     0 ... 5  | 6 ... 11 | ... |  126 127          the last of each group of 6
+//   22 sums                      0 ... 5     | 6 ... 11 | ... | 18 ... 21   the last of each group of 6
+//   4 sums                                   0 ... 3                        the last of all, which writes the rows
+//
+// All that a block adds is on its way at once: the others' results go into the tiles' place in shared memory, past the
+// registers, and its own stays in registers. A group is as large as the tiles have room for (kFanIn at most). On an
+// H200 a level takes 1.9 us (a write, two fences and a semaphore between them, one trip to L2) and 0.67 us for each result
+// of 24 rows, 128 wide, 9.2 KiB: the four warps of one block fetch and add them one after the other. The three levels
+// above are 17 of the 44 us that 131072 keys take.
+//
+// The softmax is the one with a running maximum, in every call: its cost hides behind memory. The largest weight of a
+// row is then exactly 1, and the sum of the unrounded weights is a good enough divisor
+// (docs/attention.md#bounded-softmax).
+//
+// Not supported: float32, head_dim above 128 (launch.h).
+#pragma once
+
+#include <cstdint>
+
+#include "attention/combine.cuh"
+#include "attention/decode_plan.cuh"
+#include "attention/mask.cuh"
+#include "attention/softmax.cuh"
+#include "attention/tile.cuh"
+#include "load.cuh"
+#include "mma.cuh"
+#include "warp.cuh"
+
+namespace andromeda::cuda {
+
+__device__ inline std::int64_t offset_of(const SeqStrides& stride, int batch, int seq, int head) {
+  return batch * stride.batch + seq * stride.seq + head * stride.head;
+}
+
+// A packed row as a query of one head.
+struct PackedRow {
+  int query, head;
+  bool exists;
+};
+
+__device__ inline PackedRow unpack_row(const DecodePlan& plan, int kv_head, int packed) {
+  const int query = packed / plan.qhead_per_kvhead;
+  return {query, kv_head * plan.qhead_per_kvhead + (packed - query * plan.qhead_per_kvhead), packed < plan.num_rows};
+}
+
+// Begins to copy the query rows of the block; rows and channels that do not exist become zero.
+template <int kHeadDim, int kRows, typename T>
+__device__ inline void load_queries(std::uint32_t tile, const AttentionParams& params, const DecodePlan& plan,
+                                    int batch, int kv_head, int first_row, int thread) {
+  constexpr int kVecs = kHeadDim / kVec16Width<T>;
+  static_assert(kRows * kVecs % kDecodeThreads == 0);
+  const T* q = static_cast<const T*>(params.q);
+#pragma unroll 1
+  for (int i = thread; i < kRows * kVecs; i += kDecodeThreads) {
+    const int row = i / kVecs, vec = i % kVecs;
+    const PackedRow packed = unpack_row(plan, kv_head, first_row + row);
+    const int channels = packed.exists ? params.head_dim - vec * kVec16Width<T> : 0;
+    const T* source = q;
+    if (channels > 0) {
+      source += offset_of(params.q_stride, batch, packed.query, packed.head) + vec * kVec16Width<T>;
+    }
+    const std::uint32_t target = tile + vec_offset<kRows>(row, vec);
+    if (plan.is_aligned16) {
+      cp_async(target, source, channels > 0 ? kVec16Bytes : 0);
+    } else {
+      copy_elements(target, source, channels);
+    }
+  }
+}
+
+// Describes the block's rows, one per lane: writes them to `shared` (one warp does) and returns what they see.
+template <int kRows>
+__device__ inline KeyRange describe_rows(DecodeShared<kRows>* shared, const AttentionParams& params,
+                                         const DecodePlan& plan, int batch, int kv_head, int first_row, bool write) {
+  const int lane = static_cast<int>(threadIdx.x);
+  const PackedRow packed = unpack_row(plan, kv_head, first_row + lane);
+  const bool exists = lane < kRows && packed.exists;
+  Head head{0.0f, 0.0f, kUnlimited};
+  if (exists) head = describe_head(params, packed.head);
+  const Row row = describe_row(params, batch, exists ? packed.query : params.seqlen_q);
+  if (write && lane < kRows) {
+    shared->rows[lane] = row;
+    shared->head[lane] = exists ? packed.head : -1;
+    shared->raw_slope[lane] = head.slope * plan.inverse_softmax_scale;
+  }
+  return KeyRange::of(row, exists, head.window).of_warp();
+}
+
+inline constexpr int kScoreTiles = kSlice / 8;
+
+// A lane's four rows (two without a second group): [group][half] is row 16 * group + 8 * half + lane / 4.
+template <int kRowTiles>
+struct LaneRows {
+  float raw_slope[kRowTiles][2];
+  int position[kRowTiles][2];
+  float maximum[kRowTiles][2];  // of the scores so far, base 2; -inf before the first visible key
+  float sum[kRowTiles][2];      // of the weights in this lane's columns
+};
+
+// Sets the accumulators to the bias. Rows have slopes of their own, so every score needs its own instruction pair, and
+// the form with |.| serves keys on either side. `key` is that of the lane's first column.
+template <int kRowTiles>
+__device__ inline void seed_row_bias(float (&scores)[kRowTiles][kScoreTiles][4], const LaneRows<kRowTiles>& rows,
+                                     int key) {
+#pragma unroll
+  for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float distance = static_cast<float>(key - rows.position[row_tile][half]);  // exact: formed in integers
+#pragma unroll
+      for (int n = 0; n < kScoreTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          scores[row_tile][n][2 * half + i] =
+              -rows.raw_slope[row_tile][half] * fabsf(distance + static_cast<float>(8 * n + i));
+        }
+      }
+    }
+  }
+}
+
+// Scores become weights relative to the new maximum; what was summed before is brought to it.
+template <int kHeadDim, int kRowTiles>
+__device__ inline void update_softmax(float (&scores)[kRowTiles][kScoreTiles][4], LaneRows<kRowTiles>& rows,
+                                      float (&out)[kRowTiles][kHeadDim / 8][4], float softmax_scale_log2) {
+  float maximum[kRowTiles][2];
+  bool grew = false;
+#pragma unroll
+  for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float largest = fmaxf(scores[row_tile][0][2 * half], scores[row_tile][0][2 * half + 1]);
+#pragma unroll
+      for (int n = 1; n < kScoreTiles; ++n) {
+        largest = fmaxf(largest, fmaxf(scores[row_tile][n][2 * half], scores[row_tile][n][2 * half + 1]));
+      }
+      largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, 1));  // a row lies in four lanes
+      largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, 2));
+      maximum[row_tile][half] = fmaxf(rows.maximum[row_tile][half], largest * softmax_scale_log2);
+      grew |= maximum[row_tile][half] > rows.maximum[row_tile][half];
+    }
+  }
+  // Maxima grow often at first and seldom later: the output, most of the registers, is then left alone.
+  if (__any_sync(kWholeWarp, grew)) {
+#pragma unroll
+    for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float factor = exp2_approx(rows.maximum[row_tile][half] - finite_max(maximum[row_tile][half]));
+        rows.maximum[row_tile][half] = maximum[row_tile][half];
+        rows.sum[row_tile][half] *= factor;
+#pragma unroll
+        for (int n = 0; n < kHeadDim / 8; ++n) {
+          out[row_tile][n][2 * half] *= factor;
+          out[row_tile][n][2 * half + 1] *= factor;
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float row_max = finite_max(rows.maximum[row_tile][half]);
+#pragma unroll
+      for (int n = 0; n < kScoreTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& score = scores[row_tile][n][2 * half + i];
+          score = exp2_approx(fmaf(score, softmax_scale_log2, -row_max));
+          rows.sum[row_tile][half] += score;
+        }
+      }
+    }
+  }
+}
+
+// Divides, rounds and writes the rows of the block, and their log-sum-exp.
+template <typename T, int kRows, int kHeadDim, int kVectors>
+__device__ inline void write_rows(const AttentionParams& params, const DecodePlan& plan, int batch,
+                                  const float4 (&total)[kVectors], const DecodeShared<kRows>* shared, int thread) {
+  const int first_position = params.seqlen_k - params.seqlen_q;  // of query 0
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const OwnVector<kHeadDim> own(thread, i);
+    const int head = shared->head[own.row], query = shared->rows[own.row].position - first_position;
+    const int channels = params.head_dim - own.channel;
+    if (head < 0 || channels <= 0) continue;
+    const float sum = shared->total[own.row].sum;
+    const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;  // 0: a row that sees no key; a NaN stays one
+    const uint2 bits = make_uint2(pack<T>(total[i].x * factor, total[i].y * factor),
+                                  pack<T>(total[i].z * factor, total[i].w * factor));
+    T* target = static_cast<T*>(params.out) + offset_of(params.out_stride, batch, query, head) + own.channel;
+    if (plan.is_aligned16) {
+      *reinterpret_cast<uint2*>(target) = bits;
+    } else {
+      const T* elements = reinterpret_cast<const T*>(&bits);
+#pragma unroll
+      for (int channel = 0; channel < 4; ++channel) {
+        if (channel < channels) target[channel] = elements[channel];
+      }
+    }
+  }
+  if (thread < kRows) {
+    if (shared->head[thread] < 0) return;
+    const std::int64_t head = static_cast<std::int64_t>(batch) * params.num_heads + shared->head[thread];
+    const int query = shared->rows[thread].position - first_position;
+    params.softmax_lse[head * params.seqlen_q + query] =
+        fmaf(shared->total[thread].maximum, kLn2, logf(shared->total[thread].sum));
+  }
+}
+
+// Blocks of dim3(32, kDecodeWarps), so that threadIdx.x is the lane: load_tile then works for one warp. Row tiles of
+// the same keys are neighbours in the grid: the second reads what the first has brought to L2.
+template <typename T, int kHeadDim, int kRowTiles>
+__global__ void __launch_bounds__(kDecodeThreads, 2)
+    attention_decode_kernel(const __grid_constant__ AttentionParams params, const __grid_constant__ DecodePlan plan) {
+  using Tiles = DecodeTiles<kHeadDim, kRowTiles>;
+  constexpr int kRows = Tiles::kRows, kStages = Tiles::kStages;
+  extern __shared__ __align__(kTileAlignment) unsigned char shared_memory[];
+  auto* shared = reinterpret_cast<DecodeShared<kRows>*>(shared_memory + Tiles::kTilesBytes);
+  const int lane = static_cast<int>(threadIdx.x), warp = static_cast<int>(threadIdx.y);
+  const int thread = warp * kWarpLanes + lane;
+  const std::uint32_t queries = shared_address(shared_memory);
+  const std::uint32_t ring = queries + Tiles::kQueryBytes + warp * Tiles::kRingBytes;
+
+  int block = static_cast<int>(blockIdx.x);
+  const int row_block = block % plan.num_row_blocks;
+  block /= plan.num_row_blocks;
+  const int split = block % plan.num_splits;
+  block /= plan.num_splits;
+  const int kv_head = block % params.num_kv_heads, batch = block / params.num_kv_heads;
+  const int first_row = row_block * kRows;
+
+  // The rows, and which keys they see.
+  load_queries<kHeadDim, kRows, T>(queries, params, plan, batch, kv_head, first_row, thread);
+  cp_async_commit();
+  const KeyRange key_range = describe_rows(shared, params, plan, batch, kv_head, first_row, warp == 0);
+
+  // This block's run of steps and this warp's slices of it: numbers 0 ... num_slices - 1, kDecodeStep keys apart.
+  const int begin = key_range.begin / kSlice * kSlice;
+  const std::int64_t num_keys = max(static_cast<std::int64_t>(key_range.end) - begin, static_cast<std::int64_t>(0));
+  const std::int64_t num_steps = (num_keys + kDecodeStep - 1) / kDecodeStep;
+  const std::int64_t first_offset = num_steps * split / plan.num_splits * kDecodeStep + warp * kSlice;
+  const std::int64_t end_offset = min(num_steps * (split + 1) / plan.num_splits * kDecodeStep, num_keys);
+  const int num_slices =
+      static_cast<int>((max(end_offset - first_offset, static_cast<std::int64_t>(0)) + kDecodeStep - 1) / kDecodeStep);
+  const int first_key = static_cast<int>(begin + first_offset);
+
+  const T* key_data = static_cast<const T*>(params.k) + offset_of(params.k_stride, batch, 0, kv_head);
+  const T* value_data = static_cast<const T*>(params.v) + offset_of(params.v_stride, batch, 0, kv_head);
+  const Rows<const T> keys{key_data, params.k_stride.seq, params.seqlen_k, params.head_dim, plan.is_aligned16};
+  const Rows<const T> values{value_data, params.v_stride.seq, params.seqlen_k, params.head_dim, plan.is_aligned16};
+  // Every call commits a group, an empty one past the end, so that a fixed number of younger groups says "arrived".
+  const auto load_slice = [&](const Rows<const T>& rows, int slice, std::uint32_t place) {
+    if (slice < num_slices) {
+      load_tile<kSlice, kHeadDim, kWarpLanes>(place, rows, first_key + slice * kDecodeStep);
+    }
+    cp_async_commit();
+  };
+  const auto keys_of = [&](int slice) { return ring + slice % kStages * (2 * Tiles::kSliceBytes); };
+  const auto values_of = [&](int slice) { return keys_of(slice) + Tiles::kSliceBytes; };
+  constexpr int kYounger = 2 * kStages - 1;
+#pragma unroll 1
+  for (int slice = 0; slice < kStages; ++slice) {
+    load_slice(keys, slice, keys_of(slice));
+    load_slice(values, slice, values_of(slice));
+  }
+  cp_async_wait<2 * kStages>();  // the queries
+  __syncthreads();               // everyone's, and the description of the rows
+
+  LaneRows<kRowTiles> rows;
+#pragma unroll
+  for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = row_tile * 16 + half * 8 + (lane >> 2);
+      rows.raw_slope[row_tile][half] = shared->raw_slope[row];
+      rows.position[row_tile][half] = shared->rows[row].position;
+      rows.maximum[row_tile][half] = -__int_as_float(0x7f800000);
+      rows.sum[row_tile][half] = 0.0f;
+    }
+  }
+  float out[kRowTiles][kHeadDim / 8][4] = {};
+
+  for (int slice = 0; slice < num_slices; ++slice) {
+    const int key = first_key + slice * kDecodeStep;
+    const int lane_key = key + ((lane & 3) << 1);
+    float scores[kRowTiles][kScoreTiles][4];
+    seed_row_bias(scores, rows, lane_key);
+    cp_async_wait<kYounger>();
+    __syncwarp();  // the keys of all lanes have arrived
+    multiply_transposed<T, kHeadDim, kRows, kSlice>(scores, queries, 0, keys_of(slice));
+    __syncwarp();  // the keys have been read by all lanes
+    load_slice(keys, slice + kStages, keys_of(slice));
+
+    const bool unmasked = key_range.is_unmasked(key, kSlice);
+    if (!unmasked) apply_mask(scores, shared->rows, lane_key);
+    update_softmax<kHeadDim>(scores, rows, out, plan.softmax_scale_log2);
+    std::uint32_t weights[kRowTiles][4];
+#pragma unroll
+    for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) pack_operand<T>(weights[row_tile], scores[row_tile], 0);
+
+    cp_async_wait<kYounger>();
+    __syncwarp();  // the values of all lanes have arrived
+    if (unmasked || is_finite<T, Tiles::kSliceBytes>(values_of(slice))) {
+      multiply_step<T, kHeadDim, kSlice>(out, weights, values_of(slice), 0);
+    } else {
+      multiply_step<T, kHeadDim, kSlice, kRowTiles, true>(out, weights, values_of(slice), 0);
+      add_not_finite<T, kHeadDim, kSlice>(out, shared->rows, key, values_of(slice));
+    }
+    __syncwarp();  // the values have been read by all lanes
+    load_slice(values, slice + kStages, values_of(slice));
+  }
+
+  // The warps' results become the block's.
+#pragma unroll
+  for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
+    sum_over_group(rows.sum[row_tile], 2);  // the four lanes of a row
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = row_tile * 16 + half * 8 + (lane >> 2);
+      if ((lane & 3) == 0) {
+        shared->statistics[warp][row] = {rows.maximum[row_tile][half], rows.sum[row_tile][half]};
+      }
+    }
+  }
+  __syncthreads();  // statistics are there; all warps have finished with queries and ring, which become staging
+  auto* staging = reinterpret_cast<float*>(shared_memory);
+#pragma unroll
+  for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = warp * kRows + row_tile * 16 + half * 8 + (lane >> 2);
+      auto* target = reinterpret_cast<float2*>(staging + row * Tiles::kOutPitch + ((lane & 3) << 1));
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 8; ++n) {
+        target[n * 4] = make_float2(out[row_tile][n][2 * half], out[row_tile][n][2 * half + 1]);
+      }
+    }
+  }
+  combine_statistics(shared, kDecodeWarps, kRows, thread);
+  __syncthreads();  // outputs and factors are there
+  constexpr int kVectors = kRows * kHeadDim / 4 / kDecodeThreads;
+  float4 total[kVectors];
+  add_warps<kHeadDim, kRowTiles>(total, shared, staging, thread);
+
+  // The shares' results become the tile's, level by level.
+  const std::int64_t tile =
+      (static_cast<std::int64_t>(batch) * params.num_kv_heads + kv_head) * plan.num_row_blocks + row_block;
+  const std::int64_t partial_bytes = PartialLayout<kHeadDim>::bytes(plan.partial_rows);
+  unsigned char* level = plan.partials + tile * plan.tile_partials * partial_bytes;
+  unsigned* semaphores = plan.semaphores + tile * plan.tile_semaphores;
+  const int rows_here = min(plan.num_rows - first_row, kRows);
+  int index = split, count = plan.num_splits;
+  while (count > 1) {
+    Stored own[kVectors];
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) own[i] = to_stored(total[i]);
+    write_partial<kRows, kHeadDim>(level + index * partial_bytes, own, shared, plan.partial_rows, rows_here, thread);
+    const int node = index / plan.fan_in, first = node * plan.fan_in, size = min(count - first, plan.fan_in);
+    const int own_part = index - first;
+    __syncthreads();  // the whole block has written its part before the semaphore says so, and read what it adds
+    if (thread == 0) shared->is_last = arrive_at_semaphore(semaphores + node, size) == static_cast<unsigned>(size) - 1;
+    __syncthreads();  // what the semaphore has announced may be read
+    if (!shared->is_last) return;
+    fetch_partials<kRows, kHeadDim>(queries, shared, level + first * partial_bytes, size, own_part, plan.partial_rows,
+                                    rows_here, thread);
+    if (thread < rows_here) shared->statistics[own_part][thread] = shared->total[thread];
+    cp_async_wait<1>();
+    __syncthreads();  // all statistics are there
+    combine_statistics(shared, size, rows_here, thread);
+    cp_async_wait<0>();
+    __syncthreads();  // all rows and factors are there
+    add_partials<kRows, kHeadDim>(total, own, shared, shared_memory, size, own_part, rows_here, thread);
+    level += count * partial_bytes;
+    index = node;
+    count = (count + plan.fan_in - 1) / plan.fan_in;
+    semaphores += count;
+  }
+  write_rows<T, kRows, kHeadDim>(params, plan, batch, total, shared, thread);
+}
+
+}  // namespace andromeda::cuda
