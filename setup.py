@@ -1,13 +1,13 @@
-"""Hands CMakeLists.txt to CMake. Sources, flags and default architectures are there; the choices of a user are here.
+"""Runs CMake. CMakeLists.txt holds sources, flags and default architectures; this file reads the choices of a user.
 
-ANDROMEDA_CUDA=auto|0|1   build the CUDA kernels: when an nvcc is found (default), never, or fail without one
-ANDROMEDA_PTXAS           what assembles the CUDA kernels: a path, or nvcc: its own. Default: the newest of that, the
-                          wheel nvidia-cuda-nvcc's, and an earlier build's
+ANDROMEDA_CUDA=auto|0|1   build the CUDA kernels when an nvcc is found (default), never, or always: fail without one
+ANDROMEDA_PTXAS           the assembler of the CUDA kernels: a path, or "nvcc" for its own. Default: the newest of
+                          nvcc's own, the wheel nvidia-cuda-nvcc's, and an earlier build's
 ANDROMEDA_BUILD_TREE      folder for CMake's tree (default: build/cmake-<Python>)
 TORCH_CUDA_ARCH_LIST      "8.0;9.0+PTX"; or CMAKE_CUDA_ARCHITECTURES, CUDAARCHS in CMake's spelling
 MAX_JOBS                  compilers at a time
 
-It is the build backend as well: setuptools' own, which asks for that wheel where nvcc's ptxas is an old one.
+The file is the build backend as well: that of setuptools, which also asks for that wheel where nvcc's ptxas is old.
 """
 
 import fcntl
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from setuptools import Extension, build_meta, setup
-from setuptools.build_meta import (  # noqa: F401  # of the build backend: those that stay as they are
+from setuptools.build_meta import (  # noqa: F401  # hooks of the build backend that are setuptools' own
     build_editable,
     build_sdist,
     build_wheel,
@@ -37,15 +37,15 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 GIB_PER_COMPILER = 2.5  # nvcc's peak for one template-heavy file
 
-# Identical PTX for sm_90a was seen to get wrong shared-memory addresses from ptxas 12.8.93 and 13.0.88, and right ones
-# from 13.1.80: https://github.com/fla-org/flash-linear-attention/pull/1262
+# From identical PTX for sm_90a, ptxas 12.8.93 and 13.0.88 made wrong shared-memory addresses, and 13.1.80 right ones:
+# https://github.com/fla-org/flash-linear-attention/pull/1262
 SOUND_PTXAS = (13, 1, 80)
-# The tested one, as in constraints.txt: 47 MB to download (aarch64: 41), 125 with the wheels that this one demands.
+# The tested one, as in constraints.txt: 47 MB to download (aarch64: 41), 125 MB with the wheels that it requires.
 TESTED_PTXAS = (13, 5, 37)
 
 
 def find_nvcc(environ, toolkit="/usr/local/cuda"):
-    """The CUDA compiler, or None when there is none or ANDROMEDA_CUDA=0."""
+    """The CUDA compiler, or None: there is none, or ANDROMEDA_CUDA=0."""
     choice = environ.get("ANDROMEDA_CUDA") or "auto"
     if choice not in ("auto", "0", "1"):
         raise SystemExit(f"andromeda: ANDROMEDA_CUDA must be auto, 0 or 1, got {choice!r}")
@@ -87,7 +87,7 @@ version_of = operator.attrgetter("version")
 
 
 def read_ptxas(path):
-    """The `Ptxas` at a path; None if there is none that runs."""
+    """The `Ptxas` at a path; None if no ptxas runs there."""
     try:
         said = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
     except OSError:
@@ -97,10 +97,10 @@ def read_ptxas(path):
 
 
 def read_toolkit(nvcc, environ):
-    """The folder of an nvcc, behind scripts that only call it, and the `Ptxas` it runs; None, None: it is no nvcc."""
+    """The folder of an nvcc, even if `nvcc` is a script that calls it, and its `Ptxas`; None, None: it is no nvcc."""
     facts = {}
     for host in filter(None, ("gcc", environ.get("CUDAHOSTCXX"), environ.get("CXX"), "c++", "clang++")):
-        # nvcc says nothing without a compiler for the host's half; which one changes nothing here.
+        # nvcc prints nothing without a compiler for the host's half; any will do here.
         command = [nvcc, "--dryrun", "-ccbin", host, "-x", "cu", "-c", os.devnull]
         try:
             said = subprocess.run(command, capture_output=True, text=True).stderr
@@ -113,7 +113,7 @@ def read_toolkit(nvcc, environ):
 
 
 def available_ptxas(tree):
-    """Those of wheels in the building environment, and what earlier builds have put into a CMake tree."""
+    """The `Ptxas` of wheels in the building environment, and those that earlier builds have put into a CMake tree."""
     package = importlib.util.find_spec("nvidia")
     places = [Path(place) for place in package.submodule_search_locations] if package else []
     paths = [path for place in places for path in place.glob("*/bin/ptxas")] + list(tree.glob("ptxas-*/bin/ptxas"))
@@ -123,8 +123,8 @@ def available_ptxas(tree):
 def choose_ptxas(environ, own, available):
     """The `Ptxas` that assembles the kernels: nvcc's own, or a newer one.
 
-    Never an older one, which would not understand the PTX that nvcc writes; nor by itself one of another major version,
-    whose code the drivers of nvcc's version do not load.
+    Never an older one, which would not understand the PTX that nvcc writes. One of another major version only when
+    asked for: drivers of nvcc's version do not load its code.
     """
     choice = environ.get("ANDROMEDA_PTXAS")
     if choice == "nvcc":
@@ -140,7 +140,7 @@ def choose_ptxas(environ, own, available):
 
 
 def describe_ptxas(chosen, own):
-    """The line that says which ptxas was chosen, and what is known against it."""
+    """A line that says which ptxas was chosen, and its known faults."""
     line = f"andromeda: ptxas {chosen} assembles the CUDA kernels"
     line += ": nvcc's own" if chosen.version == own.version else f" (nvcc's own is {own}): {chosen.path}"
     if chosen.version[0] != own.version[0]:
@@ -157,28 +157,28 @@ def describe_ptxas(chosen, own):
 def nvcc_with(ptxas, nvcc_folder, tree):
     """The path of an nvcc in `tree` that runs another ptxas, of which the tree keeps a copy.
 
-    nvcc looks for its parts where its nvcc.profile says, which it finds in the folder by whose name it was called. So
-    this one is a link in a folder of links to all other parts, with that file changed. The copy, because the wheel of
-    an isolated build is gone after it, while tests and the next build still compile in this tree.
+    nvcc finds its parts through nvcc.profile, and that file in the folder of the path by which nvcc was called. So this
+    nvcc is a link, in a folder of links to all other parts, with a changed nvcc.profile. The ptxas is copied, because
+    the wheel of an isolated build is gone afterwards, while tests and the next build compile in this tree.
     """
     folder = tree / f"ptxas-{ptxas}" / "bin"
     copy = folder / "ptxas"
     if Path(ptxas.path) != copy:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        shutil.copy2(ptxas.path, folder / "ptxas.part")  # with its time: ccache and ninja see the same file
+        shutil.copy2(ptxas.path, folder / "ptxas.part")  # keeps its time: ccache and ninja see the same file
         os.replace(folder / "ptxas.part", copy)
     for part in Path(nvcc_folder).iterdir():
         if part.name not in ("ptxas", "nvcc.profile"):
             (folder / part.name).unlink(missing_ok=True)
             (folder / part.name).symlink_to(part)
     profile = Path(nvcc_folder, "nvcc.profile").read_text().replace("$(_HERE_)", nvcc_folder)
-    (folder / "nvcc.profile").write_text(f"{profile}\nPATH += $(_HERE_):\n")  # += puts it first
+    (folder / "nvcc.profile").write_text(f"{profile}\nPATH += $(_HERE_):\n")  # += prepends
     return str(folder / "nvcc")
 
 
 def cuda_compiler(environ, tree):
-    """The nvcc to compile with in a CMake tree, which runs the chosen ptxas, and a line about that; or None, None."""
+    """The nvcc of a CMake tree, which runs the chosen ptxas, and a line about that ptxas; or None, None."""
     nvcc = find_nvcc(environ)
     nvcc_folder, own = read_toolkit(nvcc, environ) if nvcc else (None, None)
     if own is None:
@@ -189,7 +189,7 @@ def cuda_compiler(environ, tree):
 
 
 def wheels_for_building(environ):
-    """What an isolated build needs besides pyproject.toml's list: the tested ptxas, where nvcc's own is not sound."""
+    """Requirements of an isolated build besides pyproject.toml's: the tested ptxas, where nvcc's own is not sound."""
     nvcc = find_nvcc(environ)
     if nvcc is None or environ.get("ANDROMEDA_PTXAS") or platform.machine() not in ("x86_64", "aarch64"):
         return []
@@ -226,7 +226,7 @@ def cuda_architectures(environ):
 
 
 def job_count(environ, cores, memory_gib):
-    """Compilers at a time: as asked for, else as many as cores and memory carry."""
+    """The number of compilers at a time: as asked for, else as many as cores and memory permit."""
     for name in ("MAX_JOBS", "CMAKE_BUILD_PARALLEL_LEVEL"):
         if value := environ.get(name):
             if not value.isdecimal() or int(value) == 0:
@@ -236,13 +236,13 @@ def job_count(environ, cores, memory_gib):
 
 
 def machine():
-    """Cores this process may use and memory in GiB."""
+    """The cores that this process may use, and the memory in GiB."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return cores, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
 
 
 def program(package, folder):
-    """cmake or ninja: that of the installed build requirement, else that of the system."""
+    """The path of cmake or ninja: of the installed build requirement, else of the system."""
     try:
         return os.path.join(getattr(importlib.import_module(package), folder), package)
     except ImportError:
@@ -250,7 +250,7 @@ def program(package, folder):
 
 
 def build_tree(environ):
-    """CMake's tree, which stays: the next build is incremental."""
+    """The folder of CMake's tree. It is kept, so the next build is incremental."""
     usual = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
     return Path(environ.get("ANDROMEDA_BUILD_TREE") or usual).resolve()
 
@@ -262,7 +262,7 @@ class CMakeBuild(build_ext):
         jobs = job_count(os.environ, *machine())
         tree = build_tree(os.environ)
         cmake, ninja = program("cmake", "CMAKE_BIN_DIR"), program("ninja", "BIN_DIR")
-        # The tools of an isolated build live in a folder of that one build: their paths must be given every time.
+        # The tools of an isolated build lie in a temporary folder: their paths must be given every time.
         configure = [cmake, "-S", str(ROOT), "-B", str(tree), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"]
         configure += [f"-DANDROMEDA_VERSION={self.distribution.get_version()}"]
@@ -271,7 +271,7 @@ class CMakeBuild(build_ext):
 
         tree.mkdir(parents=True, exist_ok=True)
         with open(tree / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # two builds in one tree would spoil ninja's records
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two builds in one tree would corrupt ninja's records
             nvcc, about_ptxas = cuda_compiler(os.environ, tree)
             if about_ptxas:
                 print(about_ptxas, flush=True)
@@ -279,7 +279,7 @@ class CMakeBuild(build_ext):
             self.build(ext, tree, configure, nvcc, jobs)
 
     def build(self, ext, tree, configure, nvcc, jobs):
-        # CMake looks for compilers and Python once. A tree made for others, or left by an interruption, starts anew.
+        # CMake looks for compilers and Python once. A tree made for others, or left by an interruption, is made anew.
         compilers = [os.environ.get(name, "") for name in ("CC", "CXX", "CXXFLAGS", "LDFLAGS", "CUDAHOSTCXX")]
         made_for = "\n".join([str(ROOT), sys.version, sys.base_prefix, nvcc or "no nvcc", *compilers])
         stamp = tree / "made_for.txt"
@@ -298,14 +298,14 @@ class CMakeBuild(build_ext):
         print("andromeda:", shlex.join(command), flush=True)
         if subprocess.run(command).returncode != 0:
             raise SystemExit(
-                "andromeda: the build failed, the reason stands above\n"
+                "andromeda: the build failed; the reason is above\n"
                 f"  compilers (CXX, CUDACXX):  {os.environ.get('CXX') or 'as CMake found it'}, {nvcc or 'no CUDA'}\n"
                 "  to skip the CUDA kernels:  ANDROMEDA_CUDA=0 pip install -v .\n"
                 f"  if memory ran out:         MAX_JOBS=1 pip install -v .   (this time it was {jobs})"
             )
 
     def copy_file(self, infile, outfile, **options):
-        """Under a temporary name first: an interruption must not leave half a library."""
+        """Copies under a temporary name first: an interruption must not leave half a library."""
         super().copy_file(infile, f"{outfile}.part", **options)
         os.replace(f"{outfile}.part", outfile)
         return outfile, True

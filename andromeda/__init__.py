@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from andromeda.dataset import DatasetBuilder
     from andromeda.data.tokenizer import AndromedaTokenizer
+    from andromeda.dataset import DatasetBuilder
 
     use_available_processors: Callable[[], int]  # of andromeda.cli, which imports this module
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import emulator.build
 import hypothesis
+import numerics
 import pytest
 import torch
+from cases import skip_for
 from emulator import EmulatedExtension, Emulator
 
 from andromeda.ops import _persistent, _rotary, _select
@@ -45,6 +47,33 @@ def device(pytestconfig):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def nan_filled():
+    """An output that is not written fails its test."""
+    with numerics.nan_filled():
+        yield
+
+
+@pytest.fixture
+def tensors_for(backend, device):
+    """tensors_for(case, dtype, seed): the tensors of a case; skips, with reasons, if the backend cannot run them."""
+
+    def make(case, dtype=torch.float32, seed=0):
+        tensors = case.tensors(dtype, device, seed)
+        skip_for(backend, case.unsupported(backend, *tensors))
+        return tensors
+
+    return make
+
+
+@pytest.fixture
+def num_threads():
+    """Sets the number of threads, until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

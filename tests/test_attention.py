@@ -13,6 +13,8 @@ import hypothesis
 import numerics
 import pytest
 import torch
+from cases import BFLOAT16, FLOAT16, FLOAT32, Inputs, lay_out, make, skip_for
+from cases import AttentionCase as Case
 from hypothesis import strategies as st
 
 from andromeda.ops import _select
@@ -20,127 +22,12 @@ from andromeda.ops import attention as op
 from andromeda.ops.attention import attention
 from andromeda.reference import attention as reference
 
-FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
-SLOPES = (2**-0.5, 2**-2, 0.0, 2**-4, 2**-8)  # of consecutive heads: steep and flat ones, and one without a bias
-
-
-# ---- cases ----------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    batch: int = 2
-    seqlen_q: int = 50
-    seqlen_k: int = 50
-    num_heads: int = 3
-    num_kv_heads: int = 1
-    head_dim: int = 32
-    dtype: torch.dtype = FLOAT32
-    causal: bool = True
-    alibi: str = "some"  # none, some, all
-    mask: str = "none"  # what key_start is for
-    values: str = "normal"
-    layout: str = "contiguous"
-    seed: int = 0
-
-    def __str__(self):
-        default = Case()
-        changed = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != getattr(default, f.name)]
-        return ",".join(f"{name}={getattr(self, name)}".replace("torch.", "") for name in changed) or "default"
-
-    @property
-    def softmax_scale(self):
-        return self.head_dim**-0.5
-
-
-@dataclasses.dataclass
-class Inputs:
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    dout: torch.Tensor
-    options: dict
-
-    def tensors(self):
-        return self.q, self.k, self.v
-
-
-def key_start(case, device):
-    """(batch, seqlen_q) int32, or None."""
-    generator = torch.Generator().manual_seed(case.seed)
-    position = torch.arange(case.seqlen_q)[None] + case.seqlen_k - case.seqlen_q
-    position = position.expand(case.batch, -1)
-    if case.mask == "none":
-        return None
-    if case.mask == "documents":
-        starts = torch.randint(1, max(2, case.seqlen_k), (case.batch, 3), generator=generator).sort().values
-        starts = torch.cat([torch.zeros(case.batch, 1, dtype=starts.dtype), starts], dim=1)
-        document = torch.searchsorted(starts, position.contiguous().clamp(min=0), right=True) - 1
-        start = starts.gather(1, document)
-    elif case.mask == "padding":
-        start = torch.randint(0, case.seqlen_k + 1, (case.batch, 1), generator=generator).expand(-1, case.seqlen_q)
-    elif case.mask == "window":
-        start = position - 7
-    elif case.mask == "ahead":  # a row does not see its own key, and without causal only later ones
-        start = position + 5
-    elif case.mask == "blind":  # from one row on, nothing is visible
-        start = torch.where(position < case.seqlen_k // 2, 0, case.seqlen_k + 3)
-    return start.to(torch.int32).to(device)
-
-
-def lay_out(tensor, layout):
-    """The same numbers with other strides, NaN in between and behind."""
-    batch, seqlen, heads, width = tensor.shape
-    if layout == "transposed":  # (batch, heads, seqlen, head_dim) in memory
-        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
-    if layout == "seqlen first":
-        return tensor.transpose(0, 1).contiguous().transpose(0, 1)
-    if layout == "slice":  # of a larger tensor; rows start at odd elements, so no alignment is left
-        larger = tensor.new_full((batch + 1, seqlen + 2, heads + 1, width + 3), math.nan)
-        larger[1:, 1:-1, :heads, 1 : 1 + width] = tensor
-        return larger[1:, 1:-1, :heads, 1 : 1 + width]
-    if layout == "offset":  # dense, one element off any alignment
-        memory = tensor.new_full((tensor.numel() + 2,), math.nan)
-        memory[1:-1] = tensor.flatten()
-        return memory[1:-1].view(tensor.shape)
-    if layout == "expanded":  # one batch entry, read by all of them
-        return tensor[:1].expand(batch, -1, -1, -1)
-    return tensor
-
-
-def make(case, device):
-    generator = torch.Generator().manual_seed(1000 + case.seed)
-    q = torch.randn(case.batch, case.seqlen_q, case.num_heads, case.head_dim, generator=generator)
-    k, v = torch.randn(2, case.batch, case.seqlen_k, case.num_kv_heads, case.head_dim, generator=generator)
-    dout = torch.randn(q.shape, generator=generator)
-    if case.values == "peaked":
-        q = 30 * q
-    elif case.values == "flat":
-        q = 0.01 * q
-    elif case.values == "huge key":
-        k[:, case.seqlen_k // 2] *= 100
-    elif case.values == "ties":
-        k[:] = k[:, :1].clone()
-    elif case.values == "denormal":
-        k = k * 1e-39
-    elif case.values == "heavy":
-        v = v * torch.exp(2 * torch.randn(v.shape, generator=generator))
-    elif case.values == "offset":
-        v = v + 5
-    q, k, v, dout = (lay_out(t.to(device, case.dtype), case.layout) for t in (q, k, v, dout))
-    options = {"causal": case.causal, "key_start": key_start(case, device)}
-    if case.alibi != "none":
-        slopes = [SLOPES[head % len(SLOPES)] for head in range(case.num_heads)]
-        if case.alibi == "all":
-            slopes = [slope or 2**-6 for slope in slopes]
-        options["alibi_slopes"] = torch.tensor(slopes, device=device)
-    return Inputs(q, k, v, dout, options)
+# ---- the rules for a call ------------------------------------------------------------------------------------------
 
 
 def require(backend, q, k, v, **options):
     options.pop("causal", None)
-    if reasons := op.unsupported(backend, q, k, v, **options):
-        pytest.skip(f"{backend}: {'; '.join(reasons)}")
+    skip_for(backend, op.unsupported(backend, q, k, v, **options))
 
 
 def run(inputs, backend, **options):
@@ -289,8 +176,9 @@ def check_splits(case, num_splits, device, monkeypatch):
     return results
 
 
-# Key tiles are 96 keys on the CPU and 64 or 128 in the GPU kernels; query tiles likewise.
-LENGTHS = [(n, n) for n in (1, 2, 3, 15, 16, 17, 63, 64, 65, 95, 96, 97, 127, 128, 129, 193, 257)]
+# A tile is 96 queries by 192 keys on the CPU; on a GPU up to 128 queries by 64 keys, or 16 rows in the kernel for few
+# queries. The lengths lie on both sides of each edge.
+LENGTHS = [(n, n) for n in (1, 2, 3, 15, 16, 17, 63, 64, 65, 95, 96, 97, 127, 128, 129, 191, 192, 193, 257)]
 LENGTHS += [(1, 147), (2, 96), (5, 97), (31, 1025), (113, 203), (203, 113), (257, 1), (100, 2)]
 HEADS = [(1, 1), (2, 1), (2, 2), (3, 3), (4, 2), (24, 1), (24, 4), (24, 24)]
 CASES = [Case(seqlen_q=n, seqlen_k=t, causal=causal) for n, t in LENGTHS for causal in (True, False)]

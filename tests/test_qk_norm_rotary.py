@@ -1,12 +1,21 @@
 """qk_norm_rotary: every backend against the float64 reference; that against docs/model.md#5.2, #5.3 and the oracle."""
 
 import math
-import threading
-from dataclasses import dataclass
 
 import pytest
 import torch
-from numerics import UNIT, assert_elements_close, assert_rows_close, nan_filled
+from cases import (
+    DTYPES,
+    assert_compiles,
+    assert_functional_gradient,
+    gradients,
+    in_two_threads,
+    name_of,
+    random_like,
+    skip_for,
+)
+from cases import QkNormRotaryCase as Case
+from numerics import UNIT, assert_elements_close, assert_rows_close
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,42 +24,7 @@ from andromeda.ops._select import BACKENDS
 from andromeda.ops.qk_norm_rotary import qk_norm_rotary, unsupported
 from andromeda.reference import qk_norm_rotary as reference
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    batch: int = 2
-    seqlen_q: int = 17
-    seqlen_k: int = 17
-    num_heads: int = 3
-    num_kv_heads: int = 1
-    head_dim: int = 64
-    rotary_dim: int = 32
-    xpos: bool = True
-    normalize: bool = True
-    scaled: bool = True
-    position: int = 0
-
-    def options(self):
-        names = ("rotary_dim", "xpos", "normalize", "position")
-        return {name: getattr(self, name) for name in names}
-
-    def tensors(self, dtype, device="cpu", seed=0):
-        """q, k and both scales (None without)."""
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*shape, dtype):
-            return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
-
-        q = normal(self.batch, self.seqlen_q, self.num_heads, self.head_dim, dtype=dtype)
-        k = normal(self.batch, self.seqlen_k, self.num_kv_heads, self.head_dim, dtype=dtype)
-        scale_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        q_scale = normal(self.num_heads, self.head_dim, dtype=scale_dtype) + 3 if self.scaled else None
-        k_scale = normal(self.num_kv_heads, self.head_dim, dtype=scale_dtype) - 3 if self.scaled else None
-        return q, k, q_scale, k_scale
-
+pytestmark = pytest.mark.usefixtures("nan_filled")
 
 CASES = [
     Case("model", num_heads=24, head_dim=128, rotary_dim=64),
@@ -76,48 +50,8 @@ CASES = [
 PLAIN = Case("plain")
 
 
-def name_of(value):
-    return value.name if isinstance(value, Case) else str(value).removeprefix("torch.")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """An output that is not written fails its test."""
-    with nan_filled():
-        yield
-
-
-@pytest.fixture
-def tensors_for(backend, device):
-    """Operands of a case for the backend under test; skips with its reasons when it cannot run them."""
-
-    def make(case, dtype=torch.float32, seed=0):
-        tensors = case.tensors(dtype, device, seed)
-        skip_unless(backend, *tensors[:2])
-        return tensors
-
-    return make
-
-
-def skip_unless(backend, q, k):
-    if reasons := unsupported(backend, q, k):
-        pytest.skip(f"{backend}: {'; '.join(reasons)}")
-
-
 def scores(q, k):
     return torch.einsum("b q h d, b k h d -> b h q k", q, k.expand(-1, -1, q.shape[2], -1))
-
-
-def gradients(function, tensors, douts):
-    leaves = [t if t is None else t.detach().requires_grad_() for t in tensors]
-    outputs = function(*leaves)
-    given = [leaf for leaf in leaves if leaf is not None]
-    return torch.autograd.grad(outputs, given, douts)
-
-
-def random_like(tensors, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in tensors]
 
 
 # ---- against the float64 reference ----------------------------------------------------------------------------------
@@ -417,7 +351,7 @@ def test_batch_entries_and_heads_are_independent(backend, tensors_for):
 def test_empty(backend, device, shape):
     """P18."""
     x = torch.empty(shape, device=device, requires_grad=True)
-    skip_unless(backend, x, x)
+    skip_for(backend, unsupported(backend, x, x))
     scale = torch.ones(shape[2:], device=x.device, requires_grad=True)
     q_out, k_out = qk_norm_rotary(x, x, q_scale=scale, rotary_dim=8, xpos=True, backend=backend)
     dx, dscale = torch.autograd.grad([q_out.sum(), k_out.sum()], [x, scale])
@@ -434,13 +368,6 @@ def test_no_new_queries(backend, tensors_for):
 # ---- threads --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def num_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 LARGE = Case("large", seqlen_q=300, seqlen_k=300, num_heads=5, head_dim=48, rotary_dim=24)
 
 
@@ -448,7 +375,7 @@ LARGE = Case("large", seqlen_q=300, seqlen_k=300, num_heads=5, head_dim=48, rota
 def test_result_does_not_depend_on_the_number_of_threads(num_threads, dtype):
     """P17, exact: forward and all four gradients, twice with each number of threads."""
     tensors = LARGE.tensors(dtype)
-    skip_unless("cpu", *tensors[:2])
+    skip_for("cpu", unsupported("cpu", *tensors[:2]))
     douts = random_like(tensors[:2])
 
     def run(q, k, q_scale, k_scale):
@@ -484,19 +411,9 @@ def test_two_callers_at_once(backend, tensors_for):
         ]
 
     expected = [run(index, 1)[0] for index in range(2)]
-    results = [None, None]
-
-    def work(index):
-        results[index] = run(index, 10)
-
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for index in range(2):
-        for outputs in results[index]:
-            assert all(torch.equal(a, b) for a, b in zip(outputs, expected[index], strict=True))
+    for results, expected_outputs in zip(in_two_threads(lambda index: run(index, 10)), expected, strict=True):
+        for outputs in results:
+            assert all(torch.equal(a, b) for a, b in zip(outputs, expected_outputs, strict=True))
 
 
 # ---- what torch expects of an operator ------------------------------------------------------------------------------
@@ -536,28 +453,19 @@ def test_compile(backend, tensors_for, dynamic):
         )
         return (q_out * k_out).sum()
 
-    torch._dynamo.reset()  # the limit on recompilations counts all parameters of this test
-    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    for seqlen, position in ((17, 2), (17, 3), (11, 5)):
-        leaves = [t.detach().requires_grad_() for t in (q[:, :seqlen], k[:, :seqlen], q_scale, k_scale)]
-        found, expected = (f(*leaves, position) for f in (compiled, step))
-        torch.testing.assert_close(found, expected)
-        pairs = zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True)
-        for gradient, ref in pairs:
-            torch.testing.assert_close(gradient, ref)
+    lengths = ((17, 2), (17, 3), (11, 5))
+    calls = [((q[:, :seqlen], k[:, :seqlen], q_scale, k_scale), position) for seqlen, position in lengths]
+    assert_compiles(step, calls, dynamic)
 
 
 def test_func_grad(backend, tensors_for):
-    q, k, q_scale, k_scale = tensors_for(PLAIN)
+    tensors = tensors_for(PLAIN)
 
     def loss(q, k, q_scale, k_scale):
         q_out, k_out = qk_norm_rotary(q, k, q_scale=q_scale, k_scale=k_scale, backend=backend, **PLAIN.options())
         return (q_out * k_out).sum()
 
-    found = torch.func.grad(loss, argnums=(0, 1, 2, 3))(q, k, q_scale, k_scale)
-    leaves = [t.detach().requires_grad_() for t in (q, k, q_scale, k_scale)]
-    for gradient, ref in zip(found, torch.autograd.grad(loss(*leaves), leaves), strict=True):
-        torch.testing.assert_close(gradient, ref)
+    assert_functional_gradient(loss, tensors)
 
 
 def test_second_derivatives_of_kernels_and_tangents_are_refused(backend, tensors_for):

@@ -1,12 +1,21 @@
 """token_shift_norm: every backend against the float64 reference; that against docs/model.md#3, #4, #7."""
 
 import math
-import threading
-from dataclasses import dataclass
 
 import pytest
 import torch
-from numerics import UNIT, assert_elements_close, assert_rows_close, nan_filled
+from cases import (
+    DTYPES,
+    assert_compiles,
+    assert_functional_gradient,
+    gradients,
+    in_two_threads,
+    name_of,
+    random_like,
+    skip_for,
+)
+from cases import TokenShiftNormCase as Case
+from numerics import UNIT, assert_elements_close, assert_rows_close
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,60 +24,7 @@ from andromeda.ops._select import BACKENDS
 from andromeda.ops.token_shift_norm import token_shift_norm, unsupported
 from andromeda.reference import token_shift_norm as reference
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    batch: int = 2
-    seqlen: int = 17
-    dim: int = 64
-    shift: int = 1
-    norm: bool = True
-    residual: bool = True
-    scaled: bool = True
-    history: bool = False
-    documents: bool = False
-    position: int = 0
-    alpha: float = 1.5
-
-    def options(self, device="cpu", dtype=torch.float32):
-        """All arguments that get no gradient."""
-        history = key_start = None
-        if self.history:
-            generator = torch.Generator().manual_seed(7)
-            shape = (self.batch, self.shift, self.dim)
-            history = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
-        if self.documents:  # of 1, 2, 3 ... tokens, the first one begun before this call
-            starts, length = [], 1
-            while len(starts) < self.seqlen:
-                starts += [self.position + len(starts) - (2 if not starts else 0)] * length
-                length += 1
-            key_start = torch.tensor(starts[: self.seqlen], dtype=torch.int32, device=device).clamp_min(0)
-            key_start = torch.stack([key_start, torch.zeros_like(key_start)])[: self.batch]
-        return {
-            "alpha": self.alpha if self.residual else 1.0,
-            "shift": self.shift,
-            "history": history,
-            "key_start": key_start,
-            "position": self.position,
-        }
-
-    def tensors(self, dtype, device="cpu", seed=0):
-        """x, residual, residual_scale, gamma (None without)."""
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*shape, dtype):
-            return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
-
-        shape = self.batch, self.seqlen, self.dim
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        x = normal(*shape, dtype=dtype)
-        residual = normal(*shape, dtype=dtype) if self.residual else None
-        residual_scale = normal(self.dim, dtype=wide) + 1 if self.residual and self.scaled else None
-        return x, residual, residual_scale, normal(self.dim, dtype=wide) if self.norm else None
-
+pytestmark = pytest.mark.usefixtures("nan_filled")
 
 CASES = [
     Case("deepnorm", dim=512),
@@ -98,34 +54,6 @@ CASES = [
 PLAIN = Case("plain", dim=40, shift=2)
 
 
-def name_of(value):
-    return value.name if isinstance(value, Case) else str(value).removeprefix("torch.")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """An output that is not written fails its test."""
-    with nan_filled():
-        yield
-
-
-@pytest.fixture
-def tensors_for(backend, device):
-    """Operands of a case for the backend under test; skips with its reasons when it cannot run them."""
-
-    def make(case, dtype=torch.float32, seed=0):
-        tensors = case.tensors(dtype, device, seed)
-        skip_unless(backend, tensors[0])
-        return tensors
-
-    return make
-
-
-def skip_unless(backend, x):
-    if reasons := unsupported(backend, x):
-        pytest.skip(f"{backend}: {'; '.join(reasons)}")
-
-
 def run(x, residual, residual_scale, gamma, **options):
     return token_shift_norm(x, residual=residual, residual_scale=residual_scale, gamma=gamma, **options)
 
@@ -140,18 +68,6 @@ def exact_run(x, residual, residual_scale, gamma, **options):
 
 def doubles(*tensors):
     return [None if t is None else t.double() for t in tensors]
-
-
-def gradients(function, tensors, douts):
-    leaves = [t if t is None else t.detach().requires_grad_() for t in tensors]
-    outputs = function(*leaves)
-    given = [leaf for leaf in leaves if leaf is not None]
-    return torch.autograd.grad(outputs, given, douts)
-
-
-def random_like(tensors, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in tensors]
 
 
 # ---- against the float64 reference ----------------------------------------------------------------------------------
@@ -468,7 +384,7 @@ def test_empty(backend, device, shape):
     """P18."""
     x = torch.empty(shape, device=device, requires_grad=True)
     residual = torch.empty(shape, device=device, requires_grad=True)
-    skip_unless(backend, x)
+    skip_for(backend, unsupported(backend, x))
     scale, gamma = (torch.ones(16, device=device, requires_grad=True) for _ in range(2))
     outputs = run(x, residual, scale, gamma, shift=1, backend=backend)
     found = torch.autograd.grad([out.sum() for out in outputs], [x, residual, scale, gamma])
@@ -479,13 +395,6 @@ def test_empty(backend, device, shape):
 # ---- threads --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def num_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 LARGE = Case("large", seqlen=700, dim=96, shift=3, documents=True)
 
 
@@ -493,7 +402,7 @@ LARGE = Case("large", seqlen=700, dim=96, shift=3, documents=True)
 def test_result_does_not_depend_on_the_number_of_threads(num_threads, dtype):
     """P17, exact: outputs and all four gradients, twice with one number of threads."""
     tensors, options = LARGE.tensors(dtype), LARGE.options(dtype=dtype)
-    skip_unless("cpu", tensors[0])
+    skip_for("cpu", unsupported("cpu", tensors[0]))
     douts = random_like([tensors[0]] * 2)
 
     def call(*leaves):
@@ -510,19 +419,13 @@ def test_result_does_not_depend_on_the_number_of_threads(num_threads, dtype):
 def test_two_callers_at_once(backend, tensors_for, device):
     tensors, options = [tensors_for(LARGE, seed=seed) for seed in range(2)], LARGE.options(device)
     expected = [run(*given, backend=backend, **options) for given in tensors]
-    results = [None, None]
 
     def work(index):
-        results[index] = [run(*tensors[index], backend=backend, **options) for _ in range(10)]
+        return [run(*tensors[index], backend=backend, **options) for _ in range(10)]
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for index in range(2):
-        for outputs in results[index]:
-            assert all(torch.equal(a, b) for a, b in zip(outputs, expected[index], strict=True))
+    for results, expected_outputs in zip(in_two_threads(work), expected, strict=True):
+        for outputs in results:
+            assert all(torch.equal(a, b) for a, b in zip(outputs, expected_outputs, strict=True))
 
 
 # ---- what torch expects of an operator ------------------------------------------------------------------------------
@@ -565,15 +468,9 @@ def test_compile(backend, tensors_for, dynamic):
         _, unused_y = run(y, None, None, gamma, shift=1, backend=backend)
         return (y * shifted).sum() + unused_y.square().sum()
 
-    torch._dynamo.reset()  # the limit on recompilations counts all parameters of this test
-    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    for seqlen, position in ((17, 2), (17, 3), (11, 5)):
-        leaves = [t.detach().requires_grad_() for t in (x[:, :seqlen], residual[:, :seqlen], residual_scale, gamma)]
-        found, expected = (f(*leaves, position) for f in (compiled, step))
-        torch.testing.assert_close(found, expected)
-        pairs = zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True)
-        for gradient, ref in pairs:
-            torch.testing.assert_close(gradient, ref)
+    lengths = ((17, 2), (17, 3), (11, 5))
+    calls = [((x[:, :seqlen], residual[:, :seqlen], residual_scale, gamma), position) for seqlen, position in lengths]
+    assert_compiles(step, calls, dynamic)
 
 
 def test_func_grad(backend, tensors_for):
@@ -583,10 +480,7 @@ def test_func_grad(backend, tensors_for):
         y, shifted = run(*tensors, backend=backend, **options)
         return (y * shifted).sum()
 
-    found = torch.func.grad(loss, argnums=(0, 1, 2, 3))(*tensors)
-    leaves = [t.detach().requires_grad_() for t in tensors]
-    for gradient, ref in zip(found, torch.autograd.grad(loss(*leaves), leaves), strict=True):
-        torch.testing.assert_close(gradient, ref)
+    assert_functional_gradient(loss, tensors)
 
 
 def test_second_derivatives_of_kernels_and_tangents_are_refused(backend, tensors_for):

@@ -243,8 +243,8 @@ def _check_same_tokenizer(folder: Path, tokenizer: AndromedaTokenizer) -> None:
 def texts_of(source: str | Path | Source, errors: str = "strict") -> Iterator[str]:
     """The documents of a source as the packing will read them, long ones in parts."""
     from andromeda.data.cleaning import clean
-    from andromeda.data.sources import open_source
     from andromeda.data.pieces import in_parts
+    from andromeda.data.sources import open_source
 
     opened = open_source(source, errors=errors)
     counts: Counter[str] = Counter()

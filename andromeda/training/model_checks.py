@@ -8,9 +8,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from andromeda.checkpoint import is_plain_embedding, plain_name
+from andromeda.data.tokenizer import AndromedaTokenizer
 from andromeda.huggingface import AndromedaForCausalLM
 from andromeda.model import Andromeda
-from andromeda.data.tokenizer import AndromedaTokenizer
 
 Model: TypeAlias = Andromeda | AndromedaForCausalLM
 Tokenizer: TypeAlias = AndromedaTokenizer | PreTrainedTokenizerBase

@@ -18,8 +18,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from andromeda.huggingface import AndromedaForCausalLM
 from andromeda.data.tokenizer import token_ids
+from andromeda.huggingface import AndromedaForCausalLM
 from andromeda.training.messages import say
 from andromeda.training.model_checks import Model, Tokenizer, hf_tokenizer
 from andromeda.training.rows import IGNORED_LABEL

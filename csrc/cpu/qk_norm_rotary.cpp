@@ -1,7 +1,7 @@
 // qk_norm_rotary on the CPU (docs/model.md#5.2, #5.3, #16.3). The formula is in andromeda/qk_norm_rotary.h.
 //
 // A row is one head of one token; all heads of a token share a row of the table. A row is read twice, for its norm and
-// for its result, but the second time from the cache: memory sees every operand once.
+// for its result, but the second time from the cache: every operand is read from memory once.
 //
 //            head 0          head 1                   A task owns a run of tokens, with all their heads.
 //   token  | head_dim ..... | head_dim ..... | ...    Vectors run along head_dim; the last one may be partial, and
@@ -14,6 +14,8 @@
 #include <cmath>
 #include <stdexcept>
 
+#include "andromeda/dispatch.h"
+#include "andromeda/integers.h"
 #include "parallel.h"
 #include "rows.h"
 
@@ -40,7 +42,7 @@ inline Vec rotate(Vec x, const float* table, int channel, int rotary_dim) {
   return count < kLanes ? select(lane_index() < count, rotated, x) : rotated;
 }
 
-// What a row has in common with the other rows of its operand.
+// The properties that all rows of an operand share.
 struct RowShape {
   int head_dim, rotary_dim;
   bool normalize;
@@ -77,7 +79,7 @@ inline void forward_row(const T* x, const float* scale, const float* table, T* o
 }
 
 // With g the rotated-back gradient and e = scale * g:  dscale += g * x_hat,  dx = (e - x_hat <x_hat, e>) / norm.
-// A row that nobody uses (dout is 0: a hidden key, for instance) adds nothing to dscale, whatever it holds.
+// A row that no loss depends on (dout is 0: a hidden key, for instance) adds nothing to dscale, whatever it holds.
 template <typename T>
 inline void backward_row(const T* x, const float* scale, const float* table, const T* dout, T* dx, float* dscale,
                          const RowShape& row) {
@@ -118,7 +120,7 @@ inline void backward_row(const T* x, const float* scale, const float* table, con
   });
 }
 
-// Where a token's data starts. Tokens are numbered through the batch.
+// One token. `index` counts the tokens of all batch entries.
 struct Token {
   std::int64_t batch, seq;
   std::int64_t offset(const SeqStrides& stride) const { return batch * stride.batch + seq * stride.seq; }
@@ -175,7 +177,7 @@ inline std::int64_t num_tokens(const QkNormRotaryOperand& operand, int batch) {
   return static_cast<std::int64_t>(batch) * operand.seqlen;
 }
 
-// Runs that are worth a task of their own.
+// Runs long enough to be worth a task each.
 inline Runs runs_of_work(const QkNormRotaryOperand& operand, int batch, int head_dim) {
   const std::int64_t token_elements = static_cast<std::int64_t>(operand.num_heads) * head_dim;
   const std::int64_t length = token_elements == 0 ? kTaskElements : ceil_div(kTaskElements, token_elements);
@@ -211,7 +213,7 @@ void backward(const QkNormRotaryBackwardParams& params, int num_threads) {
   const RowShape row = {params.head_dim, params.rotary_dim, params.normalize};
   const auto runs_of = [&](const QkNormRotaryBackwardOperand& operand) {
     if (operand.dscale_partial == nullptr) return runs_of_work(operand.forward, params.batch, params.head_dim);
-    // With sums to deliver the runs depend on num_partials alone, and with them the order of every addition.
+    // The runs depend on num_partials alone, and so does the order in which gradients of scales are added.
     const std::int64_t tokens = num_tokens(operand.forward, params.batch);
     return Runs{tokens, ceil_div(tokens, params.num_partials), params.num_partials};
   };
@@ -239,32 +241,14 @@ void check_folded(const QkNormRotaryOperand& q, const QkNormRotaryOperand& k) {
 
 void qk_norm_rotary_forward(const QkNormRotaryParams& params, int num_threads) {
   check_folded(params.q, params.k);
-  switch (params.dtype) {
-    case DType::kFloat32:
-      return forward<float>(params, num_threads);
-    case DType::kFloat16:
-      return forward<Float16>(params, num_threads);
-    case DType::kBFloat16:
-      return forward<BFloat16>(params, num_threads);
-    case DType::kInt32:
-      break;
-  }
-  throw std::invalid_argument("qk_norm_rotary: dtype must be float32, float16 or bfloat16");
+  dispatch_dtype<StorageTypes>(params.dtype,
+                               [&](auto dtype) { forward<typename decltype(dtype)::type>(params, num_threads); });
 }
 
 void qk_norm_rotary_backward(const QkNormRotaryBackwardParams& params, int num_threads) {
   check_folded(params.q.forward, params.k.forward);
-  switch (params.dtype) {
-    case DType::kFloat32:
-      return backward<float>(params, num_threads);
-    case DType::kFloat16:
-      return backward<Float16>(params, num_threads);
-    case DType::kBFloat16:
-      return backward<BFloat16>(params, num_threads);
-    case DType::kInt32:
-      break;
-  }
-  throw std::invalid_argument("qk_norm_rotary: dtype must be float32, float16 or bfloat16");
+  dispatch_dtype<StorageTypes>(params.dtype,
+                               [&](auto dtype) { backward<typename decltype(dtype)::type>(params, num_threads); });
 }
 
 }  // namespace andromeda::cpu::ANDROMEDA_ISA

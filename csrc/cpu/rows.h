@@ -5,8 +5,6 @@
 
 namespace andromeda::cpu::ANDROMEDA_ISA {
 
-inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 template <typename T>
 inline Vec load_up_to(const T* p, int count) {
   return count < kLanes ? load_first(p, count) : load(p);

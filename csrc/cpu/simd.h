@@ -29,12 +29,19 @@ using Vec = float __attribute__((vector_size(kLanes * sizeof(float))));
 using IntVec = std::int32_t __attribute__((vector_size(kLanes * sizeof(float))));
 using HalfBits = std::uint16_t __attribute__((vector_size(kLanes * sizeof(std::uint16_t))));
 
-// Storage types. bfloat16 and float16 are only ever converted, never computed with.
+// bfloat16 and float16 are only converted, never computed with.
 struct BFloat16 {
   std::uint16_t bits;
 };
 struct Float16 {
   std::uint16_t bits;
+};
+
+// For dispatch_dtype().
+struct StorageTypes {
+  using Float32 = float;
+  using Float16 = ANDROMEDA_ISA::Float16;
+  using BFloat16 = ANDROMEDA_ISA::BFloat16;
 };
 
 inline Vec broadcast(float x) { return x - Vec{}; }
@@ -47,7 +54,7 @@ inline Vec load(const float* p) {
 
 inline Vec load(const BFloat16* p) {
 #if defined(__AVX512F__)
-  // GCC 12 makes five instructions of the generic form.
+  // GCC 12 makes five instructions of the generic form below.
   return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
 #else
   HalfBits h;
@@ -103,7 +110,7 @@ inline void store(Float16* p, Vec v) {
 #endif
 }
 
-// Asks for `count` numbers to be brought into the caches, to be read or to be written.
+// Fetches `count` numbers into the caches, for reading or for writing.
 template <typename T>
 inline void prefetch(const T* p, int count) {
   for (int i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(p + i, 0, 2);
@@ -113,7 +120,7 @@ inline void prefetch_for_writing(T* p, int count) {
   for (int i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(p + i, 1, 2);
 }
 
-// The first `count` lanes; the others read as 0 and are not touched in memory.
+// The first `count` lanes. The memory of the others is not read; they are 0.
 template <typename T>
 inline Vec load_first(const T* p, int count) {
   T buffer[kLanes] = {};
@@ -153,7 +160,8 @@ inline Vec exchange(Vec v) {
   return exchange<kDistance>(v, std::make_integer_sequence<int, kLanes>{});
 }
 
-// Lanes with bit kDistance clear from a and, shifted up, from b; with kUpper those with the bit set, a's shifted down.
+// Interleaves the lanes of a and b whose index has bit kDistance clear (kUpper: set): those of a go to the lanes with the
+// bit clear, those of b to the lanes with the bit set.
 template <int kDistance, bool kUpper, int... kLane>
 inline Vec merge(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
   return __builtin_shufflevector(

@@ -1,20 +1,21 @@
 // token_shift_norm on the CPU (docs/model.md#3, #4, #7, #16.3). The formula is in andromeda/token_shift_norm.h.
 //
 //                segment 0   segment 1   rest            A row of y goes to one row of `shifted` per segment:
-//   y[t]       | a a a a a | b b b b b | c |             forward it is scattered to them, backward their gradients
-//                    |           |       |               are gathered. No two rows write to the same place, so rows
-//   shifted[t]       v           |       v               are shared between threads as they come.
+//   y[t]       | a a a a a | b b b b b | c |             forward scatters it to them, backward gathers their
+//                    |           |       |               gradients. No two rows write to the same place, so threads
+//   shifted[t]       v           |       v               take rows in any order.
 //   shifted[t+1]                 v
 //
-// A row is read up to three times (mean, variance, result), the later times from the first-level cache; memory sees
-// every operand once. Per call: x, residual, y and shifted forward; x, residual, dy, dshifted, dx and dresidual
+// A row is read up to three times (mean, variance, result), the later times from the first-level cache: every operand
+// is read from memory once. Per call: x, residual, y and shifted forward; x, residual, dy, dshifted, dx and dresidual
 // backward, where the statistics are computed again rather than stored. Memory is the limit.
 // Any dim > shift, any strides of the outer dimensions.
 #include "andromeda/token_shift_norm.h"
 
 #include <cmath>
-#include <stdexcept>
 
+#include "andromeda/dispatch.h"
+#include "andromeda/integers.h"
 #include "parallel.h"
 #include "rows.h"
 
@@ -24,7 +25,7 @@ namespace {
 constexpr float kEpsilon = 1e-5f;
 constexpr std::int64_t kTaskElements = 1 << 15;  // below this a thread costs more than it saves
 
-// One token. Tokens are numbered through the batch.
+// One token. `index` counts the tokens of all batch entries.
 struct Token {
   std::int64_t batch, seq;
   std::int64_t offset(const RowStrides& stride) const { return batch * stride.batch + seq * stride.seq; }
@@ -40,7 +41,7 @@ inline T* row_of(T* data, const Token& token, const RowStrides& stride) {
   return data == nullptr ? nullptr : data + token.offset(stride);
 }
 
-// Whether segment `delay` of shifted[token] would take its row from something else.
+// Whether segment `delay` of shifted[token] would take its row from another document, or from padding.
 inline bool is_hidden(const TokenShiftNormParams& params, const Token& token, int delay) {
   if (params.key_start == nullptr) return false;
   return params.position + token.seq - delay < params.key_start[token.batch * params.seqlen + token.seq];
@@ -147,7 +148,7 @@ void forward_token(const TokenShiftNormParams& params, const Token& token) {
 // With g the gradient of y from both outputs, e = g * (1 + gamma) and u_hat the normalised input:
 //   du = (e - mean(e) - u_hat * mean(e * u_hat)) * inverse      dgamma += g * u_hat
 //   dx = du      dresidual = factor * du      dresidual_scale += alpha * residual * du
-// A row that nobody uses (g is 0: it is padding, for instance) adds nothing to any sum, whatever it holds.
+// A row that no loss depends on (g is 0: it is padding, for instance) adds nothing to any sum, whatever it holds.
 template <typename T>
 void backward_token(const TokenShiftNormBackwardParams& params, const Token& token, float* dresidual_scale,
                     float* dgamma) {
@@ -236,7 +237,7 @@ void forward(const TokenShiftNormParams& params, int num_threads) {
                     });
 }
 
-// The runs depend on num_partials alone, and with them the order of every addition.
+// The runs depend on num_partials alone, and so does the order of every addition.
 template <typename T>
 void backward(const TokenShiftNormBackwardParams& params, int num_threads) {
   const std::int64_t tokens = num_tokens(params.forward), dim = params.forward.dim;
@@ -258,31 +259,13 @@ void backward(const TokenShiftNormBackwardParams& params, int num_threads) {
 }  // namespace
 
 void token_shift_norm_forward(const TokenShiftNormParams& params, int num_threads) {
-  switch (params.dtype) {
-    case DType::kFloat32:
-      return forward<float>(params, num_threads);
-    case DType::kFloat16:
-      return forward<Float16>(params, num_threads);
-    case DType::kBFloat16:
-      return forward<BFloat16>(params, num_threads);
-    case DType::kInt32:
-      break;
-  }
-  throw std::invalid_argument("token_shift_norm: dtype must be float32, float16 or bfloat16");
+  dispatch_dtype<StorageTypes>(params.dtype,
+                               [&](auto dtype) { forward<typename decltype(dtype)::type>(params, num_threads); });
 }
 
 void token_shift_norm_backward(const TokenShiftNormBackwardParams& params, int num_threads) {
-  switch (params.forward.dtype) {
-    case DType::kFloat32:
-      return backward<float>(params, num_threads);
-    case DType::kFloat16:
-      return backward<Float16>(params, num_threads);
-    case DType::kBFloat16:
-      return backward<BFloat16>(params, num_threads);
-    case DType::kInt32:
-      break;
-  }
-  throw std::invalid_argument("token_shift_norm: dtype must be float32, float16 or bfloat16");
+  dispatch_dtype<StorageTypes>(params.forward.dtype,
+                               [&](auto dtype) { backward<typename decltype(dtype)::type>(params, num_threads); });
 }
 
 }  // namespace andromeda::cpu::ANDROMEDA_ISA
