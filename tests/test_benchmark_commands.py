@@ -56,7 +56,7 @@ def test_kernels_of_ours_that_differ_end_with_an_error_after_all_is_written(load
 def test_an_error_between_the_rows_that_are_judged_is_seen(load, monkeypatch):
     cases = load("cases")
     inputs = cases.AttentionInputs(cases.AttentionCase("forward", 500, num_heads=2, alibi_heads=1))
-    judge = load("attn").Judge(inputs)
+    judge = load("checks").Judge(inputs)
     out = cases.andromeda(inputs, windows=False)()
     assert judge.objection("first", out) is None
     assert 1 not in judge.rows
@@ -117,7 +117,7 @@ def test_a_case_that_fails_leaves_the_others(grid, tmp_path, capsys):
 def test_another_process_goes_on_where_one_was_spoilt(grid, tmp_path, monkeypatch):
     module, ran = grid
     arguments = ["--device", "cpu", "--quick", "--resume", "--json", str(tmp_path / "grid.json")]
-    monkeypatch.setattr(module, "is_spoilt", lambda device: ran[-1] == 64)
+    monkeypatch.setattr(module.checks, "is_spoilt", lambda device: ran[-1] == 64)
     with pytest.raises(SystemExit) as end:
         module.main(arguments)
     assert end.value.code == module.SPOILT
