@@ -82,6 +82,7 @@ def contenders(case: cases.AttentionCase, args: argparse.Namespace) -> list[case
 
 def prepare(case: cases.AttentionCase, args: argparse.Namespace) -> tuple[dict, list[str]]:
     """A function to time per contender that can run the case; what could not run, or differs, and why."""
+    torch.compiler.reset()  # of the programs of the case before
     inputs = cases.AttentionInputs(case)
     judge = checks.Judge(inputs)
     functions, notes = {}, []
