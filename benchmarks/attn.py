@@ -27,20 +27,18 @@ import warnings
 
 import bars
 import cases
+import checks
 import report
 import timing
 import torch
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Largest difference between two ways to compute an output of magnitude about 1, checked before timing.
-AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 DEFAULT_SHAPE = (1, 24, 1, 128, True)  # batch, heads, key heads, head_dim, causal: what the bars are for
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     report.add_device_argument(parser)
-    parser.add_argument("--dtype", choices=DTYPES, nargs="+")
+    parser.add_argument("--dtype", choices=checks.DTYPES, nargs="+")
     parser.add_argument("--seqlen", type=int, nargs="+", help="queries and keys of forward and backward")
     parser.add_argument("--keys", type=int, nargs="+", help="keys of decode, which has one query")
     parser.add_argument("--pass", dest="steps", choices=("forward", "backward", "decode"), nargs="+")
@@ -72,8 +70,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def make_case(step: str, seqlen: int, dtype: str, args: argparse.Namespace) -> cases.AttentionCase:
     return cases.AttentionCase(
-        step, seqlen, args.batch, args.heads, args.kv_heads, args.head_dim, args.heads // 2, DTYPES[dtype], args.device,
-        args.causal,
+        step, seqlen, args.batch, args.heads, args.kv_heads, args.head_dim, args.heads // 2, checks.DTYPES[dtype],
+        args.device, args.causal,
     )  # fmt: skip
 
 
@@ -84,8 +82,9 @@ def contenders(case: cases.AttentionCase, args: argparse.Namespace) -> list[case
 
 def prepare(case: cases.AttentionCase, args: argparse.Namespace) -> tuple[dict, list[str]]:
     """A function to time per contender that can run the case; what could not run, or differs, and why."""
+    torch.compiler.reset()  # of the programs of the case before
     inputs = cases.AttentionInputs(case)
-    judge = Judge(inputs)
+    judge = checks.Judge(inputs)
     functions, notes = {}, []
     for contender in contenders(case, args):
         with warnings.catch_warnings(record=True) as warned:  # torch tells the reasons of a refusal in warnings
@@ -105,43 +104,13 @@ def prepare(case: cases.AttentionCase, args: argparse.Namespace) -> tuple[dict, 
                     torch.cuda.synchronize()  # an error of the call ends here, not in the next contender
             except Exception as error:  # whatever another package raises: its row is missing, the others are not
                 reasons = [str(reason.message) for reason in warned]
-                notes.append(f"{contender.name} did not run {case}: {describe(error, reasons)}")
+                notes.append(f"{contender.name} did not run {case}: {checks.describe(error, reasons)}")
                 continue
         if contender.exact and (objection := judge.objection(contender.name, out.detach())):
             notes.append(f"{contender.name}, {case}, {objection}: not timed")
             continue
         functions[contender.name] = function
     return functions, notes
-
-
-class Judge:
-    """Holds an output against plain torch, at some rows, and everywhere against the first output that agreed there."""
-
-    def __init__(self, inputs: cases.AttentionInputs):
-        self.rows, self.exact = inputs.exact_rows()
-        self.agreement = AGREEMENT[inputs.case.dtype]
-        self.first: tuple[str, torch.Tensor] | None = None
-
-    def objection(self, name: str, out: torch.Tensor) -> str | None:
-        difference = (out[:, self.rows].float() - self.exact).abs().max().item()
-        if not difference <= self.agreement:
-            return f"differs by {difference:.2g} from plain torch"
-        if self.first is None:
-            self.first = name, out
-        difference = (out.float() - self.first[1].float()).abs().max().item()
-        return None if difference <= self.agreement else f"differs by {difference:.2g} from {self.first[0]}"
-
-
-def describe(error: Exception, warned: list[str]) -> str:
-    """One line: the first of the error, and those of the warnings before it without the places in torch's sources."""
-    lines = [text.strip().partition("\n")[0].partition(" (Triggered internally")[0] for text in (str(error), *warned)]
-    return f"{type(error).__name__}: {'; '.join(dict.fromkeys(filter(None, lines))) or 'no message'}"
-
-
-def exit_if_missing(notes: list[str]) -> None:
-    """A peer that fails or differs is a note; this library's own kernels must not. To be called when all is written."""
-    if missing := [note for note in notes if note.startswith(bars.WINDOWS)]:
-        sys.exit("\n".join(missing))
 
 
 def yardsticks(case: cases.AttentionCase) -> dict:
@@ -266,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
         notes += new_notes
         report.save_unfinished(args, rows, device=args.device, notes=notes, bars=judged_by_bars(rows, args))
     report.finish(args, rows, device=args.device, title=title, notes=notes, bars=judged_by_bars(rows, args))
-    exit_if_missing(notes)
+    checks.exit_if_missing(notes)
 
 
 def all_cases(args: argparse.Namespace) -> list[cases.AttentionCase]:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import attn
 import bars
+import checks
 import report
-import torch
 
 GRID = (
     "--pass forward backward --seqlen 8192",
@@ -53,19 +53,8 @@ def arguments_of(line: str, args: argparse.Namespace) -> argparse.Namespace:
     words = line.split()
     if args.quick:
         words = [str(int(word) // 64) if word.isdecimal() and int(word) >= 2048 else word for word in words]
-    common = ["--device", args.device, "--dtype", "bfloat16", "--contenders", bars.WINDOWS, *PEERS]
+    common = ["--device", args.device, "--dtype", "bfloat16", "--contenders", checks.OURS, *PEERS]
     return attn.parse([*common, "--rounds", "2" if args.quick else "5", "--budget", "3", *words])
-
-
-def is_spoilt(device: str) -> bool:
-    """Whether an earlier error keeps this process from using the GPU."""
-    if device == "cpu":
-        return False
-    try:
-        torch.ones(1, device=device).sum().item()
-    except RuntimeError:
-        return True
-    return False
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -83,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
             more = []
             if at_work_on:
                 extra["unfinished"] = True
-                more = [f"{bars.WINDOWS}: the process ended at {at_work_on}"]
+                more = [f"{checks.OURS}: the process ended at {at_work_on}"]
             report.write_json(args.json, rows, report.environment(args.device), notes + more, extra)
 
     for line in GRID:
@@ -97,16 +86,16 @@ def main(argv: list[str] | None = None) -> None:
             try:
                 new_rows, new_notes = attn.run(case, request, memory=False)
             except Exception as error:  # one case less; memory that is not there, or a GPU that an error has spoilt
-                new_rows, new_notes = [], [f"{bars.WINDOWS} did not run {case}: {attn.describe(error, [])}"]
+                new_rows, new_notes = [], [f"{checks.OURS} did not run {case}: {checks.describe(error, [])}"]
             rows += new_rows
             notes += new_notes
-            if is_spoilt(args.device):
+            if checks.is_spoilt(args.device):
                 write(at_work_on=str(case))
                 sys.exit(SPOILT)
     write()
     args.json = None  # it is written, with the lines
     report.finish(args, rows, device=args.device, title="Attention, many shapes", notes=notes)
-    attn.exit_if_missing(notes)
+    checks.exit_if_missing(notes)
 
 
 if __name__ == "__main__":

@@ -123,12 +123,18 @@ class AttentionInputs:
     def bias(self) -> torch.Tensor:
         """The dense bias with the causal mask, (1, num_heads, seqlen_q, seqlen): what a kernel without ALiBi needs."""
         case = self.case
-        query = torch.arange(case.seqlen - case.seqlen_q, case.seqlen, device=case.device)[:, None]
-        key = torch.arange(case.seqlen, device=case.device)[None, :]
-        bias = -self.slopes[:, None, None] * (query - key).abs()
-        if case.causal:
-            bias.masked_fill_(key > query, float("-inf"))
-        return bias.to(case.dtype)[None]
+        query = torch.arange(case.seqlen - case.seqlen_q, case.seqlen, dtype=torch.int32, device=case.device)[:, None]
+        key = torch.arange(case.seqlen, dtype=torch.int32, device=case.device)[None, :]
+        bias = torch.empty(
+            (1, case.num_heads, case.seqlen_q, case.seqlen), dtype=case.dtype, device=case.device
+        )  # filled head by head: all of it in float32 would need twice the memory that it keeps
+        distance = (query - key).abs_()
+        hidden = key > query if case.causal else None
+        for head, slope in enumerate(self.slopes):
+            bias[0, head] = -slope * distance
+            if hidden is not None:
+                bias[0, head].masked_fill_(hidden, float("-inf"))
+        return bias
 
     def exact_rows(self, count: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
         """Up to `count` queries, spread over all, and the outputs of these, (batch, count, num_heads, head_dim), by
@@ -196,10 +202,9 @@ def flex(inputs: AttentionInputs, *, windows: bool = False) -> Forward:
         return score - slopes[head] * (query + shift - key).abs()
 
     mask = block_mask(case, windows=windows)
-    # After a second length torch.compile makes programs for any length: slower ones, and the one for a single query is
-    # not valid C++ (torch 2.13). It also gives up after eight programs. Each case therefore starts afresh.
-    torch.compiler.reset()
-    compiled = torch.compile(flex_attention)
+    # Programs for any length, which torch.compile makes after a second one, are slower, and the one for a single query
+    # is not valid C++ (torch 2.13). It gives up after eight programs: each case starts with torch.compiler.reset().
+    compiled = torch.compile(flex_attention, dynamic=False)
 
     def forward() -> torch.Tensor:
         q, k, v = (tensor.transpose(1, 2) for tensor in (inputs.q, inputs.k, inputs.v))

@@ -33,9 +33,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import attn
 import bars
 import cases
+import checks
 import report
 import torch
 
@@ -269,7 +269,7 @@ def make_row(launch: dict[str, str], multiprocessors: int, major: int) -> dict:
         tiles = visible_tiles(case, *TILES[name]) if name in TILES else None
     else:
         shape = SHIFT_SHAPE if name.startswith("token_shift_norm") else ROTARY_SHAPE
-        backend = bars.WINDOWS
+        backend = checks.OURS
 
     def ratio(top: float | None, bottom: float | None, scale: float = 1.0) -> float | None:
         return None if top is None or not bottom else scale * top / bottom
@@ -327,13 +327,13 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"ncu may not read the counters here: {error}")
                 sys.exit(NOT_RUN)
             except (RuntimeError, OSError) as error:
-                launches, new_notes = [], [f"{bars.WINDOWS}: {subject}: {error}"]
+                launches, new_notes = [], [f"{checks.OURS}: {subject}: {error}"]
             rows += [make_row(launch, gpu.multi_processor_count, gpu.major) for launch in launches]
             notes += new_notes
             if args.json:
                 report.write_json(args.json, rows, facts, notes)
     print(report.table(rows, COLUMNS), *notes, sep="\n")
-    attn.exit_if_missing(notes)
+    checks.exit_if_missing(notes)
 
 
 if __name__ == "__main__":

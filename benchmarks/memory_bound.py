@@ -10,8 +10,8 @@ import sys
 from collections.abc import Callable
 from typing import Protocol
 
-import attn
 import bars
+import checks
 import report
 import timing
 import torch
@@ -34,7 +34,7 @@ class Inputs(Protocol):
     douts: list[torch.Tensor]
 
     def contenders(self) -> dict[str, Forward]:
-        """This library's kernels as `bars.WINDOWS`, plain torch as `BASELINE`; the others by their names."""
+        """This library's kernels as `checks.OURS`, plain torch as `BASELINE`; the others by their names."""
         ...
 
 
@@ -42,7 +42,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     """What all of these commands take; each adds its widths."""
     parser = argparse.ArgumentParser(description=description)
     report.add_device_argument(parser)
-    parser.add_argument("--dtype", choices=attn.DTYPES, default="bfloat16")
+    parser.add_argument("--dtype", choices=checks.DTYPES, default="bfloat16")
     parser.add_argument("--seqlen", type=int, help="default: more than the caches of the device hold")
     parser.add_argument("--pass", dest="steps", choices=("forward", "backward"), nargs="+")
     parser.add_argument("--rounds", type=int, default=10)
@@ -80,11 +80,11 @@ def prepare(op: str, step: str, inputs: Inputs, args: argparse.Namespace) -> tup
 
             results[name] = [result.detach().float() for result in function()]
         except Exception as error:  # its row is missing, the others are not
-            notes.append(f"{name} did not run {step} of {op}: {attn.describe(error, [])}")
+            notes.append(f"{name} did not run {step} of {op}: {checks.describe(error, [])}")
             continue
         functions[name] = function
     for name, found in results.items():
-        if objection := disagreement(found, results.get(BASELINE, found), AGREEMENT[attn.DTYPES[args.dtype]]):
+        if objection := disagreement(found, results.get(BASELINE, found), AGREEMENT[checks.DTYPES[args.dtype]]):
             notes.append(f"{name}, {step} of {op}, {objection}: not timed")
             del functions[name]
     return functions, notes
@@ -147,4 +147,4 @@ def main(
         lines = bars.evaluate_copy(rows, at_least) if args.device == "cuda" else None
         report.save_unfinished(args, rows, device=args.device, notes=notes, bars=lines)
     report.finish(args, rows, device=args.device, title=title, notes=notes, bars=lines)
-    attn.exit_if_missing(notes)
+    checks.exit_if_missing(notes)

@@ -22,8 +22,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 
-import attn
-import bars
+import checks
 import report
 import timing
 import torch
@@ -114,16 +113,16 @@ def calls_of(step: str, seqlen: int, args: argparse.Namespace) -> tuple[torch.nn
     ours, other = build_pair(args, seqlen + args.new_tokens * (step == "generation"))
     tokens = torch.randint(args.num_tokens, (1, seqlen + (step == "training")), device=args.device)
     if step == "forward":
-        calls = {bars.WINDOWS: lambda: ours(tokens), BASELINE: lambda: other.net(tokens)}
+        calls = {checks.OURS: lambda: ours(tokens), BASELINE: lambda: other.net(tokens)}
     elif step == "training":
-        calls = {bars.WINDOWS: lambda: ours(tokens, return_loss=True), BASELINE: lambda: other(tokens)}
+        calls = {checks.OURS: lambda: ours(tokens, return_loss=True), BASELINE: lambda: other(tokens)}
     else:
-        calls = {bars.WINDOWS: lambda: ours.generate(tokens, args.new_tokens, temperature=0)}
+        calls = {checks.OURS: lambda: ours.generate(tokens, args.new_tokens, temperature=0)}
     if other is None:
         calls.pop(BASELINE, None)
     calls = {name: rounded(call, args) for name, call in calls.items()}
     if step == "training":
-        models = {bars.WINDOWS: ours, BASELINE: other}
+        models = {checks.OURS: ours, BASELINE: other}
         calls = {name: training_step(models[name], call) for name, call in calls.items()}
     return ours, calls
 
@@ -147,13 +146,13 @@ def prepare(step: str, calls: Calls, args: argparse.Namespace) -> tuple[Calls, l
         try:
             result = call()
         except Exception as error:  # whatever another package raises: its row is missing, ours is not
-            notes.append(f"{name} did not run {step}: {attn.describe(error, [])}")
+            notes.append(f"{name} did not run {step}: {checks.describe(error, [])}")
             continue
         if step == "forward":
             expected = result.float() if expected is None else expected
             difference = (result.float() - expected).abs().max().item()
             if not difference < AGREEMENT[args.dtype]:
-                notes.append(f"{bars.WINDOWS} and {name} differ by {difference:.2g}: the latter is not timed")
+                notes.append(f"{checks.OURS} and {name} differ by {difference:.2g}: the latter is not timed")
                 continue
         functions[name] = call
     return functions, notes
@@ -224,9 +223,9 @@ def training_step(model: torch.nn.Module, loss_of: Callable) -> Callable[[], Non
 def comparison(step: str, seqlen: int, rows: list[dict]) -> list[str]:
     """The sentence that says how our row compares; none without both rows."""
     by_name = {row["backend"]: row for row in rows}
-    if not {bars.WINDOWS, BASELINE} <= by_name.keys():
+    if not {checks.OURS, BASELINE} <= by_name.keys():
         return []
-    ours, other = by_name[bars.WINDOWS], by_name[BASELINE]
+    ours, other = by_name[checks.OURS], by_name[BASELINE]
     low, high = ours["ratio_range"]
     text = f"{step}, {seqlen} tokens: {ours['ratio']:.2f}x the speed of x-transformers"
     text += f" (rounds {low:.2f} to {high:.2f})"
@@ -249,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
             report.save_unfinished(args, rows, device=args.device, notes=notes)
     title = f"Model, {args.dtype}, every flag at its default"
     report.finish(args, rows, device=args.device, title=title, notes=notes)
-    attn.exit_if_missing(notes)
+    checks.exit_if_missing(notes)
 
 
 if __name__ == "__main__":

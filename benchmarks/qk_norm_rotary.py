@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import argparse
 
-import attn
 import bars
+import checks
 import memory_bound
 import torch
 
@@ -28,7 +28,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 class Inputs:
     def __init__(self, args: argparse.Namespace, *, gradients: bool):
-        dtype = attn.DTYPES[args.dtype]
+        dtype = checks.DTYPES[args.dtype]
 
         def draw(*shape: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.randn(shape, device=args.device).to(dtype)
@@ -59,7 +59,7 @@ class Inputs:
             operands = zip((self.q, self.k), self.scales, tables, strict=True)
             return tuple(reference.transform(x.float(), scale, table, True).to(x.dtype) for x, scale, table in operands)
 
-        return {bars.WINDOWS: andromeda, memory_bound.BASELINE: plain}
+        return {checks.OURS: andromeda, memory_bound.BASELINE: plain}
 
 
 def main(argv: list[str] | None = None) -> None:

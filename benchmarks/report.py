@@ -1,20 +1,36 @@
-"""Tables, JSON and plots of benchmark rows, and the numbers in the README, which are always made from JSON.
+"""Tables, JSON and plots of benchmark rows, and all numbers in the documents, which are made from JSON alone.
 
-python benchmarks/report.py  # rewrites the tables in README.md from benchmarks/results/*.json
+    python benchmarks/report.py   # fills README.md and docs/benchmarks.md, and draws docs/scaling.svg
+
+A document has blocks between `<!-- results: ... -->` and `<!-- end -->`, whose contents are rewritten:
+
+    results: NAME columns...   the table of results/NAME.json, its notes, its bars and where it was measured
+    bars: NAME                 the bars of results/NAME.json alone
+    predictions: NAME          predictions beside what was measured
+    highlights                 the rows of HIGHLIGHTS: this library beside another, of the same rounds
+
+NAME may be FILE:STEP:PART for a file of tests/gpu.sh; where FILE.json does not have the step, the newest FILE-*.json
+that has it is taken. Results of a tree that nobody can check out, whose commit has the mark "+changes", are refused.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import dataclasses
 import json
 import os
 import platform
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import figure
 
 if TYPE_CHECKING:
     from timing import Timing
@@ -82,11 +98,12 @@ def make_row(
 
 
 def commit() -> str:
-    """The commit of this checkout, with a mark when tracked files differ from it."""
+    """The commit of this checkout, with a mark when tracked files other than results differ from it."""
     try:
         git = ["git", "-C", str(ROOT)]
         name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        status = [*git, "status", "--porcelain", "-uno", "--", ".", ":(exclude)benchmarks/results"]
+        changed = subprocess.run(status, capture_output=True, text=True, check=True)
         return name.strip() + ("+changes" if changed.stdout.strip() else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -270,26 +287,201 @@ def finish(
         write_plot(args.plot, rows, f"{title} - {where}")
 
 
-def update_readme(readme: Path = ROOT / "README.md") -> None:
-    """Fill every `<!-- results: NAME columns... -->` block of the README from results/NAME.json."""
-    text = readme.read_text()
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """One table's worth of a file of results."""
 
-    def fill(match: re.Match) -> str:
-        name, *columns = match["spec"].split()
-        data = json.loads((RESULTS / f"{name}.json").read_text())
-        facts = data["environment"]
-        lines = [table(data["rows"], tuple(columns) or COLUMNS), "", *data["notes"]]
-        if bars := [bar for bar in data.get("bars", ()) if bar["measured"] is not None]:
-            lines += ["", table(bars, BAR_COLUMNS), ""]
-        where = facts.get("gpu", facts["processor"])
-        lines.append(
-            f"Measured with `{facts['command']}` on {where}, {facts['threads']} threads, torch {facts['torch']}, "
-            f"commit {facts['commit']}."
+    path: Path
+    rows: list[dict]
+    notes: list[str]
+    bars: list[dict]
+    facts: dict
+
+    @property
+    def machine(self) -> str:
+        return self.facts.get("gpu") or self.facts["processor"]
+
+    @property
+    def source(self) -> str:
+        facts = self.facts
+        text = f"Measured with `{command_of(facts)}` on {self.machine}, {facts['threads']} threads, "
+        return text + f"torch {facts['torch']}, commit {facts['commit']}."
+
+
+def command_of(facts: dict) -> str:
+    """The command without the folder of its results, which may have been a temporary one."""
+    return re.sub(r"--json \S*?(\w+\.json)", r"--json \1", facts["command"])
+
+
+def read_results(name: str) -> Results:
+    """Of NAME.json, or of FILE:STEP:PART."""
+    file, *inside = name.split(":")
+    if not inside:
+        path = RESULTS / f"{file}.json"
+        data = json.loads(path.read_text())
+    else:
+        step, part = inside
+        path, whole = file_with(file, step)
+        data = whole["measured"][step][part]
+    check_commit(path, data["environment"])
+    return Results(path, data["rows"], data.get("notes", []), data.get("bars") or [], data["environment"])
+
+
+def file_with(file: str, step: str) -> tuple[Path, dict]:
+    """FILE.json, or the newest of the FILE-COMMIT.json, which has the results of a step of tests/gpu.sh."""
+    found = []
+    for path in [RESULTS / f"{file}.json", *RESULTS.glob(f"{file}-*.json")]:
+        data = json.loads(path.read_text())
+        if step in data["measured"]:
+            if path.name == f"{file}.json":
+                return path, data
+            found.append((data["steps"][step]["at"], path, data))
+    if not found:
+        raise SystemExit(f"no {file}.json or {file}-*.json in {RESULTS} has the step {step!r}")
+    return max(found, key=lambda entry: entry[0])[1:]
+
+
+def check_commit(path: Path, facts: dict) -> None:
+    """Refuse results that nobody can repeat, because their sources were never committed."""
+    commit = facts.get("commit", "unknown")
+    if re.fullmatch("[0-9a-f]{7,40}", commit) is None:
+        command = f" with `{facts['command']}`" if "command" in facts else ""
+        raise SystemExit(
+            f"{path}: measured at commit {commit!r}, which nobody can check out: commit, then measure again{command}"
         )
-        return f"<!-- results: {match['spec']} -->\n" + "\n".join(lines) + "\n<!-- end -->"
 
-    filled = re.sub(r"<!-- results: (?P<spec>.*?) -->\n.*?<!-- end -->", fill, text, flags=re.S)
-    write_text(readme, filled)
+
+@dataclasses.dataclass(frozen=True)
+class Highlight:
+    """A row of this library beside one of another in the same rounds."""
+
+    what: str
+    source: str  # as in a block
+    step: str
+    other: str  # the backend
+    name: str  # of the other, for readers
+    shape: str = ""  # what the row's shape contains
+
+    def rows(self, rows: list[dict]) -> tuple[dict, dict]:
+        """Ours and the other's."""
+        found = {row["backend"]: row for row in rows if row["pass"] == self.step and self.shape in row["shape"]}
+        return found.get("andromeda") or found["andromeda, cached step"], found[self.other]
+
+
+HIGHLIGHTS = (
+    Highlight("attention, forward, 8192 tokens", "gpu:bench:attn_forward", "forward", "sdpa, bias tensor", "SDPA"),
+    Highlight("attention, backward, 8192 tokens", "gpu:bench:attn_backward", "backward", "sdpa, bias tensor", "SDPA"),
+    Highlight(
+        "attention, forward, 8192 tokens", "gpu:bench:flex_forward", "forward", "flex_attention, windows",
+        "FlexAttention, windows",
+    ),
+    Highlight(
+        "attention, one token, 131072 keys", "gpu:bench:attn_decode", "decode", "sdpa, bias tensor", "SDPA"
+    ),
+    Highlight(
+        "residual, norm and token shift, forward", "gpu:bench:token_shift_norm", "forward", "torch.compile",
+        "torch.compile",
+    ),
+    Highlight(
+        "training step of a small model, 4096 tokens", "model", "training", "x-transformers", "x-transformers", "n4096"
+    ),
+)  # fmt: skip
+HIGHLIGHT_COLUMNS = ("machine", "what", "this library", "beside", "its time", "ratio")
+
+
+def highlights() -> str:
+    lines, sources = [], {}
+    for highlight in HIGHLIGHTS:
+        results = read_results(highlight.source)
+        ours, other = highlight.rows(results.rows)
+        pairs = zip(other["samples_ms"], ours["samples_ms"], strict=True)
+        line = {
+            "machine": results.machine.removeprefix("NVIDIA "),
+            "what": highlight.what,
+            "this library": format_time(ours["median_ms"]),
+            "beside": highlight.name,
+            "its time": format_time(other["median_ms"]),
+            "ratio": f"{statistics.median(theirs / own for theirs, own in pairs):.2f}",
+        }
+        lines.append(line)
+        where = f"{results.machine}, torch {results.facts['torch']}, commit {results.facts['commit']}"
+        sources.setdefault(where, []).append(f"`{results.path.name}`")
+    measured = "; ".join(f"{where} ({', '.join(dict.fromkeys(files))})" for where, files in sources.items())
+    return f"{table(lines, HIGHLIGHT_COLUMNS)}\n\nMeasured on {measured}."
+
+
+def format_time(ms: float) -> str:
+    return f"{ms / 1000:.2f} s" if ms >= 1000 else f"{ms:.3g} ms" if ms >= 1 else f"{ms * 1000:.3g} us"
+
+
+def results_block(name: str, *columns: str) -> str:
+    """Products of matrices and copies are what shares refer to, no rows of their own."""
+    results = read_results(name)
+    rows = [row for row in results.rows if row.get("op") not in ("matmul", "copy")]
+    lines = [table(rows, columns or COLUMNS), "", *results.notes]
+    if results.bars:
+        lines += ["", bar_table(results.bars), ""]
+    return "\n".join([*lines, results.source])
+
+
+def bars_block(name: str) -> str:
+    path = RESULTS / f"{name}.json"
+    data = json.loads(path.read_text())
+    check_commit(path, data["environment"])
+    return f"{bar_table(data['bars'])}\n\n{data['environment']['gpu']}, commit {data['environment']['commit']}."
+
+
+def bar_table(bars: list[dict]) -> str:
+    return table([bar for bar in bars if bar["measured"] is not None], BAR_COLUMNS)
+
+
+def predictions_block(name: str) -> str:
+    path = RESULTS / f"{name}.json"
+    data = json.loads(path.read_text())
+    check_commit(path, data["environment"])
+    known = [line for line in data["predictions"] if line["measured"] is not None]
+    counts = collections.Counter(line["verdict"] for line in known)
+    summary = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items()))
+    columns = ("what", "metric", "low", "high", "measured", "verdict")
+    where = f"{data['environment']['gpu']}, commit {data['environment']['commit']}"
+    return f"{table(known, columns)}\n\n{len(known)} predictions: {summary}. {where}."
+
+
+BLOCKS: dict[str, Callable[..., str]] = {
+    "results": results_block,
+    "bars": bars_block,
+    "predictions": predictions_block,
+    "highlights": highlights,
+}
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+FIGURE = ROOT / "docs" / "scaling.svg"
+
+
+def filled(text: str) -> str:
+    """A document with the contents of its blocks made anew."""
+
+    def fill(match: re.Match[str]) -> str:
+        made = BLOCKS[match["kind"]](*(match["spec"] or "").split())
+        return f"{match['opening']}\n{made}\n<!-- end -->"
+
+    kinds = "|".join(BLOCKS)
+    pattern = rf"(?P<opening><!-- (?P<kind>{kinds})(?:: (?P<spec>.*?))? -->)\n.*?<!-- end -->"
+    return re.sub(pattern, fill, text, flags=re.S)
+
+
+def scaling_figure() -> str:
+    """Of the GPU's results, or of a CPU's where there are none."""
+    path = next(path for name in ("scaling", "scaling_cpu") if (path := RESULTS / f"{name}.json").exists())
+    data = json.loads(path.read_text())
+    check_commit(path, data["environment"])
+    return figure.scaling(data)
+
+
+def update_readme() -> None:
+    """Make the numbers of all documents, and the figure, from the JSON files."""
+    made = {path: filled(path.read_text()) for path in DOCUMENTS} | {FIGURE: scaling_figure()}
+    for path, text in made.items():  # only when all could be made
+        write_text(path, text)
 
 
 if __name__ == "__main__":

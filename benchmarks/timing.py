@@ -11,8 +11,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
+
+Built = TypeVar("Built")
 
 L2_FLUSH_BYTES = 256 << 20  # larger than any second-level cache of a GPU
 MIN_SAMPLE_MS = 20.0  # a call of 1 ms alone would time the caches that the function before it left behind
@@ -143,6 +146,25 @@ def peak_memory_mb(function: Callable[[], object], device: str) -> float | None:
     before = _status_mb("VmRSS")
     function()
     return _status_mb("VmHWM") - before
+
+
+def held_memory_mb(build: Callable[[], Built], device: str) -> tuple[Built, float | None]:
+    """What `build` makes, and the MiB that stay in use; None where that is not known."""
+    gc.collect()
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        built = build()
+        gc.collect()
+        return built, (torch.cuda.memory_allocated() - before) / 2**20
+    if not sys.platform.startswith("linux"):
+        return build(), None
+    libc = ctypes.CDLL(None)
+    libc.malloc_trim(0)
+    before = _status_mb("VmRSS")
+    built = build()
+    gc.collect()
+    libc.malloc_trim(0)
+    return built, max(_status_mb("VmRSS") - before, 0.0)
 
 
 def _status_mb(field: str) -> float:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 
-import attn
 import bars
+import checks
 import memory_bound
 import torch
 
@@ -31,7 +31,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 class Inputs:
     def __init__(self, args: argparse.Namespace, *, gradients: bool):
-        dtype = attn.DTYPES[args.dtype]
+        dtype = checks.DTYPES[args.dtype]
         rows = (torch.randn(1, args.seqlen, args.dim, device=args.device).to(dtype) for _ in range(4))
         self.x, self.residual, *self.douts = rows
         self.residual_scale, self.gamma = 1 + 0.1 * torch.randn(2, args.dim, device=args.device)
@@ -60,7 +60,7 @@ class Inputs:
             y = torch.layer_norm(u, self.gamma.shape, 1 + self.gamma, eps=reference.EPSILON).to(self.x.dtype)
             return y, reference.token_shift(y, self.shift)
 
-        return {bars.WINDOWS: andromeda, memory_bound.BASELINE: plain}
+        return {checks.OURS: andromeda, memory_bound.BASELINE: plain}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -56,7 +56,7 @@ def test_kernels_of_ours_that_differ_end_with_an_error_after_all_is_written(load
 def test_an_error_between_the_rows_that_are_judged_is_seen(load, monkeypatch):
     cases = load("cases")
     inputs = cases.AttentionInputs(cases.AttentionCase("forward", 500, num_heads=2, alibi_heads=1))
-    judge = load("attn").Judge(inputs)
+    judge = load("checks").Judge(inputs)
     out = cases.andromeda(inputs, windows=False)()
     assert judge.objection("first", out) is None
     assert 1 not in judge.rows
@@ -117,7 +117,7 @@ def test_a_case_that_fails_leaves_the_others(grid, tmp_path, capsys):
 def test_another_process_goes_on_where_one_was_spoilt(grid, tmp_path, monkeypatch):
     module, ran = grid
     arguments = ["--device", "cpu", "--quick", "--resume", "--json", str(tmp_path / "grid.json")]
-    monkeypatch.setattr(module, "is_spoilt", lambda device: ran[-1] == 64)
+    monkeypatch.setattr(module.checks, "is_spoilt", lambda device: ran[-1] == 64)
     with pytest.raises(SystemExit) as end:
         module.main(arguments)
     assert end.value.code == module.SPOILT
@@ -201,3 +201,86 @@ def test_flops_of_the_model_are_those_that_torch_counts(load):
         ours(torch.zeros(1, 128, dtype=torch.int64))
     counted = model.flops_per_token(ours, 128) * 128
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.03)  # norms, rotation, the diagonal
+
+
+SCALING = ["--device", "cpu", "--seqlen", "128", "256", "512", "--quick"]
+
+
+def curves(path):
+    """The lengths that each contender was measured at."""
+    found = {}
+    for row in json.loads(path.read_text())["rows"]:
+        found.setdefault(row["backend"], []).append(row["seqlen"])
+    return found
+
+
+@pytest.mark.parametrize("when", ["built", "called", "timed"])
+def test_a_curve_ends_where_memory_does_and_the_others_go_on(load, monkeypatch, tmp_path, when):
+    scaling, cases = load("scaling"), load("cases")
+    make, calls = cases.sdpa, []
+
+    def sdpa(inputs, **options):
+        forward = make(inputs, **options)
+        if inputs.case.seqlen < 256:
+            return forward
+        if when == "built":
+            raise MemoryError("no room")
+
+        def fail():
+            calls.append(1)
+            if when == "called" or len(calls) > 2:  # the first two calls are compared and watched
+                raise MemoryError("no room")
+            return forward()
+
+        return fail
+
+    monkeypatch.setattr(cases, "sdpa", sdpa)
+    path = tmp_path / "scaling.json"
+    scaling.main([*SCALING, "--json", str(path)])
+    assert curves(path) == {"andromeda": [128, 256, 512], "sdpa, bias tensor": [128]}
+    data = json.loads(path.read_text())
+    assert "unfinished" not in data
+    assert [note for note in data["notes"] if "ends before" in note] == [
+        "sdpa, bias tensor ends before 256 tokens: MemoryError: no room."
+    ]
+    row = data["rows"][1]
+    assert row["backend"] == "sdpa, bias tensor"
+    assert row["peak_memory_mb"] >= row["held_mb"]
+
+
+def test_a_curve_ends_before_it_takes_too_long_or_all_memory(load, tmp_path, monkeypatch):
+    scaling = load("scaling")
+    path = tmp_path / "scaling.json"
+    scaling.main([*SCALING, "--limit", "1e-9", "--json", str(path)])
+    assert curves(path) == {"andromeda": [128], "sdpa, bias tensor": [128]}
+    monkeypatch.setattr(scaling, "available_mb", lambda: 0.0)
+    case = load("cases").AttentionCase("backward", 256)
+    args = scaling.parse(["--device", "cpu"])
+    last = {"seqlen": 128, "median_ms": 1.0, "peak_memory_mb": 1024.0}
+    assert scaling.expected_trouble(case, last, args) == "a pass would need about 4 GiB"
+    assert scaling.expected_trouble(case, None, args) is None
+    assert scaling.expected_trouble(case, {**last, "median_ms": 2e4}, args) == "a pass would take about 80 s"
+
+
+def test_kernels_of_ours_that_differ_end_the_curve_with_an_error(load, tmp_path, monkeypatch):
+    spoil(load("cases"), monkeypatch, "andromeda", lambda out: out + 0.01)
+    with pytest.raises(SystemExit, match=r"andromeda ends before 128 tokens: differs by 0.01 from plain torch"):
+        load("scaling").main(["--device", "cpu", "--seqlen", "128", "--quick"])
+
+
+def test_another_process_goes_on_with_the_lengths_that_are_left(load, tmp_path, monkeypatch):
+    """An error of the GPU spoils a process: what it measured is written, and a new one starts with --resume."""
+    scaling = load("scaling")
+    path, started = tmp_path / "scaling.json", []
+    monkeypatch.setattr(scaling.checks, "is_spoilt", lambda device: not started)
+    monkeypatch.setattr(scaling.os, "execv", lambda program, words: started.append(words))
+    arguments = ["--device", "cpu", "--seqlen", "128", "--quick", "--json", str(path)]
+    monkeypatch.setattr("sys.argv", ["scaling.py", *arguments])
+    monkeypatch.setattr(scaling.report, "finish", lambda *args, **options: None)
+    scaling.main(arguments)
+    assert started[0][2:] == [*arguments, "--resume"]
+    assert json.loads(path.read_text())["unfinished"] is True
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(str(FOLDER))
+    scaling.main(["--device", "cpu", "--seqlen", "128", "256", "--quick", "--json", str(path), "--resume"])
+    assert curves(path) == {"andromeda": [128, 256], "sdpa, bias tensor": [128, 256]}

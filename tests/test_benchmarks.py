@@ -233,7 +233,7 @@ def test_exact_rows(load, step, kv_heads, causal):
 
 
 def test_what_a_contender_says(load):
-    describe = load("attn").describe
+    describe = load("checks").describe
     reasons = [
         "Flash: no mask. (Triggered internally at a.cpp:7.)",
         "Flash: no mask. (Triggered internally at b.cpp:9.)",
