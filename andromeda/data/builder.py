@@ -217,7 +217,7 @@ class DatasetBuilder:
             dataset.verify()
             return dataset
         except (OSError, ValueError) as error:
-            warnings.warn(f"DatasetBuilder: building again what is damaged in the cache: {error}", stacklevel=3)
+            warnings.warn(f"DatasetBuilder: a damaged data set in the cache is built again: {error}", stacklevel=3)
             return None
 
     def _build(self, source: Source, settings: _TokenizerSettings, fingerprint: str | None) -> PackedDataset:

@@ -443,7 +443,7 @@ class CsvReader(Reader):
         twice = [name for name, count in Counter(header).items() if name and count > 1]
         if twice:
             raise self.error(f", line {self._line} must name each column once, got {twice[0]!r} twice")
-        # All fields are strings, and what reads as a number may still be a text.
+        # All fields are strings, and one that looks like a number may still be text.
         return dict.fromkeys(header, TEXT)
 
     def documents(self, choice: Choice | None) -> Iterator[Document]:

@@ -343,8 +343,8 @@ def test_disk_space_is_estimated_first(build, monkeypatch, tmp_path):
     ],
     ids=lambda value: errno.errorcode[value] if isinstance(value, int) else "",
 )
-@pytest.mark.parametrize("what", ["rows", "spool", "metadata"])
-def test_disk_fills_up(build, monkeypatch, tmp_path, number, message, what):
+@pytest.mark.parametrize("part", ["rows", "spool", "metadata"])
+def test_disk_fills_up(build, monkeypatch, tmp_path, number, message, part):
     def full(*_, **__):
         raise OSError(number, os.strerror(number))
 
@@ -352,7 +352,7 @@ def test_disk_fills_up(build, monkeypatch, tmp_path, number, message, what):
         "rows": (packing._HashedFile, "write"),
         "spool": (packing, "_write_all"),
         "metadata": (Path, "write_text"),
-    }[what]
+    }[part]
     monkeypatch.setattr(owner, name, full)
     with pytest.raises(OSError, match=message) as caught:
         build(packing="bfd")

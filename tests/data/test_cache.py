@@ -111,7 +111,7 @@ def test_damaged_cache_is_built_again(build, tmp_path, damage, message):
     damage(whole.path)
     with pytest.raises(ValueError, match=f"PackedDataset: .*({message})"):
         PackedDataset(whole.path)
-    with pytest.warns(UserWarning, match="building again what is damaged"):
+    with pytest.warns(UserWarning, match="a damaged data set in the cache is built again"):
         repaired = build()
     assert rows_of(repaired) == expected
     assert cache_entries(tmp_path) == [repaired.path.name]
@@ -123,7 +123,9 @@ def test_metadata_knows_its_checksum(build, tmp_path):
     changed = PackedDataset(dataset.path)
     with pytest.raises(ValueError, match=r"is damaged: metadata.json has other content than was written"):
         changed.verify()
-    with pytest.warns(UserWarning, match=r"building again what is damaged .* metadata.json has other content"):
+    with pytest.warns(
+        UserWarning, match=r"a damaged data set in the cache is built again: .* metadata.json has other content"
+    ):
         assert build().eos_token_id == dataset.eos_token_id
 
 
@@ -133,7 +135,7 @@ def test_damaged_bytes_in_the_cache_are_said_and_built_again(build, tmp_path):
     flip(dataset.path / "data.arrow", content.index(b"".join(np.uint16(expected[5]))) + 2)
     assert rows_of(PackedDataset(dataset.path)) != expected
     with pytest.warns(
-        UserWarning, match=r"building again what is damaged in the cache: .*data.arrow has other content"
+        UserWarning, match=r"a damaged data set in the cache is built again: .*data.arrow has other content"
     ):
         repaired = build()
     assert rows_of(repaired) == expected
