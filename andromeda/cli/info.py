@@ -89,7 +89,8 @@ def _cuda_versions() -> dict[str, str | None]:
 
     if _select.extension_error is not None:
         return {"runtime": None, "driver": None}
-    return _select.extension.cuda_versions()
+    versions = _select.extension.cuda_versions()
+    return {"runtime": versions["runtime"], "driver": versions["driver"]}
 
 
 def _devices() -> list[dict[str, Any]]:

@@ -155,13 +155,15 @@ def load_model(
         warnings.filterwarnings("ignore", message=".* holds weights that are not finite")  # the message below says it
         if (folder / "andromeda.json").is_file():
             plain = Andromeda.load(folder, device=device, dtype=dtype_of_weights)
-            model = AndromedaForCausalLM.from_andromeda(plain).eval()
+            model = AndromedaForCausalLM.from_andromeda(plain)
         else:
             try:
                 with _transformers_quietly():
-                    model = AndromedaForCausalLM.from_pretrained(folder, dtype=dtype_of_weights).to(device).eval()
+                    model = AndromedaForCausalLM.from_pretrained(folder, dtype=dtype_of_weights)
             except StrictDataclassError as error:
                 raise ValueError(f"{folder / 'config.json'} describes no model: {error}") from error
+            model.to(device)  # type: ignore[arg-type]  # mypy misreads the wrapper that transformers puts around it
+    model.eval()
     if odd := nonfinite_parameters(model):
         text = f"{len(odd)} of {len(list(model.parameters()))} parameters of {folder} are not finite: {first_few(odd)}"
         if finite:

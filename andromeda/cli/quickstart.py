@@ -286,7 +286,7 @@ def _write_corpus(folder: Path, limit: int, seed: int) -> dict[str, int]:
     return counts
 
 
-def _seconds_per_step(sizes: dict[str, int], rows: PackedDataset, device: str | None) -> float:
+def _seconds_per_step(sizes: dict[str, Any], rows: PackedDataset, device: str | None) -> float:
     """Measure the time of one training step, on a model of its own."""
     import torch
 

@@ -1,6 +1,6 @@
 """Sizes of new models, and of models in general."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -14,7 +14,7 @@ SIZES = {
 }
 
 
-def model_arguments(size: str, vocabulary: int, seq_len: int) -> dict[str, int]:
+def model_arguments(size: str, vocabulary: int, seq_len: int) -> dict[str, Any]:
     """Constructor arguments of a model for a tokenizer of `vocabulary` ids and rows of `seq_len` tokens."""
     return {"num_tokens": round_up(vocabulary, 128), "max_seq_len": seq_len} | SIZES[size]
 
