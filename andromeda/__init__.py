@@ -9,7 +9,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"  # the one place: pyproject.toml and the build read it from here
+__version__ = "0.2.0"  # the one place: pyproject.toml and the build read it from here
 
 __all__ = [
     "Andromeda",

@@ -2,13 +2,23 @@
 
 import dataclasses
 import inspect
+import typing
 
 import oracle
 import pytest
 import torch
 
 from andromeda import Andromeda, Decoder
-from andromeda.config import ModelConfig, alibi_slopes, constant, read_key_start, read_rows, read_tokens
+from andromeda.config import (
+    DecoderConfig,
+    DecoderOptions,
+    ModelConfig,
+    alibi_slopes,
+    constant,
+    read_key_start,
+    read_rows,
+    read_tokens,
+)
 
 CPU = torch.device("cpu")
 SIZES = ("num_tokens", "max_seq_len", "dim", "depth", "dim_head", "heads")
@@ -46,6 +56,11 @@ def test_constructor_is_the_documented_one():
 
 def test_config_has_the_defaults_of_the_constructor():
     assert dataclasses.asdict(ModelConfig()) == DOCUMENTED
+
+
+def test_the_types_of_the_decoder_options():
+    types = {field.name: field.type for field in dataclasses.fields(DecoderConfig)}
+    assert {"dim": int, "depth": int} | typing.get_type_hints(DecoderOptions) == types
 
 
 def test_the_decoder_gets_all_its_arguments():
