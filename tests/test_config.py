@@ -122,7 +122,7 @@ def test_impossible_combinations(arguments, match):
 @pytest.mark.parametrize(
     "arguments",
     [
-        dict(alibi_num_heads=99, alibi_pos_bias=False),  # ignored then (13.5)
+        dict(alibi_num_heads=99, alibi_pos_bias=False),  # ignored then (docs/model.md#13.5)
         dict(alibi_num_heads=2, heads=2),
         dict(dim=4, shift_tokens=3),
         dict(dim_head=10, rotary_xpos=False),
@@ -257,7 +257,7 @@ def test_the_ignored_label_is_allowed_where_it_means_something():
 
 
 def test_no_rows():
-    """An empty batch is a batch (testing P18)."""
+    """An empty batch is a batch."""
     tokens = torch.zeros(0, 3, dtype=torch.int64)
     assert read_tokens("Andromeda", tokens, 23, CPU).shape == (0, 3)
 
