@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from andromeda.data.builder import DatasetBuilder
     from andromeda.data.tokenizer import AndromedaTokenizer
-    from andromeda.dataset import DatasetBuilder
 
     use_available_processors: Callable[[], int]  # of andromeda.cli, which imports this module
 
-__version__ = "0.1.0"  # pyproject.toml and the build read it from here
+__version__ = "0.2.0"  # pyproject.toml and the build read it from here
 
 __all__ = [
     "Andromeda",

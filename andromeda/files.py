@@ -352,7 +352,7 @@ _REMEDIES = {
     errno.ELOOP: "The links lead in a circle: choose another place",
     errno.EBUSY: "It is in use, as the mount point of a file system is: choose a place inside it",
     errno.EXDEV: "It leads to another file system in the middle: choose a place inside one",
-    errno.EPIPE: "Whoever read it has gone",
+    errno.EPIPE: "Its reader has gone",
     errno.EIO: "Look at the disk and at the limit of file sizes (`ulimit -f`), or choose another place",
 }
 # Errors that only writing gives, so they are about the output of a block that reads as well.

@@ -19,7 +19,7 @@ def build_oracle(arguments: dict) -> AutoregressiveWrapper:
     """The oracle for constructor arguments of `Andromeda`; weights as it draws them."""
     a = SMALL | arguments
     norm_on = a["qk_norm"] and a["attn_qk_norm"]
-    alibi = a["alibi_pos_bias"] and a["alibi_num_heads"] != 0  # 13.5: zero heads crash the oracle
+    alibi = a["alibi_pos_bias"] and a["alibi_num_heads"] != 0  # docs/model.md#13.5: zero heads crash the oracle
     options = {"attn_qk_norm_dim_scale": a["attn_qk_norm_dim_scale"]} if norm_on else {}
     if a["deepnorm"]:
         options |= dict(pre_norm=False, scale_residual=True, scale_residual_constant=(2 * a["depth"]) ** 0.25)
@@ -28,7 +28,7 @@ def build_oracle(arguments: dict) -> AutoregressiveWrapper:
         depth=a["depth"],
         heads=a["heads"],
         attn_dim_head=a["dim_head"],
-        # 14: without its fused path the oracle computes the softmax in float32 whatever the dtype.
+        # docs/model.md#14: without its fused path the oracle computes the softmax in float32 for every dtype.
         attn_flash=True,
         attn_one_kv_head=a["attn_one_kv_head"],
         attn_qk_norm=norm_on,
@@ -37,7 +37,7 @@ def build_oracle(arguments: dict) -> AutoregressiveWrapper:
         rotary_xpos=a["rotary_xpos"],
         shift_tokens=a["shift_tokens"],
         disable_abs_pos_emb=not a["use_abs_pos_emb"],
-        attn_project_out=True,  # 13.11
+        attn_project_out=True,  # docs/model.md#13.11
         verbose=False,
         **options,
     )

@@ -133,7 +133,7 @@ def test_damaged_header(tmp_path):
 
 
 def without_checksums(path, **changes):
-    """As older versions saved it."""
+    """Change a saved model into one that an older version saved."""
     save_file(load_file(path / WEIGHTS) | changes, path / WEIGHTS, metadata={"format": "pt"})
     settings = json.loads((path / SETTINGS).read_text())
     for name in ("files", "ties", "other_dtypes"):
@@ -203,7 +203,7 @@ def test_custom_provider_must_be_given_again(tmp_path):
 
 
 def test_no_flipped_byte_is_loaded(tmp_path):
-    """Whatever byte of either file: refused by its name, or without effect on what is loaded."""
+    """For any byte of either file: load names the file in its error, or loads the same model."""
     model = small()
     model.save(tmp_path)
     expected = snapshot(model)
@@ -230,7 +230,7 @@ def test_no_flipped_byte_is_loaded(tmp_path):
 
 
 def interrupted(old, new, path, monkeypatch):
-    """A save of `new` over `old` that ended between the two renames."""
+    """A save of `new` over `old` that ended between its two renames."""
     old.save(path)
     replace = andromeda.checkpoint.os.replace
 
@@ -246,7 +246,7 @@ def interrupted(old, new, path, monkeypatch):
 
 @pytest.mark.parametrize("place", [9, 300, -1, -4000])
 def test_flipped_bytes_after_an_interrupted_save(place, tmp_path, monkeypatch):
-    """The checksum in the settings is of other weights: those carry one of themselves."""
+    """The checksum in the settings is that of other weights, but the weights carry one of their own."""
     new = small(max_seq_len=77)
     interrupted(small(), new, tmp_path, monkeypatch)
     assert_unchanged(Andromeda.load(tmp_path), snapshot(new))
@@ -296,7 +296,7 @@ def share_a_layer(model):
 
 
 def share_a_vector(model):
-    """The same memory under two parameters."""
+    """Two parameters that share memory."""
     first, second = (layer.norm.gamma for layer in list(model.transformer.attn_layers.layers)[:2])
     second.data = first.data
     return model
@@ -414,7 +414,7 @@ def test_tensors_of_another_dtype_are_named(dtype, tmp_path):
     settings = json.loads((tmp_path / SETTINGS).read_text())
     del settings["files"]
     without_checksums(tmp_path, **{name: torch.zeros(24).to(dtype)})
-    if dtype == torch.float64:  # older saves did not say the dtype of each
+    if dtype == torch.float64:  # older saves did not record the dtype of each
         Andromeda.load(tmp_path, dtype=torch.float32)
         (tmp_path / SETTINGS).write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=f"dtype: {name} must be "):
@@ -477,7 +477,7 @@ def checkpointed(model):
 
 
 def under(prefix):
-    """Names as this prefix makes them."""
+    """The state dict with this prefix before its names."""
     return lambda model: {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
 
 
@@ -505,7 +505,7 @@ def test_names_of_wrappers_are_left_out(wrapping):
     plain = small(depth=2)
     assert not plain.load_state_dict(state).missing_keys
     assert_unchanged(plain, expected)
-    wrapped = compiled_inside(small(depth=2))  # and put in where the model itself has them
+    wrapped = compiled_inside(small(depth=2))  # the state dict also fits a model inside of wrappers
     wrapped.load_state_dict(state)
     for ours, theirs in zip(wrapped.state_dict().values(), expected.values(), strict=True):
         assert torch.equal(ours, theirs)
@@ -659,7 +659,7 @@ def with_scales(state, function) -> dict:
     [("2.17.0", 10.0, True), ("1.40.0", 10.0, True), ("1.22.22", 10.0, False), ("1.22.22", 1 / (10 * 64), True)],
 )
 def test_scores_of_older_versions(version, tau, flash):
-    """Written with score scale tau, a_q and a_k: today's model of the same function has a_q and a_k larger."""
+    """An old model with its own score scale, a_q and a_k is the same function as a new one with larger a_q and a_k."""
     flags = WIDE | dict(rotary_xpos=False, attn_flash=flash)
     state = checkpoint(flags)
     state = {key: value - 1 if key.endswith("gamma") else value for key, value in state.items()}
@@ -701,7 +701,7 @@ def test_gains_before_1_31_3():
 
 
 def test_rotary_halves_before_1_30_0():
-    """Then channel t was paired with t + r/2: the same function has its rows where our pairs are."""
+    """Old versions paired channel t with t + r/2: the same function has its rows at our pairs."""
     flags = WIDE | dict(attn_qk_norm_dim_scale=True, deepnorm=False)
     state = checkpoint(flags)
     state = {key: value * 0 if key.endswith("gamma") else value for key, value in state.items()}

@@ -2,13 +2,23 @@
 
 import dataclasses
 import inspect
+import typing
 
 import oracle
 import pytest
 import torch
 
 from andromeda import Andromeda, Decoder
-from andromeda.config import ModelConfig, alibi_slopes, constant, read_key_start, read_rows, read_tokens
+from andromeda.config import (
+    DecoderConfig,
+    DecoderOptions,
+    ModelConfig,
+    alibi_slopes,
+    constant,
+    read_key_start,
+    read_rows,
+    read_tokens,
+)
 
 CPU = torch.device("cpu")
 SIZES = ("num_tokens", "max_seq_len", "dim", "depth", "dim_head", "heads")
@@ -46,6 +56,11 @@ def test_constructor_is_the_documented_one():
 
 def test_config_has_the_defaults_of_the_constructor():
     assert dataclasses.asdict(ModelConfig()) == DOCUMENTED
+
+
+def test_the_types_of_the_decoder_options():
+    types = {field.name: field.type for field in dataclasses.fields(DecoderConfig)}
+    assert {"dim": int, "depth": int} | typing.get_type_hints(DecoderOptions) == types
 
 
 def test_the_decoder_gets_all_its_arguments():
@@ -107,7 +122,7 @@ def test_impossible_combinations(arguments, match):
 @pytest.mark.parametrize(
     "arguments",
     [
-        dict(alibi_num_heads=99, alibi_pos_bias=False),  # ignored then (13.5)
+        dict(alibi_num_heads=99, alibi_pos_bias=False),  # ignored then (docs/model.md#13.5)
         dict(alibi_num_heads=2, heads=2),
         dict(dim=4, shift_tokens=3),
         dict(dim_head=10, rotary_xpos=False),
@@ -242,7 +257,7 @@ def test_the_ignored_label_is_allowed_where_it_means_something():
 
 
 def test_no_rows():
-    """An empty batch is a batch (testing P18)."""
+    """An empty batch is a batch."""
     tokens = torch.zeros(0, 3, dtype=torch.int64)
     assert read_tokens("Andromeda", tokens, 23, CPU).shape == (0, 3)
 

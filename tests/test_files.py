@@ -90,7 +90,7 @@ def test_a_folder_that_cannot_be_synced_replaces_nothing(tmp_path, monkeypatch):
 
 
 def test_a_folder_never_holds_half_of_the_old_one(tmp_path, monkeypatch):
-    """The old folder leaves its name in one step: a crash while its files are removed does not show."""
+    """The old folder is renamed in one step, so that a crash while its files are removed leaves no half of it."""
     target = tmp_path / "rows"
     with files.whole_folder(target) as folder:
         (folder / "old").write_text("")
@@ -166,7 +166,7 @@ def test_a_pipe_is_written_into(tmp_path):
 
 
 def test_a_descriptor_of_a_file_is_written_on_where_it_is(tmp_path):
-    """As with `--json /dev/stdout >> log`: what is in the file stays, and the name is not replaced."""
+    """As with `--json /dev/stdout >> log`: the file keeps its content and is not replaced."""
     log = tmp_path / "log"
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
     try:
@@ -245,7 +245,7 @@ def test_a_folder_that_cannot_be_written_is_known_before(tmp_path, monkeypatch, 
 
 
 def test_a_read_only_place_is_known_before(tmp_path, monkeypatch):
-    """Root may write everywhere: the refusal of the system is played."""
+    """Root may write everywhere, so the test imitates the refusal of the system."""
 
     def refuse(number):
         def refusing(path, *arguments, **options):
@@ -364,7 +364,7 @@ class _OfTheNetwork(OSError):
     ids=repr,
 )
 def test_errors_about_something_else_pass(tmp_path, error):
-    """Such as those of a source that is read while its rows are written: also one beside the rows."""
+    """Errors of a source pass that is read while its rows are written, also of one beside the rows."""
     if getattr(error, "filename", None) == "SOURCE":
         error.filename = str(tmp_path / "text.txt")
     with pytest.raises(type(error)) as caught, files.whole_folder(tmp_path / "rows"):
@@ -404,7 +404,8 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     other = stale(tmp_path / ".other.0123456789abcdef")
     young.mkdir()
     with files.whole_folder(tmp_path / "rows") as first:
-        assert not dead.exists() and old.exists()  # what is left of rows, as long as there are none
+        assert not dead.exists()
+        assert old.exists()  # it may be all that is left of the rows, which are absent
         os.utime(first, (0, 0))
         with files.whole_folder(tmp_path / "rows"):  # beside the first, which is locked
             pass

@@ -18,8 +18,8 @@ from andromeda.generation import Cache, _Sampler, min_p, top_k, top_p
 V = oracle.SMALL["num_tokens"]
 INF = math.inf
 
-# Largest difference between cached and whole calls. The golden decode rows are float64 results rounded to float32, or
-# those of the oracle in float32, whose own error is below 1e-6.
+# Largest difference between cached and whole calls. The golden decode rows of larger cases are float64 results rounded
+# to float32, or those of the oracle in float32, whose own error is below 1e-6.
 SPLIT = 1e-10
 DECODE = {torch.float64: 1e-6, torch.float32: 2e-5, torch.bfloat16: 5e-2}
 
@@ -146,7 +146,7 @@ def test_any_split(flags, lengths, batch, seed):
 @hypothesis.given(flags=switches, lengths=splits, padding=st.lists(st.integers(0, 20), min_size=1, max_size=3))
 @hypothesis.settings(max_examples=40)
 def test_any_split_with_left_padding(flags, lengths, padding):
-    """Each row gives what it gives alone, whatever the padded ids are and wherever the calls begin."""
+    """Each row gives the logits that it gives alone, for any padded ids and any beginnings of the calls."""
     model = build(heads=3, **flags)
     total = sum(lengths)
     padding = torch.tensor(padding).clamp_max(total - 1)
@@ -187,7 +187,7 @@ def test_packed_documents_in_pieces(flags, lengths):
     "lengths", ((50, 50), (15, 1, 1, 1, 82), (16, 84), (1,) * 100, (70, 1, 29)), ids=lambda lengths: str(lengths[:6])
 )
 def test_segments_of_positions(flags, lengths, monkeypatch):
-    """Calls that begin, end and lie across the places where the xPos origin moves."""
+    """Calls begin at, end at and lie across the positions where the xPos origin moves."""
     model = build(**flags)
     tokens = torch.randint(V, (2, 100))
     whole = model(tokens)
@@ -206,7 +206,7 @@ def test_segments_with_left_padding(monkeypatch):
 
 
 def test_far_keys_underflow_harmlessly():
-    """In float32, beyond the real segment length: cached keys are rescaled where the whole call rotates anew."""
+    """In float32, beyond the real segment length: cached keys are rescaled, those of the whole call rotated again."""
     torch.manual_seed(0)
     model = Andromeda(**(oracle.SMALL | dict(dim=16, alibi_pos_bias=False, shift_tokens=0)))
     oracle.perturb(model)
@@ -255,7 +255,7 @@ def test_reorder_before_the_first_call():
 def test_keep_last_hides_older_keys(flags):
     """After keep_last(w) a query sees w earlier tokens and itself: the whole call with such a sliding window.
 
-    One attention layer, because deeper ones keep what older tokens left in younger ones (docs/model.md#10.4).
+    One attention layer, because deeper ones see older tokens through younger ones (docs/model.md#10.4).
     """
     flags = flags | dict(depth=1, use_abs_pos_emb=False, shift_tokens=0)
     model = build(**flags)
@@ -273,7 +273,7 @@ def test_keep_last_hides_older_keys(flags):
 
 @pytest.mark.parametrize("segment", (16, 8192))
 def test_the_window_moves_across_segments(segment, monkeypatch):
-    """Forgetting keys while origins move changes nothing but what is forgotten."""
+    """Keys may be forgotten while origins move: only the forgotten ones are missing."""
     monkeypatch.setattr(andromeda.model, "segment_length", lambda dtype: segment)
     model = build(shift_tokens=0)
     tokens = torch.randint(V, (1, 90))
@@ -289,7 +289,7 @@ def test_the_window_moves_across_segments(segment, monkeypatch):
 
 
 def test_memory_of_a_window_is_bounded():
-    """A cache that forgets does not grow, and forgetting more than there is is nothing."""
+    """A cache that forgets does not grow, and to forget more tokens than it holds does nothing."""
     model = build(shift_tokens=2)
     cache = Cache(capacity=10)
     cache.keep_last(3)
@@ -393,7 +393,7 @@ def test_logits_to_keep():
 
 
 def greedy(model, prompt: list[int], steps: int, window: int | None = None) -> list[int]:
-    """Arg-max of recomputing everything for each token."""
+    """The arg-max continuation, with everything computed again for each token."""
     tokens = list(prompt)
     for _ in range(steps):
         seen = tokens if window is None else tokens[-window:]
@@ -413,7 +413,7 @@ def test_greedy(flags, cache_kv):
 @with_flags
 @pytest.mark.parametrize("cache_kv", (True, False), ids=("cached", "recomputed"))
 def test_unequal_prompts(flags, cache_kv):
-    """Each row gives what it gives alone."""
+    """Each row gives the tokens that it gives alone."""
     model = build(**flags)
     prompts = [[3], [5, 1, 4, 1, 5, 9, 2], [2, 6, 5]]
     new = model.generate(prompts, 10, temperature=0, cache_kv=cache_kv)
@@ -443,7 +443,7 @@ def test_the_window_of_generate(prompt_length, steps):
 
 @pytest.mark.parametrize("prompt_length", (3, 8, 20))
 def test_the_window_of_a_cached_run(prompt_length):
-    """Step by step with the oldest keys dropped once max_seq_len - 1 are stored (docs/model.md#10.4)."""
+    """The oldest keys are dropped once max_seq_len - 1 are stored (docs/model.md#10.4)."""
     model = build(max_seq_len=8, depth=2)
     prompt = torch.randint(V, (2, prompt_length))
     new = model.generate(prompt, 25, temperature=0)
@@ -493,7 +493,7 @@ def scripted(model, rows, monkeypatch):
 
 @pytest.mark.parametrize("temperature", (0, 1.0))
 def test_eos(temperature, monkeypatch):
-    """The first one stays, what follows is padding; the run stops when all rows have ended."""
+    """The first one stays and padding follows; the run stops when all rows have ended."""
     model = build()
     scripted(model, [[5, 7, 7, 9, 1, 1], [4, 4, 4, 7, 8, 8]], monkeypatch)
     new = model.generate([[7, 1], [2, 7]], 6, eos_token=7, temperature=temperature, filter_kwargs={"k": 1})
@@ -559,7 +559,7 @@ def test_the_distribution_of_samples(temperature):
     ("name", "arguments"), [("top_k", {"k": 1}), ("top_p", {"thres": 0}), ("min_p", {"min_p": 1.0})], ids=str
 )
 def test_filters_by_name(name, arguments):
-    """At their narrowest all of them are greedy."""
+    """With their narrowest settings all filters are greedy."""
     model = build()
     new = model.generate([1, 2], 10, filter_logits_fn=name, filter_kwargs=arguments)
     assert new.tolist() == greedy(model, [1, 2], 10)
@@ -698,7 +698,7 @@ def test_wrong_arguments(arguments, error, match):
 
 @pytest.mark.parametrize("pad_value", [-1, V, 1.5, True, None])
 def test_wrong_pad_values(pad_value):
-    """It is fed to the model where a row has ended."""
+    """The model reads the pad value where a row has ended, so it must be a token."""
     model = build()
     model.decoder.pad_value = pad_value
     with pytest.raises((TypeError, ValueError), match="generate: pad_value must"):
@@ -777,7 +777,7 @@ def test_filters_that_leave_nothing(bad):
 
 
 def test_tokens_may_be_removed_by_the_model():
-    """-inf is no fault of a model."""
+    """A logit of -inf is no error of a model."""
     model = build()
     first = torch.arange(9)
     model.transformer.to_logits.register_forward_hook(lambda module, _, logits: logits.index_fill(-1, first, -INF))
@@ -788,7 +788,7 @@ def test_tokens_may_be_removed_by_the_model():
 
 
 class Waiting(torch.nn.Module):
-    """An embedding that meets another thread in each call, and says what mode the model is in."""
+    """An embedding that waits for another thread in each call, and records the mode of the model."""
 
     def __init__(self, embedding, meet):
         super().__init__()
@@ -864,7 +864,7 @@ def test_misspelt_keywords():
 
 
 def kept(filtered: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Which entries are left; the others must be -inf, and these as they were."""
+    """The places of the entries that are left; these are unchanged, and the others -inf."""
     left = filtered != -INF
     assert torch.equal(filtered[left], logits[left])
     return left
@@ -888,7 +888,7 @@ def test_top_k_keeps_k_of_equal_logits():
 
 @hypothesis.given(num_tokens=st.integers(1, 40), thres=st.floats(0, 1), seed=st.integers(0, 999))
 def test_top_p(num_tokens, thres, seed):
-    """An entry goes when the probability of those before it already exceeds thres; sums in exact order, float64."""
+    """An entry is removed when the larger ones have a probability above thres; float64 sums, in exact order."""
     torch.manual_seed(seed)
     logits = 3 * torch.randn(3, num_tokens, dtype=torch.float64)
     left = kept(top_p(logits, thres=thres), logits)

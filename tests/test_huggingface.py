@@ -24,7 +24,7 @@ VARIANTS = {
 
 
 def small_model(**options) -> Andromeda:
-    """A model whose gains and scales are not at their initial constants, so that none can be forgotten unseen."""
+    """A model whose gains and scales are off their initial constants, so that a test sees one that is forgotten."""
     torch.manual_seed(1)
     model = Andromeda(**{**SIZES, **options})
     with torch.no_grad():
@@ -134,7 +134,7 @@ def test_there_are_no_buffers(pair):
 
 
 def test_a_new_model_has_the_initial_distribution():
-    """transformers would draw linear weights with std 0.02 over what the modules have drawn themselves."""
+    """transformers must not replace the weights that the modules have drawn by ones with std 0.02."""
     torch.manual_seed(0)
     model = AndromedaForCausalLM(AndromedaConfig(hidden_size=64, num_hidden_layers=1, vocab_size=512))
     assert model.transformer.token_emb.weight.std().item() == pytest.approx((2 / 64) ** 0.5, rel=0.05)
@@ -287,7 +287,7 @@ def test_beam_search_reorders_the_cache():
     ]
     assert torch.equal(*found)
     greedy = wrapped.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
-    assert not torch.equal(found[0], greedy)  # otherwise nothing had to be reordered
+    assert not torch.equal(found[0], greedy)  # else nothing had to be reordered
 
 
 def test_sampling_does_not_depend_on_the_cache():
@@ -438,7 +438,7 @@ def test_a_config_that_does_not_describe_the_modules_is_not_saved(tmp_path):
     assert not (tmp_path / "model").exists()
 
 
-# name of a changed setting -> what is drawn anew
+# name of a changed setting -> parameters that are drawn again
 RESIZED = {
     "vocab_size": (400, ["to_logits.weight", "token_emb.weight"]),
     "max_position_embeddings": (80, ["pos_emb.weight"]),
@@ -453,7 +453,7 @@ RESIZED = {
 @pytest.mark.parametrize("deepnorm", [True, False])
 @pytest.mark.parametrize("setting", RESIZED)
 def test_ignored_sizes_are_drawn_anew_and_named(setting, deepnorm, tmp_path):
-    """From the distribution of a new model; all else is that of the checkpoint."""
+    """They come from the distribution of a new model, and all others from the checkpoint."""
     size, names = RESIZED[setting]
     original = small_model(use_abs_pos_emb=True, deepnorm=deepnorm)
     with torch.no_grad():

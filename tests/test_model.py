@@ -84,7 +84,7 @@ def combinations() -> list[dict]:
     for index, values in enumerate(itertools.product((True, False), repeat=len(switches))):
         flags = dict(zip(switches, values, strict=True))
         norm = flags.pop("norm")
-        # Either of the two switches turns the normalisation off (13.1).
+        # Either of the two switches turns the normalisation off (docs/model.md#13.1).
         flags |= dict(qk_norm=norm or index % 3 == 0, attn_qk_norm=norm or index % 3 == 1)
         for attn_flash in (True, False):
             result.append(flags | next(sizes) | dict(attn_flash=attn_flash))
@@ -128,7 +128,7 @@ def test_oracle(index):
 
 
 def test_length_matches_oracle_beyond_tiles():
-    """Long enough for windows, several tiles and both kinds of heads on the compiled kernels, in float32."""
+    """Lengths with windows, several tiles and both kinds of heads in the compiled kernels, in float32."""
     case = dict(dim=32, dim_head=16, heads=4, alibi_num_heads=2, depth=1, max_seq_len=900)
     theirs = oracle.build_oracle(case)
     oracle.perturb(theirs)
@@ -191,7 +191,7 @@ def test_left_padding_equals_the_row_alone(flags):
 @pytest.mark.parametrize("flags", ({}, dict(use_abs_pos_emb=True)), ids=("relative", "absolute"))
 @pytest.mark.parametrize("return_loss", (False, True), ids=("logits", "loss"))
 def test_key_start_is_checked_once(flags, return_loss, monkeypatch):
-    """The outermost module checks it, and those inside check what others hand them."""
+    """The outermost module checks it; the modules inside check a tensor from elsewhere."""
     owners = []
 
     def read(owner, key_start, *shape_and_device):
@@ -242,7 +242,7 @@ def test_long_half_precision(dtype):
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
 def test_half_precision(flags, dtype):
-    """A model in half precision is the wide one with its weights, up to docs/model.md#15; loss and gradients too."""
+    """Logits, loss and gradients are those of the wide model with the same weights, up to docs/model.md#15."""
     arguments = dict(depth=2, dim=48, heads=4, dim_head=16, alibi_num_heads=2) | flags
     model, exact = small(**arguments), small(**arguments).double()
     oracle.perturb(model)
@@ -306,7 +306,7 @@ def test_activation_checkpointing_changes_nothing(flags, reentrant):
 
 @pytest.mark.parametrize("rows", (1, 7, 40))
 def test_feed_forward_in_blocks(rows, monkeypatch):
-    """Without gradients the hidden numbers of few rows are held at once; the batch is one long list of rows."""
+    """Without gradients the layer holds the hidden numbers of few rows at once, of the batch as one list of rows."""
     model = small(depth=2).double()
     tokens = torch.randint(23, (2, 20))
     whole = model(tokens)
@@ -401,7 +401,7 @@ def aligned(dtype=torch.float32, **flags) -> Andromeda:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("flags", BOUNDED.values(), ids=BOUNDED)
 def test_no_visible_score_exceeds_the_bound(flags, dtype, monkeypatch):
-    """On a model made to reach it, whose largest scores come within the margin; with documents and a cache, too."""
+    """The model is made so that its largest scores come within the margin; also with documents and a cache."""
     tokens = torch.randint(23, (2, 40))
     start = torch.tensor([[0] * 40, [0] * 25 + [25] * 15], dtype=torch.int32)
 
@@ -431,7 +431,7 @@ def test_random_models_keep_the_bound(flags, monkeypatch):
 
 @pytest.mark.parametrize("scale", [6.0, 10.0])
 def test_results_depend_on_no_bound_where_scores_reach_it(scale):
-    """A bound that is too small would skip keys that count: those far away have the highest scores here.
+    """A bound that is too small would skip keys that count: here the farthest keys have the highest scores.
 
     Queries of the last tokens point at the keys of the first ones and away from their own.
     """
@@ -589,7 +589,7 @@ def test_loss_in_blocks(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("count", [0, torch.tensor(0), torch.tensor(0.0), 5], ids=str)
 def test_the_loss_over_no_target_is_zero_with_zero_gradients(dtype, count):
-    """A part of a step that has nothing to predict adds nothing to it, also where the whole step has nothing."""
+    """A part of a step without a target adds nothing to it, also where the whole step has none."""
     logits = torch.randn(6, 11, dtype=dtype, requires_grad=True)
     loss = andromeda.model.cross_entropy(logits, torch.full((6,), -100), count=count)
     (gradient,) = torch.autograd.grad(loss, logits)
@@ -600,7 +600,7 @@ def test_a_loss_of_nothing_is_an_error_in_a_single_call():
     model = small()
     ignored = torch.full((2, 7), -100)
     first = ignored.clone()
-    first[:, 0] = 3  # a row's first token is predicted from nothing
+    first[:, 0] = 3  # nothing predicts the first token of a row
     for labels in (ignored, first):
         with pytest.raises(ValueError, match=r"labels must hold a token to predict, got -100 .* leave the batch out"):
             model(labels, return_loss=True)
@@ -671,7 +671,7 @@ def test_length_is_free_without_a_table():
 
 @pytest.mark.parametrize("deepnorm", [True, False], ids=["deepnorm", "pre-norm"])
 def test_compiles_into_one_graph_without_constants(deepnorm):
-    """A constant lies on the CPU until a run copies it; of a program that touches both torch makes no CUDA graph."""
+    """Every run copies a constant from the CPU, and torch makes no CUDA graph of a program that touches the CPU."""
     model = Andromeda(
         num_tokens=64, max_seq_len=128, dim=64, depth=2, dim_head=32, heads=3, alibi_num_heads=2, deepnorm=deepnorm
     )
@@ -713,7 +713,7 @@ def compiled_of(name):
      "decoder of a model", "Decoder", "pre-norm", "plain torch"],
 )  # fmt: skip
 def test_a_fresh_model_compiles_into_one_graph(name, monkeypatch):
-    """Before it has run, with no constant of another model at hand; forward and backward."""
+    """It compiles before it has run and without another model's constants; forward and backward."""
     torch.compiler.reset()
     entries = andromeda.ops._persistent.entries
     monkeypatch.setattr(andromeda.ops._persistent, "entries", type(entries)(dict))
@@ -761,7 +761,7 @@ def changed(model):
 
 @torch.no_grad()
 def assert_one_model(model, tokens):
-    """Logits, losses and generation by all ways are of the same parameters."""
+    """Logits, losses and generation use the same parameters by every way to them."""
     logits = model(tokens)
     expected = functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     for loss in (model(tokens, return_loss=True), model.decoder(tokens)):
@@ -776,7 +776,7 @@ def assert_one_model(model, tokens):
 
 
 def shallow(model):
-    """As torch.nn.DataParallel makes its replicas, with a transformer of its own."""
+    """A copy as torch.nn.DataParallel makes its replicas, with its own transformer."""
     replica = model._replicate_for_data_parallel()
     replica._modules["transformer"] = changed(copy.deepcopy(model.transformer))
     return replica
@@ -798,9 +798,9 @@ def test_a_replaced_module_is_used_everywhere(way):
     model, other = small(), changed(small())
     tokens = torch.randint(23, (2, 9))
     before, decoder = model(tokens), model.decoder
-    assert_one_model(model, tokens)  # loss and generation have found their network already
+    assert_one_model(model, tokens)  # by now loss and generation have found their network
     WAYS[way](model, other)
-    with torch.compiler.set_stance("force_eager"):  # which compiles nothing: the module around it is what matters
+    with torch.compiler.set_stance("force_eager"):  # compiles nothing: the wrapper around the module matters
         assert not torch.equal(model(tokens), before)
         assert decoder is model.decoder
         assert_one_model(model, tokens)
@@ -907,7 +907,7 @@ def test_wrong_logits_to_keep(wanted, error, text):
 
 
 def test_a_loss_of_no_target():
-    """Alone it is an error; as a part of a mean over several calls it is 0, and so are its gradients."""
+    """It is an error alone, and 0 with gradients of 0 as a part of a mean over several calls."""
     logits = torch.randn(4, 7, requires_grad=True)
     none = torch.full((4,), -100)
     with pytest.raises(ValueError, match="labels must hold a token to predict"):

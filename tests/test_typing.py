@@ -1,0 +1,73 @@
+"""Types: every function of the package is annotated, users' type checkers see it, and signatures that repeat agree."""
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+
+import andromeda
+from andromeda import Andromeda, AutoregressiveWrapper, generation
+
+PACKAGE = Path(andromeda.__file__).parent
+SOURCES = sorted([*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.pyi")])
+FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def unannotated(tree: ast.AST) -> list[str]:
+    """The arguments and results without an annotation in a module, as `line: function: names`."""
+    methods = {
+        function: 0 if any("staticmethod" in ast.dump(decorator) for decorator in function.decorator_list) else 1
+        for owner in ast.walk(tree)
+        if isinstance(owner, ast.ClassDef)
+        for function in owner.body
+        if isinstance(function, FUNCTIONS)
+    }
+    found = []
+    for function in ast.walk(tree):
+        if not isinstance(function, FUNCTIONS):
+            continue
+        arguments = function.args
+        positional = (*arguments.posonlyargs, *arguments.args)[methods.get(function, 0) :]  # without self and cls
+        given = (*positional, arguments.vararg, *arguments.kwonlyargs, arguments.kwarg)
+        names = [argument.arg for argument in given if argument is not None and argument.annotation is None]
+        if function.returns is None and function.name != "__init__":
+            names.append("return")
+        if names:
+            found.append(f"{function.lineno}: {function.name}: {', '.join(names)}")
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_everything_is_annotated(path):
+    assert unannotated(ast.parse(path.read_text())) == []
+
+
+def test_it_sees_what_is_missing():
+    source = """
+class A:
+    def __init__(self, a: int, *rest): ...
+    @staticmethod
+    def s(a, b: int) -> None: ...
+    @classmethod
+    def c(cls, *, k=1, **more: int): ...
+def f(a: int) -> None:
+    def g(b): ...
+"""
+    expected = ["3: __init__: rest", "5: s: a", "7: c: k, return", "9: g: b, return"]
+    assert sorted(unannotated(ast.parse(source))) == expected
+
+
+def test_the_types_are_shipped():
+    assert (PACKAGE / "py.typed").is_file()
+    project = (PACKAGE.parent / "pyproject.toml").read_text()
+    assert '"py.typed"' in project and '"Typing :: Typed"' in project
+
+
+def test_generate_has_one_signature():
+    """The methods spell the arguments of `andromeda.generation.generate` out, in its order and with its defaults."""
+    net, *expected, pad_value = inspect.signature(generation.generate).parameters.values()
+    assert (net.name, pad_value.name) == ("net", "pad_value")  # which the objects have themselves
+    for owner in (Andromeda, AutoregressiveWrapper):
+        _, *found = inspect.signature(owner.generate).parameters.values()
+        assert found == expected
