@@ -103,7 +103,7 @@ __device__ inline void scale_gradients(float (&ds)[kRowTiles][kColumnTiles][4], 
       }
     }
     if (!__any_sync(kWholeWarp, largest >= 0x1p15f)) return;
-    if (__any_sync(kWholeWarp, largest == __int_as_float(0x7f800000))) {
+    if (__any_sync(kWholeWarp, largest == kInfinity)) {
       // Infinities are those of their rows: the others keep their digits.
       largest = 0.0f;
 #pragma unroll
@@ -113,7 +113,7 @@ __device__ inline void scale_gradients(float (&ds)[kRowTiles][kColumnTiles][4], 
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const float size = fabsf(ds[row_tile][n][i]);
-            if (size < __int_as_float(0x7f800000)) largest = fmaxf(largest, size);
+            if (size < kInfinity) largest = fmaxf(largest, size);
           }
         }
       }

@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
     scores_to_log2_weights(weights[0], tile, plan.softmax_scale_log2, slope_log2, lane_key - position,
                            forward.causal || key + kTile - 1 <= position);
     const bool unmasked = uniform(iterator.is_unmasked()) != 0;  // it is needed to the end of the loop
-    if (!unmasked) apply_key_mask(weights[0], tile, lane_key, -__int_as_float(0x7f800000));
+    if (!unmasked) apply_key_mask(weights[0], tile, lane_key, -kInfinity);
 #pragma unroll
     for (int n = 0; n < kColumnTiles; ++n) {
 #pragma unroll

@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
     QueryTile& target = plan.tiles[index];
     target.lse[tile_row] = exists && !row.empty()
                                ? fmaf(slope_log2, static_cast<float>(tile_row), lse_log2) - kWeightScaleLog2<T>
-                               : __int_as_float(0x7f800000);
+                               : kInfinity;
     target.minus_delta[tile_row] = minus_delta;
     target.first[tile_row] = exists ? row.first : kUnlimited;
     target.end[tile_row] = exists ? row.end : 0;

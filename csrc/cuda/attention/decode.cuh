@@ -122,8 +122,6 @@ template <int kRowTiles>
 struct LaneRows {
   float raw_slope[kRowTiles][2];
   int position[kRowTiles][2];
-  float maximum[kRowTiles][2];  // of the scores so far, base 2; -inf before the first visible key
-  float sum[kRowTiles][2];      // of the weights in this lane's columns
 };
 
 // Sets the accumulators to the bias. Rows have slopes of their own, so every score needs its own instruction pair, and
@@ -142,62 +140,6 @@ __device__ inline void seed_row_bias(float (&scores)[kRowTiles][kScoreTiles][4],
         for (int i = 0; i < 2; ++i) {
           scores[row_tile][n][2 * half + i] =
               -rows.raw_slope[row_tile][half] * fabsf(distance + static_cast<float>(8 * n + i));
-        }
-      }
-    }
-  }
-}
-
-// Scores become weights relative to the new maximum; what was summed before is brought to it.
-template <int kHeadDim, int kRowTiles>
-__device__ inline void update_softmax(float (&scores)[kRowTiles][kScoreTiles][4], LaneRows<kRowTiles>& rows,
-                                      float (&out)[kRowTiles][kHeadDim / 8][4], float softmax_scale_log2) {
-  float maximum[kRowTiles][2];
-  bool grew = false;
-#pragma unroll
-  for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float largest = fmaxf(scores[row_tile][0][2 * half], scores[row_tile][0][2 * half + 1]);
-#pragma unroll
-      for (int n = 1; n < kScoreTiles; ++n) {
-        largest = fmaxf(largest, fmaxf(scores[row_tile][n][2 * half], scores[row_tile][n][2 * half + 1]));
-      }
-      largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, 1));  // a row lies in four lanes
-      largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, 2));
-      maximum[row_tile][half] = fmaxf(rows.maximum[row_tile][half], largest * softmax_scale_log2);
-      grew |= maximum[row_tile][half] > rows.maximum[row_tile][half];
-    }
-  }
-  // Maxima grow often at first and seldom later: the output, most of the registers, is then left alone.
-  if (__any_sync(kWholeWarp, grew)) {
-#pragma unroll
-    for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float factor = exp2_approx(rows.maximum[row_tile][half] - finite_max(maximum[row_tile][half]));
-        rows.maximum[row_tile][half] = maximum[row_tile][half];
-        rows.sum[row_tile][half] *= factor;
-#pragma unroll
-        for (int n = 0; n < kHeadDim / 8; ++n) {
-          out[row_tile][n][2 * half] *= factor;
-          out[row_tile][n][2 * half + 1] *= factor;
-        }
-      }
-    }
-  }
-#pragma unroll
-  for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float row_max = finite_max(rows.maximum[row_tile][half]);
-#pragma unroll
-      for (int n = 0; n < kScoreTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& score = scores[row_tile][n][2 * half + i];
-          score = exp2_approx(fmaf(score, softmax_scale_log2, -row_max));
-          rows.sum[row_tile][half] += score;
         }
       }
     }
@@ -299,6 +241,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   __syncthreads();               // everyone's, and the description of the rows
 
   LaneRows<kRowTiles> rows;
+  OnlineSoftmax<kRowTiles, MaxUnit::kLog2> softmax{plan.softmax_scale_log2};
+  RowValues<kRowTiles> sum = {};  // of the weights in this lane's columns
 #pragma unroll
   for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
 #pragma unroll
@@ -306,8 +250,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
       const int row = row_tile * 16 + half * 8 + (lane >> 2);
       rows.raw_slope[row_tile][half] = shared->raw_slope[row];
       rows.position[row_tile][half] = shared->rows[row].position;
-      rows.maximum[row_tile][half] = -__int_as_float(0x7f800000);
-      rows.sum[row_tile][half] = 0.0f;
+      softmax.row_max[row_tile][half] = -kInfinity;
     }
   }
   float out[kRowTiles][kHeadDim / 8][4] = {};
@@ -325,7 +268,11 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
 
     const bool unmasked = key_range.is_unmasked(key, kSlice);
     if (!unmasked) apply_mask(scores, shared->rows, lane_key);
-    update_softmax<kHeadDim>(scores, rows, out, plan.softmax_scale_log2);
+    if (softmax.update(scores)) {
+      softmax.rescale(out);
+      softmax.rescale(sum);
+    }
+    softmax.exponentiate(scores, sum);
     std::uint32_t weights[kRowTiles][4];
 #pragma unroll
     for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) pack_operand<T>(weights[row_tile], scores[row_tile], 0);
@@ -345,12 +292,12 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   // The warps' results become the block's.
 #pragma unroll
   for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
-    sum_over_group(rows.sum[row_tile], 2);  // the four lanes of a row
+    sum_over_group(sum[row_tile], 2);  // the four lanes of a row
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = row_tile * 16 + half * 8 + (lane >> 2);
       if ((lane & 3) == 0) {
-        shared->statistics[warp][row] = {rows.maximum[row_tile][half], rows.sum[row_tile][half]};
+        shared->statistics[warp][row] = {softmax.row_max[row_tile][half], sum[row_tile][half]};
       }
     }
   }

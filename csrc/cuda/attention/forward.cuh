@@ -65,7 +65,8 @@ struct ForwardPlan {
 
 using ForwardScores = Accumulator<kForwardRowTiles, kForwardKeys / 8>;
 using ForwardWeights = std::uint32_t[kForwardKeys / 16][kForwardRowTiles][4];  // a step of 16 keys is one operand
-using ForwardRowValues = float[kForwardRowTiles][2];  // of rows g ([0]) and g + 8 ([1]) of each group
+using ForwardSums = RowValues<kForwardRowTiles>;
+using ForwardSoftmax = OnlineSoftmax<kForwardRowTiles, MaxUnit::kScore>;
 
 // Which part of the problem a block owns. The slow index is the query tile, the last one first: under a causal mask it
 // sees most keys, and the blocks that end the launch are short. All heads, which share keys, run side by side; the last
@@ -100,83 +101,11 @@ struct ForwardShared {
   Row rows[kForwardQueries];
   KeyRange key_range[kForwardWarps];  // of a warp's rows
   int all_see_themselves[kForwardWarps];
-  int first_key, is_bounded;                           // to be read after the loop's first barrier
-  alignas(16) ForwardRowValues sums[kForwardThreads];  // of the columns of each lane, which alone uses its own
+  int first_key, is_bounded;                      // to be read after the loop's first barrier
+  alignas(16) ForwardSums sums[kForwardThreads];  // of the columns of each lane, which alone uses its own
 
-  __device__ ForwardRowValues& own_sum() { return sums[read_thread_index()]; }
+  __device__ ForwardSums& own_sum() { return sums[read_thread_index()]; }
 };
-
-// Moves the references to the rows' largest scores so far, and what was summed against the old ones with them.
-template <int kColumnTiles>
-__device__ inline void move_references(ForwardRowValues& row_max, float (&out)[kForwardRowTiles][kColumnTiles][4],
-                                       float (&rounded_sum)[kForwardRowTiles][4], ForwardRowValues& sum,
-                                       const ForwardScores& scores, float softmax_scale_log2) {
-  ForwardRowValues factor;
-  bool moved = false;
-#pragma unroll
-  for (int row_tile = 0; row_tile < kForwardRowTiles; ++row_tile) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float largest = row_max[row_tile][half];
-#pragma unroll
-      for (int n = 0; n < kForwardKeys / 8; ++n) {
-        largest = fmaxf(largest, fmaxf(scores[row_tile][n][2 * half], scores[row_tile][n][2 * half + 1]));
-      }
-      largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, 1));
-      largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, 2));
-      const bool moves = largest > row_max[row_tile][half];  // false while both are -inf
-      factor[row_tile][half] = moves ? exp2_approx((row_max[row_tile][half] - largest) * softmax_scale_log2) : 1.0f;
-      row_max[row_tile][half] = largest;
-      moved |= moves;
-    }
-  }
-  if (!__any_sync(kWholeWarp, moved)) return;
-#pragma unroll
-  for (int row_tile = 0; row_tile < kForwardRowTiles; ++row_tile) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      sum[row_tile][half] *= factor[row_tile][half];
-#pragma unroll
-      for (int i = 2 * half; i < 2 * half + 2; ++i) {
-        rounded_sum[row_tile][i] *= factor[row_tile][half];
-#pragma unroll
-        for (int n = 0; n < kColumnTiles; ++n) out[row_tile][n][i] *= factor[row_tile][half];
-      }
-    }
-  }
-}
-
-// The reference as an exponent of 2. A row that has not seen a key has none, and only scores of -inf: any will do.
-__device__ inline float exponent_of(float row_max, float softmax_scale_log2) {
-  return row_max == -__int_as_float(0x7f800000) ? 0.0f : row_max * softmax_scale_log2;
-}
-
-// Scores become weights, packed as operands. The sum of a tile is formed apart: a long row would lose the last bits of
-// small addends.
-template <typename T>
-__device__ inline void take_weights(ForwardWeights& weights, ForwardRowValues& sum, ForwardScores& scores,
-                                    const ForwardRowValues& row_max, float softmax_scale_log2) {
-#pragma unroll
-  for (int row_tile = 0; row_tile < kForwardRowTiles; ++row_tile) {
-    const float exponent[2] = {exponent_of(row_max[row_tile][0], softmax_scale_log2),
-                               exponent_of(row_max[row_tile][1], softmax_scale_log2)};
-    float of_tile[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (int step = 0; step < kForwardKeys / 16; ++step) {
-#pragma unroll
-      for (int n = 2 * step; n < 2 * step + 2; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          scores[row_tile][n][i] = exp2_approx(fmaf(scores[row_tile][n][i], softmax_scale_log2, -exponent[i / 2]));
-          of_tile[i / 2] += scores[row_tile][n][i];
-        }
-      }
-      pack_operand<T>(weights[step][row_tile], scores[row_tile], step);
-    }
-    sum[row_tile][0] += of_tile[0];
-    sum[row_tile][1] += of_tile[1];
-  }
-}
 
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
@@ -228,15 +157,15 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
   // The bias and the references in units of <q, k>. With a bound the reference undoes seed_bias's lowering of rows g,
   // so that a weight is that of the true logit.
   const float raw_slope = head.slope / params.softmax_scale;
-  ForwardRowValues row_max;
-  ForwardRowValues& sum_so_far = common.own_sum();
-  float rounded_sum[kForwardRowTiles][4] = {};
+  ForwardSoftmax softmax{plan.softmax_scale_log2};
+  ForwardSums& sum_so_far = common.own_sum();
+  Accumulator<kForwardRowTiles, 1> rounded_sum = {};
   float out[kForwardRowTiles][kHeadDim / 8][4] = {};
 #pragma unroll
   for (int row_tile = 0; row_tile < kForwardRowTiles; ++row_tile) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      row_max[row_tile][half] = is_bounded ? -lowered_by(half) * raw_slope : -__int_as_float(0x7f800000);
+      softmax.row_max[row_tile][half] = is_bounded ? -lowered_by(half) * raw_slope : -kInfinity;
       sum_so_far[row_tile][half] = 0.0f;
     }
   }
@@ -272,9 +201,22 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
         const KeyRange& stored_key_range = common.key_range[place.warp_row / kForwardWarpRows];
         if (!stored_key_range.is_unmasked(key, kForwardKeys))
           apply_mask(scores, common.rows + place.warp_row, lane_key);
-        if (!common.is_bounded)
-          move_references(row_max, out, rounded_sum, common.own_sum(), scores, plan.softmax_scale_log2);
-        take_weights<T>(weights, common.own_sum(), scores, row_max, plan.softmax_scale_log2);
+        if (!common.is_bounded && softmax.update(scores)) {
+          softmax.rescale(out);
+          softmax.rescale(rounded_sum);
+          softmax.rescale(common.own_sum());
+        }
+        // The sum of a tile is formed apart: a long row would lose the last bits of small addends.
+        ForwardSums tile_sum = {};
+        softmax.exponentiate(scores, tile_sum);
+        add_to(common.own_sum(), tile_sum);
+#pragma unroll
+        for (int step = 0; step < kForwardKeys / 16; ++step) {
+#pragma unroll
+          for (int row_tile = 0; row_tile < kForwardRowTiles; ++row_tile) {
+            pack_operand<T>(weights[step][row_tile], scores[row_tile], step);
+          }
+        }
       }
 
       cp_async_wait<0>();
@@ -292,7 +234,7 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
           for (int step = 0; step < kForwardKeys / 16; ++step) {
 #pragma unroll
             for (int row_tile = 0; row_tile < kForwardRowTiles; ++row_tile) {
-              mma<T>(rounded_sum[row_tile], weights[step][row_tile], kPairOfOnes<T>, kPairOfOnes<T>);
+              mma<T>(rounded_sum[row_tile][0], weights[step][row_tile], kPairOfOnes<T>, kPairOfOnes<T>);
             }
             multiply_step<T, kHeadDim, kForwardKeys, kForwardRowTiles, decltype(clamped)::value>(out, weights[step],
                                                                                                  v_tile, step);
@@ -311,19 +253,19 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
 
   const ForwardPlace place = ForwardPlace::read();
   const int first_query = block.query + place.warp_row;
-  ForwardRowValues& sum = common.own_sum();
-  ForwardRowValues factor;
+  ForwardSums& sum = common.own_sum();
+  ForwardSums factor;
 #pragma unroll
   for (int row_tile = 0; row_tile < kForwardRowTiles; ++row_tile) {
     sum_over_group(sum[row_tile], 2);  // the four lanes of a row have different columns
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float divisor = rounded_sum[row_tile][2 * half];  // all its columns are equal
+      const float divisor = rounded_sum[row_tile][0][2 * half];  // all its columns are equal
       factor[row_tile][half] = divisor == 0.0f ? 0.0f : 1.0f / divisor;
       const int query = first_query + row_tile * 16 + half * 8 + place.row;
       if (place.column == 0 && query < params.seqlen_q) {
-        const float log2_sum = exponent_of(row_max[row_tile][half], plan.softmax_scale_log2) +
-                               log2f(sum[row_tile][half]);  // -inf without a visible key
+        const float log2_sum =
+            softmax.exponent(row_tile, half) + log2f(sum[row_tile][half]);  // -inf without a visible key
         const std::int64_t row = static_cast<std::int64_t>(block.batch) * params.num_heads + block.head;
         params.softmax_lse[row * params.seqlen_q + query] = fmaf(kLn2, log2_sum, lowered_by(half) * head.slope);
       }

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "andromeda/attention.h"
+#include "attention/softmax.cuh"
 #include "warp.cuh"
 
 namespace andromeda::cuda {
@@ -21,7 +22,7 @@ struct Head {
 };
 
 __device__ inline Head describe_head(const AttentionParams& params, int head) {
-  Head result{0.0f, __int_as_float(0x7f800000), kUnlimited};
+  Head result{0.0f, kInfinity, kUnlimited};
   if (params.alibi_slopes != nullptr) result.slope = __ldg(params.alibi_slopes + head);
   if (params.logit_bound == nullptr) return result;
   const float bound = __ldg(params.logit_bound + head);
@@ -106,7 +107,7 @@ __device__ inline void apply_mask(float (&scores)[kRowTiles][kColumnTiles][4], c
         for (int i = 0; i < 2; ++i) {
           const int column = 8 * n + i;
           if (column < first || column >= end) {
-            scores[row_tile][n][2 * half + i] = -__int_as_float(0x7f800000);
+            scores[row_tile][n][2 * half + i] = -kInfinity;
             ((gradients[row_tile][n][2 * half + i] = 0.0f), ...);
           }
         }
