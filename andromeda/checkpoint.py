@@ -570,6 +570,11 @@ def _parse_version(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("."))
 
 
+def names_in_index(index: Path) -> Iterable[str]:
+    """The names of the tensors in the index of a checkpoint of several files."""
+    return files.read_json(index, ("weight_map",))["weight_map"]
+
+
 def plain_name(name: str, expected: Collection[str] = ()) -> str:
     """A name without the parts that wrappers put into it; a name that is expected stays as it is."""
     parts = name.split(".")

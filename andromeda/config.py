@@ -6,12 +6,10 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, TypedDict
 
 import torch
-
-from andromeda.ops import _checks, _persistent
 
 Tokens: TypeAlias = torch.Tensor | Sequence[int] | Sequence[Sequence[int]]
 """Token ids: an int64 tensor (seqlen,) or (batch, seqlen), a list of ints, or a list of lists of ints."""
@@ -190,22 +188,14 @@ def alibi_slopes(num_heads: int) -> tuple[float, ...]:
     return tuple(slopes)
 
 
-def constant(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """The values in float32. No buffer: a buffer would be rounded together with the model by `.bfloat16()`."""
-    if _checks.is_tracing():
-        # The recorded program makes the tensor itself. `torch.tensor` would become a constant on the CPU that every run
-        # copies, and a program that touches the CPU is not made a CUDA graph. Fake tensors do not mix with real ones.
-        return torch.cat([torch.full((1,), value, dtype=torch.float32, device=device) for value in values])
-    return _persistent.constant(values, device)
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums and statistics for data of `dtype` (docs/model.md#5.6)."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def read_tokens(
-    owner: str, tokens: Tokens, num_tokens: int, device: torch.device, *, ignore_index: int | None = None
+    owner: str,
+    tokens: Tokens,
+    num_tokens: int,
+    device: torch.device,
+    *,
+    ignore_index: int | None = None,
+    have_values: Callable[[torch.Tensor], bool] | None = None,
 ) -> torch.Tensor:
     """Token ids in any form that `forward` takes, as an int64 tensor (batch, seqlen) on `device`.
 
@@ -214,6 +204,7 @@ def read_tokens(
         tokens: list of ints, list of equally long lists, or int64 tensor (seqlen,) or (batch, seqlen).
         num_tokens: ids must be smaller. Only lists and CPU tensors are checked: reading back would stall a GPU.
         ignore_index: an id that is allowed in addition.
+        have_values: whether the values of a tensor may be looked at: a traced or fake one has none. None: they may.
 
     Raises:
         TypeError: the tokens have another form, such as floats, bools or another dtype.
@@ -234,7 +225,7 @@ def read_tokens(
     if tokens.shape[-1] == 0:
         raise ValueError(f"{owner}: tokens must hold at least one token, got shape {tuple(tokens.shape)}")
     tokens = tokens.reshape(-1, tokens.shape[-1])
-    if tokens.device.type == "cpu" and _checks.have_values(tokens):
+    if tokens.device.type == "cpu" and (have_values is None or have_values(tokens)):
         _check_range(owner, tokens, num_tokens, ignore_index)
     return tokens.to(device)
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 
-from andromeda.config import Tokens, compute_dtype, read_rows, read_tokens
+from andromeda.config import Tokens, read_rows, read_tokens
 
 LogitsFilter: TypeAlias = Callable[..., torch.Tensor]
 """Logits (batch, num_tokens) and keyword arguments -> the same logits with -inf for those removed."""
@@ -164,7 +164,7 @@ class KeyValueStore:
             twice_t = torch.arange(0, rotary_dim, 2, dtype=torch.float64)
             zeta = (twice_t + 0.4 * rotary_dim) / (1.4 * rotary_dim)
             factor = (zeta ** (steps * segment_length / 512)).repeat_interleave(2)
-            factor = factor.to(self.keys.device, compute_dtype(self.keys.dtype))
+            factor = factor.to(self.keys.device, torch.promote_types(self.keys.dtype, torch.float32))
             self.keys[:, self.start : self.start + stored, :, :rotary_dim] *= factor
         self.segment = max(self.segment, segment)
         return self.segment

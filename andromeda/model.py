@@ -51,12 +51,11 @@ from andromeda.config import (
     ModelConfig,
     Tokens,
     checked,
-    compute_dtype,
-    constant,
     read_key_start,
     read_tokens,
 )
-from andromeda.ops import _checks, _transforms
+from andromeda.ops import _checks, _persistent, _transforms
+from andromeda.ops._common import compute_dtype
 from andromeda.ops.attention import attention
 from andromeda.ops.qk_norm_rotary import qk_norm_rotary
 from andromeda.ops.token_shift_norm import token_shift_norm
@@ -272,7 +271,7 @@ class Attention(nn.Module):
 
     @staticmethod
     def _constant(values: tuple[float, ...] | None, device: torch.device) -> torch.Tensor | None:
-        return None if values is None else constant(values, device)
+        return None if values is None else _persistent.constant(values, device)
 
 
 class FeedForward(nn.Module):
@@ -499,7 +498,7 @@ class TransformerWrapper(nn.Module):
         self, tokens: Tokens, *, key_start: KeyStart = None, cache: generation.Cache | None = None
     ) -> torch.Tensor:
         """The output of the decoder, (batch, n, dim), to which `to_logits` is applied; arguments as for `forward`."""
-        tokens = read_tokens("Andromeda", tokens, self.num_tokens, self.device)
+        tokens = read_tokens("Andromeda", tokens, self.num_tokens, self.device, have_values=_checks.have_values)
         batch, n = tokens.shape
         key_start = read_key_start("Andromeda", key_start, batch, n, self.device)
         x = self.token_emb(tokens)
@@ -610,7 +609,14 @@ class AutoregressiveWrapper(nn.Module):
         tokens: as for `TransformerWrapper.forward`, with `ignore_index` where no token is to be predicted.
         key_start: as there. The first token of a packed document is predicted from the document before: ignore it.
         """
-        tokens = read_tokens("Andromeda", tokens, self.net.num_tokens, self.net.device, ignore_index=self.ignore_index)
+        tokens = read_tokens(
+            "Andromeda",
+            tokens,
+            self.net.num_tokens,
+            self.net.device,
+            ignore_index=self.ignore_index,
+            have_values=_checks.have_values,
+        )
         if tokens.shape[1] < 2:
             raise ValueError("Andromeda: tokens must hold at least 2 tokens per row for a loss, got 1")
         batch, n = tokens.shape

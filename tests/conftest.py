@@ -1,4 +1,4 @@
-"""Shared settings. `--device cuda` tests on a GPU; `--hypothesis-profile nightly` (or `exhaustive`) looks longer."""
+"""Shared settings. `--device cuda` tests on a GPU; `--hypothesis-profile nightly` (or `exhaustive`) tries more."""
 
 import functools
 import os
@@ -78,7 +78,7 @@ def num_threads():
 
 @pytest.fixture(autouse=True)
 def _no_plans():
-    """Tests change what a plan depends on: the extension, the devices of a backend."""
+    """Plans depend on the extension and the devices of a backend, which tests change."""
     _select.plans.clear()
     yield
     _select.plans.clear()
@@ -94,10 +94,10 @@ def emulated(request, monkeypatch):
     emulator = Emulator(**getattr(request, "param", {}))
     monkeypatch.setattr(_select, "extension", EmulatedExtension(emulator))
     monkeypatch.setattr(_select, "cuda_unavailable", lambda device: [])
-    # A kernel that does not leave its semaphores zero must not spoil other tests.
+    # A kernel that does not leave its semaphores zero must not disturb other tests.
     monkeypatch.setattr(_persistent, "taken_semaphores", {})
     monkeypatch.setattr(_persistent, "free_semaphores", {})
-    # Tables of exactly the rows that a call needs: what is read beside them is outside of the buffer.
+    # Tables of exactly the rows that a call needs: any other row is outside of the buffer.
     monkeypatch.setattr(_rotary, "window", lambda first, end: (first, end))
     monkeypatch.setattr(_select, "DEVICE_TYPES", {"cuda": "cpu", "triton": "no device", "cpu": "no device"})
     return emulator
@@ -107,7 +107,7 @@ def emulated(request, monkeypatch):
 def without_use(operation, device):
     """The backends that run no call of `operation` on tensors of `device`, whatever the dtype: name -> reasons.
 
-    "cpu" is never one of them on the CPU: a missing extension must be seen in every test.
+    On the CPU, "cpu" is never left out: a missing extension must show in every test.
     """
     reports = [_select.report(device, dtype)[operation] for dtype in (torch.float32, torch.float16, torch.bfloat16)]
     kept = ("cpu", "reference") if torch.device(device).type == "cpu" else ("reference",)
@@ -147,13 +147,13 @@ def pytest_terminal_summary(terminalreporter):
 
 
 class DiskLog:
-    """What this process has synced and renamed, in order."""
+    """The files that this process has synced and renamed, in order."""
 
     def __init__(self):
         self.events = []  # ("sync", path) or ("rename", path, new path)
 
     def assert_durable(self, target):
-        """`target` and all in it were synced before they got this name, and the folder above after that."""
+        """`target` and all in it were synced before `target` got its name, and the folder above it afterwards."""
         last = max(i for i, event in enumerate(self.events) if event[0] == "rename" and event[2] == target)
         new = self.events[last][1]
         below = [path.relative_to(target) for path in target.rglob("*")] if target.is_dir() else []
@@ -165,7 +165,7 @@ class DiskLog:
 
 @pytest.fixture
 def disk_log(monkeypatch):
-    """A `DiskLog` of what the test does; needs /proc to name what is synced."""
+    """A `DiskLog` of the test; needs /proc to name the synced files."""
     if not Path("/proc/self/fd").exists():
         pytest.skip("no /proc to read the names of open files from")
     log = DiskLog()

@@ -1,4 +1,4 @@
-"""How close is close enough: the rules and the limits table of docs/numerics.md.
+"""The rules for rounding errors and their limits (docs/numerics.md).
 
 References are float64, computed from the rounded inputs. A row is the last dimension: one query, one head.
 """
@@ -13,7 +13,7 @@ from andromeda.reference import attention as reference
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}  # round-off
 HALF = (torch.bfloat16, torch.float16)
 
-# Worst row, in units of round-off. The median row is limited for ordinary half-precision outputs alone: their error is
+# Worst row, in units of round-off. Only ordinary half-precision outputs have a limit for the median row: their error is
 # the rounding of the result, while that of float32 is the rounding of the sums, which depends on the inputs.
 MEDIAN_ROW = 0.58
 MEDIAN_NEEDS_ROWS = 200
@@ -24,8 +24,8 @@ WHOLE_TENSOR = 1.0
 ELEMENT = 8.0
 LSE = 4e-6
 
-# A gradient row that cancellation has shrunk below this share of its terms is judged by the element rule alone: its
-# error is that of the terms. So is one at the edge of the subnormal numbers, whose spacing does not shrink with it.
+# A gradient row that cancellation makes smaller than this part of its terms is judged by the element rule alone: its
+# error is that of the terms. So is a row near the subnormal numbers, whose spacing is constant.
 CANCELLED = 2.0**-4
 SUBNORMAL_MARGIN = 16
 
@@ -42,9 +42,9 @@ def assert_rows_close(out, ref, dtype, *, kind="output", magnitude=None, logit_r
 
     kind: "output", "heavy" for the output of heavy-tailed values, or "gradient".
     magnitude: for gradients, the sums of the absolute values of the terms of `ref` (`CANCELLED`).
-    logit_range: the largest size of what a logit is summed from. A float32 logit is off by a few u times that, and its
-        weight by that factor.
-    absolute: for gradients, an error that is allowed whatever the row, such as that of weights treated as 0.
+    logit_range: the largest sum of the absolute values of the terms of a logit. The error of a float32 logit is a few u
+        times that, and so is the relative error of its weight.
+    absolute: for gradients, an error that is allowed in any row, such as that of weights treated as 0.
     """
     assert out.dtype == dtype, f"{out.dtype} instead of {dtype}"
     assert out.shape == ref.shape, f"shape {tuple(out.shape)} instead of {tuple(ref.shape)}"
@@ -87,7 +87,7 @@ def assert_elements_close(out, ref, magnitude, *, logit_range=0.0, absolute=0.0)
     spoilt = (~out.isfinite() & ref.isfinite()).sum().item()
     assert spoilt == 0, f"{spoilt} of {out.numel()} elements are not finite"
     relative = ELEMENT * UNIT[out.dtype] + 4 * UNIT[torch.float32] * logit_range
-    # Subnormal numbers are spaced evenly: the result is rounded to them once, and float32 terms each.
+    # Subnormal numbers are spaced evenly: the result is rounded to them once, and so is every float32 term.
     spacing = [torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps for dtype in (out.dtype, torch.float32)]
     excess = (out.double() - ref).abs() - relative * magnitude - absolute - spacing[0] - 1000 * spacing[1]
     if out.numel() > 0 and excess.max() > 0:
@@ -128,7 +128,7 @@ def assert_no_worse(out, naive, exact, factor=2):
 
 
 def gradient_magnitudes(dout, q, k, v, out, softmax_lse, *, softmax_scale, weight=None, **options):
-    """Sums of the absolute values of the terms of dq, dk, dv of `attention`: what rounding errors are relative to.
+    """Sums of the absolute values of the terms of dq, dk, dv of `attention`: rounding errors are relative to them.
 
     The terms are weight * (dout * v - dout * out) * (k or q), docs/model.md#16.3. Arguments are those of the reference.
 
@@ -148,7 +148,7 @@ def gradient_magnitudes(dout, q, k, v, out, softmax_lse, *, softmax_scale, weigh
 
 @contextlib.contextmanager
 def nan_filled():
-    """Inside, `torch.empty` and its kin return NaN (integers: their largest value): an unwritten element shows up."""
+    """Inside, `torch.empty` and its like return NaN (integers: their largest value), so an unwritten element shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     try:

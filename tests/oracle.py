@@ -7,7 +7,7 @@ from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 
 from andromeda.checkpoint import x_transformers_names
 
-# What `Andromeda` takes when an argument is left out, at sizes for tests.
+# The defaults of `Andromeda`, at sizes for tests.
 SMALL = dict(
     num_tokens=23, max_seq_len=48, dim=24, depth=1, dim_head=8, heads=2, use_abs_pos_emb=False, alibi_pos_bias=True,
     alibi_num_heads=1, rotary_xpos=True, attn_flash=True, deepnorm=True, shift_tokens=1, attn_one_kv_head=True,
@@ -16,7 +16,7 @@ SMALL = dict(
 
 
 def build_oracle(arguments: dict) -> AutoregressiveWrapper:
-    """The oracle for constructor arguments of `Andromeda`; weights as it draws them."""
+    """The oracle for constructor arguments of `Andromeda`, with its own random weights."""
     a = SMALL | arguments
     norm_on = a["qk_norm"] and a["attn_qk_norm"]
     alibi = a["alibi_pos_bias"] and a["alibi_num_heads"] != 0  # docs/model.md#13.5: zero heads crash the oracle
@@ -68,14 +68,14 @@ def widen(oracle: AutoregressiveWrapper, arguments: dict) -> AutoregressiveWrapp
 
 
 def alibi_slopes(heads: int) -> list[float]:
-    """docs/model.md#5.4, written down a second time."""
+    """The slopes of docs/model.md#5.4, independent of those in the package."""
     even = 2 ** int(math.log2(heads))
     slopes = [2.0 ** (-8 * (head + 1) / even) for head in range(even)]
     return slopes + [2.0 ** (-4 * (2 * head + 1) / even) for head in range(heads - even)]
 
 
 def perturb(module: torch.nn.Module) -> None:
-    """Move every parameter off its initial value, so that scales, gains and biases take part in the comparison."""
+    """Change every parameter, so that scales, gains and biases are compared too."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -1,4 +1,4 @@
-// A program for test_parallel.py: tasks of csrc/cpu/parallel.cpp that throw, in whichever thread is asked for.
+// A program for test_parallel.py: tasks of csrc/cpu/parallel.cpp that throw, in the thread that its arguments name.
 //
 //   parallel WHO THREADS [LIBRARY]     LIBRARY: an OpenMP runtime, loaded first
 //

@@ -1,8 +1,8 @@
 """The CPU kernels on another processor: cross-compiled for aarch64, run by QEMU's user-mode emulation.
 
-A small program (aarch64/driver.cpp) stands in for the extension: every kernel call of andromeda.ops becomes a run of
-it. So these are tests of test_attention.py and test_qk_norm_rotary.py, on fewer cases. The same program built for this
-machine tells a fault of the program from one of the kernels.
+A small program (aarch64/driver.cpp) replaces the extension: every kernel call of andromeda.ops runs it once. The tests
+are those of test_attention.py and test_qk_norm_rotary.py, on fewer cases. The same program, built for this machine,
+tells a fault of the program from a fault of the kernels.
 """
 
 import dataclasses
@@ -26,7 +26,8 @@ from andromeda.ops import _select
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
-DTYPES = (FLOAT32, FLOAT16, BFLOAT16)  # in the order of DType in andromeda/tensor_view.h
+DTYPES = (FLOAT32, FLOAT16, BFLOAT16)
+DTYPE_NUMBERS = (*DTYPES, torch.int32)  # in the order of DType in andromeda/tensor_view.h
 WRITTEN = {
     "attention_forward": ("out", "softmax_lse"),
     "attention_backward": ("dq", "dk", "dv"),
@@ -34,14 +35,14 @@ WRITTEN = {
     "qk_norm_rotary_backward": ("dq", "dk", "dq_scale_partial", "dk_scale_partial"),
 }
 NAN = b"\xff"  # as a byte of any floating dtype
-LINE = 64  # torch aligns its memory so, and the driver does too
+LINE = 64  # the alignment of torch's memory and of the driver's
 
 
 # ---- the program ----------------------------------------------------------------------------------------------------
 
 
 def missing(tool):
-    """Skips the tests; in CI fails them, if .ci/run could have installed the tool: as root, with Debian's apt-get."""
+    """Skips the tests, or fails them in CI where .ci/run could have installed the tool: as root, with apt-get."""
     message = f"{tool} is not installed"
     if os.environ.get("CI") == "true" and os.geteuid() == 0 and shutil.which("apt-get"):
         pytest.fail(message)
@@ -49,7 +50,7 @@ def missing(tool):
 
 
 def find(*names):
-    """The first of these programs that is installed, beside this Python or on the path."""
+    """The path of the first of these programs that is installed, beside this Python or on PATH."""
     path = os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", "")))
     return next(filter(None, (shutil.which(name, path=path) for name in names)), None) or missing(names[0])
 
@@ -79,24 +80,24 @@ def driver(request, tmp_path_factory):
             "-DCMAKE_SYSTEM_NAME=Linux",
             "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
             f"-DCMAKE_CXX_COMPILER={compiler}",
-            "-DCMAKE_EXE_LINKER_FLAGS=-static",  # the emulator need not know where libraries are
+            "-DCMAKE_EXE_LINKER_FLAGS=-static",  # the emulator needs no path of libraries
         ),
     ]
 
 
 def memory_of(tensor):
-    """All bytes of a tensor's memory, between its elements too."""
+    """All bytes of a tensor's memory, also those between its elements."""
     return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
 
 
 def run_kernel(driver, folder, name, **arguments):
-    """What `andromeda._C.<name>(**arguments)` does, done by the driver, with two threads.
+    """Lets the driver run `andromeda._C.<name>(**arguments)`, with two threads.
 
-    Tensors lie in one memory with NaN in between, which must not reach the results, nor change.
+    Tensors lie in one memory with NaN between them, which must neither reach the results nor change.
     """
     assert arguments.pop("stream", 0) == 0
     assert [arguments.pop(name, None) for name in ("partials", "semaphores")] == [None, None]  # of CUDA calls
-    arguments.update(num_threads=2, dtype=DTYPES.index(arguments["q"].dtype))
+    arguments.update(num_threads=2, dtype=DTYPE_NUMBERS.index(arguments["q"].dtype))
     call, memory, places = [name], bytearray(NAN * LINE), {}
     for argument, value in arguments.items():
         if isinstance(value, torch.Tensor):
@@ -124,7 +125,7 @@ def run_kernel(driver, folder, name, **arguments):
 
 @pytest.fixture
 def driven(driver, tmp_path, monkeypatch):
-    """Kernel calls go to the driver."""
+    """Passes kernel calls to the driver."""
     for name in WRITTEN:
         monkeypatch.setattr(_select.extension, name, functools.partial(run_kernel, driver, tmp_path, name))
 
@@ -155,7 +156,7 @@ CASES += [Case(batch=1, seqlen_q=n, seqlen_k=t) for n, t in ((40, 130), (130, 40
 LONG = Case(batch=1, seqlen_q=200, seqlen_k=200, num_heads=4, head_dim=16)
 BOUNDED = [
     (LONG, 1.0),
-    (LONG, 60.0),  # too large for a softmax without a running maximum
+    (LONG, 60.0),  # too large: the softmax needs a running maximum
     (dataclasses.replace(LONG, causal=False, dtype=BFLOAT16), 5.0),
     (dataclasses.replace(LONG, seqlen_q=1, seqlen_k=400, dtype=FLOAT16), 8.0),
 ]
@@ -173,7 +174,7 @@ def test_attention_of_odd_values(driven, case):
 
 @pytest.mark.parametrize("case, bound", BOUNDED, ids=str)
 def test_attention_with_a_logit_bound(driven, case, bound):
-    adversarial = case.dtype == FLOAT32  # its gradients cancel: the rounding of `out` alone exceeds them in half
+    adversarial = case.dtype == FLOAT32  # in half precision the rounding of `out` exceeds these gradients, which cancel
     test_attention.check(test_attention.bounded(case, bound, "cpu", adversarial), "cpu")
 
 
@@ -207,6 +208,18 @@ def test_the_instruction_sets(driver, driven, monkeypatch):
     choices = "baseline" if len(driver) > 1 else ", ".join(_C.cpu_isas())
     with pytest.raises(AssertionError, match=re.escape(f"must be one of {{{choices}}} on this machine, got 'sse9'")):
         test_attention.check(test_attention.make(SMALL, "cpu"), "cpu")
+
+
+def test_a_dtype_without_kernels(driven):
+    q = torch.ones(1, 2, 1, 4, dtype=torch.int32)
+    call = {"q": q, "k": q, "v": q, "out": torch.empty_like(q), "softmax_lse": torch.empty(1, 1, 2)}
+    call |= {"alibi_slopes": None, "logit_bound": None, "key_start": None, "causal": True, "softmax_scale": 1.0}
+    message = "dtype must be one of {float32, float16, bfloat16}, got int32"
+    with pytest.raises(AssertionError, match=re.escape(message)):
+        _select.extension.attention_forward(**call)
+    call |= {"dout": q, "dq": torch.empty_like(q), "dk": torch.empty_like(q), "dv": torch.empty_like(q)}
+    with pytest.raises(AssertionError, match=re.escape(message)):
+        _select.extension.attention_backward(**call)
 
 
 def test_arguments_that_the_driver_does_not_know(driven):

@@ -22,7 +22,7 @@ from andromeda.ops import attention as op
 from andromeda.ops.attention import attention
 from andromeda.reference import attention as reference
 
-# ---- the rules for a call ------------------------------------------------------------------------------------------
+# ---- one call and the rules for its results -------------------------------------------------------------------------
 
 
 def require(backend, q, k, v, **options):
@@ -31,7 +31,7 @@ def require(backend, q, k, v, **options):
 
 
 def run(inputs, backend, **options):
-    """out, softmax_lse, dq, dk, dv."""
+    """Returns out, softmax_lse, dq, dk, dv."""
     leaves = [t.detach().requires_grad_() for t in inputs.tensors()]
     out, lse = attention(*leaves, **{**inputs.options, **options}, return_lse=True, backend=backend)
     return (out.detach(), lse, *torch.autograd.grad(out, leaves, inputs.dout))
@@ -46,14 +46,14 @@ def run_exact(inputs, softmax_scale, dtype=torch.float64):
 
 
 NEGLIGIBLE = 2.0**-60  # a weight that a kernel may treat as 0 at any time
-SKIPPED = 2.0**-24  # what `logit_bound` permits it to leave out of a row
+SKIPPED = 2.0**-24  # the part of a row that it may leave out with `logit_bound`
 
 
 def logit_range(inputs, lse, softmax_scale):
     """The largest sum of |q| |k| over the channels, |bias| and |log-sum-exp| among the pairs whose weight counts.
 
-    It is what the rounding errors of a float32 exponent are relative to: a dot product errs by the size of its terms,
-    not of its sum, and the backward pass subtracts a log-sum-exp that was rounded to float32.
+    The rounding errors of a float32 exponent are relative to it: a dot product errs by the size of its terms, not of
+    its sum, and the backward pass subtracts a log-sum-exp that was rounded to float32.
     """
     options = {"alibi_slopes": None, "key_start": None, "first_query": None, "logit_bound": None, **inputs.options}
     options.pop("logit_bound")
@@ -70,7 +70,7 @@ def logit_range(inputs, lse, softmax_scale):
 
 
 def seen_keys(inputs):
-    """How many rows of k some query sees."""
+    """The number of rows of k that some query sees."""
     options = {"key_start": None, **inputs.options, "alibi_slopes": None, "softmax_scale": 1.0, "first_query": None}
     options.pop("logit_bound", None)
     _, hidden = reference.masked_logits(inputs.q, inputs.k, **options)
@@ -106,10 +106,10 @@ def check(inputs, backend, *, softmax_scale=None, values="normal", **options):
 
 
 def check_beside_plain(inputs, backend, values, softmax_scale=None):
-    """For half precision where a few weights or equal scores decide a row: no worse than twice plain torch.
+    """The rule for half precision where few weights or equal scores decide a row: at most twice plain torch's error.
 
-    Plain torch is autograd in half precision or, for gradients, the exact formula with the rounded output: the backward
-    pass reads that (docs/model.md#16.3), and where weights are concentrated its rounding is all of dq's error.
+    Plain torch is autograd in half precision or, for gradients, the exact formula with the rounded output. The backward
+    pass reads that output (docs/model.md#16.3), and where weights are concentrated its rounding is all of dq's error.
     """
     results, exact = check(inputs, backend, values=values, softmax_scale=softmax_scale)
     scale = inputs.q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
@@ -131,8 +131,8 @@ def rules_for(case, backend):
     """`values` for `check`: which rules apply to ordinary inputs of this size.
 
     Tensor cores take weights in half precision. In a row of few channels the rounding of one weight is that of the row
-    (a float64 model that rounds nothing else: up to 2.1 u for 4 channels). And of two or three keys dq and dk are
-    differences of a few numbers, as exact as the rounded output that the backward pass reads.
+    (in float64 with no other rounding: up to 2.1 u for 4 channels). With two or three keys, dq and dk are differences
+    of a few numbers, as exact as the rounded output that the backward pass reads.
     """
     if backend != "cuda":
         return "normal"
@@ -149,27 +149,27 @@ def check_bounded(inputs, bound, adversarial, backend):
         check(inputs, backend)
 
 
-# Into how many shares the CUDA kernel for few queries cuts the keys: none, one level of adding them up, and several.
+# The number of splits of the keys in the CUDA kernel for few queries: none, one level of combining them, and several.
 SPLITS = (1, 2, 16, 17, 256)
 SPLIT_CASES = [
     Case(batch=batch, seqlen_q=seqlen_q, num_heads=num_heads, head_dim=head_dim, dtype=dtype, mask=mask)
     for batch, seqlen_q, num_heads, mask in (
         (1, 1, 24, "none"),
-        (2, 3, 5, "documents"),  # 15 rows; shares that nobody sees
-        (1, 3, 13, "none"),  # 39 rows in two tiles, the second of which has few
+        (2, 3, 5, "documents"),  # 15 rows; splits that no row sees
+        (1, 3, 13, "none"),  # 39 rows in two tiles, few in the second
     )
     for head_dim, dtype in ((64, FLOAT16), (128, BFLOAT16))
 ]
 
 
 def check_splits(case, num_splits, device, monkeypatch):
-    """The forward pass of that kernel, with keys enough for a step of 64 in each share, and its results."""
+    """Checks the forward pass of that kernel, with a step of 64 keys in each split, and returns its results."""
     inputs = make(dataclasses.replace(case, seqlen_k=max(64 * num_splits - 27, 100)), device)
     monkeypatch.setattr(op, "num_splits", num_splits)
     options = {**inputs.options, "return_lse": True, "backend": "cuda"}
     with numerics.nan_filled():
         results = out, lse = attention(*inputs.tensors(), **options)
-    assert all(map(torch.equal, attention(*inputs.tensors(), **options), results))  # semaphores are as they were before
+    assert all(map(torch.equal, attention(*inputs.tensors(), **options), results))  # the semaphores are zero again
     out_ref, lse_ref, *_ = run_exact(inputs, case.softmax_scale)
     numerics.assert_rows_close(out, out_ref, case.dtype, logit_range=logit_range(inputs, lse_ref, case.softmax_scale))
     numerics.assert_lse_close(lse, lse_ref)
@@ -189,7 +189,7 @@ CASES += [
     for d in (4, 8, 16, 20, 33, 64, 80, 128, 192, 256)
     for dtype in (FLOAT32, FLOAT16, BFLOAT16)
 ]
-CASES += [Case(seqlen_q=100, seqlen_k=100, head_dim=1)]  # in half precision one number has no row to average over
+CASES += [Case(seqlen_q=100, seqlen_k=100, head_dim=1)]  # float32 alone: a row of one number averages no roundings
 CASES += [
     Case(seqlen_q=n, seqlen_k=130, alibi=alibi, causal=causal, mask=mask)
     for mask in ("documents", "padding", "window", "ahead", "blind")
@@ -224,7 +224,7 @@ def test_odd_values(case, backend, device):
     require(backend, *inputs.tensors(), **inputs.options)
     if case.dtype in numerics.HALF:
         check_beside_plain(inputs, backend, case.values)
-    else:  # plain torch in float32 has no rounding in between to compare with
+    else:  # plain torch in float32 rounds no step to compare with
         check(inputs, backend, values=case.values)
 
 
@@ -255,10 +255,10 @@ def test_reference_in_blocks_of_queries(causal, device, monkeypatch):
 
 
 def bounded(case, bound, device, adversarial=False):
-    """Inputs with |softmax_scale * <q, k>| <= bound, as QK norm gives them, and the promise.
+    """Inputs with |softmax_scale * <q, k>| <= bound, as QK norm makes them, and that bound as `logit_bound`.
 
     adversarial: every score is at the bound. In blocks of 20 tokens, a row's own block scores -bound, the next one to
-        the left +bound, and so on: far keys outweigh the near ones as much as the promise allows.
+        the left +bound, and so on: far keys outweigh the near ones as much as the bound permits.
     """
     inputs = make(case, device)
     q, k = (torch.nn.functional.normalize(t.float(), dim=-1) for t in inputs.tensors()[:2])
@@ -278,7 +278,7 @@ BOUNDED = [
     (LONG, 1.0),
     (LONG, 10.0),
     (LONG, 39.0),
-    (LONG, 60.0),  # above 40: the softmax keeps a running maximum, the windows stay
+    (LONG, 60.0),  # above 40 the softmax keeps a running maximum; the windows remain
     (dataclasses.replace(LONG, causal=False), 5.0),
     (dataclasses.replace(LONG, causal=False), 50.0),
     (dataclasses.replace(LONG, seqlen_q=1, seqlen_k=1500), 8.0),
@@ -315,7 +315,7 @@ def test_logit_bound_changes_nothing_but_rounding(bound, backend, device):
 
 
 def test_logit_bound_and_slope_skip_far_keys(backend, device):
-    """Far values are never read: NaN there stays out of the rows whose window ends before them."""
+    """Far values are never read: a NaN there does not reach the rows whose window ends before it."""
     inputs = bounded(dataclasses.replace(LONG, num_heads=1), 1.0, device)
     require(backend, *inputs.tensors(), **inputs.options)
     if backend == "reference":
@@ -348,7 +348,7 @@ def test_logit_bounds_of_heads_that_share_a_tile(backend, device):
 
 @pytest.mark.parametrize("num_kv_heads", [1, 3, 6])
 def test_gradients_of_more_heads_than_fit_at_once(num_kv_heads, backend, device):
-    """The CPU kernel keeps dq in float32 of as many heads as fit into 128 MiB: here of two."""
+    """The CPU kernel keeps float32 dq of as many heads as fit into 128 MiB: here two."""
     inputs = make(Case(1, 250_000, 5, num_heads=6, num_kv_heads=num_kv_heads, head_dim=4, causal=False), device)
     require(backend, *inputs.tensors(), **inputs.options)
     check(inputs, backend, values="tall")
@@ -404,13 +404,13 @@ MASKS = ("none", "documents", "padding", "window", "ahead", "blind")
     adversarial=st.booleans(),
 )
 def test_random_cases(backend, device, case, bound, adversarial):
-    """Any combination of what a call may be; `--hypothesis-profile exhaustive` tries 10 000 of them."""
+    """Any combination of arguments that a call may have; `--hypothesis-profile exhaustive` tries 10 000 of them."""
     hypothesis.assume(case.dtype != FLOAT16 or case.values != "heavy")  # exact gradients beyond 65504
     inputs = make(case, device) if bound is None else bounded(case, bound, device, adversarial)
     require(backend, *inputs.tensors(), **inputs.options)
-    # The rules for rows of ordinary inputs are about many different ones. With two visible keys dq is a difference of
-    # two numbers, as exact as the rounded output that the backward pass reads. Equal scores repeat a row, and with it
-    # one rounding error; large ones cancel its gradients down to the rounding of the saved output.
+    # The rules for rows of ordinary inputs need many different rows. With two visible keys dq is a difference of two
+    # numbers, as exact as the rounded output that the backward pass reads. Equal scores repeat a row and its rounding
+    # error; large scores cancel its gradients down to the rounding of the saved output.
     many = min(inputs.q[..., 0].numel(), seen_keys(inputs)) >= numerics.MEDIAN_NEEDS_ROWS
     ordinary = case.values == "normal" and bound is None and rules_for(case, backend) == "normal"
     check(inputs, backend, values="heavy" if not ordinary else "normal" if many else "few rows")
@@ -422,7 +422,7 @@ def test_random_cases(backend, device, case, bound, adversarial):
 def law(**fixed):
     """Makes test(case, inputs, backend) one hypothesis test over the cases, for each backend that supports them.
 
-    The test's `law` holds both for tests/emulator/test_attention.py, which applies them to emulated kernels.
+    Its attribute `law` is (test, fixed): tests/emulator/test_attention.py applies the law to emulated kernels.
     """
 
     def decorate(test):
@@ -440,7 +440,7 @@ def law(**fixed):
 
 
 def assert_same(result, expected, backend):
-    """Bit for bit, except for the reference: the products of torch may round differently for another layout."""
+    """Equal bit for bit; near for the reference, because torch's products may round differently for another layout."""
     assert result.dtype == expected.dtype
     if backend != "reference":
         assert torch.equal(result, expected), f"differs by {(result - expected).abs().max()}"
@@ -449,7 +449,7 @@ def assert_same(result, expected, backend):
 
 
 def tolerance(dtype, limit):
-    """`limit` roundings of float32; in half precision, whose results and inputs are rounded, a sixteenth of its own."""
+    """`limit` roundings of float32, and for half precision, which rounds inputs and results, limit / 16 of its own."""
     return limit * numerics.UNIT[FLOAT32] + (limit / 16 * numerics.UNIT[dtype] if dtype in numerics.HALF else 0.0)
 
 
@@ -518,7 +518,7 @@ def test_p1_a_batch_entry_does_not_depend_on_its_neighbours(case, inputs, backen
     inputs.q[: case.batch - 1] = math.nan
     names = ("out", "softmax_lse", "dq", "dk", "dv")
     for name, result, expected in zip(names, run(inputs, backend), run(alone, backend), strict=True):
-        if backend == "cuda" and name in ("dk", "dv"):  # into how many sums their heads are cut depends on the batch
+        if backend == "cuda" and name in ("dk", "dv"):  # the number of splits of their heads depends on the batch
             assert_near(result[last], expected)
         else:
             assert_same(result[last], expected, backend)
@@ -600,7 +600,7 @@ def test_p8_alibi_is_a_bias_linear_in_the_key(case, inputs, backend):
     options = {**inputs.options, "alibi_slopes": None, "softmax_scale": case.softmax_scale, "backend": backend}
     out, lse = attention(q, k, v, **options, return_lse=True)
     biased, biased_lse, *_ = run(inputs, backend)
-    assert_near(out[..., :-1], biased, limit=1000)  # the channel is a large term: 130 * 0.7 beside scores of about 1
+    assert_near(out[..., :-1], biased, limit=1000)  # the new channel adds a term of 130 * 0.7 to scores of about 1
     assert_near(lse, biased_lse + slopes[:, None] * positions(case, slopes.device), limit=256)
 
 
@@ -632,7 +632,7 @@ def test_p12_queries_in_pieces_are_one_call(case, inputs, backend):
     start = inputs.options["key_start"]
     for queries, end in ((slice(cut), case.seqlen_k - case.seqlen_q + cut), (slice(cut, None), case.seqlen_k)):
         options = {**inputs.options, "key_start": None if start is None else start[:, queries]}
-        if end < 0:  # these queries lie before the first key, and alignment at the end cannot say so
+        if end < 0:  # these queries lie before the first key, which alignment at the end cannot express
             continue
         out, lse = attention(q[:, queries], k[:, :end], v[:, :end], **options, return_lse=True, backend=backend)
         assert_near(out, whole[:, queries])
@@ -656,7 +656,7 @@ def test_p13_packed_documents_are_separate_documents(case, inputs, backend):
 
 @law(mask="none", dtypes=(FLOAT32,))
 def test_p13_left_padding_is_the_row_alone(case, inputs, backend):
-    """Also P9: padding shifts all positions, and changes no score."""
+    """P9 as well: padding shifts all positions and changes no score."""
     pad = 1 + case.seed % 120
     padded = [torch.nn.functional.pad(t, (0, 0, 0, 0, pad, 0), value=7.0) for t in inputs.tensors()[1:]]
     start = torch.full((1, 1), pad, dtype=torch.int32, device=inputs.q.device).expand(case.batch, case.seqlen_q)
@@ -677,7 +677,7 @@ def test_p14_value_gradients_sum_to_the_output_gradients(case, inputs, backend):
     error = (dv.double().sum(1) - expected).norm()
     # Each element of dv is rounded once.
     rounding = numerics.UNIT[case.dtype] * dv.double().norm() + 64 * numerics.UNIT[FLOAT32] * seen.norm()
-    if backend == "cuda":  # weights are rounded before they meet dout, each row's alike: the errors add up
+    if backend == "cuda":  # weights are rounded before they are multiplied by dout, a whole row alike: errors add up
         rounding = rounding + numerics.UNIT[case.dtype] * seen.norm()
     assert error <= 2 * rounding + 1e-30
 
@@ -746,7 +746,7 @@ def test_p19_gradcheck(causal, masked, device):
     assert torch.autograd.gradcheck(lambda *t: reference.attention(*t, **plain)[0], leaves)
 
 
-# ---- what a row does not see ----------------------------------------------------------------------------------------
+# ---- keys that a row does not see -----------------------------------------------------------------------------------
 
 NOT_FINITE = (math.nan, math.inf, -math.inf)
 TENSORS = ("q", "k", "v", "dout")
@@ -761,7 +761,7 @@ def visible_pairs(inputs):
 
 
 def check_hidden(inputs, backend, name, entry, row, head, channel, value):
-    """A number that is not finite reaches what sees it, and all else is as if 0 were in its place.
+    """A number that is not finite changes only the rows that see it; all others are as if it were 0.
 
     name, entry, row, head, channel: the number's place; channel: a slice may name several.
     """
@@ -772,20 +772,20 @@ def check_hidden(inputs, backend, name, entry, row, head, channel, value):
     results = run(inputs, backend)
 
     visible = visible_pairs(inputs)
-    rows = torch.zeros_like(visible[..., 0])  # of out and dq: those that see it
+    rows = torch.zeros_like(visible[..., 0])  # of out and dq: the rows that see it
     group = rows.shape[1] // inputs.k.shape[2]
     if name in ("q", "dout"):
         rows[entry, head, row] = visible[entry, head, row].any()
     else:
         rows[entry, head * group : (head + 1) * group] = visible[entry, head * group : (head + 1) * group, :, row]
-    keys = (visible & rows[..., None]).any(2).unflatten(1, (-1, group)).any(2)  # of dk and dv: those that such rows see
+    keys = (visible & rows[..., None]).any(2).unflatten(1, (-1, group)).any(2)  # of dk and dv: the keys of these rows
     rows, keys = rows.transpose(1, 2), keys.transpose(1, 2)
     for index, seen in enumerate((rows, rows, rows, keys, keys)):
         result, clean = results[index], expected[index]
         if index == 1:
             result, clean = result.transpose(1, 2), clean.transpose(1, 2)
         assert_same(result[~seen], clean[~seen], backend)
-    if not math.isnan(value) or "logit_bound" in inputs.options:  # what a window leaves out is not seen by all of them
+    if not math.isnan(value) or "logit_bound" in inputs.options:  # a window may hide it from some of these rows
         return
     out, _, dq, dk, dv = results
     if name in ("q", "k"):
@@ -798,7 +798,7 @@ def check_hidden(inputs, backend, name, entry, row, head, channel, value):
 
 
 def hide_somewhere(case, inputs, backend):
-    """`check_hidden` for every tensor, at places that follow from the case."""
+    """`check_hidden` for every tensor, at places that the case's seed decides."""
     generator = torch.Generator().manual_seed(case.seed)
     for index, name in enumerate(TENSORS):
         shape = getattr(inputs, name).shape
@@ -826,7 +826,7 @@ HIDDEN = [
         (13, 210, 64, "some", False, "padding"),
         (60, 130, 8, "none", False, "ahead"),
         (130, 60, 16, "all", True, "blind"),
-        (1, 400, 40, "some", True, "padding"),  # decoding: values are read where they lie
+        (1, 400, 40, "some", True, "padding"),  # decoding: values are read in place
         (3, 400, 40, "none", True, "window"),
     )
 ]
@@ -851,7 +851,7 @@ def test_every_place_is_hidden_from_what_does_not_see_it(name, case, backend, de
 
 @pytest.mark.parametrize("isa", _select.extension.cpu_isas()[:-1] if _select.extension else [])
 def test_every_place_is_hidden_with_each_instruction_set(isa):
-    """The last one is what the other tests run."""
+    """The other tests run the last instruction set."""
     code = """
 import torch
 from test_attention import HIDDEN, TENSORS, hide_at_edges, make
@@ -876,7 +876,7 @@ def test_windows_of_a_bound_hide_as_well(mask, name, value, backend, device):
 
 
 def test_every_number_hidden_from_a_document_at_once(backend, device):
-    """All of one packed document, in all tensors: the others do not notice."""
+    """A whole packed document in all tensors that is not finite changes no bit of the others."""
     case = Case(batch=1, seqlen_q=200, seqlen_k=200, num_heads=4, num_kv_heads=2)
     inputs = make(case, device)
     starts = torch.tensor([0] * 50 + [50] * 70 + [120] * 80, dtype=torch.int32, device=device)[None]
@@ -913,7 +913,7 @@ def test_inputs_stay_in_their_batch_entry_and_head(backend, device):
 
 
 def test_offsets_beyond_32_bits(backend, device):
-    """The second batch entry starts 2^31 + 64 elements behind the first; the pages in between are never touched."""
+    """The second batch entry starts 2^31 + 64 elements after the first; the pages between them are never touched."""
     if device.type != "cpu":
         pytest.skip(f"memory of {device} is not allocated page by page")
     memory = torch.empty(2**31 + 4096, dtype=BFLOAT16)
@@ -957,7 +957,7 @@ def test_two_threads_at_once(backend, device):
 
 
 def test_forked_child(backend, device):
-    """A forked data loader inherits a process whose OpenMP workers are gone."""
+    """A forked data loader has none of the OpenMP workers of its parent."""
     if device.type != "cpu" or not hasattr(os, "fork"):
         pytest.skip(f"no fork with tensors on {device}")
     if backend == "reference":
@@ -1063,7 +1063,7 @@ def test_second_derivatives_of_kernels_and_tangents_are_refused(backend, device)
 
 
 def test_expanded_output_gradient(backend, device):
-    """out.sum().backward() hands over one number with strides of 0."""
+    """out.sum().backward() passes an expanded scalar, whose strides are 0."""
     inputs = make(Case(), device)
     require(backend, *inputs.tensors(), **inputs.options)
     expected = run(change(inputs, dout=torch.ones_like(inputs.dout)), backend)
@@ -1310,7 +1310,7 @@ def test_constants_may_require_gradients_where_none_are_made(device):
 
 
 def test_out_of_memory_leaves_the_arguments_alone(backend, device):
-    """Every operand is small; only the result is larger than any machine."""
+    """Every operand is small; only the result does not fit into any machine."""
     if device.type != "cpu":
         pytest.skip(f"the sizes are meant for host memory, not {device}")
     q = tensor(1, 1, 1, 64).expand(2**31 - 1, 2**20, 64, 64)
@@ -1331,7 +1331,7 @@ def test_backend_that_cannot_run_says_why(device):
 
 
 def test_the_longest_sequence_on_a_gpu():
-    """Its kernels count positions in an int, up to a tile past the end."""
+    """The CUDA kernels count positions in an int, up to a tile past the end."""
     longest, one = 2**31 - 256, tensor(1, 1, 1, 64)
     for seqlen_q, seqlen_k, reason in (
         (longest, longest, None),

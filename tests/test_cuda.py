@@ -1,8 +1,8 @@
-"""What only a GPU can show: streams, graphs, memory, tensors of more than 2^31 elements. Needs `--device cuda`.
+"""Tests that need a GPU: streams, graphs, memory, tensors of more than 2^31 elements. Need `--device cuda`.
 
-What the kernels compute is tested on any device by test_attention.py, test_qk_norm_rotary.py and
-test_token_shift_norm.py, and without a GPU by tests/emulator. tests/gpu.sh runs all of it, and `test_small_calls` once
-more under each tool of compute-sanitizer.
+The results of the kernels are tested on any device by test_attention.py, test_qk_norm_rotary.py and
+test_token_shift_norm.py, and without a GPU by tests/emulator. tests/gpu.sh runs all of them, and `test_small_calls`
+once more under each tool of compute-sanitizer.
 """
 
 import concurrent.futures
@@ -37,7 +37,7 @@ GIB = 2**30
 
 @pytest.fixture(autouse=True)
 def gpu(device):
-    """Makes `device` the current one; skips where the kernels cannot run."""
+    """`device`, made the current one; skips where the kernels cannot run."""
     if device.type != "cuda":
         pytest.skip("laws of a GPU: python -m pytest --device cuda")
     if reasons := _select.cuda_unavailable(device):
@@ -145,7 +145,7 @@ every_subject = pytest.mark.parametrize("subject", SUBJECTS, ids=str)
 
 
 def assert_same(results, expected, what):
-    """Bit for bit."""
+    """Equal bit for bit."""
     for index, (result, other) in enumerate(zip(results, expected, strict=True)):
         if not torch.equal(result, other):
             difference = (result.double() - other.double()).abs()
@@ -169,7 +169,7 @@ def test_launches_on_the_current_stream(subject, device):
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        subject.call(*fresh)  # what the first call on a stream prepares is there before the wait
+        subject.call(*fresh)  # the first call on a stream prepares memory, here before the wait
         wait_long()
         for tensor, value in zip(late, fresh, strict=True):
             tensor.copy_(value)
@@ -199,7 +199,7 @@ def test_two_threads_with_a_stream_each(subject, device):
 
 @every_subject
 def test_two_threads_on_one_stream(subject, device):
-    """Their launches follow each other in some order, and share what belongs to the stream."""
+    """Their launches run one after the other and share the memory that belongs to the stream."""
     expected = {seed: subject.call(*subject.draw(device, seed)) for seed in (1, 2)}
     torch.cuda.synchronize()
 
@@ -271,7 +271,7 @@ def test_another_device_is_current(subject, device):
 
 
 def capture(call):
-    """A graph of `call`, its results and its stream. Calls before it, on that stream, make what is made once."""
+    """A graph of `call`, its results and its stream. Calls before it, on that stream, make the memory that is kept."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -306,13 +306,13 @@ def test_graph_outlives_what_calls_keep(subject, device):
     expected = subject.call(*tensors)
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        for seqlen in range(20, 60):  # other shapes, more of them than are kept
+        for seqlen in range(20, 60):  # more shapes than are kept
             q = torch.randn(1, seqlen, 2, 64, device=device, dtype=BFLOAT16)
             k = q[:, :, :1]
             qk_norm_rotary(q, k, rotary_dim=32, xpos=True, position=64 * seqlen, backend="cuda")
             attention(q[:, :1], k, k, causal=True, backend="cuda")
         sizes = [size for size in (2**6, 2**10, 2**14, 2**18) for _ in range(50)]
-        poison = [torch.full((size,), torch.nan, device=device) for size in sizes]  # in the memory that was freed
+        poison = [torch.full((size,), torch.nan, device=device) for size in sizes]  # in freed memory
     torch.cuda.synchronize()
     graph.replay()
     assert_same(results, expected, subject)
@@ -351,7 +351,7 @@ def test_decode_loop_in_a_graph(device):
 
 
 def private_pools_at(addresses):
-    """Which of these addresses lie in memory that belongs to a graph."""
+    """The addresses that lie in memory that belongs to a graph."""
     owned = [segment for segment in torch.cuda.memory_snapshot() if tuple(segment["segment_pool_id"]) != (0, 0)]
     return [
         address
@@ -367,7 +367,7 @@ def test_a_capture_may_be_the_first_to_need_a_table(device):
     def call(position):
         return qk_norm_rotary(q, k, rotary_dim=32, xpos=True, position=position, backend="cuda")
 
-    def first(position):  # warm-up calls elsewhere: the capture itself meets a window that nobody has asked for
+    def first(position):  # warm-up calls use other positions: the capture is the first to need this window
         return lambda: call(next(position))
 
     for number in range(1, 4):
@@ -403,7 +403,7 @@ def test_graphs_beside_each_other(device):
 
 @pytest.fixture
 def reduce_overhead():
-    """reduce_overhead(function): compiled into CUDA graphs; a function that was not made one fails the test."""
+    """reduce_overhead(function) compiles it into CUDA graphs; a function that became none fails the test."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("torch.compile needs triton on a GPU")
     torch.compiler.reset()
@@ -419,7 +419,7 @@ def cloned(results):
     return tuple(result.clone() for result in results)
 
 
-# Whose arguments with these numbers get gradients.
+# The numbers of the arguments that get gradients.
 LEAVES = {attend: (0, 1, 2), rotate: (0, 1, 2, 3), shift: (0, 1, 3, 4)}
 FORWARDS = [subject for subject in SUBJECTS if subject.call in LEAVES]
 
@@ -490,7 +490,7 @@ def test_reduce_overhead_of_a_model(device, reduce_overhead):
 
 @pytest.mark.parametrize("loading", ["EAGER", "LAZY"])
 def test_kernels_load_in_either_way(loading, device):
-    """All at once or each at its first launch, which may fall into a capture."""
+    """All at once, or each at its first launch, perhaps during a capture."""
     program = (
         "import torch, test_cuda\n"
         f"device = torch.device({str(device)!r})\n"
@@ -528,7 +528,7 @@ def test_memory_of_a_thousand_calls_is_that_of_one(subject, device):
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() == before
     assert torch.cuda.max_memory_allocated() == peak
-    lost = free - torch.cuda.mem_get_info()[0]  # what is allocated behind torch's back
+    lost = free - torch.cuda.mem_get_info()[0]  # memory allocated without torch
     assert lost < 2**20 * 64, f"{lost / 2**20:.0f} MiB of the GPU's memory are gone"
 
 
@@ -556,7 +556,7 @@ def judge(inputs, results):
     )
     promised = inputs.options.get("logit_bound") is not None
     negligible = attention_test.SKIPPED if promised else attention_test.NEGLIGIBLE
-    if dtype == FLOAT16:  # as the operands of the products: weights below 2^-14 are rounded to multiples of 2^-24
+    if dtype == FLOAT16:  # products take half-precision weights: below 2^-14 they are multiples of 2^-24
         negligible = max(negligible, 2.0**-25)
     left_out = terms(weight=negligible)
     for gradient, ref, magnitude, absolute in zip(gradients, gradient_refs, terms(), left_out, strict=True):
@@ -566,7 +566,7 @@ def judge(inputs, results):
 
 
 def assert_written(tensor):
-    """No NaN is left of what `nan_filled` put there; by batch entry or token, so that no copy is made."""
+    """No NaN of `nan_filled` is left; one batch entry or token at a time, so that no copy is made."""
     rows = tensor.flatten(0, 1) if tensor.shape[0] == 1 else tensor
     assert rows.sum(dim=tuple(range(1, rows.dim())), dtype=FLOAT32).isfinite().all(), "not everything was written"
 
@@ -657,7 +657,7 @@ def test_more_entries_than_a_grid_has_rows(seqlen_q, seqlen_k, device):
         judge(inputs, attention_test.run(inputs, "cuda"))
 
 
-# ---- what runs where ------------------------------------------------------------------------------------------------
+# ---- the default backend --------------------------------------------------------------------------------------------
 
 
 def test_float32_takes_the_reference(device):
@@ -679,7 +679,7 @@ def test_autocast_rounds_once_and_takes_the_kernel(device):
 
 @every_subject
 def test_kernels_are_the_default(subject, device, monkeypatch):
-    """What the default chooses gives the bits of backend="cuda"."""
+    """The default gives the bits of backend="cuda"."""
     tensors = subject.draw(device, 0)
     expected = subject.call(*tensors)
     chosen = []
@@ -690,7 +690,7 @@ def test_kernels_are_the_default(subject, device, monkeypatch):
         return chosen[-1]
 
     monkeypatch.setattr(_select, "choose", watched)
-    _select.plans.clear()  # what was chosen for the calls above
+    _select.plans.clear()  # the choices for the calls above
     assert_same(subject.call(*tensors), expected, subject)
     assert set(chosen) == {"cuda"}
 
@@ -708,7 +708,7 @@ def test_unsupported_gpu_is_named(device, monkeypatch):
         _select.lasting_answers.clear()
 
 
-# ---- shares of the keys ----------------------------------------------------------------------------------------------
+# ---- splits of the keys ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_splits", attention_test.SPLITS)
@@ -732,7 +732,7 @@ SMALL = [
 @pytest.mark.parametrize("case", SMALL, ids=str)
 @pytest.mark.parametrize("bounded", [False, True], ids=["online", "bounded"])
 def test_small_calls_of_attention(case, bounded, device):
-    """The exact result comes from the CPU: so these kernels are nearly all that a sanitizer must watch."""
+    """The exact result comes from the CPU, so a sanitizer watches hardly any other kernels."""
 
     def make(device):
         return attention_test.bounded(case, 4.0, device) if bounded else attention_test.make(case, device)
@@ -771,7 +771,7 @@ def test_small_calls_of_qk_norm_rotary(dtype, device):
             torch.testing.assert_close(result.double(), exact, rtol=2e-2 if dtype in numerics.HALF else 1e-5, atol=1e-2)
 
 
-# Rows of one warp and of several, in chunks and not; longer than a block holds.
+# Rows of one warp and of several, aligned and not; rows longer than a block holds.
 @pytest.mark.parametrize("dim", [64, 1032, 517, 8200])
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16, FLOAT32], ids=str)
 def test_small_calls_of_token_shift_norm(dtype, dim, device):

@@ -1,7 +1,7 @@
 """The CUDA kernels as compiled: registers, memory, instructions, blocks per multiprocessor, architectures.
 
 Reads the object code in the built library with NVIDIA's disassembler and needs no GPU. The limits are in
-kernel_budget.toml. What kernels use, of the library or of another file with object code:
+kernel_budget.toml. To print what the kernels of the library, or of another file, use:
 
     python tests/test_kernel_budget.py [FILE]
 """
@@ -32,7 +32,7 @@ from andromeda.ops.token_shift_norm import token_shift_norm
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib  # what pytest itself depends on there
+    import tomli as tomllib  # there pytest depends on it
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -40,7 +40,7 @@ BUDGET = tomllib.loads((TESTS / "kernel_budget.toml").read_text())
 EVERY = BUDGET.pop("every")
 # The devices that run the code of an architecture. 8.6 and 8.9 take the code of 8.0.
 DEVICES = {"sm_80": ("A100", "RTX 3090", "L4"), "sm_90a": ("H200",)}
-NEVER_LAUNCHED = "probe"  # csrc/cuda/cuda_status.cu: only loaded
+NEVER_LAUNCHED = "probe"  # of csrc/cuda/cuda_status.cu, which only loads it
 
 
 # ---- tools ----------------------------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ def missing(reason):
 
 
 def places(folder):
-    """Where NVIDIA's programs (bin) or headers (include) may be: in the toolkit, its wheels, Triton's wheel."""
+    """The folders for NVIDIA's programs (bin) or headers (include): of the toolkit, its wheels, Triton's wheel."""
     homes = [os.environ.get("CUDA_HOME") or "/usr/local/cuda", *sorted(Path("/usr/local").glob("cuda-*"))]
     for package, below in (("nvidia", "cu*"), ("triton", "backends/nvidia")):
         if spec := importlib.util.find_spec(package):
@@ -65,7 +65,7 @@ def places(folder):
 def find_cuobjdump(path):
     """The first program that reads all of a file, or None: one of an older CUDA than the file's often does not.
 
-    It calls nvdisasm, which must be of its version: from the same folder.
+    It calls nvdisasm, which must have the same version, so it is taken from the same folder.
     """
     for folder in [*places("bin"), *map(Path, os.get_exec_path())]:
         if all(shutil.which(name, path=folder) for name in ("cuobjdump", "nvdisasm")):
@@ -87,7 +87,7 @@ def output_of(*command, **options):
     return result.stdout
 
 
-# ---- what is in object code ------------------------------------------------------------------------------------------
+# ---- object code ----------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -178,13 +178,13 @@ def kernels(cuobjdump):
 
 
 def in_library(architecture):
-    """Goes on where the library has code for this architecture, which a user may have left out."""
+    """Skips the test where the library has no code for this architecture: a user may have left it out."""
     if ("elf", architecture) not in promised():
         missing(f"the library was built for {', '.join(_C.build_info()['cuda_architectures'])}, not for {architecture}")
 
 
 def promised():
-    """What the list of architectures in CMake's spelling stands for: {("elf", "sm_80"), ("ptx", "sm_80")} for "80"."""
+    """The code that the architectures, in CMake's spelling, ask for: "80" is {("elf", "sm_80"), ("ptx", "sm_80")}."""
     content = set()
     for name in _C.build_info()["cuda_architectures"]:
         number, _, only = name.partition("-")
@@ -235,10 +235,10 @@ def attention_launches(emulated, seqlen_q, seqlen_k, head_dim, dtype):
 
 
 def test_clocks_of_shared_memory(emulated):
-    """What the loops move through its 128 bytes a clock: operands, copies, values of rows.
+    """The clocks for which loops occupy shared memory, 128 bytes each: operands, copies, values of rows.
 
-    Counted as they run, bank conflicts included: what 64 more queries (dkdv) or keys cost 64 of the others. More than
-    the limit is slower; less asks for a lower limit.
+    They are counted as the loops run, with bank conflicts: the cost of 64 more queries (dkdv) or keys for 64 of the
+    others. More than the limit is slower; fewer need a lower limit.
     """
     limited = {entry for entry, limits in BUDGET.items() if "shared_clocks" in limits}
     emulated.settings.check, measured = False, set()
@@ -262,7 +262,7 @@ def test_clocks_of_shared_memory(emulated):
 
 @functools.cache
 def limits_of(entry, architecture):
-    """What kernel_budget.toml says: for every kernel, for this one, and for this one on this architecture."""
+    """The limits of kernel_budget.toml: for every kernel, for this one, and for this one on this architecture."""
     layers = (EVERY, BUDGET[entry], BUDGET[entry][architecture])
     limits = {key: value for layer in layers for key, value in layer.items() if key not in DEVICES}
     limits.pop("shared_clocks", None)  # of the kernels that have it: test_clocks_of_shared_memory
@@ -274,7 +274,7 @@ def limits_of(entry, architecture):
 
 
 def covered(kernels, entry, architecture):
-    """The kernels of the library that an entry speaks of: [(name, Kernel)]."""
+    """The kernels of the library that an entry names: [(name, Kernel)]."""
     in_library(architecture)
     found = [(name, kernel) for (where, name), kernel in kernels.items() if where == architecture]
     return [(name, kernel) for name, kernel in found if fnmatchcase(name, entry)]
@@ -315,7 +315,7 @@ def check_instructions(name, kernel, limits):
 
 
 def check_blocks(name, kernel, limits, occupancy):
-    """Too few blocks hide no latency; none at all is a launch that fails."""
+    """Too few blocks hide no latency; with none the launch fails."""
     use = f"{kernel.registers} {limits['threads']} {kernel.static_shared} {limits['shared']} {kernel.barriers}"
     blocks = occupancy([f"{use} {device}" for device in limits["min_blocks"]])
     for (device, least), number in zip(limits["min_blocks"].items(), blocks, strict=True):
@@ -404,7 +404,7 @@ def nvccs(tmp_path_factory):
 
 
 def another_ptxas(nvccs):
-    """Goes on where there are two."""
+    """Skips the test where there is only one."""
     if len(nvccs) == 1:
         missing(f"no ptxas but nvcc's own {next(iter(nvccs))}: pip install {emulator.build._setup_py().PTXAS_WHEEL}")
 
@@ -432,7 +432,7 @@ def compiled_ptx(architecture):
 
 
 def differences(kernel, other):
-    """What two ptxas made of the same PTX: "UIADD3 6 -> 14, registers 96 -> 104"; without what fills up cache lines."""
+    """How two ptxas differ on the same PTX: "UIADD3 6 -> 14, registers 96 -> 104"; padding of cache lines left out."""
     pairs = {
         field: (getattr(kernel, field), getattr(other, field)) for field in ("registers", "local", "static_shared")
     }
@@ -477,7 +477,7 @@ def test_the_library_names_its_ptxas(cuobjdump):
     assert tools == {_C.build_info()["ptxas"]}
 
 
-# ---- what stops the build -------------------------------------------------------------------------------------------
+# ---- errors that stop the build -------------------------------------------------------------------------------------
 
 CLEAN = """
 __global__ void clean(float* x) { x[threadIdx.x] *= 2.0f; }
@@ -535,7 +535,7 @@ def find_tool(name):
 
 
 class Project:
-    """The project in another folder, where a source takes the place of a kernel file; with all its flags."""
+    """The project in another folder, with all its flags, where a source replaces a kernel file."""
 
     SOURCE = Path("csrc/cuda/qk_norm_rotary.cu")
 
@@ -547,7 +547,7 @@ class Project:
         shutil.copy(ROOT / "CMakeLists.txt", folder)
 
     def configure(self, nvcc):
-        """The tree for a compiler, as setup.py does it; what CMake said."""
+        """Configures the tree for a compiler, as setup.py does; returns CMake's messages."""
         pybind11 = pytest.importorskip("pybind11")
         return output_of(
             find_tool("cmake"), "--fresh", "-S", self.folder, "-B", self.folder / "build", "-G", "Ninja",
@@ -566,7 +566,7 @@ class Project:
 
 @pytest.fixture(scope="module", params=[0, 1], ids=["own ptxas", "newest ptxas"])
 def compile_kernels(request, nvccs, tmp_path_factory):
-    """compile_kernels(source) -> (status, output): in place of a kernel file, with all the flags of the project."""
+    """compile_kernels(source) -> (status, output): compiles it in place of a kernel file, with the project's flags."""
     if request.param == 1:
         another_ptxas(nvccs)
     version, nvcc = list(nvccs.items())[request.param]
@@ -597,7 +597,7 @@ def test_other_code_does_not_stop_the_build(compile_kernels):
 
 
 def test_a_change_of_ptxas_compiles_again(nvccs, tmp_path, monkeypatch):
-    """Neither ninja nor ccache may take what one ptxas has made for the work of another."""
+    """Neither ninja nor ccache may reuse the output of one ptxas for another."""
     another_ptxas(nvccs)
     monkeypatch.setenv("CCACHE_DIR", str(tmp_path / "cache"))
     project = Project(tmp_path / "a path with blanks")

@@ -1,4 +1,4 @@
-"""The rules must accept a correct kernel and reject each of the defects that kernels have had."""
+"""The rules accept a correct kernel and reject each defect that a kernel has had."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""csrc/cpu/parallel.cpp: what a task throws arrives at the caller, whichever thread ran it: no silent fault."""
+"""csrc/cpu/parallel.cpp: an exception of a task arrives at the caller, whichever thread ran the task."""
 
 import os
 import shutil
@@ -40,7 +40,7 @@ def program(tmp_path_factory):
     ],
 )
 def test_what_a_task_throws_arrives_at_the_caller(who, threads, said, runtime, program):
-    """In this process, and in a forked child, whose OpenMP workers are gone; the next call works as ever."""
+    """In this process, and in a forked child, which has no OpenMP workers; the next call works as usual."""
     if runtime == "OpenMP" and not THREADS[runtime]:
         pytest.skip("torch brings no libgomp here")
     command = [program, who, str(threads), *THREADS[runtime]]
@@ -50,7 +50,7 @@ def test_what_a_task_throws_arrives_at_the_caller(who, threads, said, runtime, p
 
 
 def test_too_few_threads_share_the_work(program):
-    """A limit on threads, and on memory for their stacks, costs speed only."""
+    """A limit on threads, or on memory for their stacks, costs only speed."""
     limit = "resource.setrlimit(resource.RLIMIT_AS, 2 * (2**25,))"
     script = f"import os, resource, sys; {limit}; os.execv(sys.argv[1], sys.argv[1:])"
     command = [sys.executable, "-c", script, program, "all", "64"]
@@ -96,8 +96,8 @@ print(f"needs {high} bytes")
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc to read the size of this process from")
 def test_a_task_without_memory_is_an_error_in_python():
-    """With ever less address space, down to the page: a `MemoryError`, or the right result."""
-    # Every larger allocation takes pages of its own, and gives them back.
+    """With less and less address space, page by page: a `MemoryError`, or the right result."""
+    # Every larger allocation takes pages of its own and returns them.
     allocator = {"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_ARENA_MAX": "1"}
     environ = os.environ | allocator | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", NEAR_THE_LIMIT]

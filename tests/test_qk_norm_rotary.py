@@ -1,4 +1,4 @@
-"""qk_norm_rotary: every backend against the float64 reference; that against docs/model.md#5.2, #5.3 and the oracle."""
+"""qk_norm_rotary: backends against the float64 reference, and that against docs/model.md#5.2, #5.3 and the oracle."""
 
 import math
 
@@ -211,7 +211,7 @@ def test_a_bad_number_stays_in_its_row(backend, tensors_for, value):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("normalize", [True, False], ids=["norm", "no_norm"])
 def test_a_row_that_nobody_uses_adds_nothing(backend, tensors_for, normalize, value):
-    """Its gradient is 0, as that of a hidden key: what it holds reaches no gradient, its own neither."""
+    """A row whose gradient is 0, such as a hidden key, changes no gradient, whatever it holds."""
     q, k, q_scale, k_scale = tensors_for(PLAIN)
     options = {"normalize": normalize, "rotary_dim": 8, "backend": backend}
     douts = random_like([q, k])
@@ -252,7 +252,7 @@ def test_strides_do_not_matter(backend, tensors_for, dtype):
         given = (x, k, q_scale, k_scale)
         assert not x.is_contiguous()
         for found, ref in zip((*run(*given), *gradients(run, given, douts)), expected, strict=True):
-            # Rows that do not lie in chunks are added up in another order; so are sums of torch on a GPU.
+            # Rows that are not aligned to 16 bytes are added up in another order; so are sums of torch on a GPU.
             if (backend == "cuda" and x is sliced) or (backend == "reference" and q.is_cuda):
                 assert (found.double() - ref).norm() <= 32 * UNIT[found.dtype] * ref.double().norm()
             else:
@@ -416,7 +416,7 @@ def test_two_callers_at_once(backend, tensors_for):
             assert all(torch.equal(a, b) for a, b in zip(outputs, expected_outputs, strict=True))
 
 
-# ---- what torch expects of an operator ------------------------------------------------------------------------------
+# ---- torch ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scaled", [True, False], ids=["scaled", "unscaled"])
@@ -478,7 +478,7 @@ def test_second_derivatives_of_kernels_and_tangents_are_refused(backend, tensors
     else:
         with pytest.raises(NotImplementedError, match=r'qk_norm_rotary: .* again; pass backend="reference"'):
             (dq.sum() + leaf.sum()).backward()
-    with pytest.raises(NotImplementedError, match="qk_norm_rotary: forward-mode"):  # dropped, it would be zero
+    with pytest.raises(NotImplementedError, match="qk_norm_rotary: forward-mode"):  # dropped, the tangent would be zero
         torch.func.jvp(lambda q: qk_norm_rotary(q, k, backend=backend), (q,), (q,))
     with pytest.raises(NotImplementedError, match="qk_norm_rotary: forward-mode"):
         torch.func.jvp(lambda scale: qk_norm_rotary(q, k, q_scale=scale, backend=backend), (q_scale,), (q_scale,))
@@ -548,7 +548,7 @@ def test_tables_serve_every_mode(backend, tensors_for):
 
 
 def tables_made(device, count):
-    """On a CPU; for the tables of a GPU see test_rotary.py."""
+    """`count` on a CPU, which makes tables here; for the tables of a GPU see test_rotary.py."""
     return count if device.type == "cpu" else 0
 
 

@@ -1,4 +1,4 @@
-"""token_shift_norm: every backend against the float64 reference; that against docs/model.md#3, #4, #7."""
+"""token_shift_norm: every backend against the float64 reference; the reference against docs/model.md#3, #4, #7."""
 
 import math
 
@@ -83,13 +83,13 @@ def test_forward(backend, tensors_for, device, case, dtype):
         assert out.shape == tensors[0].shape and out.dtype == dtype and out.device == tensors[0].device
         assert out.is_contiguous()
         assert_rows_close(out, ref, dtype)
-    # What is shifted is the rounded y itself.
+    # `shifted` holds the rounded y.
     again = reference.token_shift(y, case.shift, options["history"], options["key_start"], case.position)
     assert torch.equal(shifted, again)
 
 
 def magnitudes(tensors, douts, options):
-    """Sums of the absolute values of the terms of the four gradients, which rounding errors are relative to."""
+    """Sums of the absolute values of the terms of the four gradients: rounding errors are relative to them."""
     x, residual, residual_scale, gamma = doubles(*tensors)
     dy, dshifted = (dout.double().abs() for dout in douts)
     shift, key_start, position = options["shift"], options["key_start"], options["position"]
@@ -192,12 +192,12 @@ def test_what_nothing_is_done_to_is_not_copied(backend, tensors_for):
 
 
 def test_norm_of_a_row_far_from_zero(backend, tensors_for):
-    """The variance is that about the mean, not a difference of two large sums."""
+    """The variance is summed about the mean; it is no difference of two large sums."""
     x, *_, gamma = tensors_for(Case("", dim=512))
     x += 1000
     y, _ = token_shift_norm(x, gamma=gamma, backend=backend)
     exact = torch.layer_norm(x.double(), (512,), 1 + gamma.double())
-    # x_hat is off by the rounding of the mean alone, 2**-24 * 1000.
+    # The error of x_hat is the rounding of the mean, 2**-24 * 1000.
     assert (y.double() - exact).abs().max() <= 3 * 2**-24 * 1000 * (1 + gamma).abs().max()
 
 
@@ -230,7 +230,7 @@ def test_a_bad_number_stays_in_its_row(backend, tensors_for, value):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "no_norm"])
 def test_what_key_start_hides_does_not_count(backend, tensors_for, device, norm, value):
-    """Rows before their own `key_start`, and what comes to them: neither results nor gradients of others know them."""
+    """Rows before their own `key_start`, and gradients that reach them, change no results and gradients of others."""
     case = Case("", batch=1, seqlen=11, dim=40, shift=2, norm=norm)
     x, residual, residual_scale, gamma = tensors_for(case)
     starts = [5] * 8 + [8] * 3  # five rows of padding, then two documents
@@ -286,7 +286,7 @@ def test_strides_do_not_matter(backend, tensors_for, device, dtype):
         given = (strided, residual, residual_scale, gamma)
         assert not strided.is_contiguous()
         for found, ref in zip((*call(*given), *gradients(call, given, douts)), expected, strict=True):
-            if backend == "cuda" and strided is sliced:  # rows that do not lie in chunks are added up in another order
+            if backend == "cuda" and strided is sliced:  # rows not aligned to 16 bytes are added up in another order
                 assert (found.double() - ref).norm() <= 32 * UNIT[found.dtype] * ref.double().norm()
             else:
                 assert torch.equal(found, ref)
@@ -311,7 +311,7 @@ def test_strided_gradients(backend, tensors_for):
 @pytest.mark.parametrize("documents", [False, True], ids=["one_document", "documents"])
 @pytest.mark.parametrize("lengths", [(9, 8), (1,) * 17, (1, 2, 13, 1)], ids=str)
 def test_calls_on_pieces_equal_one_call(backend, tensors_for, device, lengths, documents):
-    """P12, exact: each piece is handed the last rows of y before it."""
+    """P12, exact: each piece gets the last rows of y before it."""
     case = Case("", shift=3, documents=documents)
     (x, residual, residual_scale, gamma), options = tensors_for(case), case.options(device)
     whole_y, whole_shifted = run(x, residual, residual_scale, gamma, backend=backend, **options)
@@ -359,7 +359,7 @@ def test_documents_are_separate(backend, tensors_for, device):
 
 
 def test_later_tokens_change_nothing_before(backend, tensors_for):
-    """P2, exact, and gradients of what comes before do not reach later tokens."""
+    """P2, exact; gradients of earlier rows do not reach later tokens."""
     tensors, options = tensors_for(PLAIN), PLAIN.options()
     before = run(*tensors, backend=backend, **options)
     leaf = tensors[0].clone().requires_grad_()
@@ -428,7 +428,7 @@ def test_two_callers_at_once(backend, tensors_for, device):
             assert all(torch.equal(a, b) for a, b in zip(outputs, expected_outputs, strict=True))
 
 
-# ---- what torch expects of an operator ------------------------------------------------------------------------------
+# ---- torch ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "no_norm"])
@@ -648,7 +648,7 @@ def test_a_backend_that_cannot_says_why():
 
 
 def test_rows_before_their_key_start(backend, device):
-    """Padding that is told to begin after itself hands nothing on, not even to itself: the reference kept it once."""
+    """Rows of padding, whose key_start lies after them, pass nothing on, not even to themselves."""
     x = torch.arange(1.0, 16, device=device).reshape(1, 3, 5)  # segments of two channels, one left over
     key_start = torch.full((1, 3), 2, dtype=torch.int32, device=device)
     x.requires_grad_()

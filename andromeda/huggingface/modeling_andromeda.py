@@ -21,7 +21,6 @@ from typing_extensions import Self
 
 from andromeda import checkpoint
 from andromeda.config import KeyStart, ModelConfig
-from andromeda.files import read_json
 from andromeda.generation import Cache
 from andromeda.huggingface.configuration_andromeda import AndromedaConfig
 from andromeda.model import Andromeda, Decoder, TransformerWrapper, cross_entropy, draw, keeps_all, kept_positions
@@ -321,7 +320,7 @@ def _check_layers(*args: Any, **kwargs: Any) -> None:
     if weights.is_file():
         names: Iterable[str] = checkpoint.read_header(weights, "AndromedaForCausalLM")[0]
     else:
-        names = read_json(index, ("weight_map",))["weight_map"]
+        names = checkpoint.names_in_index(index)
     shapes = {checkpoint.plain_name(name): None for name in names}
     checkpoint.check_layers(owner, ModelConfig(**config.to_arguments()), shapes)
 

@@ -23,7 +23,7 @@ from collections.abc import Callable, Hashable, Iterator
 import torch
 from torch import Tensor
 
-from andromeda.ops import _select
+from andromeda.ops import _checks, _select
 
 CPU_ENTRIES = 64  # of each kind
 _SLAB = 2**14  # semaphores that are allocated at once: 64 KiB
@@ -81,7 +81,11 @@ def _take(device: torch.device, count: int) -> Tensor:
 
 
 def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """The values in float32."""
+    """The values in float32. No buffer: a buffer would be rounded together with the model by `.bfloat16()`."""
+    if _checks.is_tracing():
+        # The recorded program makes the tensor itself. `torch.tensor` would become a constant on the CPU that every run
+        # copies, and a program that touches the CPU is not made a CUDA graph. Fake tensors do not mix with real ones.
+        return torch.cat([torch.full((1,), value, dtype=torch.float32, device=device) for value in values])
     return keep("constant", device, values, lambda: torch.tensor(values, dtype=torch.float32, device=device))
 
 
