@@ -22,8 +22,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import sys
 import warnings
+from collections.abc import Callable
 
 import bars
 import cases
@@ -80,25 +82,23 @@ def contenders(case: cases.AttentionCase, args: argparse.Namespace) -> list[case
     return [c for c in found if args.contenders is None or c.name.startswith(tuple(args.contenders))]
 
 
-def prepare(case: cases.AttentionCase, args: argparse.Namespace) -> tuple[dict, list[str]]:
+def prepare(case: cases.AttentionCase, args: argparse.Namespace) -> tuple[dict[str, Callable[[], object]], list[str]]:
     """A function to time per contender that can run the case; what could not run, or differs, and why."""
     torch.compiler.reset()  # of the programs of the case before
     inputs = cases.AttentionInputs(case)
     judge = checks.Judge(inputs)
-    functions, notes = {}, []
+    functions: dict[str, Callable[[], object]] = {}
+    notes: list[str] = []
     for contender in contenders(case, args):
         with warnings.catch_warnings(record=True) as warned:  # torch tells the reasons of a refusal in warnings
             warnings.simplefilter("always")
             try:
                 forward = contender.build(inputs)
                 out = forward()
-                function = forward
+                function: Callable[[], object] = forward
                 if case.step == "backward":
                     leaves = (inputs.q, inputs.k, inputs.v)
-
-                    def function(out=out, leaves=leaves):
-                        return torch.autograd.grad(out, leaves, inputs.dout, retain_graph=True)
-
+                    function = functools.partial(torch.autograd.grad, out, leaves, inputs.dout, retain_graph=True)
                     function()
                 if case.device == "cuda":
                     torch.cuda.synchronize()  # an error of the call ends here, not in the next contender
@@ -113,11 +113,11 @@ def prepare(case: cases.AttentionCase, args: argparse.Namespace) -> tuple[dict, 
     return functions, notes
 
 
-def yardsticks(case: cases.AttentionCase) -> dict:
-    """What the machine can do, to be timed in the same rounds: functions by name."""
+def yardsticks(case: cases.AttentionCase) -> dict[str, Callable[[], object]]:
+    """Functions by name that show what the machine can do, to be timed in the same rounds."""
     product = bars.matmul(case)
     left, right = (torch.randn(product.side, product.side, device=case.device).to(product.dtype) for _ in range(2))
-    found = {product.name: lambda: left @ right}
+    found: dict[str, Callable[[], object]] = {product.name: lambda: left @ right}
     if case.step == "decode":
         source = torch.ones(case.cache_elements, dtype=case.dtype, device=case.device)
         target = torch.empty_like(source)

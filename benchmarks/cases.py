@@ -102,7 +102,7 @@ class AttentionCase:
 
 
 class AttentionInputs:
-    def __init__(self, case: AttentionCase):
+    def __init__(self, case: AttentionCase) -> None:
         generator = torch.Generator(device=case.device).manual_seed(0)
 
         def draw(seqlen: int, heads: int) -> torch.Tensor:
@@ -198,7 +198,9 @@ def flex(inputs: AttentionInputs, *, windows: bool = False) -> Forward:
     case, slopes = inputs.case, inputs.slopes
     shift = case.seqlen - case.seqlen_q
 
-    def score_mod(score, batch, head, query, key):
+    def score_mod(
+        score: torch.Tensor, batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
         return score - slopes[head] * (query + shift - key).abs()
 
     mask = block_mask(case, windows=windows)
@@ -225,14 +227,16 @@ def block_mask(case: AttentionCase, *, windows: bool) -> BlockMask:
     reach = torch.tensor(case.windows if windows else [case.seqlen], device=case.device)
     first = torch.zeros_like(reach) if case.causal else 1 - reach  # a head sees the distances first ... reach - 1
 
-    def visible(batch, head, query, key):
+    def visible(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return query + shift >= key if case.causal else query >= 0
 
-    def visible_in_window(batch, head, query, key):
+    def visible_in_window(
+        batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
         distance = query + shift - key
         return (distance >= first[head]) & (distance < reach[head])
 
-    def corners(length):
+    def corners(length: int) -> tuple[torch.Tensor, torch.Tensor]:
         begin = torch.arange(0, length, FLEX_BLOCK, device=case.device)
         return begin, begin + FLEX_BLOCK - 1
 
@@ -244,7 +248,8 @@ def block_mask(case: AttentionCase, *, windows: bool) -> BlockMask:
     some = (farthest >= first_of) & (nearest < reach_of)
     every = (nearest >= first_of) & (farthest < reach_of) & whole
 
-    def ordered(blocks):  # (heads, query blocks, key blocks): how many of a row, and which, those first
+    def ordered(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of (heads, query blocks, key blocks): how many blocks of a row there are, and their indices, those first."""
         number = blocks.sum(dim=-1, dtype=torch.int32)
         return number[None], blocks.int().argsort(dim=-1, descending=True, stable=True).int()[None]
 

@@ -63,6 +63,9 @@ NOT_RUN = 77
 NOT_ALLOWED = ("ERR_NVGPUCTRPERM", "LibraryNotLoaded", "not supported", "Failed to initialize the profiler")
 
 
+Call = Callable[[], object]
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     report.add_device_argument(parser)
@@ -73,7 +76,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-# ---- what is watched ------------------------------------------------------------------------------------------------
+# ---- the calls that are watched -------------------------------------------------------------------------------------
 
 
 def attention_case(step: str, quick: bool) -> cases.AttentionCase:
@@ -96,7 +99,7 @@ LEAST_BYTES = {
 }
 
 
-def call_attention(step: str, args: argparse.Namespace):
+def call_attention(step: str, args: argparse.Namespace) -> Call:
     inputs = cases.AttentionInputs(attention_case(step, args.device == "cpu"))
     forward = cases.andromeda(inputs, windows=False)
     if step != "backward":
@@ -105,22 +108,22 @@ def call_attention(step: str, args: argparse.Namespace):
     return lambda: torch.autograd.grad(out, leaves, inputs.dout, retain_graph=True)
 
 
-def call_rotary(step: str, args: argparse.Namespace):
+def call_rotary(step: str, args: argparse.Namespace) -> Call:
     q, k = (torch.randn(1, tokens(args), heads, HEAD_DIM, device=args.device).bfloat16() for heads in (HEADS, 1))
     q_scale, k_scale = (torch.rand(x.shape[2:], device=args.device) for x in (q, k))
 
-    def forward():
+    def forward() -> tuple[torch.Tensor, ...]:
         options = {"q_scale": q_scale, "k_scale": k_scale, "rotary_dim": ROTARY_DIM, "xpos": True}
         return qk_norm_rotary(q, k, **options, backend=args.device)
 
     return pass_of(step, forward, (q, k, q_scale, k_scale))
 
 
-def call_shift(step: str, args: argparse.Namespace):
+def call_shift(step: str, args: argparse.Namespace) -> Call:
     x, residual = (torch.randn(1, tokens(args), DIM, device=args.device).bfloat16() for _ in range(2))
     scale, gamma = torch.rand(2, DIM, device=args.device)
 
-    def forward():
+    def forward() -> tuple[torch.Tensor, ...]:
         return token_shift_norm(
             x, gamma=gamma, residual=residual, residual_scale=scale, alpha=2.0, shift=1, backend=args.device
         )
@@ -132,7 +135,7 @@ def tokens(args: argparse.Namespace) -> int:
     return 64 if args.device == "cpu" else TOKENS
 
 
-def pass_of(step: str, forward: Callable, leaves: tuple[torch.Tensor, ...]) -> Callable:
+def pass_of(step: str, forward: Callable[[], tuple[torch.Tensor, ...]], leaves: tuple[torch.Tensor, ...]) -> Call:
     """The forward pass, or only the backward pass of it."""
     for leaf in leaves:
         leaf.requires_grad_(step == "backward")
@@ -185,7 +188,8 @@ class Refused(Exception):
 
 def profile(ncu: str, subject: str, folder: Path) -> tuple[list[dict[str, str]], list[str]]:
     """A dict of metrics per launch, and notes. Metrics that this ncu or GPU does not have are left out."""
-    metrics, notes = list(METRICS), []
+    metrics = list(METRICS)
+    notes: list[str] = []
     only_between = ["--profile-from-start", "off"]  # between start and stop of the CUDA profiler
     for attempt in range(4):
         log = folder / f"{attempt}.csv"

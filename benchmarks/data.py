@@ -29,6 +29,7 @@ import timing
 
 from andromeda.data import workers
 from andromeda.data.builder import DatasetBuilder
+from andromeda.data.packed import PackedDataset
 from andromeda.data.tokenizer import AndromedaTokenizer
 
 # A process of the baseline with several: tokenises every n-th batch each time it reads a line.
@@ -83,7 +84,7 @@ def corpus(size: int) -> list[str]:
 class TokenizerProcesses:
     """Calling it tokenises all batches once in processes that wait for nothing else."""
 
-    def __init__(self, count: int, tokenizer_path: Path, batches_path: Path):
+    def __init__(self, count: int, tokenizer_path: Path, batches_path: Path) -> None:
         self._processes = [
             subprocess.Popen(
                 [sys.executable, "-c", TOKENIZE, str(tokenizer_path), str(batches_path), str(index), str(count)],
@@ -109,8 +110,10 @@ class TokenizerProcesses:
             process.wait()
 
 
-def build(source: Path, tokenizer: AndromedaTokenizer, cache: Path, args: argparse.Namespace, packing: str, count: int):
-    """A build from nothing; the built data set."""
+def build(
+    source: Path, tokenizer: AndromedaTokenizer, cache: Path, args: argparse.Namespace, packing: str, count: int
+) -> PackedDataset:
+    """The data set, built from nothing."""
     shutil.rmtree(cache, ignore_errors=True)
     return DatasetBuilder(
         source, args.seq_len, count, tokenizer=tokenizer, packing=packing, cache_dir=cache, progress=False
@@ -175,24 +178,19 @@ def run(folder: Path, args: argparse.Namespace) -> tuple[list[dict], list[str]]:
     shape = f"{size / 1e6:.0f} MB, {tokens / 1e6:.2f} M tokens, vocab {len(tokenizer)}, rows {args.seq_len}"
     rows = []
     for name, measured in timings.items():
-        rows.append(
-            {
-                "op": "data",
-                "pass": "tokenize" if name == baselines[name] else "build",
-                "shape": shape,
-                "dtype": "uint16",
-                "device": "cpu",
-                "backend": name,
-                "median_ms": measured.median_ms,
-                "p20_ms": measured.p20_ms,
-                "p80_ms": measured.p80_ms,
-                "tflops": None,
-                "gbps": None,
-                "tokens_per_s": tokens / measured.median_ms * 1e3,
-                "ratio": timing.paired_ratio(timings[baselines[name]], measured)[0],
-                "peak_memory_mb": timing.peak_memory_mb(functions[name], "cpu") if "1 process" in name else None,
-            }
+        row = report.make_row(
+            measured,
+            op="data",
+            step="tokenize" if name == baselines[name] else "build",
+            shape=shape,
+            dtype="uint16",
+            device="cpu",
+            backend=name,
+            tokens=tokens,
+            spreads={"ratio": timing.paired_ratio(timings[baselines[name]], measured)},
+            peak_memory_mb=timing.peak_memory_mb(functions[name], "cpu") if "1 process" in name else None,
         )
+        rows.append(row)
     return rows, notes
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable
 from typing import Protocol
@@ -63,9 +64,11 @@ def compiled(function: Forward) -> Forward:
     return torch.compile(function)
 
 
-def prepare(op: str, step: str, inputs: Inputs, args: argparse.Namespace) -> tuple[dict, list[str]]:
+def prepare(op: str, step: str, inputs: Inputs, args: argparse.Namespace) -> tuple[dict[str, Forward], list[str]]:
     """A function to time per contender; what could not run, and why. Results are compared with plain torch first."""
-    functions, notes, results = {}, [], {}
+    functions: dict[str, Forward] = {}
+    notes: list[str] = []
+    results: dict[str, list[torch.Tensor]] = {}
     contenders = inputs.contenders()
     if not args.quick:
         contenders["torch.compile"] = compiled(contenders[BASELINE])
@@ -73,11 +76,9 @@ def prepare(op: str, step: str, inputs: Inputs, args: argparse.Namespace) -> tup
         function = forward
         try:
             if step == "backward":
-                outs = forward()
-
-                def function(outs=outs):
-                    return torch.autograd.grad(outs, inputs.leaves, inputs.douts, retain_graph=True)
-
+                function = functools.partial(
+                    torch.autograd.grad, forward(), inputs.leaves, inputs.douts, retain_graph=True
+                )
             results[name] = [result.detach().float() for result in function()]
         except Exception as error:  # its row is missing, the others are not
             notes.append(f"{name} did not run {step} of {op}: {checks.describe(error, [])}")

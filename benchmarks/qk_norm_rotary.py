@@ -27,7 +27,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 class Inputs:
-    def __init__(self, args: argparse.Namespace, *, gradients: bool):
+    def __init__(self, args: argparse.Namespace, *, gradients: bool) -> None:
         dtype = checks.DTYPES[args.dtype]
 
         def draw(*shape: int, dtype: torch.dtype) -> torch.Tensor:

@@ -10,7 +10,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
@@ -88,7 +88,7 @@ def _sample(function: Callable[[], object], calls: int, device: str, flush: torc
 
 
 def measure(
-    functions: dict[str, Callable[[], object]], *, device: str, rounds: int, budget_s: float
+    functions: Mapping[str, Callable[[], object]], *, device: str, rounds: int, budget_s: float
 ) -> dict[str, Timing]:
     """Times of each function; sample number i of all of them comes from the same round.
 

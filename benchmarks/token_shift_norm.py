@@ -30,7 +30,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 class Inputs:
-    def __init__(self, args: argparse.Namespace, *, gradients: bool):
+    def __init__(self, args: argparse.Namespace, *, gradients: bool) -> None:
         dtype = checks.DTYPES[args.dtype]
         rows = (torch.randn(1, args.seqlen, args.dim, device=args.device).to(dtype) for _ in range(4))
         self.x, self.residual, *self.douts = rows
