@@ -1,14 +1,17 @@
 """andromeda._C called directly: how tensors are read, what is refused before memory is touched, threads."""
 
+import ast
 import math
 import re
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
+import andromeda
 from andromeda import _C
 
 
@@ -506,3 +509,57 @@ def test_what_cannot_be_read_is_named_however_it_is_read(kind):
     ):
         with pytest.raises(TypeError, match=message):
             _C.attention_forward(**call | {"q": of_kind(wrong)})
+
+
+# ---- the stub _C.pyi ------------------------------------------------------------------------------------------------
+
+STUB = ast.parse((Path(andromeda.__file__).parent / "_C.pyi").read_text())
+DECLARED = {node.name: node for node in STUB.body if isinstance(node, ast.FunctionDef)}
+DICTS = {node.name: [field.target.id for field in node.body] for node in STUB.body if isinstance(node, ast.ClassDef)}
+# The spellings of pybind11, which differ by its version, and those of the stub.
+SPELLINGS = [
+    (r"(typing\.)?Optional\[(.*)\]", r"\2 | None"),
+    (r"torch\.Tensor", "Tensor"),
+    (r"typing\.SupportsInt( \| typing\.SupportsIndex)?", "int"),
+    (r"typing\.SupportsFloat( \| typing\.SupportsIndex)?", "float"),
+    ("|".join(DICTS), "dict"),
+]
+
+
+def spelling(node):
+    text = ast.unparse(node)
+    for pattern, replacement in SPELLINGS:
+        text = re.sub(f"^(?:{pattern})$" if "Optional" in pattern else pattern, replacement, text)
+    return text
+
+
+def signature(function):
+    """Positional and keyword-only arguments, each with its type and default, and the type of the result."""
+    arguments = function.args
+    defaults = [None] * (len(arguments.args) - len(arguments.defaults)) + arguments.defaults
+    pairs = [
+        *zip(arguments.args, defaults, strict=True),
+        *zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True),
+    ]
+    described = [(a.arg, spelling(a.annotation), d and ast.unparse(d)) for a, d in pairs]
+    count = len(arguments.args)
+    return described[:count], described[count:], spelling(function.returns)
+
+
+def test_the_stub_declares_every_function():
+    assert set(DECLARED) == {name for name in dir(_C) if not name.startswith("__")}
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_the_stub_has_the_signatures_of_the_library(name):
+    compiled = ast.parse(f"def {getattr(_C, name).__doc__.splitlines()[0]}: ...").body[0]
+    assert signature(DECLARED[name]) == signature(compiled)
+
+
+def test_the_stub_knows_the_keys_of_dicts():
+    for name, found in (
+        ("BuildInfo", _C.build_info()),
+        ("CudaVersions", _C.cuda_versions()),
+        ("CudaStatus", _C.cuda_status(1000)),
+    ):
+        assert DICTS[name] == list(found)

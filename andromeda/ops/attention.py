@@ -286,7 +286,7 @@ def _check_values(alibi_slopes: Tensor | None, key_start: Tensor | None) -> None
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """The operator `attention_forward`: out and softmax_lse."""
     device = call.q.device
-    if device.type == "cpu":
+    if call.q.is_cpu:
         _check_values(call.alibi_slopes, call.key_start)
     plan = _plan("forward", call)
     out, softmax_lse = _fake_forward(call)

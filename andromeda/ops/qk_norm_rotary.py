@@ -232,15 +232,14 @@ def _check_factors(dtype: torch.dtype, seqlen_q: int, end: int, origin: int) -> 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """The operator `qk_norm_rotary_forward`: q and k transformed."""
     plan = _plan(call)
-    q, k, q_scale, k_scale, normalize, *_ = call
     q_out, k_out = _fake_forward(call)
     if plan.backend == "reference":
-        dtype = compute_dtype(q.dtype)
+        dtype = compute_dtype(call.q.dtype)
         q_table, k_table = _whole_tables(call)
-        q_out.copy_(reference.transform(q.to(dtype), q_scale, q_table, normalize))
-        k_out.copy_(reference.transform(k.to(dtype), k_scale, k_table, normalize))
+        q_out.copy_(reference.transform(call.q.to(dtype), call.q_scale, q_table, call.normalize))
+        k_out.copy_(reference.transform(call.k.to(dtype), call.k_scale, k_table, call.normalize))
     else:
-        with _select.device_guard(q.device):
+        with _select.device_guard(call.q.device):
             _select.extension.qk_norm_rotary_forward(**_arguments(call, plan), q_out=q_out, k_out=k_out)
     return q_out, k_out
 

@@ -1,0 +1,94 @@
+"""Records of arguments: their schemas, and operators that take them."""
+
+import inspect
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from andromeda.ops import _operator
+from andromeda.ops import attention as attention_op
+from andromeda.ops import qk_norm_rotary as rotary_op
+from andromeda.ops import token_shift_norm as shift_op
+
+
+class Call(NamedTuple):
+    x: Tensor
+    y: Tensor | None
+    flag: bool
+    count: int
+    position: _operator.SymInt
+    scale: float
+    backend: str
+
+
+def test_schema_of_a_record():
+    expected = "Tensor x, Tensor? y, bool flag, int count, SymInt position, float scale, str backend"
+    assert _operator.parameters(Call) == expected
+    assert _operator.num_tensors(Call) == 2
+    assert _operator.indices(Call, "x", "scale") == (0, 5)
+
+
+@pytest.mark.parametrize("module", [attention_op, rotary_op, shift_op], ids=lambda module: module.NAME)
+def test_operators_end_with_their_record(module):
+    record = module.Call
+    for operator in (module.FORWARD, module.BACKWARD):
+        names = [argument.name for argument in operator._schema.arguments]
+        assert tuple(names[-len(record._fields) :]) == record._fields
+    count = _operator.num_tensors(record)
+    types = [str(argument.type) for argument in module.FORWARD._schema.arguments]
+    assert all("Tensor" in name for name in types[:count]) and not any("Tensor" in name for name in types[count:])
+
+
+def test_the_schemas():
+    """They are stored in exported programs: a change of a forward schema breaks the programs of earlier versions."""
+    assert str(attention_op.FORWARD._schema) == (
+        "andromeda::attention_forward(Tensor q, Tensor k, Tensor v, Tensor? alibi_slopes, Tensor? logit_bound, "
+        "Tensor? key_start, bool causal, float softmax_scale, str backend) -> (Tensor, Tensor)"
+    )
+    assert str(rotary_op.FORWARD._schema) == (
+        "andromeda::qk_norm_rotary_forward(Tensor q, Tensor k, Tensor? q_scale, Tensor? k_scale, bool normalize, "
+        "int rotary_dim, bool xpos, SymInt position, SymInt origin, str backend) -> (Tensor, Tensor)"
+    )
+    assert str(shift_op.FORWARD._schema) == (
+        "andromeda::token_shift_norm_forward(Tensor x, Tensor? residual, Tensor? residual_scale, Tensor? gamma, "
+        "Tensor? history, Tensor? key_start, float alpha, int shift, SymInt position, str backend) -> (Tensor, Tensor)"
+    )
+
+
+def test_functions_take_what_leads_and_the_record():
+    seen = []
+
+    def double(lead, call):
+        seen.append((lead, call))
+        return call.x * 2, lead.clone()
+
+    operator = _operator.define(
+        f"double_of_test(Tensor lead, {_operator.parameters(Call)}) -> (Tensor, Tensor)",
+        Call,
+        implementation=double,
+        fake=lambda lead, call: (torch.empty_like(call.x), torch.empty_like(lead)),
+        flops=lambda lead, call: lead.numel() + call.x.numel() * call.count,
+        rows=("lead", "x"),
+        sums=("y",),
+    )
+    x, lead = torch.ones(2, 3), torch.zeros(7)
+    call = Call(x, None, True, 5, 6, 0.5, "cpu")
+    with FlopCounterMode(display=False) as counter:
+        assert torch.equal(operator(lead, *call)[0], x * 2)
+    assert counter.get_total_flops() == 7 + 6 * 5
+    assert seen[0][0] is lead and type(seen[0][1]) is Call and seen[0][1][1:] == call[1:]
+    batch = torch.stack([x, 2 * x])
+    found = torch.func.vmap(lambda x: operator(lead[:2], *call._replace(x=x))[0])(batch)
+    assert torch.equal(found, batch * 2)
+
+
+def test_a_function_of_fields_has_the_signature_of_its_record():
+    @_operator.takes(Call)
+    def forward(*fields):
+        return fields
+
+    assert list(inspect.signature(forward).parameters) == list(Call._fields)
+    assert forward(1, 2) == (1, 2)
