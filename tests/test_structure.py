@@ -1,4 +1,4 @@
-"""Who may import whom: the rooms of the package and the folders of csrc, read from the sources."""
+"""Who may import whom: the parts of the package and the folders of csrc, read from the sources."""
 
 import ast
 import graphlib
@@ -20,13 +20,13 @@ TESTS = ROOT / "tests"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 CPP_SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh", ".in"))
 
-# The rooms of the package, modules and folders, from the ground up, and the rooms that each may import.
+# The parts of the package, its top-level modules and folders, lowest first, and the parts that each may import.
 MAY_IMPORT = {
     "files": [],
     "reference": [],
     "config": [],
     "ops": ["reference"],
-    "generation": ["ops"],
+    "generation": ["config"],
     "checkpoint": ["files", "config"],
     "model": ["config", "ops", "generation", "checkpoint"],
     "huggingface": ["config", "ops", "generation", "checkpoint", "model"],
@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "cli": ["files", "config", "ops", "data", "training", "__init__"],
     "__main__": ["cli"],
 }
-MOST_ROOMS, MOST_LEVELS, MOST_IMPORTS = 14, 7, 28
+MOST_PARTS, MOST_LEVELS, MOST_IMPORTS = 14, 7, 28
 
 # csrc: the folders whose headers a folder may include, besides its own.
 MAY_INCLUDE = {"include": [], "cpu": ["include"], "cuda": ["include"], "bindings": ["include"], ".": ["include"]}
@@ -85,42 +85,41 @@ def import_graph():
     return graph
 
 
-def room_graph():
-    """room -> the rooms that its modules import."""
+def part_graph():
+    """part -> the parts that its modules import."""
     graph = {}
     for module, targets in import_graph().items():
         graph.setdefault(module[0], set()).update(target[0] for target in targets)
-    return {room: targets - {room} for room, targets in graph.items()}
+    return {part: targets - {part} for part, targets in graph.items()}
 
 
 def levels(graph):
-    """The length of the longest path of imports; fails at a cycle."""
-    order = list(graphlib.TopologicalSorter(graph).static_order())
+    """The number of parts on the longest path of imports; raises at a cycle."""
     height = {}
-    for name in order:
+    for name in graphlib.TopologicalSorter(graph).static_order():
         height[name] = 1 + max((height[target] for target in graph[name]), default=0)
     return max(height.values())
 
 
-def test_rooms_import_only_rooms_below():
-    rooms = list(MAY_IMPORT)
-    assert all(rooms.index(target) < rooms.index(room) for room in rooms for target in MAY_IMPORT[room])
-    wrong = [(room, target) for room, targets in room_graph().items() for target in targets - {*MAY_IMPORT[room]}]
+def test_parts_import_only_parts_below():
+    parts = list(MAY_IMPORT)
+    assert all(parts.index(target) < parts.index(part) for part in parts for target in MAY_IMPORT[part])
+    wrong = [(part, target) for part, targets in part_graph().items() for target in targets - {*MAY_IMPORT[part]}]
     assert wrong == []
     assert [path for path in MODULES if ("_C",) in imported(path) and path.parent.name != "ops"] == []
 
 
 def test_the_package_is_small_enough_to_draw():
-    graph = room_graph()
-    assert len(graph) <= MOST_ROOMS
+    graph = part_graph()
+    assert len(graph) <= MOST_PARTS
     assert levels(graph) <= MOST_LEVELS
     assert sum(map(len, graph.values())) <= MOST_IMPORTS
 
 
-@pytest.mark.parametrize("room", [room for room in MAY_IMPORT if (PACKAGE / room).is_dir()])
-def test_no_circle_inside_a_folder(room):
-    graph = {module: targets for module, targets in import_graph().items() if module[0] == room}
-    levels({module: {target for target in targets if target[0] == room} for module, targets in graph.items()})
+@pytest.mark.parametrize("part", [part for part in MAY_IMPORT if (PACKAGE / part).is_dir()])
+def test_no_cycle_inside_a_folder(part):
+    graph = {module: targets for module, targets in import_graph().items() if module[0] == part}
+    levels({module: {target for target in targets if target[0] == part} for module, targets in graph.items()})
 
 
 def includes(path):
@@ -159,7 +158,7 @@ def test_every_module_has_its_test():
 def test_import_is_light(spelling):
     heavy = {"transformers", "datasets", "tokenizers", "accelerate", "matplotlib", "x_transformers", "pandas"}
     code = (
-        "import sys, torch; before = set(sys.modules)\n"  # what torch itself loads is not ours
+        "import sys, torch; before = set(sys.modules)\n"  # modules that torch itself loads do not count
         f"from {spelling} import Andromeda, attention\n"
         f"print(sorted({heavy!r} & (set(sys.modules) - before)))"
     )

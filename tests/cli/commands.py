@@ -1,4 +1,4 @@
-"""Commands run in this process, on models that train in a second."""
+"""Run commands in this process, with models that train in a second."""
 
 from andromeda.cli.main import main
 
@@ -11,7 +11,7 @@ def run(*words) -> int:
 
 
 def failing(capsys, *words) -> tuple[int, str]:
-    """Exit code and what was said; argparse leaves by SystemExit."""
+    """The exit code, or that of argparse's SystemExit, and the messages of a command that fails."""
     try:
         code = run(*words)
     except SystemExit as end:

@@ -1,4 +1,4 @@
-"""A small corpus, rows of it and a run on them, made by the commands."""
+"""A small corpus, its packed rows and a run that trained on them, made by the commands."""
 
 import json
 from pathlib import Path

@@ -10,7 +10,7 @@ V1 = (
 
 
 def machine(root, cgroup, mounts, limits):
-    """A root with these files in it."""
+    """A root folder with these files."""
     (root / "proc/self").mkdir(parents=True)
     (root / "proc/self/cgroup").write_text(cgroup)
     (root / "proc/self/mountinfo").write_text(f"23 1 8:1 / / rw - ext4 /dev/sda1 rw\n{mounts}")

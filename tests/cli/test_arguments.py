@@ -1,4 +1,4 @@
-"""Bounds of the numbers and names on the command line."""
+"""Bounds of numbers, and names, on the command line."""
 
 import argparse
 

@@ -20,7 +20,7 @@ def cfs(folder, limit, period=100_000):
         ("0::/a/b\n", V2, {"a/b/cpu.max": "300000 100000", "a/cpu.max": "400000 100000"}, 3),
         ("0::/a\n", V2, {"a/cpu.max": "max 100000", "b/cpu.max": "100000 100000"}, None),
         ("0::/../..\n", V2, {"cpu.max": "100000 100000"}, 1),
-        # The mount begins at the own group, which has its whole path without a namespace of control groups.
+        # The mount begins at the group of the process. Without a cgroup namespace its path is given in full.
         ("0::/docker/abc\n", V2.replace("0:26 /", "0:26 /docker/abc"), {"cpu.max": "200000 100000"}, 2),
         ("0::/docker/abc/job\n", V2.replace("0:26 /", "0:26 /docker/abc"), {"job/cpu.max": "200000 100000"}, 2),
         ("0::/docker/abcd\n", V2.replace("0:26 /", "0:26 /docker/abc"), {"cpu.max": "200000 100000"}, 2),

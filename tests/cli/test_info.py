@@ -1,4 +1,4 @@
-"""What `andromeda info` says."""
+"""`andromeda info`."""
 
 import importlib.metadata
 import json
@@ -14,7 +14,7 @@ from andromeda.cli.main import main
 
 
 def test_info_as_a_process():
-    """Also: it neither needs nor loads transformers and datasets."""
+    """The command does not load transformers and datasets."""
     program = (
         "import sys; from andromeda.cli.main import main; code = main(['info', '--json']);"
         "assert not {'transformers', 'datasets'} & set(sys.modules); sys.exit(code)"
@@ -46,7 +46,7 @@ def test_versions_of_cuda(capsys, monkeypatch):
 
 
 def test_info_of_a_device_that_cannot_be_used(capsys, monkeypatch):
-    """As in the exclusive mode: the device is counted, and its first tensor is refused."""
+    """In exclusive mode torch counts the device and refuses its first tensor."""
     from andromeda.ops import _select
 
     report = _select.report

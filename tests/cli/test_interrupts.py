@@ -1,4 +1,4 @@
-"""Signals at every moment of a command. The processes here load neither torch nor the commands."""
+"""Signals at any moment of a command. The processes of these tests load neither torch nor the commands."""
 
 import os
 import signal
@@ -38,7 +38,7 @@ def stuck(seconds):
 
 
 def run(program, *words, **options):
-    """Exit code and what was said on stderr."""
+    """The exit code and stderr."""
     done = subprocess.run(
         [sys.executable, "-c", START + textwrap.dedent(program), *map(str, words)],
         capture_output=True,
@@ -91,7 +91,7 @@ def test_the_block_in_which_it_comes_cleans_up(tmp_path, number):
 
 
 def test_the_end_after_the_clean_up():
-    """Python would wait for the thread, and for what libraries do at its end."""
+    """Python itself would wait for the thread and for the clean-up of libraries."""
     program = """
         import atexit, threading
         threading.Thread(target=time.sleep, args=(30,)).start()
@@ -146,7 +146,7 @@ def test_a_library_that_does_not_let_python_run(tmp_path, number):
 
 
 def test_another_handler_may_take_its_time():
-    """As that of the training, which finishes the step and saves; a second signal acts as always."""
+    """The handler of the training finishes the step and saves; a second signal has its usual effect."""
     program = """
         interrupts.raise_in_commands()
 
@@ -219,7 +219,7 @@ def test_before_the_handlers_are_there():
 
 
 def test_signals_that_are_ignored_stay_so():
-    """As under `nohup`."""
+    """Under `nohup` SIGHUP is ignored."""
     program = """
         interrupts.leave_at_once()
         me(signal.SIGHUP)

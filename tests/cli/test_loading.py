@@ -1,4 +1,4 @@
-"""Where commands look for models, and what they make of folders that hold none."""
+"""Finding and loading models, devices and prompts."""
 
 import io
 import json
@@ -57,7 +57,7 @@ def test_weights_that_are_not_finite_are_said(saved, capsys, value):
         parameter.view(-1)[1] = value
     model.save(folder)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # they are said once, in a line
+        warnings.simplefilter("error")  # the message is the only report
         loading.load_model(folder, "cpu", None)
     assert f"1 of {len(list(model.parameters()))} parameters of {folder} are not finite: " in capsys.readouterr().err
     with pytest.raises(ValueError, match=f"are not finite: .*{name}"):
@@ -81,7 +81,7 @@ def test_a_flipped_byte_is_found_where_checksums_are_kept(saved, name):
 
 
 def test_weights_that_are_not_finite(trained, rows, tmp_path, capsys):
-    """The text is generated all the same, after a warning; figures of such a model would be none."""
+    """`generate` warns and continues; `eval` refuses, because figures of such a model mean nothing."""
     from safetensors.torch import load_file, save_file
 
     folder = shutil.copytree(trained / "model", tmp_path / "model")
@@ -89,7 +89,7 @@ def test_weights_that_are_not_finite(trained, rows, tmp_path, capsys):
     next(iter(weights.values())).view(-1)[0] = float("nan")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     for recorded in folder.glob("andromeda*.json"):
-        recorded.unlink()  # a training that diverged saved them so
+        recorded.unlink()  # a diverged training would have recorded these weights
     words = ["--prompt", "x", "--tokens", "2", "--device", "cpu", "--temperature", "0"]
     run("generate", folder, *words)
     assert "parameters of" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The words of commands, what they refuse before any work, and how errors are said."""
+"""Reading the command line, refusals before any work, and messages of errors."""
 
 import json
 import os
@@ -107,7 +107,7 @@ def test_numbers_out_of_bounds_name_option_and_bounds(capsys, tmp_path, monkeypa
 
 
 def test_every_option_that_takes_a_number_has_bounds():
-    """Bounds of later options are not forgotten: none reads its number by itself."""
+    """No option converts a number with plain int or float, which have no bounds."""
     (commands,) = [action for action in main.make_parser()._actions if action.dest == "command"]
     types = [(name, a.dest, a.type) for name, parser in commands.choices.items() for a in parser._actions]
     assert len(types) > 80
@@ -144,7 +144,7 @@ def test_every_option_that_takes_a_number_has_bounds():
 )
 @pytest.mark.parametrize("empty", ["", "  "])
 def test_empty_names_are_refused(capsys, tmp_path, monkeypatch, words, empty):
-    """As of a variable that is not set: to a path it would mean the current folder."""
+    """They come from unset variables. As a path, an empty name would mean the current folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "private.txt").write_text("")
     code, said = failing(capsys, *(empty if word == "?" else word for word in words.split()))
@@ -226,7 +226,7 @@ def test_figures_into_a_pipe_and_to_stdout(trained, rows, tmp_path, capfd):
 
 
 class Panic(BaseException):
-    """As the panics of libraries in Rust, which are no Exception."""
+    """Panics of Rust libraries are no Exception either."""
 
 
 def in_finally():
@@ -278,7 +278,7 @@ def test_every_error_is_said_in_words(capsys, monkeypatch, fail, said):
 
 
 def turned_into_another(error, cause=True):
-    """As transformers does with an interruption while it loads a module."""
+    """transformers turns an interruption into this error while it loads a module."""
 
     def function():
         try:
@@ -318,7 +318,7 @@ def test_results_that_cannot_be_printed(monkeypatch, capsys):
     with open("/dev/full", "w") as full, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", full)
         assert run("info") == 1
-        # What is left in the buffer is no complaint of Python at exit.
+        # Python can discard the rest of its buffer at exit without an error.
         assert os.readlink(f"/proc/self/fd/{full.fileno()}") == "/dev/null"
     said = capsys.readouterr().err
     assert said.startswith("andromeda: error: cannot write to standard output: No space left on device\n")

@@ -1,4 +1,4 @@
-"""The quickstart with next to no time to train: everything in it runs once."""
+"""The quickstart with almost no time to train: every step runs once."""
 
 import json
 import signal
@@ -22,7 +22,7 @@ def run(*words) -> int:
 
 
 def test_quickstart(small_corpus, tmp_path, capsys, monkeypatch):
-    """Interrupted in the training, continued, finished, refused the third time."""
+    """Interrupted in the training, continued to the end, refused the third time."""
     out = tmp_path / "quick start"
     original = Trainer.training_step
     steps = []
@@ -95,7 +95,7 @@ def test_a_signal_before_the_training(small_corpus, tmp_path, capsys, monkeypatc
 
 
 def test_a_record_that_was_not_finished_blocks_nothing(tmp_path, monkeypatch, capsys):
-    """Killed while it wrote quickstart.json for the first time."""
+    """The process was killed while it wrote its first quickstart.json."""
     (tmp_path / ".quickstart.json.0123456789abcdef").write_text("{")
     monkeypatch.setattr(quickstart, "_run_steps", lambda out, state, started: "went on")
     assert run("--out", tmp_path) == 0
@@ -153,7 +153,7 @@ def test_the_corpus_is_the_same_every_time_and_held_out_files_are_apart(tmp_path
 
 
 def test_the_measured_step_takes_time(tmp_path, small_corpus):
-    """The calibration runs on rows as the builder makes them and gives a plausible figure."""
+    """The calibration runs on rows of the builder and gives a plausible time."""
     from andromeda import AndromedaTokenizer
     from andromeda.cli.loading import pack
 

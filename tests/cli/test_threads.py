@@ -79,7 +79,7 @@ def test_the_environment_of_a_command(monkeypatch, processors, allowed, cores, v
 
 
 def test_a_command_under_a_quota_says_so_and_torch_follows():
-    """As the command on a machine whose quota is one processor; its threads are set before torch is loaded."""
+    """The command with a quota of one processor sets its threads before it loads torch."""
     program = """
 import os, sys
 sys.argv = ["andromeda", *sys.argv[1:]]
