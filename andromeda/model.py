@@ -703,9 +703,8 @@ class _TokenLosses(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        logits: torch.Tensor, targets: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # (rows, num_tokens), (rows,)
+    def forward(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # (rows, num_tokens), (rows,)
         rows = max(1, _LOSS_BLOCK_LOGITS // logits.shape[1])
         wide = compute_dtype(logits.dtype)
         lse = torch.cat([block.to(wide).logsumexp(-1) for block in logits.split(rows)])

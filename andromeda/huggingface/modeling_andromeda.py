@@ -244,7 +244,7 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=past_key_values,  # type: ignore[arg-type]  # any cache of the model's own works here
+            past_key_values=past_key_values,  # type: ignore[arg-type]  # declared narrower than transformers needs
         )
         return output.to_tuple() if return_dict is False else output
 
