@@ -7,7 +7,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, TypedDict
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias, TypedDict
 
 import torch
 
@@ -131,7 +131,7 @@ class DecoderConfig:
         return self.dim_head // 2 if self.rotary_xpos else 0
 
     @property
-    def backend(self) -> str | None:
+    def backend(self) -> Literal["reference"] | None:
         """The argument `backend` of the operations."""
         return None if self.attn_flash else "reference"
 

@@ -14,7 +14,6 @@ from andromeda.config import (
     DecoderOptions,
     ModelConfig,
     alibi_slopes,
-    constant,
     read_key_start,
     read_rows,
     read_tokens,
@@ -193,13 +192,6 @@ def test_derived_sizes():
     assert config(rotary_xpos=False).rotary_dim == 0
     assert (config(depth=2).alpha, config(depth=2).beta) == (2**0.5, 0.5)
     assert (ModelConfig().alpha, ModelConfig().beta) == (pytest.approx(8**0.5), 0.25)
-
-
-def test_constants_are_shared_and_usable_with_gradients():
-    with torch.inference_mode():
-        first = constant((0.5, 2.0**-0.5), CPU)
-    assert constant((0.5, 2.0**-0.5), CPU) is first
-    assert first.dtype == torch.float32 and not first.is_inference()
 
 
 # ---- tokens

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -96,10 +96,19 @@ def test_on_the_cpu_the_oldest_make_room():
     assert kept[-1]() is not None
 
 
-def test_constants():
-    made = _persistent.constant((0.5, 2.0), CPU)
-    assert made.tolist() == [0.5, 2.0] and made.dtype == torch.float32
-    assert _persistent.constant((0.5, 2.0), CPU) is made
+def test_constants_are_shared_and_usable_with_gradients():
+    with torch.inference_mode():
+        made = _persistent.constant((0.5, 2.0**-0.5), CPU)
+    assert _persistent.constant((0.5, 2.0**-0.5), CPU) is made
+    assert made.tolist() == [0.5, torch.tensor(2.0**-0.5).item()]
+    assert made.dtype == torch.float32 and not made.is_inference()
+
+
+def test_a_recorded_program_makes_its_own_constants():
+    with FakeTensorMode():
+        made = _persistent.constant((0.5, 2.0), CPU)
+    assert isinstance(made, FakeTensor) and made.dtype == torch.float32 and made.shape == (2,)
+    assert not isinstance(_persistent.constant((0.5, 2.0), CPU), FakeTensor)
 
 
 # ---- semaphores -----------------------------------------------------------------------------------------------------

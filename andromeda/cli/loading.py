@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
     from andromeda import AndromedaTokenizer
     from andromeda.data.packed import PackedDataset
     from andromeda.data.sources import Source
-    from andromeda.huggingface import AndromedaForCausalLM
+    from andromeda.training.saved_model import SavedModel
 
 
 def _existing(path: str, what: str) -> Path:
@@ -128,10 +126,10 @@ def _decoded(data: bytes, where: str) -> str:
 
 def load_model(
     folder: Path, device: str | torch.device | None, dtype: str | None, *, finite: bool = False
-) -> AndromedaForCausalLM:
+) -> SavedModel:
     """The model in a folder that `find_model` found, in evaluation mode.
 
-    If the folder has a manifest, its files are compared with it first.
+    The files are compared with the manifest of the folder first, if it has one.
 
     Args:
         device: None for a GPU if there is one.
@@ -142,49 +140,17 @@ def load_model(
         ValueError: files are damaged, do not describe a model, or hold weights that are refused; names them.
     """
     import torch
-    from huggingface_hub.errors import StrictDataclassError
 
-    from andromeda import Andromeda
-    from andromeda.huggingface import AndromedaForCausalLM
-    from andromeda.training import check_saved_model, first_few, nonfinite_parameters
+    from andromeda.training import first_few, load_saved_model, nonfinite_parameters
 
     device = read_device(None) if device is None else device
-    dtype_of_weights = getattr(torch, "float32" if dtype is None else dtype)
-    check_saved_model(folder)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".* holds weights that are not finite")  # the message below says it
-        if (folder / "andromeda.json").is_file():
-            plain = Andromeda.load(folder, device=device, dtype=dtype_of_weights)
-            model = AndromedaForCausalLM.from_andromeda(plain)
-        else:
-            try:
-                with _transformers_quietly():
-                    model = AndromedaForCausalLM.from_pretrained(folder, dtype=dtype_of_weights)
-            except StrictDataclassError as error:
-                raise ValueError(f"{folder / 'config.json'} describes no model: {error}") from error
-            model.to(device)  # type: ignore[arg-type]  # mypy misreads the wrapper that transformers puts around it
-    model.eval()
+    model = load_saved_model(folder, device, getattr(torch, "float32" if dtype is None else dtype))
     if odd := nonfinite_parameters(model):
         text = f"{len(odd)} of {len(list(model.parameters()))} parameters of {folder} are not finite: {first_few(odd)}"
         if finite:
             raise ValueError(f"{text}; the training diverged, take an earlier checkpoint")
         say(f"andromeda: warning: {text}; the training diverged, and the text of this model means nothing")
     return model
-
-
-@contextlib.contextmanager
-def _transformers_quietly() -> Iterator[None]:
-    """Silence the progress bars and the advice of transformers: a command has its own messages."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        logging.enable_progress_bar()
 
 
 def load_tokenizer(source: str | Path) -> AndromedaTokenizer:

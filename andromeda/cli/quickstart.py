@@ -15,7 +15,6 @@ import platform
 import random
 import shlex
 import shutil
-import statistics
 import sysconfig
 import time
 from pathlib import Path
@@ -291,24 +290,11 @@ def _seconds_per_step(sizes: dict[str, Any], rows: PackedDataset, device: str | 
     import torch
 
     from andromeda import Andromeda
-    from andromeda.huggingface import AndromedaForCausalLM
-    from andromeda.training import collate
+    from andromeda.training import collate, seconds_per_step
 
     on = torch.device("cuda" if device is None and torch.cuda.is_available() else "cpu")
-    model = AndromedaForCausalLM.from_andromeda(Andromeda(**sizes).to(on))
-    optimizer = torch.optim.AdamW(model.parameters())
     batch = collate(rows.__getitems__(range(min(len(rows), _BATCH_SIZE))))
-    batch = {name: value.to(on) for name, value in batch.items()}
-    times: list[float] = []
-    while len(times) < 4 or (len(times) < 15 and sum(times) < 3):
-        begin = time.perf_counter()
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        loss.item()  # waits for the device
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times[2:])  # the first ones warm up
+    return seconds_per_step(Andromeda(**sizes).to(on), batch)
 
 
 def _summary(

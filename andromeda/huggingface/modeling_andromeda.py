@@ -142,6 +142,27 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
         checkpoint.warn_of_not_finite("AndromedaForCausalLM: the checkpoint", not_finite)
         return (model, information) if report else model
 
+    def check_saveable(self, owner: str) -> None:
+        """ValueError, in the words of `owner`, if a saved copy of this model could not be loaded again.
+
+        It has an embedding of the user's, parameters without memory, or others than its config describes. Ties of
+        parameters are not looked at.
+        """
+        embedding = self.get_input_embeddings()
+        if not checkpoint.is_plain_embedding(embedding):
+            raise ValueError(f"{owner}, with the default embedding_provider, got a {type(embedding).__name__}")
+        if without := [name for name, parameter in self.named_parameters() if parameter.is_meta]:
+            raise ValueError(f"{owner}, with its parameters in memory, got {', '.join(without[:3])} on the meta device")
+        with torch.device("meta"):
+            fresh = AndromedaForCausalLM(self.config)
+        expected = {name: tuple(value.shape) for name, value in fresh.state_dict().items()}
+        found = {  # by the names of the checkpoint, without those of wrappers such as torch.compile
+            checkpoint.plain_name(name, expected): tuple(value.shape) for name, value in self.state_dict().items()
+        }
+        if different := [name for name in {**expected, **found} if expected.get(name) != found.get(name)]:
+            lines = [f"\n    {name}: {expected.get(name)} expected, got {found.get(name)}" for name in different[:5]]
+            raise ValueError(f"{owner}, with the parameters that its config describes, got others:{''.join(lines)}")
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """See transformers. A projection tied to the embedding stays tied; parts of wrappers in names are left out.
 

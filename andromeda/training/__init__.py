@@ -22,7 +22,8 @@ All other arguments of Trainer are reached through `TrainSettings.trainer`. Dist
 `{"fsdp": True}` there; it is Trainer's own.
 
 Where to look: `trainer` (`train` and the subclass of Trainer), `settings`, `rows` (of a data set), `model_checks`,
-`finite` (numbers that must be), `checkpoints` and `manifest`, `history`, `progress`, `stopping`, `evaluation`.
+`finite` (numbers that must be), `checkpoints` and `manifest`, `saved_model`, `history`, `progress`, `stopping`,
+`evaluation`.
 """
 
 from andromeda.training.checkpoints import HISTORY, LEFT_BY_A_START, MODEL, check_saved_model, latest_checkpoint
@@ -33,6 +34,7 @@ from andromeda.training.messages import first_few
 from andromeda.training.model_checks import check_vocabulary
 from andromeda.training.progress import peak_flops, sample_text, training_flops_per_token
 from andromeda.training.rows import collate
+from andromeda.training.saved_model import load_saved_model, seconds_per_step
 from andromeda.training.settings import TrainSettings
 from andromeda.training.trainer import TrainResult, train
 
@@ -50,11 +52,13 @@ __all__ = [
     "evaluate",
     "first_few",
     "latest_checkpoint",
+    "load_saved_model",
     "nonfinite_parameters",
     "peak_flops",
     "read_sealed",
     "sample_text",
     "sealed",
+    "seconds_per_step",
     "token_bytes",
     "train",
     "training_flops_per_token",

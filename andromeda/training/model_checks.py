@@ -7,7 +7,6 @@ from typing import TypeAlias
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from andromeda.checkpoint import is_plain_embedding, plain_name
 from andromeda.data.tokenizer import AndromedaTokenizer
 from andromeda.huggingface import AndromedaForCausalLM
 from andromeda.model import Andromeda
@@ -46,21 +45,7 @@ def hf_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
 def check_saveable(model: AndromedaForCausalLM, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """ValueError if the model could not be saved after the training, or not be loaded again."""
     owner = "train: the model must be one that can be saved and loaded again"
-    if not is_plain_embedding(model.get_input_embeddings()):
-        raise ValueError(
-            f"{owner}, with the default embedding_provider, got a {type(model.get_input_embeddings()).__name__}"
-        )
-    if without := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
-        raise ValueError(f"{owner}, with its parameters in memory, got {', '.join(without[:3])} on the meta device")
-    with torch.device("meta"):
-        fresh = AndromedaForCausalLM(model.config)
-    expected = {name: tuple(value.shape) for name, value in fresh.state_dict().items()}
-    found = {  # by the names of the checkpoint, without those of wrappers such as torch.compile
-        plain_name(name, expected): tuple(value.shape) for name, value in model.state_dict().items()
-    }
-    if different := [name for name in {**expected, **found} if expected.get(name) != found.get(name)]:
-        lines = [f"\n    {name}: {expected.get(name)} expected, got {found.get(name)}" for name in different[:5]]
-        raise ValueError(f"{owner}, with the parameters that its config describes, got others:{''.join(lines)}")
+    model.check_saveable(owner)
     if ties := shared_parameters(model):
         _check_ties(model, ties, owner)
     if tokenizer is not None:
