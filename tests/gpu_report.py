@@ -478,9 +478,7 @@ def pytest_configure(config):
             import pytest
 
             raise pytest.UsageError(f"the library must come from {wanted}, got {where}")
-    if os.environ.get("PART") and not hasattr(
-        config, "workerinput"
-    ):  # of the processes of xdist the first one counts
+    if os.environ.get("PART") and not hasattr(config, "workerinput"):  # of the processes of xdist the first one counts
         config.pluginmanager.register(Counter(Path(os.environ["PART"])), "gpu_counter")
 
 
