@@ -1,34 +1,34 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU, the most valuable evidence first. A GPU is to be had for minutes: what is found
-# out is in gpu.json at every moment, whatever ends this script.
+# Everything that needs an NVIDIA GPU, the most valuable evidence first. A GPU may be there for minutes only: gpu.json
+# holds all results at every moment, whatever ends this script.
 #
-#   build      the extension for this card, in place, with what is installed: nothing is fetched. Beside it, where a
-#              second assembler (ptxas) is there, a second library of the same PTX: an assembler can be wrong, and a
-#              test that executes PTX cannot see it
+#   build      the extension for this card, in place, with the installed packages: nothing is fetched. Where there is a
+#              second assembler (ptxas), also a second library of the same PTX: an assembler can be wrong, and a test
+#              that executes PTX cannot see it
 #   smoke      small calls of every kernel against the exact result, with each library
-#   quick      own kernels at many shapes, beside what torch has without a compiler, a matrix product and a copy
-#   profile    hardware counters of each kernel (ncu), beside what its machine code lets one expect
+#   quick      our kernels at many shapes, beside torch's functions without a compiler, a matrix product and a copy
+#   profile    hardware counters of each kernel (ncu), beside those expected from its machine code
 #   tests      the tests that take a device, on the GPU: every kernel against the reference, and tests/test_cuda.py
 #   wrappers   single instructions and tile functions: the GPU and the emulator beside plain torch
 #   sanitizer  small calls of every kernel under each tool of compute-sanitizer: memcheck and racecheck, then the others
 #   bench      attention beside other packages, FlexAttention last; qk_norm_rotary; the model: forward, training step,
 #              generation
-#   host       the other tests, which need no GPU but meet other versions here. Only if named by --only
+#   host       the other tests, which need no GPU, with the versions installed here. Only if named by --only
 #
 #   tests/gpu.sh [--only build,smoke,...] [--budget SECONDS] [--list] [--rehearse]
 #
-# No failure stops a later step. A step ends with its allowance, to which those before it add what they did not use; the
-# last one has all that is left of the budget. A call with --only goes on with the gpu.json that an earlier one left in
-# OUT, or, where OUT is emptied between calls, in build/gpu: results are replaced step by step, each has the commit that
-# it is of. If the sources of the library, or the GPU, are not those of that file, it starts anew and says so; the
-# earlier file is kept in OUT as gpu-COMMIT.json. --rehearse takes the CPU in place of the GPU: every step with its real
-# commands, at tiny sizes, where no GPU is.
+# No failure stops a later step. A step ends when its allowance is used up, to which earlier steps add the seconds that
+# they did not use; the last step has the rest of the budget. A call with --only continues the gpu.json that an earlier
+# one left in OUT or, where OUT is emptied between calls, in build/gpu: results are replaced step by step, and each has
+# its commit. If that file is of other sources of the library, or of another GPU, the call starts anew and says so; the
+# earlier file is kept in OUT as gpu-COMMIT.json. --rehearse runs every step with its real commands on the CPU, at tiny
+# sizes, where there is no GPU.
 #
-# Tables come last: times, counts of tests, bars, predictions (benchmarks/predictions.json) beside what was measured,
-# and what became of each step. The exit code is 0 if every step passed, or could not run for lack of a tool. In OUT:
+# Tables come last: times, counts of tests, bars, predictions (benchmarks/predictions.json) beside the measurements, and
+# the result of each step. The exit code is 0 if every step passed, or could not run for lack of a tool. In OUT:
 #
-#   gpu.json           tests/gpu_report.py says what is in it
-#   gpu.log            what the steps printed, one after the other
+#   gpu.json           described in tests/gpu_report.py
+#   gpu.log            the output of the steps, one after the other
 #   gpu_memcheck.log   and racecheck, initcheck, synccheck
 #
 # From the environment:
@@ -36,12 +36,13 @@
 #   OUT                   the folder for these (default: benchmarks/results)
 #   BUDGET                as --budget (540)
 #   PYTHON                the interpreter with torch (python3)
-#   WHEELS                a folder of wheels that are missing here, hypothesis for instance; installed beside, not into
-#   PTXAS2                the assembler of the second library, as setup.py takes it for ANDROMEDA_PTXAS: a path, or
-#                         nvcc for its own (default), which is another one if a newer was found
-#   TORCH_CUDA_ARCH_LIST  default: this card's alone; set to nothing: the list of CMakeLists.txt
-#   COMMIT                what to record (default: what git says)
-#   KEEP                  where the second library is, and the copy of gpu.json (build/gpu)
+#   WHEELS                a folder of wheels that are missing here, hypothesis for instance; installed into a folder of
+#                         their own
+#   PTXAS2                the assembler of the second library, as ANDROMEDA_PTXAS in setup.py: a path, or nvcc for its
+#                         own (default), which differs from the first where a newer one was found
+#   TORCH_CUDA_ARCH_LIST  default: this card's alone; empty: the list of CMakeLists.txt
+#   COMMIT                the commit to record (default: git's)
+#   KEEP                  the folder of the second library and of the copy of gpu.json (build/gpu)
 #   STEP_SECONDS          the allowance of every step, in place of its own
 #
 # shellcheck disable=SC2317,SC2329  # the steps are called by name
@@ -49,13 +50,13 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 STEPS=(build smoke quick profile tests wrappers sanitizer bench host)
-# Seconds. Estimates for sixteen cores and a Hopper card: a library is compiled in 40 to 60 s, both at a time; `import
+# Seconds. Estimates for sixteen cores and a Hopper card: compiling a library takes 40 to 60 s, two at a time; `import
 # torch` and a context take 6 s; a case of `quick` 1 to 2 s; a kernel under ncu 8 s, nearly all of it the start.
 declare -A ALLOWANCE=([build]=95 [smoke]=35 [quick]=65 [profile]=45 [tests]=120 [wrappers]=45 [sanitizer]=60
   [bench]=120 [host]=60)
 DEVICE_TESTS=(tests/test_attention.py tests/test_qk_norm_rotary.py tests/test_token_shift_norm.py)
 NOT_RUN=77 # exit code of a step that cannot run here; the last line of its log says why
-SPOILT=75  # of benchmarks/attn_grid.py: an error of the GPU; a new process can go on
+SPOILT=75  # exit code of benchmarks/attn_grid.py: an error of the GPU; a new process can continue
 
 usage() { sed -n '2,/^# shellcheck/{/^# shellcheck/d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}"; }
 
@@ -103,13 +104,13 @@ fi
 
 # ---- the steps: each is this script again, under `timeout`, with --inside -------------------------------------------
 
-# What differs in a rehearsal: the device, the sizes, and that tests are only collected.
+# A rehearsal differs by the device and the sizes, and only collects tests.
 device=cuda sizes=() collect=()
 [[ -z ${REHEARSE:-} ]] || device=cpu sizes=(--quick) collect=(--collect-only)
 
 benchmark() { "$PYTHON" "benchmarks/$1.py" --device "$device" --json "$parts/${2:-$1}.json" "${@:3}" "${sizes[@]}"; }
 
-# The benchmarks of operations that memory limits.
+# The benchmarks of operations that are limited by memory.
 of_memory() {
   local name
   for name in qk_norm_rotary token_shift_norm; do
@@ -122,7 +123,7 @@ count_tests() {
   PART="$parts/$1.json" "$PYTHON" -m pytest -q -p gpu_report -p no:cacheprovider --device "$device" "${collect[@]}" "${@:2}"
 }
 
-# Several processes at once, where pytest can: most of a test is launching and comparing.
+# Several processes at once, where pytest can: tests mostly launch and compare.
 workers() { if [[ -z ${REHEARSE:-} ]] && "$PYTHON" -c 'import xdist' 2>/dev/null; then echo "-n ${1:-4}"; fi; }
 
 run_build() {
@@ -154,7 +155,7 @@ if reasons:
     raise SystemExit("the kernels do not run on this GPU: " + "; ".join(reasons))'
   fi
   "$PYTHON" -m andromeda info
-  if [[ -n $second ]]; then # it must not cost the step: what is needed is there
+  if [[ -n $second ]]; then # its failure does not fail the step
     while kill -0 "$second" 2>/dev/null && ((SECONDS + 8 < ${STEP_LIMIT:?})); do sleep 0.2; done
     if kill "$second" 2>/dev/null || ! wait "$second"; then
       echo "the second library was not built, or not in time:"
@@ -165,7 +166,7 @@ if reasons:
   fi
 }
 
-# The Python files beside a library of another assembler: a process that starts in this folder imports these.
+# Links to the Python files beside the library of the other assembler: a process that starts there imports them.
 build_second() {
   rm -rf "$SECOND"
   mkdir -p "$SECOND/andromeda"
@@ -189,7 +190,7 @@ run_smoke() {
 
 run_quick() {
   local failed=0 code=$SPOILT attempt
-  for attempt in 1 2 3 4 5; do # each goes on behind the line that ended the one before
+  for attempt in 1 2 3 4 5; do # each continues after the line at which the one before ended
     code=0
     benchmark attn_grid attn_grid --resume || code=$?
     ((code == SPOILT || code > 128)) || break
@@ -214,7 +215,7 @@ run_profile() {
 
 run_tests() {
   local failed=0
-  # These watch the memory of the GPU and keep it busy: alone.
+  # These watch the memory of the GPU and keep it busy, so they run alone.
   count_tests cuda --maxfail=25 --durations=15 tests/test_cuda.py || failed=1
   # shellcheck disable=SC2046  # two words
   count_tests device --maxfail=25 --durations=15 $(workers) "${DEVICE_TESTS[@]}" || failed=1
@@ -228,20 +229,20 @@ find_sanitizer() {
   for candidate in "$(command -v compute-sanitizer || true)" "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer" \
     $("$PYTHON" -c 'import sys; print(*(p + "/nvidia/cu13/bin/compute-sanitizer" for p in sys.path if p))'); do
     if [[ -f $candidate ]]; then
-      [[ -x $candidate ]] || chmod +x "$candidate" # pip leaves the program of the wheel without the permission
+      [[ -x $candidate ]] || chmod +x "$candidate" # pip installs the program of the wheel without this permission
       echo "$candidate"
       return
     fi
   done
 }
 
-# What the tools are known to report wrongly, and what is done about it:
-#   memcheck   libraries ask the driver for functions of other versions and get an error: errors of API calls are not
-#              reported. Launches are checked by the code itself (check.cuh).
-#   all        torch hands out pieces of large allocations, which hides strays from one into another: without its cache
-#              each tensor is an allocation.
-#   racecheck, synccheck   other libraries' kernels are not looked at: theirs are not ours to mend, and take minutes.
-#   initcheck  looks at all kernels, or it would not see what torch's write.
+# Wrong reports of the tools, and how they are avoided:
+#   memcheck   Libraries ask the driver for functions of other versions and get an error, so errors of API calls are not
+#              reported. The code itself checks launches (check.cuh).
+#   all        torch makes tensors from pieces of large allocations, which hides accesses from one into another. Without
+#              its cache each tensor is an allocation.
+#   racecheck, synccheck   Kernels of other libraries are left out: we cannot mend them, and they take minutes.
+#   initcheck  All kernels are included, since memory that torch's kernels write counts as initialised.
 sanitize() { # TOOL SANITIZER
   local -a tool=()
   if [[ -n $2 ]]; then
@@ -261,7 +262,7 @@ run_sanitizer() {
     return "$NOT_RUN"
   fi
   local -A process
-  for pair in "memcheck racecheck" "initcheck synccheck"; do # two at a time: most of it is spent before a kernel runs
+  for pair in "memcheck racecheck" "initcheck synccheck"; do # two at a time: most time passes before a kernel runs
     [[ -z ${REHEARSE:-} || $pair == memcheck* ]] || break
     if ((SECONDS + 20 > ${STEP_LIMIT:?})); then
       echo "$pair: no time left"
@@ -292,7 +293,7 @@ run_bench() {
   for name in $(of_memory); do
     benchmark "$name" || failed=1
   done
-  for pass in forward decode backward; do # FlexAttention compiles for longer than all the others run
+  for pass in forward decode backward; do # FlexAttention compiles longer than all the others run
     benchmark attn "flex_$pass" --pass "$pass" "${shape[@]}" --contenders andromeda flex || failed=1
     [[ -z ${REHEARSE:-} ]] || break
   done
@@ -300,7 +301,7 @@ run_bench() {
 }
 
 run_host() {
-  # Files whose imports are missing here cannot be collected; they are named, and the rest runs.
+  # Files whose imports are missing here cannot be collected: pytest names them and runs the others.
   local -a files
   mapfile -t files < <("$PYTHON" - "${DEVICE_TESTS[@]}" tests/test_cuda.py <<'PYTHON_CODE'
 import ast, importlib.util, pathlib, sys
@@ -342,7 +343,7 @@ fi
 
 # ---- running them ---------------------------------------------------------------------------------------------------
 
-if [[ -n ${REHEARSE:-} ]]; then # never beside the results of a GPU, and at the pace of any machine
+if [[ -n ${REHEARSE:-} ]]; then # apart from the results of a GPU, with time for any machine
   STEP_SECONDS=${STEP_SECONDS:-300} BUDGET=2400
   KEEP=${KEEP:-build/gpu/rehearsal} OUT=${OUT:-${KEEP:-build/gpu/rehearsal}/out}
 fi
@@ -353,12 +354,12 @@ KEEP=$(cd "$KEEP" && pwd)
 [[ $PYTHON != */* ]] || PYTHON=$(realpath -s "$PYTHON") # some commands start in another folder
 SCRATCH=$(mktemp -d)
 export SCRATCH SECOND=$KEEP/second
-running=() # processes of the step at hand
+running=() # processes of the current step
 trap 'rm -rf "$SCRATCH"' EXIT
 trap 'stop TERM' TERM
 trap 'stop INT' INT
 trap 'stop HUP' HUP
-stop() { # by a signal: gpu.json is in order, and says of the step at hand that it did not end
+stop() { # by a signal: gpu.json is complete, and says that the current step did not end
   trap - TERM INT HUP
   ((${#running[@]} == 0)) || kill -TERM "${running[@]}" 2>/dev/null || true
   wait
@@ -371,7 +372,7 @@ export PYTHONPATH="$PWD:$PWD/tests:$SCRATCH/site${PYTHONPATH:+:$PYTHONPATH}"
 if [[ -n ${WHEELS:-} ]]; then
   "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$SCRATCH/site" "$WHEELS"/*.whl ||
     echo "gpu.sh: the wheels of $WHEELS were not installed: going on without" >&2
-  find "$SCRATCH/site" -path '*/bin/*' -type f -exec chmod +x {} + || true # not every wheel says that they are programs
+  find "$SCRATCH/site" -path '*/bin/*' -type f -exec chmod +x {} + || true # not every wheel marks its programs as such
 fi
 report facts >"$SCRATCH/facts.json"
 if [[ -z ${REHEARSE:-} ]] && grep -q '"gpu": null' "$SCRATCH/facts.json"; then
@@ -410,9 +411,9 @@ for name in "${STEPS[@]}"; do
   wait "${running[0]}" || code=$?
   kill "$watcher" 2>/dev/null || true
   wait "$watcher" || true
-  kill -KILL -- "-${running[0]}" 2>/dev/null || true # the group of `timeout`: what the step left behind
+  kill -KILL -- "-${running[0]}" 2>/dev/null || true # the group of `timeout`: processes that the step left
   running=()
-  report end "$name" "$code" $((SECONDS - begin)) "$limit" || echo "not recorded" # go on: the next may be
+  report end "$name" "$code" $((SECONDS - begin)) "$limit" || echo "not recorded" # continue: the next one may be
   if ((code != 0 && code != NOT_RUN)); then
     tail -c +$((log_before + 1)) "$OUT/gpu.log" | tail -n 25
   fi

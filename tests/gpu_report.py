@@ -1,22 +1,22 @@
-"""gpu.json: what tests/gpu.sh found out, written anew after every step, and during a step after every benchmark case.
+"""gpu.json: the results of tests/gpu.sh, written anew after every step, and during a step after every benchmark case.
 
-    gpu_report.py facts                                   # what the GPU and the installed packages are, as JSON
-    gpu_report.py begin STEP...                           # of a call of gpu.sh
+    gpu_report.py facts                                   # the GPU and the installed packages, as JSON
+    gpu_report.py begin STEP...                           # at the start of a call of gpu.sh
     gpu_report.py watch STEP LIMIT PARENT                 # beside a step: its clocks, and its results as they come
-    gpu_report.py end STEP CODE SECONDS LIMIT             # what became of it; CODE "skipped": there was no time
-    gpu_report.py libraries [FOLDER]                      # which assembler made the library, and the one in FOLDER
+    gpu_report.py end STEP CODE SECONDS LIMIT             # its result; CODE "skipped": there was no time
+    gpu_report.py libraries [FOLDER]                      # the assembler of the library, and of the one in FOLDER
     gpu_report.py show                                    # tables; exit code 1 if a step of this call did not pass
 
 As a plugin of pytest (`-p gpu_report`) it counts the tests while they run. Folders come from the environment: OUT,
-where gpu.json is, SCRATCH, where a step leaves NAME.json files in parts/STEP, and KEEP, where a copy of gpu.json
-outlives OUT. What others wrote is not trusted: a file that is no JSON, or has another form, is named and left out.
+which holds gpu.json; SCRATCH, where a step leaves NAME.json files in parts/STEP; and KEEP, for a copy of gpu.json that
+outlives OUT. Files of steps are not trusted: one that is no JSON, or has another form, is named and left out.
 
-    environment   the machine, the versions, the commit and a digest of the sources that the library is made of
-    this_call     the steps asked for, and what became of them
+    environment   the machine, the versions, the commit and a digest of the library's sources
+    this_call     the steps asked for, and their results
     steps         STEP, of this call or an earlier one: result, seconds, limit, commit, and the clocks while it ran
                   (median, lowest, highest; null where `no_clocks` says why)
     measured      STEP: NAME: rows and notes of a benchmark, counts of tests, libraries
-    bars, predictions    what the rows were meant to reach (benchmarks/bars.py), and expected to be (predictions.json)
+    bars, predictions    the targets of the rows (benchmarks/bars.py), and the expected numbers (predictions.json)
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ import predictions  # noqa: E402
 import report  # noqa: E402
 
 PACKAGES = ("torch", "triton", "transformers", "pytest", "hypothesis", "pybind11", "cmake", "ninja", "flash-attn")
-SOURCES = ("andromeda/**/*.py", "csrc/**/*", "CMakeLists.txt", "setup.py")  # what results are the results of
+SOURCES = ("andromeda/**/*.py", "csrc/**/*", "CMakeLists.txt", "setup.py")  # of the results
 REHEARSED = "rehearsed: no GPU, tests only collected"
 NOT_RUN = 77  # exit code of a step that cannot run here; the last line of its log says why
-SAME = ("sources", "gpu")  # what a later call must share with an earlier one to go on with its results
+SAME = ("sources", "gpu")  # must be equal for a later call to continue an earlier one
 CLOCKS = ("sm_mhz", "memory_mhz", "power_w", "celsius")
 CLOCK_QUERY = "clocks.sm,clocks.mem,power.draw,temperature.gpu"
 LIMIT_QUERY = "name,driver_version,clocks.max.sm,clocks.max.mem,power.limit,mig.mode.current"
@@ -92,14 +92,14 @@ def load() -> dict:
 
 
 def save(data: dict) -> None:
-    """First where it is looked for, then where it is kept."""
+    """Writes gpu.json to OUT, then its copy to KEEP."""
     text = json.dumps(strict(data), indent=1, allow_nan=False) + "\n"
     for path in (out_file(), kept_file()):
         report.write_text(path, text)
 
 
 def tree_digest() -> str:
-    """Of the sources that the results are the results of: two checkouts with the same one compute the same."""
+    """A digest of the sources behind the results: checkouts with the same digest compute the same."""
     digest = hashlib.sha256()
     for pattern in SOURCES:
         for path in sorted(ROOT.glob(pattern)):
@@ -109,12 +109,12 @@ def tree_digest() -> str:
 
 
 def commit() -> str:
-    """COMMIT if it is given: a copy of a checkout may have the git of another state."""
+    """COMMIT if it is given: in a copy of a checkout git may be of another state."""
     return os.environ.get("COMMIT") or report.commit()
 
 
 def facts() -> dict:
-    """What the GPU is and what is installed. The only part that loads torch."""
+    """The GPU and the installed packages. The only function that loads torch."""
     import torch
 
     def version(name: str) -> str | None:
@@ -149,9 +149,9 @@ def output_of(*words: str) -> str | None:
 
 
 def begin(steps: list[str]) -> None:
-    """Go on with the gpu.json of an earlier call if it is about these sources and this GPU; else keep it under another
-    name and start anew."""
-    for stale in Path(os.environ["OUT"]).glob(".gpu.json.*"):  # of a write that was cut off
+    """Continue the gpu.json of an earlier call if it is of these sources and this GPU; else keep it under another name
+    and start anew."""
+    for stale in Path(os.environ["OUT"]).glob(".gpu.json.*"):  # of an interrupted write
         stale.unlink()
     machine = json.loads((Path(os.environ["SCRATCH"]) / "facts.json").read_text())
     environment = {"commit": commit(), "sources": tree_digest(), **machine}
@@ -181,7 +181,7 @@ def begin(steps: list[str]) -> None:
 
 
 def read_part(path: Path) -> dict:
-    """What a step left in a file; a dict with `unreadable` if it cannot be what it should be."""
+    """The results that a step left in a file; a dict with `unreadable` if the file has another form."""
     try:
         part = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -199,7 +199,7 @@ def read_part(path: Path) -> dict:
 
 
 def merge(data: dict, step: str) -> list[str]:
-    """Take over what the step has written so far; the names of what cannot be read."""
+    """Take over the results that the step has written so far; returns the names of unreadable files."""
     parts = {path.stem: read_part(path) for path in sorted(parts_of(step).glob("*.json"))}
     if parts:
         data["measured"][step] = parts
@@ -207,7 +207,7 @@ def merge(data: dict, step: str) -> list[str]:
 
 
 def finish(data: dict) -> dict:
-    """What follows from the rest: bars and predictions."""
+    """Add what follows from the measurements: bars and predictions."""
     parts = [part for step in data["measured"].values() for part in step.values()]
     known = [bar for part in parts for bar in part.get("bars") or [] if bar.get("measured") is not None]
     data["bars"] = list({(bar.get("what"), bar.get("bar")): bar for bar in known}.values())  # the last of each counts
@@ -221,7 +221,7 @@ def finish(data: dict) -> dict:
 
 
 def watch(step: str, limit: int, parent: int) -> None:
-    """Until the step ends, or process `parent`, gpu.sh: the clocks, and every result that is new."""
+    """Record the clocks and every new result, until the step ends, or process `parent`, which is gpu.sh."""
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     end = time.monotonic() + limit + 10
@@ -238,12 +238,12 @@ def watch(step: str, limit: int, parent: int) -> None:
             save(finish(data))
     if sampler is not None:
         sampler.terminate()  # `timeout` passes it on
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver that hangs must not keep the next step waiting
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver that hangs must not delay the next step
             sampler.wait(timeout=3)
 
 
 def start_sampler(step: str, limit: int, uuid: str | None) -> subprocess.Popen | None:
-    """nvidia-smi, writing a line four times a second; `timeout` ends it even if nobody is left to."""
+    """nvidia-smi, which writes a line four times a second; `timeout` ends it even if this process is gone."""
     which = [f"--id=GPU-{uuid.removeprefix('GPU-')}"] if uuid else []
     command = ["timeout", str(limit + 10), "nvidia-smi", f"--query-gpu=timestamp,{CLOCK_QUERY}"]
     command += ["--format=csv,noheader,nounits", "-lms", "250", *which]
@@ -255,7 +255,7 @@ def start_sampler(step: str, limit: int, uuid: str | None) -> subprocess.Popen |
 
 
 def read_clocks(path: Path) -> list[tuple[float, dict[str, float]]]:
-    """(seconds since 1970, what is known of `CLOCKS`) per line; lines that are something else are left out."""
+    """(seconds since 1970, the known ones of `CLOCKS`) per line; other lines are left out."""
     samples = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         moment, *values = (field.strip() for field in line.split(","))
@@ -285,7 +285,7 @@ def summarise(samples: list[tuple[float, dict[str, float]]]) -> dict | None:
 
 
 def add_clocks(data: dict, step: str) -> None:
-    """Of the whole step, and to each row those of the seconds in which it was measured."""
+    """Add the clocks of the whole step, and to each row those of the seconds in which it was measured."""
     samples = read_clocks(clocks_of(step))
     data["steps"][step]["clocks"] = summarise(samples)
     if not samples:
@@ -298,7 +298,7 @@ def add_clocks(data: dict, step: str) -> None:
 
 
 def result_of(code: str, seconds: int, limit: int) -> str:
-    """In words. `timeout` answers 124, or 137 when it had to kill; 128 + n is the end by signal n."""
+    """The result in words. `timeout` returns 124, or 137 when it had to kill; 128 + n is the end by signal n."""
     if code == "0":
         return REHEARSED if os.environ.get("REHEARSE") else "passed"
     if code == "skipped":
@@ -328,7 +328,7 @@ def end(step: str, code: str, seconds: int, limit: int) -> None:
     if unreadable and code == "0":
         result = f"failed, results unreadable: {', '.join(unreadable)}"
     data["this_call"].setdefault("results", {})[step] = result
-    if code != "skipped" or step not in data["steps"]:  # a step that had no time does not undo that of an earlier call
+    if code != "skipped" or step not in data["steps"]:  # a step without time does not undo the one of an earlier call
         data["steps"][step] = {
             "result": result,
             "seconds": seconds,
@@ -343,7 +343,7 @@ def end(step: str, code: str, seconds: int, limit: int) -> None:
 
 
 def libraries(folder: str | None) -> None:
-    """Which assembler made the library in place, and the one in a folder: into the results of the step `build`."""
+    """Add the assemblers of the library in place, and of the one in a folder, to the results of the step `build`."""
     found = {"default": assembler_of(ROOT)}
     note = "no second library"
     if folder is not None and Path(folder).exists():
@@ -375,7 +375,7 @@ ROW_COLUMNS = (
 
 
 def show() -> int:
-    """The least important first: of a long output the end is what a reader sees."""
+    """Print the least important first: of a long output a reader sees the end."""
     data = load()
     for step, parts in data["measured"].items():
         for name, part in parts.items():
@@ -426,7 +426,7 @@ def median_clock(entry: dict) -> float | None:
 
 
 class Counter:
-    """Counts in PART, a path in the environment, kept up to date: a run that is cut off leaves what it got to."""
+    """Keeps counts in the file PART, a variable of the environment, so that an interrupted run leaves its counts."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -478,7 +478,7 @@ def pytest_configure(config):
             import pytest
 
             raise pytest.UsageError(f"the library must come from {wanted}, got {where}")
-    if os.environ.get("PART") and not hasattr(config, "workerinput"):  # of the processes of xdist the first counts
+    if os.environ.get("PART") and not hasattr(config, "workerinput"):  # of the processes of xdist the first one counts
         config.pluginmanager.register(Counter(Path(os.environ["PART"])), "gpu_counter")
 
 

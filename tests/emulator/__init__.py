@@ -31,7 +31,7 @@ __all__ = ["DEVICES", "Device", "DeviceTensor", "EmulatedExtension", "Emulator",
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What the pretended GPU answers; shared memory in KiB."""
+    """The properties of the pretended GPU; shared memory in KiB."""
 
     major: int
     minor: int
@@ -56,8 +56,8 @@ class Settings:
 
     device: a name of `DEVICES`, or a `Device`.
     schedule: order of blocks and warps: "fifo", "reverse" or "random" (with `seed`).
-    check: look for races, stray accesses and the like; without, only results, faster.
-    execute: without, a launch returns at once, to time what comes before it.
+    check: look for races, accesses outside of buffers and the like; False: results alone, faster.
+    execute: False: a launch returns at once, to time the host before it.
     blocks: linear indices of the blocks to run; None runs all.
     capture: the number of the capture into a graph that every stream is part of; 0: none.
     current_device: the CUDA device at the call, 0 or 1.
@@ -140,7 +140,7 @@ class Emulator:
     extension: the bindings of `andromeda._C`, compiled from the same objects, on the pretended CUDA runtime. Call it
         inside `with emu:`.
     launches: each launch with its kernel, grid, block, shared_bytes, stream, error and counters.
-    reports: what was found wrong: kind, text and line of the kernel's source.
+    reports: the errors found: kind, text and line of the kernel's source.
     calls: allocations and synchronisations by the launchers, by name.
     """
 
@@ -251,7 +251,7 @@ class Emulator:
 
     @contextlib.contextmanager
     def replaced(self, entry, text):
-        """Inside, launches of the kernel `entry` (its mangled name) run that of another PTX text."""
+        """Inside, launches of the kernel `entry` (its mangled name) run the one of another PTX text."""
         self._host.replace_kernel(entry, self._host.parse(text, entry))
         try:
             yield
@@ -259,7 +259,7 @@ class Emulator:
             self._host.replace_kernel(entry, None)
 
     def assert_clean(self):
-        """Fail with everything that was found wrong so far."""
+        """Fails with all reports so far."""
         if self.reports:
             raise AssertionError("\n".join([f"emulator: {len(self.reports)} reports", *map(repr, self.reports)]))
 
@@ -322,7 +322,7 @@ class EmulatedExtension:
 
 
 def _copy_back(copy, target, name):
-    """The elements of `target` from the device; what lies between them must be as it was."""
+    """The elements of `target` from the device; the memory between them must be unchanged."""
     target = target.detach()
     target.copy_(copy.memory)
     elements = _span_of(target.shape, target.stride())

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 INSTALLED_TREE = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
 OWN_TREE = ROOT / "build" / f"emulated-{sys.implementation.cache_tag}"
 
-announce = print  # what tells people that a build has begun; conftest.py has one that shows through pytest's capture
+announce = print  # says that a build has begun; conftest.py sets one that pytest does not capture
 
 
 @functools.cache
@@ -32,7 +32,7 @@ def _setup_py():
 
 @functools.cache
 def unavailable() -> str | None:
-    """Why the emulated extension cannot be built here; None when it can."""
+    """The reason why the emulated extension cannot be built here, or None."""
     missing = [name for name in ("setuptools", "pybind11") if importlib.util.find_spec(name) is None]
     if not missing:
         missing = [program for program in _tools() if shutil.which(program) is None]
@@ -99,7 +99,7 @@ def compile_ptx(architecture):
 
 @functools.cache
 def _build():
-    """The tree and the reason why it could not be built, if so: a failure is not tried again by every test."""
+    """The tree, and the reason if it could not be built, kept so that not every test tries again."""
     cmake, ninja = _tools()
     installed = _cache_of(INSTALLED_TREE)
     if (INSTALLED_TREE / "made_for.txt").exists() and installed.get("CMAKE_CUDA_COMPILER"):
@@ -122,7 +122,7 @@ def _build():
 
 
 def _run(command):
-    """Run a command of the build; what it said if it failed. Compilers at work are announced."""
+    """Run a command of the build; returns its output if it failed. Announces compilers at work."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines, announced = [], False
     for line in process.stdout:
@@ -136,8 +136,8 @@ def _run(command):
 
 
 def _options(ninja, *, new):
-    """What CMake must be told. The tools that a tree of an isolated build names are gone with that build; its other
-    options stay as they are, so that the kernels are not compiled again. A new tree gets those of an installation."""
+    """The options for CMake. The tools that a tree of an isolated build names are gone with that build; its other
+    options stay, so that the kernels are not compiled again. A new tree gets the options of an installation."""
     import pybind11
 
     options = {
@@ -161,6 +161,6 @@ def _cache_of(tree):
 
 @contextlib.contextmanager
 def _locked(tree):
-    with open(tree / "lock", "w") as lock:  # the lock of setup.py: two builds in one tree would spoil ninja's records
+    with open(tree / "lock", "w") as lock:  # the lock of setup.py: two builds in one tree would corrupt ninja's records
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

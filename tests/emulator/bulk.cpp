@@ -3,7 +3,7 @@
 // A bulk copy is moved at a moment that the scheduler picks: in any order, at the latest when nothing else can run.
 // Into shared memory, its target is poisoned from the issue on; it then counts as written by an agent of its own, which
 // the phase of the mbarrier releases. Out of shared memory, its source may not be written until the issuing thread has
-// waited; wait_group.read ends the reading, and only wait_group makes the result known to the thread.
+// waited: wait_group.read ends the reading, and wait_group alone makes the result known to the thread.
 #include <algorithm>
 
 #include "decode.h"
@@ -101,7 +101,7 @@ Step arrive_on_mbarrier(Execution& x, const Instruction& i) {
 }
 
 // try_wait p, [a], parity or state. A thread whose phase has not completed sleeps; it returns false when nothing else
-// in the block can go on, and at random under the random schedule: both are what a time limit does on a device.
+// in the block can run, and at random under the random schedule: both happen on a device by its time limit.
 Step wait_for_phase(Execution& x, const Instruction& i) {
   std::uint32_t done = 0, sleeping = 0;
   const bool give_up = x.warp->timed_out || (x.settings.schedule == Schedule::kRandom && x.random() % 4 == 0);
@@ -123,7 +123,7 @@ Step wait_for_phase(Execution& x, const Instruction& i) {
     }
   });
   x.warp->timed_out = false;
-  if (sleeping != 0 && done == 0) {  // lanes that are done do not sleep: the others look again with them
+  if (sleeping != 0 && done == 0) {  // lanes that are done do not sleep: the others try again with them
     x.warp->sleeping |= sleeping;
     return Step::kStay;
   }
@@ -173,7 +173,7 @@ void decode_mbarrier(Decoder& d) {
 
 // ---- bulk copies
 
-// What one copy moves: rows of a tensor, or one run of bytes.
+// The bytes of one copy: rows of a tensor, or one run.
 struct Transfer {
   TensorMap map;
   std::int32_t coordinates[TensorMap::kMaxRank];
@@ -277,7 +277,7 @@ Step bulk_load(Execution& x, const Instruction& i) {
   std::memset(x.shared + transfer.shared, 0xff, transfer.bytes);
   auto copy = std::make_shared<BulkCopy>();
   copy->move = [transfer, offset](Execution& at) {
-    std::memset(at.shared + transfer.shared, 0, transfer.bytes);  // what is outside of the tensor
+    std::memset(at.shared + transfer.shared, 0, transfer.bytes);  // elements outside of the tensor
     transfer.for_each_piece([&](std::uint32_t target, const std::uint8_t* source, std::uint32_t bytes) {
       std::memcpy(at.shared + target, source, bytes);
     });

@@ -189,7 +189,7 @@ struct Cast {
   }
 };
 
-// The conversions that inner loops are full of, without the detours of `convert`.
+// The conversions that are frequent in inner loops, without the detours of `convert`.
 Handler common_conversion(Type to, Type from) {
   if (to == Type::kF32 && from == Type::kS32) return &map<Cast<float>, float, std::int32_t>;
   if (to == Type::kF32 && from == Type::kU32) return &map<Cast<float>, float, std::uint32_t>;

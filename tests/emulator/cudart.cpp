@@ -1,9 +1,9 @@
-// The CUDA runtime as far as compiled host code uses it, on a machine without a driver. Launches go to the emulator;
-// questions are answered for the pretended device.
+// The part of the CUDA runtime that compiled host code uses, on a machine without a driver. Launches go to the
+// emulator; queries are answered for the pretended device.
 //
-// It is stricter than it must be, like a driver on a bad day: what any device might refuse is refused here, and the
-// text of an error says why. Errors behave like CUDA's: a call returns its error and leaves it for cudaGetLastError,
-// which gives it once. A function that is missing here fails the import of the library with its name.
+// It is as strict as the strictest device: a call that any device might refuse is refused here, and the text of the
+// error says why. Errors behave like CUDA's: a call returns its error and leaves it for cudaGetLastError, which returns
+// it once. A function that is missing here fails the import of the library with its name.
 #include "cudart.h"
 
 #include <cuda.h>
@@ -22,7 +22,7 @@
 namespace emulator {
 namespace {
 
-constexpr std::size_t kDefaultShared = 48 * 1024;  // of a block that asked for nothing special
+constexpr std::size_t kDefaultShared = 48 * 1024;  // of a block that did not ask for more
 constexpr std::size_t kReservedShared = 1024;      // of every block, for the system
 constexpr unsigned kMaxGridYZ = 65535;
 constexpr unsigned kMaxGridX = 2147483647;
@@ -37,7 +37,7 @@ struct ThreadState {
     cudaStream_t stream;
   };
   cudaError_t last_error = cudaSuccess;
-  cudaError_t explained_error = cudaSuccess;  // what `explanation` is about
+  cudaError_t explained_error = cudaSuccess;  // the error that `explanation` explains
   std::string explanation, error_text;
   int device = 0;
   cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
@@ -51,14 +51,15 @@ cudaError_t fail(cudaError_t error, const std::string& explanation) {
   return error;
 }
 
-// What is known of a __global__ function of the host code, by the address of its stub.
+// A __global__ function of the host code.
 struct Function {
   std::string entry;            // mangled name
   std::size_t allowed_dynamic;  // cudaFuncAttributeMaxDynamicSharedMemorySize, 0 if it was never set
 };
 
 std::map<const void*, Function>& functions() {
-  static std::map<const void*, Function> functions;  // filled by constructors of other files: must exist before them
+  // Filled by constructors of other files, so it must exist before them.
+  static std::map<const void*, Function> functions;
   return functions;
 }
 
@@ -108,8 +109,8 @@ const char* name_of_error(cudaError_t error) {
   return "cudaErrorUnknown";
 }
 
-// What a call returns whatever its arguments are: a driver is missing or of an older major version than this runtime,
-// or a test wants the call to fail.
+// The error of a call that fails with any arguments: the driver is missing or of an older major version than this
+// runtime, or a test wants the call to fail.
 cudaError_t refusal(const char* call) {
   if (driver().version / 1000 < CUDART_VERSION / 1000) {
     return fail(cudaErrorInsufficientDriver, "the driver runs CUDA " + std::to_string(driver().version) +
@@ -207,7 +208,7 @@ cudaError_t launch(const void* stub, const dim3& grid, const dim3& block, void**
   return cudaSuccess;
 }
 
-// What a launcher must not do: it costs time, and spoils the capture of a graph.
+// Records a call that a launcher must not make: it costs time, and breaks the capture of a graph.
 cudaError_t record_call(const char* name) {
   driver().calls.push_back(name);
   if (driver().capture != 0 && thread_state.capture_mode != cudaStreamCaptureModeRelaxed) {
@@ -355,7 +356,7 @@ using emulator::thread_state;
 extern "C" {
 
 void** __cudaRegisterFatBinary(void* /*fat_binary*/) {
-  static void* handle = nullptr;  // the machine code is not used, so that one handle serves all
+  static void* handle = nullptr;  // the machine code is not used, so one handle serves all
   return &handle;
 }
 
@@ -368,8 +369,8 @@ void __cudaRegisterFunction(void** /*handle*/, const char* stub, char* /*device_
   emulator::functions()[stub] = {name, 0};
 }
 
-// Variables of a kernel's file have their initial values in its PTX. Host code cannot reach them: cudaMemcpyToSymbol is
-// not here.
+// Variables of a kernel's file have their initial values in its PTX. Host code cannot reach them: there is no
+// cudaMemcpyToSymbol.
 void __cudaRegisterVar(void** /*handle*/, char*, char*, const char*, int, std::size_t, int, int) {}
 
 unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, std::size_t shared_bytes, cudaStream_t stream) {
@@ -408,7 +409,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* st
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     const cudaLaunchAttribute& attribute = config->attrs[i];
     const auto& cluster = attribute.val.clusterDim;
-    // Kernels run one after the other here: one that may start early, or together with others, is right anyway.
+    // Kernels run one after the other here, so attributes that let them overlap change nothing.
     const bool harmless =
         attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization ||
         attribute.id == cudaLaunchAttributePriority || attribute.id == cudaLaunchAttributeMemSyncDomain ||
@@ -454,7 +455,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* st
   return cudaSuccess;
 }
 
-// By threads, blocks and shared memory alone: PTX does not know how many registers a kernel needs.
+// By threads, blocks and shared memory alone: PTX does not say how many registers a kernel needs.
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void* stub, int threads,
                                                                    std::size_t dynamic, unsigned /*flags*/) {
   emulator::Function* function = nullptr;
@@ -541,7 +542,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* pointer) {
   *attributes = {};
-  attributes->device = -2;  // what CUDA says of memory that it does not know
+  attributes->device = -2;  // CUDA's answer for unknown memory
   const emulator::Buffer* buffer = emulator::global_memory().find(pointer);
   if (buffer == nullptr) {
     attributes->type = cudaMemoryTypeUnregistered;
@@ -560,7 +561,7 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** pointer,
   return emulator::driver_entry_point(symbol, pointer, status);
 }
 
-// Gone from newer headers.
+// Newer headers do not declare it.
 cudaError_t cudaGetDriverEntryPoint(const char* symbol, void** pointer, unsigned long long /*flags*/,
                                     cudaDriverEntryPointQueryResult* status) {
   return emulator::driver_entry_point(symbol, pointer, status);
@@ -622,7 +623,7 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t /*stream*/, cudaStreamCaptureStat
   return cudaSuccess;
 }
 
-// Its parameters differ between the versions of CUDA; those after the third are none that this library asks for.
+// Its parameters differ between the versions of CUDA; this library does not use those after the third.
 cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status, unsigned long long* id,
                                      cudaGraph_t* /*graph*/, const cudaGraphNode_t** /*dependencies*/,
 #if CUDART_VERSION >= 13000

@@ -1,4 +1,4 @@
-// The pretended driver behind the CUDA runtime of cudart.cpp: the device, what was asked of it, and what went wrong.
+// The pretended driver behind the CUDA runtime of cudart.cpp: the device, the calls that it got, and the reports.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -18,7 +18,7 @@ namespace emulator {
 struct Device {
   int major = 8, minor = 0;
   int multiprocessors = 108;
-  int shared_per_block = 163 * 1024;           // largest that a kernel can ask for ("opt-in"), bytes
+  int shared_per_block = 163 * 1024;           // the most that a kernel can ask for ("opt-in"), bytes
   int shared_per_multiprocessor = 164 * 1024;  // bytes
   int threads_per_multiprocessor = 2048;
   int blocks_per_multiprocessor = 32;
@@ -32,21 +32,21 @@ struct Launch {
   std::size_t shared_bytes;  // dynamic
   std::uintptr_t stream;
   std::string error;    // "cudaSuccess", or the name of the error
-  Counters counters{};  // of what ran
+  Counters counters{};  // of the blocks that ran
 };
 
 // One process has one driver. Its user sets it up before a call and looks at the records after it.
 struct Driver {
-  static constexpr int kNumDevices = 2;  // alike; the second one is there to be the wrong one
+  static constexpr int kNumDevices = 2;  // alike; tests pass memory of the second one as a mistake
 
   Device device;
   Settings settings;
   PtxLibrary ptx;
   int version = CUDART_VERSION;                 // the newest CUDA that it runs, 13000 for 13.0; 0: there is no driver
-  std::map<std::string, cudaError_t> failures;  // what these calls of the runtime return, by name
+  std::map<std::string, cudaError_t> failures;  // errors that these calls of the runtime return, by name
   std::set<int> contexts;                       // devices that were made ready
   unsigned long long capture = 0;               // the number of the capture that every stream is part of, or 0
-  std::map<const void*, int> device_of;         // beginnings of the buffers that are not on device 0
+  std::map<const void*, int> device_of;         // devices of the buffers that are not on device 0, by their begin
   std::vector<Launch> launches;
   std::vector<std::string> calls;  // allocations and synchronisations, by name
   std::vector<Report> reports;
@@ -54,7 +54,7 @@ struct Driver {
 
 Driver& driver();
 
-// By the name of an error; cudaSuccess if the emulator does not know it.
+// The error of this name; cudaSuccess if the emulator does not know it.
 cudaError_t error_of_name(const std::string& name);
 
 // Runs a grid with the settings of the driver and appends to its reports; a pointer to memory of another device than

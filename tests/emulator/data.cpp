@@ -86,7 +86,7 @@ void decode_load_store(Decoder& d) {
   const bool device = scope >= 2, strong = order >= 2 && device;
   d.instruction.type = type;
   if (is_load) {
-    // A relaxed load that polls a flag goes on with a fence: both together are an acquire.
+    // A relaxed load that polls a flag is followed by a fence: both together are an acquire.
     d.instruction.option = {bytes, count, is_signed(type), strong, strong && order == 3};
   } else {
     d.instruction.option = {bytes, count, 0, order == 4 && device, strong};
@@ -156,7 +156,8 @@ std::uint64_t apply_atomic(Type type, int operation, std::uint64_t old, std::uin
 }
 
 // [a], b, c follow the result, which red has not got.
-// option: operation, number of elements, first operand, releases, synchronises (an integer may be a semaphore), acquires
+// option: operation, number of elements, first operand, releases, synchronises (an integer may be a semaphore),
+// acquires
 Step atomic(Execution& x, const Instruction& i) {
   const std::size_t first = i.option[2];
   const int bytes = bytes_of(i.type), count = i.option[1];
@@ -294,7 +295,7 @@ Step copy_async(Execution& x, const Instruction& i) {
       return;
     }
     if (!x.shared_shadow.contains(target, bytes)) {
-      x.access(site, Space::kShared, target, bytes, Kind::kRead);  // reports that it is outside
+      x.access(site, Space::kShared, target, bytes, Kind::kRead);  // reports an access outside
       return;
     }
     x.occupy_banks(site, target, bytes);
@@ -314,7 +315,7 @@ Step commit_copies(Execution& x, const Instruction&) {
   return Step::kNext;
 }
 
-// option: groups that may stay in flight; -1: none, and what is not committed is waited for too
+// option: groups that may stay in flight; -1: none, and it waits for uncommitted copies too
 Step wait_for_copies(Execution& x, const Instruction& i) {
   x.for_each_lane([&](int lane) {
     CopyGroups& copies = x.copies[x.thread_of(lane)];
@@ -396,7 +397,7 @@ bool decode_data_movement(Decoder& d) {
     }
     return true;
   }
-  // Hints: nothing that a kernel can observe.
+  // Hints that no kernel can observe.
   if (d.is("prefetch") || d.is("prefetchu")) {
     d.take_space();
     d.take_one_of({"L1", "L2"});

@@ -187,7 +187,7 @@ std::unique_ptr<Code> decode(const Entry& entry) {
   auto code = std::make_unique<Code>();
   code->entry = entry;
   code->body = parse_body(entry);
-  // Falling off the end is a return.
+  // The end of the code is a return.
   Statement last;
   last.opcode = last.text = "ret";
   if (!code->body.statements.empty()) last.ptx_line = code->body.statements.back().ptx_line;

@@ -14,7 +14,7 @@
 
 namespace emulator {
 
-// The rows of constants behind the registers; equal constants share one.
+// The rows of constants, after the registers; equal constants share one.
 class Constants {
  public:
   explicit Constants(std::uint32_t first_place) : next_place_(first_place) {}
@@ -40,11 +40,11 @@ class Decoder {
   bool is(const char* opcode) const { return statement_.opcode == opcode; }
   bool has(const char* modifier) const;
   bool take(const std::string& modifier);
-  // The first of these modifiers that is there, as its index, or -1.
+  // The index of the first of these modifiers that the statement has, or -1.
   int take_one_of(const std::vector<std::string>& modifiers);
   Type take_type();                               // the first type among the modifiers; kNone if there is none
-  std::string take_prefixed(const char* prefix);  // the first modifier that starts so, or ""
-  // What only hints at caching: no result depends on it.
+  std::string take_prefixed(const char* prefix);  // the first modifier that starts with it, or ""
+  // Hints for caches: no result depends on them.
   void take_cache_hints();
   Space take_space();
 
@@ -53,11 +53,11 @@ class Decoder {
   // Operand `index` is a register of this many bytes per lane (0: a predicate), or a constant that gets a row of them.
   void source(std::size_t index, int bytes) { place(operand(index), bytes); }
   void place(Operand& operand, int bytes);
-  void place_any_width(Operand& operand, int bytes);  // registers as wide as they are: loads, stores, conversions
+  void place_any_width(Operand& operand, int bytes);  // a register of any width: loads, stores, conversions
   void address(std::size_t index);
 
   [[noreturn]] void fail(const std::string& what) const;
-  void finish();  // complains about modifiers that nobody took
+  void finish();  // an error for modifiers that were not taken
 
   Instruction instruction;
 
@@ -68,7 +68,7 @@ class Decoder {
   std::vector<std::string> modifiers_;
 };
 
-// Each knows some opcodes: false for the others.
+// Each decodes some opcodes and returns false for the others.
 bool decode_predicate(Decoder& decoder);
 bool decode_conversion(Decoder& decoder);
 bool decode_arithmetic(Decoder& decoder);

@@ -1,5 +1,5 @@
-// Tiny kernels with one defect each, for test_emulator.py: with kDefect the emulator must report it, without it must
-// stay silent. One block of 64 threads and 64 floats of input and output, unless the test says otherwise.
+// Tiny kernels with one defect each, for test_emulator.py: with kDefect the emulator must report it, without kDefect it
+// must report nothing. One block of 64 threads and 64 floats of input and output, unless the test says otherwise.
 #include <cstdint>
 
 #define DEFECT(name)      \
@@ -105,7 +105,7 @@ DEFECT(copy_not_awaited) {
 }
 BOTH(copy_not_awaited);
 
-// The wait is for the own copies: those of others need a barrier after it.
+// A thread waits for its own copies: those of others need a barrier after the wait.
 DEFECT(copy_of_another_thread) {
   __shared__ float row[64];
   copy_async(&row[threadIdx.x], &in[threadIdx.x]);
@@ -215,8 +215,8 @@ __device__ unsigned semaphore;
 
 enum class Fence { kNone, kByAll, kByOne, kByAllBehindTheBarrier };
 
-// The last block sums what all blocks left, read by loads or by copies. A fence on either side of the semaphore makes it
-// right, by the thread that draws it: before it and behind a barrier, and after it and before a barrier.
+// The last block sums the results of all blocks, read by loads or by copies. The thread that increments the semaphore
+// needs a fence on either side of it: one after a barrier and before it, one after it and before a barrier.
 template <Fence kRelease, Fence kAcquire, bool kBarrier = true, bool kByCopy = false>
 __device__ void sum_of_blocks(float* out, const float* in) {
   __shared__ bool last;
@@ -250,18 +250,18 @@ __device__ void sum_of_blocks(float* out, const float* in) {
 DEFECT(ticket_without_fence) { sum_of_blocks<kDefect ? Fence::kNone : Fence::kByOne, Fence::kByOne>(out, in); }
 BOTH(ticket_without_fence);
 
-// Each thread fences what it wrote itself; nobody fences and draws.
+// Each thread fences its own writes; no thread both fences and increments the semaphore.
 DEFECT(ticket_fenced_by_others) { sum_of_blocks<kDefect ? Fence::kByAll : Fence::kByOne, Fence::kByOne>(out, in); }
 BOTH(ticket_fenced_by_others);
 
 DEFECT(ticket_without_barrier) { sum_of_blocks<Fence::kByOne, Fence::kByOne, !kDefect>(out, in); }
 BOTH(ticket_without_barrier);
 
-// The fence before the semaphore orders writes; what comes after the semaphore may still be read early.
+// The fence before the semaphore orders writes; reads after the semaphore may still happen early.
 DEFECT(ticket_without_second_fence) { sum_of_blocks<Fence::kByOne, kDefect ? Fence::kNone : Fence::kByOne>(out, in); }
 BOTH(ticket_without_second_fence);
 
-// The thread that drew the semaphore acquires with its fence, for itself; no barrier hands that on to the others.
+// The thread that incremented the semaphore acquires with its fence, for itself; no barrier extends that to the others.
 DEFECT(ticket_fenced_behind_the_barrier) {
   sum_of_blocks<Fence::kByOne, kDefect ? Fence::kByAllBehindTheBarrier : Fence::kByOne>(out, in);
 }
@@ -275,8 +275,8 @@ BOTH(ticket_then_copies);
 
 __device__ unsigned flag, done;
 
-// A flag instead of a semaphore: relaxed operations with a fence of the same thread on either side. Who does not find it
-// set goes without.
+// A flag instead of a semaphore: relaxed operations with a fence of the same thread on either side. A block that does
+// not find it set reads nothing.
 DEFECT(flag_without_fence) {
   __shared__ unsigned found;
   if (blockIdx.x == 0) {
@@ -296,7 +296,7 @@ DEFECT(flag_without_fence) {
 }
 BOTH(flag_without_fence);
 
-// Patterns without a fence: the operations themselves release and acquire. A release is one of its own word only.
+// Patterns without a fence: the operations themselves release and acquire. A release counts for its own word alone.
 DEFECT(release_of_another_word) {
   __shared__ bool last;
   out[64 + blockIdx.x * 64 + threadIdx.x] = in[threadIdx.x];
@@ -377,7 +377,7 @@ DEFECT(one_lane_arrives) {
 }
 BOTH(one_lane_arrives);
 
-// The phase waits for bytes; its one arrival has been there.
+// The phase waits for bytes; its one arrival has happened.
 DEFECT(too_many_arrivals) {
   __shared__ alignas(128) float row[64];
   __shared__ std::uint64_t barrier;

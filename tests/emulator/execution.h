@@ -1,8 +1,8 @@
 // A kernel while it runs: decoded instructions, the warps of one block, and the memory that they share.
 //
 // Blocks run one after the other. Within a block one warp runs at a time, until it has to wait. A warp always runs the
-// lanes with the lowest program counter, so that lanes which took different ways meet again. An instruction that needs
-// lanes which are not there yet waits for them; if they can no longer come, that is reported as a divergence.
+// lanes with the lowest program counter, so that lanes which took different branches meet again. An instruction that
+// needs lanes which have not arrived waits for them; if they can no longer arrive, it reports a divergence.
 #pragma once
 
 #include <array>
@@ -34,11 +34,11 @@ constexpr std::size_t kMaxShared = 256 * 1024;
 class Execution;
 struct Instruction;
 
-// What a warp does after an instruction.
+// The next step of a warp after an instruction.
 enum class Step {
   kNext,
-  kStay,   // wait, and execute the instruction again: the handler said for what
-  kLeave,  // wait, and go on behind the instruction
+  kStay,   // wait, as the handler has recorded, and execute the instruction again
+  kLeave,  // wait, and continue after the instruction
 };
 
 using Handler = Step (*)(Execution&, const Instruction&);
@@ -54,9 +54,9 @@ struct Instruction {
   bool guard_negated = false;
   std::uint32_t guard = 0;
   std::uint32_t target = 0;       // of a branch
-  std::vector<Operand> operands;  // constants have a place by now
+  std::vector<Operand> operands;  // constants have a place here
   const Statement* statement = nullptr;
-  // What memory and matrix instructions need besides their operands; each handler names what it uses.
+  // Details of an instruction besides its operands; each handler says which it uses.
   Space space = Space::kGeneric;
   Type type = Type::kNone;
   std::array<int, 6> option = {};
@@ -69,7 +69,7 @@ struct Code {
   Entry entry;
   Body body;
   std::vector<Instruction> instructions;
-  std::vector<std::uint8_t> register_file;  // as it is when a warp starts
+  std::vector<std::uint8_t> register_file;  // at the start of a warp
   std::uint32_t dynamic_shared = 0;         // where it starts
   bool uses_wgmma = false;
 };
@@ -86,13 +86,13 @@ struct Warp {
   std::uint32_t waiting = 0;   // for other lanes of the warp, at their program counter
   std::uint32_t sleeping = 0;  // for the phase of an mbarrier, at their program counter
   bool parked = false;         // in a barrier of the block
-  bool forced = false;         // the lanes that are waited for cannot come
+  bool forced = false;         // the lanes that it waits for cannot arrive
   bool timed_out = false;      // the next wait for a phase returns false
   PhaseWait phase_wait[kLanes];
   WgmmaState wgmma;
 };
 
-// What a lane reads or writes in shared memory.
+// An access of a lane to shared memory.
 struct BankUse {
   int lane;
   std::uint32_t offset;
@@ -155,17 +155,17 @@ class Execution {
   void report(const char* kind, const Instruction& instruction, const std::string& message) {
     reporter.add(kind, site(instruction, first_lane()), message);
   }
-  // Are the lanes of `needed` that are alive all here? If not, they are waited for (and the handler returns kStay), or
-  // reported as missing.
+  // Whether all living lanes of `needed` are here. If not, the others wait for them (and the handler returns kStay), or
+  // a report names them as missing.
   bool gather(const Instruction& instruction, std::uint32_t needed, const char* kind);
-  // The same for what a whole warp must execute: lanes that have exited are reported too.
+  // The same for an instruction that a whole warp must execute: lanes that have exited are reported too.
   bool gather_warp(const Instruction& instruction);
 
   // ---- memory
   std::uint64_t address_of(const Operand& address, int lane) {
     return lane_bits(address.elements[0], lane) + address.value;
   }
-  // Checks an access and returns where it goes, or nullptr if it may not happen. `value`: what a write will write.
+  // Checks an access and returns its address, or nullptr if it may not happen. `value`: the value that a write writes.
   std::uint8_t* access(const Site& site, Space space, std::uint64_t address, int bytes, Kind kind,
                        const void* value = nullptr);
   // Counts an access to shared memory of a lane of the running instruction.
@@ -184,9 +184,9 @@ class Execution {
   std::uint32_t shared_offset(const Instruction& instruction, const Operand& address, int lane);
 
   // ---- synchronisation
-  // Of blocks with each other: an operation on this word, unless it is shared memory. It acquires what others have
-  // published, at once or with the thread's next fence, and publishes what the thread has fenced or, if it releases,
-  // all that came before it.
+  // Between blocks: an operation on this word, unless it is in shared memory. It acquires the writes that others have
+  // published, at once or with the thread's next fence, and publishes the writes that the thread has fenced or, if it
+  // releases, all earlier ones.
   void synchronise(int thread, const std::uint8_t* address, Acquire acquire, Release release);
   void fence_for_device(int thread);
   void complete_barrier(int id);
@@ -217,8 +217,8 @@ class Execution {
   std::vector<Warp> warps;
   std::vector<WarpgroupTrace> warpgroups;
   std::mt19937_64 random;
-  bool fatal = false;          // the block cannot go on
-  std::uint64_t activity = 0;  // counts what other threads may wait for: arrivals, copies, exits
+  bool fatal = false;          // the block cannot continue
+  std::uint64_t activity = 0;  // counts arrivals, copies and exits, which other threads may wait for
 
  private:
   void start_block(std::int64_t index);
@@ -227,7 +227,7 @@ class Execution {
   void run_block();
   void run_warp(Warp& warp);
   void finish_block();
-  // wgmma.cpp: the rules about registers of a wgmma in flight; what may not be left when a block ends.
+  // wgmma.cpp: the rules about registers of a wgmma in flight, and about operations in flight when a block ends.
   void track_registers(const Instruction& instruction);
   void finish_asynchronous(const Statement* last);
   static bool anything_runs(const Warp& warp) {

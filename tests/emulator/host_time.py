@@ -1,9 +1,9 @@
-"""What a call costs on the host, up to its launch: `python -m emulator.host_time [--json FILE]` in the folder tests.
+"""The time of a call on the host, up to its launch: `python -m emulator.host_time [--json FILE]` in the folder tests.
 
-Operators, bindings and launchers are the real ones. The tensors are those of the CPU, which the bindings take
-for a GPU's, and a launch returns at once: so the time is that of the host alone, less what CUDA's own launch takes
-(about 2 us) and torch's functions for the current device and stream (below 1 us). It is this process's time on a
-processor, so that other processes matter little; the least of several runs counts.
+Operators, bindings and launchers are the real ones. The tensors are the CPU's, which the bindings take for a GPU's, and
+a launch returns at once. So the time is that of the host alone, without CUDA's own launch (about 2 us) and torch's
+functions for the current device and stream (below 1 us). It is the processor time of this process, so other processes
+matter little; the least of several runs counts.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def prepare(emulator):
     _select.extension = emulator.extension
     _select.cuda_unavailable = lambda device: []
     _select.DEVICE_TYPES = {"cuda": "cpu", "triton": "no device", "cpu": "no device"}
-    operation._check_values = lambda *_: None  # which are those of CPU tensors
+    operation._check_values = lambda *_: None  # it would read CPU tensors
 
 
 def measure(num_runs, num_calls):

@@ -11,7 +11,7 @@
 
 namespace emulator {
 
-// What callers hold: the entry, and its code from the first run on.
+// A kernel as callers hold it: the entry, and from the first run on its code.
 class Kernel {
  public:
   explicit Kernel(Entry head) : entry(std::move(head)) {
@@ -31,15 +31,15 @@ class Kernel {
 
 namespace {
 
-// A warp that never waits gives way after so many instructions: it may be waiting for others in a loop of its own.
+// A warp that never waits is interrupted after so many instructions: it may wait for others in a loop of its own.
 constexpr int kQuantum = 100000;
 constexpr int kRandomQuantum = 200;
-// A block that runs longer than this is in a loop that nobody ends.
+// A block that runs longer than this is taken to be in an endless loop.
 constexpr std::uint64_t kMaxInstructionsPerBlock = 100000000;
 
-// Clocks for which one instruction occupies shared memory. In a clock each of 32 banks gives or takes one word of four
-// bytes, for all lanes that want it. Lanes are served together as far as 128 bytes reach: 32 with 4 bytes or fewer, 16
-// with 8, 8 with 16, or the 8 rows of a matrix.
+// The clocks for which one instruction occupies shared memory. In a clock each of 32 banks reads or writes one word of
+// four bytes, for all lanes that use it. Lanes are served together up to 128 bytes: 32 with 4 bytes or fewer, 16 with
+// 8, 8 with 16, or the 8 rows of a matrix.
 int clocks_of(const std::vector<BankUse>& uses) {
   constexpr int kBanks = 32, kWordBytes = 4;
   std::uint32_t words[kBanks][kLanes];
@@ -352,7 +352,7 @@ void Execution::run_warp(Warp& running) {
       } else if (instruction.flow == Instruction::Flow::kExit) {
         running.alive &= ~executing;
         ++activity;
-        running.waiting = 0;  // who waited for these lanes looks again
+        running.waiting = 0;  // lanes that waited for these ones try again
         set_pc(group, pc + 1);
         break;
       } else {
@@ -376,7 +376,7 @@ void Execution::run_warp(Warp& running) {
   }
 }
 
-// Lets lanes go on whose partners cannot come any more; they report it.
+// Wakes lanes whose partners can no longer arrive; they report it.
 bool Execution::force_waiting() {
   for (Warp& each : warps) {
     if (each.parked || each.waiting == 0 || (each.alive & ~each.sleeping & ~each.waiting) != 0) continue;
@@ -389,7 +389,7 @@ bool Execution::force_waiting() {
 
 // ---- a block
 
-// What a thread reads from a special register.
+// The value of a special register for a thread.
 std::uint64_t Execution::special_value(const std::string& name, const Dim3& position, int thread) const {
   const auto begins = [&name](const char* prefix) { return name.rfind(prefix, 0) == 0; };
   const auto component = [&name](const Dim3& d) { return name.back() == 'x' ? d.x : name.back() == 'y' ? d.y : d.z; };
@@ -506,7 +506,7 @@ void Execution::move(std::shared_ptr<BulkCopy> copy) {
   copy->move(*this);
 }
 
-// A wait for a phase may return false after a while. A block that does nothing but wait again is stuck.
+// A wait for a phase may return false after a while. A block in which all threads only wait again is stuck.
 bool Execution::time_out() {
   constexpr int kPatience = 3;
   idle_time_outs_ = activity == activity_at_time_out_ ? idle_time_outs_ + 1 : 0;
@@ -528,7 +528,7 @@ void Execution::report_deadlock() {
   for (const Warp& each : warps) {
     if (each.alive == 0) continue;
     const int lane = __builtin_ctz(each.alive);
-    // A parked warp has left its barrier behind.
+    // The program counter of a parked warp is after its barrier.
     const std::size_t pc = each.pc[lane] - (each.parked ? 1 : 0);
     const Statement& statement = code.body.statements[pc];
     if (first.statement == nullptr) first = {each.index * kLanes + lane, &statement};
@@ -565,7 +565,7 @@ void Execution::finish_block() {
     if (pending) reporter.add("leak", {thread, last}, "the thread exits with cp.async in flight");
   }
   finish_asynchronous(last);
-  while (!in_flight.empty()) move(in_flight[0]);  // stores whose result nobody waited for
+  while (!in_flight.empty()) move(in_flight[0]);  // stores that no thread waited for
 }
 
 std::vector<Report> Execution::run() {

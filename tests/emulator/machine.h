@@ -1,4 +1,4 @@
-// The emulator as its users see it: PTX text in, kernels out; a kernel runs a grid on the CPU and says what was wrong.
+// The interface of the emulator: PTX text in, kernels out; a kernel runs a grid on the CPU and returns reports.
 #pragma once
 
 #include <cstddef>
@@ -21,7 +21,7 @@ struct Settings {
   std::uint64_t seed = 1;            // of kRandom
   bool check = true;                 // shadow memory and synchronisation; off: results only, faster
   bool execute = true;               // off: a launch returns at once, to time what comes before it
-  int max_reports = 20;              // a report is given once per kind and instruction
+  int max_reports = 20;              // one per kind and instruction
   std::vector<std::int64_t> blocks;  // linear indices of the blocks to run; empty: all
 };
 
@@ -41,20 +41,19 @@ const std::vector<Parameter>& parameters_of(const Kernel& kernel);
 std::size_t static_shared_of(const Kernel& kernel);
 std::size_t max_threads_of(const Kernel& kernel);  // .maxntid or .reqntid, or else 1024
 
-// Every .entry of the text. Throws std::runtime_error that names line and text of what it does not understand. Bodies
-// are decoded when a kernel is first run: one unsupported kernel does not spoil a file.
+// Every .entry of the text. Throws std::runtime_error with the line and text that it does not understand. Bodies are
+// decoded when a kernel is first run, so one unsupported kernel does not make a file useless.
 std::vector<std::shared_ptr<const Kernel>> parse_ptx(const std::string& text);
 
-// Runs a grid to its end and returns what was found wrong. Throws std::runtime_error for an instruction that the
+// Runs a grid to its end and returns the reports. Throws std::runtime_error for an instruction that the
 // emulator does not know, with its text and line.
 std::vector<Report> run(const Kernel& kernel, Dim3 grid, Dim3 block, std::size_t dynamic_shared,
                         const std::vector<std::uint8_t>& parameters, const Settings& settings);
 
 struct Counters {
-  std::uint64_t shared_clocks;  // for which the warps' accesses and cp.async occupy the banks; not TMA and wgmma
+  std::uint64_t shared_clocks;  // of the banks, for accesses of warps and cp.async; without TMA and wgmma
   std::uint64_t instructions, mma, wgmma, barriers, shared_accesses, global_accesses;  // per warp
-  // What one block read of what other blocks of the launch had written, in bytes: the block that read most. With
-  // checks.
+  // Bytes that one block read and other blocks of the launch had written: the most of any block. With checks alone.
   std::uint64_t foreign_bytes;
 };
 Counters last_counters();  // of the last run

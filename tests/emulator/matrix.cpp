@@ -7,7 +7,7 @@
 namespace emulator {
 namespace {
 
-// All lanes must take part, also those that the code could spare.
+// All lanes must take part, also those whose operands are not used.
 bool whole_warp(Execution& x, const Instruction& i) {
   if (!x.gather_warp(i)) return false;
   if (x.warp->launched != kAllLanes) x.report("divergence", i, "a matrix instruction needs all 32 lanes of the warp");

@@ -47,7 +47,7 @@ void* GlobalMemory::reserve(std::size_t bytes, std::string name, bool writable) 
 void GlobalMemory::release(void* pointer) {
   const auto found = buffers_.find(static_cast<std::uint8_t*>(pointer));
   if (found == buffers_.end()) throw std::runtime_error("emulator: release of a pointer that was never allocated");
-  // Red zones are a page wide, so that no other buffer has a part of these pages.
+  // Red zones are a page wide, so no other buffer shares these pages.
   const auto first = reinterpret_cast<std::size_t>(found->second.begin) / kRedZoneBytes * kRedZoneBytes;
   const auto last = round_up(reinterpret_cast<std::size_t>(found->second.begin) + found->second.bytes, kRedZoneBytes);
   madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);

@@ -2,7 +2,7 @@
 //
 // A device pointer is an address of this process, so host code can fill and read buffers directly. Every access of a
 // kernel is looked up here: an address that no buffer covers is outside, wherever it points. New memory is all ones,
-// which is NaN in every floating-point type, so that a result which was never written shows.
+// which is NaN in every floating-point type, so a result that was never written shows.
 #pragma once
 
 #include <cstddef>
@@ -29,7 +29,7 @@ class GlobalMemory {
   void release_all();
   // The buffer that covers the address, or nullptr.
   const Buffer* find(const void* address) const;
-  // The buffer below the address that is closest to it: what an access out of bounds was probably meant for.
+  // The closest buffer below the address: probably the one that an access out of bounds was meant for.
   const Buffer* closest(const void* address) const;
 
  private:

@@ -23,8 +23,8 @@ using namespace emulator;
 
 namespace {
 
-// An address is not used again while any buffer lives, so that a stale pointer is found. When none does the arena
-// starts anew: thousands of tests would fill the machine's memory otherwise.
+// An address is not used again while any buffer lives, so that a stale pointer is found. When no buffer lives the arena
+// starts anew; otherwise thousands of tests would fill the machine's memory.
 int live_buffers = 0;
 
 struct Code {
@@ -76,7 +76,7 @@ void set_device(int device) {
   if (cudaSetDevice(device) != cudaSuccess) throw py::value_error(cudaGetErrorString(cudaGetLastError()));
 }
 
-// "cudaSuccess", or name and text of an error as a product's message would give them.
+// "cudaSuccess", or name and text of an error as in a message of the library.
 std::string describe(cudaError_t error) {
   if (error == cudaSuccess) return cudaGetErrorName(error);
   return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
@@ -84,7 +84,7 @@ std::string describe(cudaError_t error) {
 
 dim3 cuda_dim3(const Dim3& size) { return dim3(size.x, size.y, size.z); }
 
-// Questions and requests to the runtime, for test_host.py.
+// Calls of the runtime, for test_host.py.
 void bind_subject(py::module_ m) {
   using py::arg;
   m.def(
@@ -167,7 +167,7 @@ void bind_subject(py::module_ m) {
   });
 }
 
-// An error that a launcher has reported but not taken is found by whoever asks next, and blamed on them.
+// If a launcher reports an error and leaves it, the next caller of cudaGetLastError finds it and is blamed.
 void check_no_error_left() {
   const cudaError_t error = cudaGetLastError();
   if (error == cudaSuccess) return;

@@ -1,4 +1,4 @@
-// Half precision, pairs of it, and rounding, as values that arithmetic can be written on.
+// Half precision, pairs of it, and rounding, as types with arithmetic.
 #pragma once
 
 #include <cmath>
@@ -16,8 +16,8 @@ To bits_as(From from) {
   return to;
 }
 
-// Rounds to a neighbour that keeps what was lost visible in the last bit, so that a second, nearest rounding to a
-// narrower type is exact.
+// Rounds to the neighbour whose last bit says that digits were lost, so that a second rounding, to the nearest number
+// of a narrower type, is exact.
 inline float round_to_odd(double value) {
   float nearest = static_cast<float>(value);
   if (!std::isfinite(nearest) || static_cast<double>(nearest) == value) return nearest;
@@ -94,7 +94,7 @@ inline float round_float(long double value, Rounding rounding) {
   return nearest;
 }
 
-// The ten explicit bits of TF32, nearest with ties away from zero (cvt.rna) or what a tensor core drops.
+// The ten explicit bits of TF32, to nearest with ties away from zero (cvt.rna), or cut off as a tensor core does.
 inline float truncate_tf32(float value) { return bits_as<float>(bits_as<std::uint32_t>(value) & 0xffffe000u); }
 inline float round_tf32(float value) {
   if (!std::isfinite(value)) return value;

@@ -1,7 +1,7 @@
-// What arithmetic instructions compute in one lane, as function objects.
+// The arithmetic of one lane, as function objects.
 //
-// Every one is defined for all values, because lanes that do not take part are computed too. Approximations of the
-// devices (ex2.approx and friends) have errors of a few units in the last place; here they are exact.
+// Each is defined for all values, because lanes that do not take part are computed too. Approximations (ex2.approx and
+// others) have errors of a few units in the last place on a device; here they are exact.
 #pragma once
 
 #include <algorithm>
@@ -166,7 +166,7 @@ struct FunnelShift {
     return static_cast<std::uint32_t>(kLeft ? both << amount >> 32 : both >> amount);
   }
 };
-// What lies beyond the top bit is filled with the sign of the field.
+// Bits beyond the top are filled with the sign of the field.
 struct BitFieldExtract {
   template <typename T>
   T operator()(T a, std::uint32_t position, std::uint32_t length) const {
@@ -250,7 +250,7 @@ struct FindHighest {
   }
 };
 
-// How far the highest bit is from the top: what the shift to bring it there needs.
+// The distance of the highest bit from the top: the shift that would bring it there.
 struct ShiftToHighest {
   template <typename T>
   std::uint32_t operator()(T value) const {
@@ -401,7 +401,8 @@ struct Modified {
   }
 };
 
-// .rz, .rm, .rp of float32. A sum of products of floats fits the 64 bits of a long double but for extreme exponents.
+// .rz, .rm, .rp of float32. A sum of products of floats fits into the 64 bits of a long double, except for extreme
+// exponents.
 template <typename F, Rounding kRounding>
 struct Directed {
   template <typename... A>

@@ -23,8 +23,8 @@ bool starts_with(const std::string& text, const char* prefix) { return text.rfin
 
 std::size_t round_up(std::size_t value, std::size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// Numbers are read by the C library: where a compiler links its C++ library into each library, the facets of locales
-// that a stream reads numbers by are mixed up between two of them, and the process ends.
+// The C library reads numbers: where a compiler links its C++ library into each library, streams of two of them confuse
+// their facets of locales, and the process ends.
 std::size_t number_of(const std::string& word, int line) {
   char* end = nullptr;
   const unsigned long long value = std::strtoull(word.c_str(), &end, 10);
@@ -179,7 +179,7 @@ class BodyParser {
   struct Scope {
     int id;
     std::map<std::string, Register> registers;
-    std::uint32_t first_place;  // registers of a closed scope give their place to the next one
+    std::uint32_t first_place;  // registers of a closed scope leave their place to the next one
   };
   struct Reference {
     std::size_t statement, operand;
@@ -192,7 +192,7 @@ class BodyParser {
     line_counted_to_ = at;
   }
 
-  // Parses what begins at `at`; returns the position behind it.
+  // Parses the item at `at`; returns the position after it.
   std::size_t parse_next(std::size_t at) {
     if (text_[at] == '{') {
       scopes_.push_back({static_cast<int>(parents_.size()), {}, next_place_});
@@ -211,7 +211,7 @@ class BodyParser {
       words >> file_word >> line_word;
       const int file = static_cast<int>(number_of(file_word, line_));
       const int line = static_cast<int>(number_of(line_word, line_));
-      if (line != 0) {  // 0: code of no line in particular
+      if (line != 0) {  // 0: code without a line
         source_file_ = file;
         source_line_ = line;
       }

@@ -2,7 +2,7 @@
 //
 // A register is a row of 32 lanes in the register file of a warp; its place is the byte offset of the row. A predicate
 // is one 32-bit word there, a bit per lane. Constants of the code and special registers (%tid.x) are rows as well, so
-// that an instruction reads every operand in the same way. What an instruction does is decided in decode.h.
+// that an instruction reads every operand in the same way. decode.h gives instructions their meaning.
 #pragma once
 
 #include <cstddef>
@@ -50,7 +50,7 @@ struct Operand {
   enum class Kind : std::uint8_t {
     kNone,      // _
     kRegister,  // at `place`
-    kConstant,  // `value`; gets a place when the instruction that uses it says how wide it is
+    kConstant,  // `value`; gets a place when its instruction says how wide it is
     kVector,    // {a, b}, or a|b: `elements`
     kAddress,   // [base + displacement, {further}]: base is elements[0], displacement is `value`
     kLabel,     // statement number `value`
@@ -85,10 +85,10 @@ struct Module {
   std::map<int, std::string> files;  // of .file
 };
 
-// Where things are for the code: constants chosen so that addresses in the code can be constants.
+// Fixed places, so that addresses in the code can be constants.
 constexpr std::uint32_t kSharedStart = 1024;  // the first KiB of shared memory belongs to the system, as on a device
 constexpr std::size_t kParameterBytes = 32764 + 4;
-std::uint8_t* parameter_block();  // where launches leave the parameters
+std::uint8_t* parameter_block();  // of the running launch
 
 // One entry: the head at once, the body when it is first run.
 struct Entry {
@@ -120,7 +120,7 @@ struct Body {
 
 std::vector<Entry> parse_entries(const std::string& text);
 
-// The address of dynamic shared memory is only known after all static arrays: it stands in the code as this value.
+// The address of dynamic shared memory is known after all static arrays; until then this value stands for it.
 constexpr std::int64_t kDynamicShared = INT64_MIN + 1;
 Body parse_body(const Entry& entry);
 

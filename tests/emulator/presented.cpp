@@ -1,5 +1,5 @@
-// Presents torch's CPU tensors to the bindings as tensors of a GPU, by a DLPack table of our own around torch's: what a
-// call costs on the host, up to a launch that does nothing, can then be timed without a GPU (host_time.py).
+// Presents torch's CPU tensors to the bindings as tensors of a GPU, by a DLPack table of our own around torch's. The
+// cost of a call on the host, up to a launch that does nothing, can then be timed without a GPU (host_time.py).
 #include "presented.h"
 
 #include "tensor_caster.h"

@@ -1,10 +1,10 @@
-// Kernels that use one part of the machine each, for test_programs.py, which computes the same in Python. 64 threads in
+// Kernels that each use one part of the machine, for test_programs.py, which computes the same in Python. 64 threads in
 // a block, integers in and out.
 #include <cstdint>
 
 #define PROGRAM(name) extern "C" __global__ void name(int* out, const int* in)
 
-// Addressed by a value that the compiler does not know: the array has to lie in local memory.
+// The index is unknown to the compiler, so the array lies in local memory.
 PROGRAM(local_array) {
   int row[8];
   for (int i = 0; i < 8; ++i) row[i] = in[threadIdx.x] * i;
@@ -52,7 +52,7 @@ PROGRAM(wide_accesses) {
   }
 }
 
-// Lanes go round loops of different lengths and meet again.
+// Lanes run loops of different lengths and meet again.
 PROGRAM(divergent_loops) {
   int steps = 0;
   for (int value = in [threadIdx.x] & 31; value != 1 && value != 0; ++steps) {

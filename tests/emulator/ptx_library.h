@@ -1,4 +1,4 @@
-// The kernels of the build, found as the CUDA driver finds them: by mangled name and by what the device can run.
+// The kernels of the build, found as the CUDA driver finds them: by mangled name and compute capability.
 #pragma once
 
 #include <map>
@@ -18,7 +18,7 @@ class PtxLibrary {
   std::shared_ptr<const Kernel> find(const std::string& entry, int major, int minor);
   // From now on `find` gives this kernel for the name; nullptr ends that.
   void replace(const std::string& entry, std::shared_ptr<const Kernel> kernel);
-  // "8.0, 9.0a": what there is of a kernel.
+  // The architectures of a kernel: "8.0, 9.0a".
   std::string architectures_of(const std::string& entry);
 
  private:

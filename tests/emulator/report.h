@@ -1,4 +1,4 @@
-// What was found wrong: one report per kind and instruction, with the place in the source and both parties.
+// Reports: one per kind and instruction, with the place in the source and both parties.
 //
 // Kinds: race-raw, race-war, race-waw (shared memory), async-race (a copy or wgmma in flight), uninitialised,
 // out-of-bounds, misaligned, read-only, divergence (part of a warp), barrier, deadlock, mbarrier, proxy (a fence
@@ -16,7 +16,7 @@
 
 namespace emulator {
 
-// Who does what: the thread (within its block) and the statement that it executes.
+// A thread (within its block) and the statement that it executes.
 struct Site {
   int thread;
   const Statement* statement;
@@ -28,7 +28,7 @@ class Reporter {
 
   void enter_block(Dim3 block) { block_ = block; }
   void add(const char* kind, const Site& site, const std::string& message);
-  // The message is only made when the report is new: a defect in a loop would spend its time on texts.
+  // The message is made only when the report is new: a defect in a loop would otherwise spend its time on texts.
   template <typename F, typename = decltype(std::declval<F>()())>
   void add(const char* kind, const Site& site, F&& message) {
     if (is_new(kind, site)) add(kind, site, std::string(message()));

@@ -43,7 +43,7 @@ void Clocks::fence_for_copies(int thread) {
   std::uint32_t* ordered = row(thread);
   std::uint32_t* fenced = ordered + columns_;
   for (std::size_t i = 0; i < columns_; ++i) fenced[i] = std::max(fenced[i], ordered[i]);
-  advance(thread);  // what follows the fence is not covered by it
+  advance(thread);  // the fence does not cover later accesses
 }
 
 void Clocks::fence_for_device(int thread) {
@@ -84,8 +84,8 @@ std::string SharedShadow::describe(const Access& access) const {
 }
 
 void SharedShadow::remember_read(Cell& cell, const Access& access) {
-  // Whoever writes after this reader also writes after every read that this reader is ordered after. Agents have no
-  // order of their own; a later read by the same one replaces the earlier.
+  // A write ordered after this read is also ordered after every read before it. Agents have no order of their own; a
+  // later read by the same one replaces the earlier.
   const auto replaces = [&](const Access& read) {
     if (static_cast<int>(access.thread) >= clocks_.threads()) return read.thread == access.thread;
     return clocks_.happened_before(read, access.thread);
@@ -292,7 +292,7 @@ bool GlobalShadow::published(const Cell& cell, int reader, const std::uint8_t* a
   for (const Acquisition& acquisition : acquisitions_) {
     const std::uint32_t reached = clocks_.row(reader)[acquisition.thread];
     if (acquisition.clock > reached) continue;
-    // All atomic operations on one word have an order: whoever comes after one of them comes after the earlier ones.
+    // All atomic operations on one word are ordered: an access after one of them is after the earlier ones.
     if (cell.atomic && address >= acquisition.address && address < acquisition.address + 4) return true;
     if (!acquisition.complete || acquisition.end > reached) continue;
     for (const Publication& publication : publications_[acquisition.address]) {
@@ -338,7 +338,7 @@ void GlobalShadow::fence(int thread) {
   for (Acquisition& acquisition : acquisitions_) {
     if (acquisition.thread != thread || acquisition.complete) continue;
     acquisition.complete = true;
-    acquisition.end = clocks_.now(thread);  // only what is ordered after the fence has reached this clock
+    acquisition.end = clocks_.now(thread);  // only accesses ordered after the fence have reached this clock
   }
 }
 
@@ -348,7 +348,7 @@ void GlobalShadow::synchronise(int thread, const std::uint8_t* address, Acquire 
     acquisitions_.push_back({address, thread, clock, clock, acquire == Acquire::kAtOnce});
   }
   if (release != Release::kNothing) publish(thread, address, release);
-  clocks_.advance(thread);  // what follows is not covered
+  clocks_.advance(thread);  // later accesses are not covered
 }
 
 void GlobalShadow::publish(int thread, const std::uint8_t* address, Release release) {

@@ -6,12 +6,12 @@
 // of an mbarrier and completed copies: each joins rows. Shuffles, votes and matrix instructions order nothing.
 //
 // A row has two sections of equal length. The first is the order itself. The second is the part of it that has passed a
-// proxy fence: what asynchronous copies and wgmma may rely on. Joining whole rows carries both along the same edges.
-// What a fence at device scope has covered stays with the thread that made it: a release pattern is a fence and an
-// atomic of one thread, and nobody inherits its fence.
+// proxy fence, which asynchronous copies and wgmma may rely on. Joining whole rows carries both along the same edges.
+// The accesses that a fence at device scope covers are known to the thread that made it alone: a release pattern is a
+// fence and an atomic of one thread, and no other thread inherits the fence.
 //
-// What goes on beside the threads takes part as agents, in columns behind theirs: one for each mbarrier, for the bulk
-// copies that complete on it, and one for each warp, for what its wgmmas read.
+// Work beside the threads is done by agents, whose columns follow those of the threads: one for each mbarrier, for the
+// bulk copies that complete on it, and one for each warp, for the reads of its wgmmas.
 #pragma once
 
 #include <cstddef>
@@ -42,7 +42,7 @@ class Clocks {
   std::uint32_t* row(int thread) { return &rows_[thread * row_size()]; }
 
   std::uint32_t now(int thread) { return row(thread)[thread]; }
-  // What the thread did so far is released under the old clock; what it does next is not.
+  // Earlier accesses of the thread are released under the old clock; later ones are not.
   void advance(int thread) { ++row(thread)[thread]; }
   void join(std::uint32_t* row, const std::uint32_t* other) const;
   bool happened_before(const Access& access, int thread) { return access.clock <= row(thread)[access.thread]; }
@@ -51,14 +51,14 @@ class Clocks {
   }
   void fence_for_copies(int thread);
   void fence_for_device(int thread);
-  // What came before the last fence at device scope that this thread made itself.
+  // The clocks before the last fence at device scope that this thread made itself.
   const std::uint32_t* fenced_for_device(int thread) const { return &fenced_for_device_[thread * columns_]; }
   std::size_t columns() const { return columns_; }
 
   // The agent of an mbarrier (by number) or of a warp, one clock further on.
   Access next_of_mbarrier(int number) { return next_of_agent(threads_ + number % kMbarriers); }
   Access next_of_warp(int warp) { return next_of_agent(threads_ + kMbarriers + warp); }
-  // Adds what the agent did to a row, as done through the asynchronous proxy and needing no fence.
+  // Adds the accesses of the agent to a row. They went through the asynchronous proxy and need no fence.
   void join_agent(std::uint32_t* row, const Access& agent) const;
 
  private:
@@ -73,13 +73,13 @@ class Clocks {
 
 enum class Proxy { kGeneric, kAsync };
 
-// What an operation on a word of global memory does for the order between blocks: itself, or with a fence of its
+// The order between blocks that an operation on a word of global memory creates: by itself, or with a fence of its
 // thread.
 enum class Acquire { kNothing, kAtOnce, kWithNextFence };
 enum class Release { kNothing, kWhatWasFenced, kEverything };
 
-// One cell for every two bytes of shared memory: the last write, the reads since, and what is still in flight. Both
-// bytes of a cell count as one.
+// One cell for every two bytes of shared memory: the last write, the reads since then, and copies in flight. Both bytes
+// of a cell count as one.
 class SharedShadow {
  public:
   SharedShadow(Clocks& clocks, Reporter& reporter) : clocks_(clocks), reporter_(reporter) {}
@@ -91,20 +91,20 @@ class SharedShadow {
   }
 
   void read(const Site& site, std::uint32_t offset, int bytes, Proxy proxy = Proxy::kGeneric);
-  // `value`: what will be written; an equal value twice is no race.
+  // `value`: the value that will be written; writing an equal value is no race.
   void write(const Site& site, std::uint32_t offset, int bytes, const void* value);
   // Atomic operations do not race with each other.
   void atomic(const Site& site, std::uint32_t offset, int bytes);
 
-  // A copy into shared memory: nobody may touch the cells until it has finished, as the act of `by`.
+  // A copy into shared memory: no thread may touch the cells until it has finished. It then counts as a write of `by`.
   void begin_copy(const Site& site, std::uint32_t offset, int bytes, Proxy proxy);
   void finish_copy(const Access& by, std::uint32_t offset, int bytes, Proxy proxy);
-  // A read that goes on after its instruction (wgmma, bulk store): nobody may write the cells until it has finished.
+  // A read that goes on after its instruction (wgmma, bulk store): no thread may write the cells until it has finished.
   void begin_read(const Site& site, std::uint32_t offset, int bytes);
   void finish_read(const Access& by, std::uint32_t offset, int bytes);
 
   void mark_mbarrier(std::uint32_t offset, bool live);
-  // Is the initialisation of an mbarrier visible to this thread, and to copies?
+  // Checks that the initialisation of an mbarrier is visible to this thread, and to copies.
   void check_mbarrier(const Site& site, std::uint32_t offset, bool used_by_copy);
   Access access_of(const Site& site);
 
@@ -112,7 +112,7 @@ class SharedShadow {
   enum State : std::uint8_t { kWritten = 1, kInFlight = 2, kByCopy = 4, kMbarrier = 8, kAtomic = 16 };
   static constexpr int kReaders = 8;
   struct Cell {
-    std::uint32_t block;  // that used it last; for another one it is as new
+    std::uint32_t block;  // the last block that used it; for another block it is new
     Access write;
     Access reads[kReaders];
     std::uint8_t state;
@@ -141,24 +141,24 @@ class SharedShadow {
   const std::vector<Statement>* code_ = nullptr;
   const std::uint8_t* memory_ = nullptr;
   std::size_t end_ = kSharedStart;
-  std::uint32_t block_ = 0;  // counts blocks, not their place in the grid
+  std::uint32_t block_ = 0;  // a count of blocks, not a place in the grid
   std::vector<Cell> cells_;
   std::unordered_map<const Cell*, std::vector<Access>> more_reads_;  // when more than eight read a cell
 };
 
-// What blocks of one launch write to global memory. A word written by another block may be read if a release pattern
-// there synchronises with an acquire pattern here, as PTX's memory model has them: the pattern of "the last block
-// reduces". On either side the pattern is the work of one thread.
+// Writes of the blocks of one launch to global memory. A word written by another block may be read if a release pattern
+// there synchronises with an acquire pattern here, as PTX's memory model defines them: the pattern of "the last block
+// reduces". On either side one thread executes the whole pattern.
 //
 //   release   a fence at device scope, then an atomic operation by the same thread (or one that releases). It covers
-//             what the fence comes after: what other threads of the block did before a barrier, too, but not what was
-//             only fenced by them.
+//             the accesses ordered before the fence: also those of other threads of the block before a barrier, but not
+//             those that other threads alone have fenced.
 //   acquire   an atomic operation on the same word, then a fence at device scope by the same thread (or an operation
-//             that acquires). It serves whoever comes after that fence: other threads of the block through a barrier
-//             behind it. Their own fences do not make up for a missing one.
+//             that acquires). It serves all that is ordered after that fence: other threads of the block through a
+//             barrier after it. Their own fences do not replace a missing one.
 //
-// Two fence.sc of different threads are ordered as well, which could carry more; no kernel here needs to rely on it.
-// Blocks run one after the other: what an earlier one published is final.
+// Two fence.sc of different threads are ordered as well and could create more order; no kernel here relies on it.
+// Blocks run one after the other, so the writes that an earlier one published are final.
 class GlobalShadow {
  public:
   GlobalShadow(Clocks& clocks, Reporter& reporter) : clocks_(clocks), reporter_(reporter) {}
@@ -171,7 +171,7 @@ class GlobalShadow {
   void synchronise(int thread, const std::uint8_t* address, Acquire acquire, Release release);
   // A fence at device scope. After Clocks::fence_for_device.
   void fence(int thread);
-  // How many bytes the block has read so far that other blocks wrote.
+  // The number of bytes that the block has read so far and other blocks wrote.
   std::uint64_t foreign_bytes() const { return foreign_bytes_; }
 
  private:
@@ -193,7 +193,7 @@ class GlobalShadow {
     const std::uint8_t* address;
     int thread;
     std::uint32_t clock;  // of the operation
-    std::uint32_t end;    // clock of what ends the pattern: the operation itself, or the fence
+    std::uint32_t end;    // clock of the end of the pattern: the operation itself, or the fence
     bool complete;        // until then it acquires nothing
   };
 

@@ -1,4 +1,4 @@
-// The host code of the tests: what test_host.py asks of the runtime goes through code that nvcc has compiled.
+// Host code of the tests, compiled by nvcc: test_host.py calls the runtime through it.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -20,7 +20,7 @@ struct SubjectCall {
 constexpr int kSubjectThreads = 256;                       // its __launch_bounds__
 constexpr int kSubjectStaticShared = 4 * kSubjectThreads;  // bytes
 
-// Returns what the first call that failed returned.
+// Returns the error of the first call that failed.
 cudaError_t launch_subject(const SubjectCall& call);
 const void* subject_function();
 

@@ -1,4 +1,4 @@
-// What threads wait for: barriers of the block, mbarriers, and groups of asynchronous copies.
+// Barriers of the block, mbarriers, and groups of asynchronous copies, which threads wait for.
 #pragma once
 
 #include <cstddef>
@@ -15,8 +15,8 @@ namespace emulator {
 class Execution;
 struct Instruction;
 
-// bar.sync and bar.arrive with an id. Warps arrive as a whole; who waits goes on when `expected` threads have arrived,
-// ordered after all of them.
+// bar.sync and bar.arrive with an id. Warps arrive as a whole. When `expected` threads have arrived, the waiting ones
+// continue, ordered after all of them.
 struct Barrier {
   int expected = 0;  // threads; meaningless while nobody has arrived
   bool whole_block = false;
@@ -27,14 +27,14 @@ struct Barrier {
     std::uint32_t mask;
   };
   std::vector<Waiter> waiting;
-  std::vector<std::uint32_t> row;  // joined clocks of those who arrived
-  // bar.red: how many predicates were true, of how many threads.
+  std::vector<std::uint32_t> row;  // joined clocks of the threads that arrived
+  // bar.red: the number of true predicates, and of threads.
   int true_predicates = 0, predicates = 0;
   const Statement* statement = nullptr;  // of the first arrival
 };
 
 // An mbarrier: a phase completes when no arrivals and no bytes are pending. An arrival releases what the arriving
-// thread did, and nothing that other lanes did; who finds the phase completed is ordered after all arrivals.
+// thread did, and nothing that other lanes did. A thread that finds the phase completed is ordered after all arrivals.
 struct Mbarrier {
   std::uint32_t count = 0, pending = 0, phase = 0;
   std::int64_t pending_bytes = 0;
@@ -54,7 +54,7 @@ struct PhaseWait {
   std::uint32_t mbarrier = 0, parity = 0;
 };
 
-// cp.async of one thread. Data arrive at the wait, never earlier: a kernel that reads too early sees what was there.
+// cp.async of one thread. Data arrive at the wait, never earlier: a kernel that reads too early sees the old contents.
 struct CopyGroups {
   struct Copy {
     std::uint32_t target;

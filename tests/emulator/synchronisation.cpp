@@ -1,4 +1,4 @@
-// Barriers, fences, and what the lanes of a warp exchange.
+// Barriers, fences, and exchanges between the lanes of a warp.
 #include <algorithm>
 #include <stdexcept>
 
@@ -121,12 +121,12 @@ void decode_fence(Decoder& d) {
   }
   if (d.take("proxy")) {
     if (d.take("alias")) {
-      d.instruction.handler = &do_nothing;  // of memory under two addresses, which does not exist here
+      d.instruction.handler = &do_nothing;  // for memory with two addresses, which does not exist here
       return;
     }
     if (!d.take("async")) d.fail("this proxy is not supported");
-    // Without a space, or for shared memory: what wgmma and bulk copies read. For global memory: what bulk copies read
-    // there, which is not checked.
+    // Without a space, or for shared memory: before reads of wgmma and bulk copies. For global memory: before reads of
+    // bulk copies, which are not checked.
     const bool global_only = d.take("global");
     d.take_one_of({"shared::cta", "shared::cluster", "shared"});
     d.instruction.handler = global_only ? &do_nothing : &fence_copies;
@@ -369,7 +369,7 @@ bool decode_synchronisation(Decoder& d) {
   } else if (d.is("trap") || d.is("brkpt")) {
     d.instruction.handler = &trap;
   } else if (d.is("nanosleep") || d.is("griddepcontrol") || d.is("pmevent")) {
-    // Only time would be different; grids run one after the other.
+    // They change only the time; grids run one after the other.
     d.take_one_of({"wait", "launch_dependents"});
     d.take_type();
     d.instruction.operands.clear();

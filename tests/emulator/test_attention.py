@@ -1,7 +1,7 @@
-"""The CUDA kernels of attention, executed by the emulator with every check on: against the float64 reference and by the
-laws of tests/test_attention.py, through autograd, operator, binding and launcher.
+"""The CUDA kernels of attention in the emulator with every check on: against the float64 reference and by the laws of
+tests/test_attention.py, through autograd, operator, binding and launcher.
 
-Without a GPU this is the only place where they run; with one, tests/test_attention.py runs them on it.
+Without a GPU the kernels run only here; with one, tests/test_attention.py runs them on it.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ def small(**changes):
 
 
 def alternate(cases):
-    """Every second case in float16: both types see every kind of case, each case is run once."""
+    """Every second case in float16, so that both types get every kind of case and each case runs once."""
     return [dataclasses.replace(case, dtype=HALF[index % 2]) for index, case in enumerate(cases)]
 
 
@@ -59,7 +59,7 @@ CASES += alternate(
         for d in (64, 128)
     ]
 )
-# One query, or a few, packed with their heads into the rows of one tile; keys cut into shares.
+# One query, or a few, packed with their heads into the rows of one tile; the keys are split.
 DECODE = alternate(
     [
         small(batch=2, seqlen_q=n, seqlen_k=t, num_heads=h, num_kv_heads=g, head_dim=d, mask=mask, alibi=alibi)
@@ -136,7 +136,7 @@ ALL = [*CASES, *DECODE, *(case for case in whole.CASES if case.dtype in HALF and
 
 
 def emulate(emulated, case):
-    """Another order of warps and copies for every case, the same for the same case."""
+    """Every case has its own order of warps and copies, the same in every run."""
     emulated.settings.schedule = ("fifo", "reverse", "random")[sum(map(ord, str(case))) % 3]
 
 
@@ -185,7 +185,7 @@ def test_a_scale_that_the_kernels_refuse_takes_another_backend(softmax_scale, em
 
 @pytest.mark.parametrize("seqlen_q", [1, 400])
 def test_windows_skip_far_keys(seqlen_q, emulated):
-    """Far keys and values are not read: NaN there stays out."""
+    """Far keys and values are not read: a NaN there changes nothing."""
     case = small(seqlen_q=seqlen_q, seqlen_k=700, num_heads=1, alibi="all")  # slope 2**-0.5
     inputs = bounded(case, 1.0, torch.device("cpu"))
     expected = attention(*inputs.tensors(), **inputs.options, backend="cuda")
@@ -230,13 +230,13 @@ def test_what_is_hidden_stays_hidden(case, name, emulated):
 
 @pytest.mark.parametrize("name", whole.TENSORS)
 def test_one_infinite_row_leaves_the_others_their_digits(name, emulated):
-    """Gradients in float16 share a scale, which must not follow an infinity."""
+    """Gradients in float16 share a scale, which must not depend on an infinity."""
     case = small(seqlen_q=96, seqlen_k=96, num_heads=1, dtype=FLOAT16, mask="documents", seed=3)
     whole.check_hidden(make(case, torch.device("cpu")), "cuda", name, 0, 95, 0, 7, math.inf)
 
 
 def test_what_is_seen_is_not_hidden(emulated):
-    """In tiles that hide something, too: an infinite value is that of its channel alone."""
+    """Also in tiles that hide something, an infinite value reaches its own channel alone."""
     case = small(seqlen_q=70, seqlen_k=70, num_heads=2)
     inputs = make(case, torch.device("cpu"))
     inputs.v[:, 66, :, 5], inputs.v[:, 67, :, 6] = -math.inf, math.nan
@@ -250,7 +250,7 @@ def test_what_is_seen_is_not_hidden(emulated):
 # ---- laws -----------------------------------------------------------------------------------------------------------
 
 LAWS = {name: test.law for name, test in vars(whole).items() if hasattr(test, "law")}
-# A channel that carries the bias would have to hold slope * position exactly.
+# A channel for the bias would have to hold slope * position exactly.
 NOT_IN_HALF_PRECISION = {"test_p8_alibi_is_a_bias_linear_in_the_key"}
 
 
@@ -286,7 +286,7 @@ def test_schedules_change_no_bit(case, emulated):
         assert all(map(torch.equal, result, results[0]))
 
 
-# ---- shares of the keys ---------------------------------------------------------------------------------------------
+# ---- splits of the keys ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_splits", whole.SPLITS)
@@ -313,7 +313,7 @@ def test_no_more_splits_than_steps(emulated, monkeypatch):
 
 
 def test_splits_keep_what_is_not_finite(emulated, monkeypatch):
-    """Sums are rounded on their way from one block to another: an infinity stays one, and a NaN of any bits."""
+    """Sums are rounded between blocks: an infinity stays one, and so does a NaN of any bits."""
     case = small(seqlen_q=1, seqlen_k=64 * 17, num_heads=5)
     inputs = make(case, torch.device("cpu"))
     largest = torch.finfo(case.dtype).max
@@ -357,7 +357,7 @@ def test_bytes_on_the_way_of_the_last_block(emulated, monkeypatch):
     "batch, seqlen_k, measured", [(1, 131072, (128, 132)), (16, 8192, (8, 8)), (64, 2048, (2, 4)), (1, 8192, (24, 64))]
 )
 def test_number_of_shares_is_the_fastest_measured(emulated, batch, seqlen_k, measured):
-    """On an H200, 24 heads of 128 channels: within 4 % of the best number of shares of these keys."""
+    """On an H200, 24 heads of 128 channels: within 4 % of the best number of splits of these keys."""
     emulated.settings.device = "H200"
     sizes = {"seqlen_q": 1, "num_heads": 24, "num_kv_heads": 1, "head_dim": 128, "causal": True}
     chosen = _select.extension.attention_forward_workspace(batch=batch, seqlen_k=seqlen_k, **sizes)[2]

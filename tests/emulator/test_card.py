@@ -1,4 +1,4 @@
-"""The card's tests that use nothing of torch.cuda, on the emulator: the tests themselves are known to be right."""
+"""Tests of test_cuda.py that use nothing of torch.cuda, on the emulator: so these tests are known to work."""
 
 import pytest
 import test_cuda

@@ -78,7 +78,7 @@ def emu():
 
 @pytest.fixture
 def subject(emu):
-    """launch(**changes): the subject's kernel on 300 values; returns what the runtime said."""
+    """launch(**changes) runs the subject's kernel on 300 values and returns the error of the runtime."""
     source = emu.tensor(torch.arange(300.0), name="in")
     out = emu.empty((300,), torch.float32, name="out")
 
@@ -170,7 +170,7 @@ def test_a_kernel_runs(emu, subject, shared_bytes, cluster):
     ],
 )
 def test_bank_conflicts_are_counted(instruction, stride, clocks):
-    emu = Emulator(check=False)  # of memory that nobody has written
+    emu = Emulator(check=False)  # reads memory that was never written
     emu.run_ptx(BANKS_PTX.replace("INSTRUCTION", instruction), "banks", 1, 32, (stride,))
     assert emu.launches[0].counters.shared_clocks == clocks
 
@@ -199,7 +199,7 @@ def test_the_runtime_refuses(emu, subject, changes, error):
     assert subject(allowed_shared_bytes=0) == "cudaSuccess"
     assert subject(**changes).startswith(error)
     assert all(launch.error == error.partition(":")[0] for launch in emu.launches[1:])
-    assert subject() == "cudaSuccess"  # an error is given once
+    assert subject() == "cudaSuccess"  # an error is returned once
 
 
 def test_an_error_is_given_once(emu, subject):
@@ -409,7 +409,7 @@ def test_capture(emu, subject):
 
 
 def test_a_thread_may_be_permitted_to_work_beside_captures(emu):
-    """What andromeda/ops/_persistent.py relies on; the permission is this thread's."""
+    """andromeda/ops/_persistent.py relies on it; the permission is this thread's."""
     runtime, extension = emu._host.subject, emu.extension
     with emu:
         assert extension.capture_id(0) == 0
@@ -555,7 +555,7 @@ def test_strided_results_leave_the_rest_alone(emu):
 
 
 def test_the_rest_of_a_strided_result_is_watched(emu):
-    """Here the function writes all of a tensor of which the caller was promised every other element."""
+    """The function writes all elements of a tensor although it was given every second one."""
     target = torch.zeros(4, 2)[:, 0]
     copy = emu.tensor(target, name="out", writable=True)
     copy.memory[:] = 1
@@ -589,7 +589,7 @@ def test_empty_tensors_launch_nothing(emu):
     assert emu.launches == []
 
 
-# ---- qk_norm_rotary from end to end, judged by its own tests --------------------------------------------------------
+# ---- qk_norm_rotary from end to end, by its own tests ---------------------------------------------------------------
 
 
 def tensors_for(case, dtype=torch.float32, seed=0):
@@ -620,7 +620,7 @@ def test_qk_norm_rotary_in_another_order(emulated):
 
 
 def sliced_tensors_for(case, dtype=torch.float32, seed=0):
-    """The operands as slices of larger tensors of NaN, at an odd offset: their rows do not lie in chunks."""
+    """The operands as slices of larger tensors of NaN, at an odd offset: their rows are not aligned."""
     tensors = case.tensors(dtype, seed=seed)
     for index in range(2):
         batch, seqlen, heads, head_dim = tensors[index].shape
@@ -709,7 +709,7 @@ def test_the_fixture_has_one_backend_besides_the_reference(emulated):
 
 
 def test_host_time_runs_every_call():
-    """The command that measures it: the calls reach their launches, whose times are not judged here."""
+    """Every call of the command reaches its launch; the times are not tested here."""
     command = [sys.executable, "-m", "emulator.host_time", "--runs", "1", "--calls", "4"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=300)
     assert result.returncode == 0, result.stderr

@@ -62,7 +62,7 @@ COPY:
 
 
 def run(body, registers, image=None, descriptor=0, threads=32):
-    """Eight 32-bit words per thread, as the body leaves them at [%out]; `registers` are at [%in]."""
+    """Eight 32-bit words per thread, which the body writes to [%out]; `registers` are at [%in]."""
     emu = Emulator()
     out = emu.empty((threads, 8), torch.int32, name="out")
     given = torch.zeros(threads, 8, dtype=torch.int32)

@@ -1,9 +1,9 @@
-"""Every barrier, fence, commit and wait of the CUDA kernels is missed when it is gone.
+"""The tests fail without any one barrier, fence, commit or wait of the CUDA kernels.
 
 A mutant is a kernel without one of its synchronising instructions. It runs small cases and is caught when the emulator
-reports something, stops, or the results are others. So the kernels synchronise no more than they must, except for what
-EXPLAINED says, and the emulator has no blind spot where they rely on it. Atomic operations stay: without its semaphore
-a kernel is another algorithm.
+reports something, stops, or the results differ. So the kernels synchronise no more than they must, with the exceptions
+in EXPLAINED, and the emulator has no blind spot where they rely on it. Atomic operations stay: without its semaphore a
+kernel is another algorithm.
 """
 
 import collections
@@ -51,12 +51,12 @@ EXPLAINED = {
 
 @dataclasses.dataclass(frozen=True)
 class Mutant:
-    removed: str  # the source line, numbered where it makes several instructions of a kernel
-    text: str  # PTX of nothing but the kernel
+    removed: str  # the source line, numbered where it gives several instructions of a kernel
+    text: str  # PTX of the kernel alone
 
 
 def kernel_text(texts, part_of_name):
-    """(entry, text): one kernel of the PTX texts, with what belongs to all kernels of its file."""
+    """(entry, text): one kernel of the PTX texts, with the declarations of its file."""
     (text,) = (text for text in texts if part_of_name in text)
     kernels = list(re.finditer(r"^\.visible \.entry (\w+)\(.*?^}$", text, re.MULTILINE | re.DOTALL))
     (own,) = (kernel for kernel in kernels if part_of_name in kernel[1])
@@ -81,7 +81,7 @@ def mutants_of(text):
 
 
 def source_line(location, files):
-    """The line of our sources that a .loc names: of wrappers around inline PTX, the line that calls them."""
+    """The line of our sources that a .loc names; for a wrapper around inline PTX, the line that calls it."""
     for file, line in re.findall(r"(?:\.loc|inlined_at)\s+(\d+) (\d+)", location):
         path = SOURCES / files[file].rpartition("csrc/cuda/")[2]
         if path.exists() and "asm volatile" not in (source := path.read_text().splitlines()[int(line) - 1]):
@@ -91,7 +91,7 @@ def source_line(location, files):
 
 # ---- cases ----------------------------------------------------------------------------------------------------------
 # Several rounds of every pipeline, warps without work beside others, tiles with and without a mask, a ragged end; rows
-# in chunks of 16 bytes, which are copied asynchronously, and rows that are not.
+# aligned to 16 bytes, which are copied asynchronously, and rows that are not.
 
 SMALL = whole.Case(batch=1, num_heads=1, head_dim=64, dtype=torch.bfloat16, alibi="all")
 ONE_MULTIPROCESSOR = Device(8, 0, 1, 163, 164, 2048, 32)  # few blocks, with much to do
@@ -163,7 +163,7 @@ KERNELS = {
         "attention_decode_kernelI13__nv_bfloat16Li64ELi2E",
         lambda: [
             forward(seqlen_q=1, seqlen_k=1100, num_heads=20),  # two rounds of the ring
-            forward(seqlen_q=1, seqlen_k=1100, num_heads=20, num_splits=17),  # two levels of shares
+            forward(seqlen_q=1, seqlen_k=1100, num_heads=20, num_splits=17),  # two levels of splits
             forward(seqlen_q=1, seqlen_k=1100, num_heads=20, layout="offset"),
         ],
     ),
@@ -183,8 +183,8 @@ KERNELS = {
         lambda: [
             backward(seqlen_q=200, seqlen_k=70),
             backward(seqlen_q=200, seqlen_k=70, layout="offset"),
-            backward(seqlen_q=70, seqlen_k=40, num_heads=3),  # shares
-            backward(seqlen_q=10, seqlen_k=100, mask="window"),  # keys that nobody sees
+            backward(seqlen_q=70, seqlen_k=40, num_heads=3),  # splits of the heads
+            backward(seqlen_q=10, seqlen_k=100, mask="window"),  # keys that no query sees
         ],
     ),
     "attention_backward_sum": (
@@ -218,7 +218,7 @@ KERNELS = {
 
 
 def attempt(emulated, trial, schedule):
-    """(what was found wrong, results)"""
+    """(error, results), one of them None"""
     emulated.settings.device, emulated.settings.schedule = trial.device, schedule
     emulated.reports.clear()
     _persistent.taken_semaphores.clear()

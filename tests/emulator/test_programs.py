@@ -116,7 +116,7 @@ def test_program(program, schedule):
     start = torch.zeros(160, dtype=torch.int32)
     start[2], start[4] = 1000, -1
     out = emu.tensor(start, name="out", writable=True)
-    # A text of its own for every run: variables of a module keep their values.
+    # Every run has a text of its own, because variables of a module keep their values.
     text = ptx() + f"// {schedule}\n"
     emu.run_ptx(text, program.__name__, 1, 64, (out, emu.tensor(torch.tensor(GIVEN, dtype=torch.int32), name="in")))
     emu.assert_clean()

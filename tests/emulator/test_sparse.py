@@ -1,4 +1,4 @@
-"""Tensors of more elements than 32 bits can count: the kernels' offsets, their grids, and what is refused.
+"""Tensors of more elements than 32 bits can count: the offsets of the kernels, their grids, and refusals.
 
 A sparse tensor takes memory only where it is touched. The same numbers, once close together and once up to 32 GiB
 apart, must give the same bits; an offset that was formed in 32 bits is an access outside every buffer.
@@ -25,7 +25,7 @@ def emu():
 
 
 class Memory:
-    """Where the operands of a call lie: close together, or far apart along one axis."""
+    """Places the operands of a call close together, or far apart along one axis."""
 
     def __init__(self, emu, axis=None, reach=0):
         self.emu, self.axis, self.reach = emu, axis, reach
@@ -54,7 +54,7 @@ class Memory:
         ):  # the far one is the outermost
             strides[axis] = size
             size *= shape[axis]
-        strides[self.axis] = -(-self.reach // (shape[self.axis] - 1) // 8) * 8  # rows start at chunks of 16 bytes
+        strides[self.axis] = -(-self.reach // (shape[self.axis] - 1) // 8) * 8  # rows are aligned to 16 bytes
         return self.emu.sparse(shape, torch.bfloat16, name=name, strides=tuple(strides))
 
 
@@ -228,7 +228,7 @@ every_axis = pytest.mark.parametrize(
 
 
 def device_for(name):
-    """With one multiprocessor the decode kernel is no gain; with many, the backward pass cuts heads into shares."""
+    """With one multiprocessor the decode kernel gains nothing; with many, the backward pass splits the heads."""
     return ONE_MULTIPROCESSOR if name == "forward" else "A100"
 
 
@@ -245,7 +245,7 @@ def test_offsets_beyond_32_bits(name, axis, reach, emu):
 
 
 def in_32_bits(text):
-    """A kernel whose 64-bit products are cut to 32 bits and extended again, as if `int` had been multiplied."""
+    """A kernel whose 64-bit products are cut to 32 bits and extended again, as products of `int` would be."""
     return re.sub(
         r"^(\s*(?:mul|mad)\.lo\.[su]64\s+(%rd\d+),.*)$",
         r"\1\n shl.b64 \2, \2, 32;\n shr.s64 \2, \2, 32;",

@@ -1,4 +1,4 @@
-"""token_shift_norm on CUDA from end to end, judged by its own tests; rows of every length, runs, grids, long rows."""
+"""token_shift_norm on CUDA from end to end, by its own tests; rows of every length, runs, grids, long rows."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ def tensors_for(case, dtype=torch.float32, seed=0):
 
 
 def sliced_tensors_for(case, dtype=torch.float32, seed=0):
-    """x and the residual as slices of larger tensors of NaN, at an odd offset: their rows do not lie in chunks."""
+    """x and the residual as slices of larger tensors of NaN, at an odd offset: their rows are not aligned."""
     tensors = list(case.tensors(dtype, seed=seed))
     for index in range(2):
         if tensors[index] is not None:
@@ -91,20 +91,20 @@ def test_odd_widths(emulated, dim):
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "no norm"])
 @pytest.mark.parametrize("residual", ["scaled", "unscaled", "none"])
 def test_long_rows(emulated, norm, residual):
-    """Every part can be absent from rows of several tiles too; a run holds several of them."""
+    """Any part may be absent from rows of several tiles; a run holds several such rows."""
     options = {"norm": norm, "residual": residual != "none", "scaled": residual == "scaled"}
     judge(Case("", batch=2, seqlen=3, dim=8200, **options), torch.bfloat16)
 
 
 @pytest.mark.parametrize("dim", [64, 520, 8200])
 def test_more_runs_than_tokens(emulated, monkeypatch, dim):
-    """The last ones are empty, and write zeros."""
+    """The last runs are empty and write zeros."""
     monkeypatch.setattr(op, "_MIN_TOKENS_PER_PARTIAL", 1)
     judge(Case("", batch=1, seqlen=5, dim=dim), torch.bfloat16)
 
 
 def test_statistics_of_tiles_are_merged_about_their_means(emulated):
-    """Parts of a row far from each other: a difference of large sums would be far off."""
+    """The parts of the row have means far from each other: a difference of large sums would be wrong."""
     x = torch.randn(1, 2, 20000, dtype=torch.float64)
     x[..., 8192:16384] += 1000
     x, gamma = x.float(), torch.rand(20000)
@@ -206,7 +206,7 @@ def test_stream_grid_and_calls(emulated, monkeypatch):
 
 
 def test_a_block_walks_several_rows(emulated):
-    """As it does where there are more rows than blocks that a GPU holds; here across the ends of short sequences."""
+    """A block does so where a GPU holds fewer blocks than there are rows; here across the ends of short sequences."""
     emulated.settings.check = False
     case = Case("", batch=1400, seqlen=3, dim=2056, shift=2)
     operation.test_forward("cuda", tensors_for, CPU, case, torch.bfloat16)
@@ -235,7 +235,7 @@ def test_no_operation_of_the_model_falls_back(emulated, monkeypatch, deepnorm):
 
 
 def test_results_between_rows_are_left_alone(emulated):
-    """Strided outputs, which the operation itself never makes."""
+    """The outputs are strided, as the operation itself never makes them."""
     x, storage = torch.randn(2, 5, 16), torch.full((2, 6, 19), 7.0)
     options = dict.fromkeys(("residual", "residual_scale", "gamma", "history", "key_start"))
     shifted = storage[:, :5, 1:17]

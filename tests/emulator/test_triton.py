@@ -57,7 +57,7 @@ def compiled(kernel, signature, constants, architecture, **options):
 
 
 def launch(emu, program, name, grid, arguments):
-    """Run it. What Triton leaves out on Hopper is allowed: a proxy fence between cp.async and wgmma."""
+    """Runs the kernel. A missing proxy fence between cp.async and wgmma is allowed: Triton leaves it out on Hopper."""
     # Two more parameters than the kernel names: scratch memory of the launch and of profiling.
     parameters, metadata = (*arguments, 0, 0), program.metadata
     emu.run_ptx(program.asm["ptx"], name, grid, 32 * metadata.num_warps, parameters, metadata.shared)

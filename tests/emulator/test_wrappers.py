@@ -1,7 +1,7 @@
 """Single instructions and tile functions (wrappers.cu) beside plain torch: emulated, and with --device cuda on a GPU.
 
-Both executors run the same PTX in the same test. So a GPU checks what the emulator takes for granted: the layouts of
-operands, zero-filled copies, roundings. What is exact is compared exactly.
+Both executors run the same PTX in the same test. So a GPU checks the assumptions of the emulator: the layouts of
+operands, zero-filled copies, roundings. Exact results are compared exactly.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ INT_MAX = 2**31 - 1
 
 
 class Result:
-    """An argument that the kernel writes; holds what it found there before."""
+    """An argument that the kernel writes, with its contents before."""
 
     def __init__(self, tensor):
         self.tensor = tensor
@@ -48,7 +48,7 @@ def ptx():
 
 
 def run_on_emulator(kernel, threads, *arguments):
-    """What the kernel left in each `Result`. Numbers are int32 and float32 parameters; others are ctypes values."""
+    """The contents of each `Result` after the kernel. Numbers are int32 or float32 parameters; others ctypes."""
     emulator = Emulator()
     given, results = [], []
     for index, argument in enumerate(arguments):
@@ -119,7 +119,7 @@ def run_on_gpu(device, kernel, threads, *arguments):
 
 @pytest.fixture(params=["emulator", "gpu"])
 def run(request, device):
-    """run(kernel, threads, *arguments) -> what the kernel left in each `Result`."""
+    """run(kernel, threads, *arguments) -> the contents of each `Result` after the kernel."""
     if request.param == "emulator":
         return run_on_emulator
     if device.type != "cuda":
@@ -140,10 +140,10 @@ kinds = pytest.mark.parametrize("kind", ["integers", "normal"])
 
 
 def assert_product(result, a, b, c, kind, name):
-    """result = c + a b by steps of 16, each of which sums its 16 products and what was there before.
+    """result = c + a b by steps of 16, each of which adds 16 products to the earlier sum.
 
-    Tensor cores align the 17 terms of a step to the largest and cut them off; the emulator rounds once. Either loses at
-    most 17 * 2^-23 of the largest term or sum.
+    Tensor cores align the 17 terms of a step to the largest and cut them off; the emulator rounds once. Either error is
+    at most 17 * 2^-23 of the largest term or sum.
     """
     steps = a.shape[1] // 16
     terms = a.double()[:, :, None] * b.double()[None]
@@ -196,7 +196,7 @@ def test_cp_async_fills_with_zeros_and_arrives_by_groups(run):
     sizes[-1] = 5
     source = torch.randint(1, 1000, (64 * 8,)).to(torch.int16)
     expected = torch.where(torch.arange(8) < sizes[:, None], source.view(64, 8), 0)
-    source = source[: 63 * 8 + 5].clone()  # nothing of the last chunk exists beyond what is read
+    source = source[: 63 * 8 + 5].clone()  # the last chunk ends with the bytes that are read
     (target,) = run("copy_vecs", WARP, source, (2 * sizes).int(), Result(torch.zeros(64 * 8).to(torch.int16)))
     assert torch.equal(target.view(64, 8), expected)
 

@@ -1,4 +1,4 @@
-// Tensor maps: what cuTensorMapEncodeTiled makes of a tensor, and the walk of a copy engine over one box of it.
+// Tensor maps: the result of cuTensorMapEncodeTiled, and the walk of a copy engine over one box of a tensor.
 #pragma once
 
 #include <cstdint>
@@ -7,9 +7,9 @@
 
 namespace emulator {
 
-// Fills 128 opaque bytes as a CUtensorMap; returns "" or the reason why the driver would refuse. swizzle is 0, 32, 64
-// or 128 bytes, element_bytes 1, 2, 4 or 8; sizes and box count elements, innermost dimension first; byte_strides has
-// rank - 1 entries, for dimensions 1 and up.
+// Fills the 128 opaque bytes of a CUtensorMap; returns "" or the reason why the driver would refuse. swizzle is 0, 32,
+// 64 or 128 bytes, element_bytes 1, 2, 4 or 8; sizes and box count elements, innermost dimension first; byte_strides
+// has rank - 1 entries, for dimensions 1 and up.
 std::string encode_tensor_map(void* map, int element_bytes, int rank, void* address, const std::uint64_t* sizes,
                               const std::uint64_t* byte_strides, const std::uint32_t* box,
                               const std::uint32_t* element_strides, int swizzle);
@@ -31,7 +31,7 @@ struct TensorMap {
 static_assert(sizeof(TensorMap) <= 128);
 
 // A row of a box: `bytes` of the tensor at `global`, which belong at `offset` of the box as it lies in shared memory
-// before swizzling. Only what is inside of the tensor.
+// before swizzling. Bytes outside of the tensor are left out.
 struct BoxRow {
   std::uint32_t offset;
   std::uint8_t* global;

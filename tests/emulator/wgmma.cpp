@@ -1,7 +1,7 @@
 // wgmma: products of whole warpgroups, with operands in shared memory, that go on after their instruction.
 //
-// Every warp computes its 16 rows when it issues. What it reads stays marked as being read until its wait; what it
-// writes shows only then. Reads count as made by an agent, which the wait orders before every lane of the warp: one
+// Every warp computes its 16 rows when it issues. Its operands stay marked as being read until its wait, and its
+// results appear only then. An agent counts as the reader, and the wait orders it before every lane of the warp, so one
 // lane may tell others that the operands are free.
 #include <algorithm>
 #include <cstdlib>
@@ -15,7 +15,7 @@ namespace {
 
 constexpr int kRows = 16;  // of the 64, per warp
 constexpr int kWarpsOfGroup = 4;
-constexpr int kChunk = 8;  // elements of 16 bits that every layout leaves side by side
+constexpr int kChunk = 8;  // elements of 16 bits that are side by side in every layout
 constexpr std::uint32_t kRowBytes = 32;
 
 std::uint32_t number_of(const Operand& reg) { return reg.place / kRowBytes; }
@@ -110,7 +110,7 @@ std::uint64_t uniform(Execution& x, const Instruction& i, const Operand& descrip
 void check_fence(Execution& x, const Instruction& i, const Operand& reg, bool accumulator) {
   const WgmmaState& state = x.warp->wgmma;
   const WgmmaState::Register& entry = state.registers[number_of(reg)];
-  if (entry.hidden != nullptr && accumulator) return;  // handed on from one wgmma to the next
+  if (entry.hidden != nullptr && accumulator) return;  // passed from one wgmma to the next
   const bool touched = entry.last_write > state.fence || (accumulator && entry.last_read > state.fence);
   if (touched) {
     x.report("wgmma", i,
@@ -211,7 +211,7 @@ Step commit(Execution& x, const Instruction& i) {
   return Step::kNext;
 }
 
-// Is an accumulator part of a later group, or of one that is not committed? Then it stays hidden.
+// Whether an accumulator is part of a later group, or of one that is not committed: then it stays hidden.
 bool used_later(const WgmmaState& state, std::uint32_t number) {
   const auto uses = [number](const WgmmaState::Group& group) {
     return std::find(group.accumulators.begin(), group.accumulators.end(), number) != group.accumulators.end();
@@ -371,7 +371,7 @@ void Execution::finish_asynchronous(const Statement* last) {
   if (std::any_of(in_flight.begin(), in_flight.end(), [](const auto& copy) { return copy.use_count() == 1; })) {
     reporter.add("leak", {0, last}, "the block ends with a bulk load in flight");
   }
-  // What setmaxnreg gives must fit what the block was launched with, at most 65536 registers.
+  // All registers after setmaxnreg must fit into those that the block was launched with, at most 65536.
   const int launched = 65536 / (num_warps * kLanes) / 8 * 8;
   int total = 0;
   bool changed = false;

@@ -1,4 +1,4 @@
-// wgmma in flight: accumulators that nobody may look at, operands that are still being read, and the fence rules.
+// wgmma in flight: accumulators that must not be read, operands that are still being read, and the rules for fences.
 #pragma once
 
 #include <cstddef>
