@@ -69,8 +69,8 @@ def make_row(
     spreads: columns that are compared round by round; NAME becomes `NAME` (the median) and `NAME_range` (JSON only).
     more: further columns as they are.
 
-    `measured_at` (JSON only) says when the rounds ran: what else is recorded at that time, clocks for instance, belongs
-    to them.
+    `measured_at` (JSON only) says when the rounds ran: other records of that time, of clocks for instance, belong to
+    them.
     """
     seconds = measured.median_ms / 1e3
     row = {
@@ -257,7 +257,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def save_unfinished(
     args: argparse.Namespace, rows: list[dict], *, device: str, notes: list[str], bars: list[dict] | None = None
 ) -> None:
-    """Write what there is so far to the file of `--json`: after every case, so that an end by force loses one case."""
+    """Write the rows so far to the file of `--json`: after every case, so that an end by force loses one case."""
     if args.json:
         extra = {"bars": bars} if bars else {}
         write_json(args.json, rows, environment(device), notes, {"unfinished": True, **extra})
@@ -272,7 +272,7 @@ def finish(
     notes: list[str],
     bars: list[dict] | None = None,
 ) -> None:
-    """Print the table, the notes and the bars (bars.py); write what was asked for."""
+    """Print the table, the notes and the bars (bars.py); write the files that the command line asks for."""
     facts = environment(device)
     print(table(rows))
     for note in notes:
@@ -411,7 +411,7 @@ def format_time(ms: float) -> str:
 
 
 def results_block(name: str, *columns: str) -> str:
-    """Products of matrices and copies are what shares refer to, no rows of their own."""
+    """The table of a file. Products of matrices and copies, to which shares refer, are no rows of it."""
     results = read_results(name)
     rows = [row for row in results.rows if row.get("op") not in ("matmul", "copy")]
     lines = [table(rows, columns or COLUMNS), "", *results.notes]
