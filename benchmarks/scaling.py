@@ -44,7 +44,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=checks.DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--seqlen", type=int, nargs="+", help="in rising order")
     parser.add_argument("--compiled-seqlen", type=int, nargs="+", default=COMPILED_LENGTHS)
-    parser.add_argument("--compile-until", type=float, default=120.0, metavar="SECONDS")
+    parser.add_argument("--compile-until", type=float, default=90.0, metavar="SECONDS")
     parser.add_argument("--limit", type=float, default=30.0, metavar="SECONDS", help="longest pass")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--budget", type=float, default=5.0, help="seconds of a length in which rounds may begin")
