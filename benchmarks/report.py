@@ -319,12 +319,14 @@ def read_results(name: str) -> Results:
     if not inside:
         path = RESULTS / f"{file}.json"
         data = json.loads(path.read_text())
+        bars = data.get("bars") or []
     else:
         step, part = inside
         path, whole = file_with(file, step)
         data = whole["measured"][step][part]
+        bars = []  # the whole file has them, for a block of their own
     check_commit(path, data["environment"])
-    return Results(path, data["rows"], data.get("notes", []), data.get("bars") or [], data["environment"])
+    return Results(path, data["rows"], data.get("notes", []), bars, data["environment"])
 
 
 def file_with(file: str, step: str) -> tuple[Path, dict]:
@@ -414,10 +416,10 @@ def results_block(name: str, *columns: str) -> str:
     """The table of a file. Products of matrices and copies, to which shares refer, are no rows of it."""
     results = read_results(name)
     rows = [row for row in results.rows if row.get("op") not in ("matmul", "copy")]
-    lines = [table(rows, columns or COLUMNS), "", *results.notes]
+    paragraphs = [table(rows, columns or COLUMNS), *results.notes]
     if results.bars:
-        lines += ["", bar_table(results.bars), ""]
-    return "\n".join([*lines, results.source])
+        paragraphs.append(bar_table(results.bars))
+    return "\n\n".join([*paragraphs, results.source])
 
 
 def bars_block(name: str) -> str:
