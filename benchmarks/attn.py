@@ -5,17 +5,18 @@
                               [--no-causal] [--contenders andromeda "sdpa cudnn"] [--quick] [--json F] [--plot F]
     python benchmarks/attn.py --long 131072 [--heads 24]   # one forward and backward pass: time and memory
 
-Same tensors, same process, interleaved rounds. Results are compared before anything is timed: some rows with plain
-torch in float32, all of them with each other. What differs is left out and named; where it is this library's, the exit
-code is 1. `ratio` is the baseline's time divided by the row's: above 1 is faster. `tflops` counts causal work that a
-backend may skip (benchmarks/cases.py); `effective_tflops` only what lies inside the windows of the rows that use them.
+All contenders get the same tensors, in one process, in interleaved rounds. Results are compared before anything is
+timed: some rows with plain torch in float32, all rows with each other. A contender that differs is left out and named;
+if it is this library, the exit code is 1. `ratio` is the baseline's time divided by the row's: above 1 is faster.
+`tflops` counts causal work that a backend may skip (benchmarks/cases.py); `effective_tflops` only the work inside the
+windows of the rows that use them.
 
-Each section also times what the machine can do. `of_matmul` is the row's tflops divided by those of torch's product of
-two matrices: on a CPU float32 and 2048 x 2048, whatever the dtype of the section, on a GPU 8192 x 8192 of that dtype.
-`of_copy` (decode) is the row's gbps, which counts K, V, q and out once, divided by those of torch's `copy_` of a buffer
-as large as K and V together; the copy counts every byte twice, once read and once written, although attention only
-reads. Both are medians over the rounds. At the default shape the bars of benchmarks/bars.py follow the table: those of
-a CPU, or of an H100 or H200.
+Each section also times a matrix product and a copy, which show the limits of the machine. `of_matmul` is the row's
+tflops divided by those of torch's product of two matrices: on a CPU float32 and 2048 x 2048, whatever the dtype of the
+section, on a GPU 8192 x 8192 of that dtype. `of_copy` (decode) is the row's gbps, which counts K, V, q and out once,
+divided by those of torch's `copy_` of a buffer as large as K and V together; the copy counts every byte twice, once
+read and once written, although attention only reads. Both are medians over the rounds. At the default shape the bars of
+benchmarks/bars.py follow the table: those of a CPU, or of an H100 or H200.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ import report
 import timing
 import torch
 
-DEFAULT_SHAPE = (1, 24, 1, 128, True)  # batch, heads, key heads, head_dim, causal: what the bars are for
+DEFAULT_SHAPE = (1, 24, 1, 128, True)  # batch, heads, key heads, head_dim, causal: the shape that the bars are for
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -83,7 +84,7 @@ def contenders(case: cases.AttentionCase, args: argparse.Namespace) -> list[case
 
 
 def prepare(case: cases.AttentionCase, args: argparse.Namespace) -> tuple[dict[str, Callable[[], object]], list[str]]:
-    """A function to time per contender that can run the case; what could not run, or differs, and why."""
+    """A function to time for each contender that can run the case; notes about those that cannot, or differ."""
     torch.compiler.reset()  # of the programs of the case before
     inputs = cases.AttentionInputs(case)
     judge = checks.Judge(inputs)
@@ -114,7 +115,7 @@ def prepare(case: cases.AttentionCase, args: argparse.Namespace) -> tuple[dict[s
 
 
 def yardsticks(case: cases.AttentionCase) -> dict[str, Callable[[], object]]:
-    """Functions by name that show what the machine can do, to be timed in the same rounds."""
+    """A matrix product and, for decode, a copy: the limits of the machine, to be timed in the same rounds."""
     product = bars.matmul(case)
     left, right = (torch.randn(product.side, product.side, device=case.device).to(product.dtype) for _ in range(2))
     found: dict[str, Callable[[], object]] = {product.name: lambda: left @ right}
@@ -173,7 +174,7 @@ def run(case: cases.AttentionCase, args: argparse.Namespace, *, memory: bool = T
 
 
 def run_long(case: cases.AttentionCase) -> list[dict]:
-    """One forward and one backward pass with windows, with no warm-up. `workspace_mb` is the peak of a pass minus the
+    """One forward and one backward pass with windows, without a warm-up. `workspace_mb` is the peak of a pass minus the
     tensors it leaves behind: out and softmax_lse; dq, dk and dv."""
     inputs = cases.AttentionInputs(case)
     leaves = (inputs.q, inputs.k, inputs.v)

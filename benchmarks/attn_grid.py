@@ -1,9 +1,9 @@
-"""Attention at many shapes, for a first look at a GPU: own rows, two of torch's that need no compiler, and yardsticks.
+"""Attention at many shapes, for a first look at a GPU: this library, two kernels of torch, a product and a copy.
 
     python benchmarks/attn_grid.py [--device cpu|cuda] [--quick] [--resume] [--json F]
 
 Each line of `GRID` is a call of benchmarks/attn.py, the most important first. All run in one process, since starting
-one takes as long as measuring several cases, and what is measured is written after every case. A case that fails is a
+one takes as long as measuring several cases, and the rows are written after every case. A case that fails is a
 note. A process that an error of the GPU has spoilt can do nothing more: it ends with exit code 75, and --resume goes on
 behind the line that failed, in a new process. --quick divides all lengths by 64.
 """
@@ -49,7 +49,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def arguments_of(line: str, args: argparse.Namespace) -> argparse.Namespace:
-    """What a line asks attn.py for."""
+    """The arguments of attn.py for a line of the grid."""
     words = line.split()
     if args.quick:
         words = [str(int(word) // 64) if word.isdecimal() and int(word) >= 2048 else word for word in words]
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         rows, notes, done = earlier["rows"], earlier["notes"], earlier["lines"]
 
     def write(at_work_on: str | None = None) -> None:
-        """What would be true if nothing were written any more."""
+        """Write the file so that it would be true if the process ended now."""
         if args.json:
             known = bars.of_device(args.device) if args.device == "cuda" else None
             extra = {"lines": done, "bars": bars.evaluate(rows, known) if known else []}

@@ -1,9 +1,9 @@
 """The speeds and the memory that the kernels are meant to reach, held against the rows of a run.
 
 A bar is met when the median of the rounds reaches it. All bars of attention are for the default shape of attn.py (one
-sequence, 24 heads, one key head, head_dim 128). `BARS` are those of a CPU; what the right side of a comparison is was
-timed in the same rounds as the left side, except where float32 is compared with bfloat16: there both refer to the
-float32 matrix product of their own rounds, and the spread is the widest that the two allow. `HOPPER_BARS` are those of
+sequence, 24 heads, one key head, head_dim 128). `BARS` are those of a CPU. Both sides of a comparison were
+timed in the same rounds, except where float32 is compared with bfloat16: there both refer to the float32 matrix product
+of their own rounds, and the spread is the widest that the two allow. `HOPPER_BARS` are those of
 an H100 or H200, whose rates are known well enough to state some of them as numbers.
 """
 
@@ -16,7 +16,7 @@ import checks
 import timing
 import torch
 
-MATMUL = "matmul 2048^3 float32"  # torch's own product: what this machine's arithmetic gives
+MATMUL = "matmul 2048^3 float32"  # torch's own product: the rate of this machine's arithmetic
 COPY = "memory copy"
 FLOAT32 = "float32"  # the same row of the same pass in float32
 TFLOPS = "TFLOP/s"  # no comparison: the rate itself, of dense causal work
@@ -91,7 +91,7 @@ def of_device(device: str) -> tuple[Bar, ...] | None:
 
 @dataclasses.dataclass(frozen=True)
 class MatrixProduct:
-    """Torch's own product of two square matrices: what a machine's arithmetic gives."""
+    """Torch's own product of two square matrices: the rate of a machine's arithmetic."""
 
     side: int
     dtype: torch.dtype

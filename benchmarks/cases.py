@@ -121,7 +121,8 @@ class AttentionInputs:
                 tensor.requires_grad_()
 
     def bias(self) -> torch.Tensor:
-        """The dense bias with the causal mask, (1, num_heads, seqlen_q, seqlen): what a kernel without ALiBi needs."""
+        """The dense bias with the causal mask, (1, num_heads, seqlen_q, seqlen), for a kernel without
+        ALiBi."""
         case = self.case
         query = torch.arange(case.seqlen - case.seqlen_q, case.seqlen, dtype=torch.int32, device=case.device)[:, None]
         key = torch.arange(case.seqlen, dtype=torch.int32, device=case.device)[None, :]
@@ -192,7 +193,7 @@ def sdpa(inputs: AttentionInputs, *, biased: bool, kernel: str | None = None) ->
 
 
 def flex(inputs: AttentionInputs, *, windows: bool = False) -> Forward:
-    """windows: the block mask leaves out what `logit_bound` permits the kernels of this library to leave out."""
+    """windows: the block mask leaves out the keys that `logit_bound` permits this library to leave out."""
     from torch.nn.attention.flex_attention import flex_attention
 
     case, slopes = inputs.case, inputs.slopes
@@ -218,8 +219,8 @@ def flex(inputs: AttentionInputs, *, windows: bool = False) -> Forward:
 
 
 def block_mask(case: AttentionCase, *, windows: bool) -> BlockMask:
-    """FlexAttention's mask of a case. What a head sees is a range of distances, so that the corners of a block tell
-    whether it holds a visible pair, and whether all are: `create_block_mask` looks at every pair of every head, for
+    """FlexAttention's mask of a case. A head sees a range of distances, so that the corners of a block tell whether
+    one of its pairs is visible, and whether all are: `create_block_mask` looks at every pair of every head, for
     which 24 heads of 8192 queries need tens of gigabytes."""
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -276,7 +277,7 @@ class Contender:
     name: str
     build: Callable[[AttentionInputs], Forward]
     exact: bool = True  # computes the case's function; False: without the bias, for its speed only
-    windowed: bool = False  # leaves out what lies outside the windows
+    windowed: bool = False  # leaves out the keys outside the windows
 
 
 def contenders(case: AttentionCase, *, compiled: bool = True) -> list[Contender]:

@@ -1,10 +1,10 @@
-"""Hardware counters of each kernel, from Nsight Compute: do the kernels spend their time where their code says?
+"""Hardware counters of each kernel, from Nsight Compute: do the kernels spend their time where their code says they do?
 
     python benchmarks/counters.py [--ncu PATH] [--json F]
-    python benchmarks/counters.py --without-ncu [--device cpu] [--quick]   # only the calls that it would watch
+    python benchmarks/counters.py --without-ncu [--device cpu] [--quick]   # only the calls that ncu would watch
 
-Each of `SUBJECTS` is a process of its own, so that one that fails leaves the others, and is written when it ends. First
-calls, which build things, are not watched. What the columns are, per launch:
+Each of `SUBJECTS` runs in a process of its own, so that a failure ends no other one, and its rows are written when it
+ends. First calls, which build things, are not watched. The columns, per launch:
 
     shared_per_tile   wavefronts of shared memory, 128 bytes and a clock each, per tile of the score matrix (TILES:
                       queries and keys)
@@ -71,7 +71,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     report.add_device_argument(parser)
     parser.add_argument("--ncu", help="the program (default: on PATH, of CUDA_HOME, of /opt/nvidia)")
     parser.add_argument("--without-ncu", action="store_true", help="only make the calls")
-    parser.add_argument("--subject", choices=SUBJECTS, help="make the calls of this one; what ncu starts")
+    parser.add_argument(
+        "--subject", choices=SUBJECTS, help="make the calls of this one, as the process that ncu starts"
+    )
     report.add_arguments(parser)
     return parser.parse_args(argv)
 
@@ -86,7 +88,7 @@ def attention_case(step: str, quick: bool) -> cases.AttentionCase:
     return cases.AttentionCase(step, seqlen // 64 if quick else seqlen, dtype=torch.bfloat16, device=device)
 
 
-# The shapes of benchmarks/qk_norm_rotary.py and token_shift_norm.py on a GPU, and what a pass reads at least: q and k,
+# The shapes of benchmarks/qk_norm_rotary.py and token_shift_norm.py on a GPU, and the least that a pass reads: q and k,
 # or x and the residual, and in the backward pass the gradients of two results.
 TOKENS, HEADS, HEAD_DIM, ROTARY_DIM, DIM = 32768, 24, 128, 64, 2560
 ROTARY_SHAPE = f"b1 n{TOKENS} h{HEADS}/1 d{HEAD_DIM} r{ROTARY_DIM}"
@@ -221,7 +223,7 @@ def profile(ncu: str, subject: str, folder: Path) -> tuple[list[dict[str, str]],
 
 
 def read_csv(text: str) -> list[dict[str, str]]:
-    """The launches in what ncu prints: messages, then either a line per launch under two lines of names and units, or
+    """The launches in the output of ncu: messages, then either a line per launch under two lines of names and units, or
     (older, or of another page) a line per metric. Another header may follow."""
     launches: dict[str, dict[str, str]] = {}
     header: list[str] = []
@@ -241,7 +243,7 @@ def read_csv(text: str) -> list[dict[str, str]]:
 
 
 def number(text: str | None) -> float | None:
-    """ncu groups digits by commas and writes "n/a" for what it could not read."""
+    """ncu groups digits by commas and writes "n/a" for values that it could not read."""
     try:
         value = float((text or "").replace(",", ""))
     except ValueError:
@@ -260,7 +262,7 @@ def visible_tiles(case: cases.AttentionCase, queries: int, keys: int) -> int:
 
 
 def make_row(launch: dict[str, str], multiprocessors: int, major: int) -> dict:
-    """A row as the benchmarks have them, from what ncu says of a launch."""
+    """A row like those of the benchmarks, from the metrics of a launch."""
     match = re.search(r"(\w+)_kernel", launch["kernel"])
     name = match[1] if match else launch["kernel"]
     value = {metric: number(launch.get(metric)) for metric in METRICS}

@@ -6,8 +6,8 @@ The text is the source of Python's standard library, repeated or cut to the size
 one jsonl file; the tokenizer is a byte-level BPE trained on it. "andromeda" rows time all of
 `DatasetBuilder.build_dataset`: reading the file, tokenising, packing, writing to the disk with fsync, opening.
 "tokenizers" rows time only `encode_batch_fast` on the same batches, already in memory, with as many processes, already
-started; they are what `ratio` compares with: the tokenizer's time divided by the row's, in the same round. One process
-is not one thread: the tokenizer uses all cores by itself.
+started; `ratio` compares with them: the tokenizer's time divided by the row's, in the same round. One process is not
+one thread: the tokenizer uses all cores by itself.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def corpus(size: int) -> list[str]:
 
 
 class TokenizerProcesses:
-    """Calling it tokenises all batches once in processes that wait for nothing else."""
+    """Processes of the baseline; a call lets them tokenise all batches once."""
 
     def __init__(self, count: int, tokenizer_path: Path, batches_path: Path) -> None:
         self._processes = [

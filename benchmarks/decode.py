@@ -2,8 +2,8 @@
 
     python benchmarks/decode.py [--device cpu|cuda] [--context 512 4096] [--quick] [--json F] [--plot F]
 
-One step with the cache beside one step without it, which is what x-transformers must do when ALiBi, xPos and token
-shift are on (its cache cannot serve them, docs/model.md#13.10). `ratio` is x-transformers' time divided by the row's.
+One step with the cache beside one step without it. x-transformers has to do the latter when ALiBi, xPos and token shift
+are on, since its cache cannot serve them (docs/model.md#13.10). `ratio` is x-transformers' time divided by the row's.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the benchmarks of operations that are limited by memory share: the command, the rounds, the rows.
+"""The shared part of the benchmarks of operations that are limited by memory: the command, the rounds, the rows.
 
 `of_copy` is a row's gbps divided by those of torch's `copy_` of as many bytes, in the same rounds.
 """
@@ -26,7 +26,7 @@ class Inputs(Protocol):
     """The operands of one call.
 
     shape: for the table. bytes: moved by each pass, every operand and result once.
-    leaves, douts: what gets gradients, and the gradients of the results.
+    leaves, douts: the tensors that get gradients, and the gradients of the results.
     """
 
     shape: str
@@ -40,7 +40,7 @@ class Inputs(Protocol):
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """What all of these commands take; each adds its widths."""
+    """The arguments that all of these commands take; each command adds its widths."""
     parser = argparse.ArgumentParser(description=description)
     report.add_device_argument(parser)
     parser.add_argument("--dtype", choices=checks.DTYPES, default="bfloat16")
@@ -65,7 +65,7 @@ def compiled(function: Forward) -> Forward:
 
 
 def prepare(op: str, step: str, inputs: Inputs, args: argparse.Namespace) -> tuple[dict[str, Forward], list[str]]:
-    """A function to time per contender; what could not run, and why. Results are compared with plain torch first."""
+    """A function to time for each contender; notes about those that could not run, or differ from plain torch."""
     functions: dict[str, Forward] = {}
     notes: list[str] = []
     results: dict[str, list[torch.Tensor]] = {}
@@ -92,7 +92,7 @@ def prepare(op: str, step: str, inputs: Inputs, args: argparse.Namespace) -> tup
 
 
 def disagreement(found: list[torch.Tensor], expected: list[torch.Tensor], limit: float) -> str:
-    """What is wrong with the results of a contender beside those of plain torch; empty when nothing is."""
+    """How the results of a contender differ from those of plain torch; empty when they do not."""
     for index, (result, other) in enumerate(zip(found, expected, strict=True)):
         difference = ((result - other).norm() / other.norm()).item()
         if not difference <= limit:
@@ -138,7 +138,7 @@ def run(
 def main(
     op: str, title: str, note: str, make_inputs: Callable[..., Inputs], args: argparse.Namespace, at_least: float
 ) -> None:
-    """note: what plain torch is here. at_least: the share of a copy's rate that is the bar on a GPU."""
+    """note: how plain torch computes the operation. at_least: the share of a copy's rate that is the bar on a GPU."""
     rows, notes = [], [f"Ratios refer to `{BASELINE}`, {note}."]
     for step in args.steps:
         print(f"{op} {step} {args.seqlen} {args.dtype} ...", file=sys.stderr)

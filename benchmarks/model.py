@@ -12,7 +12,8 @@ On a GPU the model has the width of the constructor's defaults and a quarter of 
 bfloat16, as training does there: the kernels take no float32. `mfu` is the model's own operations per second, without
 recomputation and with half of the score matrix, divided by the dense bfloat16 peak of the vendor's data sheet
 (`peak_tflops`). `generation` continues a prompt of that many tokens by `--new-tokens`, one at a time with the cache;
-tokens per second count the prompt's time in. Nothing stands beside it: x-transformers has no cache for ALiBi with xPos.
+tokens per second include the prompt's time. Nothing is compared with it, since x-transformers has no cache for ALiBi
+with xPos.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def set_shape(args: argparse.Namespace, shape: dict[str, int]) -> None:
-    """What the command line leaves open."""
+    """Fill in the sizes that the command line leaves open."""
     for name, value in shape.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -109,7 +110,7 @@ Calls = dict[str, Callable[[], object]]
 
 
 def calls_of(step: str, seqlen: int, args: argparse.Namespace) -> tuple[torch.nn.Module, Calls]:
-    """Our model, and what is timed, by name."""
+    """Our model, and the calls to time, by name."""
     ours, other = build_pair(args, seqlen + args.new_tokens * (step == "generation"))
     tokens = torch.randint(args.num_tokens, (1, seqlen + (step == "training")), device=args.device)
     if step == "forward":
@@ -140,7 +141,7 @@ def rounded(call: Callable, args: argparse.Namespace) -> Callable:
 
 
 def prepare(step: str, calls: Calls, args: argparse.Namespace) -> tuple[Calls, list[str]]:
-    """The calls that run and agree with ours, and of the others why not."""
+    """The calls that run and agree with ours; notes about the others."""
     functions, notes, expected = {}, [], None
     for name, call in calls.items():
         try:
@@ -199,7 +200,7 @@ def flops_per_token(model: andromeda.Andromeda, seqlen: int) -> float:
 
 
 def peak_tflops() -> float | None:
-    """What the vendor promises for dense bfloat16; None for a GPU that is not known here."""
+    """The vendor's figure for dense bfloat16; None for a GPU that is not known here."""
     try:
         from andromeda.training import peak_flops
     except ImportError:  # of transformers, without which training is not possible, but all that is measured here

@@ -1,11 +1,11 @@
-"""What the rows of a GPU were expected to be, before there was one to ask: predictions.json beside the measurements.
+"""Expectations of the rows of a GPU, made before one was at hand: predictions.json beside the measurements.
 
     python benchmarks/predictions.py FILE.json ...   # of benchmarks, or gpu.json of tests/gpu.sh
 
 A prediction names a row (op, pass, shape, dtype, backend), the GPUs it is for, one of the row's columns (`metric`), the
 range expected and the reason. `speedup` is no column: the time of the row `against` divided by the row's. `of_middle`
-is what was measured divided by the middle of the range. A measurement outside says that the reason is wrong somewhere:
-find out where before anything is tuned, and correct the entry.
+is the measurement divided by the middle of the range. A measurement outside the range says that the reason is wrong
+somewhere: find out where before anything is tuned, and correct the entry.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python benchmarks/qk_norm_rotary.py [--device cpu|cuda] [--dtype bfloat16] [--seqlen 32768] [--quick] [--json F]
 
-What limits it is memory: `of_copy` is the row's gbps divided by those of torch's `copy_` of as many bytes, in the same
+Memory limits it: `of_copy` is the row's gbps divided by those of torch's `copy_` of as many bytes, in the same
 rounds. Forward reads and writes q and k once; backward reads them and the gradients of the results, and writes theirs.
 """
 

@@ -69,8 +69,8 @@ def make_row(
     spreads: columns that are compared round by round; NAME becomes `NAME` (the median) and `NAME_range` (JSON only).
     more: further columns as they are.
 
-    `measured_at` (JSON only) says when the rounds ran: what else is recorded at that time, clocks for instance, belongs
-    to them.
+    `measured_at` (JSON only) says when the rounds ran: other records of that time, of clocks for instance, belong to
+    them.
     """
     seconds = measured.median_ms / 1e3
     row = {
@@ -257,7 +257,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def save_unfinished(
     args: argparse.Namespace, rows: list[dict], *, device: str, notes: list[str], bars: list[dict] | None = None
 ) -> None:
-    """Write what there is so far to the file of `--json`: after every case, so that an end by force loses one case."""
+    """Write the rows so far to the file of `--json`: after every case, so that an end by force loses one case."""
     if args.json:
         extra = {"bars": bars} if bars else {}
         write_json(args.json, rows, environment(device), notes, {"unfinished": True, **extra})
@@ -272,7 +272,7 @@ def finish(
     notes: list[str],
     bars: list[dict] | None = None,
 ) -> None:
-    """Print the table, the notes and the bars (bars.py); write what was asked for."""
+    """Print the table, the notes and the bars (bars.py); write the files that the command line asks for."""
     facts = environment(device)
     print(table(rows))
     for note in notes:
@@ -319,12 +319,14 @@ def read_results(name: str) -> Results:
     if not inside:
         path = RESULTS / f"{file}.json"
         data = json.loads(path.read_text())
+        bars = data.get("bars") or []
     else:
         step, part = inside
         path, whole = file_with(file, step)
         data = whole["measured"][step][part]
+        bars = []  # the whole file has them, for a block of their own
     check_commit(path, data["environment"])
-    return Results(path, data["rows"], data.get("notes", []), data.get("bars") or [], data["environment"])
+    return Results(path, data["rows"], data.get("notes", []), bars, data["environment"])
 
 
 def file_with(file: str, step: str) -> tuple[Path, dict]:
@@ -411,13 +413,13 @@ def format_time(ms: float) -> str:
 
 
 def results_block(name: str, *columns: str) -> str:
-    """Products of matrices and copies are what shares refer to, no rows of their own."""
+    """The table of a file. Products of matrices and copies, to which shares refer, are no rows of it."""
     results = read_results(name)
     rows = [row for row in results.rows if row.get("op") not in ("matmul", "copy")]
-    lines = [table(rows, columns or COLUMNS), "", *results.notes]
+    paragraphs = [table(rows, columns or COLUMNS), *results.notes]
     if results.bars:
-        lines += ["", bar_table(results.bars), ""]
-    return "\n".join([*lines, results.source])
+        paragraphs.append(bar_table(results.bars))
+    return "\n\n".join([*paragraphs, results.source])
 
 
 def bars_block(name: str) -> str:

@@ -126,7 +126,7 @@ def paired_ratio(numerator: Timing, denominator: Timing, scale: float = 1.0) -> 
 
 
 def peak_memory_mb(function: Callable[[], object], device: str) -> float | None:
-    """MiB in use at the worst moment of one call, beyond what was in use before it; None where that is not known."""
+    """MiB in use at the worst moment of one call, less those in use before it; None where that is not known."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -149,7 +149,7 @@ def peak_memory_mb(function: Callable[[], object], device: str) -> float | None:
 
 
 def held_memory_mb(build: Callable[[], Built], device: str) -> tuple[Built, float | None]:
-    """What `build` makes, and the MiB that stay in use; None where that is not known."""
+    """The result of `build`, and the MiB that stay in use for it; None where that is not known."""
     gc.collect()
     if device == "cuda":
         before = torch.cuda.memory_allocated()

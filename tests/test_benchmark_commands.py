@@ -272,7 +272,7 @@ def test_another_process_goes_on_with_the_lengths_that_are_left(load, tmp_path, 
     """An error of the GPU spoils a process: what it measured is written, and a new one starts with --resume."""
     scaling = load("scaling")
     path, started = tmp_path / "scaling.json", []
-    monkeypatch.setattr(scaling.checks, "is_spoilt", lambda device: not started)
+    monkeypatch.setattr(scaling.checks, "is_spoilt", lambda device: path.exists() and not started)
     monkeypatch.setattr(scaling.os, "execv", lambda program, words: started.append(words))
     arguments = ["--device", "cpu", "--seqlen", "128", "--quick", "--json", str(path)]
     monkeypatch.setattr("sys.argv", ["scaling.py", *arguments])
@@ -284,3 +284,36 @@ def test_another_process_goes_on_with_the_lengths_that_are_left(load, tmp_path, 
     monkeypatch.syspath_prepend(str(FOLDER))
     scaling.main(["--device", "cpu", "--seqlen", "128", "256", "--quick", "--json", str(path), "--resume"])
     assert curves(path) == {"andromeda": [128, 256], "sdpa, bias tensor": [128, 256]}
+
+
+def test_only_the_contender_that_spoils_a_process_is_blamed(load, monkeypatch, tmp_path):
+    scaling, cases = load("scaling"), load("cases")
+    spoilt = []
+
+    def sdpa(inputs, **options):
+        spoilt.append(True)
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(cases, "sdpa", sdpa)
+    monkeypatch.setattr(scaling.checks, "is_spoilt", lambda device: bool(spoilt))
+    monkeypatch.setattr(scaling, "contenders", lambda case, args: cases.contenders(case, compiled=False)[::-1])
+    args = scaling.parse(["--device", "cpu", "--quick"])
+    record = scaling.Record(args)
+    case = cases.AttentionCase("backward", 128)
+    assert scaling.measure(case, args, record) == []
+    assert record.ended == ["sdpa, no bias"]
+    assert "illegal memory access" in record.notes[-1]
+
+
+def test_a_length_that_a_late_error_spoils_is_a_note(load, monkeypatch):
+    scaling, cases = load("scaling"), load("cases")
+
+    def fail(*args, **options):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(scaling.timing, "measure", fail)
+    args = scaling.parse(["--device", "cpu", "--quick"])
+    record = scaling.Record(args)
+    assert scaling.measure(cases.AttentionCase("backward", 64), args, record) == []
+    assert record.ended == []
+    assert record.notes[-1].startswith("b1 n64 h24/1 d128 was not timed: RuntimeError: an illegal memory access")
