@@ -222,7 +222,7 @@ def attempt(emulated, trial, schedule):
     emulated.settings.device, emulated.settings.schedule = trial.device, schedule
     emulated.reports.clear()
     _persistent.taken_semaphores.clear()
-    _persistent._free.clear()
+    _persistent.free_semaphores.clear()
     try:
         with nan_filled():
             return None, trial.run()
