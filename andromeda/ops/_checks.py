@@ -1,7 +1,7 @@
 """Checks of arguments, shared by the operations. Each error reads `<op>: <argument> must <requirement>, got <value>`.
 
-They look at types, shapes, dtypes, devices and strides only, which a traced call has as well. What depends on values is
-checked inside the operators, or where `have_values` says that there are any.
+They look at types, shapes, dtypes, devices and strides only, which a traced call has as well. Values are checked inside
+the operators, or where `have_values` says that there are any.
 """
 
 import math
@@ -11,7 +11,6 @@ import torch
 from andromeda.ops._common import dtype_name
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
 
 _MODES = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
 _mode_of, _num_modes = torch._C._get_dispatch_mode, torch._C._len_torch_dispatch_stack
@@ -23,7 +22,7 @@ _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 def is_tracing() -> bool:
     """Whether this call is being recorded into a program, or runs on fake tensors.
 
-    Then tensors made elsewhere must not enter it, and none has a value that a decision may depend on.
+    Then no tensor that was made elsewhere may enter it, and no decision may depend on the value of a tensor.
     """
     if torch.compiler.is_compiling() or _is_jit_tracing():
         return True
@@ -33,9 +32,9 @@ def is_tracing() -> bool:
 
 
 def have_values(*tensors: torch.Tensor) -> bool:
-    """Whether the values of these tensors may be looked at: none is fake, on the device meta, traced or batched.
+    """Whether the values of these tensors may be read: none is fake, on the device meta, traced or batched.
 
-    On a GPU they may, too, but it waits for the GPU.
+    Values on a GPU may be read, too, but that waits for the GPU.
     """
     if is_tracing():
         return False

@@ -16,19 +16,19 @@ _SMALLEST_WINDOW = 2**15  # rows; the exponents of a segment of 8192 positions, 
 
 
 def angles(first: int, end: int, rotary_dim: int, device: torch.device) -> tuple[torch.Tensor, int]:
-    """A table (rows, rotary_dim) with cos and sin of the positions first ... end - 1 among others, and the row of
+    """A table (rows, rotary_dim) that holds cos and sin of the positions first ... end - 1 among others, and the row of
     position `first`."""
     return _rows("angles", reference.angles, first, end, rotary_dim, device)
 
 
 def factors(first: int, end: int, rotary_dim: int, device: torch.device) -> tuple[torch.Tensor, int]:
-    """A table (rows, rotary_dim / 2) with zeta_t ** (exponent / 512) for the exponents first ... end - 1 among others,
-    and the row of exponent `first`."""
+    """A table (rows, rotary_dim / 2) that holds zeta_t ** (exponent / 512) for the exponents first ... end - 1 among
+    others, and the row of exponent `first`."""
     return _rows("factors", reference.factors, first, end, rotary_dim, device)
 
 
 def window(first: int, end: int) -> tuple[int, int]:
-    """(first, end) of the rows that a table holds for a call that needs first ... end - 1."""
+    """The rows begin ... end - 1 of the table that serves a call which needs the rows first ... end - 1."""
     half = max(_SMALLEST_WINDOW // 2, 1 << max(end - first - 1, 0).bit_length())
     begin = first // half * half
     return begin, begin + 2 * half

@@ -104,14 +104,14 @@ def choose(op: str, backend: str, unsupported: Callable[[str], list[str]]) -> st
 
 
 lasting_answers: dict[torch.device, list[str]] = {}  # of `cuda_unavailable`
-os.register_at_fork(after_in_child=lasting_answers.clear)  # a device that works in a process fails in its children
+os.register_at_fork(after_in_child=lasting_answers.clear)  # a forked child cannot use its parent's CUDA
 
 
 def cuda_unavailable(device: torch.device) -> list[str]:
     """Why the compiled CUDA kernels cannot run on this device; empty when they can, or when it is no CUDA device.
 
-    The first call makes the device ready. An answer that may change is not kept, and the next call asks again: memory
-    is short, for instance, or another process has the device to itself.
+    The first call makes the device ready. An answer that may change is not kept, and the next call asks again: for
+    instance when memory is short, or another process has the device to itself.
     """
     if (reasons := lasting_answers.get(device)) is None:
         reasons, lasting = _first_obstacle(device)
@@ -177,8 +177,8 @@ _raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRa
 def plan(key: Hashable, device: torch.device, make: Callable[[], AnyPlan]) -> AnyPlan:
     """`make()`, remembered for later calls with this key.
 
-    key: all that the plan depends on. Where a call passes over a GPU's kernels, its reason may go away: such a plan is
-        not remembered.
+    key: all that the plan depends on. A plan that passes over a GPU's kernels is not remembered, because its reason may
+        go away.
     """
     found = plans.get(key)
     if found is None:
@@ -216,7 +216,7 @@ def capture_id(device: torch.device) -> int:
 
 
 def permit_work_beside_captures(permitted: bool) -> bool:
-    """Whether this thread may allocate and wait while others capture graphs; returns the answer from before."""
+    """Sets whether this thread may allocate and wait while others capture graphs; returns the setting from before."""
     return permitted if extension_error is not None else extension.permit_work_beside_captures(permitted)
 
 

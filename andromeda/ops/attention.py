@@ -80,16 +80,16 @@ def attention(
 
         score = softmax_scale * q @ k^T - alibi_slopes * |i - j|,   out = softmax(score) @ v
 
-    Positions are aligned at the end: the last query and the last key have i == j. Differentiable in q, k and v, once;
-    with backend="reference" again and again, which holds all scores at a time.
-    The last dimension must be dense, the other strides are free; nothing is copied.
+    Positions are aligned at the end: the last query and the last key have i == j. Differentiable in q, k and v once;
+    with backend="reference" any number of times, but then all scores are held at once. The last dimension must be
+    dense, the other strides are free; nothing is copied.
 
     Args:
         q: (batch, seqlen_q, num_heads, head_dim), float32, float16, bfloat16; float64 takes the reference, and on a
             GPU float32 does too: its kernels multiply in half precision.
         k, v: (batch, seqlen_k, num_kv_heads, head_dim), dtype and device of q. num_heads must be a multiple of
-            num_kv_heads, consecutive heads share a key head; 1 is multi-query attention. Under autocast q, k, v are
-            cast to its dtype first (float64 is not).
+            num_kv_heads: consecutive heads share a key head; with one key head it is multi-query attention. Under
+            autocast q, k, v are cast to its dtype first (float64 is not).
         causal: hide keys with j > i. For 2 queries and 4 keys (left) and for 4 queries and 2 keys (right) query i sees:
             1 1 1 0        0 0
             1 1 1 1        0 0
@@ -100,9 +100,9 @@ def attention(
             gradient and may not ask for one. Its values are checked on CPU tensors only.
         logit_bound: (num_heads,), float32: a promise that |softmax_scale * <q_i, k_j>| <= logit_bound for every
             visible pair, which QK norm gives. It permits a softmax without a running maximum and the skipping of keys
-            so far away that ALiBi leaves them less than 2**-24 of a row (docs/attention.md#bounded-softmax). The result
-            stays within the rounding error either way; a promise that is not kept gives wrong results. A constant:
-            detached. Values that are not finite promise nothing.
+            so far away that ALiBi leaves them less than 2**-24 of a row. The result stays within the rounding error
+            either way (docs/attention.md#bounded-softmax); a promise that is not kept gives wrong results. A constant:
+            it is detached. Values that are not finite promise nothing.
         key_start: (batch, seqlen_q), int32, non-decreasing along a row (checked on CPU tensors): query i sees only keys
             j >= key_start[i]. For packed documents it is the start of the query's document, for left padding the number
             of padded keys, for a sliding window i - window + 1. May be expanded. Five tokens, documents of 2 and 3,
@@ -121,12 +121,12 @@ def attention(
         softmax_lse, with return_lse: (batch, num_heads, seqlen_q), float32 (float64 for float64), natural logarithm;
             -inf for a row that sees no key.
 
-        What a row does not see has no effect on its results and gradients, whatever is there: NaN and infinities in
-        hidden keys and values, in queries and output gradients that do not see a key, between documents, in padding.
+        The results and gradients of a row do not depend on data that it does not see, even if these are NaN or
+        infinite: hidden keys and values, queries and output gradients that do not see a key, other documents, padding.
 
     Raises:
         ValueError, TypeError: the call is wrong on every machine.
-        NotImplementedError: no backend (or not the one asked for) can run it here; says why, each.
+        NotImplementedError: no backend can run it here, or not the one asked for; the message says why, for each.
     """
     if not _is_usual(q, k, v, alibi_slopes, logit_bound, key_start):
         q, k, v = _checked(q, k, v, alibi_slopes, logit_bound, key_start)

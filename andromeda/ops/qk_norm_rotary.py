@@ -54,9 +54,9 @@ def qk_norm_rotary(
         zeta_t = (2t + 0.4 * rotary_dim) / (1.4 * rotary_dim)
         z = zeta_t ** (+-(p - origin) / 512)            + for q, - for k; 1 without `xpos`
 
-    Positions are aligned at the end: the last query sits at the last key. Each part can be off. Differentiable in q, k
-    and both scales, again and again with backend="reference"; float32 inside for half precision. The rotary tables are
-    made in float64 on the host.
+    Positions are aligned at the end: the last query sits at the last key. Each part can be turned off. Differentiable
+    in q, k and both scales once; with backend="reference" any number of times. Half precision is computed in float32.
+    The host makes the rotary tables in float64.
 
     Args:
         q: (batch, seqlen_q, num_heads, head_dim), float32, bfloat16, float16; float64 takes the reference. The last
@@ -77,7 +77,7 @@ def qk_norm_rotary(
 
     Raises:
         ValueError, TypeError: the call is wrong on every machine.
-        NotImplementedError: no backend (or not the one asked for) can run it here; says why, each.
+        NotImplementedError: no backend can run it here, or not the one asked for; the message says why, for each.
     """
     if not _is_usual(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin):
         q, k = _checked(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin)

@@ -41,9 +41,10 @@ def token_shift_norm(
         y = (u - mean(u)) / sqrt(var(u) + 1e-5) * (1 + gamma)       y = u without gamma
         shifted[:, t, segment k] = y[:, t - k, segment k]           k = 0 ... shift
 
-    Segment k holds the channels k * width ... (k + 1) * width - 1 with width = dim // (shift + 1); those left over at
-    the end are not delayed. Differentiable in x, residual, residual_scale and gamma, again and again with
-    backend="reference"; float32 inside for half precision, and `shifted` holds the rounded values of y.
+    Segment k holds the channels k * width ... (k + 1) * width - 1 with width = dim // (shift + 1); the channels that
+    are left over at the end are not delayed. Differentiable in x, residual, residual_scale and gamma once; with
+    backend="reference" any number of times. Half precision is computed in float32, and `shifted` holds the rounded
+    values of y.
 
     Args:
         x: (batch, seqlen, dim), float32, bfloat16, float16; float64 takes the reference. The last dimension is dense,
@@ -66,7 +67,7 @@ def token_shift_norm(
 
     Raises:
         ValueError, TypeError: the call is wrong on every machine.
-        NotImplementedError: no backend (or not the one asked for) can run it here; says why, each.
+        NotImplementedError: no backend can run it here, or not the one asked for; the message says why, for each.
     """
     backend_argument = _select.backend_argument(NAME, backend)
     call = Call(x, residual, residual_scale, gamma, history, key_start, alpha, shift, position, backend_argument)

@@ -103,7 +103,7 @@ void backward(const TensorView& q, const TensorView& k, const TensorView& v, con
   params.dq = dq.data;
   params.dk = dk.data;
   params.dv = dv.data;
-  if (is_empty(dq) && is_empty(dk)) return;  // without queries dk and dv are still to be written: zero
+  if (is_empty(dq) && is_empty(dk)) return;  // without queries dk and dv are zero and must still be written
   const py::gil_scoped_release release;
   if (q.device == Device::kCpu) {
     cpu::attention_backward(params, num_threads);

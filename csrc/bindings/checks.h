@@ -1,5 +1,5 @@
-// Checks that protect memory: what the kernels would otherwise read or write out of bounds. Meaning is checked once,
-// in andromeda/ops, with better words.
+// Checks that protect memory: without them a kernel could read or write out of bounds. andromeda/ops checks the meaning
+// of a call, once, and with better words.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -45,7 +45,7 @@ inline bool is_empty(const TensorView& view) {
   return false;
 }
 
-// One call under check. Its first tensor decides the dtype and device of the others.
+// Checks one call. Its first tensor, the leader, decides the dtype and device of the others.
 class Call {
  public:
   Call(const char* operation, const TensorView& leader, const char* leader_name = "q")
@@ -89,7 +89,7 @@ class Call {
     return {view.stride[0], view.stride[1], view.stride[2]};
   }
 
-  // (batch, seqlen, dim), likewise.
+  // (batch, seqlen, dim) with any strides but the last, of the leader's dtype.
   RowStrides rows(const char* name, const TensorView& view, std::initializer_list<std::int64_t> shape) const {
     require(name, view, shape, leader_.dtype);
     dense(name, view);

@@ -20,8 +20,8 @@ struct OperandNames {
 constexpr OperandNames kQ = {"q", "q_scale", "q_table", "q_out", "dq_out", "dq", "dq_scale_partial"};
 constexpr OperandNames kK = {"k", "k_scale", "k_table", "k_out", "dk_out", "dk", "dk_scale_partial"};
 
-// The tables that both operands read, and the rows of their first tokens. From one token to the next the row of a table
-// grows by one; that of the factors grows for q and falls for k.
+// The tables that both operands read, and the rows of their first tokens. From one token to the next the row in q_table
+// and k_table grows by one; the row in factors grows by one for q and falls by one for k.
 struct Rotation {
   const OptionalTensor &q_table, &k_table, &factors;
   std::int64_t q_row, k_row, q_factor_row, k_factor_row;
@@ -41,7 +41,7 @@ const float* rows_of(const Call& call, const char* name, const OptionalTensor& t
   return data + first * width;
 }
 
-// All of an operand but `out`.
+// Every field of an operand but `out`.
 QkNormRotaryOperand pack_input(const Call& call, const OperandNames& names, const TensorView& q, const TensorView& x,
                                const OptionalTensor& scale, const Rotation& rotation) {
   const bool is_q = &names == &kQ;
@@ -153,7 +153,7 @@ void backward(const TensorView& q, const TensorView& k, const OptionalTensor& q_
   params.normalize = normalize;
   params.dtype = q.dtype;
 
-  // Without rows the partial sums are still to be written: zero.
+  // Without rows the partial sums are zero and must still be written.
   const bool nothing_to_sum = (!dq_scale_partial.has_value() || is_empty(*dq_scale_partial)) &&
                               (!dk_scale_partial.has_value() || is_empty(*dk_scale_partial));
   if (is_empty(dq) && is_empty(dk) && nothing_to_sum) return;

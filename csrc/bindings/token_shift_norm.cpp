@@ -11,7 +11,7 @@ namespace {
 namespace py = pybind11;
 using OptionalTensor = std::optional<TensorView>;
 
-// All but the outputs and the history.
+// Every field but the outputs and the history.
 TokenShiftNormParams pack_input(const Call& call, const TensorView& x, const OptionalTensor& residual,
                                 const OptionalTensor& residual_scale, const OptionalTensor& gamma,
                                 const OptionalTensor& key_start, float alpha, std::int64_t shift, std::int64_t position,
@@ -96,7 +96,7 @@ void backward(const TensorView& x, const OptionalTensor& residual, const Optiona
     params.dresidual = dresidual->data;
     params.dresidual_stride = call.rows("dresidual", *dresidual, {batch, seqlen, dim});
   }
-  // All sums are cut into the same number of runs.
+  // Both sums go over the same number of runs.
   params.num_partials = 1;
   const bool of_scale = dresidual_scale_partial.has_value();
   if (const OptionalTensor& partial = of_scale ? dresidual_scale_partial : dgamma_partial; partial.has_value()) {
@@ -108,7 +108,7 @@ void backward(const TensorView& x, const OptionalTensor& residual, const Optiona
   params.dresidual_scale_partial =
       call.contiguous<float>("dresidual_scale_partial", dresidual_scale_partial, {params.num_partials, dim});
   params.dgamma_partial = call.contiguous<float>("dgamma_partial", dgamma_partial, {params.num_partials, dim});
-  // Without rows the partial sums are still to be written: zero.
+  // Without rows the partial sums are zero and must still be written.
   if (is_empty(x) && !dresidual_scale_partial.has_value() && !dgamma_partial.has_value()) return;
   const py::gil_scoped_release release;
   if (x.device == Device::kCpu) {

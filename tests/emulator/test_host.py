@@ -330,7 +330,7 @@ def test_the_status_of_a_device_that_is_not_there(emu):
 @pytest.fixture
 def first_use(emulated, monkeypatch):
     """Operations on CPU tensors ask the pretended device 0, through the real `cuda_unavailable`."""
-    monkeypatch.setattr(_select, "_lasting_answers", {})
+    monkeypatch.setattr(_select, "lasting_answers", {})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(_select, "cuda_unavailable", lambda device: cuda_unavailable(torch.device("cuda", 0)))
     return emulated
