@@ -10,8 +10,8 @@ import hypothesis
 import numerics
 import pytest
 import torch
-from cases import skip_for
 from emulator import EmulatedExtension, Emulator
+from op_cases import skip_for
 
 from andromeda.ops import _persistent, _rotary, _select
 

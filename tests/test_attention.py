@@ -13,9 +13,9 @@ import hypothesis
 import numerics
 import pytest
 import torch
-from cases import BFLOAT16, FLOAT16, FLOAT32, Inputs, lay_out, make, skip_for
-from cases import AttentionCase as Case
 from hypothesis import strategies as st
+from op_cases import BFLOAT16, FLOAT16, FLOAT32, Inputs, lay_out, make, skip_for
+from op_cases import AttentionCase as Case
 
 from andromeda.ops import _select
 from andromeda.ops import attention as op

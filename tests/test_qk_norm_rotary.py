@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from cases import (
+from numerics import UNIT, assert_elements_close, assert_rows_close
+from op_cases import (
     DTYPES,
     assert_compiles,
     assert_functional_gradient,
@@ -14,8 +15,7 @@ from cases import (
     random_like,
     skip_for,
 )
-from cases import QkNormRotaryCase as Case
-from numerics import UNIT, assert_elements_close, assert_rows_close
+from op_cases import QkNormRotaryCase as Case
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
