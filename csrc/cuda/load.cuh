@@ -102,6 +102,17 @@ __device__ inline void store(T* target, const Vec16<T>& vec, int count) {
   }
 }
 
+// Stores the first `count` of kCount elements of T, which lie side by side in `bits`.
+template <int kCount, typename T, typename Bits>
+__device__ inline void store_elements(T* target, const Bits& bits, int count) {
+  static_assert(sizeof bits == kCount * sizeof(T));
+  const T* elements = reinterpret_cast<const T*>(&bits);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (i < count) target[i] = elements[i];
+  }
+}
+
 // Float constants that many lanes share, through the read-only path. Pairs past the first `count` elements, an even
 // number, read as `fill`. With Access::kVec16 the address is a multiple of 16 bytes and count one of 4.
 template <Access kAccess, int kPairs>

@@ -1,15 +1,17 @@
-// The instructions that attention is made of, one wrapper each (PTX ISA; sm_80). Lane l of a warp: g = l / 4, c = l
-// % 4.
+// The instructions that attention is made of, one wrapper each (PTX ISA; sm_80).
 //
-//   mma.m16n8k16     A (16 x 16)   a0 a1 a2 a3: rows g, g + 8, g, g + 8; columns 2c, 2c + 1 (a0 a1), 2c + 8, 2c + 9 (a2
-//   a3)
-//                    B (16 x 8)    b0 b1: k = 2c, 2c + 1 and 2c + 8, 2c + 9; column g
-//                    D (16 x 8)    d0 d1: row g, columns 2c, 2c + 1; d2 d3: row g + 8
-//   ldmatrix.x4      matrix m has its eight rows of 16 bytes where lanes 8m ... 8m + 7 point; lane l receives elements
-//                    2c, 2c + 1 of row g, or with .trans rows 2c, 2c + 1 of column g
+// What lane l of a warp holds, with g = l / 4 and c = l % 4:
+//
+//   mma.m16n8k16   A (16 x 16)    a0: row g, columns 2c, 2c + 1        a1: row g + 8, the same columns
+//                                 a2: row g, columns 2c + 8, 2c + 9    a3: row g + 8, the same columns
+//                  B (16 x 8)     b0: rows 2c, 2c + 1, column g        b1: rows 2c + 8, 2c + 9, column g
+//                  D (16 x 8)     d0 d1: row g, columns 2c, 2c + 1     d2 d3: row g + 8, the same columns
+//
+//   ldmatrix.x4    Matrix m has its eight rows of 16 bytes where lanes 8m ... 8m + 7 point. Lane l receives elements 2c
+//                  and 2c + 1 of row g of each matrix, or with .trans rows 2c and 2c + 1 of column g.
 //
 // Two neighbouring D tiles, packed to 16 bits, are one A operand: a0 = d0 d1 and a1 = d2 d3 of the left tile, a2 a3
-// those of the right one. So a product's result is the next product's operand without leaving its lane.
+// those of the right one. So the result of a product is an operand of the next one without leaving its lane.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -24,20 +26,45 @@ __device__ inline std::uint32_t shared_address(const void* pointer) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// 16 bytes from global to shared memory, past the registers and past L1. Of the source only `source_bytes` are read,
-// the rest of the target is zero: 0 for what lies outside a tensor.
+// Copies 16 bytes from global to shared memory, past the registers and L1. Only `source_bytes` of the source are read
+// (0 outside a tensor); the rest of the target becomes zero.
 __device__ inline void cp_async(std::uint32_t target, const void* source, int source_bytes) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(target),
                "l"(__cvta_generic_to_global(source)), "r"(source_bytes)
                : "memory");
 }
 
-// Copies issued since the last commit become one group; a thread waits for all but its last `kPending` groups.
+// The copies issued since the last commit become one group. A thread waits for all but its last `kPending` groups.
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 
 template <int kPending>
 __device__ inline void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+}
+
+__device__ inline uint4 ld_shared16(std::uint32_t address) {
+  uint4 words;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "r"(address)
+               : "memory");
+  return words;
+}
+
+__device__ inline std::uint32_t ld_shared4(std::uint32_t address) {
+  std::uint32_t word;
+  asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(word) : "r"(address) : "memory");
+  return word;
+}
+
+__device__ inline void st_shared16(std::uint32_t address, uint4 words) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(words.x), "r"(words.y), "r"(words.z),
+               "r"(words.w)
+               : "memory");
+}
+
+__device__ inline void st_shared4(std::uint32_t address, std::uint32_t word) {
+  asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(address), "r"(word) : "memory");
 }
 
 __device__ inline void ldmatrix(std::uint32_t (&matrices)[4], std::uint32_t address) {
@@ -71,8 +98,8 @@ __device__ inline void mma(float (&d)[4], const std::uint32_t (&a)[4], std::uint
   }
 }
 
-// A fence between blocks: with an atomic of the same thread after it a release, with one before it an acquire. Lighter
-// than __threadfence(), which also puts all such fences into one order: MEMBAR.SC instead of MEMBAR.ALL.
+// A fence between blocks: before an atomic of the same thread it is a release, after one an acquire. It is lighter than
+// __threadfence(), which also puts all such fences into one order: MEMBAR.SC instead of MEMBAR.ALL.
 __device__ inline void fence_device() { asm volatile("fence.acq_rel.gpu;\n" ::: "memory"); }
 
 // Two floats as one register of T, rounded to nearest even; `low` has the lower address.
@@ -88,7 +115,7 @@ __device__ inline std::uint32_t pack(float low, float high) {
   return bits;
 }
 
-// Numbers that are not finite become the largest one: what is multiplied by 0 is then 0.
+// Replaces numbers that are not finite by the largest finite one: their product with 0 is then 0.
 template <typename T>
 __device__ inline std::uint32_t clamp_finite(std::uint32_t pair) {
   std::uint32_t result;
@@ -103,9 +130,9 @@ __device__ inline std::uint32_t clamp_finite(std::uint32_t pair) {
   return result;
 }
 
-// Adds 0 * pair, element by element: a sum that was zero is a NaN from the first number on that is not finite.
+// Adds 0 * pair, element by element: a sum of zeros becomes NaN with the first number that is not finite.
 template <typename T>
-__device__ inline void look_at(std::uint32_t& sum, std::uint32_t pair) {
+__device__ inline void detect_not_finite(std::uint32_t& sum, std::uint32_t pair) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     asm("fma.rn.bf16x2 %0, %1, %2, %0;\n" : "+r"(sum) : "r"(pair), "r"(0));
   } else {

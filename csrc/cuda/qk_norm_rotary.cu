@@ -8,7 +8,9 @@
 #include <stdexcept>
 #include <string>
 
+#include "alignment.h"
 #include "andromeda/dispatch.h"
+#include "andromeda/integers.h"
 #include "check.cuh"
 #include "qk_norm_rotary.cuh"
 
@@ -28,8 +30,6 @@ int floor_log2(int value) {
 }
 
 int ceil_log2(int value) { return value <= 1 ? 0 : floor_log2(value - 1) + 1; }
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 void check_rows(int head_dim, int rotary_dim) {
   if (head_dim < 2 || head_dim > kMaxRotaryHeadDim || head_dim % 2 != 0) {
@@ -52,20 +52,11 @@ void check_operand(const QkNormRotaryOperand& operand, int rotary_dim) {
   }
 }
 
-bool is_aligned16(const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % kVec16Bytes == 0; }
-
 // Factors are read two at a time: rows of rotary_dim / 2 of them, an even number, follow each other.
 bool is_aligned8(const float* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % sizeof(float2) == 0; }
 
-// Whether every row of a tensor can be read in chunks. The stride of a dimension of size 1 is never used.
 template <typename T>
-bool is_aligned16(const void* data, const SeqStrides& stride, int batch, int seqlen, int num_heads) {
-  const auto fits = [](int size, std::int64_t step) { return size <= 1 || step % kVec16Width<T> == 0; };
-  return is_aligned16(data) && fits(batch, stride.batch) && fits(seqlen, stride.seq) && fits(num_heads, stride.head);
-}
-
-template <typename T>
-bool is_aligned16(const QkNormRotaryOperand& operand, int batch) {
+bool all_aligned16(const QkNormRotaryOperand& operand, int batch) {
   const int seqlen = operand.seqlen, num_heads = operand.num_heads;
   return is_aligned16<T>(operand.x, operand.x_stride, batch, seqlen, num_heads) &&
          (operand.out == nullptr || is_aligned16<T>(operand.out, operand.out_stride, batch, seqlen, num_heads)) &&
@@ -73,18 +64,18 @@ bool is_aligned16(const QkNormRotaryOperand& operand, int batch) {
 }
 
 template <typename T>
-bool is_aligned16(const QkNormRotaryBackwardOperand& operand, int batch) {
+bool all_aligned16(const QkNormRotaryBackwardOperand& operand, int batch) {
   const int seqlen = operand.forward.seqlen, num_heads = operand.forward.num_heads;
-  return is_aligned16<T>(operand.forward, batch) &&
+  return all_aligned16<T>(operand.forward, batch) &&
          is_aligned16<T>(operand.dout, operand.dout_stride, batch, seqlen, num_heads) &&
          is_aligned16<T>(operand.dx, operand.dx_stride, batch, seqlen, num_heads);
 }
 
 template <typename T, typename Params>
-bool is_aligned16(const Params& params) {
+bool all_aligned16(const Params& params) {
   static_assert(kVec16Width<T> % kVec16Width<float> == 0, "vecs of x must read whole vecs of scale");
   return params.head_dim % kVec16Width<T> == 0 && params.rotary_dim % kVec16Width<float> == 0 &&
-         is_aligned16<T>(params.q, params.batch) && is_aligned16<T>(params.k, params.batch);
+         all_aligned16<T>(params.q, params.batch) && all_aligned16<T>(params.k, params.batch);
 }
 
 Pitch pitch_of(const OperandPlan& plan, int seqlen, const SeqStrides& stride) {
@@ -175,7 +166,7 @@ void dispatch(const Params& params, CUstream_st* stream) {
   check_rows(params.head_dim, params.rotary_dim);
   dispatch_dtype<StorageTypes>(params.dtype, [&](auto dtype) {
     using T = typename decltype(dtype)::type;
-    if (!is_aligned16<T>(params)) {
+    if (!all_aligned16<T>(params)) {
       launch<T, Access::kElement, kWideVecs<T>>(params, stream);
     } else if (params.head_dim > kWarpLanes * kVec16Width<T>) {
       launch<T, Access::kVec16, kWideVecs<T>>(params, stream);

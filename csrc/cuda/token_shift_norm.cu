@@ -8,7 +8,9 @@
 #include <stdexcept>
 #include <string>
 
+#include "alignment.h"
 #include "andromeda/dispatch.h"
+#include "andromeda/integers.h"
 #include "check.cuh"
 #include "token_shift_norm.cuh"
 
@@ -23,8 +25,6 @@ constexpr int kManyBlocks = 2048;
 constexpr int kMaxRunLength = 1 << 30;  // tokens: they are counted in an int, a few steps past the end
 static_assert(kMaxRunLength <= INT_MAX - 2 * kSharedRowLanes);
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 int ceil_log2(std::int64_t value) {
   int log2 = 0;
   while (std::int64_t{1} << log2 < value) ++log2;
@@ -38,34 +38,30 @@ void check(const TokenShiftNormParams& params) {
   }
 }
 
-bool is_aligned16(const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % kVec16Bytes == 0; }
-
-// Whether every row of a tensor, if there is one, can be read in chunks. The stride of a dimension of size 1 is never
-// used.
+// Whether every row of a tensor, if there is one, starts at a multiple of 16 bytes.
 template <typename T>
-bool is_aligned16(const void* data, const RowStrides& stride, int batch, int seqlen) {
-  const auto fits = [](int size, std::int64_t step) { return size <= 1 || step % kVec16Width<T> == 0; };
-  return data == nullptr || (is_aligned16(data) && fits(batch, stride.batch) && fits(seqlen, stride.seq));
+bool has_aligned_rows(const void* data, const RowStrides& stride, int batch, int seqlen) {
+  return data == nullptr || is_aligned16<T>(data, {{batch, stride.batch}, {seqlen, stride.seq}});
 }
 
 template <typename T>
-bool is_aligned16(const TokenShiftNormParams& params) {
+bool all_aligned16(const TokenShiftNormParams& params) {
   const int batch = params.batch, seqlen = params.seqlen;
-  return params.dim % kVec16Width<T> == 0 && is_aligned16<T>(params.x, params.x_stride, batch, seqlen) &&
-         is_aligned16<T>(params.residual, params.residual_stride, batch, seqlen) &&
-         is_aligned16<T>(params.history, params.history_stride, batch, params.shift) &&
-         is_aligned16<T>(params.y, params.y_stride, batch, seqlen) &&
-         is_aligned16<T>(params.shifted, params.shifted_stride, batch, seqlen) && is_aligned16(params.residual_scale) &&
-         is_aligned16(params.gamma);
+  return params.dim % kVec16Width<T> == 0 && has_aligned_rows<T>(params.x, params.x_stride, batch, seqlen) &&
+         has_aligned_rows<T>(params.residual, params.residual_stride, batch, seqlen) &&
+         has_aligned_rows<T>(params.history, params.history_stride, batch, params.shift) &&
+         has_aligned_rows<T>(params.y, params.y_stride, batch, seqlen) &&
+         has_aligned_rows<T>(params.shifted, params.shifted_stride, batch, seqlen) &&
+         is_aligned16(params.residual_scale) && is_aligned16(params.gamma);
 }
 
 template <typename T>
-bool is_aligned16(const TokenShiftNormBackwardParams& params) {
+bool all_aligned16(const TokenShiftNormBackwardParams& params) {
   const int batch = params.forward.batch, seqlen = params.forward.seqlen;
-  return is_aligned16<T>(params.forward) && is_aligned16<T>(params.dy, params.dy_stride, batch, seqlen) &&
-         is_aligned16<T>(params.dshifted, params.dshifted_stride, batch, seqlen) &&
-         is_aligned16<T>(params.dx, params.dx_stride, batch, seqlen) &&
-         is_aligned16<T>(params.dresidual, params.dresidual_stride, batch, seqlen) &&
+  return all_aligned16<T>(params.forward) && has_aligned_rows<T>(params.dy, params.dy_stride, batch, seqlen) &&
+         has_aligned_rows<T>(params.dshifted, params.dshifted_stride, batch, seqlen) &&
+         has_aligned_rows<T>(params.dx, params.dx_stride, batch, seqlen) &&
+         has_aligned_rows<T>(params.dresidual, params.dresidual_stride, batch, seqlen) &&
          is_aligned16(params.dresidual_scale_partial) && is_aligned16(params.dgamma_partial);
 }
 
@@ -150,7 +146,7 @@ template <typename Params>
 void dispatch(const Params& params, DType dtype, CUstream_st* stream) {
   dispatch_dtype<StorageTypes>(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (is_aligned16<T>(params)) {
+    if (all_aligned16<T>(params)) {
       launch<T, Access::kVec16>(params, stream);
     } else {
       launch<T, Access::kElement>(params, stream);

@@ -20,8 +20,6 @@ constexpr const char* kName = "attention_backward";
 // (masks, windows), two rounds of them even it out.
 constexpr int kBlocksPerMultiprocessor = 4;
 
-int built_head_dim(const AttentionParams& params) { return params.head_dim <= 64 ? 64 : kMaxAttentionHeadDim; }
-
 std::int64_t num_key_tiles(const AttentionParams& params) { return ceil_div(params.seqlen_k, kBackwardTile); }
 
 // Into how many equal shares the query heads of a key head are cut: the smallest divisor that fills the device.

@@ -339,11 +339,7 @@ __global__ void __launch_bounds__(kSumThreads)
   if (plan.is_aligned16) {
     store<Access::kVec16>(target, rounded, channels);
   } else {
-    const T* elements = reinterpret_cast<const T*>(&rounded);
-#pragma unroll
-    for (int i = 0; i < kVec16Width<T>; ++i) {
-      if (i < channels) target[i] = elements[i];
-    }
+    store_elements<kVec16Width<T>>(target, rounded, channels);
   }
 }
 

@@ -16,18 +16,6 @@
 
 namespace andromeda::cuda {
 
-template <typename T>
-__device__ inline Vec16<T> load_shared(std::uint32_t address) {
-  uint4 words;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
-               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
-               : "r"(address)
-               : "memory");
-  Vec16<T> vec;
-  memcpy(&vec, &words, sizeof vec);
-  return vec;
-}
-
 // The reach of two sets of rows together.
 __device__ inline KeyRange join(const KeyRange& a, const KeyRange& b) {
   return {min(a.begin, b.begin), max(a.end, b.end), max(a.unmasked_begin, b.unmasked_begin),

@@ -169,11 +169,61 @@ __device__ inline void add_partials(float4 (&total)[kVectors], const Stored (&ow
 // the first barrier, and before the atomic. Acquire: the atomic, then a fence of the same thread, then the second
 // barrier and whoever reads behind it. In PTX's memory model the atomic and the fence must be of one thread: behind the
 // barrier the other threads' own fences would add nothing.
-__device__ inline unsigned arrive_at_semaphore(unsigned* semaphore, int count) {
+__device__ inline unsigned signal_semaphore(unsigned* semaphore, int count) {
   fence_device();
   const unsigned drawn = atomicInc(semaphore, count - 1);
   fence_device();
   return drawn;
+}
+
+// One level of the tree of sums, and a block's place in it.
+struct Level {
+  unsigned char* partials;  // num_parts of them
+  unsigned* semaphores;     // one for each node, the sum of up to fan_in parts: a part of the next level
+  int num_parts, part;      // `part`: the one that this block has
+};
+
+// Adds the results of the splits of a row block, level by level; whether this block has got the sum of all. `tiles` is
+// shared memory that nobody needs any more, `tile` the number of the row block among all. fan_in 3, splits 0 to 6:
+//
+//   level 0     0   1   2     3   4   5     6      each block writes its part, and signals the semaphore of its node
+//                \  |  /       \  |  /      |
+//   level 1        0             1          2      the last block to signal adds the parts of the node in their order,
+//                   \            |          /       and goes on as that part; the others have finished
+//   level 2                      0                 the sum of all, in one block
+template <int kRows, int kHeadDim, int kVectors>
+__device__ inline bool combine_splits(float4 (&total)[kVectors], DecodeShared<kRows>* shared, unsigned char* tiles,
+                                      const DecodePlan& plan, std::int64_t tile, int split, int rows, int thread) {
+  const std::int64_t partial_bytes = PartialLayout<kHeadDim>::bytes(plan.partial_rows);
+  Level level{plan.partials + tile * plan.tile_partials * partial_bytes, plan.semaphores + tile * plan.tile_semaphores,
+              plan.num_splits, split};
+  while (level.num_parts > 1) {
+    const int node = level.part / plan.fan_in, first_part = node * plan.fan_in;
+    const int size = min(level.num_parts - first_part, plan.fan_in), own_part = level.part - first_part;
+    Stored own[kVectors];
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) own[i] = to_stored(total[i]);
+    write_partial<kRows, kHeadDim>(level.partials + level.part * partial_bytes, own, shared, plan.partial_rows, rows,
+                                   thread);
+    __syncthreads();  // the whole block has written its part before it signals, and has read what it added before
+    if (thread == 0) {
+      shared->is_last = signal_semaphore(level.semaphores + node, size) == static_cast<unsigned>(size) - 1;
+    }
+    __syncthreads();  // the parts of blocks that have signalled may be read
+    if (!shared->is_last) return false;
+    fetch_partials<kRows, kHeadDim>(shared_address(tiles), shared, level.partials + first_part * partial_bytes, size,
+                                    own_part, plan.partial_rows, rows, thread);
+    if (thread < rows) shared->statistics[own_part][thread] = shared->total[thread];
+    cp_async_wait<1>();
+    __syncthreads();  // all statistics are there
+    combine_statistics(shared, size, rows, thread);
+    cp_async_wait<0>();
+    __syncthreads();  // all rows and factors are there
+    add_partials<kRows, kHeadDim>(total, own, shared, tiles, size, own_part, rows, thread);
+    const int num_nodes = (level.num_parts + plan.fan_in - 1) / plan.fan_in;
+    level = {level.partials + level.num_parts * partial_bytes, level.semaphores + num_nodes, num_nodes, node};
+  }
+  return true;
 }
 
 }  // namespace andromeda::cuda

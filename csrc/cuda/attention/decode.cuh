@@ -62,12 +62,12 @@ __device__ inline std::int64_t offset_of(const SeqStrides& stride, int batch, in
 }
 
 // A packed row as a query of one head.
-struct PackedRow {
+struct QueryRow {
   int query, head;
   bool exists;
 };
 
-__device__ inline PackedRow unpack_row(const DecodePlan& plan, int kv_head, int packed) {
+__device__ inline QueryRow unpack_row(const DecodePlan& plan, int kv_head, int packed) {
   const int query = packed / plan.qhead_per_kvhead;
   return {query, kv_head * plan.qhead_per_kvhead + (packed - query * plan.qhead_per_kvhead), packed < plan.num_rows};
 }
@@ -82,11 +82,11 @@ __device__ inline void load_queries(std::uint32_t tile, const AttentionParams& p
 #pragma unroll 1
   for (int i = thread; i < kRows * kVecs; i += kDecodeThreads) {
     const int row = i / kVecs, vec = i % kVecs;
-    const PackedRow packed = unpack_row(plan, kv_head, first_row + row);
-    const int channels = packed.exists ? params.head_dim - vec * kVec16Width<T> : 0;
+    const QueryRow unpacked = unpack_row(plan, kv_head, first_row + row);
+    const int channels = unpacked.exists ? params.head_dim - vec * kVec16Width<T> : 0;
     const T* source = q;
     if (channels > 0) {
-      source += offset_of(params.q_stride, batch, packed.query, packed.head) + vec * kVec16Width<T>;
+      source += offset_of(params.q_stride, batch, unpacked.query, unpacked.head) + vec * kVec16Width<T>;
     }
     const std::uint32_t target = tile + vec_offset<kRows>(row, vec);
     if (plan.is_aligned16) {
@@ -102,14 +102,14 @@ template <int kRows>
 __device__ inline KeyRange describe_rows(DecodeShared<kRows>* shared, const AttentionParams& params,
                                          const DecodePlan& plan, int batch, int kv_head, int first_row, bool write) {
   const int lane = static_cast<int>(threadIdx.x);
-  const PackedRow packed = unpack_row(plan, kv_head, first_row + lane);
-  const bool exists = lane < kRows && packed.exists;
+  const QueryRow unpacked = unpack_row(plan, kv_head, first_row + lane);
+  const bool exists = lane < kRows && unpacked.exists;
   Head head{0.0f, 0.0f, kUnlimited};
-  if (exists) head = describe_head(params, packed.head);
-  const Row row = describe_row(params, batch, exists ? packed.query : params.seqlen_q);
+  if (exists) head = describe_head(params, unpacked.head);
+  const Row row = describe_row(params, batch, exists ? unpacked.query : params.seqlen_q);
   if (write && lane < kRows) {
     shared->rows[lane] = row;
-    shared->head[lane] = exists ? packed.head : -1;
+    shared->head[lane] = exists ? unpacked.head : -1;
     shared->raw_slope[lane] = head.slope * plan.inverse_softmax_scale;
   }
   return KeyRange::of(row, exists, head.window).of_warp();
@@ -165,11 +165,7 @@ __device__ inline void write_rows(const AttentionParams& params, const DecodePla
     if (plan.is_aligned16) {
       *reinterpret_cast<uint2*>(target) = bits;
     } else {
-      const T* elements = reinterpret_cast<const T*>(&bits);
-#pragma unroll
-      for (int channel = 0; channel < 4; ++channel) {
-        if (channel < channels) target[channel] = elements[channel];
-      }
+      store_elements<4>(target, bits, channels);
     }
   }
   if (thread < kRows) {
@@ -192,19 +188,17 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   auto* shared = reinterpret_cast<DecodeShared<kRows>*>(shared_memory + Tiles::kTilesBytes);
   const int lane = static_cast<int>(threadIdx.x), warp = static_cast<int>(threadIdx.y);
   const int thread = warp * kWarpLanes + lane;
-  const std::uint32_t queries = shared_address(shared_memory);
-  const std::uint32_t ring = queries + Tiles::kQueryBytes + warp * Tiles::kRingBytes;
+  const std::uint32_t q_tile = shared_address(shared_memory);
+  const std::uint32_t ring = q_tile + Tiles::kQueryBytes + warp * Tiles::kRingBytes;
 
-  int block = static_cast<int>(blockIdx.x);
-  const int row_block = block % plan.num_row_blocks;
-  block /= plan.num_row_blocks;
-  const int split = block % plan.num_splits;
-  block /= plan.num_splits;
-  const int kv_head = block % params.num_kv_heads, batch = block / params.num_kv_heads;
+  const int row_block = static_cast<int>(blockIdx.x) % plan.num_row_blocks;
+  const int split_of_head = static_cast<int>(blockIdx.x) / plan.num_row_blocks;
+  const int split = split_of_head % plan.num_splits, head_of_batch = split_of_head / plan.num_splits;
+  const int kv_head = head_of_batch % params.num_kv_heads, batch = head_of_batch / params.num_kv_heads;
   const int first_row = row_block * kRows;
 
   // The rows, and which keys they see.
-  load_queries<kHeadDim, kRows, T>(queries, params, plan, batch, kv_head, first_row, thread);
+  load_queries<kHeadDim, kRows, T>(q_tile, params, plan, batch, kv_head, first_row, thread);
   cp_async_commit();
   const KeyRange key_range = describe_rows(shared, params, plan, batch, kv_head, first_row, warp == 0);
 
@@ -218,10 +212,10 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
       static_cast<int>((max(end_offset - first_offset, static_cast<std::int64_t>(0)) + kDecodeStep - 1) / kDecodeStep);
   const int first_key = static_cast<int>(begin + first_offset);
 
-  const T* key_data = static_cast<const T*>(params.k) + offset_of(params.k_stride, batch, 0, kv_head);
-  const T* value_data = static_cast<const T*>(params.v) + offset_of(params.v_stride, batch, 0, kv_head);
-  const Rows<const T> keys{key_data, params.k_stride.seq, params.seqlen_k, params.head_dim, plan.is_aligned16};
-  const Rows<const T> values{value_data, params.v_stride.seq, params.seqlen_k, params.head_dim, plan.is_aligned16};
+  const T* k_data = static_cast<const T*>(params.k) + offset_of(params.k_stride, batch, 0, kv_head);
+  const T* v_data = static_cast<const T*>(params.v) + offset_of(params.v_stride, batch, 0, kv_head);
+  const Rows<const T> k{k_data, params.k_stride.seq, params.seqlen_k, params.head_dim, plan.is_aligned16};
+  const Rows<const T> v{v_data, params.v_stride.seq, params.seqlen_k, params.head_dim, plan.is_aligned16};
   // Every call commits a group, an empty one past the end, so that a fixed number of younger groups says "arrived".
   const auto load_slice = [&](const Rows<const T>& rows, int slice, std::uint32_t place) {
     if (slice < num_slices) {
@@ -229,13 +223,13 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
     }
     cp_async_commit();
   };
-  const auto keys_of = [&](int slice) { return ring + slice % kStages * (2 * Tiles::kSliceBytes); };
-  const auto values_of = [&](int slice) { return keys_of(slice) + Tiles::kSliceBytes; };
+  const auto k_slice = [&](int slice) { return ring + slice % kStages * (2 * Tiles::kSliceBytes); };
+  const auto v_slice = [&](int slice) { return k_slice(slice) + Tiles::kSliceBytes; };
   constexpr int kYounger = 2 * kStages - 1;
 #pragma unroll 1
   for (int slice = 0; slice < kStages; ++slice) {
-    load_slice(keys, slice, keys_of(slice));
-    load_slice(values, slice, values_of(slice));
+    load_slice(k, slice, k_slice(slice));
+    load_slice(v, slice, v_slice(slice));
   }
   cp_async_wait<2 * kStages>();  // the queries
   __syncthreads();               // everyone's, and the description of the rows
@@ -262,9 +256,9 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
     seed_row_bias(scores, rows, lane_key);
     cp_async_wait<kYounger>();
     __syncwarp();  // the keys of all lanes have arrived
-    multiply_transposed<T, kHeadDim, kRows, kSlice>(scores, queries, 0, keys_of(slice));
+    multiply_transposed<T, kHeadDim, kRows, kSlice>(scores, q_tile, 0, k_slice(slice));
     __syncwarp();  // the keys have been read by all lanes
-    load_slice(keys, slice + kStages, keys_of(slice));
+    load_slice(k, slice + kStages, k_slice(slice));
 
     const bool unmasked = key_range.is_unmasked(key, kSlice);
     if (!unmasked) apply_mask(scores, shared->rows, lane_key);
@@ -279,14 +273,14 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
 
     cp_async_wait<kYounger>();
     __syncwarp();  // the values of all lanes have arrived
-    if (unmasked || is_finite<T, Tiles::kSliceBytes>(values_of(slice))) {
-      multiply_step<T, kHeadDim, kSlice>(out, weights, values_of(slice), 0);
+    if (unmasked || is_finite<T, Tiles::kSliceBytes>(v_slice(slice))) {
+      multiply_step<T, kHeadDim, kSlice>(out, weights, v_slice(slice), 0);
     } else {
-      multiply_step<T, kHeadDim, kSlice, kRowTiles, true>(out, weights, values_of(slice), 0);
-      add_not_finite<T, kHeadDim, kSlice>(out, shared->rows, key, values_of(slice));
+      multiply_step<T, kHeadDim, kSlice, kRowTiles, true>(out, weights, v_slice(slice), 0);
+      add_not_finite<T, kHeadDim, kSlice>(out, shared->rows, key, v_slice(slice));
     }
     __syncwarp();  // the values have been read by all lanes
-    load_slice(values, slice + kStages, values_of(slice));
+    load_slice(v, slice + kStages, v_slice(slice));
   }
 
   // The warps' results become the block's.
@@ -321,39 +315,10 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   float4 total[kVectors];
   add_warps<kHeadDim, kRowTiles>(total, shared, staging, thread);
 
-  // The shares' results become the tile's, level by level.
   const std::int64_t tile =
       (static_cast<std::int64_t>(batch) * params.num_kv_heads + kv_head) * plan.num_row_blocks + row_block;
-  const std::int64_t partial_bytes = PartialLayout<kHeadDim>::bytes(plan.partial_rows);
-  unsigned char* level = plan.partials + tile * plan.tile_partials * partial_bytes;
-  unsigned* semaphores = plan.semaphores + tile * plan.tile_semaphores;
-  const int rows_here = min(plan.num_rows - first_row, kRows);
-  int index = split, count = plan.num_splits;
-  while (count > 1) {
-    Stored own[kVectors];
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) own[i] = to_stored(total[i]);
-    write_partial<kRows, kHeadDim>(level + index * partial_bytes, own, shared, plan.partial_rows, rows_here, thread);
-    const int node = index / plan.fan_in, first = node * plan.fan_in, size = min(count - first, plan.fan_in);
-    const int own_part = index - first;
-    __syncthreads();  // the whole block has written its part before the semaphore says so, and read what it adds
-    if (thread == 0) shared->is_last = arrive_at_semaphore(semaphores + node, size) == static_cast<unsigned>(size) - 1;
-    __syncthreads();  // what the semaphore has announced may be read
-    if (!shared->is_last) return;
-    fetch_partials<kRows, kHeadDim>(queries, shared, level + first * partial_bytes, size, own_part, plan.partial_rows,
-                                    rows_here, thread);
-    if (thread < rows_here) shared->statistics[own_part][thread] = shared->total[thread];
-    cp_async_wait<1>();
-    __syncthreads();  // all statistics are there
-    combine_statistics(shared, size, rows_here, thread);
-    cp_async_wait<0>();
-    __syncthreads();  // all rows and factors are there
-    add_partials<kRows, kHeadDim>(total, own, shared, shared_memory, size, own_part, rows_here, thread);
-    level += count * partial_bytes;
-    index = node;
-    count = (count + plan.fan_in - 1) / plan.fan_in;
-    semaphores += count;
-  }
+  const int num_rows = min(plan.num_rows - first_row, kRows);
+  if (!combine_splits<kRows, kHeadDim>(total, shared, shared_memory, plan, tile, split, num_rows, thread)) return;
   write_rows<T, kRows, kHeadDim>(params, plan, batch, total, shared, thread);
 }
 

@@ -11,8 +11,10 @@
 #include <type_traits>
 #include <utility>
 
+#include "alignment.h"
 #include "andromeda/attention.h"
 #include "andromeda/dispatch.h"
+#include "andromeda/integers.h"
 #include "check.cuh"
 #include "load.cuh"
 
@@ -60,26 +62,20 @@ inline void check_softmax_scale(const AttentionParams& params, const char* kerne
   }
 }
 
-// Whether every row of a tensor of 16-bit elements starts at a multiple of 16 bytes. The stride of a dimension of size
-// 1 is never used.
+// Whether all rows of one of the call's tensors, of 16-bit elements, start at a multiple of 16 bytes.
 inline bool is_aligned16(const void* data, const SeqStrides& stride, int batch, int seqlen, int num_heads) {
-  constexpr int kWidth = kVec16Bytes / 2;
-  const auto fits = [](int size, std::int64_t step) { return size <= 1 || step % kWidth == 0; };
-  return reinterpret_cast<std::uintptr_t>(data) % kVec16Bytes == 0 && fits(batch, stride.batch) &&
-         fits(seqlen, stride.seq) && fits(num_heads, stride.head);
+  return is_aligned16<std::uint16_t>(data, stride, batch, seqlen, num_heads);
 }
 
-// Whether q, k, v and out of a call can all be moved in chunks.
+// Whether q, k, v and out of a call can all be moved in accesses of 16 bytes.
 inline bool is_aligned16(const AttentionParams& params) {
   const int batch = params.batch;
-  return params.head_dim % (kVec16Bytes / 2) == 0 &&
+  return params.head_dim % kVec16Width<std::uint16_t> == 0 &&
          is_aligned16(params.q, params.q_stride, batch, params.seqlen_q, params.num_heads) &&
          is_aligned16(params.k, params.k_stride, batch, params.seqlen_k, params.num_kv_heads) &&
          is_aligned16(params.v, params.v_stride, batch, params.seqlen_k, params.num_kv_heads) &&
          is_aligned16(params.out, params.out_stride, batch, params.seqlen_q, params.num_heads);
 }
-
-inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // softmax_scale * log2(e), rounded once: 2^(score * softmax_scale_log2) is the weight of a score <q, k>.
 inline float softmax_scale_log2_of(const AttentionParams& params) {
@@ -98,12 +94,15 @@ inline unsigned checked_grid(const AttentionParams& params, const char* kernel, 
   return static_cast<unsigned>(num_blocks);
 }
 
-// Calls function(TypeTag<T>, std::integral_constant<int, kHeadDim>) with what the kernels are built for: a head_dim
-// between is padded with zeros to the next one. After check_attention.
+// The head_dim that the kernels are built for and that a call runs with: its rows are padded with zeros.
+inline int built_head_dim(const AttentionParams& params) { return params.head_dim <= 64 ? 64 : kMaxAttentionHeadDim; }
+
+// Calls function(TypeTag<T>, std::integral_constant<int, kHeadDim>) with built_head_dim. After
+// check_attention.
 template <typename Function>
 void dispatch_attention(const AttentionParams& params, const Function& function) {
   const auto with_head_dim = [&](auto dtype) {
-    if (params.head_dim <= 64) {
+    if (built_head_dim(params) == 64) {
       function(dtype, std::integral_constant<int, 64>{});
     } else {
       function(dtype, std::integral_constant<int, kMaxAttentionHeadDim>{});

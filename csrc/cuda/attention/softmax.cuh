@@ -78,10 +78,9 @@ struct OnlineSoftmax {
         largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, 2));
         const float old = row_max[row_tile][half];
         const float maximum = fmaxf(old, kUnit == MaxUnit::kLog2 ? largest * softmax_scale_log2 : largest);
-        const bool grows = maximum > old;  // false while both are -inf
-        factor[row_tile][half] = grows ? exp2_approx(to_log2(old - maximum)) : 1.0f;
+        factor[row_tile][half] = exp2_approx(to_log2(old - finite_max(maximum)));
         row_max[row_tile][half] = maximum;
-        grew |= grows;
+        grew |= maximum > old;
       }
     }
     return __any_sync(kWholeWarp, grew) != 0;

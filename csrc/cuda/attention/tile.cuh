@@ -14,6 +14,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "load.cuh"
 #include "mma.cuh"
@@ -32,6 +33,14 @@ inline constexpr int kTileBytes = kRows * kHeadDim * 2;
 template <int kRows>
 __device__ inline std::uint32_t vec_offset(int row, int vec) {
   return (vec >> 3) * (kRows * kPanelRowBytes) + row * kPanelRowBytes + (((vec ^ row) & 7) << 4);
+}
+
+template <typename T>
+__device__ inline Vec16<T> load_shared(std::uint32_t address) {
+  const uint4 words = ld_shared16(address);
+  Vec16<T> vec;
+  memcpy(&vec, &words, sizeof vec);
+  return vec;
 }
 
 // Rows of one head in global memory: `data` is row 0.
@@ -66,9 +75,7 @@ __device__ inline void copy_elements(std::uint32_t target, const T* source, int 
       words[i / 2] |= bits << (16 * (i % 2));
     }
   }
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(target), "r"(words[0]), "r"(words[1]), "r"(words[2]),
-               "r"(words[3])
-               : "memory");
+  st_shared16(target, make_uint4(words[0], words[1], words[2], words[3]));
 }
 
 // Begins to copy rows `first` ... `first + kRows - 1` into a tile; rows and channels that do not exist become zero. In
@@ -175,13 +182,8 @@ __device__ inline bool is_finite(std::uint32_t tile) {
   const std::uint32_t first = tile + read_thread_index() % kWarpLanes * kVec16Bytes;
 #pragma unroll 4
   for (int at = 0; at < kBytes; at += kWarpLanes * kVec16Bytes) {
-    std::uint32_t words[4];
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
-                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                 : "r"(first + at)
-                 : "memory");
-#pragma unroll
-    for (const std::uint32_t word : words) look_at<T>(sum, word);
+    const uint4 words = ld_shared16(first + at);
+    for (const std::uint32_t word : {words.x, words.y, words.z, words.w}) detect_not_finite<T>(sum, word);
   }
   return !__any_sync(kWholeWarp, (sum & 0x7FFF7FFFu) != 0);
 }
@@ -205,11 +207,7 @@ __device__ inline void add_not_finite(float (&result)[kRowTiles][kHeadDim / 8][4
     }
 #pragma unroll
     for (int n = 0; n < kHeadDim / 8; ++n) {
-      std::uint32_t bits;
-      asm volatile("ld.shared.b32 %0, [%1];\n"
-                   : "=r"(bits)
-                   : "r"(b + vec_offset<kRowsB>(row, n) + ((lane & 3) << 2))
-                   : "memory");
+      const std::uint32_t bits = ld_shared4(b + vec_offset<kRowsB>(row, n) + ((lane & 3) << 2));
       Pair<T> pair;
       memcpy(&pair, &bits, sizeof pair);
       const float2 numbers = to_floats(pair);
@@ -257,9 +255,7 @@ __device__ inline void store_rows(const Rows<T>& target, int first, const float 
         const std::uint32_t bits =
             pack<T>(pair[2 * half] * factor[row_tile][half], pair[2 * half + 1] * factor[row_tile][half]);
         const int row = tile_row + row_tile * 16 + half * 8 + (lane >> 2);
-        asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(tile + vec_offset<kRowsTile>(row, n) + ((lane & 3) << 2)),
-                     "r"(bits)
-                     : "memory");
+        st_shared4(tile + vec_offset<kRowsTile>(row, n) + ((lane & 3) << 2), bits);
       }
     }
   }
@@ -269,22 +265,12 @@ __device__ inline void store_rows(const Rows<T>& target, int first, const float 
 #pragma unroll 1
   for (int row = lane / kVecs; row < 16 * kRowTiles; row += kRowStep) {
     if (first + row >= target.count || channels <= 0) continue;
-    Vec16<T> bits;
-    uint4 words;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
-                 : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
-                 : "r"(tile + vec_offset<kRowsTile>(tile_row + row, vec))
-                 : "memory");
-    memcpy(&bits, &words, sizeof bits);
+    const Vec16<T> bits = load_shared<T>(tile + vec_offset<kRowsTile>(tile_row + row, vec));
     T* row_data = target.data + (first + row) * target.stride + vec * kVec16Width<T>;
     if (target.is_aligned16) {
       store<Access::kVec16>(row_data, bits, channels);
     } else {
-      const T* elements = reinterpret_cast<const T*>(&bits);
-#pragma unroll
-      for (int i = 0; i < kVec16Width<T>; ++i) {
-        if (i < channels) row_data[i] = elements[i];
-      }
+      store_elements<kVec16Width<T>>(row_data, bits, channels);
     }
   }
 }
