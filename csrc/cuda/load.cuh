@@ -1,4 +1,4 @@
-// Global memory as the 16-byte chunks that a lane works on, and half precision as pairs of floats.
+// Global memory in vectors of 16 bytes, the widest access of a lane, and half precision as pairs of floats.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -9,14 +9,14 @@
 
 namespace andromeda::cuda {
 
-// What dispatch_dtype hands out on this backend.
+// The types that dispatch_dtype passes on in this backend.
 struct StorageTypes {
   using Float32 = float;
   using Float16 = __half;
   using BFloat16 = __nv_bfloat16;
 };
 
-// Two adjacent elements: what one conversion instruction handles.
+// Two adjacent elements, the operand of one conversion instruction.
 template <typename T>
 struct PairOf;
 template <>
@@ -61,12 +61,12 @@ struct alignas(kVec16Bytes) Vec16 {
   Pair<T> pairs[kPairs];
 };
 
-// How a row may be read: in chunks, if it starts at a multiple of 16 bytes and has a whole number of chunks, or else
-// one element at a time, which costs more instructions and the same bytes from memory.
+// How a row is read: in vectors of 16 bytes, if it starts at a multiple of 16 bytes and is a whole number of vectors,
+// or one element at a time, which costs more instructions and moves the same bytes from memory.
 enum class Access { kVec16, kElement };
 
-// `count` elements of the row, an even number, are left at `source`; what is missing (count may be <= 0) reads as zero.
-// The data are used once: they go through the caches marked as first to leave, so that tables and scales stay.
+// `source` has `count` more elements of the row, an even number; elements beyond them (count may be <= 0) read as zero.
+// The data are used once: the caches mark them as first to leave, so that tables and scales stay.
 template <Access kAccess, typename T>
 __device__ inline Vec16<T> load_once(const T* source, int count) {
   static_assert(sizeof(Vec16<T>) == sizeof(uint4) && alignof(Vec16<T>) == alignof(uint4));

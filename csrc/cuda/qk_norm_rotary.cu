@@ -159,8 +159,8 @@ void launch(const QkNormRotaryBackwardParams& params, CUstream_st* stream) {
   ANDROMEDA_CUDA_CHECK(cudaGetLastError(), (Launch{"qk_norm_rotary_backward", num_blocks, kThreads, 0}));
 }
 
-// Three variants of each kernel: one chunk per lane where a warp covers the row, several for longer rows, and the same
-// element by element for rows that do not lie in chunks.
+// Three variants of each kernel: one vector per lane where a warp covers the row, several for longer rows, and the same
+// element by element for rows that are not aligned.
 template <typename Params>
 void dispatch(const Params& params, CUstream_st* stream) {
   check_rows(params.head_dim, params.rotary_dim);

@@ -42,12 +42,12 @@ inline constexpr float kNormFloor = 1e-12f;
 static_assert(kThreads % kWarpLanes == 0);
 static_assert(kNormFloor * kNormFloor > FLT_MIN, "the squared floor must be a normal number");
 
-// Chunks of a row per lane, for rows that need more than one.
+// Vectors of a row per lane, for rows that need more than one.
 template <typename T>
 inline constexpr int kWideVecs = kMaxRotaryHeadDim / (kWarpLanes * kVec16Width<T>);
 
-// How far a pointer moves from one token of a group to its next, in elements: inside a sequence, or across its end.
-// Additions: 64-bit products for every row would cost as much as its arithmetic.
+// How far a pointer moves from one token of a group to its next one, in elements: inside a sequence, or across its end.
+// Pointers are added to, since 64-bit products for every row would cost as much as its arithmetic.
 struct Pitch {
   std::int64_t inside, across;
   __device__ std::int64_t over(bool sequence_ends) const { return sequence_ends ? across : inside; }
@@ -114,7 +114,7 @@ __device__ inline float2 operator*(float2 a, float b) { return make_float2(a.x *
 __device__ inline float2 operator-(float2 a, float2 b) { return make_float2(a.x - b.x, a.y - b.y); }
 __device__ inline float2 operator+(float2 a, float2 b) { return make_float2(a.x + b.x, a.y + b.y); }
 
-// The channels of a row that belong to one lane: chunk c of the group is 2^group_log2 adjacent 16-byte pieces.
+// The channels of a row that belong to one lane: one vector of 16 bytes in each run of 2^group_log2 adjacent ones.
 // Pointers to rows are to the lane's first channel.
 template <typename T, Access kAccess, int kVecs>
 struct Slice {
@@ -356,7 +356,7 @@ __global__ void __launch_bounds__(kThreads)
       sums[1] = add_dot(sums[1], value, g[i] * scale[i]);
     }
     if (params.normalize) sum_over_group(sums, plan.group_log2);
-    // A row that nobody uses (its g is 0: a hidden key, for instance) adds nothing, whatever it holds: 0 * NaN.
+    // A row whose g is 0, a hidden key for instance, adds nothing, even where it holds a NaN (0 * NaN).
     if (__any_sync(kWholeWarp, isnan(sums[1]))) {
       float used[1] = {0.0f};
 #pragma unroll

@@ -7,23 +7,24 @@
 // A row of y goes to one row of `shifted` per segment: forward it is scattered to them, backward their gradients are
 // gathered. So every row is normalised once, and no two rows write to the same place.
 //
-// A lane owns 16 channels of a row (8 in float32), in pieces of 16 bytes that lie side by side over the lanes of the
+// A lane owns 16 channels of a row (8 in float32), in vectors of 16 bytes that lie side by side over the lanes of the
 // row. These are 2^n lanes of a warp, or for rows above 512 channels several warps. dim 2560 in half precision:
 //
 //   channel   0 ... 7 | 8 ... 15 | ... | 1272 ... 1279 | 1280 ... 1287 | ... | 2552 ... 2559
 //   lane         0    |    1     | ... |      159      |       0       | ... |      159         five warps, one block
 //
-// A block has as many rows at a time as fit 256 lanes, and walks a run of tokens. A row stays in registers from its one
-// read to its results. A row above 8192 channels (5120 in float32) is cut into tiles: their statistics are merged, and
-// all but the last are read again. Rows that do not lie in chunks of 16 bytes are read element by element, adjacent
-// ones by adjacent lanes; where a segment ends inside a chunk, only the shift of that chunk is.
+// A block has as many rows at a time as fit into 256 lanes, and walks over a run of tokens. A row stays in registers
+// from its one read to its results. A row above 8192 channels (5120 in float32) is cut into tiles: their statistics are
+// merged, and all but the last are read again. Rows that are not aligned to 16 bytes are read element by element,
+// adjacent ones by adjacent lanes. Where a segment ends inside a vector, only the shift of that vector goes element by
+// element.
 //
 // Bytes of memory per element of x, s its size: forward 4 s (x, residual; y, shifted), backward 6 s (x, residual, dy,
 // dshifted; dx, dresidual). gamma and residual_scale come from L1. Backward adds 8 bytes per channel and run for the
 // partial sums, which lanes keep in registers while they walk the run.
 //
-// Backward, a row of one tile is on its way to shared memory while the one before is worked on: each lane copies the
-// pieces that it will read to places of its own, 128 bytes, so that no barrier is needed.
+// Backward, a row of one tile is prefetched to shared memory during the work on the one before. Each lane copies the
+// vectors that it will read to places of its own, 128 bytes, so that no barrier is needed.
 //
 // Blocks per multiprocessor at dim 2560, half precision: seven forward (56 registers), three backward (128), so that 60
 // KB of loads and more can be in flight, where an H200 needs about 30 to be busy all the time. Without the rows on
@@ -48,7 +49,8 @@
 
 namespace andromeda::cuda {
 
-// Channels of a row per lane: two chunks, or what there are registers for when every element has an address of its own.
+// Channels of a row per lane: two vectors, or as many as there are registers for when every element has its own
+// address.
 template <typename T, Access kAccess>
 inline constexpr int kLaneChannels = kAccess == Access::kVec16 ? 2 * kVec16Width<T> : 8;
 
@@ -122,17 +124,15 @@ struct RowPlace {
   }
 };
 
-// What a backward pass reads of a row, in the order in which it lies in shared memory on its way.
+// The tensors that a backward pass reads a row of, in their order in shared memory.
 enum class Operand { kX, kResidual, kDy, kDshifted };
 inline constexpr int kOperands = 4;
 
-// Dynamic shared memory of a backward pass, per lane: two chunks of each operand. Its sums need less at the end.
+// Dynamic shared memory of a backward pass, per lane: two vectors of each operand. The sums at the end need less.
 template <Access kAccess>
 inline constexpr int kStagedBytes = kAccess == Access::kVec16 ? kOperands * 2 * kVec16Bytes : 8 * sizeof(float);
 
-// ---- pieces: what a lane moves in one access ------------------------------------------------------------------------
-
-// A chunk, or one element.
+// What a lane moves in one access: 16 bytes, or one element.
 template <typename T, int kWidth>
 struct Vec {
   static_assert(kWidth == 1 || kWidth == kVec16Width<T>);
@@ -154,8 +154,8 @@ struct Vec {
     }
   }
 
-  // Takes the first element away; the others follow, and `last` comes at the end. A piece that is taken apart by a loop
-  // instead of by index is little code, and stays in registers.
+  // Removes the first element; the others move up, and `last` comes at the end. A loop of these takes a vector apart
+  // with little code, and keeps it in registers.
   __device__ T rotate(T last) {
     T first;
     if constexpr (kWidth == 1) {
@@ -175,7 +175,7 @@ struct Vec {
   }
 };
 
-// The data are used once: they go through the caches marked as first to leave.
+// The data are used once: the caches mark them as first to leave.
 template <int kWidth, typename T>
 __device__ inline Vec<T, kWidth> load_vec(const T* source, bool inside) {
   Vec<T, kWidth> vec;
@@ -204,7 +204,7 @@ __device__ inline Vec<T, kWidth> rounded(const float* values) {
   return vec;
 }
 
-// Constants that all rows share, through the read-only path; zeros where they are not inside.
+// Constants that all rows share, through the read-only path; zeros where not inside.
 template <int kWidth>
 __device__ inline void load_constants(float* values, const float* source, bool inside) {
   if constexpr (kWidth == 1) {
@@ -246,8 +246,6 @@ __device__ inline void store_floats(float* target, const float* values) {
   }
 }
 
-// ---- shift ----------------------------------------------------------------------------------------------------------
-
 // Whether the row `delay` tokens before row `seq` of a batch entry belongs to something else. The row must exist.
 __device__ inline bool is_hidden(const TokenShiftNormParams& params, unsigned batch, unsigned seq, int delay) {
   if (params.key_start == nullptr) return false;
@@ -260,13 +258,13 @@ __device__ inline bool has_later(const TokenShiftNormParams& params, const RowPl
   return static_cast<unsigned>(delay) < params.seqlen - place.seq;
 }
 
-// Whether the group's row is handed to the row `delay` tokens later.
-__device__ inline bool is_handed_on(const TokenShiftNormParams& params, const RowPlace& place, int delay) {
+// Whether the group's row is shifted to the row `delay` tokens later.
+__device__ inline bool reaches_later(const TokenShiftNormParams& params, const RowPlace& place, int delay) {
   return has_later(params, place, delay) && !is_hidden(params, place.batch, place.seq + delay, delay);
 }
 
-// Scatters y of the group's row: to `shifted`, `delay` tokens later. What comes to the group's own row of `shifted`
-// from before this call has nobody else to bring it. own: in that row.
+// Scatters y of the group's row to the row of `shifted` that is `delay` tokens later. It also writes to its own row of
+// `shifted` what comes from before this call, since no other row does. own: in that row.
 template <typename T, int kWidth>
 __device__ inline void scatter(const TokenShiftNormParams& params, const RowPlace& place, T* own, unsigned channel,
                                int delay, const Vec<T, kWidth>& y) {
@@ -286,20 +284,18 @@ __device__ inline void scatter(const TokenShiftNormParams& params, const RowPlac
   }
 }
 
-// ---- sums over a row ------------------------------------------------------------------------------------------------
-
 // Two places, used in buffer: between two uses of one lies the barrier of the other, so each use needs one barrier.
 struct WarpSums {
   float4 values[2][kMaxRowWarps];
 };
 
-// What layer norm needs to know of a row, or of a part of it.
+// The sums that layer norm needs of a row, or of a part of it.
 struct Statistics {
   float count, mean;
   float squares;     // sum of (u - mean)^2
   float e, product;  // backward: sums of e = g * (1 + gamma), and of e * (u - mean)
 
-  // Tile number 0 is the start; of later ones, sums about two means become sums about the common one.
+  // Tile number 0 is the start. Of later tiles, sums about two means become sums about the common one.
   __device__ void merge(const Statistics& other, int tile) {
     if (tile == 0) {
       *this = other;
@@ -314,7 +310,7 @@ struct Statistics {
   }
 };
 
-// A lane of a group: which channels it owns, and what it does to them.
+// A lane of a group: the channels that it owns, and its work on them.
 template <typename T, Access kAccess>
 struct RowLane {
   static constexpr int kWidth = kAccess == Access::kVec16 ? kVec16Width<T> : 1;
@@ -335,16 +331,17 @@ struct RowLane {
     lane = static_cast<int>(threadIdx.x) - place.group * plan.num_lanes;
   }
 
-  // What follows from these numbers, addresses above all, is computed again from here on: cheaper than to keep it.
+  // From here on everything that depends on these numbers, above all addresses, is computed again: cheaper than to
+  // keep.
   __device__ void forget() { asm volatile("" : "+r"(lane), "+r"(place.batch), "+r"(place.seq)); }
 
-  // The first of a piece; below dim + 8192, for which an int may be too small.
+  // The first channel of a vector. It is below dim + 8192, which may not fit an int.
   __device__ unsigned channel(int tile, int vec) const {
     return (static_cast<unsigned>(tile * kVecs + vec) * plan.num_lanes + lane) * kWidth;
   }
 
-  // Zeros without a tensor. All that may be missing is told by predicates: a branch between loads would make the first
-  // ones arrive before the others are sent.
+  // Zeros without a tensor. Predicates say what is missing: a branch between loads would make the first ones arrive
+  // before the others are sent.
   __device__ void load_row(Vecs& vecs, const void* tensor, const RowStrides& stride, int tile) const {
     const bool inside = place.inside() && tensor != nullptr;
     const T* row = place.row_of(static_cast<const T*>(tensor), stride);
@@ -372,7 +369,7 @@ struct RowLane {
     for (float& value : factor) value = fmaf(value, params.alpha, without_scale);
   }
 
-  // u, and the residual as stored. Channels that there are not are zeros.
+  // u, and the residual as stored; zeros in channels that do not exist.
   __device__ void load_input(float (&u)[kChannels], Vecs& residual, const TokenShiftNormParams& params,
                              int tile) const {
     Vecs x;
@@ -395,8 +392,8 @@ struct RowLane {
     for (int i = 0; i < kChannels; ++i) g[i] = element(dy, i) + element(dshifted, i);
   }
 
-  // The same of a row that `prefetch_input` asked for, and the request for the row after it, while this one is worked
-  // on. A lane copies and reads places of its own, so that no barrier is needed.
+  // The same of a prefetched row; then prefetches the row after it, during the work on this one. A lane copies and
+  // reads places of its own, so that no barrier is needed.
   __device__ void take_prefetched_input(float (&u)[kChannels], float (&g)[kChannels], Vecs& residual,
                                         unsigned char* staged, const TokenShiftNormBackwardParams& params) const {
     cp_async_wait<0>();
@@ -414,7 +411,7 @@ struct RowLane {
     prefetch_input(staged, params, next_place);
   }
 
-  // Begins to copy what a backward pass reads of the row at `at`, of one tile; zeros where there is nothing.
+  // Begins to copy the row at `at`, of one tile, of all operands of a backward pass; zeros where there is nothing.
   __device__ void prefetch_input(unsigned char* staged, const TokenShiftNormBackwardParams& params,
                                  const RowPlace& at) const {
     prefetch_row(staged, Operand::kX, params.forward.x, params.forward.x_stride, at);
@@ -427,7 +424,7 @@ struct RowLane {
       const unsigned first = channel(0, vec);
       const int delay = plan.segments.delay(first);
       const bool whole = inside && first < dim && !is_mixed(first);
-      const bool exists = whole && is_handed_on(params.forward, at, delay);
+      const bool exists = whole && reaches_later(params.forward, at, delay);
       cp_async(place_of(staged, Operand::kDshifted, vec), own + delay * params.dshifted_stride.seq + first,
                exists ? kVec16Bytes : 0);
     }
@@ -468,12 +465,12 @@ struct RowLane {
     for (int i = 0; i < kChannels; ++i) u[i] = fmaf(factor[i], element(residual, i), element(x, i));
   }
 
-  // Whether one segment ends in a piece and another begins.
+  // Whether one segment ends inside a vector and another begins.
   __device__ bool is_mixed(unsigned first) const {
     return kWidth > 1 && plan.segments.segment(first) != plan.segments.segment(first + kWidth - 1);
   }
 
-  // Gathers, from the rows of `shifted` that the group's row was scattered to, their gradients.
+  // Gathers the gradients of the rows of `shifted` that the group's row was scattered to.
   __device__ void gather(Vecs& vecs, const TokenShiftNormBackwardParams& params, int tile) const {
     const T* own = place.row_of(static_cast<const T*>(params.dshifted), params.dshifted_stride);
     const bool inside = place.inside() && params.dshifted != nullptr;
@@ -483,11 +480,11 @@ struct RowLane {
       const int delay = plan.segments.delay(first);
       const T* source = own + delay * params.dshifted_stride.seq + first;
       const bool whole = inside && first < dim && !is_mixed(first);
-      vecs[vec] = load_vec<kWidth>(source, whole && is_handed_on(params.forward, place, delay));
+      vecs[vec] = load_vec<kWidth>(source, whole && reaches_later(params.forward, place, delay));
     }
   }
 
-  // The pieces that `gather` left out. Their loads wait for each other, so they come after all others.
+  // The vectors that `gather` left out. Their loads wait for each other, so they come after all others.
   __device__ void gather_mixed(Vecs& vecs, const TokenShiftNormBackwardParams& params, int tile) const {
     const T* own = place.row_of(static_cast<const T*>(params.dshifted), params.dshifted_stride);
     const bool inside = place.inside() && params.dshifted != nullptr;
@@ -499,7 +496,7 @@ struct RowLane {
       for (unsigned one = first; one < first + kWidth; ++one) {
         const int delay = plan.segments.delay(one);
         const T* source = own + delay * params.dshifted_stride.seq + one;
-        vecs[vec].rotate(load_vec<1>(source, is_handed_on(params.forward, place, delay)).bits);
+        vecs[vec].rotate(load_vec<1>(source, reaches_later(params.forward, place, delay)).bits);
       }
     }
   }
@@ -513,7 +510,7 @@ struct RowLane {
     }
   }
 
-  // y and `shifted`, of the same rounded values.
+  // y and `shifted`, from the same rounded values.
   __device__ void store_outputs(const TokenShiftNormParams& params, const float (&values)[kChannels], int tile) const {
     T* y_row = place.row_of(static_cast<T*>(params.y), params.y_stride);
     T* shifted_row = place.row_of(static_cast<T*>(params.shifted), params.shifted_stride);
@@ -550,8 +547,9 @@ struct RowLane {
       memcpy(&own, values, sizeof values);
       sums[lane / kWarpLanes] = own;
     }
-    // The sums of the row's warps are there. Of all rows of the block: a barrier for each row would have a number that
-    // is computed, and a kernel that computes one occupies all 16, which leaves a multiprocessor of Hopper four blocks.
+    // The sums of the row's warps are there, and those of all rows of the block. A barrier of each row would have a
+    // number that is computed, and a kernel that computes one occupies all 16 barriers, which leaves four blocks to a
+    // multiprocessor of Hopper.
     __syncthreads();
     // A lane fetches the sums of one warp, and all add them up: fewer instructions than a loop in every lane.
     float of_warp[4] = {};
@@ -562,7 +560,7 @@ struct RowLane {
     sum_over_warp(values);
   }
 
-  // Of one tile, from which its mean is taken away. e: for the backward pass, else nullptr.
+  // Subtracts the mean of a tile from it and returns its sums. e: for the backward pass, else nullptr.
   template <typename E>
   __device__ Statistics centre(float (&u)[kChannels], const E& e, int tile) {
     constexpr bool kGradient = !std::is_same_v<E, std::nullptr_t>;
@@ -573,7 +571,7 @@ struct RowLane {
 #pragma unroll
     for (int i = 0; i < kChannels; ++i) sum[0] += u[i];
     sum_over_row(sum, 0);
-    // A quotient: what the product with 1 / count leaves is added.
+    // A quotient: a product with 1 / count, and the correction of its remainder.
     result.mean = sum[0] * channels.inverse_count;
     result.mean = fmaf(fmaf(-result.mean, result.count, sum[0]), channels.inverse_count, result.mean);
 
@@ -609,8 +607,6 @@ __device__ inline void subtract(float (&values)[kCount], float number) {
 #pragma unroll
   for (float& value : values) value -= number;
 }
-
-// ---- kernels --------------------------------------------------------------------------------------------------------
 
 template <typename T, Access kAccess>
 __global__ void __launch_bounds__(kMaxRowLanes<T, kAccess>, kAccess == Access::kVec16 ? 2 : 1)
@@ -781,7 +777,7 @@ __global__ void __launch_bounds__(kMaxRowLanes<T, kAccess>)
     const float inverse = inverse_sqrt<float>(fmaf(statistics.squares, plan.row.inverse_count, kLayerNormEpsilon));
     const float from_e = -statistics.e * plan.row.inverse_count * inverse;
     const float from_u_hat = -statistics.product * plan.row.inverse_count * inverse * inverse;
-    // A row that nobody uses (its g is 0: padding, for instance) adds nothing to any sum, whatever it holds: 0 * NaN.
+    // A row whose g is 0, padding for instance, adds nothing to any sum, even where it holds a NaN (0 * NaN).
     const bool may_be_unused = norm && statistics.e == 0.0f && isnan(statistics.product);
 
     // Step 2: the gradients.
@@ -828,11 +824,11 @@ __global__ void __launch_bounds__(kMaxRowLanes<T, kAccess>)
 
   auto* group_sums = reinterpret_cast<float*>(staged);
   if constexpr (kStaged) {
-    cp_async_wait<0>();                        // the last request asks for nothing, but writes zeros
-    if (plan.num_groups > 1) __syncthreads();  // all lanes have read what was on its way to them
+    cp_async_wait<0>();                        // the last prefetch reads nothing, but writes zeros
+    if (plan.num_groups > 1) __syncthreads();  // all lanes have read their prefetched rows
   }
   dgamma.finish(lane, group_sums);
-  if (plan.num_groups > 1) __syncthreads();  // those are added up: their place is free
+  if (plan.num_groups > 1) __syncthreads();  // the sums are added up: their place is free
   dresidual_scale.finish(lane, group_sums);
 }
 

@@ -1,16 +1,16 @@
-// The bias of attention, -slope * |position - key| (docs/attention.md#alibi), in the accumulators of a product.
+// The bias of attention, -slope * |position - key|, in the accumulators of a product (docs/attention.md#alibi).
 #pragma once
 
 namespace andromeda::cuda {
 
 // Sets the accumulators of a product to -slope * (position - key) / softmax_scale, so that the bias costs nothing after
-// it (`raw_slope` is slope / softmax_scale): right for keys at or left of the diagonal; `mirror_bias` does the others.
-// A lane holds rows r and r + 8 of each group; `position` is that of its first row r of group 0, and `key` the key of
-// its first column.
+// it (`raw_slope` is slope / softmax_scale). This is right for keys at or left of the diagonal; `mirror_bias` corrects
+// the others. A lane holds rows r and r + 8 of each row tile; `position` is that of its row r of row tile 0, and `key`
+// that of its first column.
 //
 // Both rows share one value, -slope * (position + 8 - key): adding a constant to a row leaves its softmax unchanged,
-// and for row r the constant is -8 slope. `lowered_by` below undoes it in the log-sum-exp. A reference shared by more
-// rows would underflow: 127 rows of slope 0.7 are 130 bits.
+// and for row r the constant is -8 slope. `lowered_by` undoes it in the log-sum-exp. A value shared by more rows
+// would underflow: 127 rows of slope 0.7 are 130 bits.
 template <int kRowTiles, int kColumnTiles>
 __device__ inline void seed_bias(float (&scores)[kRowTiles][kColumnTiles][4], float raw_slope, int position, int key) {
 #pragma unroll
@@ -27,10 +27,10 @@ __device__ inline void seed_bias(float (&scores)[kRowTiles][kColumnTiles][4], fl
   }
 }
 
-// By how many rows the bias of row r (half 0) and r + 8 (half 1) was taken too far away.
+// The bias of row r (half 0) and r + 8 (half 1) is computed for a row that is this many rows further down.
 __device__ constexpr float lowered_by(int half) { return half == 0 ? 8.0f : 0.0f; }
 
-// Corrects, after the product, what `seed_bias` set for keys right of the diagonal: there the bias falls again.
+// Corrects, after the product, the bias of keys right of the diagonal, where it falls again.
 template <int kRowTiles, int kColumnTiles>
 __device__ inline void mirror_bias(float (&scores)[kRowTiles][kColumnTiles][4], float raw_slope, int position,
                                    int key) {

@@ -1,4 +1,4 @@
-// attention, backward, on the GPU: checks, the workspace, the shares of the query heads, dispatch and launches. The
+// attention, backward, on the GPU: checks, the workspace, the splits of the query heads, dispatch and launches. The
 // kernels are in backward_dq.cuh and backward_dkdv.cuh.
 //
 // The tensors' device must be the current one. Nothing is allocated and nothing waits: the launches can be captured.
@@ -16,13 +16,13 @@ namespace andromeda::cuda {
 namespace {
 
 constexpr const char* kName = "attention_backward";
-// Blocks per multiprocessor that the dk, dv kernel wants: two are resident at a time, and since their work differs
-// (masks, windows), two rounds of them even it out.
+// Blocks per multiprocessor that the dk, dv kernel should have: two are resident at a time, and two rounds even out
+// their work, which differs by masks and windows.
 constexpr int kBlocksPerMultiprocessor = 4;
 
 std::int64_t num_key_tiles(const AttentionParams& params) { return ceil_div(params.seqlen_k, kBackwardTile); }
 
-// Into how many equal shares the query heads of a key head are cut: the smallest divisor that fills the device.
+// The number of equal splits of the query heads of a key head: the smallest divisor that fills the device.
 int num_head_splits_of(const AttentionParams& params) {
   const Launch launch{kName, 0, kBackwardThreads, 0};
   int device = 0, num_multiprocessors = 0;
@@ -39,7 +39,7 @@ int num_head_splits_of(const AttentionParams& params) {
   return num_head_splits;
 }
 
-// Where everything lies in the workspace, in floats: tiles, partials, reaches.
+// The workspace in floats: query tiles, partials, key ranges.
 struct Layout {
   std::int64_t partials, key_ranges, size;
   int num_query_tiles, num_head_splits;

@@ -4,8 +4,8 @@
 //   dP = dout v^T,   delta = <dout, out>,   dS = P * (dP - delta)
 //   dq = softmax_scale * dS k,   dk = softmax_scale * dS^T q,   dv = P^T dout
 //
-// dq kernel: a block owns 128 queries of one head, a warp 32 of them as two groups of 16, and walks over the tiles of
-// 32 keys that they see, from the last one to the first.
+// dq kernel (backward_dq.cuh): a block owns 128 queries of one head, a warp 32 of them as two tiles of 16. It walks
+// over the tiles of 32 keys that they see (docs/attention.md#backward), from the last one to the first.
 //
 //                 keys, 32 per tile                    registers of a lane        head_dim   64     128
 //             <- processed leftwards                   dq, float32                           64     128
@@ -16,33 +16,33 @@
 //     warp 3 |    |    |    |    |                     q, dout resident: 128 rows        32 KiB  64 KiB
 //            +----+----+----+----+                     k, v: 32 rows, one or two stages  16 KiB  16 or 32 KiB
 //
-//   Shared memory and tensor cores are what binds it. With two groups a fragment of k or v serves two products: a
-//   64 x 64 pair of tiles occupies shared memory for 1408 clocks (704 with 64 channels) in place of 2048 (1024), and
-//   the tensor cores for 1536 (768) on 8.0 and 1152 (576) on 9.0. Tiles of 64 keys would need 1152 (576), and 64
-//   registers more than there are (one resident block fewer). With two stages the next k and v arrive during all of a
-//   tile. With one, where two would cost a resident block, the products are ordered so that each buffer is refilled
-//   while the other one is in use: dP (v), then S and dq (k). For the next kernel it leaves what a query row needs
-//   beside q and dout (`QueryTile`), and which keys a tile of 64 queries touches (`KeyRange`).
+//   Shared memory and tensor cores limit its speed. With two row tiles a fragment of k or v serves two products: a
+//   64 x 64 pair of tiles occupies shared memory for 1408 clocks (704 with 64 channels) instead of 2048 (1024), and the
+//   tensor cores for 1536 (768) on 8.0 and 1152 (576) on 9.0. Tiles of 64 keys would need 1152 (576), and 64 registers
+//   more than there are (one resident block fewer). With two stages, the next k and v arrive during a whole tile. One
+//   stage is used where two would cost a resident block. Then the products are ordered so that each buffer is refilled
+//   while the other one is in use: dP (v), then S and dq (k). The kernel leaves for the next one the numbers of each
+//   query row besides q and dout (`QueryTile`), and the keys that a tile of 64 queries touches (`KeyRange`).
 //
-// dk, dv kernel: a block owns 64 keys of one key head, a warp 16 of them, and walks over the tiles of 64 queries that
-// see them, of all query heads of the key head or of a share of those.
+// dk, dv kernel (backward_dkdv.cuh): a block owns 64 keys of one key head, a warp 16 of them. It walks over the tiles
+// of 64 queries that see them, of all query heads of the key head or of a split of those heads.
 //
 //                 queries of head 0, of head 1 ...      shared: k, v resident; q, dout one buffer each
 //            +----+----+----+----+----+----+            registers: dk, dv, P^T, dS^T
 //   keys     |    |    |    |    |    |    |  -> dk, dv
 //            +----+----+----+----+----+----+
 //
-//   Keys are the rows here, so that the products P^T and dS^T are the A operands of the next ones without an exchange.
+//   Keys are the rows here, so that P^T and dS^T are A operands of the next products without an exchange.
 //   Order: S (q), dP (dout), dk (q), dv (dout).
 //
-// sum kernel: where one key head has too few key tiles to fill the device, its query heads are cut into shares. Each
-// leaves its dk and dv in float32, this kernel adds them.
+// sum kernel: where one key head has too few key tiles to fill the device, its query heads are split. Each split leaves
+// its dk and dv in float32, and this kernel adds them.
 //
 // head_dim   shared memory, KiB     registers (float16)            flops per 64 x 64 pair of tiles
 //   64       dq 49, dk dv 33        dq 168, dk dv 168              2 * 64 * 64 *  64 * (3 + 4)
 //   128      dq 81 or 97, 65        dq 254 (255), 247 (254)        2 * 64 * 64 * 128 * (3 + 4)
 //
-// One pass would need 5 products instead of 7, and either atomics or an order to add to dq.
+// A single pass would need 5 products instead of 7, and either atomics or an order of the additions to dq.
 #pragma once
 
 #include <cstdint>
@@ -72,12 +72,12 @@ inline constexpr int kQuerySharedBytes =
 template <int kHeadDim>
 inline constexpr int kKeySharedBytes = 4 * kTileBytes<kBackwardTile, kHeadDim>;
 
-// Per multiprocessor: what shared memory and registers (at most 255 or 168) permit on 8.0 and 9.0.
+// Per multiprocessor: as many as shared memory and registers (at most 255 or 168) permit on 8.0 and 9.0.
 template <int kHeadDim>
 inline constexpr int kBackwardBlocksPerSm = kHeadDim == 128 ? 2 : 3;
 
-// float16 ends at 2^-24, but a key that no query cares for has only small weights and small gradients. So both are
-// multiplied by powers of two before they are rounded, and the sums divided by them. A weight is at most 1.
+// The smallest float16 is 2^-24, but a key may have nothing but small weights and small gradients. So both are
+// multiplied by powers of two before they are rounded, and the sums are divided by them. A weight is at most 1.
 template <typename T>
 inline constexpr float kWeightScaleLog2 = std::is_same_v<T, __half> ? 15.0f : 0.0f;
 template <typename T>
@@ -85,7 +85,7 @@ inline constexpr float kWeightScale = std::is_same_v<T, __half> ? 0x1p15f : 1.0f
 template <typename T>
 inline constexpr float kFirstGradientScale = std::is_same_v<T, __half> ? 0x1p24f : 1.0f;
 
-// Multiplies dS by `scale`, and lowers it, and what has been summed with it, to keep the warp's elements below 2^15.
+// Multiplies dS by `scale`. Where an element of the warp reaches 2^15, lowers `scale`, dS and the sums made with them.
 template <typename T, int kRowTiles, int kColumnTiles, int kSums>
 __device__ inline void scale_gradients(float (&ds)[kRowTiles][kColumnTiles][4], float (&sums)[kRowTiles][kSums][4],
                                        float& scale) {
@@ -104,7 +104,7 @@ __device__ inline void scale_gradients(float (&ds)[kRowTiles][kColumnTiles][4], 
     }
     if (!__any_sync(kWholeWarp, largest >= 0x1p15f)) return;
     if (__any_sync(kWholeWarp, largest == kInfinity)) {
-      // Infinities are those of their rows: the others keep their digits.
+      // An infinity spoils its own row; the other rows keep their digits.
       largest = 0.0f;
 #pragma unroll
       for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
@@ -119,7 +119,7 @@ __device__ inline void scale_gradients(float (&ds)[kRowTiles][kColumnTiles][4], 
       }
       if (!__any_sync(kWholeWarp, largest >= 0x1p15f)) return;
     }
-    // Floats that are not negative are ordered like their bits.
+    // Floats that are not negative have the order of their bits.
     const int exponent = (__reduce_max_sync(kWholeWarp, __float_as_int(largest)) >> 23) - 127;
     const float ratio = __int_as_float((127 + 14 - exponent) << 23);
     scale *= ratio;
@@ -141,9 +141,10 @@ __device__ inline void scale_gradients(float (&ds)[kRowTiles][kColumnTiles][4], 
 
 // A tile of query rows for the dk, dv kernel, one KiB in the workspace and in shared memory. Rows that see no key or do
 // not exist have an infinite lse, so that their weights are 0.
+//
+// `lse` is in base 2, plus slope_log2 * (row in the tile), minus kWeightScaleLog2: see `scores_to_log2_weights`.
 struct QueryTile {
-  float lse
-      [kBackwardTile];  // base 2, plus slope_log2 * (row in the tile), minus kWeightScaleLog2: see `scores_to_log2_weights`
+  float lse[kBackwardTile];
   float minus_delta[kBackwardTile];
   int first[kBackwardTile], end[kBackwardTile];  // keys that the row sees
 };
@@ -151,10 +152,11 @@ struct QueryTile {
 struct BackwardPlan {
   KeyRange* key_ranges;  // (batch, num_heads, num_query_tiles)
   QueryTile* tiles;      // (batch, num_heads, num_query_tiles)
-  float* partials;  // (num_head_splits, 2: dk and dv, batch, seqlen_k, num_kv_heads, built head_dim); one share: unused
+  // (num_head_splits, 2: dk and dv, batch, seqlen_k, num_kv_heads, built head_dim); unused with one split
+  float* partials;
   int num_query_tiles;   // of a head
   int num_query_blocks;  // of a head: blocks of the dq kernel
-  int num_head_splits;   // of the query heads of one key head; share s has the heads s, s + num_head_splits ...
+  int num_head_splits;   // of the query heads of a key head; split s has the heads s, s + num_head_splits ...
   float softmax_scale_log2;
   bool is_aligned16;
 };

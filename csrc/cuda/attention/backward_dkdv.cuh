@@ -1,4 +1,4 @@
-// attention, backward: dk and dv, and their sum over shares. backward.cuh has the formulas.
+// attention, backward: dk and dv, and their sum over splits of the query heads. backward.cuh has the formulas.
 #pragma once
 
 #include <cstdint>
@@ -14,11 +14,12 @@
 
 namespace andromeda::cuda {
 
-// The keys of a block, and whose. Longest first: under a causal mask the first keys are seen by most queries.
+// The keys of a block, and their head. The longest work comes first: under a causal mask most queries see the first
+// keys.
 struct KeyBlock {
   int batch, kv_head, head_split, key;
 
-  // blockIdx.x is read anew: what the loop does not need is not kept in registers over it.
+  // blockIdx.x is read anew: the loop then keeps nothing in registers that it does not need.
   __device__ static KeyBlock read(const AttentionParams& params, const BackwardPlan& plan) {
     unsigned block;
     asm volatile("mov.u32 %0, %%ctaid.x;\n" : "=r"(block));
@@ -33,15 +34,15 @@ struct KeyBlock {
   }
 };
 
-// Walks over the query tiles of a share's heads that touch the keys of a block, head by head. The reaches of 32 tiles
-// are read at once, one per lane; the state is the same in all lanes and warps.
+// Walks over the query tiles that touch the keys of a block, head by head of a split. The key ranges of 32 tiles are
+// read at once, one per lane; the state is the same in all lanes and warps.
 struct QueryTileIterator {
   int head, tile;
-  unsigned touched, unmasked;  // of the 32 tiles around `tile`: those that are still to be visited; that need no mask
+  unsigned touched, unmasked;  // of the 32 tiles around `tile`: bits of those still to come, of those without a mask
 
   __device__ bool is_unmasked() const { return (unmasked >> (tile % kWarpLanes) & 1) != 0; }
 
-  // On to the next tile, or to a head that is not one of the share.
+  // Goes on to the next tile, or at the end to a head beyond those of the split.
   __device__ void advance(const AttentionParams& params, const BackwardPlan& plan, int batch, int heads_end, int key) {
     int first_tile = tile / kWarpLanes * kWarpLanes;
     while (touched == 0) {
@@ -65,11 +66,11 @@ struct QueryTileIterator {
   }
 };
 
-// Scores to exponents of the weights, times kWeightScale. Rows are keys, `distance` = key of the lane's row g -
-// position of the tile's query 0; columns are queries.
+// Turns scores into the exponents of the weights, which are multiplied by kWeightScale. Rows are keys, columns are
+// queries; `distance` is the key of the lane's row g - the position of the tile's query 0.
 //
-// Left of the diagonal, -slope_log2 * (position - key) - lse is one difference, slope_log2 * distance - (lse + slope_log2 *
-// column), whose right side the dq kernel has prepared.
+// Left of the diagonal, -slope_log2 * (position - key) - lse is one difference, slope_log2 * distance - (lse +
+// slope_log2 * column), whose right side the dq kernel has prepared.
 __device__ inline void scores_to_log2_weights(float (&scores)[kBackwardTile / 8][4], const QueryTile& tile,
                                               float softmax_scale_log2, float slope_log2, int distance,
                                               bool left_of_diagonal) {
@@ -90,7 +91,7 @@ __device__ inline void scores_to_log2_weights(float (&scores)[kBackwardTile / 8]
   }
 }
 
-// Sets what the queries do not see to `value`; `key` is that of the lane's row g.
+// Sets elements whose query does not see the key to `value`; `key` is that of the lane's row g.
 __device__ inline void apply_key_mask(float (&scores)[kBackwardTile / 8][4], const QueryTile& tile, int key,
                                       float value) {
   const int column = read_thread_index() % 4 * 2;
@@ -108,7 +109,7 @@ __device__ inline void apply_key_mask(float (&scores)[kBackwardTile / 8][4], con
   }
 }
 
-// Rows of a float32 partial result; `target` is its row 0, rows are kHeadDim wide.
+// Stores rows of a float32 partial result, kHeadDim wide; `target` is its row 0.
 template <int kHeadDim>
 __device__ inline void store_partial(float* target, std::int64_t row_stride, int num_rows,
                                      const float (&values)[1][kHeadDim / 8][4], float factor) {
@@ -126,7 +127,7 @@ __device__ inline void store_partial(float* target, std::int64_t row_stride, int
   }
 }
 
-// Writes dk and dv of a block, or the partial ones of its share; `scale` is that of dk. The tiles are free.
+// Writes dk and dv of a block, or the partial ones of its split; `scale` is that of dk. The tiles are free.
 template <typename T, int kHeadDim>
 __device__ inline void store_key_gradients(const AttentionBackwardParams& params, const BackwardPlan& plan,
                                            const float (&dk)[1][kHeadDim / 8][4], const float (&dv)[1][kHeadDim / 8][4],
@@ -183,7 +184,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
   const int qhead_per_kvhead = forward.num_heads / forward.num_kv_heads,
             heads_end = (block.kv_head + 1) * qhead_per_kvhead;
   QueryTileIterator iterator{block.kv_head * qhead_per_kvhead + block.head_split - plan.num_head_splits,
-                             plan.num_query_tiles, 0, 0};  // before the first one
+                             plan.num_query_tiles, 0, 0};  // before the first tile
   const auto load_queries = [&] {
     load_tile<kTile, kHeadDim, kBackwardThreads>(
         q_tile,
@@ -224,7 +225,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
     multiply_transposed<T, kHeadDim, kTile, kTile, 1>(weights, k_tile, warp_row, q_tile);
     scores_to_log2_weights(weights[0], tile, plan.softmax_scale_log2, slope_log2, lane_key - position,
                            forward.causal || key + kTile - 1 <= position);
-    const bool unmasked = uniform(iterator.is_unmasked()) != 0;  // it is needed to the end of the loop
+    const bool unmasked = uniform(iterator.is_unmasked()) != 0;  // needed to the end of the loop
     if (!unmasked) apply_key_mask(weights[0], tile, lane_key, -kInfinity);
 #pragma unroll
     for (int n = 0; n < kColumnTiles; ++n) {
@@ -243,7 +244,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
     multiply_transposed<T, kHeadDim, kTile, kTile, 1>(ds, v_tile, warp_row, dout_tile);
     if (!unmasked) {
       apply_key_mask(ds[0], tile, lane_key, 0.0f);
-      // A gradient that is not finite would be clamped in the product: its weights carry it.
+      // The product would clamp a gradient that is not finite: its weights carry it.
 #pragma unroll
       for (int n = 0; n < kColumnTiles; ++n) {
 #pragma unroll
@@ -290,14 +291,14 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
   }
 
   cp_async_wait<0>();
-  __syncthreads();  // without any visit nobody has waited for k and v, which pass on the results
+  __syncthreads();  // without a query tile nobody has waited for k and v, whose place the results take
   store_key_gradients<T, kHeadDim>(params, plan, dk, dv, scale, k_tile, v_tile);
 }
 
 inline constexpr int kSumThreads = 256;
 
-// One thread adds one chunk of channels of dk or dv, the shares in ascending order, and rounds once. There are few
-// keys, or there would be one share: their chunks are counted in an int.
+// One thread adds 16 bytes of channels of dk or dv, the splits in ascending order, and rounds once. There are few keys,
+// else there would be one split: an int counts their vectors.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kSumThreads)
     attention_backward_sum_kernel(const __grid_constant__ AttentionBackwardParams params,

@@ -1,4 +1,5 @@
-// attention, backward: dq, and what the dk, dv kernel needs of every query row. backward.cuh has the formulas.
+// attention, backward: dq, and the numbers of every query row that the dk, dv kernel needs. backward.cuh has the
+// formulas.
 #pragma once
 
 #include <cstdint>
@@ -15,12 +16,6 @@
 #include "warp.cuh"
 
 namespace andromeda::cuda {
-
-// The reach of two sets of rows together.
-__device__ inline KeyRange join(const KeyRange& a, const KeyRange& b) {
-  return {min(a.begin, b.begin), max(a.end, b.end), max(a.unmasked_begin, b.unmasked_begin),
-          min(a.unmasked_end, b.unmasked_end)};
-}
 
 // <a, b> of row `row` of two tiles.
 template <typename T, int kHeadDim>
@@ -40,12 +35,12 @@ __device__ inline float multiply_rows(std::uint32_t a, std::uint32_t b, int row)
   return sum;
 }
 
-// The queries of a block, and whose. Longest first: under a causal mask the last queries see most keys, and heads
-// without a bias usually come last.
+// The queries of a block, and their head. The longest work comes first: under a causal mask the last queries see most
+// keys, and heads without a bias are usually last.
 struct QueryBlock {
   int batch, head, kv_head, query;
 
-  // blockIdx.x is read anew: what the loop does not need is not kept in registers over it.
+  // blockIdx.x is read anew: the loop then keeps nothing in registers that it does not need.
   __device__ static QueryBlock read(const AttentionParams& params, const BackwardPlan& plan) {
     unsigned block;
     asm volatile("mov.u32 %0, %%ctaid.x;\n" : "=r"(block));
@@ -68,7 +63,7 @@ struct QueryPlace {
   }
 };
 
-// kStages: tiles of k and of v in shared memory.
+// kStages: how many tiles of k, and of v, are in shared memory.
 template <typename T, int kHeadDim, int kStages>
 __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDim>)
     attention_backward_dq_kernel(const __grid_constant__ AttentionBackwardParams params,
@@ -83,7 +78,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
   const std::uint32_t dout_tile = q_tile + kTileBytes<kQueryRows, kHeadDim>;
   const std::uint32_t v_tile = dout_tile + kTileBytes<kQueryRows, kHeadDim>;
   const std::uint32_t k_tile = v_tile + kTileBytes<kKeys, kHeadDim>;
-  // Of the warps, where keys come last: the spans take the KiB that two blocks of 80 leave each other on 8.0.
+  // The ranges of the warps lie where keys come last: `visible` takes the KiB that two blocks of 80 KiB leave on 8.0.
   KeyRange* key_ranges = reinterpret_cast<KeyRange*>(shared + kQuerySharedBytes<kHeadDim, kStages>) - kBackwardWarps;
 
   const AttentionParams& forward = params.forward;
@@ -100,7 +95,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
   load_tile<kQueryRows, kHeadDim, kBackwardThreads>(q_tile, of_queries(forward.out, forward.out_stride), query);
   cp_async_commit();
 
-  // Which keys the rows see, one row per lane.
+  // Find the keys that the rows see, one row per lane.
   const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
   const int warp = static_cast<int>(threadIdx.x) / kWarpLanes, own = static_cast<int>(threadIdx.x);
   const Head constants = describe_head(forward, head);
@@ -111,22 +106,22 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
   visible[own] = {row.first, row.end};
   if (lane == 0) key_ranges[warp] = key_range;
   const std::int64_t head_index = static_cast<std::int64_t>(batch) * forward.num_heads + head;
-  // A row that sees nothing has no lse. It is hidden everywhere: 0 keeps its exponents free of NaN.
+  // A row that sees no key has no lse. It is masked everywhere: 0 keeps its exponents free of NaN.
   const float lse =
       exists && !row.empty() ? __ldg(forward.softmax_lse + head_index * forward.seqlen_q + query + own) : 0.0f;
   const float lse_log2 = lse * kLog2E;
   cp_async_wait<0>();
-  __syncthreads();  // spans, reaches and the tiles of dout and out (in the place of q) are complete
+  __syncthreads();  // visible keys, key ranges and the tiles of dout and out (in the place of q) are complete
   const float minus_delta = -multiply_rows<T, kHeadDim>(dout_tile, q_tile, own);
   KeyRange all = key_ranges[0];
 #pragma unroll
-  for (int i = 1; i < kBackwardWarps; ++i) all = join(all, key_ranges[i]);
+  for (int i = 1; i < kBackwardWarps; ++i) all = all.join(key_ranges[i]);
 
-  // For the dk, dv kernel. Two warps describe one of its tiles, which may not exist.
+  // Leave the numbers for the dk, dv kernel. Two warps describe one of its tiles, which may not exist.
   if (const int tile = (query + own) / kBackwardTile; tile < plan.num_query_tiles) {
     const std::int64_t index = tile_index(forward, plan, batch, head, tile);
     const int tile_row = own % kBackwardTile;
-    if (tile_row == 0) plan.key_ranges[index] = join(key_ranges[warp], key_ranges[warp + 1]);
+    if (tile_row == 0) plan.key_ranges[index] = key_ranges[warp].join(key_ranges[warp + 1]);
     QueryTile& target = plan.tiles[index];
     target.lse[tile_row] = exists && !row.empty()
                                ? fmaf(slope_log2, static_cast<float>(tile_row), lse_log2) - kWeightScaleLog2<T>
@@ -136,7 +131,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
     target.end[tile_row] = exists ? row.end : 0;
   }
 
-  // A lane's rows: g and g + 8 of each of the warp's groups.
+  // A lane's rows: g and g + 8 of each of the warp's row tiles.
   float lse_of[kQueryRowTiles][2], minus_delta_of[kQueryRowTiles][2];
 #pragma unroll
   for (int row_tile = 0; row_tile < kQueryRowTiles; ++row_tile) {
@@ -150,13 +145,13 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
   const float raw_slope = constants.slope / forward.softmax_scale;
 
   float dq[kQueryRowTiles][kHeadDim / 8][4] = {}, scale = kFirstGradientScale<T>;
-  const int first_key = uniform(all.begin / kKeys * kKeys);
+  const int first_tile = uniform(all.begin / kKeys * kKeys);
   int key = uniform(all.begin < all.end ? (all.end - 1) / kKeys * kKeys : -kKeys);
   const auto load_keys = [&](std::uint32_t tile, const Rows<const T>& rows, int first) {
-    if (first >= first_key) load_tile<kKeys, kHeadDim, kBackwardThreads>(tile, rows, first);
+    if (first >= first_tile) load_tile<kKeys, kHeadDim, kBackwardThreads>(tile, rows, first);
   };
-  __syncthreads();  // everyone has finished with out and the reaches
-  if (key >= first_key) {
+  __syncthreads();  // everyone has finished with out and the key ranges
+  if (key >= first_tile) {
     load_tile<kQueryRows, kHeadDim, kBackwardThreads>(q_tile, of_queries(forward.q, forward.q_stride), query);
     load_keys(v_tile, v, key);
     if constexpr (kStages == 2) load_keys(k_tile, k, key);
@@ -164,7 +159,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
   cp_async_commit();
   std::uint32_t stage = 0;  // in bytes
 #pragma unroll 1
-  for (; key >= first_key; key -= kKeys) {
+  for (; key >= first_tile; key -= kKeys) {
     cp_async_wait<0>();
     __syncthreads();  // v, with two stages also k, is there; everyone has finished with the k (and v) before
     if constexpr (kStages == 2) {
@@ -199,7 +194,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
       const int position = warp_position + place.row, lane_key = key + place.column;
       float scores[kQueryRowTiles][kColumnTiles][4];
       seed_bias(scores, raw_slope, position, lane_key);
-      // In two halves: unrolled as a whole, it would begin to load so early that registers do not suffice.
+      // In two halves: unrolled as a whole, it would load so early that there are too few registers.
       multiply_transposed<T, kHeadDim, kQueryRows, kKeys, kQueryRowTiles, kHeadDim / 32>(scores, q_tile, place.warp_row,
                                                                                          k_tile + stage);
       const bool left_of_diagonal = forward.causal || key + kKeys - 1 <= warp_position;

@@ -1,5 +1,16 @@
-// Adding the partial results of the decode kernel (decode.cuh): those of the warps of a block, and in the workspace those
-// of the blocks that share the rows of a tile.
+// Adding the partial results of the decode kernel (decode.cuh): those of the warps of a block, then, in the workspace,
+// those of the splits of a row block. The blocks of the splits form a tree of sums. Of the blocks that share a node,
+// the last to arrive adds its parts, always in the order of their numbers:
+//
+//   128 splits of 24 rows     0 ... 5  | 6 ... 11 | ... |  126 127          the last block of each node of 6
+//   22 sums                      0 ... 5     | 6 ... 11 | ... | 18 ... 21   the last of each node of 6
+//   4 sums                                   0 ... 3                        the last of all, which writes the rows
+//
+// Everything that a block adds is in flight at once: the parts of the others are copied to the place of the tiles in
+// shared memory, past the registers, and its own part stays in registers. A node is as large as the tiles have room for
+// (at most kFanIn parts). On an H200 a level takes 1.9 us (a write, two fences with a semaphore between them, one trip
+// to L2) and 0.67 us for each part of 24 rows, 128 wide, 9.2 KiB: the four warps of one block fetch and add the parts
+// one after the other. The three levels above are 17 of the 44 us that 131072 keys take.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +22,7 @@
 
 namespace andromeda::cuda {
 
-// A thread owns these four channels of a row, whatever is added: number `i` of kVectors.
+// The four channels of a row that a thread owns throughout: number `i` of kVectors.
 template <int kHeadDim>
 struct OwnVector {
   int row, channel;
@@ -22,17 +33,18 @@ struct OwnVector {
   }
 };
 
-// From the statistics of `count` parts in shared memory: the totals, and the factor of each part. Barriers around it.
+// Computes the totals and the factor of each part from the statistics of `count` parts in shared memory. The caller has
+// barriers before and behind it.
 template <int kRows>
 __device__ inline void combine_statistics(DecodeShared<kRows>* shared, int count, int rows, int thread) {
   if (thread >= rows) return;
   float maximum = shared->statistics[0][thread].maximum;
   for (int part = 1; part < count; ++part) maximum = fmaxf(maximum, shared->statistics[part][thread].maximum);
-  const float row_max = finite_max(maximum);
+  const float finite_maximum = finite_max(maximum);
   float sum = 0.0f;
   for (int part = 0; part < count; ++part) {
     const Statistics of_part = shared->statistics[part][thread];
-    const float factor = exp2_approx(of_part.maximum - row_max);
+    const float factor = exp2_approx(of_part.maximum - finite_maximum);
     shared->factor[part][thread] = factor;
     sum = fmaf(of_part.sum, factor, sum);
   }
@@ -63,14 +75,14 @@ __device__ inline void add_warps(float4 (&total)[kVectors], const DecodeShared<1
   }
 }
 
-// Four sums as a partial result has them.
+// Four sums in the form of a partial result.
 struct Stored {
   uint2 high;         // the upper halves
   std::uint32_t low;  // the next byte of each
 };
 
-// To the nearest float of 16 significant bits, in the upper 24; the last 8 are of no account. A NaN needs care: a carry
-// could run through it into the sign, and all that tells it from an infinity may be in those 8.
+// Rounds to the nearest float of 16 significant bits, in the upper 24; the last 8 bits are ignored. A NaN needs care: a
+// carry could run through it into the sign, and the bits that tell it from an infinity may be among those 8.
 __device__ inline std::uint32_t round_to_store(float value) {
   return isnan(value) ? 0x7FFFFFFFu : __float_as_uint(value) + 0x80u;
 }
@@ -90,7 +102,7 @@ __device__ inline float4 from_stored(const Stored& stored) {
                      value(stored.high.y, 0x3270));
 }
 
-// The block's part for the next level: `own` is what the others will read.
+// Writes the block's part, `own`, for the block that adds it.
 template <int kRows, int kHeadDim, int kVectors>
 __device__ inline void write_partial(unsigned char* partial, const Stored (&own)[kVectors],
                                      const DecodeShared<kRows>* shared, int partial_rows, int rows, int thread) {
@@ -108,8 +120,8 @@ __device__ inline void write_partial(unsigned char* partial, const Stored (&own)
   }
 }
 
-// Begins to copy `count` partial results of a group, all but that of this block: the statistics as one group of copies,
-// the rows as another, one part behind the other at `places`. Both come from L2, where the others' writes are.
+// Begins to copy the `count` parts of a node, all but that of this block: the statistics as one group of copies, the
+// rows as another, one part behind the other at `places`. Both come from L2, which holds the writes of other blocks.
 template <int kRows, int kHeadDim>
 __device__ inline void fetch_partials(std::uint32_t places, DecodeShared<kRows>* shared, const unsigned char* partials,
                                       int count, int own_part, int partial_rows, int rows, int thread) {
@@ -137,7 +149,7 @@ __device__ inline void fetch_partials(std::uint32_t places, DecodeShared<kRows>*
   cp_async_commit();
 }
 
-// The sum of `count` partial results in the order of their numbers, this block's from registers.
+// Adds `count` parts in the order of their numbers; that of this block comes from registers.
 template <int kRows, int kHeadDim, int kVectors>
 __device__ inline void add_partials(float4 (&total)[kVectors], const Stored (&own)[kVectors],
                                     const DecodeShared<kRows>* shared, const unsigned char* places, int count,
@@ -163,17 +175,18 @@ __device__ inline void add_partials(float4 (&total)[kVectors], const Stored (&ow
   }
 }
 
-// How many of `count` blocks drew this semaphore before. The counter wraps to 0: the next call finds it as this one did.
+// Signals that this block's part is written; returns how many of the `count` blocks of the node signalled before. The
+// counter wraps to 0, as the next call must find it.
 //
-// One thread draws for its block, between two barriers. Release: its fence comes after what all threads wrote before
-// the first barrier, and before the atomic. Acquire: the atomic, then a fence of the same thread, then the second
-// barrier and whoever reads behind it. In PTX's memory model the atomic and the fence must be of one thread: behind the
-// barrier the other threads' own fences would add nothing.
+// One thread signals for its block, between two barriers. Release: its fence comes after everything that all threads
+// wrote before the first barrier, and before the atomic. Acquire: the atomic, then a fence of the same thread, then the
+// second barrier and the reads behind it. PTX's memory model asks for the atomic and the fence in one thread: fences of
+// the other threads behind the barrier would add nothing.
 __device__ inline unsigned signal_semaphore(unsigned* semaphore, int count) {
   fence_device();
-  const unsigned drawn = atomicInc(semaphore, count - 1);
+  const unsigned earlier = atomicInc(semaphore, count - 1);
   fence_device();
-  return drawn;
+  return earlier;
 }
 
 // One level of the tree of sums, and a block's place in it.

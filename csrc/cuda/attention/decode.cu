@@ -1,19 +1,19 @@
-// attention for few query rows on the GPU: when it is the better kernel, how many shares, workspace and launch. The
-// kernel is in decode.cuh.
+// attention for few query rows on the GPU: when this kernel is the better one, the number of splits, workspace, launch.
+// The kernel is in decode.cuh.
 //
-// Both choices follow from the shapes and the device alone, never from data: a captured graph stays valid. They take
-// the cheapest by a model whose unit is a step, the 64 keys and values (32 KiB) that a block takes at a time:
+// Both choices follow from the shapes and the device alone, never from data: a captured graph stays valid. They
+// minimise a model of the cost whose unit is a step, the 64 keys and values (32 KiB) that a block takes at a time:
 //
-//   waves * (kBlockSteps + steps of a share * blocks per multiprocessor)
+//   waves * (kBlockSteps + steps of a split * blocks per multiprocessor)
 //       + for each level of combining: kLevelSteps + bytes / kStepBytes
 //
-// The constants are those that fit best to 43 numbers of shares of four shapes (1 x 131072, 16 x 8192, 64 x 2048 and
-// 1 x 8192 keys, 24 heads, 128 wide) on an H200: 6 % off in the mean, 15 % at worst, and the best number of each shape
-// is found. A step takes a block 1.04 us, alone on its multiprocessor: 132 blocks then already get 4.2 TB/s, and two on
-// one take twice as long. Between one and two on average lies what the fullest take and what the memory does: the mean
-// of both fits. Starting a block, its first access to memory and the addition of its warps take 6 us. A level of
-// combining takes 1.9 us of waiting, and 0.67 us for each partial result of 24 rows (9.2 KiB), which one block fetches
-// and adds after the other.
+// The constants are the best fit to 43 measurements, numbers of splits of four shapes (1 x 131072, 16 x 8192, 64 x 2048
+// and 1 x 8192 keys, 24 heads, 128 wide) on an H200: 6 % off in the mean, 15 % at worst, and the best number of each
+// shape is found. A step takes a block 1.04 us, alone on its multiprocessor: 132 blocks then already get 4.2 TB/s, and
+// two on one take twice as long. Between one and two on average lies what the fullest take and what the memory does:
+// the mean of both fits. Starting a block, its first access to memory and the addition of its warps take 6 us. A level
+// of combining takes 1.9 us of waiting, and 0.67 us for each partial result of 24 rows (9.2 KiB), which one block
+// fetches and adds after the other.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -33,22 +33,22 @@ constexpr double kBlockSteps = 5.7;
 constexpr double kLevelSteps = 1.9;
 constexpr double kStepBytes = 14.3 * 1024.0;
 
-// With more packed rows the prefill kernel has blocks enough.
+// With more packed rows the prefill kernel has enough blocks.
 constexpr int kMaxRows = 4096;
 constexpr int kPrefillRows = 128;  // of a block of the prefill kernel, all of one head
 
-// From `count` shares to one result, `fan_in` at a time: calls function(results of a level, groups of them).
+// Goes from `count` splits to one result, `fan_in` at a time: calls function(parts of a level, nodes of a level).
 template <typename Function>
 void for_each_level(std::int64_t count, std::int64_t fan_in, const Function& function) {
   while (count > 1) {
-    const std::int64_t num_sums = ceil_div(count, fan_in);
-    function(count, num_sums);
-    count = num_sums;
+    const std::int64_t num_nodes = ceil_div(count, fan_in);
+    function(count, num_nodes);
+    count = num_nodes;
   }
 }
 
-// How many results of `count` to add at a time: as few levels as `max_fan_in` permits, and for them groups as small as
-// possible. 17 are 5 x 4 rather than 8 x 3: the block that is last waits for 9 of them instead of 11.
+// How many of `count` results to add at a time: as few levels as `max_fan_in` permits, and nodes as small as possible
+// for so many levels. 17 are 5 x 4 rather than 8 x 3: the last block waits for 9 of them instead of 11.
 std::int64_t fan_in_of(std::int64_t count, std::int64_t max_fan_in) {
   const auto power = [](std::int64_t fan_in, int levels) {
     std::int64_t product = 1;
@@ -77,8 +77,8 @@ PartialShape partial_shape_of(const AttentionParams& params) {
   const std::int64_t num_rows = num_rows_of(params);
   PartialShape shape{};
   dispatch_attention(params, [&](auto, auto head_dim) {
-    const auto with_row_tiles = [&](auto num_sums) {
-      using Tiles = DecodeTiles<head_dim(), num_sums()>;
+    const auto with_row_tiles = [&](auto row_tiles) {
+      using Tiles = DecodeTiles<head_dim(), row_tiles()>;
       shape.rows = static_cast<int>(std::clamp<std::int64_t>(num_rows, 1, Tiles::kRows));
       shape.bytes = PartialLayout<head_dim()>::bytes(shape.rows);
       shape.max_fan_in = Tiles::max_fan_in(shape.rows);
@@ -139,20 +139,20 @@ struct Layout {
   }
 };
 
-// What num_splits shares of the keys stand for.
+// The tree of sums and the workspace of a call with params.num_splits.
 Layout lay_out(const AttentionParams& params) {
   const std::int64_t num_rows = num_rows_of(params);
   Layout layout{};
   layout.num_row_blocks = ceil_div(num_rows, 16 * num_row_tiles_of(num_rows));
   layout.num_tiles = static_cast<std::int64_t>(params.batch) * params.num_kv_heads * layout.num_row_blocks;
   layout.partial = partial_shape_of(params);
-  // A share beyond the number of steps would have no keys, and add nothing but its partial result.
+  // A split beyond the number of steps would have no keys, and add nothing but its partial result.
   layout.num_splits = std::min<std::int64_t>(params.num_splits, num_steps_of(params));
   if (layout.num_tiles == 0) return layout;
   layout.fan_in = fan_in_of(layout.num_splits, layout.partial.max_fan_in);
-  for_each_level(layout.num_splits, layout.fan_in, [&](std::int64_t parts, std::int64_t num_sums) {
-    layout.num_partials += parts;
-    layout.num_semaphores += num_sums;
+  for_each_level(layout.num_splits, layout.fan_in, [&](std::int64_t num_parts, std::int64_t num_nodes) {
+    layout.num_partials += num_parts;
+    layout.num_semaphores += num_nodes;
   });
   return layout;
 }
@@ -172,8 +172,8 @@ Choice choose_splits(const AttentionParams& params, const Slots& slots) {
     return cost_of_waves(num_tiles, num_steps, num_splits, slots) + cost_of_levels(num_splits, partial);
   };
   Choice best{1, cost_of(1)};
-  // With many tiles a few shares still even out the last wave; with few tiles, as many as make one wave. Large numbers
-  // need not be tried one by one: each stands for the smallest that gives shares of the same length.
+  // With many tiles a few splits still even out the last wave; with few tiles there are as many as make one wave. Large
+  // numbers need not be tried one by one: each stands for the smallest that gives splits of the same length.
   const std::int64_t max_splits = std::min(num_steps, std::max<std::int64_t>(kFanIn, slots.num_blocks / num_tiles));
   for (std::int64_t candidate = 2; candidate <= max_splits; candidate += 1 + candidate / 16) {
     const std::int64_t num_splits = ceil_div(num_steps, ceil_div(num_steps, candidate));
@@ -182,7 +182,7 @@ Choice choose_splits(const AttentionParams& params, const Slots& slots) {
   return best;
 }
 
-// Partial results are read in chunks.
+// Partial results are read 16 bytes at a time.
 void check_workspace(const AttentionWorkspace& workspace, std::int64_t num_floats, std::int64_t num_semaphores) {
   if (workspace.num_partials < num_floats || workspace.num_semaphores < num_semaphores ||
       reinterpret_cast<std::uintptr_t>(workspace.partials) % kVec16Bytes != 0) {

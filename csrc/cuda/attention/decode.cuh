@@ -2,9 +2,10 @@
 //
 //   out = softmax(softmax_scale * q k^T - alibi_slopes * |i - j|) v
 //
-// All query heads of a key head and all tokens are packed into the rows of one tile (row = token * group + head), so
-// that a key is read once for all of them. A block owns 16 or 32 rows of one (batch, key head) and a share of the keys;
-// its warps take slices of 16 keys in turn, each with a maximum, sum and output of its own:
+// All tokens and all query heads of a key head are packed into the rows of one tile (pack_gqa: row = token *
+// qhead_per_kvhead + head), so that a key is read once for all of them. A block owns 16 or 32 rows of one (batch, key
+// head), and one of num_splits parts of the keys. Its warps take slices of 16 keys in turn; each warp has a maximum, a
+// sum and an output of its own:
 //
 //              steps of 64 keys, num_splits runs of them
 //             +----+----+----+----+----+----+----+----+--
@@ -12,34 +13,23 @@
 //     rows    |    |    |    |    |    |    |    |    |       out += P v   rows x head_dim, registers
 //             +----+----+----+----+----+----+----+----+--
 //
-// A slice's keys and values travel through a ring that belongs to the warp: no barrier of the block in the loop, and as
-// soon as the keys of a slice have been multiplied their place takes those of the slice kStages ahead.
+// The keys and values of slices travel through a ring that belongs to the warp: the loop has no barrier of the block.
+// As soon as the keys of a slice have been multiplied, those of the slice kStages later take their place.
 //
 //   shared memory, head_dim 128     queries 8 KiB, ring 4 warps x 2 stages x (4 KiB keys + 4 KiB values) = 64 KiB
 //   head_dim 64                     queries 4 KiB, ring 4 warps x 4 stages x (2 KiB keys + 2 KiB values) = 64 KiB
 //   registers, 32 rows, 128 wide    out 128, scores 16, their maxima, sums, slopes and positions 4 each
 //
-// 32 FLOP for each byte that is read: a fifth of what the tensor cores can do meanwhile. What counts is bytes in
-// flight, latency times bandwidth: 24 KiB per SM (docs/attention.md#decoding). A block has 48 to 64 KiB on the way, and
-// two blocks fit on an SM of 8.0 and 9.0, one where shared memory ends at 100 KiB.
+// 32 flops for each byte that is read are a fifth of what the tensor cores could do in the same time. What counts is
+// the number of bytes in flight, latency times bandwidth: 24 KiB per multiprocessor (docs/attention.md#decoding). A
+// block has 48 to 64 KiB in flight. Two blocks fit on a multiprocessor of 8.0 and 9.0, one where shared memory ends at
+// 100 KiB.
 //
-// The end. The four warps add their outputs through shared memory. With more than one share the block writes the sums
-// to the workspace and draws a semaphore; of a group of shares the last to arrive adds them, always in the order of their
-// numbers, so that a result does not depend on timing. The groups' sums are added in the same way, until one is left:
+// At the end the four warps add their outputs through shared memory, and the blocks of the splits theirs through the
+// workspace, in the order of the splits: a result does not depend on timing (combine.cuh).
 //
-//   128 shares of 24 rows     0 ... 5  | 6 ... 11 | ... |  126 127          the last of each group of 6
-//   22 sums                      0 ... 5     | 6 ... 11 | ... | 18 ... 21   the last of each group of 6
-//   4 sums                                   0 ... 3                        the last of all, which writes the rows
-//
-// All that a block adds is on its way at once: the others' results go into the tiles' place in shared memory, past the
-// registers, and its own stays in registers. A group is as large as the tiles have room for (kFanIn at most). On an
-// H200 a level takes 1.9 us (a write, two fences and a semaphore between them, one trip to L2) and 0.67 us for each result
-// of 24 rows, 128 wide, 9.2 KiB: the four warps of one block fetch and add them one after the other. The three levels
-// above are 17 of the 44 us that 131072 keys take.
-//
-// The softmax is the one with a running maximum, in every call: its cost hides behind memory. The largest weight of a
-// row is then exactly 1, and the sum of the unrounded weights is a good enough divisor
-// (docs/attention.md#bounded-softmax).
+// Every call takes the online softmax: its cost hides behind memory. The largest weight of a row is then exactly 1, and
+// the sum of the unrounded weights is a good enough divisor (docs/attention.md#bounded-softmax).
 //
 // Not supported: float32, head_dim above 128 (launch.h).
 #pragma once
@@ -61,7 +51,7 @@ __device__ inline std::int64_t offset_of(const SeqStrides& stride, int batch, in
   return batch * stride.batch + seq * stride.seq + head * stride.head;
 }
 
-// A packed row as a query of one head.
+// A row of the packed tile as a query of one head.
 struct QueryRow {
   int query, head;
   bool exists;
@@ -72,7 +62,7 @@ __device__ inline QueryRow unpack_row(const DecodePlan& plan, int kv_head, int p
   return {query, kv_head * plan.qhead_per_kvhead + (packed - query * plan.qhead_per_kvhead), packed < plan.num_rows};
 }
 
-// Begins to copy the query rows of the block; rows and channels that do not exist become zero.
+// Begins to copy the query rows of the block. Rows and channels that do not exist become zero.
 template <int kHeadDim, int kRows, typename T>
 __device__ inline void load_queries(std::uint32_t tile, const AttentionParams& params, const DecodePlan& plan,
                                     int batch, int kv_head, int first_row, int thread) {
@@ -97,7 +87,7 @@ __device__ inline void load_queries(std::uint32_t tile, const AttentionParams& p
   }
 }
 
-// Describes the block's rows, one per lane: writes them to `shared` (one warp does) and returns what they see.
+// Describes the block's rows, one per lane, and returns the keys that they see. One warp writes them to `shared`.
 template <int kRows>
 __device__ inline KeyRange describe_rows(DecodeShared<kRows>* shared, const AttentionParams& params,
                                          const DecodePlan& plan, int batch, int kv_head, int first_row, bool write) {
@@ -117,15 +107,15 @@ __device__ inline KeyRange describe_rows(DecodeShared<kRows>* shared, const Atte
 
 inline constexpr int kScoreTiles = kSlice / 8;
 
-// A lane's four rows (two without a second group): [group][half] is row 16 * group + 8 * half + lane / 4.
+// A lane's two rows of each row tile: [row_tile][half] is row 16 * row_tile + 8 * half + lane / 4.
 template <int kRowTiles>
 struct LaneRows {
   float raw_slope[kRowTiles][2];
   int position[kRowTiles][2];
 };
 
-// Sets the accumulators to the bias. Rows have slopes of their own, so every score needs its own instruction pair, and
-// the form with |.| serves keys on either side. `key` is that of the lane's first column.
+// Sets the accumulators to the bias. Rows differ in their slopes, so every score needs its own pair of instructions,
+// and the form with |.| serves keys on either side. `key` is that of the lane's first column.
 template <int kRowTiles>
 __device__ inline void seed_row_bias(float (&scores)[kRowTiles][kScoreTiles][4], const LaneRows<kRowTiles>& rows,
                                      int key) {
@@ -177,8 +167,8 @@ __device__ inline void write_rows(const AttentionParams& params, const DecodePla
   }
 }
 
-// Blocks of dim3(32, kDecodeWarps), so that threadIdx.x is the lane: load_tile then works for one warp. Row tiles of
-// the same keys are neighbours in the grid: the second reads what the first has brought to L2.
+// Blocks are dim3(32, kDecodeWarps), so that threadIdx.x is the lane: load_tile then works for one warp. Row blocks
+// that read the same keys are neighbours in the grid: the second one finds them in L2.
 template <typename T, int kHeadDim, int kRowTiles>
 __global__ void __launch_bounds__(kDecodeThreads, 2)
     attention_decode_kernel(const __grid_constant__ AttentionParams params, const __grid_constant__ DecodePlan plan) {
@@ -197,12 +187,12 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   const int kv_head = head_of_batch % params.num_kv_heads, batch = head_of_batch / params.num_kv_heads;
   const int first_row = row_block * kRows;
 
-  // The rows, and which keys they see.
+  // Load the rows, and find the keys that they see.
   load_queries<kHeadDim, kRows, T>(q_tile, params, plan, batch, kv_head, first_row, thread);
   cp_async_commit();
   const KeyRange key_range = describe_rows(shared, params, plan, batch, kv_head, first_row, warp == 0);
 
-  // This block's run of steps and this warp's slices of it: numbers 0 ... num_slices - 1, kDecodeStep keys apart.
+  // Find this block's run of steps and this warp's slices of it, which are kDecodeStep keys apart.
   const int begin = key_range.begin / kSlice * kSlice;
   const std::int64_t num_keys = max(static_cast<std::int64_t>(key_range.end) - begin, static_cast<std::int64_t>(0));
   const std::int64_t num_steps = (num_keys + kDecodeStep - 1) / kDecodeStep;
@@ -210,16 +200,17 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   const std::int64_t end_offset = min(num_steps * (split + 1) / plan.num_splits * kDecodeStep, num_keys);
   const int num_slices =
       static_cast<int>((max(end_offset - first_offset, static_cast<std::int64_t>(0)) + kDecodeStep - 1) / kDecodeStep);
-  const int first_key = static_cast<int>(begin + first_offset);
+  const int first_slice = static_cast<int>(begin + first_offset);
 
   const T* k_data = static_cast<const T*>(params.k) + offset_of(params.k_stride, batch, 0, kv_head);
   const T* v_data = static_cast<const T*>(params.v) + offset_of(params.v_stride, batch, 0, kv_head);
   const Rows<const T> k{k_data, params.k_stride.seq, params.seqlen_k, params.head_dim, plan.is_aligned16};
   const Rows<const T> v{v_data, params.v_stride.seq, params.seqlen_k, params.head_dim, plan.is_aligned16};
-  // Every call commits a group, an empty one past the end, so that a fixed number of younger groups says "arrived".
+  // Every call commits a group, an empty one past the end, so that a slice has arrived when a fixed number of younger
+  // groups is left.
   const auto load_slice = [&](const Rows<const T>& rows, int slice, std::uint32_t place) {
     if (slice < num_slices) {
-      load_tile<kSlice, kHeadDim, kWarpLanes>(place, rows, first_key + slice * kDecodeStep);
+      load_tile<kSlice, kHeadDim, kWarpLanes>(place, rows, first_slice + slice * kDecodeStep);
     }
     cp_async_commit();
   };
@@ -231,8 +222,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
     load_slice(k, slice, k_slice(slice));
     load_slice(v, slice, v_slice(slice));
   }
-  cp_async_wait<2 * kStages>();  // the queries
-  __syncthreads();               // everyone's, and the description of the rows
+  cp_async_wait<2 * kStages>();  // the queries have arrived
+  __syncthreads();               // those of all threads, and the description of the rows
 
   LaneRows<kRowTiles> rows;
   OnlineSoftmax<kRowTiles, MaxUnit::kLog2> softmax{plan.softmax_scale_log2};
@@ -250,7 +241,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   float out[kRowTiles][kHeadDim / 8][4] = {};
 
   for (int slice = 0; slice < num_slices; ++slice) {
-    const int key = first_key + slice * kDecodeStep;
+    const int key = first_slice + slice * kDecodeStep;
     const int lane_key = key + ((lane & 3) << 1);
     float scores[kRowTiles][kScoreTiles][4];
     seed_row_bias(scores, rows, lane_key);
@@ -283,7 +274,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
     load_slice(v, slice + kStages, v_slice(slice));
   }
 
-  // The warps' results become the block's.
+  // Add the results of the warps.
 #pragma unroll
   for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
     sum_over_group(sum[row_tile], 2);  // the four lanes of a row
@@ -295,7 +286,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
       }
     }
   }
-  __syncthreads();  // statistics are there; all warps have finished with queries and ring, which become staging
+  __syncthreads();  // statistics are there; all warps have finished with q and the rings, which become staging
   auto* staging = reinterpret_cast<float*>(shared_memory);
 #pragma unroll
   for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {

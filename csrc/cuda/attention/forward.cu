@@ -1,5 +1,5 @@
 // Attention forward on the GPU: checks, the choice between its two kernels, and the launch of the one for many query
-// rows (forward.cuh). The other is in decode.cu.
+// rows (forward.cuh). decode.cu launches the other one.
 //
 // The tensors' device must be the current one. Nothing is allocated and nothing waits: a launch can be captured.
 #include "attention/forward.cuh"

@@ -1,34 +1,35 @@
-// Attention forward for many query rows, on mma.sync (sm_80 and later): attention.h has the formula, docs/model.md#5.
+// attention (docs/model.md#5) for many query rows, on mma.sync (sm_80 and later).
 //
-// A block owns 128 query rows of one head, a warp 32 of them as two groups of 16; keys come in tiles of 64, from the
-// last visible one to the first:
+//   out = softmax(softmax_scale * q k^T - alibi_slopes * |i - j|) v
+//
+// A block owns 128 query rows of one head, a warp 32 of them as two tiles of 16. Keys come in tiles of 64, from the
+// last visible one to the first (docs/attention.md#mask):
 //
 //                    keys, 64 per tile                   registers of a lane          head_dim   64      128
 //                 <- processed leftwards                 output, float32                         64      128
 //               +-------+-------+-------+                scores, then weights, float32           64       64
-//     warp 0    | plain | plain | hide  |                sums of rounded weights, references     12       12
-//     warp 1    | plain | plain | hide  |
-//     warp 2    | plain | plain | plain | hide           shared memory
-//     warp 3    | plain | plain | plain | hide           Q 128 rows, K 64, V 64                32 KiB   64 KiB
+//     warp 0    |  all  |  all  | mask  |                sums of rounded weights, row_max        12       12
+//     warp 1    |  all  |  all  | mask  |
+//     warp 2    |  all  |  all  |  all  | mask           shared memory
+//     warp 3    |  all  |  all  |  all  | mask           Q 128 rows, K 64, V 64                32 KiB   64 KiB
 //               +-------+-------+-------+                visible keys of each row, sums       3.6 KiB  3.6 KiB
 //
-// With two groups a fragment of K or V read from shared memory serves two products. There is one buffer for K and one
-// for V: V arrives during Q K^T, the next K during P V, and the other blocks of a multiprocessor compute while this one
-// waits. Tiles that no row of a block sees, or that its bias makes negligible (Head::window), are not loaded; a warp
-// computes none that its own 32 rows do not see.
+// With two row tiles, a fragment of K or V that is read from shared memory serves two products. K and V have one buffer
+// each: V arrives during Q K^T, the next K during P V, and the other blocks of a multiprocessor compute while this one
+// waits. A block does not load tiles that none of its rows sees, or that the bias makes negligible (Head::window). A
+// warp does not compute tiles that none of its own 32 rows sees.
 //
-// Softmax: the weight of a score s is 2^(s * softmax_scale_log2 - reference). Where the head's logits have a small bound the
-// reference is a constant (bounded, docs/attention.md#bounded-softmax), otherwise the row's largest score so far
-// (online). The output is divided by the sum of the weights as rounded for the second product, so that the rounding of
-// a dominant weight cancels; that sum is one more tile of columns of the product. softmax_lse takes the sum of the
-// unrounded weights.
+// Softmax: online, or bounded where the head's logits have a small bound (softmax.cuh); the branch is the same for all
+// threads of a block. The output is divided by the sum of the weights as they were rounded for the second product, so
+// that the rounding of a dominant weight cancels; this sum is one more tile of columns of the product. softmax_lse uses
+// the sum of the unrounded weights.
 //
-// Cost: 4 * head_dim flops per visible pair. Q and out move once; K and V once per query tile, from L2 where the heads
-// that share them run together. A plain tile of a warp with head_dim 128 is about 900 instructions: 264 products, 80
-// ldmatrix, 16 copies, 64 exponentials; per score one operation for the bias, one for the exponent, one for the sum,
-// half a one to pack, and one for the maximum where it is online.
+// Cost: 4 * head_dim flops per visible pair. Q and out move once; K and V move once per query tile, from L2 where the
+// heads that share them run together. A tile without a mask costs a warp about 900 instructions with head_dim 128: 264
+// products, 80 ldmatrix, 16 copies, 64 exponentials; per score one operation for the bias, one for the exponent, one
+// for the sum, half a one to pack, and one for the maximum where it is online.
 //
-// Not here: float32 operands, head_dim above 128, dropout.
+// Not supported: float32 operands, head_dim above 128, dropout.
 #pragma once
 
 #include "attention/alibi.cuh"
@@ -53,7 +54,7 @@ template <int kHeadDim>
 inline constexpr int kForwardSharedBytes =
     kTileBytes<kForwardQueries, kHeadDim> + 2 * kTileBytes<kForwardKeys, kHeadDim>;
 
-// Per multiprocessor, as registers allow without spills.
+// Per multiprocessor: as many as registers permit without spills.
 template <int kHeadDim>
 inline constexpr int kForwardMinBlocks = kHeadDim == 64 ? 3 : 2;
 
@@ -68,9 +69,9 @@ using ForwardWeights = std::uint32_t[kForwardKeys / 16][kForwardRowTiles][4];  /
 using ForwardSums = RowValues<kForwardRowTiles>;
 using ForwardSoftmax = OnlineSoftmax<kForwardRowTiles, MaxUnit::kScore>;
 
-// Which part of the problem a block owns. The slow index is the query tile, the last one first: under a causal mask it
-// sees most keys, and the blocks that end the launch are short. All heads, which share keys, run side by side; the last
-// ones first, since heads without a bias are last in this model family and have most to do.
+// The part of the problem that a block owns. The query tile is the slow index, the last one first: under a causal mask
+// it sees most keys, and the blocks at the end of the launch are short. All heads, which share keys, run side by side,
+// the last ones first: in this model family heads without a bias are last and have most to do.
 struct ForwardBlock {
   int batch, head, kv_head, query;
 
@@ -95,14 +96,14 @@ struct ForwardPlace {
   }
 };
 
-// What the block agrees on before its loop, and sums of the unrounded weights: in shared memory, because the loop has
-// no register left for it.
+// What the warps of a block agree on before the loop, and the sums of the unrounded weights. The loop has no registers
+// left for them.
 struct ForwardShared {
   Row rows[kForwardQueries];
   KeyRange key_range[kForwardWarps];  // of a warp's rows
   int all_see_themselves[kForwardWarps];
-  int first_key, is_bounded;                      // to be read after the loop's first barrier
-  alignas(16) ForwardSums sums[kForwardThreads];  // of the columns of each lane, which alone uses its own
+  int first_tile, is_bounded;                     // to be read behind the first barrier of the loop
+  alignas(16) ForwardSums sums[kForwardThreads];  // those of a lane's columns, which it alone uses
 
   __device__ ForwardSums& own_sum() { return sums[read_thread_index()]; }
 };
@@ -125,7 +126,7 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
   const auto k = rows_of(static_cast<const T*>(params.k), params.k_stride, block.kv_head, params.seqlen_k);
   const auto v = rows_of(static_cast<const T*>(params.v), params.v_stride, block.kv_head, params.seqlen_k);
 
-  // Which keys the rows see, one row per lane; then the block's range of tiles and its kind of softmax.
+  // Find the keys that the rows see, one row per lane, then the block's range of tiles and its kind of softmax.
   const Head head = describe_head(params, block.head);
   const int own_query = block.query + static_cast<int>(threadIdx.x);
   const Row own_row = describe_row(params, block.batch, own_query);
@@ -139,7 +140,7 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
   }
   __syncthreads();  // all warps have written theirs
   int begin = kUnlimited, end = 0;
-  bool is_bounded = true;  // a biased row that does not see its own key may have only tiny weights
+  bool is_bounded = true;  // a biased row that does not see its own key may have tiny weights alone
 #pragma unroll
   for (int i = 0; i < kForwardWarps; ++i) {
     begin = min(begin, common.key_range[i].begin);
@@ -147,14 +148,14 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
     is_bounded = is_bounded && common.all_see_themselves[i] != 0;
   }
   is_bounded = head.bound <= kMaxBound<T> && (is_bounded || head.slope == 0.0f);
-  const int first_key = begin / kForwardKeys * kForwardKeys;
-  const int last_key = uniform((end - 1) / kForwardKeys * kForwardKeys);
+  const int first_tile = begin / kForwardKeys * kForwardKeys;
+  const int last_tile = uniform((end - 1) / kForwardKeys * kForwardKeys);
   if (threadIdx.x == 0) {
-    common.first_key = first_key;
+    common.first_tile = first_tile;
     common.is_bounded = is_bounded;
   }
 
-  // The bias and the references in units of <q, k>. With a bound the reference undoes seed_bias's lowering of rows g,
+  // The bias and the maxima are in units of <q, k>. With a bound, row_max only undoes the shift of seed_bias in rows g,
   // so that a weight is that of the true logit.
   const float raw_slope = head.slope / params.softmax_scale;
   ForwardSoftmax softmax{plan.softmax_scale_log2};
@@ -170,11 +171,11 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
     }
   }
 
-  if (first_key <= last_key) {
+  if (first_tile <= last_tile) {
     load_tile<kForwardQueries, kHeadDim, kForwardThreads>(q_tile, q, block.query);
-    load_tile<kForwardKeys, kHeadDim, kForwardThreads>(k_tile, k, last_key);
+    load_tile<kForwardKeys, kHeadDim, kForwardThreads>(k_tile, k, last_tile);
     cp_async_commit();
-    int key = last_key;
+    int key = last_tile;
 #pragma unroll 1
     do {
       const bool touched = key_range.touches(key, kForwardKeys);  // the same in all lanes
@@ -191,10 +192,11 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
         ForwardScores scores;
         seed_bias(scores, raw_slope, position, lane_key);
         multiply_transposed<T, kHeadDim, kForwardQueries, kForwardKeys>(scores, q_tile, place.warp_row, k_tile);
-        // With a causal mask what lies right of the diagonal is hidden, and without a bias there is nothing to mirror.
+        // A causal mask hides the keys right of the diagonal, and without a bias there is nothing to mirror.
         const bool left_of_diagonal = params.causal || raw_slope == 0.0f || key + kForwardKeys <= warp_position + 1;
         if (!left_of_diagonal) {
-          const ForwardPlace again = ForwardPlace::read();  // or the product would keep `position` in a register
+          const ForwardPlace again =
+              ForwardPlace::read();  // else `position` would stay in a register during the product
           const int offset = block.query + (params.seqlen_k - params.seqlen_q);
           mirror_bias(scores, raw_slope, offset + again.warp_row + again.row, key + again.column);
         }
@@ -221,14 +223,14 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
 
       cp_async_wait<0>();
       __syncthreads();  // V has arrived for all; all have read K
-      if (key > common.first_key) {
+      if (key > common.first_tile) {
         load_tile<kForwardKeys, kHeadDim, kForwardThreads>(k_tile, k, key - kForwardKeys);
         cp_async_commit();
       }
       if (touched) {
         const int warp_row = ForwardPlace::read().warp_row;
         const bool unmasked = common.key_range[warp_row / kForwardWarpRows].is_unmasked(key, kForwardKeys);
-        // With a tile that is not finite, whoever is not to see all of it takes the slow way.
+        // A warp that must not see all of a tile takes the slow path if the tile is not finite.
         const auto add_values = [&](auto clamped) {
 #pragma unroll
           for (int step = 0; step < kForwardKeys / 16; ++step) {
@@ -248,7 +250,7 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
         }
       }
       key -= kForwardKeys;
-    } while (key >= common.first_key);
+    } while (key >= common.first_tile);
   }
 
   const ForwardPlace place = ForwardPlace::read();

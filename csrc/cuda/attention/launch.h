@@ -1,5 +1,5 @@
-// What the launchers of the attention kernels share: checks, alignment, grid and shared memory, the choice of a
-// variant, and the second kernel behind attention_forward. Host code only.
+// Shared by the launchers of the attention kernels: checks, alignment, the grid, the choice of a variant, and the
+// second kernel behind attention_forward (decode.cu). Host code only.
 #pragma once
 
 #include <climits>
@@ -27,7 +27,8 @@ int choose_num_splits(const AttentionParams& params);
 AttentionWorkspace attention_decode_workspace(const AttentionParams& params);
 void attention_decode(const AttentionParams& params, const AttentionWorkspace& workspace, CUstream_st* stream);
 
-// What protects memory and the kernels' arithmetic; Python has checked the meaning. `kernel` begins the messages.
+// Checks what protects memory and the kernels' arithmetic; Python has checked the meaning. Messages begin with
+// `kernel`.
 inline void check_attention(const AttentionParams& params, const char* kernel) {
   const auto refuse = [&](const std::string& message) {
     throw std::invalid_argument(std::string(kernel) + ": " + message);
@@ -54,7 +55,7 @@ inline void check_attention(const AttentionParams& params, const char* kernel) {
   }
 }
 
-// Apart from the above, because a workspace is sized without the scale. Refuses NaN too.
+// Separate, because a workspace is sized without the scale. Refuses NaN too.
 inline void check_softmax_scale(const AttentionParams& params, const char* kernel) {
   if (!(params.softmax_scale >= kMinSoftmaxScale)) {
     throw std::invalid_argument(std::string(kernel) + ": softmax_scale must be at least 2^-60 on CUDA, got " +

@@ -1,5 +1,5 @@
-// Which keys a query row sees (docs/attention.md#mask): the keys of a row, the range of a set of rows, and the mask that
-// is applied to a tile of scores.
+// Which keys a query row sees (docs/attention.md#mask has the figure): the keys of a row, the range of keys of a set of
+// rows, and the mask of a tile of scores.
 #pragma once
 
 #include <climits>
@@ -13,8 +13,8 @@ namespace andromeda::cuda {
 
 inline constexpr int kUnlimited = INT_MAX;
 
-// A head's constants. `window`: keys at this distance or farther together hold less than 2^-24 of a row's softmax if
-// the row sees its own key: exp(2 bound - slope * distance), a geometric sum (docs/attention.md#windows).
+// A head's constants. Keys at the distance `window` or farther together hold less than 2^-24 of the softmax of a row
+// that sees its own key: they are a geometric sum of exp(2 bound - slope * distance) (docs/attention.md#windows).
 struct Head {
   float slope;  // per key, natural units
   float bound;  // on |softmax_scale <q, k>|; infinite when unknown
@@ -27,14 +27,17 @@ __device__ inline Head describe_head(const AttentionParams& params, int head) {
   if (params.logit_bound == nullptr) return result;
   const float bound = __ldg(params.logit_bound + head);
   if (bound >= 0.0f) result.bound = bound;  // a NaN promises nothing
-  // Rounded up and one more: float32 need not be exact, keeping a key too many is harmless.
+  // Rounded up, plus one: float32 is not exact, and a key too many is harmless.
   const float window = ceilf((2.0f * bound + 16.6355324f) / result.slope) + 1.0f;  // 24 ln 2
   if (result.slope > 0.0f && window < 1e9f) result.window = static_cast<int>(window);
   return result;
 }
 
-// One query row of one batch entry: it sees keys first <= j < end. `position` is the key it is aligned with. A row that
-// does not exist sees everything: its result is dropped, and it must not make others mask.
+// One query row of one batch entry: it sees the keys first <= j < end and is aligned with the key at `position`. A row
+// that does not exist sees every key: its result is dropped, and it must not force a mask on the other rows.
+//
+// describe_row() ignores the window. A KeyRange applies it, and so to whole tiles: a row may see more keys than its
+// window has. The CPU kernels differ: their describe_row() applies it key by key.
 struct Row {
   int position, first, end;
   __device__ bool empty() const { return first >= end; }
@@ -60,8 +63,8 @@ struct VisibleKeys {
   int first, end;
 };
 
-// Keys that some of a set of rows see (`begin`, `end`: tiles outside are skipped; the window is taken off), and keys
-// that all of them see (`unmasked_begin`, `unmasked_end`: tiles inside need no mask).
+// The keys of a set of rows. Some row sees the keys from `begin` to `end`, less those beyond its window: tiles outside
+// are skipped. All rows see the keys from `unmasked_begin` to `unmasked_end`: tiles inside need no mask.
 struct KeyRange {
   int begin, end, unmasked_begin, unmasked_end;
 
@@ -77,20 +80,24 @@ struct KeyRange {
     return key_range;
   }
 
-  // The reach of the rows of all lanes together, in all lanes.
+  // The range of the rows of all lanes together, in all lanes.
   __device__ KeyRange of_warp() const {
     return {__reduce_min_sync(kWholeWarp, begin), __reduce_max_sync(kWholeWarp, end),
             __reduce_max_sync(kWholeWarp, unmasked_begin), __reduce_min_sync(kWholeWarp, unmasked_end)};
+  }
+
+  __device__ KeyRange join(const KeyRange& other) const {
+    return {min(begin, other.begin), max(end, other.end), max(unmasked_begin, other.unmasked_begin),
+            min(unmasked_end, other.unmasked_end)};
   }
 
   __device__ bool touches(int key, int count) const { return key < end && key + count > begin; }
   __device__ bool is_unmasked(int key, int count) const { return unmasked_begin <= key && key + count <= unmasked_end; }
 };
 
-// Hides, after the product, what a row does not see: a NaN in a hidden key must not survive. `rows` are those of the
-// block's tile in shared memory, from the warp's first row on, each a Row or a VisibleKeys.
-//
-// `gradients`: of the weights, or nothing; what is hidden becomes 0.
+// Sets the scores of keys that a row does not see to -inf. This comes after the product, so that a NaN in a hidden key
+// does not survive. `rows`: those of the block's tile in shared memory, from the warp's first row on, each a Row or a
+// VisibleKeys. `gradients`: those of the weights, or nothing; they become 0 at the same places.
 template <int kRowTiles, int kColumnTiles, typename R, typename... Gradients>
 __device__ inline void apply_mask(float (&scores)[kRowTiles][kColumnTiles][4], const R* rows, int key,
                                   Gradients&... gradients) {

@@ -4,8 +4,8 @@
 //
 //   2^(score * softmax_scale_log2 - exponent of the row),   softmax_scale_log2 = softmax_scale * log2(e)
 //
-// The exponent of a row is that of its largest score so far (online), or a constant where the head's logits have a small
-// bound (bounded, docs/attention.md#bounded-softmax). Inside a kernel the log-sum-exp is in base 2.
+// The exponent of a row is that of its largest score so far (online), or a constant where the head's logits have a
+// small bound (bounded, docs/attention.md#bounded-softmax). Inside a kernel the log-sum-exp is in base 2.
 #pragma once
 
 #include <cuda_fp16.h>

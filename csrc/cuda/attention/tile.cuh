@@ -1,16 +1,16 @@
-// Tiles of the attention kernels in shared memory: how they lie there, copies into them, their products, and results on
-// the way out.
+// Tiles of the attention kernels in shared memory: their layout, copies into them, products of tiles, and the way of
+// results back to global memory.
 //
-// A tile of kRows rows lies in panels of 64 channels. A row of a panel is 128 bytes, eight chunks of 16, and chunk x of
-// row r sits at position x ^ (r % 8):
+// A tile of kRows rows is stored in panels of 64 channels. A row of a panel is 128 bytes, eight vectors of 16 bytes,
+// and vector x of row r is stored at position x ^ (r % 8) (a swizzle):
 //
 //            position 0  1  2  3  4  5  6  7
-//   row 0    chunk    0  1  2  3  4  5  6  7        cp.async: eight lanes write one row, all 32 banks once.
-//   row 1             1  0  3  2  5  4  7  6        ldmatrix: eight rows, one chunk each, in eight different positions:
+//   row 0    vector   0  1  2  3  4  5  6  7        cp.async: eight lanes write one row, all 32 banks once.
+//   row 1             1  0  3  2  5  4  7  6        ldmatrix: eight rows, one vector each, in eight positions:
 //   row 2             2  3  0  1  6  7  4  5        all 32 banks once.
 //   ...
 //
-// Every address a lane uses has r % 8 == lane % 8, so the step from one pair of chunks to the next is one xor.
+// Every address that a lane uses has r % 8 == lane % 8, so the step from one pair of vectors to the next is one xor.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +29,7 @@ inline constexpr int kTileAlignment = 1024;  // eight rows: the pattern above de
 template <int kRows, int kHeadDim>
 inline constexpr int kTileBytes = kRows * kHeadDim * 2;
 
-// Byte offset of chunk `vec` (8 channels) of row `row`.
+// Byte offset of vector `vec` (8 channels) of row `row`.
 template <int kRows>
 __device__ inline std::uint32_t vec_offset(int row, int vec) {
   return (vec >> 3) * (kRows * kPanelRowBytes) + row * kPanelRowBytes + (((vec ^ row) & 7) << 4);
@@ -50,21 +50,23 @@ struct Rows {
   std::int64_t stride;  // in elements
   int count;            // rows that exist
   int head_dim;         // channels that exist
-  bool is_aligned16;    // every row starts at a multiple of 16 bytes, and head_dim is a whole number of chunks
+  bool is_aligned16;    // every row starts at a multiple of 16 bytes, and head_dim is a multiple of 8
 };
 
-// threadIdx.x, read anew. A loop over tiles would otherwise keep in registers all that depends on it, for every tensor
-// it loads: six registers that its products need.
+// threadIdx.x, read anew. A loop over tiles would otherwise keep everything that depends on it in registers, for every
+// tensor that it loads: six registers that the products need.
 __device__ inline int read_thread_index() {
   int index;
   asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(index));
   return index;
 }
 
-// A value that is the same in all lanes, in a uniform register: it, and what follows from it, costs the lanes none.
+// Puts a value that is the same in all lanes into a uniform register: it and its consequences occupy no lane's
+// register.
 __device__ inline int uniform(int value) { return __reduce_max_sync(kWholeWarp, value); }
 
-// A chunk element by element, for rows that do not lie in chunks. What is missing (count <= 0 or < 8) is zero.
+// Copies 16 bytes element by element, for rows that are not aligned. Elements from `count` on (it may be <= 0) are
+// zero.
 template <typename T>
 __device__ inline void copy_elements(std::uint32_t target, const T* source, int count) {
   std::uint32_t words[4] = {};
@@ -78,16 +80,16 @@ __device__ inline void copy_elements(std::uint32_t target, const T* source, int 
   st_shared16(target, make_uint4(words[0], words[1], words[2], words[3]));
 }
 
-// Begins to copy rows `first` ... `first + kRows - 1` into a tile; rows and channels that do not exist become zero. In
-// chunks the copies are asynchronous: commit and wait. Otherwise they are done, for this thread, on return; a barrier
+// Begins to copy rows `first` ... `first + kRows - 1` into a tile; rows and channels that do not exist become zero.
+// Copies of aligned rows are asynchronous: commit and wait. Others are complete, for this thread, on return. A barrier
 // makes both visible to the block.
 //
-// Whole tiles of rows in chunks are what the loops over tiles must be fast for. All else is one short loop, since its
-// code lies in the middle of theirs and would fill the instruction cache: 0.8 KiB each time, unrolled it was 2.6 KiB.
+// The loops over tiles must be fast for whole tiles of aligned rows. Everything else shares one short loop, since its
+// code lies in the middle of theirs and would fill the instruction cache: 0.8 KiB each time, 2.6 KiB when unrolled.
 template <int kRows, int kHeadDim, int kThreads, typename T>
 __device__ inline void load_tile(std::uint32_t tile, const Rows<const T>& rows, int first) {
   constexpr int kVecs = kHeadDim / kVec16Width<T>;  // of a row
-  static_assert(kThreads % kVecs == 0 && kRows * kVecs % kThreads == 0, "a thread keeps its vec");
+  static_assert(kThreads % kVecs == 0 && kRows * kVecs % kThreads == 0, "a thread keeps its column");
   constexpr int kRowStep = kThreads / kVecs;
   const int thread = read_thread_index();
   const int row = thread / kVecs, vec = thread % kVecs;
@@ -116,12 +118,12 @@ __device__ inline void load_tile(std::uint32_t tile, const Rows<const T>& rows, 
   }
 }
 
-// Results of kRowTiles x 16 rows and 8 * kColumnTiles columns; see mma.cuh for what a lane holds of each tile.
+// A result of 16 * kRowTiles rows and 8 * kColumnTiles columns; mma.cuh says which elements of a tile a lane holds.
 template <int kRowTiles, int kColumnTiles>
 using Accumulator = float[kRowTiles][kColumnTiles][4];
 
-// scores += a b^T: 16 * kRowTiles rows of tile `a` from `a_row` on, times all kRowsB rows of tile `b`. kUnrolledSteps of
-// 16 channels bound how far ahead operands are loaded.
+// scores += a b^T: 16 * kRowTiles rows of tile `a` from `a_row` on, times all kRowsB rows of tile `b`.
+// `kUnrolledSteps`, of 16 channels each, limits how early operands are loaded.
 template <typename T, int kHeadDim, int kRowsA, int kRowsB, int kRowTiles, int kUnrolledSteps = kHeadDim / 16>
 __device__ inline void multiply_transposed(float (&scores)[kRowTiles][kRowsB / 8][4], std::uint32_t a, int a_row,
                                            std::uint32_t b) {
@@ -151,8 +153,9 @@ __device__ inline void multiply_transposed(float (&scores)[kRowTiles][kRowsB / 8
   }
 }
 
-// result += a b: `a` holds columns 16 * step ... of a 16 * kRowTiles row operand in registers, b the rows of the same
-// numbers of a tile. kClamped: of b what is finite, because some of `a` are zeros in place of what is hidden.
+// result += a b: `a` holds columns 16 * step ... of an operand of 16 * kRowTiles rows in registers, `b` is a tile with
+// the rows of the same numbers. kClamped: numbers of b that are not finite are replaced, because the zeros of `a` stand
+// for masked elements, and 0 * NaN is NaN.
 template <typename T, int kHeadDim, int kRowsB, int kRowTiles, bool kClamped = false>
 __device__ inline void multiply_step(float (&result)[kRowTiles][kHeadDim / 8][4],
                                      const std::uint32_t (&a)[kRowTiles][4], std::uint32_t b, int step) {
@@ -175,7 +178,7 @@ __device__ inline void multiply_step(float (&result)[kRowTiles][kHeadDim / 8][4]
   }
 }
 
-// Whether a tile of kBytes holds finite numbers only; the same in all lanes of the warp.
+// Whether a tile of kBytes holds only finite numbers; the same in all lanes of the warp.
 template <typename T, int kBytes>
 __device__ inline bool is_finite(std::uint32_t tile) {
   std::uint32_t sum = 0;
@@ -188,8 +191,8 @@ __device__ inline bool is_finite(std::uint32_t tile) {
   return !__any_sync(kWholeWarp, (sum & 0x7FFF7FFFu) != 0);
 }
 
-// result += b for the numbers of a tile that are not finite, in the rows that see them: what a clamped product has left
-// out, of weights that are not negative. `rows` are those of `apply_mask`; `key` is row 0 of the tile.
+// result += b for the numbers of a tile that are not finite, in the rows that see them: the clamped product, whose
+// weights are not negative, left them out. `rows` are those of `apply_mask`; row 0 of the tile is key `key`.
 template <typename T, int kHeadDim, int kRowsB, int kRowTiles, typename R>
 __device__ inline void add_not_finite(float (&result)[kRowTiles][kHeadDim / 8][4], const R* rows, int key,
                                       std::uint32_t b) {
@@ -225,7 +228,7 @@ __device__ inline void add_not_finite(float (&result)[kRowTiles][kHeadDim / 8][4
   }
 }
 
-// Columns 16 * step ... 16 * step + 15 of a result, as the A operand of the next product.
+// Packs columns 16 * step ... 16 * step + 15 of a result as the A operand of the next product.
 template <typename T, int kColumnTiles>
 __device__ inline void pack_operand(std::uint32_t (&a)[4], const float (&values)[kColumnTiles][4], int step) {
   const float (&left)[4] = values[2 * step];
@@ -236,8 +239,8 @@ __device__ inline void pack_operand(std::uint32_t (&a)[4], const float (&values)
   a[3] = pack<T>(right[2], right[3]);
 }
 
-// Writes 16 * kRowTiles rows of a result, times `factor` of their row ([0]: row g, [1]: row g + 8), to rows `first` ...
-// of `target`, through rows `tile_row` ... of a tile that this warp alone uses.
+// Writes 16 * kRowTiles rows of a result, each times its `factor` ([0]: row g, [1]: row g + 8), to rows `first` ... of
+// `target`. They pass through rows `tile_row` ... of a tile, which this warp alone uses.
 template <typename T, int kHeadDim, int kRowsTile, int kRowTiles>
 __device__ inline void store_rows(const Rows<T>& target, int first, const float (&values)[kRowTiles][kHeadDim / 8][4],
                                   const float (&factor)[kRowTiles][2], std::uint32_t tile, int tile_row) {
