@@ -165,7 +165,7 @@ SPLIT_CASES = [
 def check_splits(case, num_splits, device, monkeypatch):
     """Checks the forward pass of that kernel, with a step of 64 keys in each split, and returns its results."""
     inputs = make(dataclasses.replace(case, seqlen_k=max(64 * num_splits - 27, 100)), device)
-    monkeypatch.setattr(op, "num_splits", num_splits)
+    monkeypatch.setattr(op, "NUM_SPLITS", num_splits)
     options = {**inputs.options, "return_lse": True, "backend": "cuda"}
     with numerics.nan_filled():
         results = out, lse = attention(*inputs.tensors(), **options)
@@ -246,7 +246,7 @@ def test_float64_takes_the_reference(causal, device):
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_reference_in_blocks_of_queries(causal, device, monkeypatch):
-    monkeypatch.setattr(op, "reference_block_logits", 2000)  # a few rows at a time
+    monkeypatch.setattr(op, "REFERENCE_BLOCK_LOGITS", 2000)  # a few rows at a time
     check(make(Case(seqlen_q=70, seqlen_k=50, causal=causal, mask="documents"), device), "reference")
     check(make(Case(seqlen_q=50, seqlen_k=70, causal=causal, mask="padding"), device), "reference")
 

@@ -17,8 +17,8 @@ _DTYPES = {
     "cpu": (torch.float32, torch.float16, torch.bfloat16),
     "cuda": (torch.float16, torch.bfloat16),  # tensor cores; float32 would lose digits there and takes the reference
 }
-num_splits = 0  # tests: into how many splits the CUDA kernel for few queries cuts the keys; 0: it chooses
-reference_block_logits = 2**24  # the reference holds at most so many logits at once: 64 MiB of float32
+NUM_SPLITS = 0  # tests change it: into how many splits the CUDA kernel for few queries cuts the keys; 0: it chooses
+REFERENCE_BLOCK_LOGITS = 2**24  # the reference holds at most so many logits at once: 64 MiB of float32
 
 
 @overload
@@ -324,9 +324,9 @@ class Plan(NamedTuple):
 
     backend: str
     is_empty: bool  # there is nothing to compute
-    num_partials: int  # of the workspace, floats
+    num_partials: int  # float32 numbers of the workspace
     num_semaphores: int
-    splits: dict[str, int]  # the argument num_splits, where a direction has it: the one that the workspace is for
+    splits: dict[str, int]  # the argument num_splits, where a direction has it: the workspace is for so many
 
 
 _Direction = Literal["forward", "backward"]
@@ -335,7 +335,7 @@ _Direction = Literal["forward", "backward"]
 def _plan(direction: _Direction, call: Call) -> Plan:
     """The backend of a call and the sizes of its workspace."""
     q, shape_k = call.q, call.k.shape
-    key = direction, call.backend, q.device, q.dtype, q.shape, shape_k, call.causal, call.softmax_scale, num_splits
+    key = direction, call.backend, q.device, q.dtype, q.shape, shape_k, call.causal, call.softmax_scale, NUM_SPLITS
     return _select.plan(key, q.device, lambda: _make_plan(direction, call))
 
 
@@ -356,12 +356,12 @@ def _make_plan(direction: _Direction, call: Call) -> Plan:
     }
     with _select.device_guard(q.device):
         if direction == "backward":
-            partials, semaphores = _select.extension.attention_backward_workspace(**shape, causal=call.causal)
-            return Plan(backend, False, partials, semaphores, {})
-        partials, semaphores, splits = _select.extension.attention_forward_workspace(
-            **shape, causal=call.causal, num_splits=num_splits
+            num_partials, num_semaphores = _select.extension.attention_backward_workspace(**shape, causal=call.causal)
+            return Plan(backend, False, num_partials, num_semaphores, {})
+        num_partials, num_semaphores, num_splits = _select.extension.attention_forward_workspace(
+            **shape, causal=call.causal, num_splits=NUM_SPLITS
         )
-        return Plan(backend, False, partials, semaphores, {"num_splits": splits})
+        return Plan(backend, False, num_partials, num_semaphores, {"num_splits": num_splits})
 
 
 def _tensors(call: Call, out: Tensor, softmax_lse: Tensor) -> dict[str, Any]:
@@ -412,7 +412,7 @@ def _query_blocks(call: Call) -> Iterator[tuple[slice, slice, dict[str, Any]]]:
     """
     batch, seqlen_q, num_heads, _ = call.q.shape
     seqlen_k = call.k.shape[1]
-    rows = max(1, reference_block_logits // (batch * num_heads * seqlen_k))
+    rows = max(1, REFERENCE_BLOCK_LOGITS // (batch * num_heads * seqlen_k))
     first_query = seqlen_k - seqlen_q  # its position among the keys
     for start in range(0, seqlen_q, rows):
         stop = min(start + rows, seqlen_q)

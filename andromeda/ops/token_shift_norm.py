@@ -80,10 +80,8 @@ def token_shift_norm(
         call = call._replace(residual_scale=residual_scale.to(dtype))
     if gamma is not None and gamma.dtype != dtype:
         call = call._replace(gamma=gamma.to(dtype))
-    run = (
-        _TokenShiftNorm.apply if _select.needs_function(NAME, x, residual, call.residual_scale, call.gamma) else FORWARD
-    )
-    y, shifted = run(*call)
+    needs_function = _select.needs_function(NAME, x, residual, call.residual_scale, call.gamma)
+    y, shifted = _TokenShiftNorm.apply(*call) if needs_function else FORWARD(*call)
     if gamma is None and residual is None:
         y = x
     return y, y if shift == 0 else shifted

@@ -303,11 +303,11 @@ def test_number_of_splits(case, num_splits, emulated, monkeypatch):
 
 
 def test_no_more_splits_than_steps(emulated, monkeypatch):
-    monkeypatch.setattr(op, "num_splits", 50)
+    monkeypatch.setattr(op, "NUM_SPLITS", 50)
     case = small(seqlen_q=1, seqlen_k=150)  # three steps of 64 keys
     check(make(case, torch.device("cpu")), "cuda")
     assert emulated.launches[0].grid[0] == 3
-    monkeypatch.setattr(op, "num_splits", -2)
+    monkeypatch.setattr(op, "NUM_SPLITS", -2)
     with pytest.raises(ValueError, match=r"num_splits must be at least 0 \(0: chosen\), or -1, got -2"):
         check(make(case, torch.device("cpu")), "cuda")
 
@@ -322,7 +322,7 @@ def test_splits_keep_what_is_not_finite(emulated, monkeypatch):
     inputs.v.view(torch.int16)[:, 400, :, 4] = -1  # a NaN whose bits are all set
     results = []
     for num_splits in (1, 17):
-        monkeypatch.setattr(op, "num_splits", num_splits)
+        monkeypatch.setattr(op, "NUM_SPLITS", num_splits)
         results.append(attention(*inputs.tensors(), causal=True, backend="cuda").float())
     whole_keys, shares = results
     assert torch.equal(whole_keys.isnan(), shares.isnan()) and torch.equal(whole_keys.isinf(), shares.isinf())
@@ -346,7 +346,7 @@ def test_bytes_on_the_way_of_the_last_block(emulated, monkeypatch):
     partial_bytes = heads * (3 * head_dim + 8)
     assert chosen == ((128 + 22 + 4) * partial_bytes / 4, 22 + 4 + 1, num_splits)
     emulated.settings.blocks = (*range(1, num_splits), 0)
-    monkeypatch.setattr(op, "num_splits", num_splits)
+    monkeypatch.setattr(op, "NUM_SPLITS", num_splits)
     case = small(seqlen_q=1, seqlen_k=64 * num_splits, num_heads=heads, head_dim=head_dim)
     attention(*make(case, torch.device("cpu")).tensors(), causal=True, backend="cuda")
     read = emulated.launches[-1].counters.foreign_bytes

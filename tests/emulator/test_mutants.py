@@ -114,7 +114,7 @@ def forward(device=ONE_MULTIPROCESSOR, num_splits=0, **changes):
     _, call = attention_arguments(changes)
 
     def run():
-        with unittest.mock.patch.object(attention_op, "num_splits", num_splits):
+        with unittest.mock.patch.object(attention_op, "NUM_SPLITS", num_splits):
             return attention_op.forward(call)
 
     return Trial(run, device)
