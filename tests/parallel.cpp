@@ -2,8 +2,8 @@
 //
 //   parallel WHO THREADS [LIBRARY]     LIBRARY: an OpenMP runtime, loaded first
 //
-// WHO: "caller" or "worker", whose task throws; "all" of them; "nested", a worker inside a task; "nobody". Says what
-// arrived, and how many of the tasks of a second call ran.
+// WHO: the thread whose task throws: "caller", "worker", "all" of them, "nested" (a worker inside a task) or "nobody".
+// Prints the exception that arrived, and how many of the tasks of a second call ran.
 #include "../csrc/cpu/parallel.h"
 
 #include <dlfcn.h>
@@ -24,7 +24,7 @@ namespace {
 
 constexpr int kTasks = 1000;
 
-// Tasks of other threads wait until the one in question has thrown: it cannot find all of them done.
+// Tasks of other threads wait until that thread has thrown, so that it does not find all tasks done.
 void throw_in(const std::string& who, int num_threads) {
   const std::thread::id caller = std::this_thread::get_id();
   std::atomic<bool> thrown{false};
@@ -69,7 +69,7 @@ int main(int argc, char** argv) {
   if (argc > 3 && dlopen(argv[3], RTLD_NOW | RTLD_GLOBAL) == nullptr) return EXIT_FAILURE;
   const int num_threads = std::atoi(argv[2]);
   report(argv[1], num_threads);
-  const pid_t child = fork();  // whose OpenMP workers are gone
+  const pid_t child = fork();  // a child has no OpenMP workers
   if (child == 0) {
     report(argv[1], num_threads);
     std::_Exit(EXIT_SUCCESS);

@@ -811,7 +811,7 @@ def hide_somewhere(case, inputs, backend):
 
 
 @law(masks=MASKS)
-def test_what_is_not_finite_reaches_only_what_sees_it(case, inputs, backend):
+def test_numbers_that_are_not_finite_reach_only_rows_that_see_them(case, inputs, backend):
     hide_somewhere(case, inputs, backend)
 
 
@@ -843,7 +843,7 @@ def hide_at_edges(case, inputs, name, backend):
 
 @pytest.mark.parametrize("case", HIDDEN, ids=str)
 @pytest.mark.parametrize("name", TENSORS)
-def test_every_place_is_hidden_from_what_does_not_see_it(name, case, backend, device):
+def test_every_place_is_hidden_from_rows_that_do_not_see_it(name, case, backend, device):
     inputs = make(case, device)
     require(backend, *inputs.tensors(), **inputs.options)
     hide_at_edges(case, inputs, name, backend)

@@ -299,7 +299,7 @@ def test_graph_replays(subject, device):
 
 
 @every_subject
-def test_graph_outlives_what_calls_keep(subject, device):
+def test_graph_outlives_the_memory_that_calls_keep(subject, device):
     """Tables and counters that calls share must not be freed or changed under a graph that reads them."""
     tensors = subject.draw(device, 0)
     graph, results, stream = capture(lambda: subject.call(*tensors))

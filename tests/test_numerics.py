@@ -177,7 +177,7 @@ def test_nan_is_never_close():
         numerics.assert_lse_close(torch.tensor([-math.inf, 0.0]), torch.tensor([0.0, 0.0]))
 
 
-def test_nan_filled_covers_what_the_operations_allocate_with():
+def test_nan_filled_covers_every_allocation_of_the_operations():
     like = torch.zeros(3, dtype=torch.bfloat16)
     with numerics.nan_filled():
         assert like.new_empty((2, 2)).isnan().all()

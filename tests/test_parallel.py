@@ -39,7 +39,7 @@ def program(tmp_path_factory):
         ("nobody", 5, "nothing"),
     ],
 )
-def test_what_a_task_throws_arrives_at_the_caller(who, threads, said, runtime, program):
+def test_an_exception_of_a_task_arrives_at_the_caller(who, threads, said, runtime, program):
     """In this process, and in a forked child, which has no OpenMP workers; the next call works as usual."""
     if runtime == "OpenMP" and not THREADS[runtime]:
         pytest.skip("torch brings no libgomp here")

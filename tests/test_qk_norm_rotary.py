@@ -210,7 +210,7 @@ def test_a_bad_number_stays_in_its_row(backend, tensors_for, value):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("normalize", [True, False], ids=["norm", "no_norm"])
-def test_a_row_that_nobody_uses_adds_nothing(backend, tensors_for, normalize, value):
+def test_a_row_without_gradient_adds_nothing(backend, tensors_for, normalize, value):
     """A row whose gradient is 0, such as a hidden key, changes no gradient, whatever it holds."""
     q, k, q_scale, k_scale = tensors_for(PLAIN)
     options = {"normalize": normalize, "rotary_dim": 8, "backend": backend}
@@ -484,7 +484,7 @@ def test_second_derivatives_of_kernels_and_tangents_are_refused(backend, tensors
         torch.func.jvp(lambda scale: qk_norm_rotary(q, k, q_scale=scale, backend=backend), (q_scale,), (q_scale,))
 
 
-def test_only_what_is_asked_for_gets_a_gradient(backend, tensors_for):
+def test_only_requested_tensors_get_a_gradient(backend, tensors_for):
     q, k, q_scale, _ = tensors_for(PLAIN)
     assert all(out.grad_fn is None for out in qk_norm_rotary(q, k, q_scale=q_scale, backend=backend))
     q_scale.requires_grad_()

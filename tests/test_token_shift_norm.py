@@ -181,7 +181,7 @@ def test_the_formula_of_the_specification(case):
                 assert shifted[b, t, channel].item() == expected
 
 
-def test_what_nothing_is_done_to_is_not_copied(backend, tensors_for):
+def test_an_unchanged_tensor_is_not_copied(backend, tensors_for):
     x, *_, gamma = tensors_for(PLAIN)
     y, shifted = token_shift_norm(x, backend=backend)
     assert y is x and shifted is x
@@ -229,7 +229,7 @@ def test_a_bad_number_stays_in_its_row(backend, tensors_for, value):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "no_norm"])
-def test_what_key_start_hides_does_not_count(backend, tensors_for, device, norm, value):
+def test_hidden_rows_do_not_count(backend, tensors_for, device, norm, value):
     """Rows before their own `key_start`, and gradients that reach them, change no results and gradients of others."""
     case = Case("", batch=1, seqlen=11, dim=40, shift=2, norm=norm)
     x, residual, residual_scale, gamma = tensors_for(case)
@@ -512,7 +512,7 @@ def test_one_output_alone(backend, tensors_for, used):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_only_what_is_asked_for_gets_a_gradient(backend, tensors_for):
+def test_only_requested_tensors_get_a_gradient(backend, tensors_for):
     x, residual, residual_scale, gamma = tensors_for(PLAIN)
     assert all(out.grad_fn is None for out in run(x, residual, residual_scale, gamma, shift=1, backend=backend))
     gamma.requires_grad_()

@@ -1,4 +1,4 @@
-// Runs one CPU kernel on arguments from files: how tests/test_aarch64.py calls the kernels of another processor.
+// Runs one CPU kernel on arguments from files: tests/test_aarch64.py calls the kernels of another processor with it.
 //
 //   driver <call> <memory>
 //
@@ -24,7 +24,7 @@ namespace {
 
 using namespace andromeda;
 
-struct alignas(64) CacheLine {  // torch aligns its memory so
+struct alignas(64) CacheLine {  // the alignment of torch's memory
   char bytes[64];
 };
 

@@ -217,7 +217,7 @@ HIDDEN = alternate(
 
 @pytest.mark.parametrize("name", whole.TENSORS)
 @pytest.mark.parametrize("case", HIDDEN, ids=str)
-def test_what_is_hidden_stays_hidden(case, name, emulated):
+def test_hidden_numbers_stay_hidden(case, name, emulated):
     emulate(emulated, case)
     inputs = make(case, torch.device("cpu"))
     seqlen = getattr(inputs, name).shape[1]
@@ -235,7 +235,7 @@ def test_one_infinite_row_leaves_the_others_their_digits(name, emulated):
     whole.check_hidden(make(case, torch.device("cpu")), "cuda", name, 0, 95, 0, 7, math.inf)
 
 
-def test_what_is_seen_is_not_hidden(emulated):
+def test_visible_numbers_are_not_hidden(emulated):
     """Also in tiles that hide something, an infinite value reaches its own channel alone."""
     case = small(seqlen_q=70, seqlen_k=70, num_heads=2)
     inputs = make(case, torch.device("cpu"))
@@ -312,7 +312,7 @@ def test_no_more_splits_than_steps(emulated, monkeypatch):
         check(make(case, torch.device("cpu")), "cuda")
 
 
-def test_splits_keep_what_is_not_finite(emulated, monkeypatch):
+def test_splits_keep_numbers_that_are_not_finite(emulated, monkeypatch):
     """Sums are rounded between blocks: an infinity stays one, and so does a NaN of any bits."""
     case = small(seqlen_q=1, seqlen_k=64 * 17, num_heads=5)
     inputs = make(case, torch.device("cpu"))

@@ -144,7 +144,7 @@ def test_bytes_that_one_block_reads_of_others(name):
     assert emu.launches[-1].counters.foreign_bytes == 0
 
 
-def test_what_was_not_written_is_nan():
+def test_unwritten_memory_is_nan():
     _, out = run(ptx(80), "same_word", False)
     assert torch.isnan(out[128:]).all()
 
@@ -181,7 +181,7 @@ UNKNOWN = """
         ("bra nowhere", "unknown name nowhere"),
     ],
 )
-def test_what_is_not_known_stops_with_its_text_and_line(statement, message):
+def test_unknown_instructions_stop_with_their_text_and_line(statement, message):
     emu = Emulator()
     with pytest.raises(RuntimeError, match=r"PTX line 10: (" + message + ")"):
         emu.run_ptx(UNKNOWN.format(statement=statement), "k", 1, 32, ())

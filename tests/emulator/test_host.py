@@ -507,7 +507,7 @@ def test_without_nvcc(monkeypatch, ci, outcome):
         Emulator()
 
 
-def test_what_is_missing_is_named(monkeypatch):
+def test_missing_programs_are_named(monkeypatch):
     monkeypatch.setenv("ANDROMEDA_CUDA", "0")
     assert "no nvcc" in emulator.build.unavailable.__wrapped__()
     monkeypatch.setenv("ANDROMEDA_CUDA", "1")
@@ -517,7 +517,7 @@ def test_what_is_missing_is_named(monkeypatch):
     assert "not installed: no-such-cmake, no-such-ninja" in emulator.build.unavailable.__wrapped__()
 
 
-def test_a_failed_build_says_what_the_compiler_said(monkeypatch):
+def test_a_failed_build_shows_the_message_of_the_compiler(monkeypatch):
     announced = []
     monkeypatch.setattr(emulator.build, "announce", announced.append)
     lines = "print('[1/3] Building a'); print('[2/3] Building b'); print('error: y')"
@@ -648,9 +648,9 @@ LAWS = [
     (operation.test_norm_has_a_floor,),
     (operation.test_a_bad_number_stays_in_its_row, math.nan),
     (operation.test_a_bad_number_stays_in_its_row, math.inf),
-    (operation.test_a_row_that_nobody_uses_adds_nothing, True, math.nan),
-    (operation.test_a_row_that_nobody_uses_adds_nothing, True, -math.inf),
-    (operation.test_a_row_that_nobody_uses_adds_nothing, False, math.inf),
+    (operation.test_a_row_without_gradient_adds_nothing, True, math.nan),
+    (operation.test_a_row_without_gradient_adds_nothing, True, -math.inf),
+    (operation.test_a_row_without_gradient_adds_nothing, False, math.inf),
     (operation.test_strided_gradients,),
     (operation.test_scores_do_not_depend_on_the_first_position, torch.bfloat16),
     (operation.test_positive_factors_vanish_under_the_norm,),
@@ -661,7 +661,7 @@ LAWS = [
     (operation.test_opcheck, True),
     (operation.test_opcheck, False),
     (operation.test_func_grad,),
-    (operation.test_only_what_is_asked_for_gets_a_gradient,),
+    (operation.test_only_requested_tensors_get_a_gradient,),
     (operation.test_scales_may_have_the_dtype_of_the_model,),
 ]
 

@@ -243,7 +243,7 @@ def fate(emulated, trials, expected):
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_what_is_removed_is_missed(name, emulated, capsys):
+def test_every_mutant_is_caught(name, emulated, capsys):
     part_of_name, make_trials = KERNELS[name]
     entry, text = kernel_text(emulated.ptx_texts(), part_of_name)
     trials, expected = make_trials(), []

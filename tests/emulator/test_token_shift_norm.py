@@ -128,7 +128,7 @@ def test_on_every_device(emulated, name):
 
 
 LAWS = [
-    (operation.test_what_nothing_is_done_to_is_not_copied,),
+    (operation.test_an_unchanged_tensor_is_not_copied,),
     (operation.test_norm_of_a_row_far_from_zero,),
     (operation.test_norm_of_equal_channels,),
     (operation.test_a_bad_number_stays_in_its_row, math.nan),
@@ -140,7 +140,7 @@ LAWS = [
     (operation.test_second_derivatives_of_kernels_and_tangents_are_refused,),
     (operation.test_one_output_alone, 0),
     (operation.test_one_output_alone, 1),
-    (operation.test_only_what_is_asked_for_gets_a_gradient,),
+    (operation.test_only_requested_tensors_get_a_gradient,),
     (operation.test_vectors_may_have_the_dtype_of_the_model,),
     (operation.test_small_gammas_survive_half_precision,),
 ]
@@ -151,7 +151,7 @@ LAWS_WITH_A_DEVICE = [
     (operation.test_calls_on_pieces_equal_one_call, (1, 2, 13, 1), True),
     (operation.test_documents_are_separate,),
     *[
-        (operation.test_what_key_start_hides_does_not_count, norm, value)
+        (operation.test_hidden_rows_do_not_count, norm, value)
         for norm, value in ((True, math.nan), (True, math.inf), (False, math.nan), (False, -math.inf))
     ],
     (operation.test_opcheck, "deepnorm"),
