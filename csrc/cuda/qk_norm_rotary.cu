@@ -73,7 +73,7 @@ bool all_aligned16(const QkNormRotaryBackwardOperand& operand, int batch) {
 
 template <typename T, typename Params>
 bool all_aligned16(const Params& params) {
-  static_assert(kVec16Width<T> % kVec16Width<float> == 0, "vecs of x must read whole vecs of scale");
+  static_assert(kVec16Width<T> % kVec16Width<float> == 0, "vectors of x must read whole vectors of scale");
   return params.head_dim % kVec16Width<T> == 0 && params.rotary_dim % kVec16Width<float> == 0 &&
          all_aligned16<T>(params.q, params.batch) && all_aligned16<T>(params.k, params.batch);
 }

@@ -165,8 +165,8 @@ struct Slice {
     return channel(loaded / kVecPairs) + 2 * (loaded % kVecPairs) < rotary_dim;
   }
 
-  // Multiplies the rotations of token `seq` by their factors z. Read so late, from L1 after the first head, they occupy
-  // no register while memory is waited for. With Access::kVec16 two factors are one access.
+  // Multiplies the rotations of token `seq` by their factors z. They are read late, from L1 after the first head, so
+  // that they occupy no register during the wait for memory. With Access::kVec16 two factors are one access.
   __device__ void apply_factors(float2 (&rotation)[kPairs], const QkNormRotaryOperand& operand, int seq) const {
     if (operand.factors == nullptr) return;
     const float* row = operand.factors + static_cast<std::int64_t>(seq) * operand.factor_step + first_channel() / 2;

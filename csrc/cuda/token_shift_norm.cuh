@@ -73,7 +73,7 @@ struct Segments {
 };
 
 struct Channels {
-  float count, inverse_count;  // share: 1 / count
+  float count, inverse_count;
 };
 
 // How rows are dealt to blocks and lanes. Block i owns run i of the tokens, which are numbered through the batch.
@@ -284,7 +284,7 @@ __device__ inline void scatter(const TokenShiftNormParams& params, const RowPlac
   }
 }
 
-// Two places, used in buffer: between two uses of one lies the barrier of the other, so each use needs one barrier.
+// Two buffers, used alternately: the barrier of one lies between two uses of the other, so each use needs one barrier.
 struct WarpSums {
   float4 values[2][kMaxRowWarps];
 };
@@ -316,7 +316,7 @@ struct RowLane {
   static constexpr int kWidth = kAccess == Access::kVec16 ? kVec16Width<T> : 1;
   static constexpr int kChannels = kLaneChannels<T, kAccess>;
   static constexpr int kVecs = kChannels / kWidth;
-  static_assert(kWidth == 1 || kWidth % 4 == 0, "a vec16 of x must read whole vecs of gamma");
+  static_assert(kWidth == 1 || kWidth % 4 == 0, "a vector of x must read whole vectors of gamma");
   static_assert(kMaxRowLanes<T, kAccess> <= kMaxRowWarps * kWarpLanes);
   using Vecs = Vec<T, kWidth>[kVecs];
 
@@ -533,7 +533,7 @@ struct RowLane {
   }
 
   // Replaces each value by its sum over the lanes of the row, the same bits in all of them.
-  // buffer: which place the sums of warps meet in, 0 and 1 in buffer.
+  // buffer: where the sums of the warps meet; 0 and 1 alternately.
   template <int kCount>
   __device__ void sum_over_row(float (&values)[kCount], int buffer) const {
     if (plan.num_lanes < kWarpLanes) return sum_over_group(values, plan.warp_lanes_log2);
