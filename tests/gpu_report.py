@@ -108,11 +108,6 @@ def tree_digest() -> str:
     return digest.hexdigest()[:12]
 
 
-def commit() -> str:
-    """COMMIT if it is given: in a copy of a checkout git may be of another state."""
-    return os.environ.get("COMMIT") or report.commit()
-
-
 def facts() -> dict:
     """The GPU and the installed packages. The only function that loads torch."""
     import torch
@@ -154,7 +149,7 @@ def begin(steps: list[str]) -> None:
     for stale in Path(os.environ["OUT"]).glob(".gpu.json.*"):  # of an interrupted write
         stale.unlink()
     machine = json.loads((Path(os.environ["SCRATCH"]) / "facts.json").read_text())
-    environment = {"commit": commit(), "sources": tree_digest(), **machine}
+    environment = {"commit": report.commit(), "sources": tree_digest(), **machine}
     data = {"environment": environment, "steps": {}, "measured": {}}
     earlier = next((path for path in (out_file(), kept_file()) if path.exists()), None)
     if earlier is not None:
