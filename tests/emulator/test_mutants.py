@@ -83,8 +83,8 @@ def mutants_of(text):
 def source_line(location, files):
     """The line of our sources that a .loc names; for a wrapper around inline PTX, the line that calls it."""
     for file, line in re.findall(r"(?:\.loc|inlined_at)\s+(\d+) (\d+)", location):
-        path = SOURCES / files[file].rpartition("csrc/cuda/")[2]
-        if path.exists() and "asm volatile" not in (source := path.read_text().splitlines()[int(line) - 1]):
+        _, ours, name = files[file].rpartition("csrc/cuda/")
+        if ours and "asm volatile" not in (source := (SOURCES / name).read_text().splitlines()[int(line) - 1]):
             return source.strip()
     raise AssertionError(f"not a place in {SOURCES}: {location}")
 

@@ -125,7 +125,10 @@ struct OnlineSoftmax {
   }
 
   // The exponent of 2 that a row's weights are relative to.
-  __device__ float exponent(int row_tile, int half) const { return to_log2(finite_max(row_max[row_tile][half])); }
+  __device__ float exponent(int row_tile, int half) const {
+    const float maximum = row_max[row_tile][half];
+    return maximum == -kInfinity ? 0.0f : to_log2(maximum);
+  }
 
   __device__ float to_log2(float maximum) const {
     return kUnit == MaxUnit::kLog2 ? maximum : maximum * softmax_scale_log2;
