@@ -327,24 +327,24 @@ def read_results(name: str) -> Results:
         bars = data.get("bars") or []
     else:
         step, part = inside
-        path, whole = file_with(file, step)
+        path, whole = file_with(file, step, part)
         data = whole["measured"][step][part]
         bars = []  # the whole file has them, for a block of their own
     check_commit(path, data["environment"])
     return Results(path, data["rows"], data.get("notes", []), bars, data["environment"])
 
 
-def file_with(file: str, step: str) -> tuple[Path, dict]:
-    """FILE.json, or the newest of the FILE-COMMIT.json, which has the results of a step of tests/gpu.sh."""
+def file_with(file: str, step: str, part: str) -> tuple[Path, dict]:
+    """FILE.json, or the newest of the FILE-COMMIT.json, which has this part of a step of tests/gpu.sh."""
     found = []
     for path in [RESULTS / f"{file}.json", *RESULTS.glob(f"{file}-*.json")]:
         data = json.loads(path.read_text())
-        if step in data["measured"]:
+        if part in data["measured"].get(step, {}):
             if path.name == f"{file}.json":
                 return path, data
             found.append((data["steps"][step]["at"], path, data))
     if not found:
-        raise SystemExit(f"no {file}.json or {file}-*.json in {RESULTS} has the step {step!r}")
+        raise SystemExit(f"no {file}.json or {file}-*.json in {RESULTS} has {part!r} of the step {step!r}")
     return max(found, key=lambda entry: entry[0])[1:]
 
 

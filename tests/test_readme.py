@@ -278,13 +278,16 @@ def test_a_step_is_taken_from_the_newest_file_that_has_it(report, results):
         measured = {step: {"attn": part} for step in steps}
         return {"measured": measured, "steps": {step: {"at": at} for step, at in steps.items()}}
 
-    results("gpu", file("aaaaaaa", {"quick": "2026-11-03"}))
+    without_the_part = file("aaaaaaa", {"quick": "2026-11-03"})
+    without_the_part["measured"]["bench"] = {"model_before": {}}
+    results("gpu", without_the_part)
     results("gpu-bbbbbbb", file("bbbbbbb", {"quick": "2026-11-01", "bench": "2026-11-01"}))
     results("gpu-ccccccc", file("ccccccc", {"bench": "2026-11-02"}))
     assert report.read_results("gpu:quick:attn").rows[0]["pass"] == "aaaaaaa"
     assert report.read_results("gpu:bench:attn").rows[0]["pass"] == "ccccccc"
-    with pytest.raises(SystemExit, match="has the step 'host'"):
-        report.read_results("gpu:host:attn")
+    for part in ("host:attn", "bench:model"):
+        with pytest.raises(SystemExit, match=f"has '{part.partition(':')[2]}' of the step '{part.partition(':')[0]}'"):
+            report.read_results(f"gpu:{part}")
 
 
 def test_results_do_not_make_a_tree_dirty(report, monkeypatch, tmp_path):
