@@ -24,7 +24,7 @@ AUTO = "auto"  # the argument of an operator for backend=None: it chooses when i
 
 # The compiled kernels, or else the reason why they are missing.
 if TYPE_CHECKING:
-    from andromeda import _C
+    import andromeda._C as _C
 
     extension = _C
     extension_error: str | None
