@@ -324,8 +324,8 @@ def test_splits_keep_numbers_that_are_not_finite(emulated, monkeypatch):
     for num_splits in (1, 17):
         monkeypatch.setattr(op, "NUM_SPLITS", num_splits)
         results.append(attention(*inputs.tensors(), causal=True, backend="cuda").float())
-    whole_keys, shares = results
-    assert torch.equal(whole_keys.isnan(), shares.isnan()) and torch.equal(whole_keys.isinf(), shares.isinf())
+    whole_keys, split_keys = results
+    assert torch.equal(whole_keys.isnan(), split_keys.isnan()) and torch.equal(whole_keys.isinf(), split_keys.isinf())
     assert whole_keys[..., 0].isposinf().all() and whole_keys[..., 1].isneginf().all()
     assert (
         whole_keys[..., 2].isnan().all() and whole_keys[..., 4].isnan().all() and whole_keys[..., 5:].isfinite().all()
@@ -333,7 +333,7 @@ def test_splits_keep_numbers_that_are_not_finite(emulated, monkeypatch):
 
 
 def test_bytes_on_the_way_of_the_last_block(emulated, monkeypatch):
-    """131072 keys on an H200 are 128 shares. The last block to arrive writes a partial result for each level and reads
+    """131072 keys on an H200 are 128 splits. The last block to arrive writes a partial result for each level and reads
     the others of its groups: bytes that nothing hides."""
     heads, head_dim, num_splits = 24, 128, 128
     sizes = {"batch": 1, "seqlen_q": 1, "num_heads": heads, "num_kv_heads": 1, "head_dim": head_dim, "causal": True}
@@ -356,7 +356,7 @@ def test_bytes_on_the_way_of_the_last_block(emulated, monkeypatch):
 @pytest.mark.parametrize(
     "batch, seqlen_k, measured", [(1, 131072, (128, 132)), (16, 8192, (8, 8)), (64, 2048, (2, 4)), (1, 8192, (24, 64))]
 )
-def test_number_of_shares_is_the_fastest_measured(emulated, batch, seqlen_k, measured):
+def test_number_of_splits_is_the_fastest_measured(emulated, batch, seqlen_k, measured):
     """On an H200, 24 heads of 128 channels: within 4 % of the best number of splits of these keys."""
     emulated.settings.device = "H200"
     sizes = {"seqlen_q": 1, "num_heads": 24, "num_kv_heads": 1, "head_dim": 128, "causal": True}
