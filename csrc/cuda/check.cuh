@@ -1,4 +1,4 @@
-// CUDA failures as exceptions that say what was launched, on which device, and for which devices it was built.
+// CUDA errors as exceptions that name the launch, the device, and the architectures that the kernels are built for.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -39,7 +39,7 @@ inline std::string describe_architectures() {
 
 inline void check(cudaError_t status, const char* call, const Launch& launch) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();  // reported here, so no later call may find it again
+  cudaGetLastError();  // clears the error: it is reported here, and no later call may report it again
   throw std::runtime_error(std::string(launch.kernel) + ": " + call + " returned " + cudaGetErrorName(status) + ", " +
                            cudaGetErrorString(status) + ", for " + std::to_string(launch.num_blocks) + " blocks of " +
                            std::to_string(launch.num_threads) + " threads and " + std::to_string(launch.shared_bytes) +
@@ -50,8 +50,8 @@ inline void check(cudaError_t status, const char* call, const Launch& launch) {
 // ANDROMEDA_CUDA_CHECK(cudaGetLastError(), launch): std::runtime_error unless the call returns cudaSuccess.
 #define ANDROMEDA_CUDA_CHECK(call, launch) ::andromeda::cuda::check((call), #call, (launch))
 
-// Above 48 KiB a kernel must be allowed its dynamic shared memory, once on each device. launch: with the largest
-// size that the kernel is ever launched with.
+// Permits a kernel to use more than 48 KiB of dynamic shared memory, once on each device. launch: with the largest size
+// of all launches of the kernel.
 template <typename Kernel>
 void allow_shared_bytes(Kernel* kernel, const Launch& launch) {
   static std::mutex mutex;

@@ -1,5 +1,5 @@
-// What stands between a device and the kernels, found before the first launch: a driver that is missing or older than
-// the runtime in this library, a device that is taken, code that the driver can neither load nor compile.
+// Finds, before the first launch, why a device cannot run the kernels: a driver that is missing or older than the
+// runtime in this library, a device that another process holds, code that the driver can neither load nor compile.
 #include <cuda_runtime.h>
 
 #include <string>
@@ -9,8 +9,8 @@
 
 namespace andromeda::cuda {
 
-// Never launched. It was compiled for the architectures of all kernels, by the same tools, and is loaded at once: what
-// the driver says of its code it says of theirs.
+// Never launched, and quick to load. It was compiled for the architectures of all kernels, by the same tools: if the
+// driver accepts its code, it accepts theirs.
 __global__ void probe_kernel() {}
 
 namespace {
@@ -19,8 +19,8 @@ std::string describe(cudaError_t error) {
   return error == cudaSuccess ? "" : std::string(cudaGetErrorName(error)) + ", " + cudaGetErrorString(error);
 }
 
-// Whether an answer follows from driver, device and library alone. Others depend on the moment (memory, other
-// processes) or on the process (a child of a process that had used CUDA).
+// Whether an error, or success, depends on driver, device and library alone. Other errors depend on the moment (memory,
+// other processes) or on the process (a child of a process that had used CUDA).
 bool is_lasting(cudaError_t error) {
   switch (error) {
     case cudaSuccess:
@@ -41,7 +41,7 @@ bool is_lasting(cudaError_t error) {
 }
 
 CudaStatus probe(int device) {
-  // Another thread may be capturing a graph: what is done here is no part of it, and may allocate.
+  // Another thread may be capturing a graph: the calls below are not part of it, and may allocate.
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
   cudaThreadExchangeStreamCaptureMode(&mode);
   if (const cudaError_t error = cudaSetDevice(device)) return {describe(error), "", is_lasting(error)};
@@ -55,14 +55,14 @@ CudaStatus probe(int device) {
 CudaVersions cuda_versions() {
   int driver = 0;
   if (cudaDriverGetVersion(&driver) != cudaSuccess) {
-    cudaGetLastError();  // answered here, so no later call may find it again
+    cudaGetLastError();  // clears the error: it is handled here, and no later call may report it
     driver = 0;
   }
   return {CUDART_VERSION, driver};
 }
 
-// In a thread of its own, since the current device and the last error belong to a thread: the caller's stay as they
-// are. Setting the device back would make the caller's ready too, which may be one that nobody uses.
+// Probes in a thread of its own, because the current device and the last error belong to a thread: the caller's do not
+// change. Setting the device back instead would initialise the caller's too, which may be one that nobody uses.
 CudaStatus cuda_status(int device) {
   CudaStatus status{};
   std::thread([&] { status = probe(device); }).join();

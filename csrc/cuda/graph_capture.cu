@@ -1,4 +1,4 @@
-// What CUDA says about the capture of graphs. Host code only.
+// The state of graph capture, as the CUDA runtime reports and sets it. Host code only.
 #include "andromeda/graph_capture.h"
 #include "check.cuh"
 
@@ -19,7 +19,7 @@ unsigned long long capture_id(CUstream_st* stream) {
 bool permit_work_beside_captures(bool permitted) {
   cudaStreamCaptureMode mode = permitted ? cudaStreamCaptureModeRelaxed : cudaStreamCaptureModeGlobal;
   if (cudaThreadExchangeStreamCaptureMode(&mode) != cudaSuccess) {
-    cudaGetLastError();  // reported here, so no later call may find it again
+    cudaGetLastError();  // clears the error: no later call may report it
     return permitted;
   }
   return mode == cudaStreamCaptureModeRelaxed;

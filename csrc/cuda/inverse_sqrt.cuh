@@ -1,12 +1,12 @@
-// 1 / sqrt(x) as accurate as the results of a norm need it.
+// 1 / sqrt(x), as accurate as the result of a norm needs.
 #pragma once
 
 #include <cfloat>
 
 namespace andromeda::cuda {
 
-// For x > 0. rsqrtf is within 2 ulp, plenty for rows of half precision; a step of Newton's method brings it to 1 ulp
-// for float32. An infinite x gives 0, and the step would make that NaN.
+// For x > 0. rsqrtf is within 2 ulp, which is plenty for rows of half precision; for float32 a step of Newton's method
+// brings it to 1 ulp. An infinite x gives 0, which the step would turn into NaN.
 template <typename T>
 __device__ inline float inverse_sqrt(float x) {
   const float estimate = rsqrtf(x);

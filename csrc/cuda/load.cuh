@@ -65,8 +65,8 @@ struct alignas(kVec16Bytes) Vec16 {
 // or one element at a time, which costs more instructions and moves the same bytes from memory.
 enum class Access { kVec16, kElement };
 
-// `source` has `count` more elements of the row, an even number; elements beyond them (count may be <= 0) read as zero.
-// The data are used once: the caches mark them as first to leave, so that tables and scales stay.
+// The row has `count` more elements from `source` on, an even number; elements past them (count may be <= 0) read as
+// zero. The data are used once: the caches evict them first, so that tables and scales stay.
 template <Access kAccess, typename T>
 __device__ inline Vec16<T> load_once(const T* source, int count) {
   static_assert(sizeof(Vec16<T>) == sizeof(uint4) && alignof(Vec16<T>) == alignof(uint4));
@@ -113,11 +113,11 @@ __device__ inline void store_elements(T* target, const Bits& bits, int count) {
   }
 }
 
-// Float constants that many lanes share, through the read-only path. Pairs past the first `count` elements, an even
-// number, read as `fill`. With Access::kVec16 the address is a multiple of 16 bytes and count one of 4.
+// Loads float constants that many lanes share, through the read-only path. Pairs past the first `count` elements, an
+// even number, read as `fill`. With Access::kVec16 the address is a multiple of 16 bytes and `count` a multiple of 4.
 template <Access kAccess, int kPairs>
 __device__ inline void load_constants(float2* pairs, const float* source, int count, float2 fill) {
-  static_assert(kPairs % 2 == 0, "a 16-byte access brings two pairs");
+  static_assert(kPairs % 2 == 0, "a 16-byte access loads two pairs");
 #pragma unroll
   for (int i = 0; i < kPairs; i += 2) {
     pairs[i] = pairs[i + 1] = fill;

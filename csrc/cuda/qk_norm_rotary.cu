@@ -1,6 +1,6 @@
 // qk_norm_rotary on the GPU: checks, the plan of the grid, dispatch and launch. The kernels are in qk_norm_rotary.cuh.
 //
-// The tensors' device must be the current one. Nothing is allocated and nothing waits: a launch can be captured.
+// The tensors' device must be the current one. A call allocates nothing and waits for nothing: it can be captured.
 #include <algorithm>
 #include <climits>
 #include <cstdint>
@@ -17,8 +17,8 @@
 namespace andromeda::cuda {
 namespace {
 
-// Rows that a group transforms when nothing else fixes the length of a run: enough to pay for its start (the scale,
-// the divisions), few enough to give a small call many blocks.
+// Rows that a group transforms when nothing else fixes the length of a run: enough to amortise its start (loading the
+// scale, the divisions), few enough to give a small call many blocks.
 constexpr int kRowsPerGroup = 4;
 constexpr int kMaxRunLength = 1 << 30;  // tokens: they are counted in an int, a few steps past the end
 static_assert(kMaxRunLength <= INT_MAX - 2 * kThreads);
@@ -52,7 +52,7 @@ void check_operand(const QkNormRotaryOperand& operand, int rotary_dim) {
   }
 }
 
-// Factors are read two at a time: rows of rotary_dim / 2 of them, an even number, follow each other.
+// Factors are read two at a time. Their rows of rotary_dim / 2, an even number, are contiguous.
 bool is_aligned8(const float* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % sizeof(float2) == 0; }
 
 template <typename T>
@@ -84,12 +84,12 @@ Pitch pitch_of(const OperandPlan& plan, int seqlen, const SeqStrides& stride) {
   return {inside, inside + stride.batch - seqlen * stride.seq};
 }
 
-// Of the heads that a block has at a time: the largest power of two that divides their number, if there are groups.
+// log2 of the heads that a block has at a time: the largest power of two that divides num_heads, at most num_groups.
 int tile_heads_log2_of(int num_heads, int num_groups) {
   return floor_log2(std::min(num_heads & -num_heads, num_groups));
 }
 
-// num_runs == 0: as many as keep the device busy.
+// num_runs == 0: as many runs as keep the device busy.
 OperandPlan plan_operand(const QkNormRotaryOperand& operand, const QkNormRotaryParams& params, int group_log2,
                          std::int64_t num_runs) {
   check_operand(operand, params.rotary_dim);
@@ -159,8 +159,8 @@ void launch(const QkNormRotaryBackwardParams& params, CUstream_st* stream) {
   ANDROMEDA_CUDA_CHECK(cudaGetLastError(), (Launch{"qk_norm_rotary_backward", num_blocks, kThreads, 0}));
 }
 
-// Three variants of each kernel: one vector per lane where a warp covers the row, several for longer rows, and the same
-// element by element for rows that are not aligned.
+// Three variants of each kernel: one vector per lane where a warp covers the row, several for longer rows, and several
+// that are read element by element for rows that are not aligned.
 template <typename Params>
 void dispatch(const Params& params, CUstream_st* stream) {
   check_rows(params.head_dim, params.rotary_dim);
@@ -176,7 +176,7 @@ void dispatch(const Params& params, CUstream_st* stream) {
   });
 }
 
-// Blocks for one run of an operand with so many heads.
+// Blocks for one run of an operand with num_heads heads.
 int count_head_tiles(int num_heads, int group_log2) {
   return num_heads == 0 ? 0 : num_heads >> tile_heads_log2_of(num_heads, kThreads >> group_log2);
 }

@@ -1,7 +1,7 @@
 // token_shift_norm on the GPU: checks, the plan of the grid, dispatch and launch. The kernels are in
 // token_shift_norm.cuh.
 //
-// The tensors' device must be the current one. Nothing is allocated and nothing waits: a launch can be captured.
+// The tensors' device must be the current one. A call allocates nothing and waits for nothing: it can be captured.
 #include <algorithm>
 #include <climits>
 #include <cstdint>
@@ -17,8 +17,8 @@
 namespace andromeda::cuda {
 namespace {
 
-// Rows that a group normalises one after the other when nothing else fixes the length of a run: more of them pay for
-// the start of a block, but only once there are blocks for every multiprocessor. Two were best on an H200 (dim 2560:
+// Rows that a group normalises one after the other when nothing else fixes the length of a run: more of them amortise
+// the start of a block, which helps only once every multiprocessor has blocks. Two were best on an H200 (dim 2560:
 // 172 us, against 174 with one, 177 with four and 185 with eight).
 constexpr int kMaxRowsPerGroup = 2;
 constexpr int kManyBlocks = 2048;
@@ -38,7 +38,7 @@ void check(const TokenShiftNormParams& params) {
   }
 }
 
-// Whether every row of a tensor, if there is one, starts at a multiple of 16 bytes.
+// Whether every row of a tensor starts at a multiple of 16 bytes; true without a tensor.
 template <typename T>
 bool has_aligned_rows(const void* data, const RowStrides& stride, int batch, int seqlen) {
   return data == nullptr || is_aligned16<T>(data, {{batch, stride.batch}, {seqlen, stride.seq}});
@@ -73,7 +73,7 @@ Segments segments_of(const TokenShiftNormParams& params) {
   return {static_cast<unsigned>(ceil_div(std::int64_t{1} << (31 + bits), width)), bits, params.shift};
 }
 
-// num_runs == 0: as many as keep the device busy.
+// num_runs == 0: as many runs as keep the device busy.
 template <typename T, Access kAccess>
 RowPlan plan_rows(const TokenShiftNormParams& params, std::int64_t num_runs) {
   RowPlan plan{};
@@ -117,7 +117,8 @@ void launch(const TokenShiftNormParams& params, CUstream_st* stream) {
   ANDROMEDA_CUDA_CHECK(cudaGetLastError(), (Launch{"token_shift_norm_forward", num_blocks, num_threads, 0}));
 }
 
-// The kernel, allowed the shared memory of its longest rows; sets that of a block of launch.num_threads.
+// Returns the kernel, with permission for the shared memory of its longest rows. Sets launch.shared_bytes for
+// launch.num_threads.
 template <typename T, Access kAccess>
 auto staged_kernel(Launch& launch) {
   const auto kernel = &token_shift_norm_backward_kernel<T, kAccess>;

@@ -1,8 +1,8 @@
 // One kernel per instruction wrapper of csrc/cuda/mma.cuh and per tile function of csrc/cuda/attention/, for
-// test_wrappers.py: the emulator and a GPU run the same PTX, and both must give what plain torch says.
+// test_wrappers.py: the emulator and a GPU run the same PTX, and both must agree with plain torch.
 //
 // A kernel is one block. It moves operands between global memory and the registers of a lane by the layouts that the
-// headers state, written out once more here, calls the one function under test, and stores what came back.
+// headers state, written out once more here, calls the one function under test, and stores its result.
 #include <cstdint>
 #include <cstring>
 
@@ -14,7 +14,7 @@
 
 namespace andromeda::cuda {
 
-// ---- what the kernels share -----------------------------------------------------------------------------------------
+// ---- shared by the kernels ------------------------------------------------------------------------------------------
 
 inline constexpr int kRows = 64;     // of every tile below
 inline constexpr int kColumns = 64;  // of scores
@@ -43,7 +43,7 @@ __device__ inline void for_each_element(float (&values)[kRowTiles][kColumnTiles]
   }
 }
 
-// Fills a tile with ones, NaN in every 16-bit type: what a load leaves out shows.
+// Fills a tile with one bits, which are NaN in every 16-bit type: elements that a load leaves out stay visible.
 template <int kBytes>
 __device__ inline void poison(unsigned char (&tile)[kBytes]) {
   for (int i = static_cast<int>(threadIdx.x); i < kBytes / 4; i += static_cast<int>(blockDim.x)) {
@@ -91,7 +91,7 @@ extern "C" __global__ void mma_f16(const __half* a, const __half* b, const float
   multiply_one(a, b, c, d);
 }
 
-// Lane l points at row `rows[l]` of (64, 8) elements; what it receives is stored as (lane, register). One warp.
+// Lane l points at row `rows[l]` of (64, 8) elements; its results are stored as (lane, register). One warp.
 extern "C" __global__ void load_matrices(const std::uint16_t* source, const int* rows, std::uint32_t* plain,
                                          std::uint32_t* transposed) {
   __shared__ alignas(16) std::uint16_t tile[64 * 8];
@@ -106,7 +106,7 @@ extern "C" __global__ void load_matrices(const std::uint16_t* source, const int*
 }
 
 // Two groups of 32 chunks of 8 elements; of chunk i only `bytes[i]` are read. The first group is stored while the
-// second may still be under way. One warp.
+// second may still be in flight. One warp.
 extern "C" __global__ void copy_vecs(const std::uint16_t* source, const int* bytes, std::uint16_t* target) {
   __shared__ alignas(16) std::uint16_t chunks[2][kWarpLanes * 8];
   const int lane = lane_index();

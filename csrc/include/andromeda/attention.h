@@ -8,7 +8,7 @@
 
 #include "andromeda/tensor_view.h"
 
-struct CUstream_st;  // what cudaStream_t names: declaring it keeps CUDA headers out of this one
+struct CUstream_st;  // cudaStream_t points to it; declared here, so that this header needs none of CUDA
 
 namespace andromeda {
 
@@ -17,7 +17,7 @@ struct AttentionParams {
   const void* k;                  // (batch, seqlen_k, num_kv_heads, head_dim)
   const void* v;                  // (batch, seqlen_k, num_kv_heads, head_dim)
   const float* alibi_slopes;      // (num_heads,), >= 0, or nullptr for no bias
-  const float* logit_bound;       // (num_heads,): |softmax_scale * <q, k>| of visible pairs, or nullptr: unknown
+  const float* logit_bound;       // (num_heads,), on |softmax_scale * <q, k>| of visible pairs; nullptr: unknown
   const std::int32_t* key_start;  // (batch, seqlen_q), non-decreasing along a row, or nullptr for 0
   void* out;                      // (batch, seqlen_q, num_heads,    head_dim)
   float* softmax_lse;             // (batch, num_heads, seqlen_q), natural logarithm
@@ -26,8 +26,8 @@ struct AttentionParams {
   float softmax_scale;
   bool causal;
   DType dtype;  // of q, k, v, out
-  // CUDA: into how many parts the kernel for few query rows splits the keys; 0: the fastest way is chosen anew;
-  // kNotSplit: the kernel for many query rows.
+  // CUDA: the number of splits of the keys in the kernel for few query rows; kNotSplit: the kernel for many query rows;
+  // 0: the call chooses the fastest way.
   int num_splits;
 };
 
@@ -50,11 +50,11 @@ struct AttentionWorkspace {
   float* partials;           // (num_partials,), any contents
   std::int32_t* semaphores;  // (num_semaphores,), zero before the first call; every call leaves them zero
   std::int64_t num_partials, num_semaphores;
-  int num_splits;  // forward: what was chosen, for AttentionParams::num_splits of the call
+  int num_splits;  // forward: the choice, for AttentionParams::num_splits of the call
 };
 
 namespace cuda {
-// Sizes, with null pointers; of `params` the pointers, strides and the scale are not read.
+// The sizes, with null pointers. The pointers, strides and scale in `params` are not read.
 AttentionWorkspace attention_forward_workspace(const AttentionParams& params);
 AttentionWorkspace attention_backward_workspace(const AttentionParams& params);
 
@@ -68,7 +68,7 @@ inline constexpr int kNotSplit = -1;
 inline constexpr int kMaxAttentionHeadDim = 128;
 // Positions are ints, and tiles go up to 128 rows past the last one.
 inline constexpr int kMaxAttentionSeqlen = 0x7FFFFF00;
-// A bias is divided by the scale before it joins the scores.
+// A bias is divided by the scale before it is added to the scores.
 inline constexpr float kMinSoftmaxScale = 0x1p-60f;
 }  // namespace cuda
 

@@ -1,4 +1,4 @@
-// Runtime values to compile-time constants. A value that was not compiled is an error that lists those that were.
+// Turns runtime values into compile-time constants. A value that was not compiled in is an error that lists the others.
 //
 //   dispatch_dtype<StorageTypes>(params.dtype, [&](auto dtype) {
 //     using T = typename decltype(dtype)::type;

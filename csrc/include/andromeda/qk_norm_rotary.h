@@ -7,16 +7,16 @@
 //   out[2t+1] = z * (x_til[2t+1] * cos + x_til[2t] * sin)     cos, sin of p * omega_t
 //
 // The host makes the tables in double precision, because p * omega_t loses digits in float32 at large p. On the CPU z
-// is folded into them: table[row][2t] = z * cos, table[row][2t+1] = z * sin. On a GPU cos and sin depend on the
-// position alone and z lies apart, by its exponent +-(p - origin), so that one pair of tables serves every call: a
-// captured graph brings no tables of its own, and none is ever freed under it.
+// is folded into them: table[row][2t] = z * cos, table[row][2t+1] = z * sin. On a GPU the table of cos and sin depends
+// on the position alone, and z has a table of its own, indexed by the exponent +-(p - origin). One pair of tables then
+// serves every call: a captured graph needs no tables of its own, and no table that it reads is ever freed.
 #pragma once
 
 #include <cstdint>
 
 #include "andromeda/tensor_view.h"
 
-struct CUstream_st;  // what cudaStream_t names: declaring it keeps CUDA headers out of this one
+struct CUstream_st;  // cudaStream_t points to it; declared here, so that this header needs none of CUDA
 
 namespace andromeda {
 
@@ -25,8 +25,8 @@ struct QkNormRotaryOperand {
   const void* x;       // (batch, seqlen, num_heads, head_dim)
   const float* scale;  // (num_heads, head_dim), or nullptr for 1
   const float* table;  // (seqlen, rotary_dim), or nullptr when rotary_dim == 0
-  // CUDA: the row of z, (rotary_dim / 2,), of the first token; each token's lies factor_step elements after the one
-  // before: rotary_dim / 2 for q, whose exponent grows with the position, and minus that for k. nullptr: 1, or folded.
+  // CUDA: the row of z, (rotary_dim / 2,), of the first token. The row of each next token lies factor_step elements
+  // further: rotary_dim / 2 for q, whose exponent grows with the position, and minus that for k. nullptr: z is 1.
   const float* factors;
   int factor_step;
   void* out;  // (batch, seqlen, num_heads, head_dim); nullptr in the backward pass
@@ -66,11 +66,11 @@ namespace cuda {
 // head_dim even and up to kMaxRotaryHeadDim, seqlen up to kMaxRotarySeqlen.
 void qk_norm_rotary_forward(const QkNormRotaryParams& params, CUstream_st* stream);
 void qk_norm_rotary_backward(const QkNormRotaryBackwardParams& params, CUstream_st* stream);
-// The number of partials for many tokens at which the larger operand has as many blocks as run at the same time.
+// The best num_partials for many tokens: with it the larger operand has as many blocks as the device runs at a time.
 int qk_norm_rotary_backward_runs(DType dtype, int head_dim, int q_heads, int k_heads);
 
 inline constexpr int kMaxRotaryHeadDim = 512;
-// A token's place in its sequence is an int, and a group counts up to a block's threads past the end before it wraps.
+// A token's position in its sequence is an int, which a group raises by up to the threads of a block before it wraps.
 inline constexpr int kMaxRotarySeqlen = 0x7FFFFF00;
 }  // namespace cuda
 

@@ -1,4 +1,4 @@
-// All that crosses the border between Python and C++: a pointer and its description.
+// A tensor as Python passes it to C++: a pointer and its description.
 #pragma once
 
 #include <array>
@@ -27,7 +27,7 @@ struct SeqStrides {
   std::int64_t batch, seq, head;  // in elements
 };
 
-// Likewise of a (batch, seqlen, dim) tensor.
+// Strides of a (batch, seqlen, dim) tensor whose last dimension is dense.
 struct RowStrides {
   std::int64_t batch, seq;  // in elements
 };

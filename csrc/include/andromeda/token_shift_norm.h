@@ -8,14 +8,14 @@
 //   delay:          0      |          1          | ... |       shift       |    0
 //
 // Row t - delay comes from `history` where it lies before this call, and is 0 without one. It is also 0 where it
-// belongs to something else: position + t - delay < key_start[t].
+// belongs to another document or to padding: position + t - delay < key_start[t].
 #pragma once
 
 #include <cstdint>
 
 #include "andromeda/tensor_view.h"
 
-struct CUstream_st;  // what cudaStream_t names: declaring it keeps CUDA headers out of this one
+struct CUstream_st;  // cudaStream_t points to it; declared here, so that this header needs none of CUDA
 
 namespace andromeda {
 
@@ -25,12 +25,12 @@ struct TokenShiftNormParams {
   const float* residual_scale;    // (dim,), or nullptr for 1
   const float* gamma;             // (dim,), or nullptr for no norm
   const void* history;            // (batch, shift, dim): y of the tokens before, or nullptr for 0
-  const std::int32_t* key_start;  // (batch, seqlen), or nullptr: nothing is hidden
+  const std::int32_t* key_start;  // (batch, seqlen), or nullptr: no row is hidden
   void* y;                        // (batch, seqlen, dim), or nullptr; nullptr in the backward pass
   void* shifted;                  // (batch, seqlen, dim), or nullptr; nullptr in the backward pass
   RowStrides x_stride, residual_stride, history_stride, y_stride, shifted_stride;
   int batch, seqlen, dim, shift;
-  std::int64_t position;  // of the first row in its sequence
+  std::int64_t position;  // of the first row of the call in its sequence
   float alpha;
   DType dtype;  // of x, residual, history, y and shifted
 };
@@ -54,7 +54,7 @@ void token_shift_norm_backward(const TokenShiftNormBackwardParams& params, int n
 
 namespace cuda {
 // How many runs of the backward pass the current device works on at a time, for rows of this dim and dtype: the best
-// num_partials for many tokens. More would be done in a second round that leaves part of the device idle.
+// num_partials for many tokens. More runs would need a second round that leaves part of the device idle.
 int token_shift_norm_backward_runs(DType dtype, int dim);
 void token_shift_norm_forward(const TokenShiftNormParams& params, CUstream_st* stream);
 void token_shift_norm_backward(const TokenShiftNormBackwardParams& params, CUstream_st* stream);
