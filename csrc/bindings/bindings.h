@@ -6,11 +6,11 @@
 
 #include <cstdint>
 
-struct CUstream_st;  // what cudaStream_t names
+struct CUstream_st;  // cudaStream_t points to it
 
 namespace andromeda::bindings {
 
-// A stream as torch gives it.
+// A stream from the number by which torch passes it.
 inline CUstream_st* as_stream(std::uintptr_t stream) { return reinterpret_cast<CUstream_st*>(stream); }
 
 void bind_attention(pybind11::module_& m);

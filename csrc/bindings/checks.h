@@ -1,5 +1,5 @@
 // Checks that protect memory: without them a kernel could read or write out of bounds. andromeda/ops checks the meaning
-// of a call, once, and with better words.
+// of a call, once, and with better messages.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,4 +1,4 @@
-// graph_capture.h for Python: streams are numbers, as torch gives them.
+// graph_capture.h for Python: streams are numbers, as torch passes them.
 #include "andromeda/graph_capture.h"
 
 #include "bindings.h"

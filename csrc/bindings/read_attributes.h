@@ -1,5 +1,5 @@
 // Reads a TensorView through the Python attributes of any object that has those of a torch.Tensor: 400 ns for a
-// torch.Tensor, 10 us for a subclass. An object that cannot be read gets its error here.
+// torch.Tensor, 10 us for a subclass. An object that cannot be read raises its error here.
 #pragma once
 
 #include <pybind11/gil_safe_call_once.h>

@@ -64,7 +64,7 @@ struct PlainTensors {
   }
 };
 
-// Returns false for every tensor that is to be read by its attributes, if only because they give the error.
+// Returns false for every tensor that must be read by its attributes, if only to raise the error there.
 inline bool read_by_dlpack(pybind11::handle tensor, TensorView& view) {
   const PlainTensors& plain = PlainTensors::get();
   const PyTypeObject* type = Py_TYPE(tensor.ptr());

@@ -1,5 +1,5 @@
 // torch.Tensor as an argument of bindings. Nothing of torch is compiled or linked in, so one build serves every torch
-// version: read_dlpack.h and read_attributes.h are the only files that know what a torch.Tensor looks like.
+// version: only read_dlpack.h and read_attributes.h depend on the interface of a torch.Tensor.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -115,7 +115,7 @@ QueryTileIndex locate_queries(const AttentionParams& params, const Plan& plan, c
   return index;
 }
 
-// The memory that the steps hand on: of all heads delta and `seen`, of the heads in work the rest.
+// The memory that the steps pass on: delta and `seen` of all heads, the rest of the heads in work.
 struct Workspace {
   Workspace(const AttentionParams& params, const Plan& plan)
       : plan(plan),
@@ -215,7 +215,7 @@ void load_rows(const AttentionBackwardParams& params, const Head& head, const Qu
              tile.queries.get() + r * tile.stride, tile.in_queries);
     read_row(dout_row(index.query + r), forward.head_dim, 1.0f, tile.douts.get() + r * tile.stride, tile.in_douts);
   }
-  // The next tile's rows lie too far apart for the hardware to fetch them ahead. They arrive while this one is computed.
+  // The next tile's rows lie too far apart for the hardware prefetcher. They arrive while this one is computed.
   const std::int64_t next_end = smaller(index.query + 2 * kTileQ, forward.seqlen_q);
   for (std::int64_t query = index.query + kTileQ; query < next_end; ++query) {
     prefetch(q_row(query), forward.head_dim);
@@ -349,7 +349,7 @@ void differentiate(const QueryTile& tile, float slope, std::int64_t key, int num
   }
 }
 
-// Makes delta, and finds the key tiles that each query tile sees.
+// Computes delta, and finds the key tiles that each query tile sees.
 template <typename T>
 void compute_delta(const AttentionBackwardParams& params, const Plan& plan, const Workspace& work, int num_threads) {
   const AttentionParams& forward = params.forward;

@@ -9,7 +9,7 @@
 //
 // A tile's rows are consecutive queries of one head. When there are fewer than kTileQ queries, they are queries of
 // several heads that share a key head (the pack_gqa of other kernels), so that a short continuation reads each key once
-// for all of them. Few tiles are left then, and the keys are split to occupy all threads. The number of splits follows
+// for all of them. There are few tiles then, and the keys are split to occupy all threads. The number of splits follows
 // from the shape alone, so the result does not depend on the number of threads.
 //
 // With a bound on a row's logits its softmax needs no running maximum: weights relative to the bound are at most 1, and
@@ -28,7 +28,7 @@ namespace andromeda::cpu::ANDROMEDA_ISA {
 namespace {
 
 // A row's own weight, or any visible one without a bias, is at least 2^-(2 * 38) relative to the bound: 24 bits above
-// what exp2() takes for 0.
+// the results that exp2() replaces by 0.
 constexpr float kLargestBound = 38.0f;
 constexpr float kMaskedScore = -1e30f;  // a finite "minus infinity": beside a visible key its weight is 0
 constexpr int kFewestTiles = 2;         // of keys in a split: merging costs two passes over the output
@@ -137,8 +137,8 @@ class PackedKeys {
       not_finite_.get()[task] = not_finite;
       measure_keys(packed, keys.num_keys, keys.head_dim, lengths_.get() + task * kTileK);
     });
-    // The longest key up to each one: a causal row's bound must not depend on later keys. A NaN is passed over, because
-    // the rows that see it are NaN anyway. Infinite lengths are recorded apart, because `key_start` may hide them.
+    // The longest key up to each one: a causal row's bound must not depend on later keys. A NaN is skipped, because the
+    // rows that see it are NaN anyway. Infinite lengths are recorded separately, because `key_start` may hide them.
     for (std::int64_t kv_head = 0; kv_head < plan.kv_heads; ++kv_head) {
       float* lengths = lengths_.get() + kv_head * plan.key_tiles * kTileK;
       std::int64_t* infinite = infinite_.get() + kv_head * plan.key_tiles * kTileK;
@@ -239,7 +239,7 @@ KeyRange load_queries(const AttentionParams& params, const Plan& plan, const Pac
   KeyRange seen{0, 0};
   tile.num_rows = static_cast<int>(index.queries) * index.heads;
   tile.num_blocks = static_cast<int>(ceil_div(tile.num_rows, kRows));
-  // Rows lie too far apart for the hardware to fetch them ahead. Those of out are fetched while the products run.
+  // Rows lie too far apart for the hardware prefetcher. Those of out are fetched while the products run.
   const auto query_row = [&](int r) {
     return row_of<T>(params.q, params.q_stride, index.batch, index.query_of(r), index.head_of(r));
   };

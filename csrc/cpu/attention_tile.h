@@ -1,4 +1,4 @@
-// Tiles of query rows and of keys, of which attention_forward.cpp and attention_backward.cpp are made.
+// Tiles of query rows and of keys, for attention_forward.cpp and attention_backward.cpp.
 #pragma once
 
 #include "attention_mask.h"
@@ -8,7 +8,7 @@
 namespace andromeda::cpu::ANDROMEDA_ISA {
 
 inline constexpr int kTileQ = 96;
-inline constexpr int kTileK = 192;  // deep enough that reading and writing the output around a product is lost in it
+inline constexpr int kTileK = 192;  // so deep that reading and writing the output costs little beside a product
 inline constexpr int kBlocks = kTileQ / kRows;  // blocks of kRows query rows in a tile
 static_assert(kTileQ % kRows == 0 && kTileK % kRows == 0, "tiles are whole register blocks");
 static_assert(kTileK % kCols == 0, "a tile of scores is whole panels");

@@ -6,8 +6,8 @@
 namespace andromeda::cpu::ANDROMEDA_ISA {
 
 // 2^(x + exponent), relative error below 1e-7. `exponent` is a whole number: it is added to the whole part of x, so that
-// a large one costs x no digits. Results below 2^-100 become exactly 0: beside a row's largest weight float32 does not
-// see them, and their products would be denormal numbers, which cost a hundred cycles each. A NaN stays a NaN.
+// a large one costs x no digits. Results below 2^-100 become exactly 0: float32 loses them beside a row's largest
+// weight, and their products would be denormal numbers, which cost a hundred cycles each. A NaN stays a NaN.
 //
 // Without kVanishing the caller knows that the result lies above 2^-100.
 template <bool kVanishing = true>
@@ -30,7 +30,7 @@ inline Vec exp2(Vec x, float exponent) {
   p = p * fraction + 6.93147203e-1f;
   p = p * fraction + 1.0f;
 #if defined(__AVX512F__)
-  // One instruction multiplies by 2^(rounded + exponent) and clears what is too small: not-less-than keeps a NaN.
+  // One instruction multiplies by 2^(rounded + exponent) and clears small results: not-less-than keeps a NaN.
   const __m512 power = (__m512)(rounded + exponent);
   if (!kVanishing) return (Vec)_mm512_scalef_ps((__m512)p, power);
   const __mmask16 keep = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-100.0f - exponent), _CMP_NLT_UQ);

@@ -1,15 +1,15 @@
 // Numbers that are not finite, kept away from products.
 //
-// A product over keys or queries multiplies what a row does not see by 0, and 0 * NaN is NaN. So wherever a product sums
-// over the rows of an operand, the operand is finite: a NaN or an infinity is replaced by 0, and add_scaled() adds it
-// afterwards to the sums of the rows that see it.
+// A product over keys or queries multiplies by 0 the rows that a result does not see, and 0 * NaN is NaN. So wherever a
+// product sums over the rows of an operand, the operand is finite: a NaN or an infinity is replaced by 0, and
+// add_scaled() adds it afterwards to the sums of the rows that see it.
 #pragma once
 
 #include "simd.h"
 
 namespace andromeda::cpu::ANDROMEDA_ISA {
 
-// Whether any of the numbers that it was shown is not finite, for two operations a vector.
+// Whether any of the included numbers is not finite, for two operations per vector.
 class NonFiniteFlag {
  public:
   void include(Vec x) { bits_ |= (IntVec)(x * 0.0f); }  // a zero of either sign, or a NaN

@@ -40,7 +40,7 @@ struct Prefetch {
   std::int64_t stride;
 };
 
-// Hands out the rows of a tensor to the products before the one that reads them, piece by piece.
+// Divides the prefetch of a tensor's rows, piece by piece, among the products before the one that reads them.
 class Prefetcher {
  public:
   Prefetcher() = default;

@@ -1,4 +1,4 @@
-// Operands of the products in matrix.h: tensors of any dtype and strides in, zero-padded float32 out. And the way back.
+// Operands of the products in matrix.h, zero-padded float32, from tensors of any dtype and strides, and results back.
 #pragma once
 
 #include <cstdint>

@@ -25,7 +25,7 @@ namespace {
 std::vector<const KernelTable*> usable_tables() {
   std::vector<const KernelTable*> tables = {&baseline::kernel_table};
 #if defined(__x86_64__)
-  // The very levels that CMakeLists.txt hands to -march; they include the operating system's consent.
+  // The same levels that CMakeLists.txt passes to -march; the check includes the operating system's support.
   __builtin_cpu_init();
   if (__builtin_cpu_supports("x86-64-v3")) tables.push_back(&avx2::kernel_table);
   if (__builtin_cpu_supports("x86-64-v4")) tables.push_back(&avx512::kernel_table);

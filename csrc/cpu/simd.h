@@ -54,7 +54,7 @@ inline Vec load(const float* p) {
 
 inline Vec load(const BFloat16* p) {
 #if defined(__AVX512F__)
-  // GCC 12 makes five instructions of the generic form below.
+  // GCC 12 compiles the generic form below to five instructions.
   return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
 #else
   HalfBits h;

@@ -1,4 +1,4 @@
-// The instructions that attention is made of, one wrapper each (PTX ISA; sm_80).
+// The instructions that the attention kernels use, one wrapper each (PTX ISA; sm_80).
 //
 // What lane l of a warp holds, with g = l / 4 and c = l % 4:
 //
@@ -26,7 +26,7 @@ __device__ inline std::uint32_t shared_address(const void* pointer) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Copies 16 bytes from global to shared memory, past the registers and L1. Only `source_bytes` of the source are read
+// Copies 16 bytes from global to shared memory, bypassing registers and L1. Only `source_bytes` of the source are read
 // (0 outside a tensor); the rest of the target becomes zero.
 __device__ inline void cp_async(std::uint32_t target, const void* source, int source_bytes) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(target),
@@ -98,7 +98,7 @@ __device__ inline void mma(float (&d)[4], const std::uint32_t (&a)[4], std::uint
   }
 }
 
-// A fence between blocks: before an atomic of the same thread it is a release, after one an acquire. It is lighter than
+// A fence between blocks: before an atomic of the same thread it is a release, after one an acquire. It costs less than
 // __threadfence(), which also puts all such fences into one order: MEMBAR.SC instead of MEMBAR.ALL.
 __device__ inline void fence_device() { asm volatile("fence.acq_rel.gpu;\n" ::: "memory"); }
 

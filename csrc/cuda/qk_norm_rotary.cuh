@@ -24,7 +24,7 @@
 // few: a warp spends about 180 forward and 260 backward for every 16 bytes of x per lane (bfloat16, head size 128,
 // counted in the sm_80 code), where an H100 has time for about 280 and 420 while memory moves those bytes.
 //
-// Not supported: head_dim odd or above 512, float64. The binding has checked shapes; the .cu checks what is left.
+// Not supported: head_dim odd or above 512, float64. The binding has checked shapes; the .cu file checks the rest.
 #pragma once
 
 #include <cfloat>
@@ -47,13 +47,13 @@ template <typename T>
 inline constexpr int kWideVecs = kMaxRotaryHeadDim / (kWarpLanes * kVec16Width<T>);
 
 // How far a pointer moves from one token of a group to its next one, in elements: inside a sequence, or across its end.
-// Pointers are added to, since 64-bit products for every row would cost as much as its arithmetic.
+// Pointers are advanced, because 64-bit products for every row would cost as much as its arithmetic.
 struct Pitch {
   std::int64_t inside, across;
   __device__ std::int64_t over(bool sequence_ends) const { return sequence_ends ? across : inside; }
 };
 
-// How one operand is dealt to blocks. Block i owns head tile i % num_head_tiles of run i / num_head_tiles: neighbours
+// How blocks share one operand. Block i owns head tile i % num_head_tiles of run i / num_head_tiles: neighbours
 // in time are neighbours in memory.
 struct OperandPlan {
   std::int64_t num_tokens;  // batch * seqlen
@@ -77,7 +77,7 @@ struct Place {
   int head, head_in_tile, lane;
   int num_tokens;  // of the block
   int token;       // the group's next, counted from the first of the block
-  int batch, seq;  // its coordinates; batch is not kept up
+  int batch, seq;  // its coordinates; batch is not updated
 
   __device__ Place(const OperandPlan& plan, int seqlen, int group_log2, unsigned block) {
     const int group = static_cast<int>(threadIdx.x) >> group_log2;
@@ -295,7 +295,7 @@ __device__ inline void write_dscale(const float2 (&dscale)[LaneSlice::kPairs], c
   for (int i = 0; i < LaneSlice::kPairs; ++i) {
     sums[(group * padded_head_dim + slice.channel(i / kVecPairs)) / 2 + i % kVecPairs] = dscale[i];
   }
-  __syncthreads();  // the sums of all groups are there
+  __syncthreads();  // the sums of all groups are complete
 
   const float* group_sums = reinterpret_cast<const float*>(sums);
   const int tile_heads = 1 << plan.tile_heads_log2;

@@ -23,17 +23,17 @@
 // dshifted; dx, dresidual). gamma and residual_scale come from L1. Backward adds 8 bytes per channel and run for the
 // partial sums, which lanes keep in registers while they walk the run.
 //
-// Backward, a row of one tile is prefetched to shared memory during the work on the one before. Each lane copies the
+// Backward, a row of one tile is prefetched to shared memory during the work on the previous row. Each lane copies the
 // vectors that it will read to places of its own, 128 bytes, so that no barrier is needed.
 //
 // Blocks per multiprocessor at dim 2560, half precision: seven forward (56 registers), three backward (128), so that 60
-// KB of loads and more can be in flight, where an H200 needs about 30 to be busy all the time. Without the rows on
-// their way the three blocks of the backward pass waited and computed in step: 2.7 TB/s on an H200, now 3.4. A warp
+// KB of loads and more can be in flight, where an H200 needs about 30 to be busy all the time. Without the prefetch the
+// three blocks of the backward pass waited and computed in lockstep: 2.7 TB/s on an H200 instead of 3.4. A warp
 // spends about 640 instructions on its 512 channels of a row forward and 1040 backward (counted along the sm_90a code,
 // without key_start), where an H200 has time for 790 and 1180 while memory moves their bytes, and an H100 for 1130 and
 // 1690. Float32: four and two blocks of ten warps.
 //
-// Not supported: float64. The binding has checked shapes; the .cu checks what is left.
+// Not supported: float64. The binding has checked shapes; the .cu file checks the rest.
 #pragma once
 
 #include <cstddef>
@@ -49,8 +49,7 @@
 
 namespace andromeda::cuda {
 
-// Channels of a row per lane: two vectors, or as many as there are registers for when every element has its own
-// address.
+// Channels of a row per lane: two vectors, or where every element has its own address, as many as registers permit.
 template <typename T, Access kAccess>
 inline constexpr int kLaneChannels = kAccess == Access::kVec16 ? 2 * kVec16Width<T> : 8;
 
@@ -76,7 +75,7 @@ struct Channels {
   float count, inverse_count;
 };
 
-// How rows are dealt to blocks and lanes. Block i owns run i of the tokens, which are numbered through the batch.
+// How blocks and lanes share the rows. Block i owns run i of the tokens, which are numbered through the batch.
 struct RowPlan {
   std::int64_t num_tokens;   // batch * seqlen
   int num_runs, run_length;  // length in tokens; the last runs may be shorter or empty
@@ -132,11 +131,11 @@ inline constexpr int kOperands = 4;
 template <Access kAccess>
 inline constexpr int kStagedBytes = kAccess == Access::kVec16 ? kOperands * 2 * kVec16Bytes : 8 * sizeof(float);
 
-// What a lane moves in one access: 16 bytes, or one element.
+// The unit of a lane's accesses: 16 bytes, or one element.
 template <typename T, int kWidth>
 struct Vec {
   static_assert(kWidth == 1 || kWidth == kVec16Width<T>);
-  using Bits = std::conditional_t<kWidth == 1, T, uint4>;  // whole: halves of registers would be taken apart too early
+  using Bits = std::conditional_t<kWidth == 1, T, uint4>;  // not halves, which nvcc would unpack too early
   Bits bits{};
 
   __device__ float as_float(int i) const {
@@ -175,7 +174,7 @@ struct Vec {
   }
 };
 
-// The data are used once: the caches mark them as first to leave.
+// The data are used once: the caches evict them first.
 template <int kWidth, typename T>
 __device__ inline Vec<T, kWidth> load_vec(const T* source, bool inside) {
   Vec<T, kWidth> vec;
@@ -246,7 +245,8 @@ __device__ inline void store_floats(float* target, const float* values) {
   }
 }
 
-// Whether the row `delay` tokens before row `seq` of a batch entry belongs to something else. The row must exist.
+// Whether the row `delay` tokens before row `seq` of a batch entry belongs to another document or to padding. The row
+// must exist.
 __device__ inline bool is_hidden(const TokenShiftNormParams& params, unsigned batch, unsigned seq, int delay) {
   if (params.key_start == nullptr) return false;
   const std::int32_t* start = params.key_start + static_cast<std::int64_t>(batch) * params.seqlen + seq;
@@ -263,8 +263,8 @@ __device__ inline bool reaches_later(const TokenShiftNormParams& params, const R
   return has_later(params, place, delay) && !is_hidden(params, place.batch, place.seq + delay, delay);
 }
 
-// Scatters y of the group's row to the row of `shifted` that is `delay` tokens later. It also writes to its own row of
-// `shifted` what comes from before this call, since no other row does. own: in that row.
+// Scatters y of the group's row to the row of `shifted` that is `delay` tokens later. Where the group's own row of
+// `shifted` takes its values from before this call, writes them too: no other row does. own: a place in that row.
 template <typename T, int kWidth>
 __device__ inline void scatter(const TokenShiftNormParams& params, const RowPlace& place, T* own, unsigned channel,
                                int delay, const Vec<T, kWidth>& y) {
@@ -295,7 +295,7 @@ struct Statistics {
   float squares;     // sum of (u - mean)^2
   float e, product;  // backward: sums of e = g * (1 + gamma), and of e * (u - mean)
 
-  // Tile number 0 is the start. Of later tiles, sums about two means become sums about the common one.
+  // Tile 0 is the start. With each later tile, sums about two means become sums about the common one.
   __device__ void merge(const Statistics& other, int tile) {
     if (tile == 0) {
       *this = other;
@@ -331,8 +331,8 @@ struct RowLane {
     lane = static_cast<int>(threadIdx.x) - place.group * plan.num_lanes;
   }
 
-  // From here on everything that depends on these numbers, above all addresses, is computed again: cheaper than to
-  // keep.
+  // From here on everything that depends on these numbers, above all addresses, is computed again, which is cheaper
+  // than keeping it.
   __device__ void forget() { asm volatile("" : "+r"(lane), "+r"(place.batch), "+r"(place.seq)); }
 
   // The first channel of a vector. It is below dim + 8192, which may not fit an int.
@@ -340,8 +340,8 @@ struct RowLane {
     return (static_cast<unsigned>(tile * kVecs + vec) * plan.num_lanes + lane) * kWidth;
   }
 
-  // Zeros without a tensor. Predicates say what is missing: a branch between loads would make the first ones arrive
-  // before the others are sent.
+  // Zeros without a tensor. Missing vectors are predicated off: a branch between loads would make the first ones arrive
+  // before the others are issued.
   __device__ void load_row(Vecs& vecs, const void* tensor, const RowStrides& stride, int tile) const {
     const bool inside = place.inside() && tensor != nullptr;
     const T* row = place.row_of(static_cast<const T*>(tensor), stride);
@@ -547,9 +547,9 @@ struct RowLane {
       memcpy(&own, values, sizeof values);
       sums[lane / kWarpLanes] = own;
     }
-    // The sums of the row's warps are there, and those of all rows of the block. A barrier of each row would have a
-    // number that is computed, and a kernel that computes one occupies all 16 barriers, which leaves four blocks to a
-    // multiprocessor of Hopper.
+    // The sums of all warps of the block are complete. Only those of the row's warps are needed, but a barrier for each
+    // row would have a computed number, and a kernel that computes one occupies all 16 barriers, which limits a
+    // multiprocessor of Hopper to four blocks.
     __syncthreads();
     // A lane fetches the sums of one warp, and all add them up: fewer instructions than a loop in every lane.
     float of_warp[4] = {};
@@ -625,7 +625,7 @@ __global__ void __launch_bounds__(kMaxRowLanes<T, kAccess>, kAccess == Access::k
     float u[Lane::kChannels];
     typename Lane::Vecs residual;
     Statistics statistics{};
-    float centre = 0.0f;  // that was taken from u
+    float centre = 0.0f;  // that was subtracted from u
     int tile = norm ? 0 : last;
     while (true) {
       lane.forget();
@@ -715,7 +715,7 @@ struct RunSum {
     for (int vec = 0; vec < Lane::kVecs; ++vec) {
       store_floats<kWidth>(group_sums + lane.place.group * padded_dim + lane.channel(0, vec), sums + vec * kWidth);
     }
-    __syncthreads();  // the sums of all groups are there
+    __syncthreads();  // the sums of all groups are complete
     for (unsigned channel = threadIdx.x; channel < lane.dim; channel += blockDim.x) {
       float sum = 0.0f;
       for (int group = 0; group < lane.plan.num_groups; ++group) sum += group_sums[group * padded_dim + channel];
@@ -752,7 +752,7 @@ __global__ void __launch_bounds__(kMaxRowLanes<T, kAccess>)
     float u[Lane::kChannels], g[Lane::kChannels];
     typename Lane::Vecs residual;
     Statistics statistics{};
-    float centre = 0.0f;  // that was taken from u
+    float centre = 0.0f;  // that was subtracted from u
     int tile = norm ? 0 : last;
     while (true) {
       lane.forget();
@@ -773,7 +773,7 @@ __global__ void __launch_bounds__(kMaxRowLanes<T, kAccess>)
       if (tile == last) break;
       ++tile;
     }
-    // Of float32 accuracy for dgamma, whatever T is.
+    // With float32 accuracy for dgamma, whatever T is.
     const float inverse = inverse_sqrt<float>(fmaf(statistics.squares, plan.row.inverse_count, kLayerNormEpsilon));
     const float from_e = -statistics.e * plan.row.inverse_count * inverse;
     const float from_u_hat = -statistics.product * plan.row.inverse_count * inverse * inverse;

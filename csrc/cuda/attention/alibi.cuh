@@ -15,7 +15,7 @@ template <int kRowTiles, int kColumnTiles>
 __device__ inline void seed_bias(float (&scores)[kRowTiles][kColumnTiles][4], float raw_slope, int position, int key) {
 #pragma unroll
   for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
-    const float distance = static_cast<float>(key - (position + row_tile * 16 + 8));  // exact: formed in integers
+    const float distance = static_cast<float>(key - (position + row_tile * 16 + 8));  // exact: computed in integers
     const float base = raw_slope * distance;
 #pragma unroll
     for (int n = 0; n < kColumnTiles; ++n) {

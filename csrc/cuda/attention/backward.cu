@@ -1,7 +1,7 @@
 // attention, backward, on the GPU: checks, the workspace, the splits of the query heads, dispatch and launches. The
 // kernels are in backward_dq.cuh and backward_dkdv.cuh.
 //
-// The tensors' device must be the current one. Nothing is allocated and nothing waits: the launches can be captured.
+// The tensors' device must be the current one. A call allocates nothing and waits for nothing: it can be captured.
 #include <algorithm>
 #include <cstdint>
 #include <stdexcept>
@@ -16,8 +16,8 @@ namespace andromeda::cuda {
 namespace {
 
 constexpr const char* kName = "attention_backward";
-// Blocks per multiprocessor that the dk, dv kernel should have: two are resident at a time, and two rounds even out
-// their work, which differs by masks and windows.
+// Blocks per multiprocessor that the dk, dv kernel should have: two are resident at a time, and two rounds balance
+// their work, which differs with masks and windows.
 constexpr int kBlocksPerMultiprocessor = 4;
 
 std::int64_t num_key_tiles(const AttentionParams& params) { return ceil_div(params.seqlen_k, kBackwardTile); }
@@ -46,7 +46,7 @@ struct Layout {
 };
 
 Layout lay_out(const AttentionParams& params) {
-  static_assert(sizeof(QueryTile) % kVec16Bytes == 0, "the partials that follow are read in vecs");
+  static_assert(sizeof(QueryTile) % kVec16Bytes == 0, "the partials that follow are read in vectors");
   Layout layout{};
   layout.num_query_tiles = static_cast<int>(ceil_div(params.seqlen_q, kBackwardTile));
   layout.num_head_splits = num_head_splits_of(params);

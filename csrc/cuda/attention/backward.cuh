@@ -18,10 +18,10 @@
 //
 //   Shared memory and tensor cores limit its speed. With two row tiles a fragment of k or v serves two products: a
 //   64 x 64 pair of tiles occupies shared memory for 1408 clocks (704 with 64 channels) instead of 2048 (1024), and the
-//   tensor cores for 1536 (768) on 8.0 and 1152 (576) on 9.0. Tiles of 64 keys would need 1152 (576), and 64 registers
-//   more than there are (one resident block fewer). With two stages, the next k and v arrive during a whole tile. One
+//   tensor cores for 1536 (768) on 8.0 and 1152 (576) on 9.0. Tiles of 64 keys would need 1152 (576), and 64 more
+//   registers than exist (one resident block fewer). With two stages, the next k and v arrive during a whole tile. One
 //   stage is used where two would cost a resident block. Then the products are ordered so that each buffer is refilled
-//   while the other one is in use: dP (v), then S and dq (k). The kernel leaves for the next one the numbers of each
+//   while the other one is in use: dP (v), then S and dq (k). The kernel writes for the next one the numbers of each
 //   query row besides q and dout (`QueryTile`), and the keys that a tile of 64 queries touches (`KeyRange`).
 //
 // dk, dv kernel (backward_dkdv.cuh): a block owns 64 keys of one key head, a warp 16 of them. It walks over the tiles
@@ -35,7 +35,7 @@
 //   Keys are the rows here, so that P^T and dS^T are A operands of the next products without an exchange.
 //   Order: S (q), dP (dout), dk (q), dv (dout).
 //
-// sum kernel: where one key head has too few key tiles to fill the device, its query heads are split. Each split leaves
+// sum kernel: where one key head has too few key tiles to fill the device, its query heads are split. Each split writes
 // its dk and dv in float32, and this kernel adds them.
 //
 // head_dim   shared memory, KiB     registers (float16)            flops per 64 x 64 pair of tiles
@@ -104,7 +104,7 @@ __device__ inline void scale_gradients(float (&ds)[kRowTiles][kColumnTiles][4], 
     }
     if (!__any_sync(kWholeWarp, largest >= 0x1p15f)) return;
     if (__any_sync(kWholeWarp, largest == kInfinity)) {
-      // An infinity spoils its own row; the other rows keep their digits.
+      // An infinity ruins only its own row; the other rows keep their digits.
       largest = 0.0f;
 #pragma unroll
       for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
@@ -119,7 +119,7 @@ __device__ inline void scale_gradients(float (&ds)[kRowTiles][kColumnTiles][4], 
       }
       if (!__any_sync(kWholeWarp, largest >= 0x1p15f)) return;
     }
-    // Floats that are not negative have the order of their bits.
+    // Floats that are not negative compare as their bits do.
     const int exponent = (__reduce_max_sync(kWholeWarp, __float_as_int(largest)) >> 23) - 127;
     const float ratio = __int_as_float((127 + 14 - exponent) << 23);
     scale *= ratio;

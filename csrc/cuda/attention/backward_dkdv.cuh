@@ -19,7 +19,7 @@ namespace andromeda::cuda {
 struct KeyBlock {
   int batch, kv_head, head_split, key;
 
-  // blockIdx.x is read anew: the loop then keeps nothing in registers that it does not need.
+  // blockIdx.x is read again after the loop, which then keeps nothing in registers that it does not need.
   __device__ static KeyBlock read(const AttentionParams& params, const BackwardPlan& plan) {
     unsigned block;
     asm volatile("mov.u32 %0, %%ctaid.x;\n" : "=r"(block));
@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
 #pragma unroll 1
   while (iterator.head < heads_end) {
     cp_async_wait<0>();
-    __syncthreads();  // q and `tile` (at first also k and v) are there; everyone has finished with the dout before
+    __syncthreads();  // q and `tile` (at first also k and v) have arrived; all have finished with the previous dout
     load_tile<kTile, kHeadDim, kBackwardThreads>(
         dout_tile,
         rows_of<const T>(params.dout, params.dout_stride, batch, iterator.head, forward.seqlen_q, forward.head_dim,
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
     multiply_transposed<T, kHeadDim, kTile, kTile, 1>(weights, k_tile, warp_row, q_tile);
     scores_to_log2_weights(weights[0], tile, plan.softmax_scale_log2, slope_log2, lane_key - position,
                            forward.causal || key + kTile - 1 <= position);
-    const bool unmasked = uniform(iterator.is_unmasked()) != 0;  // needed to the end of the loop
+    const bool unmasked = uniform(iterator.is_unmasked()) != 0;  // needed until the end of the loop
     if (!unmasked) apply_key_mask(weights[0], tile, lane_key, -kInfinity);
 #pragma unroll
     for (int n = 0; n < kColumnTiles; ++n) {
@@ -240,11 +240,11 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
       ds[0][n][1] = ds[0][n][3] = minus_delta.y;
     }
     cp_async_wait<0>();
-    __syncthreads();  // dout is there
+    __syncthreads();  // dout has arrived
     multiply_transposed<T, kHeadDim, kTile, kTile, 1>(ds, v_tile, warp_row, dout_tile);
     if (!unmasked) {
       apply_key_mask(ds[0], tile, lane_key, 0.0f);
-      // The product would clamp a gradient that is not finite: its weights carry it.
+      // The product would clamp a gradient that is not finite, so the NaN is put into the weights.
 #pragma unroll
       for (int n = 0; n < kColumnTiles; ++n) {
 #pragma unroll
@@ -291,14 +291,14 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
   }
 
   cp_async_wait<0>();
-  __syncthreads();  // without a query tile nobody has waited for k and v, whose place the results take
+  __syncthreads();  // if there was no query tile, nobody has waited for k and v, whose place the results take
   store_key_gradients<T, kHeadDim>(params, plan, dk, dv, scale, k_tile, v_tile);
 }
 
 inline constexpr int kSumThreads = 256;
 
-// One thread adds 16 bytes of channels of dk or dv, the splits in ascending order, and rounds once. There are few keys,
-// else there would be one split: an int counts their vectors.
+// One thread adds 16 bytes of channels of dk or dv, the splits in ascending order, and rounds once. There are few keys
+// (otherwise there would be one split), so an int counts their vectors.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kSumThreads)
     attention_backward_sum_kernel(const __grid_constant__ AttentionBackwardParams params,

@@ -40,7 +40,7 @@ __device__ inline float multiply_rows(std::uint32_t a, std::uint32_t b, int row)
 struct QueryBlock {
   int batch, head, kv_head, query;
 
-  // blockIdx.x is read anew: the loop then keeps nothing in registers that it does not need.
+  // blockIdx.x is read again after the loop, which then keeps nothing in registers that it does not need.
   __device__ static QueryBlock read(const AttentionParams& params, const BackwardPlan& plan) {
     unsigned block;
     asm volatile("mov.u32 %0, %%ctaid.x;\n" : "=r"(block));
@@ -78,7 +78,8 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
   const std::uint32_t dout_tile = q_tile + kTileBytes<kQueryRows, kHeadDim>;
   const std::uint32_t v_tile = dout_tile + kTileBytes<kQueryRows, kHeadDim>;
   const std::uint32_t k_tile = v_tile + kTileBytes<kKeys, kHeadDim>;
-  // The ranges of the warps lie where keys come last: `visible` takes the KiB that two blocks of 80 KiB leave on 8.0.
+  // The ranges of the warps lie at the end of the key tiles, which are loaded later: `visible` takes the KiB that two
+  // blocks of 80 KiB leave free on 8.0.
   KeyRange* key_ranges = reinterpret_cast<KeyRange*>(shared + kQuerySharedBytes<kHeadDim, kStages>) - kBackwardWarps;
 
   const AttentionParams& forward = params.forward;
@@ -117,7 +118,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
 #pragma unroll
   for (int i = 1; i < kBackwardWarps; ++i) all = all.join(key_ranges[i]);
 
-  // Leave the numbers for the dk, dv kernel. Two warps describe one of its tiles, which may not exist.
+  // Write the numbers for the dk, dv kernel. Two warps describe one of its tiles, which may not exist.
   if (const int tile = (query + own) / kBackwardTile; tile < plan.num_query_tiles) {
     const std::int64_t index = tile_index(forward, plan, batch, head, tile);
     const int tile_row = own % kBackwardTile;
@@ -161,7 +162,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
 #pragma unroll 1
   for (; key >= first_tile; key -= kKeys) {
     cp_async_wait<0>();
-    __syncthreads();  // v, with two stages also k, is there; everyone has finished with the k (and v) before
+    __syncthreads();  // v (with two stages also k) has arrived; everyone has finished with the previous k (and v)
     if constexpr (kStages == 2) {
       load_keys(v_tile + (stage ^ kStageBytes), v, key - kKeys);
       load_keys(k_tile + (stage ^ kStageBytes), k, key - kKeys);
@@ -185,7 +186,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
     }
     if constexpr (kStages == 1) {
       cp_async_wait<0>();
-      __syncthreads();  // k is there; everyone has finished with v
+      __syncthreads();  // k has arrived; everyone has finished with v
       load_keys(v_tile, v, key - kKeys);
       cp_async_commit();
     }
@@ -194,7 +195,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
       const int position = warp_position + place.row, lane_key = key + place.column;
       float scores[kQueryRowTiles][kColumnTiles][4];
       seed_bias(scores, raw_slope, position, lane_key);
-      // In two halves: unrolled as a whole, it would load so early that there are too few registers.
+      // In two halves: unrolled as a whole, it would load its operands so early that it runs out of registers.
       multiply_transposed<T, kHeadDim, kQueryRows, kKeys, kQueryRowTiles, kHeadDim / 32>(scores, q_tile, place.warp_row,
                                                                                          k_tile + stage);
       const bool left_of_diagonal = forward.causal || key + kKeys - 1 <= warp_position;

@@ -7,10 +7,10 @@
 //   4 sums                                   0 ... 3                        the last of all, which writes the rows
 //
 // Everything that a block adds is in flight at once: the parts of the others are copied to the place of the tiles in
-// shared memory, past the registers, and its own part stays in registers. A node is as large as the tiles have room for
-// (at most kFanIn parts). On an H200 a level takes 1.9 us (a write, two fences with a semaphore between them, one trip
-// to L2) and 0.67 us for each part of 24 rows, 128 wide, 9.2 KiB: the four warps of one block fetch and add the parts
-// one after the other. The three levels above are 17 of the 44 us that 131072 keys take.
+// shared memory, not through registers, and its own part stays in registers. A node is as large as the tiles have room
+// for (at most kFanIn parts). On an H200 a level takes 1.9 us (a write, two fences with a semaphore between them, one
+// trip to L2) and 0.67 us for each part of 24 rows, 128 wide, 9.2 KiB: the four warps of one block fetch and add the
+// parts one after the other. The three levels above are 17 of the 44 us that 131072 keys take.
 #pragma once
 
 #include <cstdint>
@@ -34,7 +34,7 @@ struct OwnVector {
 };
 
 // Computes the totals and the factor of each part from the statistics of `count` parts in shared memory. The caller has
-// barriers before and behind it.
+// barriers before and after it.
 template <int kRows>
 __device__ inline void combine_statistics(DecodeShared<kRows>* shared, int count, int rows, int thread) {
   if (thread >= rows) return;
@@ -121,7 +121,7 @@ __device__ inline void write_partial(unsigned char* partial, const Stored (&own)
 }
 
 // Begins to copy the `count` parts of a node, all but that of this block: the statistics as one group of copies, the
-// rows as another, one part behind the other at `places`. Both come from L2, which holds the writes of other blocks.
+// rows as another, one part after the other at `places`. Both come from L2, which holds the writes of other blocks.
 template <int kRows, int kHeadDim>
 __device__ inline void fetch_partials(std::uint32_t places, DecodeShared<kRows>* shared, const unsigned char* partials,
                                       int count, int own_part, int partial_rows, int rows, int thread) {
@@ -180,8 +180,8 @@ __device__ inline void add_partials(float4 (&total)[kVectors], const Stored (&ow
 //
 // One thread signals for its block, between two barriers. Release: its fence comes after everything that all threads
 // wrote before the first barrier, and before the atomic. Acquire: the atomic, then a fence of the same thread, then the
-// second barrier and the reads behind it. PTX's memory model asks for the atomic and the fence in one thread: fences of
-// the other threads behind the barrier would add nothing.
+// second barrier and the reads after it. PTX's memory model asks for the atomic and the fence in one thread: fences of
+// the other threads after the barrier would add nothing.
 __device__ inline unsigned signal_semaphore(unsigned* semaphore, int count) {
   fence_device();
   const unsigned earlier = atomicInc(semaphore, count - 1);
@@ -196,8 +196,8 @@ struct Level {
   int num_parts, part;      // `part`: the one that this block has
 };
 
-// Adds the results of the splits of a row block, level by level; whether this block has got the sum of all. `tiles` is
-// shared memory that nobody needs any more, `tile` the number of the row block among all. fan_in 3, splits 0 to 6:
+// Adds the results of the splits of a row block, level by level; returns whether this block has the sum of all. `tiles`
+// is shared memory that is no longer used, `tile` the number of the row block among all. fan_in 3, splits 0 to 6:
 //
 //   level 0     0   1   2     3   4   5     6      each block writes its part, and signals the semaphore of its node
 //                \  |  /       \  |  /      |
@@ -228,10 +228,10 @@ __device__ inline bool combine_splits(float4 (&total)[kVectors], DecodeShared<kR
                                     own_part, plan.partial_rows, rows, thread);
     if (thread < rows) shared->statistics[own_part][thread] = shared->total[thread];
     cp_async_wait<1>();
-    __syncthreads();  // all statistics are there
+    __syncthreads();  // all statistics have arrived
     combine_statistics(shared, size, rows, thread);
     cp_async_wait<0>();
-    __syncthreads();  // all rows and factors are there
+    __syncthreads();  // all rows and factors are complete
     add_partials<kRows, kHeadDim>(total, own, shared, tiles, size, own_part, rows, thread);
     const int num_nodes = (level.num_parts + plan.fan_in - 1) / plan.fan_in;
     level = {level.partials + level.num_parts * partial_bytes, level.semaphores + num_nodes, num_nodes, node};

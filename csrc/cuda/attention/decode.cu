@@ -10,10 +10,10 @@
 // The constants are the best fit to 43 measurements, numbers of splits of four shapes (1 x 131072, 16 x 8192, 64 x 2048
 // and 1 x 8192 keys, 24 heads, 128 wide) on an H200: 6 % off in the mean, 15 % at worst, and the best number of each
 // shape is found. A step takes a block 1.04 us, alone on its multiprocessor: 132 blocks then already get 4.2 TB/s, and
-// two on one take twice as long. Between one and two on average lies what the fullest take and what the memory does:
-// the mean of both fits. Starting a block, its first access to memory and the addition of its warps take 6 us. A level
-// of combining takes 1.9 us of waiting, and 0.67 us for each partial result of 24 rows (9.2 KiB), which one block
-// fetches and adds after the other.
+// two on one take twice as long. With one to two on average, the time lies between that of the fullest multiprocessors
+// and that of the memory: the mean of both fits. Starting a block, its first access to memory and adding up its warps
+// take 6 us. A level of combining takes 1.9 us of waiting, and 0.67 us for each partial result of 24 rows (9.2 KiB):
+// one block fetches and adds them one after the other.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -92,7 +92,7 @@ PartialShape partial_shape_of(const AttentionParams& params) {
   return shape;
 }
 
-// Blocks that run at the same time: two on each multiprocessor, by registers and on 8.0 and 9.0 by shared memory too.
+// Blocks that run at the same time: registers permit two on each multiprocessor, and shared memory does on 8.0 and 9.0.
 struct Slots {
   std::int64_t num_multiprocessors, num_blocks;
 };

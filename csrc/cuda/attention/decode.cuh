@@ -13,7 +13,7 @@
 //     rows    |    |    |    |    |    |    |    |    |       out += P v   rows x head_dim, registers
 //             +----+----+----+----+----+----+----+----+--
 //
-// The keys and values of slices travel through a ring that belongs to the warp: the loop has no barrier of the block.
+// The keys and values of slices pass through a ring of stages of the warp's own: the loop has no barrier of the block.
 // As soon as the keys of a slice have been multiplied, those of the slice kStages later take their place.
 //
 //   shared memory, head_dim 128     queries 8 KiB, ring 4 warps x 2 stages x (4 KiB keys + 4 KiB values) = 64 KiB
@@ -28,7 +28,7 @@
 // At the end the four warps add their outputs through shared memory, and the blocks of the splits theirs through the
 // workspace, in the order of the splits: a result does not depend on timing (combine.cuh).
 //
-// Every call takes the online softmax: its cost hides behind memory. The largest weight of a row is then exactly 1, and
+// Every call uses online softmax: memory hides its cost. The largest weight of a row is then exactly 1, and
 // the sum of the unrounded weights is a good enough divisor (docs/attention.md#bounded-softmax).
 //
 // Not supported: float32, head_dim above 128 (launch.h).
@@ -123,7 +123,7 @@ __device__ inline void seed_row_bias(float (&scores)[kRowTiles][kScoreTiles][4],
   for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float distance = static_cast<float>(key - rows.position[row_tile][half]);  // exact: formed in integers
+      const float distance = static_cast<float>(key - rows.position[row_tile][half]);  // exact: computed in integers
 #pragma unroll
       for (int n = 0; n < kScoreTiles; ++n) {
 #pragma unroll
@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
     cp_async_wait<kYounger>();
     __syncwarp();  // the keys of all lanes have arrived
     multiply_transposed<T, kHeadDim, kRows, kSlice>(scores, q_tile, 0, k_slice(slice));
-    __syncwarp();  // the keys have been read by all lanes
+    __syncwarp();  // all lanes have read the keys
     load_slice(k, slice + kStages, k_slice(slice));
 
     const bool unmasked = key_range.is_unmasked(key, kSlice);
@@ -270,7 +270,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
       multiply_step<T, kHeadDim, kSlice, kRowTiles, true>(out, weights, v_slice(slice), 0);
       add_not_finite<T, kHeadDim, kSlice>(out, shared->rows, key, v_slice(slice));
     }
-    __syncwarp();  // the values have been read by all lanes
+    __syncwarp();  // all lanes have read the values
     load_slice(v, slice + kStages, v_slice(slice));
   }
 
@@ -286,7 +286,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
       }
     }
   }
-  __syncthreads();  // statistics are there; all warps have finished with q and the rings, which become staging
+  __syncthreads();  // statistics are complete; all warps have finished with q and the rings, which become staging
   auto* staging = reinterpret_cast<float*>(shared_memory);
 #pragma unroll
   for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
@@ -301,7 +301,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
     }
   }
   combine_statistics(shared, kDecodeWarps, kRows, thread);
-  __syncthreads();  // outputs and factors are there
+  __syncthreads();  // outputs and factors are complete
   constexpr int kVectors = kRows * kHeadDim / 4 / kDecodeThreads;
   float4 total[kVectors];
   add_warps<kHeadDim, kRowTiles>(total, shared, staging, thread);

@@ -1,5 +1,5 @@
-// What the decode kernel (decode.cuh, combine.cuh) and its launcher (decode.cu) agree on: the plan of a call, the
-// layout of shared memory, and that of partial results in the workspace.
+// Shared by the decode kernel (decode.cuh, combine.cuh) and its launcher (decode.cu): the plan of a call, the layout of
+// shared memory, and that of partial results in the workspace.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ inline constexpr int kSlice = 16;                          // keys of a warp at 
 inline constexpr int kDecodeStep = kDecodeWarps * kSlice;  // keys of a block at a time
 inline constexpr int kFanIn = 16;                          // partial results that one block adds, at most
 
-// What the launcher decided, the same for all blocks.
+// The decisions of the launcher, the same for all blocks.
 struct DecodePlan {
   unsigned char* partials;  // in the workspace: those of a row block lie together, level by level
   unsigned* semaphores;     // those of a row block lie together; zero between calls
@@ -31,14 +31,14 @@ struct DecodePlan {
   bool is_aligned16;
 };
 
-// What a partial result knows of a row.
+// The statistics of one row of a partial result.
 struct Statistics {
   float maximum;  // of the scores, base 2
   float sum;      // of the weights relative to it
 };
 
-// A partial result in the workspace, of one split or of several. It holds the rows that exist, one behind the other,
-// and behind them their statistics. A row is its sums of weights * values, relative to its maximum: the upper 16 bits
+// A partial result in the workspace, of one split or of several. It holds the rows that exist, one after the other, and
+// after them their statistics. A row is its sums of weights * values, relative to its maximum: the upper 16 bits
 // of kHeadDim floats, then bits 8 to 15 of each.
 //
 // Sums of 16 significant bits are enough: rounding changes each by at most 2^-16 of itself, and the weights in it have
@@ -57,14 +57,14 @@ struct PartialLayout {
   }
 };
 
-// Shared memory that is read element by element, behind the tiles.
+// Shared memory that is read element by element, after the tiles.
 template <int kRows>
 struct DecodeShared {
   Row rows[kRows];
   int head[kRows];  // -1: the row does not exist
   float raw_slope[kRows];
   alignas(kVec16Bytes) Statistics statistics[kFanIn][kRows];  // of the parts that are being added
-  float factor[kFanIn][kRows];                                // takes each part to the common maximum
+  float factor[kFanIn][kRows];                                // rescales each part to the common maximum
   Statistics total[kRows];
   bool is_last;
 };
@@ -86,7 +86,7 @@ struct DecodeTiles {
   static constexpr int kOutPitch = kHeadDim + 8;
   static_assert(kDecodeWarps * kRows * kOutPitch * static_cast<int>(sizeof(float)) <= kTilesBytes);
 
-  // Then partial results of `rows` rows do. A block keeps its own one in registers.
+  // After that, partial results of `rows` rows take their place. A block keeps its own one in registers.
   static constexpr int max_fan_in(int rows) {
     const int others = kTilesBytes / (rows * PartialLayout<kHeadDim>::kRowBytes);
     return others < kFanIn ? others + 1 : kFanIn;

@@ -1,7 +1,7 @@
 // Attention forward on the GPU: checks, the choice between its two kernels, and the launch of the one for many query
 // rows (forward.cuh). decode.cu launches the other one.
 //
-// The tensors' device must be the current one. Nothing is allocated and nothing waits: a launch can be captured.
+// The tensors' device must be the current one. A call allocates nothing and waits for nothing: it can be captured.
 #include "attention/forward.cuh"
 #include "attention/launch.h"
 

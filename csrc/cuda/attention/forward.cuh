@@ -27,7 +27,7 @@
 // Cost: 4 * head_dim flops per visible pair. Q and out move once; K and V move once per query tile, from L2 where the
 // heads that share them run together. A tile without a mask costs a warp about 900 instructions with head_dim 128: 264
 // products, 80 ldmatrix, 16 copies, 64 exponentials; per score one operation for the bias, one for the exponent, one
-// for the sum, half a one to pack, and one for the maximum where it is online.
+// for the sum, half an operation to pack, and one for the maximum where the softmax is online.
 //
 // Not supported: float32 operands, head_dim above 128, dropout.
 #pragma once
@@ -96,13 +96,13 @@ struct ForwardPlace {
   }
 };
 
-// What the warps of a block agree on before the loop, and the sums of the unrounded weights. The loop has no registers
+// The decisions of a block's warps before the loop, and the sums of the unrounded weights. The loop has no registers
 // left for them.
 struct ForwardShared {
   Row rows[kForwardQueries];
   KeyRange key_range[kForwardWarps];  // of a warp's rows
   int all_see_themselves[kForwardWarps];
-  int first_tile, is_bounded;                     // to be read behind the first barrier of the loop
+  int first_tile, is_bounded;                     // to be read after the first barrier of the loop
   alignas(16) ForwardSums sums[kForwardThreads];  // those of a lane's columns, which it alone uses
 
   __device__ ForwardSums& own_sum() { return sums[read_thread_index()]; }
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
   }
   __syncthreads();  // all warps have written theirs
   int begin = kUnlimited, end = 0;
-  bool is_bounded = true;  // a biased row that does not see its own key may have tiny weights alone
+  bool is_bounded = true;  // a biased row that does not see its own key may have only tiny weights
 #pragma unroll
   for (int i = 0; i < kForwardWarps; ++i) {
     begin = min(begin, common.key_range[i].begin);
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
       ForwardWeights weights;
 
       cp_async_wait<0>();
-      __syncthreads();  // K (and Q) have arrived for all; all have read the V before
+      __syncthreads();  // K (and Q) have arrived for all; all have read the previous V
       load_tile<kForwardKeys, kHeadDim, kForwardThreads>(v_tile, v, key);
       cp_async_commit();
       if (touched) {
@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardMinBlocks<kHeadDim>)
           softmax.rescale(rounded_sum);
           softmax.rescale(common.own_sum());
         }
-        // The sum of a tile is formed apart: a long row would lose the last bits of small addends.
+        // The sum of a tile is computed separately: a long row would lose the last bits of small addends.
         ForwardSums tile_sum = {};
         softmax.exponentiate(scores, tile_sum);
         add_to(common.own_sum(), tile_sum);

@@ -1,5 +1,5 @@
 // Shared by the launchers of the attention kernels: checks, alignment, the grid, the choice of a variant, and the
-// second kernel behind attention_forward (decode.cu). Host code only.
+// second kernel of attention_forward (decode.cu). Host code only.
 #pragma once
 
 #include <climits>
@@ -20,15 +20,15 @@
 
 namespace andromeda::cuda {
 
-// num_splits for a call: kNotSplit where the other kernel is the better one. Reads what attention_forward_workspace may
-// read, and num_splits where it is not 0.
+// num_splits for a call: kNotSplit where the other kernel is the better one. Reads the fields that
+// attention_forward_workspace may read, and num_splits where it is not 0.
 int choose_num_splits(const AttentionParams& params);
 // Both with num_splits > 0.
 AttentionWorkspace attention_decode_workspace(const AttentionParams& params);
 void attention_decode(const AttentionParams& params, const AttentionWorkspace& workspace, CUstream_st* stream);
 
-// Checks what protects memory and the kernels' arithmetic; Python has checked the meaning. Messages begin with
-// `kernel`.
+// The checks that protect memory and the kernels' arithmetic; Python has checked the meaning of the call. Messages
+// begin with `kernel`.
 inline void check_attention(const AttentionParams& params, const char* kernel) {
   const auto refuse = [&](const std::string& message) {
     throw std::invalid_argument(std::string(kernel) + ": " + message);

@@ -26,7 +26,7 @@ __device__ inline Head describe_head(const AttentionParams& params, int head) {
   if (params.alibi_slopes != nullptr) result.slope = __ldg(params.alibi_slopes + head);
   if (params.logit_bound == nullptr) return result;
   const float bound = __ldg(params.logit_bound + head);
-  if (bound >= 0.0f) result.bound = bound;  // a NaN promises nothing
+  if (bound >= 0.0f) result.bound = bound;  // a NaN is no bound
   // Rounded up, plus one: float32 is not exact, and a key too many is harmless.
   const float window = ceilf((2.0f * bound + 16.6355324f) / result.slope) + 1.0f;  // 24 ln 2
   if (result.slope > 0.0f && window < 1e9f) result.window = static_cast<int>(window);
@@ -58,7 +58,7 @@ __device__ inline Row describe_row(const AttentionParams& params, int batch, int
   return row;
 }
 
-// What `apply_mask` needs of a Row.
+// The part of a Row that `apply_mask` needs.
 struct VisibleKeys {
   int first, end;
 };

@@ -57,11 +57,11 @@ template <int kRowTiles, MaxUnit kUnit>
 struct OnlineSoftmax {
   float softmax_scale_log2;
   RowValues<kRowTiles> row_max;  // of the scores so far; -inf before the first visible key
-  RowValues<kRowTiles> factor;   // of the last update: what takes a sum from the old maximum to the new one
+  RowValues<kRowTiles> factor;   // of the last update: rescales a sum from the old maximum to the new one
 
-  // Raises the maxima to those of the scores, and says whether any of the warp has grown: often at first and seldom
-  // later. The output, most of the registers, is then left alone. (The factors are formed before the vote: behind it,
-  // the forward kernel would spill.)
+  // Raises the maxima to those of the scores, and returns whether any of the warp has grown: often at first and seldom
+  // later. If none has, the output, most of the registers, is left alone. (The factors are computed before the vote:
+  // after it, the forward kernel would spill.)
   template <int kColumnTiles>
   __device__ bool update(const float (&scores)[kRowTiles][kColumnTiles][4]) {
     bool grew = false;

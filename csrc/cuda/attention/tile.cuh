@@ -1,5 +1,5 @@
-// Tiles of the attention kernels in shared memory: their layout, copies into them, products of tiles, and the way of
-// results back to global memory.
+// Tiles of the attention kernels in shared memory: their layout, copies into them, products of tiles, and the stores of
+// results to global memory.
 //
 // A tile of kRows rows is stored in panels of 64 channels. A row of a panel is 128 bytes, eight vectors of 16 bytes,
 // and vector x of row r is stored at position x ^ (r % 8) (a swizzle):
@@ -53,7 +53,7 @@ struct Rows {
   bool is_aligned16;    // every row starts at a multiple of 16 bytes, and head_dim is a multiple of 8
 };
 
-// threadIdx.x, read anew. A loop over tiles would otherwise keep everything that depends on it in registers, for every
+// threadIdx.x, read again. A loop over tiles would otherwise keep everything that depends on it in registers, for every
 // tensor that it loads: six registers that the products need.
 __device__ inline int read_thread_index() {
   int index;
@@ -61,8 +61,8 @@ __device__ inline int read_thread_index() {
   return index;
 }
 
-// Puts a value that is the same in all lanes into a uniform register: it and its consequences occupy no lane's
-// register.
+// Puts a value that is the same in all lanes into a uniform register: it and the values computed from it occupy no
+// lane's register.
 __device__ inline int uniform(int value) { return __reduce_max_sync(kWholeWarp, value); }
 
 // Copies 16 bytes element by element, for rows that are not aligned. Elements from `count` on (it may be <= 0) are
@@ -84,7 +84,7 @@ __device__ inline void copy_elements(std::uint32_t target, const T* source, int 
 // Copies of aligned rows are asynchronous: commit and wait. Others are complete, for this thread, on return. A barrier
 // makes both visible to the block.
 //
-// The loops over tiles must be fast for whole tiles of aligned rows. Everything else shares one short loop, since its
+// The loops over tiles must be fast for whole tiles of aligned rows. All other tiles share one short loop, because its
 // code lies in the middle of theirs and would fill the instruction cache: 0.8 KiB each time, 2.6 KiB when unrolled.
 template <int kRows, int kHeadDim, int kThreads, typename T>
 __device__ inline void load_tile(std::uint32_t tile, const Rows<const T>& rows, int first) {
@@ -95,7 +95,7 @@ __device__ inline void load_tile(std::uint32_t tile, const Rows<const T>& rows, 
   const int row = thread / kVecs, vec = thread % kVecs;
   const int channels = rows.head_dim - vec * kVec16Width<T>;
   const std::uint32_t first_target = tile + vec_offset<kRows>(row, vec);
-  const auto target = [&](int i) {  // eight rows on, the pattern is the same
+  const auto target = [&](int i) {  // eight rows later the pattern is the same
     return kRowStep % 8 == 0 ? first_target + i * kPanelRowBytes : tile + vec_offset<kRows>(row + i, vec);
   };
   const T* source = rows.data + (first + row) * rows.stride + (channels > 0 ? vec * kVec16Width<T> : 0);

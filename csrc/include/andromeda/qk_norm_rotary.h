@@ -25,8 +25,8 @@ struct QkNormRotaryOperand {
   const void* x;       // (batch, seqlen, num_heads, head_dim)
   const float* scale;  // (num_heads, head_dim), or nullptr for 1
   const float* table;  // (seqlen, rotary_dim), or nullptr when rotary_dim == 0
-  // CUDA: the row of z, (rotary_dim / 2,), of the first token. The row of each next token lies factor_step elements
-  // further: rotary_dim / 2 for q, whose exponent grows with the position, and minus that for k. nullptr: z is 1.
+  // CUDA: the row of z, (rotary_dim / 2,), of the first token; the row of each next token lies factor_step elements
+  // on: rotary_dim / 2 for q, whose exponent grows with the position, and minus that for k. nullptr: 1, or in `table`.
   const float* factors;
   int factor_step;
   void* out;  // (batch, seqlen, num_heads, head_dim); nullptr in the backward pass
