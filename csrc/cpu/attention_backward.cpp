@@ -8,13 +8,13 @@
 //       dv += p^T dout,  dk += ds^T q     float32 sums of this tile and split
 //       dq += ds k                        one task after the other, in the order of the key tiles
 //
-// Every sum has a fixed order, whatever the number of threads: dk and dv of a split belong to one task at a time, and dq
-// receives its keys from left to right. dk and dv of one key head are never expanded to its query heads: the heads are
-// split only where there are too few key tiles to occupy many threads.
+// Every sum has a fixed order, whatever the number of threads: dk and dv of a split belong to one task at a time, and
+// dq receives its keys from left to right. dk and dv of one key head are never expanded to its query heads: the heads
+// are split only where there are too few key tiles to occupy many threads.
 //
-// Memory beyond the tensors, in float32: keys twice and values once per key head, dk and dv once per split, and dq of as
-// many heads as fit into kMostDq bytes; longer sequences take their heads in several rounds. Plus one set of tiles per
-// thread.
+// Memory beyond the tensors, in float32: keys twice and values once per key head, dk and dv once per split, and dq of
+// as many heads as fit into kMostDq bytes; longer sequences process their heads in several rounds. Plus one set of
+// tiles per thread.
 #include <atomic>
 #include <thread>
 
@@ -28,9 +28,9 @@ namespace {
 constexpr std::int64_t kMostDq = std::int64_t{128} << 20;
 constexpr double kLog2EDouble = 1.4426950408889634;
 
-// The order in which tasks add to a query tile's dq: its semaphore counts the key tiles that have been added, and a task
-// waits until those before its own have been. Tasks start in the order of the key tiles and visit query tiles in the
-// same order, so a task waits only for tasks that run, one step ahead of it.
+// The order in which tasks add to a query tile's dq: its semaphore counts the key tiles that have been added, and a
+// task waits until those before its own have been added. Tasks start in the order of the key tiles and visit query
+// tiles in the same order, so a task waits only for tasks that run, one step ahead of it.
 class Semaphores {
  public:
   explicit Semaphores(std::int64_t count) : values_(new std::atomic<std::int32_t>[count]) {

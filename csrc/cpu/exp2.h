@@ -5,8 +5,8 @@
 
 namespace andromeda::cpu::ANDROMEDA_ISA {
 
-// 2^(x + exponent), relative error below 1e-7. `exponent` is a whole number: it is added to the whole part of x, so that
-// a large one costs x no digits. Results below 2^-100 become exactly 0: float32 loses them beside a row's largest
+// 2^(x + exponent), relative error below 1e-7. `exponent` is a whole number: it is added to the whole part of x, so
+// that a large one costs x no digits. Results below 2^-100 become exactly 0: float32 loses them beside a row's largest
 // weight, and their products would be denormal numbers, which cost a hundred cycles each. A NaN stays a NaN.
 //
 // Without kVanishing the caller knows that the result lies above 2^-100.

@@ -21,8 +21,8 @@ class NonFiniteFlag {
 
 inline IntVec is_finite(Vec x) { return ((IntVec)x & 0x7f800000) != 0x7f800000; }
 
-// Moves the numbers that are not finite from `row` to `rest`; both are 0 where the other has the number. Returns whether
-// there are any.
+// Moves the numbers that are not finite from `row` to `rest`; both are 0 where the other has the number. Returns
+// whether there are any.
 inline bool separate_not_finite(float* row, int width, float* rest) {
   NonFiniteFlag not_finite;
   for (int channel = 0; channel < width; channel += kLanes) {

@@ -84,9 +84,9 @@ inline void pack_columns(const T* x, std::int64_t stride, int rows, int width, f
   }
 }
 
-// Copies up to kCols channels of the rows of a tensor into a panel (rows, kCols), zero after the last channel. A product
-// over rows then reads one stream, which the hardware fetches ahead. Of rows in place it would read two cache lines at
-// a time, and rows whose stride is a power of two evict each other.
+// Copies up to kCols channels of the rows of a tensor into a panel (rows, kCols), zero after the last channel. A
+// product over rows then reads one stream, which the hardware prefetches. From rows in place it would read two cache
+// lines at a time, and rows whose stride is a power of two evict each other.
 //
 // Numbers that are not finite become 0. Returns whether there are any.
 template <typename T>

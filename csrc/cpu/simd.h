@@ -160,8 +160,8 @@ inline Vec exchange(Vec v) {
   return exchange<kDistance>(v, std::make_integer_sequence<int, kLanes>{});
 }
 
-// Interleaves the lanes of a and b whose index has bit kDistance clear (kUpper: set): those of a go to the lanes with the
-// bit clear, those of b to the lanes with the bit set.
+// Interleaves the lanes of a and b whose index has bit kDistance clear (kUpper: set): those of a go to the lanes with
+// the bit clear, those of b to the lanes with the bit set.
 template <int kDistance, bool kUpper, int... kLane>
 inline Vec merge(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
   return __builtin_shufflevector(

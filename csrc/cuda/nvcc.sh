@@ -7,8 +7,8 @@
 # The notes C75.. of ptxas say that the code is correct but slow: ptxas made wgmma wait for every product, because
 # registers of a product in flight are used, or it ignored setmaxnreg. No option turns these notes into errors, as
 # -Werror does with the warnings about spills.
-# This is not a CMake script: the path of cmake changes with every isolated build, and ninja would then run each changed
-# command, compiling everything again.
+# This is a shell script, not one for cmake: the path of cmake changes with every isolated build, and a changed command
+# makes ninja compile everything again.
 
 CCACHE_EXTRAFILES=$1${CCACHE_EXTRAFILES:+:$CCACHE_EXTRAFILES}
 export CCACHE_EXTRAFILES

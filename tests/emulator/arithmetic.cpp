@@ -1,7 +1,7 @@
 // Arithmetic and logic: instructions whose lanes do not depend on each other.
 //
 // The table at the end names, for every opcode, the setter of the handler for an integer type and for a floating-point
-// type. A setter reads the modifiers that it knows and sets the widths of the operands.
+// type. A setter takes the modifiers of its form and sets the widths of the operands.
 #include <type_traits>
 
 #include "operations.h"
@@ -201,7 +201,7 @@ void set_float(Decoder& d, Type type) {
   if (handler == nullptr) fail_type(d);
 }
 
-// With a rounding mode; only float32 has others than the nearest. Long: the operation in higher precision.
+// With a rounding mode; only float32 has modes other than to nearest. Long: the operation in higher precision.
 template <int kArity, typename F, typename Long>
 void set_rounded(Decoder& d, Type type) {
   const int mode = d.take_one_of({"rn", "rz", "rm", "rp"});

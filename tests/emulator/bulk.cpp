@@ -1,6 +1,6 @@
 // mbarriers, and the copies of the bulk engine (TMA) that complete on them or in groups.
 //
-// A bulk copy is moved at a moment that the scheduler picks: in any order, at the latest when nothing else can run.
+// The data of a bulk copy move when the scheduler picks it: in any order, at the latest when nothing else can run.
 // Into shared memory, its target is poisoned from the issue on; it then counts as written by an agent of its own, which
 // the phase of the mbarrier releases. Out of shared memory, its source may not be written until the issuing thread has
 // waited: wait_group.read ends the reading, and wait_group alone makes the result known to the thread.
@@ -101,7 +101,7 @@ Step arrive_on_mbarrier(Execution& x, const Instruction& i) {
 }
 
 // try_wait p, [a], parity or state. A thread whose phase has not completed sleeps; it returns false when nothing else
-// in the block can run, and at random under the random schedule: both happen on a device by its time limit.
+// in the block can run, and at random under the random schedule: a device does both when its time limit expires.
 Step wait_for_phase(Execution& x, const Instruction& i) {
   std::uint32_t done = 0, sleeping = 0;
   const bool give_up = x.warp->timed_out || (x.settings.schedule == Schedule::kRandom && x.random() % 4 == 0);
@@ -248,7 +248,7 @@ bool prepare(Execution& x, const Instruction& i, int lane, Kind kind, Transfer* 
                        " of the block's " + std::to_string(x.shared_bytes) + " bytes of shared memory");
     return false;
   }
-  // Extents of the buffers behind the map; a bulk copy has no alignment beyond its own.
+  // Extents of the buffers that hold the tensor; a bulk copy has no alignment beyond its own.
   bool inside = true;
   transfer->for_each_piece([&](std::uint32_t, std::uint8_t* address, std::uint32_t bytes) {
     inside = inside && x.access_range(site, address, static_cast<int>(bytes), kind, true);
@@ -282,7 +282,7 @@ Step bulk_load(Execution& x, const Instruction& i) {
       std::memcpy(at.shared + target, source, bytes);
     });
     const auto found = at.mbarriers.find(offset);
-    if (found == at.mbarriers.end()) return;  // invalidated meanwhile; the copy counts as lost
+    if (found == at.mbarriers.end()) return;  // invalidated in the meantime; the copy counts as lost
     Mbarrier& mbarrier = found->second;
     const Access agent = at.clocks.next_of_mbarrier(mbarrier.number);
     if (at.check) at.shared_shadow.finish_copy(agent, transfer.shared, static_cast<int>(transfer.bytes), Proxy::kAsync);

@@ -134,7 +134,7 @@ std::uint64_t store_float(Type type, long double value, int mode) {
   }
 }
 
-// To an integer type; out of range: its end, NaN: zero.
+// To an integer type; out of range: its nearest limit, NaN: zero.
 std::uint64_t clamp_to_integer(Type type, long double value) {
   const int bits = 8 * bytes_of(type);
   const long double low = is_signed(type) ? -std::ldexp(1.0L, bits - 1) : 0.0L;
@@ -189,7 +189,7 @@ struct Cast {
   }
 };
 
-// The conversions that are frequent in inner loops, without the detours of `convert`.
+// The conversions that are frequent in inner loops, without the general cases of `convert`.
 Handler common_conversion(Type to, Type from) {
   if (to == Type::kF32 && from == Type::kS32) return &map<Cast<float>, float, std::int32_t>;
   if (to == Type::kF32 && from == Type::kU32) return &map<Cast<float>, float, std::uint32_t>;

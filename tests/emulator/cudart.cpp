@@ -1,9 +1,9 @@
 // The part of the CUDA runtime that compiled host code uses, on a machine without a driver. Launches go to the
-// emulator; queries are answered for the pretended device.
+// emulator; queries are answered for the emulated device.
 //
 // It is as strict as the strictest device: a call that any device might refuse is refused here, and the text of the
 // error says why. Errors behave like CUDA's: a call returns its error and leaves it for cudaGetLastError, which returns
-// it once. A function that is missing here fails the import of the library with its name.
+// it once. If a function is missing here, the import of the library fails and names it.
 #include "cudart.h"
 
 #include <cuda.h>
@@ -121,7 +121,7 @@ cudaError_t refusal(const char* call) {
   return fail(wanted->second, std::string(call) + " is to fail");
 }
 
-// The function and its kernel for the pretended device.
+// The function and its kernel for the emulated device.
 cudaError_t look_up(const char* call, const void* stub, Function*& function, std::shared_ptr<const Kernel>& kernel) {
   if (const cudaError_t error = refusal(call)) return error;
   driver().contexts.insert(thread_state.device);
@@ -351,7 +351,7 @@ using emulator::driver;
 using emulator::fail;
 using emulator::thread_state;
 
-// ---- what nvcc puts into the object files ---------------------------------------------------------------------------
+// ---- calls that nvcc generates --------------------------------------------------------------------------------------
 
 extern "C" {
 

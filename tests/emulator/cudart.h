@@ -1,4 +1,4 @@
-// The pretended driver behind the CUDA runtime of cudart.cpp: the device, the calls that it got, and the reports.
+// The emulated driver of the CUDA runtime in cudart.cpp: the device, the calls that it received, and the reports.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -37,16 +37,16 @@ struct Launch {
 
 // One process has one driver. Its user sets it up before a call and looks at the records after it.
 struct Driver {
-  static constexpr int kNumDevices = 2;  // alike; tests pass memory of the second one as a mistake
+  static constexpr int kNumDevices = 2;  // identical; tests pass memory of the second one as a mistake
 
   Device device;
   Settings settings;
   PtxLibrary ptx;
   int version = CUDART_VERSION;                 // the newest CUDA that it runs, 13000 for 13.0; 0: there is no driver
   std::map<std::string, cudaError_t> failures;  // errors that these calls of the runtime return, by name
-  std::set<int> contexts;                       // devices that were made ready
+  std::set<int> contexts;                       // devices that were initialised
   unsigned long long capture = 0;               // the number of the capture that every stream is part of, or 0
-  std::map<const void*, int> device_of;         // devices of the buffers that are not on device 0, by their begin
+  std::map<const void*, int> device_of;         // devices of the buffers that are not on device 0, by first address
   std::vector<Launch> launches;
   std::vector<std::string> calls;  // allocations and synchronisations, by name
   std::vector<Report> reports;
@@ -57,8 +57,8 @@ Driver& driver();
 // The error of this name; cudaSuccess if the emulator does not know it.
 cudaError_t error_of_name(const std::string& name);
 
-// Runs a grid with the settings of the driver and appends to its reports; a pointer to memory of another device than
-// `device_index` is one of them.
+// Runs a grid with the settings of the driver and appends to its reports. A pointer to memory of a device other than
+// `device_index` is reported too.
 void run_reported(const Kernel& kernel, const std::string& name, Dim3 grid, Dim3 block, std::size_t dynamic_shared,
                   const std::vector<std::uint8_t>& parameters, int device_index);
 

@@ -155,7 +155,7 @@ std::uint64_t apply_atomic(Type type, int operation, std::uint64_t old, std::uin
   }
 }
 
-// [a], b, c follow the result, which red has not got.
+// [a], b, c follow the result, which red does not have.
 // option: operation, number of elements, first operand, releases, synchronises (an integer may be a semaphore),
 // acquires
 Step atomic(Execution& x, const Instruction& i) {

@@ -1,6 +1,6 @@
 // From a statement to an instruction: which function executes it, and what its operands and modifiers mean.
 //
-// Every modifier has to be taken by the decoder that knows it; one that is left over stops the kernel. So nothing that
+// The decoder of an instruction must take every modifier; one that is left over stops the kernel. So nothing that
 // changes a result is ever ignored.
 #pragma once
 

@@ -64,7 +64,7 @@ struct Instruction {
   std::vector<std::uint32_t> reads, writes;
 };
 
-// A body ready to run. The register file of a warp is [registers | special registers | constants].
+// A body that is ready to run. The register file of a warp is [registers | special registers | constants].
 struct Code {
   Entry entry;
   Body body;

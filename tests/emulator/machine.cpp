@@ -11,7 +11,7 @@
 
 namespace emulator {
 
-// A kernel as callers hold it: the entry, and from the first run on its code.
+// A kernel as callers hold it: its entry and, from the first run on, its code.
 class Kernel {
  public:
   explicit Kernel(Entry head) : entry(std::move(head)) {

@@ -1,7 +1,7 @@
 // Tensor-core layouts: which element of a tile a lane holds in which register, and where a tile lies in shared memory.
 //
 // Lane l has group g = l / 4 and column pair c = l % 4. The maps are functions on their own, so that a test can print
-// them beside the tables of the PTX manual.
+// them next to the tables of the PTX manual.
 //
 // Sums: products are exact in double, summed in double with the accumulator, and rounded once to float32 at the end of
 // the k step. Tensor cores truncate aligned sums instead; the difference is below what a kernel may rely on.
@@ -26,7 +26,7 @@ constexpr Place mma_c(int lane, int index) { return {lane / 4 + 8 * (index >> 1)
 // The same with one 32-bit element (TF32) in a register: k counts in steps of four.
 constexpr Place mma_a32(int lane, int index) { return {lane / 4 + 8 * (index & 1), lane % 4 + 4 * (index >> 1)}; }
 constexpr Place mma_b32(int lane, int index) { return {lane % 4 + 4 * index, lane / 4}; }
-// ldmatrix: what a lane gets of an 8x8 matrix; half as above. With .trans rows and columns change places.
+// ldmatrix: the elements of an 8x8 matrix that a lane gets; half as above. With .trans rows and columns change places.
 constexpr Place ldmatrix_element(int lane, int half, bool transposed) {
   const int row = lane / 4, column = 2 * (lane % 4) + half;
   return transposed ? Place{column, row} : Place{row, column};

@@ -2,7 +2,7 @@
 //
 // A device pointer is an address of this process, so host code can fill and read buffers directly. Every access of a
 // kernel is looked up here: an address that no buffer covers is outside, wherever it points. New memory is all ones,
-// which is NaN in every floating-point type, so a result that was never written shows.
+// which is NaN in every floating-point type, so a result that was never written is visible.
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,4 @@
-// The Python module _emulator, which lives in the same library as the emulated _C: memory, the pretended driver, PTX.
+// The Python module _emulator, which is in the same library as the emulated _C: memory, the emulated driver, PTX.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
@@ -23,8 +23,8 @@ using namespace emulator;
 
 namespace {
 
-// An address is not used again while any buffer lives, so that a stale pointer is found. When no buffer lives the arena
-// starts anew; otherwise thousands of tests would fill the machine's memory.
+// An address is not used again while any buffer lives, so that a stale pointer is found. When no buffer lives, the
+// arena is used again from its start; otherwise thousands of tests would fill the machine's memory.
 int live_buffers = 0;
 
 struct Code {

@@ -16,7 +16,7 @@ To bits_as(From from) {
   return to;
 }
 
-// Rounds to the neighbour whose last bit says that digits were lost, so that a second rounding, to the nearest number
+// Rounds to the neighbour whose last bit is set if digits were lost, so that a second rounding, to the nearest number
 // of a narrower type, is exact.
 inline float round_to_odd(double value) {
   float nearest = static_cast<float>(value);

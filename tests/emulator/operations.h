@@ -293,7 +293,7 @@ struct FloatDivide {
     return T(a / b);
   }
 };
-// NaN loses against a number unless .NaN is given; -0 is less than +0.
+// Of a NaN and a number the result is the number, unless .NaN is given; -0 is less than +0.
 template <bool kPropagateNan>
 struct FloatMaximum {
   template <typename T>

@@ -23,8 +23,8 @@ bool starts_with(const std::string& text, const char* prefix) { return text.rfin
 
 std::size_t round_up(std::size_t value, std::size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// The C library reads numbers: where a compiler links its C++ library into each library, streams of two of them confuse
-// their facets of locales, and the process ends.
+// Reads numbers with the C library: where a compiler links its C++ library into each shared library, the streams of two
+// of them confuse their locale facets, and the process aborts.
 std::size_t number_of(const std::string& word, int line) {
   char* end = nullptr;
   const unsigned long long value = std::strtoull(word.c_str(), &end, 10);
@@ -162,7 +162,7 @@ class BodyParser {
       body_.special[name] = body_.register_bytes;
       body_.register_bytes += kSpecialWidth * 32;
     }
-    // Special registers were numbered while the size of the file was unknown.
+    // Special registers were numbered while the size of the register file was unknown.
     for (Statement& statement : body_.statements) {
       for (Operand& operand : statement.operands) place_special(operand);
     }

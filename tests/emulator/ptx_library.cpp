@@ -9,7 +9,7 @@
 namespace emulator {
 namespace {
 
-// With the C library, as numbers (parser.cpp): a file stream needs a facet of a locale.
+// With the C library, like numbers (parser.cpp): a file stream needs a locale facet.
 std::string read_file(const std::string& path) {
   const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path.c_str(), "rb"), &std::fclose);
   if (file == nullptr) throw std::runtime_error("cannot read " + path);

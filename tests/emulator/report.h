@@ -28,7 +28,7 @@ class Reporter {
 
   void enter_block(Dim3 block) { block_ = block; }
   void add(const char* kind, const Site& site, const std::string& message);
-  // The message is made only when the report is new: a defect in a loop would otherwise spend its time on texts.
+  // The message is made only when the report is new: a defect in a loop would otherwise make thousands of them.
   template <typename F, typename = decltype(std::declval<F>()())>
   void add(const char* kind, const Site& site, F&& message) {
     if (is_new(kind, site)) add(kind, site, std::string(message()));

@@ -7,10 +7,10 @@
 //
 // A row has two sections of equal length. The first is the order itself. The second is the part of it that has passed a
 // proxy fence, which asynchronous copies and wgmma may rely on. Joining whole rows carries both along the same edges.
-// The accesses that a fence at device scope covers are known to the thread that made it alone: a release pattern is a
-// fence and an atomic of one thread, and no other thread inherits the fence.
+// The accesses that a fence at device scope covers are recorded for the thread that made it alone: a release pattern is
+// a fence and an atomic of one thread, and no other thread inherits the fence.
 //
-// Work beside the threads is done by agents, whose columns follow those of the threads: one for each mbarrier, for the
+// Agents do the work that no thread does. Their columns follow those of the threads: one for each mbarrier, for the
 // bulk copies that complete on it, and one for each warp, for the reads of its wgmmas.
 #pragma once
 
@@ -99,7 +99,7 @@ class SharedShadow {
   // A copy into shared memory: no thread may touch the cells until it has finished. It then counts as a write of `by`.
   void begin_copy(const Site& site, std::uint32_t offset, int bytes, Proxy proxy);
   void finish_copy(const Access& by, std::uint32_t offset, int bytes, Proxy proxy);
-  // A read that goes on after its instruction (wgmma, bulk store): no thread may write the cells until it has finished.
+  // A read that continues after its instruction (wgmma, bulk store): until it has finished, no thread may write there.
   void begin_read(const Site& site, std::uint32_t offset, int bytes);
   void finish_read(const Access& by, std::uint32_t offset, int bytes);
 
@@ -154,8 +154,8 @@ class SharedShadow {
 //             the accesses ordered before the fence: also those of other threads of the block before a barrier, but not
 //             those that other threads alone have fenced.
 //   acquire   an atomic operation on the same word, then a fence at device scope by the same thread (or an operation
-//             that acquires). It serves all that is ordered after that fence: other threads of the block through a
-//             barrier after it. Their own fences do not replace a missing one.
+//             that acquires). It covers all accesses ordered after that fence: also those of other threads of the
+//             block after a barrier. Their own fences do not replace a missing one.
 //
 // Two fence.sc of different threads are ordered as well and could create more order; no kernel here relies on it.
 // Blocks run one after the other, so the writes that an earlier one published are final.

@@ -65,7 +65,7 @@ struct CopyGroups {
   std::deque<std::vector<Copy>> groups;
 };
 
-// A bulk copy on its way: `move` moves the data, at a moment that the scheduler picks, once.
+// A bulk copy in flight: `move` moves the data, once, at a moment that the scheduler picks.
 struct BulkCopy {
   std::function<void(Execution&)> move;
   bool moved = false;

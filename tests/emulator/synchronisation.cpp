@@ -369,7 +369,7 @@ bool decode_synchronisation(Decoder& d) {
   } else if (d.is("trap") || d.is("brkpt")) {
     d.instruction.handler = &trap;
   } else if (d.is("nanosleep") || d.is("griddepcontrol") || d.is("pmevent")) {
-    // They change only the time; grids run one after the other.
+    // They affect only the timing; grids run one after the other.
     d.take_one_of({"wait", "launch_dependents"});
     d.take_type();
     d.instruction.operands.clear();

@@ -14,7 +14,7 @@ std::string encode_tensor_map(void* map, int element_bytes, int rank, void* addr
                               const std::uint64_t* byte_strides, const std::uint32_t* box,
                               const std::uint32_t* element_strides, int swizzle);
 
-// The same 128 bytes, read.
+// The same 128 bytes, decoded.
 struct TensorMap {
   static constexpr int kMaxRank = 5;
   std::uint64_t magic;

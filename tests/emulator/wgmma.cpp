@@ -1,4 +1,4 @@
-// wgmma: products of whole warpgroups, with operands in shared memory, that go on after their instruction.
+// wgmma: products of whole warpgroups, with operands in shared memory, that continue after their instruction.
 //
 // Every warp computes its 16 rows when it issues. Its operands stay marked as being read until its wait, and its
 // results appear only then. An agent counts as the reader, and the wait orders it before every lane of the warp, so one
@@ -310,7 +310,7 @@ void Execution::track_registers(const Instruction& instruction) {
       instruction.statement->opcode == "mov" && instruction.operands[0].kind == Operand::Kind::kRegister;
   if (is_move && !instruction.writes.empty()) {
     WgmmaState::Register& target = state.registers[instruction.writes[0] / kRowBytes];
-    if (instruction.reads.empty()) {  // of a constant: a register that begins a new life
+    if (instruction.reads.empty()) {  // of a constant: the register begins a new live range
       if (target.hidden == nullptr) target.last_write = target.last_read = 0;
     } else {
       const std::uint32_t from = instruction.reads[0] / kRowBytes, to = instruction.writes[0] / kRowBytes;

@@ -36,8 +36,8 @@ __device__ inline Head describe_head(const AttentionParams& params, int head) {
 // One query row of one batch entry: it sees the keys first <= j < end and is aligned with the key at `position`. A row
 // that does not exist sees every key: its result is dropped, and it must not force a mask on the other rows.
 //
-// describe_row() ignores the window. A KeyRange applies it, and so to whole tiles: a row may see more keys than its
-// window has. The CPU kernels differ: their describe_row() applies it key by key.
+// describe_row() ignores the window. A KeyRange applies it, but to whole tiles: a row may see more keys than its window
+// has. The CPU kernels differ: their describe_row() applies it key by key.
 struct Row {
   int position, first, end;
   __device__ bool empty() const { return first >= end; }
