@@ -4,7 +4,7 @@
 //   backward   g = R^T dout                       dscale = sum of g * x_hat over tokens
 //              e = scale * g                      dx = (e - x_hat <x_hat, e>) / ||x||, or e / 1e-12 if ||x|| < 1e-12
 //
-// R and its factors are in andromeda/qk_norm_rotary.h. The backward pass recomputes x_hat, which is cheaper than storing
+// R and its factors are in andromeda/qk_norm_rotary.h. Recomputing x_hat in the backward pass costs less than storing
 // it. A row is one head of one token. A group of 2^n lanes owns one row at a time, and a block walks the tokens of one
 // run with a tile of heads that lie side by side in memory. Head size 64, half precision, four heads in a tile:
 //

@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
     multiply_transposed<T, kHeadDim, kTile, kTile, 1>(ds, v_tile, warp_row, dout_tile);
     if (!unmasked) {
       apply_key_mask(ds[0], tile, lane_key, 0.0f);
-      // The product would clamp a gradient that is not finite, so the NaN is put into the weights.
+      // The product would clamp a gradient that is not finite, so a NaN is put into the weights.
 #pragma unroll
       for (int n = 0; n < kColumnTiles; ++n) {
 #pragma unroll

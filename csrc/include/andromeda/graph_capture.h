@@ -1,7 +1,7 @@
 // The state of graph capture, which decides where memory that calls share is made (andromeda/ops/_persistent.py).
 #pragma once
 
-struct CUstream_st;  // cudaStream_t points to it; declared here, so that this header needs none of CUDA
+struct CUstream_st;  // cudaStream_t points to it; declared here, so that this header includes none of CUDA's
 
 namespace andromeda::cuda {
 

@@ -16,7 +16,7 @@
 
 #include "andromeda/tensor_view.h"
 
-struct CUstream_st;  // cudaStream_t points to it; declared here, so that this header needs none of CUDA
+struct CUstream_st;  // cudaStream_t points to it; declared here, so that this header includes none of CUDA's
 
 namespace andromeda {
 
@@ -70,7 +70,8 @@ void qk_norm_rotary_backward(const QkNormRotaryBackwardParams& params, CUstream_
 int qk_norm_rotary_backward_runs(DType dtype, int head_dim, int q_heads, int k_heads);
 
 inline constexpr int kMaxRotaryHeadDim = 512;
-// A token's position in its sequence is an int, which a group raises by up to the threads of a block before it wraps.
+// A token's position in its sequence is an int, and a group counts past the end, by up to the threads of a block,
+// before it wraps.
 inline constexpr int kMaxRotarySeqlen = 0x7FFFFF00;
 }  // namespace cuda
 

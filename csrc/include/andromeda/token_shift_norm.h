@@ -15,7 +15,7 @@
 
 #include "andromeda/tensor_view.h"
 
-struct CUstream_st;  // cudaStream_t points to it; declared here, so that this header needs none of CUDA
+struct CUstream_st;  // cudaStream_t points to it; declared here, so that this header includes none of CUDA's
 
 namespace andromeda {
 
