@@ -13,7 +13,7 @@ namespace andromeda::cpu::ANDROMEDA_ISA {
 inline constexpr float kLog2E = 1.44269504088896340736f;
 inline constexpr float kLn2 = 0.69314718055994530942f;
 
-// A head's constants, in base 2. Keys at the distance `window` or farther hold together less than 2^-24 of a row's
+// A head's constants, in base 2. Keys at the distance `window` or farther together hold less than 2^-24 of a row's
 // softmax: a geometric sum of exp(2 bound - slope * distance), beside the row's own key (docs/attention.md#windows).
 struct Head {
   float slope;
