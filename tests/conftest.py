@@ -1,6 +1,5 @@
 """Shared settings. `--device cuda` tests on a GPU; `--hypothesis-profile nightly` (or `exhaustive`) tries more."""
 
-import functools
 import os
 from collections import Counter
 from pathlib import Path
@@ -11,7 +10,7 @@ import numerics
 import pytest
 import torch
 from emulator import EmulatedExtension, Emulator
-from op_cases import skip_for
+from op_cases import skip_for, without_use
 
 from andromeda.ops import _persistent, _rotary, _select
 
@@ -101,21 +100,6 @@ def emulated(request, monkeypatch):
     monkeypatch.setattr(_rotary, "window", lambda first, end: (first, end))
     monkeypatch.setattr(_select, "DEVICE_TYPES", {"cuda": "cpu", "triton": "no device", "cpu": "no device"})
     return emulator
-
-
-@functools.cache
-def without_use(operation, device):
-    """The backends that run no call of `operation` on tensors of `device`, whatever the dtype: name -> reasons.
-
-    On the CPU, "cpu" is never left out: a missing extension must show in every test.
-    """
-    reports = [_select.report(device, dtype)[operation] for dtype in (torch.float32, torch.float16, torch.bfloat16)]
-    kept = ("cpu", "reference") if torch.device(device).type == "cpu" else ("reference",)
-    return {
-        name: reports[0][name]
-        for name in _select.BACKENDS
-        if name not in kept and all(report[name] for report in reports)
-    }
 
 
 left_out = {}  # backend -> operation -> reasons

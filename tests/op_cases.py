@@ -2,18 +2,34 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import math
 
 import pytest
 import torch
 
-from andromeda.ops import qk_norm_rotary, token_shift_norm
+from andromeda.ops import _select, qk_norm_rotary, token_shift_norm
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = (FLOAT32, BFLOAT16, FLOAT16)
 
 
 # ---- all operations -------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def without_use(operation, device):
+    """The backends that run no call of `operation` on tensors of `device`, whatever the dtype: name -> reasons.
+
+    On the CPU, "cpu" is never left out: a missing extension must show in every test.
+    """
+    reports = [_select.report(device, dtype)[operation] for dtype in (torch.float32, torch.float16, torch.bfloat16)]
+    kept = ("cpu", "reference") if torch.device(device).type == "cpu" else ("reference",)
+    return {
+        name: reports[0][name]
+        for name in _select.BACKENDS
+        if name not in kept and all(report[name] for report in reports)
+    }
 
 
 class Case:

@@ -186,7 +186,7 @@ def test_calls_that_are_watched(load, capsys):
 
 def test_kernels_that_are_named_exist(load):
     """A kernel of another name would be shown, but no prediction would meet it."""
-    source = "\n".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cuh"))
+    source = "\n".join(path.read_text() for path in (ROOT / "csrc" / "cuda").rglob("*.cuh"))
     kernels = set(re.findall(r"(\w+)_kernel\(", source))
     named = {p["pass"] for p in load("predictions").load() if p["op"] == "kernel"}
     assert named | set(load("counters").TILES) <= kernels

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import types
 
-import conftest
+import op_cases
 import pytest
 import torch
 
@@ -183,32 +183,32 @@ def test_needs_function():
 @pytest.fixture
 def reports(monkeypatch):
     """Sets what `report` says: (device, dtype) -> reasons of each backend, the same for every operation."""
-    conftest.without_use.cache_clear()
+    op_cases.without_use.cache_clear()
     yield lambda table: monkeypatch.setattr(
         _select, "report", lambda device, dtype: {"attention": {**ALL_FAIL, **table(device, dtype)}}
     )
-    conftest.without_use.cache_clear()
+    op_cases.without_use.cache_clear()
 
 
 @pytest.mark.parametrize("operation", ["attention", "qk_norm_rotary", "token_shift_norm"])
 def test_on_the_cpu_no_test_loses_its_backends(operation, monkeypatch):
-    left_out = set(conftest.without_use(operation, "cpu"))
+    left_out = set(op_cases.without_use(operation, "cpu"))
     assert not left_out & {"cpu", "reference"}
     monkeypatch.setattr(_select, "extension", None)
     monkeypatch.setattr(_select, "extension_error", "not built")
-    assert set(conftest.without_use.__wrapped__(operation, "cpu")) == {"cuda", "triton"}
+    assert set(op_cases.without_use.__wrapped__(operation, "cpu")) == {"cuda", "triton"}
 
 
 def test_a_backend_with_no_use_is_left_out_with_its_reasons(reports):
     reports(lambda device, dtype: {"cpu": [], "reference": []})
-    assert conftest.without_use("attention", "cpu") == {"cuda": ["no cuda"], "triton": ["no triton"]}
+    assert op_cases.without_use("attention", "cpu") == {"cuda": ["no cuda"], "triton": ["no triton"]}
     reports(lambda device, dtype: {"cuda": [], "reference": []})
-    assert conftest.without_use("attention", "cuda:1") == {"triton": ["no triton"], "cpu": ["no cpu"]}
+    assert op_cases.without_use("attention", "cuda:1") == {"triton": ["no triton"], "cpu": ["no cpu"]}
 
 
 def test_one_dtype_that_runs_is_use_enough(reports):
     reports(lambda device, dtype: {"reference": [], **({"cuda": []} if dtype == torch.bfloat16 else {})})
-    assert "cuda" not in conftest.without_use("attention", "cuda")
+    assert "cuda" not in op_cases.without_use("attention", "cuda")
 
 
 IMPORT_WITH = """
