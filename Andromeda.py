@@ -1,7 +1,7 @@
 """`from Andromeda import Andromeda`: the public names of the package `andromeda`, with a capital letter.
 
-This file is Andromeda.py and the package is the folder andromeda: no two files share a name even where the file system
-ignores case, and Python compares the case of what it imports there too (unless PYTHONCASEOK is set).
+This file is Andromeda.py and the package is the folder andromeda. So no two files share a name even where the file
+system ignores case; there, Python also compares the case of the imported name (unless PYTHONCASEOK is set).
 """
 
 import andromeda

@@ -43,7 +43,7 @@ _MODULE_OF = {
 }
 _MODULE_OF |= dict.fromkeys(set(__all__) - {*_MODULE_OF, "__version__"}, "andromeda.model")
 
-if not TYPE_CHECKING:  # a type checker would take any name for one of the package
+if not TYPE_CHECKING:  # otherwise a type checker would accept any name as one of the package
 
     def __getattr__(name: str) -> object:
         if name not in _MODULE_OF:
@@ -58,7 +58,7 @@ def __dir__() -> list[str]:
 
 def _is_the_command() -> bool:
     """Whether Python is about to run `andromeda.__main__`: by `python -m andromeda`, or by the script of that name."""
-    if sys.argv[:1] == ["-m"]:  # argv is so while Python looks for the module
+    if sys.argv[:1] == ["-m"]:  # the value of argv while Python looks for the module
         return __name__ in sys.orig_argv
     return bool(sys.argv) and os.path.basename(sys.argv[0]) == __name__
 

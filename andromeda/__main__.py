@@ -1,7 +1,7 @@
 """`python -m andromeda ...` and the script `andromeda`: the preparations that come before torch is loaded.
 
-In the process of the command the package does not load torch (see `__init__.py`). So a signal ends the process without
-a traceback from the first moment, and the number of threads can still be set.
+In the process of the command the package does not load torch (see `__init__.py`). From the first moment, therefore, a
+signal ends the process without a traceback, and the number of threads can still be set.
 """
 
 import os

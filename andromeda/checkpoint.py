@@ -33,11 +33,11 @@ _DEFAULT_PROVIDER = "andromeda.model.AndromedaEmbedding"
 _SEAL, _NO_SEAL = "checksum", "0" * 32  # in the metadata of the weights: XXH3-128 of the file, with this in its place
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
-# Parts that wrappers put anywhere into names: torch.compile, DistributedDataParallel, FSDP, activation checkpoints ...
+# Parts that wrappers insert anywhere in names: torch.compile, DistributedDataParallel, FSDP, activation checkpoints ...
 _WRAPPERS = frozenset(
     ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_fpw_module", "_forward_module")
 )
-# ... and the first parts of names, of objects that hold a model, among them averages of weights.
+# ... and the first parts of names in objects that hold a model, such as averages of weights.
 _OWNERS = frozenset(("Andromeda", "decoder", "ema", "ema_model", "model", "net", "online_model"))
 _COUNTERS = frozenset(("initted", "n_averaged", "step"))  # averages of weights keep them beside the weights
 
@@ -88,8 +88,8 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
 
     Raises:
         NotADirectoryError: `path` is a file.
-        ValueError: `load` could not make this model again: parameters without values, of another model than its
-            config describes, or overlapping in memory; names them. Nothing is written then.
+        ValueError: `load` could not restore this model, because parameters have no values, do not fit its config, or
+            overlap in memory; names them. Nothing is written then.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
@@ -97,7 +97,7 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
     state, ties = _state_to_save(model)
     provider = _class_name(model.embedding_provider)
     if provider == _DEFAULT_PROVIDER and not is_plain_embedding(model.transformer.token_emb):
-        provider = _class_name(model.transformer.token_emb)  # put in afterwards: the default provider makes another
+        provider = _class_name(model.transformer.token_emb)  # set afterwards: the default provider makes another
     dtype = _name(model.transformer.to_logits.weight.dtype)
     dtypes = {name: _name(tensor.dtype) for name, tensor in state.items() if tensor.is_floating_point()}
     settings = {
@@ -118,7 +118,7 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
         _seal(new / WEIGHTS)
         settings["files"] = files.checksums(new, [WEIGHTS])
         (new / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        shutil.copymode(new / SETTINGS, new / WEIGHTS)  # safetensors writes a file that others may not read
+        shutil.copymode(new / SETTINGS, new / WEIGHTS)  # safetensors writes a file that other users may not read
         files.flush_tree(new)
         if path.is_dir():
             os.replace(new / WEIGHTS, path / WEIGHTS)
@@ -134,7 +134,7 @@ def _class_name(value: object) -> str:
 
 
 def is_plain_embedding(module: torch.nn.Module) -> bool:
-    """Whether the module is a `torch.nn.Embedding` or computes the same, also inside of wrappers."""
+    """Whether the module is a `torch.nn.Embedding` or computes the same, also inside wrappers."""
     inside = [module]
     while inside:
         module = inside[0]
@@ -143,11 +143,11 @@ def is_plain_embedding(module: torch.nn.Module) -> bool:
 
 
 def _state_to_save(model: Model) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Parameters by name, each once, and the other names of those that have several: name -> name in the first."""
+    """Parameters by name, each once; and the aliases: other name of a parameter -> its name in the first mapping."""
     own = model.state_dict()
     with torch.device("meta"):
         expected = type(model)(**dataclasses.asdict(model.config)).state_dict()
-    if not is_plain_embedding(model.transformer.token_emb):  # which may have any parameters
+    if not is_plain_embedding(model.transformer.token_emb):  # it may have any parameters
         embedding = "transformer.token_emb."
         expected = {name: tensor for name, tensor in expected.items() if not name.startswith(embedding)}
         expected |= {name: tensor for name, tensor in own.items() if name.startswith(embedding)}
@@ -166,10 +166,10 @@ def _state_to_save(model: Model) -> tuple[dict[str, torch.Tensor], dict[str, str
 
 
 def apart(state: dict[str, torch.Tensor], owner: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors that share no memory, and the other names of those with several: name -> name in the first.
+    """Tensors that share no memory, by name; and the aliases: other name of a tensor -> its name in the first mapping.
 
     Raises:
-        ValueError: some overlap; begins with `owner`.
+        ValueError: some tensors overlap; the message begins with `owner`.
     """
     firsts: dict[tuple[object, ...], str] = {}
     ties, kept, here = {}, {}, {}
@@ -210,17 +210,17 @@ def load(
     dtype: torch.dtype | None = None,
     embedding_provider: EmbeddingProvider | None = None,
 ) -> _Model:
-    """The model saved in the directory `path`. Memory for its parameters is allocated once.
+    """Load the model saved in the directory `path`. Memory for its parameters is allocated once.
 
     Args:
         model_class: `Andromeda`.
         device: device of the model; default the CPU.
         dtype: floating-point dtype of the parameters; default the one they were saved in.
-        embedding_provider: needed when the saved model did not have the default one.
+        embedding_provider: required if the saved model did not have the default one.
 
     Raises:
         FileNotFoundError: the directory or a file is missing.
-        ValueError: a file is damaged, of a newer format, or does not fit; names the file and every parameter in doubt.
+        ValueError: a file is damaged, has a newer format, or does not fit; names the file and every bad parameter.
 
     Warns:
         UserWarning: parameters are not finite; names them.
@@ -259,7 +259,7 @@ def load(
     if embedding_provider is not None:
         model.__dict__["embedding_provider"] = embedding_provider
     expected = model.state_dict()
-    names = {name: plain_name(name, expected) for name in found}  # those in the file -> those of the model
+    names = {name: plain_name(name, expected) for name in found}  # name in the file -> name in the model
     problems = _misfits(expected, {names[name]: entry for name, entry in found.items()}, ties, settings)
     if len(set(names.values())) < len(names):
         problems.append("    ambiguous: names that differ in those of wrappers alone")
@@ -282,7 +282,7 @@ def load(
         module, _, parameter = name.rpartition(".")
         setattr(model.get_submodule(module), parameter, model.get_parameter(first))
     warn_of_not_finite(f"Andromeda.load: {path}", not_finite)
-    model.to(device)  # the parts of a provider's module that its state does not hold
+    model.to(device)  # also moves tensors of a provider's module that are not in its state
     return model
 
 
@@ -294,7 +294,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def warn_of_not_finite(owner: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Warn of these tensors, which are not finite. The warning begins with `owner`."""
+    """Warn that these tensors are not finite. The warning begins with `owner`."""
     if not tensors:
         return
     shown = []
@@ -333,7 +333,7 @@ def _is_sealed(file: Path, seal: str) -> bool:
 
 
 def _verified(path: Path, settings: dict[str, Any], metadata: dict[str, str]) -> dict[str, Any]:
-    """The settings that belong to the weights, after a check of the checksums, which older saves do not have.
+    """The settings that belong to the weights, after a check of the checksums (older saves have none).
 
     Weights carry a copy of the settings and a checksum of themselves; the settings' file has a checksum of the
     weights' file.
@@ -367,7 +367,7 @@ def _verified(path: Path, settings: dict[str, Any], metadata: dict[str, str]) ->
 
 
 def _check_sizes(path: Path, arguments: dict[str, Any], shapes: Mapping[str, tuple[int, ...] | None]) -> None:
-    """Refuse a model that does not fit the weights before it is built, which could take for ever."""
+    """Refuse settings that do not fit the weights before the model is built: building it could take forever."""
     try:
         config = ModelConfig(**arguments)
     except (TypeError, ValueError) as error:
@@ -379,7 +379,7 @@ def check_layers(owner: str, config: ModelConfig, shapes: Mapping[str, tuple[int
     """Compare depth and heads of a config with the names and shapes of saved parameters.
 
     Raises:
-        ValueError: they differ; begins with `owner`.
+        ValueError: they differ; the message begins with `owner`.
     """
     layers = {found[1] for name in shapes if (found := re.match(r"transformer\.attn_layers\.layers\.(\d+)\.", name))}
     queries = shapes.get("transformer.attn_layers.layers.0.fn.to_q.weight")
@@ -420,7 +420,7 @@ def _misfits(
 
 
 class _OnCpu:
-    """A provider whose module has values, also while other modules are made on the meta device."""
+    """A provider whose module has values even while other modules are made on the meta device."""
 
     def __init__(self, provider: EmbeddingProvider):
         self.provider = provider
@@ -526,12 +526,12 @@ def load_x_transformers(model: Model, state_dict: Mapping[str, torch.Tensor], ve
 
     Args:
         state_dict: that of a TransformerWrapper, or of an AutoregressiveWrapper around one. Parts of names that come
-            from torch.compile, DDP, FSDP and other wrappers are left out.
-        version: version of the library that wrote it, which the state dict does not hold.
+            from torch.compile, DDP, FSDP and other wrappers are removed.
+        version: version of the library that wrote it; the state dict does not contain it.
 
     Raises:
-        TypeError: a value is no tensor.
-        ValueError: the version is no version; or the model cannot represent the checkpoint: names every missing,
+        TypeError: a value is not a tensor.
+        ValueError: the version is malformed, or the model cannot represent the checkpoint: names every missing,
             unexpected and misshapen key and every parameter that cannot be converted. The model is unchanged then.
 
     Warns:
@@ -554,7 +554,7 @@ def load_x_transformers(model: Model, state_dict: Mapping[str, torch.Tensor], ve
 
 
 def _different_ties(targets: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Lines for names that are one parameter of the model, tied, and several values of the checkpoint."""
+    """Lines for tied names, one parameter of the model, that have several values in the checkpoint."""
     firsts: dict[tuple[int, torch.Size], str] = {}
     problems = []
     for key, target in targets.items():
@@ -571,12 +571,12 @@ def _parse_version(version: str) -> tuple[int, ...]:
 
 
 def names_in_index(index: Path) -> Iterable[str]:
-    """The names of the tensors in the index of a checkpoint of several files."""
+    """The names of the tensors in the index of a checkpoint that has several files."""
     return files.read_json(index, ("weight_map",))["weight_map"]
 
 
 def plain_name(name: str, expected: Collection[str] = ()) -> str:
-    """A name without the parts that wrappers put into it; a name that is expected stays as it is."""
+    """A name without the parts that wrappers insert; an expected name stays as it is."""
     parts = name.split(".")
     if name not in expected:
         parts = [part for part in parts if part not in _WRAPPERS]
@@ -585,18 +585,18 @@ def plain_name(name: str, expected: Collection[str] = ()) -> str:
     return ".".join(parts)
 
 
-WRAPPERS_PATTERN = rf"(^|\.)(?:(?:{'|'.join(sorted(_WRAPPERS))})\.)+"  # the parts of wrappers in a name; group 1 stays
+WRAPPERS_PATTERN = rf"(^|\.)(?:(?:{'|'.join(sorted(_WRAPPERS))})\.)+"  # inserted by wrappers; group 1 stays
 
 
 def rename(
     state_dict: Mapping[str, Any], expected: Collection[str], owner: str
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Tensors by the names that are expected, without parts of wrappers, and a line for each problem found.
+    """Tensors by their expected names, without the parts that wrappers insert, and a line for each problem found.
 
-    A model that holds both a network and its wrapper lists everything twice: equal tensors are taken once.
+    A model that holds both a network and its wrapper lists every tensor twice: equal tensors are taken once.
 
     Raises:
-        TypeError: a value is no tensor; begins with `owner`.
+        TypeError: a value is not a tensor; the message begins with `owner`.
     """
     tensors: dict[str, torch.Tensor] = {}
     problems = []
@@ -619,7 +619,7 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def for_model(model: Model, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A state dict under the names of `model`; it or the model may have been in any wrappers when it was made.
+    """A state dict under the names of `model`; wrappers may have changed the names in either of them.
 
     Raises:
         ValueError: one parameter has several values; names them.
@@ -635,12 +635,12 @@ def for_model(model: Model, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _convert(tensors: dict[str, torch.Tensor], config: ModelConfig, version: tuple[int, ...]) -> list[str]:
-    """Bring `tensors` to the meaning of the current version, in place; returns a line for each one that has none.
+    """Convert `tensors` to the current version in place; returns a line for each tensor that cannot be converted.
 
     Each step is a row of the table in docs/model.md#12.
     """
     problems: list[str] = []
-    if config.rotary_xpos:  # constant tables, which the model computes itself
+    if config.rotary_xpos:  # constant tables that the model computes itself
         for table in ("inv_freq", "scale"):
             tensors.pop(f"attn_layers.rotary_pos_emb.{table}", None)
     if version >= (2, 25, 5):
@@ -687,7 +687,7 @@ def _drop_zero(tensors: dict[str, torch.Tensor], key: str) -> list[str]:
 
 
 def _convert_key_scales(tensors: dict[str, torch.Tensor], config: ModelConfig) -> list[str]:
-    """Some versions kept a key scale per query head beside a single key head."""
+    """Some versions kept a key scale per query head although there is a single key head."""
     problems = []
     for key, scale in tensors.items():
         if not key.endswith("qk_norm_k_scale") or config.num_kv_heads != 1:
@@ -697,7 +697,7 @@ def _convert_key_scales(tensors: dict[str, torch.Tensor], config: ModelConfig) -
                 tensors[key] = scale[:1]
             else:
                 problems.append(f"    {key} must have equal rows, the model has one key head, got different ones")
-                tensors[key] = scale[:1]  # so that it is not named again for its shape
+                tensors[key] = scale[:1]  # so that its shape is not reported as well
     return problems
 
 
@@ -708,13 +708,13 @@ def _interleave_pairs(tensor: torch.Tensor, key: str, config: ModelConfig) -> to
     order[: config.rotary_dim] = [channel for t in range(half) for channel in (t, t + half)]
     axis = 0 if key.endswith(".weight") else -1
     if tensor.ndim == 0 or tensor.shape[axis] % config.dim_head != 0:
-        return tensor  # its shape is wrong, and will be reported
+        return tensor  # its wrong shape will be reported
     heads = tensor.unflatten(axis, (-1, config.dim_head))  # the channels of a head are now axis 1 or -1
     return heads.index_select(1 if axis == 0 else -1, torch.tensor(order, device=tensor.device)).reshape(tensor.shape)
 
 
 def _convert_score_scale(tensors: dict[str, torch.Tensor], config: ModelConfig, version: tuple[int, ...]) -> list[str]:
-    """Bring scores tau * <a_q q, a_k k> of another tau to ours, d ** -0.5, by scaling both a_q and a_k."""
+    """Convert scores tau * <a_q q, a_k k> with another tau to ours, d ** -0.5, by scaling both a_q and a_k."""
     root = math.sqrt(config.dim_head)
     inverted = version < (1, 22, 23) and config.attn_flash
     if not config.learned_scales:

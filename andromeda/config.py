@@ -1,6 +1,6 @@
-"""The arguments of a model, its constructor's and its calls' (tokens, `key_start`): each is checked once, here.
+"""The arguments of a model's constructor and of its calls (tokens, `key_start`): each is checked once, here.
 
-`DecoderConfig` and `ModelConfig` also translate the constructor's words into those of the operations (`heads` into
+`DecoderConfig` and `ModelConfig` also translate the constructor's arguments into those of the operations (`heads` into
 `num_kv_heads`, flags into scales and slopes), so that no other file derives them again.
 """
 
@@ -55,11 +55,11 @@ class DecoderConfig:
         deepnorm: post-norm with scaled residuals; False is pre-norm with a final norm.
         shift_tokens: delay in tokens of the last of shift_tokens + 1 channel segments; 0 is off.
         attn_one_kv_head: one key/value head for all query heads; False gives each its own.
-        qk_norm, attn_qk_norm: normalise queries and keys; on when both are True.
+        qk_norm, attn_qk_norm: normalise queries and keys if both are True.
         attn_qk_norm_dim_scale: learned scale per channel after that normalisation; False is a fixed score scale of 10.
 
     Raises:
-        TypeError, ValueError: no model has such an argument; names it and its value.
+        TypeError, ValueError: an argument is wrong; names it and its value.
     """
 
     owner: ClassVar[str] = "Decoder"
@@ -98,7 +98,7 @@ class DecoderConfig:
             self._require("dim_head", "be greater than 2 with QK normalisation on", self.dim_head > 2)
 
     def _check_type(self, name: str, value: object, kind: Any) -> None:
-        """kind: bool, int or int | None, as `dataclasses` reports it."""
+        """Raise if the value has the wrong type. kind: bool, int or int | None, as `dataclasses` reports it."""
         if kind is bool:
             if not isinstance(value, bool):
                 raise TypeError(f"{self.owner}: {name} must be True or False, got {value!r}")
@@ -202,9 +202,9 @@ def read_tokens(
     Args:
         owner: the class that error messages name.
         tokens: list of ints, list of equally long lists, or int64 tensor (seqlen,) or (batch, seqlen).
-        num_tokens: ids must be smaller. Only lists and CPU tensors are checked: reading back would stall a GPU.
+        num_tokens: ids must be smaller. Only lists and CPU tensors are checked: reading values back would stall a GPU.
         ignore_index: an id that is allowed in addition.
-        have_values: whether the values of a tensor may be looked at: a traced or fake one has none. None: they may.
+        have_values: whether the values of a tensor may be read: a traced or fake one has none. None: they may.
 
     Raises:
         TypeError: the tokens have another form, such as floats, bools or another dtype.
@@ -268,17 +268,17 @@ def _check_range(owner: str, tokens: torch.Tensor, num_tokens: int, ignore_index
 
 
 class CheckedKeyStart(NamedTuple):
-    """A tensor that `read_key_start` returned, on its way to a module inside, which need not check it again."""
+    """A tensor that `read_key_start` returned: the inner module that receives it need not check it again."""
 
     tensor: torch.Tensor
 
 
 KeyStart: TypeAlias = torch.Tensor | CheckedKeyStart | None
-"""The argument `key_start` of a module: an integer tensor (batch, seqlen); or one that an outer module has checked."""
+"""The argument `key_start` of a module: an integer tensor (batch, seqlen), or one that an outer module has checked."""
 
 
 def checked(key_start: torch.Tensor | None) -> CheckedKeyStart | None:
-    """What `read_key_start` returned, in the form in which it is handed to a module inside."""
+    """The result of `read_key_start`, in the form in which an outer module passes it to an inner one."""
     return None if key_start is None else CheckedKeyStart(key_start)
 
 

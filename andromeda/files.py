@@ -1,13 +1,13 @@
-"""Files and folders that appear whole or not at all, also when the machine loses power.
+"""Files and folders that appear whole or not at all, even if the machine loses power.
 
 New files are written under a temporary name on the same file system and synced to the disk; then they are renamed, and
-the folder that holds the name is synced. A link stays, and the file or folder that it leads to is replaced. A pipe, a
-terminal or `/dev/stdout`, which is no ordinary file, is written into. The functions, in this order:
+the folder that holds the name is synced. A link stays, and its target, a file or a folder, is replaced. A pipe, a
+terminal or `/dev/stdout`, which is not an ordinary file, is written to directly. The functions, in this order:
 
-    check_output, check_output_folder                       before the work: could it be written?
+    check_output, check_output_folder                       before the work: can the output be written?
     write_bytes, write_text, write_json, read_json          files
     whole_folder, replace_folder, temporary_folder, flush   folders
-    writing, explained                                      errors that say in words why it could not be written
+    writing, explained                                      errors that explain why something could not be written
     checksum, checksums, damages                            checksums
 """
 
@@ -37,11 +37,11 @@ _unfinished: set[Path] = set()  # the temporary names that are being written at 
 def check_output(path: str | os.PathLike) -> None:
     """Raise if the file `path` could not be written, as far as can be known without writing it.
 
-    It leaves nothing behind. A file that is there may be replaced; pipes, terminals and the like are accepted.
+    It leaves nothing behind. An existing file may be replaced; pipes, terminals and the like are accepted.
 
     Raises:
         ValueError: the name is empty.
-        OSError: its folder is missing or may not be written to, it is a folder, or it is write-protected.
+        OSError: its folder is missing or not writable, it is a folder, or it is write-protected.
     """
     _check_name(path)
     with _explaining(path):
@@ -57,13 +57,13 @@ def check_output(path: str | os.PathLike) -> None:
 
 
 def check_output_folder(path: str | os.PathLike) -> None:
-    """Raise if nothing could be written into the folder `path`, which need not exist yet, nor the folders above it.
+    """Raise if nothing could be written into the folder `path`. It and the folders above it need not exist yet.
 
     It leaves nothing behind.
 
     Raises:
         ValueError: the name is empty.
-        OSError: it, or the place that is to hold it, is no folder or may not be written to.
+        OSError: it, or the existing path above it, is not a folder or not writable.
     """
     _check_name(path)
     with _explaining(path):
@@ -82,20 +82,20 @@ def _check_name(path: str | os.PathLike) -> None:
 
 
 def _try_to_make_a_file_in(path: Path) -> None:
-    """Only a trial shows permissions, read-only and full file systems, quotas, access lists and too long names."""
+    """Only a trial reveals permissions, read-only or full file systems, quotas, access lists and too long names."""
     new = _other_name(path)
     os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     os.unlink(new)
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
-    """Write a file, replacing one that is there, whose permissions it keeps.
+    """Write a file; an existing one is replaced, and its permissions are kept.
 
-    If `path` is a link, the file that it leads to is replaced. A pipe, a terminal, `/dev/stdout` or another descriptor
-    in `/dev/fd` is written into.
+    If `path` is a link, its target is replaced. A pipe, a terminal, `/dev/stdout` or another descriptor in `/dev/fd` is
+    written to directly.
 
     Raises:
-        OSError: it could not be written; says why, what is left and what to do.
+        OSError: it could not be written; names the cause, the data that is left and a remedy.
     """
     _check_name(path)
     with _explaining(path, whole=_what_is_left(path)):
@@ -125,12 +125,12 @@ def read_json(path: str | os.PathLike, keys: Iterable[str] = ()) -> dict[str, An
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no JSON object or lacks a key; names the file and the key or the place.
+        ValueError: it is not a JSON object or lacks a key; names the file, and the key or the position.
     """
     path = Path(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # also of bytes that are not UTF-8
+    except (ValueError, RecursionError) as error:  # ValueError also for bytes that are not UTF-8
         raise ValueError(f"{path} is damaged: it must be JSON, {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} is damaged: it must be a JSON object, got {type(value).__name__}")
@@ -140,10 +140,10 @@ def read_json(path: str | os.PathLike, keys: Iterable[str] = ()) -> dict[str, An
 
 
 def _resolve(path: str | os.PathLike) -> tuple[Path, bool]:
-    """The end of all links of a name, and whether it is written into instead of being replaced.
+    """The final target of all links, and whether it is written to directly instead of being replaced.
 
-    `/dev/stdout` leads to a descriptor that is open already, maybe of an ordinary file: replacing that file would lose
-    the text that was written to it before.
+    `/dev/stdout` leads to a descriptor that is already open, perhaps of an ordinary file: replacing it would lose the
+    text that was written to it before.
     """
     name = os.path.abspath(path)
     for _ in range(_MAX_LINKS):
@@ -188,8 +188,8 @@ def _write_into(target: Path, data: bytes) -> None:
     if descriptor is not None:
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
-                stream.flush()  # earlier prints come first
-        descriptor = os.dup(descriptor)  # shares the position: writes behind them
+                stream.flush()  # earlier output comes first
+        descriptor = os.dup(descriptor)  # shares the position, so this writes after them
     with open(target if descriptor is None else descriptor, "wb") as file:  # waits for the reader of a pipe
         file.write(data)
 
@@ -229,10 +229,10 @@ def flush_tree(folder: Path) -> None:
 
 
 def replace_folder(new: Path, target: Path) -> None:
-    """Sync the folder `new` and rename it to `target`, in place of a folder that is there.
+    """Sync the folder `new` and rename it to `target`, replacing an existing folder.
 
-    If `target` is a link, the folder that it leads to is replaced. Between two renames `target` may be absent, but it
-    never holds a part of the old or of the new folder. The old one becomes `<new>.old` and is removed.
+    If `target` is a link, the folder behind it is replaced. Between two renames `target` may be absent, but it never
+    holds a part of the old or of the new folder. The old one becomes `<new>.old` and is removed.
     """
     target = Path(os.path.realpath(target))
     with writing(target):
@@ -247,13 +247,13 @@ def replace_folder(new: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
-    """A folder to write into; becomes `target`, replacing one that is there, if the block ends without an error.
+    """A folder to write into; it becomes `target`, replacing an existing one, if the block ends without an error.
 
-    If `target` is a link, the folder that it leads to is made or replaced. Temporary folders of processes that were
+    If `target` is a link, the folder behind it is made or replaced. Temporary folders of processes that were
     killed in the block are removed.
 
     Raises:
-        OSError: something could not be written; says why, what is left and what to do.
+        OSError: something could not be written; names the cause, the data that is left and a remedy.
     """
     _check_name(target)
     target = Path(os.path.realpath(target))
@@ -268,7 +268,7 @@ def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
 def temporary_folder(parent: Path, prefix: str, target: Path | None = None) -> Iterator[Path]:
     """A new folder `<prefix><random>` in `parent`, locked while in use; removed at the end unless it was renamed.
 
-    Folders of this prefix that killed processes left are removed first. `target`: its name in the end.
+    Folders with this prefix that killed processes left behind are removed first. `target`: its final name.
     """
     _remove_stale(parent, prefix, target)
     new = parent / f"{prefix}{secrets.token_hex(8)}"
@@ -283,16 +283,16 @@ def temporary_folder(parent: Path, prefix: str, target: Path | None = None) -> I
 
 
 def _remove_stale(parent: Path, prefix: str, target: Path | None) -> None:
-    """Remove files and folders with a temporary name of this prefix that no process has locked to write them."""
-    with contextlib.suppress(OSError):  # the folder may not be listed
+    """Remove files and folders with a temporary name of this prefix that no process has locked for writing."""
+    with contextlib.suppress(OSError):  # the folder may be unreadable
         for path in parent.iterdir():
             if not path.name.startswith(prefix):
                 continue
             if target is not None and not re.fullmatch(r"[0-9a-f]{16}(\.old)?", path.name[len(prefix) :]):
                 continue  # it belongs to another target or to the user
             if target is not None and path.suffix == ".old" and not target.exists():
-                continue  # a process was killed between two renames, and left nothing else of the target
-            with contextlib.suppress(OSError):  # it is locked: in use; or gone: another process removed it
+                continue  # a process was killed between two renames, and this is all that is left of the target
+            with contextlib.suppress(OSError):  # locked: it is in use; gone: another process removed it
                 if time.time() - path.stat().st_mtime < _STALE_SECONDS:
                     continue
                 with _locked(path, fcntl.LOCK_NB):
@@ -324,7 +324,7 @@ def remove_unfinished() -> None:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether this is a temporary name of this module, so of a file or folder that a killed process did not finish."""
+    """Whether this is a temporary name of this module: a killed process did not finish the file or folder."""
     return re.fullmatch(r"\..*\.[0-9a-f]{16}(\.old)?", name, re.DOTALL) is not None
 
 
@@ -355,13 +355,13 @@ _REMEDIES = {
     errno.EPIPE: "Its reader has gone",
     errno.EIO: "Look at the disk and at the limit of file sizes (`ulimit -f`), or choose another place",
 }
-# Errors that only writing gives, so they are about the output of a block that reads as well.
+# Only writing gives these errors, so in a block that also reads they concern its output.
 _OF_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EXDEV}
 
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike, what: str = "", *, whole: str = "", remedy: str = "") -> Iterator[None]:
-    """In the block, an error of writing to `path` becomes an OSError that says so in words.
+    """In the block, an error of writing to `path` becomes an OSError that explains it.
 
     These are the errors that only writing gives (a full disk, a quota, a read-only file system, a limit of file size),
     also as safetensors, tokenizers and torch report them, and all others that name `path`, a file in it or a temporary
@@ -372,7 +372,7 @@ def writing(path: str | os.PathLike, what: str = "", *, whole: str = "", remedy:
         what: a noun for it, such as "the checkpoint of step 500".
         whole: a clause about the data that is still whole, such as "checkpoint-400 is whole". Default: whether a file
             was there before.
-        remedy: advice in addition to that for this kind of error.
+        remedy: advice, in addition to the advice for this kind of error.
     """
     whole = whole or _what_is_left(path)
     try:
@@ -398,7 +398,7 @@ def _explaining(path: str | os.PathLike, whole: str = "") -> Iterator[None]:
 def explained(
     error: Exception, number: int, path: str | os.PathLike, what: str = "", whole: str = "", remedy: str = ""
 ) -> OSError:
-    """The error that `writing` raises, for callers that catch an error themselves. `number`: its `errno`."""
+    """The error that `writing` raises, for callers that catch errors themselves. `number`: its `errno`."""
     path = os.fspath(path)
     own = error if isinstance(error, OSError) and error.errno == number else None
     text = f"cannot write {what + ' to ' if what else ''}{path}: {(own and own.strerror) or os.strerror(number)}"
@@ -410,7 +410,7 @@ def explained(
         text += f", {_free(path) / 1e6:,.1f} MB free"
     text += f"; {whole}" if whole else ""
     text += "".join(f". {part}" for part in (remedy, _REMEDIES.get(number, "")) if part)
-    # The class is the one that Python has for this number. A BrokenPipeError would be taken for one of stdout.
+    # The class is Python's own for this number. A BrokenPipeError would be taken for one of stdout.
     result = OSError(text) if number == errno.EPIPE else type(OSError(number, ""))(text)
     result.errno = number
     vars(result)["is_explained"] = True
@@ -422,11 +422,11 @@ def _is_explained(error: BaseException) -> bool:
 
 
 def _error_number(error: Exception, path: Path) -> int | None:
-    """The `errno` of an error of writing to `path`; None if it has another cause or is explained already."""
+    """The `errno` of an error of writing to `path`; None if the error has another cause or is already explained."""
     if _is_explained(error):
         return None
     if isinstance(error, OSError):
-        if type(error).__module__ != "builtins":  # an error of the network, for instance
+        if type(error).__module__ != "builtins":  # a network error, for instance
             return None
         if error.errno in _OF_WRITING or any(_belongs_to(name, path) for name in (error.filename, error.filename2)):
             return error.errno
@@ -471,7 +471,7 @@ def _free(path: str | os.PathLike) -> int:
 
 
 def checksum(path: str | os.PathLike) -> str:
-    """XXH3-128 of a file's bytes, in hexadecimal: it finds damage by disks and copies, but no forgery."""
+    """XXH3-128 of a file's bytes, in hexadecimal: it detects damage by disks and copies, but not forgery."""
     state = xxhash.xxh3_128()
     with open(path, "rb", buffering=0) as file:
         while block := file.read(_BLOCK_BYTES):
@@ -487,7 +487,7 @@ def checksums(folder: Path, names: Iterable[str] | None = None) -> dict[str, dic
 
 
 def damages(folder: Path, recorded: dict[str, dict[str, Any]]) -> list[str]:
-    """One line per file of `folder` that differs from the record of `checksums`; empty if none does."""
+    """One line for each file of `folder` that differs from the record of `checksums`; empty if none does."""
     found = []
     for name, entry in recorded.items():
         path = folder / name
