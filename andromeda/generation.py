@@ -20,7 +20,7 @@ import torch
 from andromeda.config import Tokens, read_rows, read_tokens
 
 LogitsFilter: TypeAlias = Callable[..., torch.Tensor]
-"""Logits (batch, num_tokens) and keyword arguments -> the same logits with -inf for those removed."""
+"""Logits (batch, num_tokens) and keyword arguments -> the same logits, with -inf for the removed ones."""
 
 
 class Network(Protocol):
@@ -45,20 +45,20 @@ class Network(Protocol):
 
 
 class Cache:
-    """The memory of a model of the tokens it has processed (docs/model.md#10.1): keys, values and token-shift rows.
+    """A model's state of the tokens that it has processed (docs/model.md#10.1): keys, values and token-shift rows.
 
     It is made empty, filled by `model(tokens, cache=cache)` under `torch.no_grad()`, and belongs to one model and one
     batch. A call that fails leaves it as it was. Memory grows by half when it runs out, so a token costs O(1) copies.
 
     Args:
-        capacity: number of tokens to make room for at once, when it is known.
+        capacity: number of tokens to make room for at once, if it is known.
 
     Attributes:
         position: number of tokens processed; the next one sits at this position.
         length: number of tokens whose keys are stored; less than `position` after `keep_last`.
-        key_start: (batch,) int32, the first position that further tokens of a row see, from the last call that was
-            given one; None when they see everything. Left padding is passed once, with the prompt.
-        batch: number of rows, once a call has ended.
+        key_start: (batch,) int32, the first position that further tokens of a row see, from the last call that had
+            one; None when they see everything. The caller passes left padding once, with the prompt.
+        batch: number of rows; set at the end of the first call.
     """
 
     def __init__(self, capacity: int = 0):
@@ -73,7 +73,7 @@ class Cache:
         self._next_shift_rows: dict[int, torch.Tensor] = {}  # of the call in progress
 
     def keep_last(self, count: int) -> None:
-        """Forget all but the keys and values of the last `count` tokens."""
+        """Forget the keys and values of all but the last `count` tokens."""
         _check_count("Cache: count", count)
         surplus = self.length - count
         if surplus > 0:
@@ -93,7 +93,7 @@ class Cache:
     # The model calls the methods below.
 
     def begin(self, batch: int, seqlen: int, key_start: torch.Tensor | None) -> torch.Tensor | None:
-        """Start a call on `seqlen` tokens; returns its key_start (batch, seqlen), that of earlier calls if None."""
+        """Start a call on `seqlen` tokens; returns its key_start (batch, seqlen), by default that of earlier calls."""
         if self.batch not in (None, batch):
             raise ValueError(f"Cache: batch must be that of earlier calls, {self.batch}, got {batch}")
         self._next_shift_rows = {}
@@ -129,19 +129,19 @@ class Cache:
             before = self._shift_rows.get(layer)
             before = h.new_zeros(h.shape[0], count, h.shape[2]) if before is None else before
             h = torch.cat((before[:, surplus:], h), dim=1)
-        # A copy of a part, so that the whole of `h` does not stay alive.
+        # A copy, so that the whole of `h` does not stay alive.
         self._next_shift_rows[layer] = h[:, surplus:].clone() if surplus > 0 else h
 
 
 class KeyValueStore:
     """Keys and values of one attention sub-layer, (batch, capacity, num_kv_heads, head_dim) each.
 
-    The live rows begin at `start`. Forgetting moves `start`; when the end is reached the live rows are copied into new
+    The live rows begin at `start`. Forgetting moves `start`; at the end of the memory the live rows are copied into new
     memory. Keys are stored rotated, for the xPos origin of one segment of positions (`enter_segment`).
 
     Attributes:
         segment: number of that segment.
-        logit_bound: `Attention.logit_bound` of the layer, whose parameters do not change while a cache lives.
+        logit_bound: `Attention.logit_bound` of the layer; its parameters do not change during the life of a cache.
     """
 
     def __init__(self, capacity: int):
@@ -156,8 +156,8 @@ class KeyValueStore:
         """Make the stored keys comparable with queries whose xPos origin is that of `segment`; returns the segment.
 
         Moving the origin by L multiplies pair t of a key by zeta_t ** (L / 512) <= 1 (docs/model.md#5.3): far keys
-        underflow to zero, as their scores do. There is no way back: a call that fails may leave the store in the next
-        segment, which serves as well.
+        underflow to zero, as their scores do. A store cannot go back: a call that fails may leave it in the next
+        segment, which works equally well.
         """
         steps = segment - self.segment
         if steps > 0 and self.keys is not None and stored > 0:
@@ -170,7 +170,7 @@ class KeyValueStore:
         return self.segment
 
     def append(self, k: torch.Tensor, v: torch.Tensor, stored: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write rows behind the first `stored` live ones; returns all live keys and values, as views."""
+        """Write rows after the first `stored` live ones; returns all live keys and values, as views."""
         if stored > 0 and self.keys is not None and k.dtype != self.keys.dtype:
             raise TypeError(f"Cache: the model must have the dtype of earlier calls, {self.keys.dtype}, got {k.dtype}")
         needed = stored + k.shape[1]
@@ -204,14 +204,14 @@ class KeyValueStore:
 
 
 def _new_memory(like: torch.Tensor, batch: int, room: int) -> torch.Tensor:
-    with torch.inference_mode(False):  # calls outside of inference mode may write to it as well
+    with torch.inference_mode(False):  # calls outside inference mode may also write to it
         return torch.empty(batch, room, *like.shape[2:], dtype=like.dtype, device=like.device)
 
 
 def top_k(logits: torch.Tensor, k: int | None = None, frac_num_tokens: float = 0.1) -> torch.Tensor:
     """Keep the k largest logits of each row, the others become -inf.
 
-    k: default ceil(frac_num_tokens * num_tokens); never more than there are. logits: (batch, num_tokens).
+    k: default ceil(frac_num_tokens * num_tokens); at most num_tokens. logits: (batch, num_tokens).
     """
     num_tokens = logits.shape[-1]
     if k is None:
@@ -272,15 +272,15 @@ def generate(
 ) -> torch.Tensor:
     """Continue the prompts by sampling (docs/model.md#10.3, #10.4).
 
-    Runs in evaluation mode. Calls may run in several threads: when the last one on a module returns, the module has the
-    mode it had before the first.
+    Runs in evaluation mode. Calls may run in several threads: when the last call on a module returns, the module goes
+    back to its mode before the first call.
 
     Args:
         net: the `TransformerWrapper`.
         prompts: list of ints, list of lists of ints of any lengths, or int64 tensor (n,) or (batch, n). Rows of
-            different lengths are padded on the left out of sight: each row gives what it gives alone.
+            different lengths are padded on the left, and the padding is hidden: each row gives its result alone.
         seq_len: number of tokens to generate, >= 0.
-        eos_token: a row ends with the first one generated, `pad_value` follows; stops when all rows have ended.
+        eos_token: a row ends with its first generated one, and `pad_value` follows; stops when all rows have ended.
         temperature: 0 takes the largest logit; otherwise samples from softmax(filter(logits) / temperature).
         filter_logits_fn: "top_k", "top_p", "min_p", or a callable that returns logits (batch, num_tokens) with -inf for
             those it removes. It sees the logits before the temperature. Not used at temperature 0.
@@ -298,7 +298,7 @@ def generate(
 
     Raises:
         TypeError, ValueError: an argument is wrong, or absolute positions end before the continuation does; or the
-            logits are not finite, which a GPU reports at the end.
+            logits are not finite (reported at the end on a GPU).
     """
     tokens, padding, flat = _read_prompts(prompts, prompt_lengths, net)
     sampler = _Sampler(net.device, temperature, filter_logits_fn, filter_kwargs, generator)
@@ -360,7 +360,7 @@ def _read_prompts(
         longest = max(len(row) for row in rows)
         padding = pads = [longest - len(row) for row in rows]
         flat = not isinstance(prompts[0], list | tuple)
-        # Padded on the right at first, so that errors count positions as the caller does.
+        # Padded on the right at first, so that positions in errors match the caller's.
         rectangle = [row + [0] * pad for row, pad in zip(rows, pads, strict=True)]
         tokens = read_tokens("generate", rectangle, net.num_tokens, device)
         tokens = torch.stack([row.roll(pad) for row, pad in zip(tokens, pads, strict=True)])
@@ -423,7 +423,7 @@ def _check_absolute_positions(net: Network, prompt_length: int, seq_len: int, ca
 class _Sampler:
     """From logits (batch, num_tokens) to tokens (batch,).
 
-    Logits that are not finite are an error. On a GPU `finish` raises it: to read values back at each token would stall
+    Logits that are not finite are an error. On a GPU `finish` raises it: reading values back at each token would stall
     the GPU.
     """
 
@@ -481,7 +481,7 @@ class _Sampler:
         return torch.multinomial(probabilities, 1, generator=self.generator)[:, 0]
 
     def _check_finite(self, requirement: str, largest: torch.Tensor) -> None:
-        """Check the largest logit of each row, (batch,): it is NaN or infinite if one of the row is NaN or +inf."""
+        """Check the largest logit of each row, (batch,): it is NaN or infinite if a logit of the row is NaN or +inf."""
         if largest.device.type != "cpu":
             self.not_finite = (largest - largest) + (0 if self.not_finite is None else self.not_finite)
         elif not math.isfinite(largest.sum().item()) and not bool(largest.isfinite().all()):
@@ -491,7 +491,7 @@ class _Sampler:
             )
 
     def finish(self) -> None:
-        """Raise the error that a GPU has not been asked for yet."""
+        """On a GPU, read the results of the checks and raise their error."""
         if self.not_finite is not None and bool(self.not_finite.isnan().any()):
             row = self.not_finite.isnan().nonzero()[0, 0]
             raise ValueError(
@@ -501,7 +501,7 @@ class _Sampler:
 
 
 class _Evaluating:
-    """The calls of `generate` that run on a module, and the module's mode before them."""
+    """The running calls of `generate` on a module, and the module's mode before them."""
 
     def __init__(self, mode: bool):
         self.calls, self.mode = 0, mode
@@ -512,7 +512,7 @@ _lock = threading.Lock()
 
 
 def _renew_lock() -> None:
-    """In a child of fork nobody would release a lock that another thread held."""
+    """After a fork, nobody in the child would release a lock that another thread held."""
     global _lock
     _lock = threading.Lock()
 
@@ -522,7 +522,7 @@ os.register_at_fork(after_in_child=_renew_lock)
 
 @contextlib.contextmanager
 def _evaluation_mode(net: Network) -> Iterator[None]:
-    """Evaluation mode inside; when the last call on a module ends, it has the mode from before the first one."""
+    """Evaluation mode in the block; when the last call on a module ends, the mode before the first call is restored."""
     modules = list(net.modules())
     with _lock:
         for module in modules:

@@ -25,7 +25,7 @@
 
 Tensors are (batch, n, dim), those of heads (batch, n, num_heads, head_dim): the output of a projection is viewed, never
 transposed or copied. Residual, norm and token shift, which lie between two maps, are one pass over memory
-(`token_shift_norm`): with DeepNorm a sub-layer ends with it and hands the next one its input, already shifted.
+(`token_shift_norm`): with DeepNorm a sub-layer ends with it and passes the next one its input, already shifted.
 """
 
 import copy
@@ -68,9 +68,9 @@ _HIDDEN_BLOCK = 2**21  # without gradients feed-forward holds this many hidden n
 def segment_length(dtype: torch.dtype) -> int:
     """Number of consecutive positions that share an xPos origin (docs/attention.md#xpos).
 
-    xPos multiplies pair t of a query by zeta_t ** (distance / 512) and of a key by zeta_t ** (-distance / 512), where
-    distance is that of its position from the origin and zeta_t is at least 0.4 / 1.4 (docs/model.md#5.3). The origin
-    lies in the middle of a segment of this length. So positions of the segment are at most length / 2 away from it, and
+    xPos multiplies pair t of a query by zeta_t ** (distance / 512) and of a key by zeta_t ** (-distance / 512). Here
+    distance is the position relative to the origin, and zeta_t is at least 0.4 / 1.4 (docs/model.md#5.3). The origin is
+    the middle of a segment of this length. Positions of the segment are therefore at most length / 2 away from it, and
     their factors are at most 3.5 ** (length / 1024): 2**3.6 in float16, 2**14.5 in the other dtypes. Keys of earlier
     segments have factors below 1.
     """
@@ -131,8 +131,8 @@ class Call:
         position: position of the first new token in its sequence.
         stored: number of earlier tokens whose keys the cache holds.
         key_start: (batch, n) int32, the first position that each new token sees, or None.
-        stored_key_start: the same place as an index into the keys that attention is handed, of which the cache may have
-            forgotten the first ones.
+        stored_key_start: the same place as an index into the keys that attention receives; the cache may have forgotten
+            the first keys of the sequence.
         cache: the cache with the earlier tokens, or None.
     """
 
@@ -144,7 +144,7 @@ class Call:
 
     @classmethod
     def begin(cls, key_start: torch.Tensor | None, cache: generation.Cache | None) -> "Call":
-        """The state of a call with this `key_start` (batch, n), as `Cache.begin` has completed it."""
+        """The state of a call with this `key_start` (batch, n), which `Cache.begin` has completed."""
         if cache is None:
             return cls(key_start=key_start, stored_key_start=key_start)
         forgotten, stored_key_start = cache.position - cache.length, key_start
@@ -166,7 +166,7 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.index = config, index
         q_dim, kv_dim = config.heads * config.dim_head, config.num_kv_heads * config.dim_head
-        # Read here: torch.compile would end its graph at a cached property.
+        # Read here, because torch.compile would end its graph at a cached property.
         self._alibi_slopes = config.alibi_slopes
         gain, gain_value = (1.0, config.beta) if config.deepnorm else (None, None)
         self.to_q = Linear(config.dim, q_dim, gain=gain)
@@ -288,8 +288,8 @@ class FeedForward(nn.Module):
         whole = torch.is_grad_enabled() or h.device.type != "cpu" or _checks.is_tracing()
         if whole or h.shape[0] * h.shape[1] <= rows:
             return self._rows(h)
-        # A block stays in the processor's cache, and the next one uses its memory again. malloc returns the memory of a
-        # whole hidden tensor to the system each time, and a page fault per 4 KiB costs as much as the GELU.
+        # A block stays in the processor's cache, and the next one reuses its memory. malloc would return the memory of
+        # a whole hidden tensor to the system each time, and a page fault per 4 KiB costs as much as the GELU.
         blocks = [self._rows(block) for block in h.flatten(0, 1).split(rows)]
         return torch.cat(blocks).unflatten(0, h.shape[:2])
 
@@ -313,9 +313,9 @@ class Sublayer(nn.Module):
     def forward(
         self, x: torch.Tensor, shifted: torch.Tensor | None, call: Call
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """From the stream x and its token shift to those after this sub-layer.
+        """The stream and its token shift after this sub-layer, from the stream x and its token shift before it.
 
-        The token shift is None where the sub-layer before has not computed it together with the stream.
+        The token shift is None if the previous sub-layer has not computed it together with the stream.
         """
         if not self.config.deepnorm:
             _, shifted = self._shift(self.norm, x, self.index, call)
@@ -366,7 +366,7 @@ class Decoder(nn.Module):
         self.config = DecoderConfig(dim=dim, depth=depth, **options)
         self.layers = nn.ModuleList(Sublayer(self.config, index) for index in range(2 * depth))
         self.final_norm = None if self.config.deepnorm else LayerNorm(dim)
-        # transformers switches activation checkpointing on by these two names.
+        # transformers switches activation checkpointing on through these two names.
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 
@@ -388,7 +388,7 @@ class Decoder(nn.Module):
         shifted = None
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
-                x, _ = self._gradient_checkpointing_func(layer, x, None, call)  # else shifted would be kept beside x
+                x, _ = self._gradient_checkpointing_func(layer, x, None, call)  # else shifted would be kept, too
             else:
                 x, shifted = layer(x, shifted, call)
         if cache is not None:
@@ -441,7 +441,7 @@ class TransformerWrapper(nn.Module):
         self.attn_layers = attn_layers
         self.to_logits = Linear(dim, num_tokens)
 
-    # The modules inside may be replaced, so the properties ask them.
+    # The inner modules may be replaced, so the properties read from them.
 
     @property
     def num_tokens(self) -> int:
@@ -455,7 +455,7 @@ class TransformerWrapper(nn.Module):
 
     @property
     def config(self) -> ModelConfig:
-        """The arguments of a model of these modules."""
+        """The arguments of a model that consists of these modules."""
         return ModelConfig(
             num_tokens=self.num_tokens,
             max_seq_len=self.max_seq_len,
@@ -483,9 +483,9 @@ class TransformerWrapper(nn.Module):
             key_start: (batch, n) int32 or int64, non-decreasing along a row. Token t sees tokens from key_start[t] on,
                 in attention and in the token shift, and its absolute position counts from there: the start of its
                 document, or the number of padded tokens on its left. Positions count from the start of the sequence,
-                also in later calls with a cache; those that leave it out go on with the last value of each row.
-            cache: `andromeda.generation.Cache` with the tokens before these; it is extended by these.
-            logits_to_keep: compute logits for so many last tokens only, 0 is all; or for the positions in a
+                also in later calls with a cache; calls without this argument use the last value of each row.
+            cache: `andromeda.generation.Cache` with the earlier tokens; the call appends these tokens to it.
+            logits_to_keep: compute logits only for this number of last tokens (0: all), or only for the positions in a
                 one-dimensional integer tensor.
 
         Returns:
@@ -523,7 +523,7 @@ class TransformerWrapper(nn.Module):
             key_start = cache.key_start[:, None]
         if key_start is not None:
             positions = (positions - key_start).clamp_min(0)
-            if last >= self.max_seq_len:  # rarely; reading back stalls a GPU
+            if last >= self.max_seq_len:  # rare; reading a value back stalls a GPU
                 last = int(positions.max().item()) if _checks.have_values(positions) else 0
         if last >= self.max_seq_len:
             raise ValueError(
@@ -551,7 +551,7 @@ def draw(net: TransformerWrapper, name: str) -> None:
 
 
 def kept_positions(owner: str, x: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """The positions of x (batch, n, dim) whose logits are wanted, see `TransformerWrapper.forward`.
+    """The positions of x (batch, n, dim) whose logits are requested, see `TransformerWrapper.forward`.
 
     owner: the class that error messages name.
     """
@@ -562,7 +562,7 @@ def kept_positions(owner: str, x: torch.Tensor, logits_to_keep: int | torch.Tens
                 f"{owner}: logits_to_keep must be an int >= 0 or a one-dimensional tensor of integers, got a tensor "
                 f"{tuple(index.shape)} of {str(index.dtype).removeprefix('torch.')}"
             )
-        index = index.to(torch.int64)  # torch would take a tensor of bytes for a mask
+        index = index.to(torch.int64)  # torch would treat a tensor of bytes as a mask
         if index.device.type == "cpu" and _checks.have_values(index):
             outside = index[(index < -n) | (index >= n)]
             if len(outside):
@@ -591,8 +591,8 @@ class AutoregressiveWrapper(nn.Module):
 
     Args:
         net: the `TransformerWrapper`.
-        ignore_index: a label that is not trained on.
-        pad_value: the token that replaces it in the input, and that fills rows which have ended in `generate`.
+        ignore_index: a label that does not count in the loss.
+        pad_value: the token that replaces this label in the input; in `generate` it fills rows that have ended.
     """
 
     net: TransformerWrapper
@@ -606,7 +606,7 @@ class AutoregressiveWrapper(nn.Module):
     def forward(self, tokens: Tokens, *, key_start: KeyStart = None) -> torch.Tensor:
         """Mean cross-entropy of each token after the first, given those before it; a scalar, float32 or float64.
 
-        tokens: as for `TransformerWrapper.forward`, with `ignore_index` where no token is to be predicted.
+        tokens: as for `TransformerWrapper.forward`, with `ignore_index` where no token should be predicted.
         key_start: as there. The first token of a packed document is predicted from the document before: ignore it.
         """
         tokens = read_tokens(
@@ -671,16 +671,16 @@ def cross_entropy(
     Args:
         logits: (rows, num_tokens).
         targets: (rows,) int64.
-        count: default the number of these targets, which gives their mean; a number or scalar tensor when several calls
-            share one mean, as in gradient accumulation. The sum over no target is 0, and so is its gradient, with any
+        count: a number or scalar tensor when several calls share one mean, as in gradient accumulation. Default: the
+            number of these targets, which gives their mean. Without targets the sum and its gradient are 0 for any
             count.
 
     Returns:
         Scalar, float32 or float64.
 
     Raises:
-        ValueError: there is no target and no `count`. Only the CPU checks it, since reading back would stall a GPU,
-            where the result is 0.
+        ValueError: there is no target and no `count`. This is checked only on the CPU, since reading values back would
+            stall a GPU; on a GPU the result is 0.
     """
     counted = targets != ignore_index
     if count is None:
@@ -698,8 +698,8 @@ def cross_entropy(
 class _TokenLosses(torch.autograd.Function):
     """logsumexp(logits) - logits[target] of each row, and the logsumexp: (rows,) each, float32 or better.
 
-    Works on blocks of rows, so that neither pass holds a float32 copy of half-precision logits, and the backward pass
-    holds the gradient alone: a vocabulary of 50304 makes the logits the largest tensor of a training step.
+    Works on blocks of rows, so that neither pass holds a float32 copy of all half-precision logits, and the backward
+    pass holds only the gradient: a vocabulary of 50304 makes the logits the largest tensor of a training step.
     """
 
     @staticmethod
@@ -749,10 +749,10 @@ _vmap_losses = _transforms.vmap_rule(_TokenLosses.apply, rows=(0, 1))
 
 
 class _ModelDecoder(AutoregressiveWrapper):
-    """`Andromeda.decoder`: its network is the model's `transformer`, which is looked up at each use.
+    """`Andromeda.decoder`: its network is the model's `transformer`, looked up at each use.
 
-    modules: the children of the model by name. The model itself would make a cycle, which delays the freeing of its
-        memory.
+    modules: the children of the model by name. A reference to the model itself would be a cycle, which delays freeing
+        its memory.
     """
 
     def __init__(self, modules: dict[str, nn.Module | None]):
@@ -777,7 +777,7 @@ class _ModelDecoder(AutoregressiveWrapper):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "net":
-            object.__setattr__(self, name, value)  # torch's would not use the property
+            object.__setattr__(self, name, value)  # torch's own would not use the property
         else:
             super().__setattr__(name, value)
 
@@ -787,13 +787,13 @@ class Andromeda(nn.Module):
 
     `model.transformer` is the `TransformerWrapper` with all parameters, `model.decoder` the `AutoregressiveWrapper`
     around it. `model.config` holds the arguments, which `andromeda.config` describes. `model.transformer` and its
-    modules may be replaced; the others follow.
+    modules may be replaced; `decoder` and `config` then use the new ones.
 
     Args:
         embedding_provider: object whose `get_embedding(num_tokens, dim)` makes the embedding module (docs/model.md#2).
 
     Raises:
-        TypeError, ValueError: no model has such an argument; names it and its value.
+        TypeError, ValueError: an argument is wrong; names it and its value.
     """
 
     embedding_provider: EmbeddingProvider
@@ -846,8 +846,8 @@ class Andromeda(nn.Module):
             use_abs_pos_emb=use_abs_pos_emb,
             embedding_provider=embedding_provider,
         )
-        # Not registered as children: a provider may be a module itself, and the parameters of the wrapper are those of
-        # `transformer`, which are listed once.
+        # Not registered as children: a provider may itself be a module, and the wrapper has the same parameters as
+        # `transformer`, which must be listed only once.
         self.__dict__["embedding_provider"] = embedding_provider
         self.__dict__["_decoder"] = _ModelDecoder(self._modules)
 
@@ -860,7 +860,7 @@ class Andromeda(nn.Module):
     def decoder(self) -> AutoregressiveWrapper:
         """Loss and generation around `transformer`."""
         held: AutoregressiveWrapper = self.__dict__["_decoder"]
-        if held.__dict__["_of_model"] is not self._modules:  # of a shallow copy, such as a replica
+        if held.__dict__["_of_model"] is not self._modules:  # this is a shallow copy, such as a replica
             held = copy.copy(held)
             held.__dict__["_of_model"] = self._modules
             self.__dict__["_decoder"] = held
@@ -884,7 +884,7 @@ class Andromeda(nn.Module):
         logits_to_keep: int | torch.Tensor = 0,
     ) -> torch.Tensor:
         """Logits (batch, n, num_tokens), see `TransformerWrapper.forward`; with `return_loss` the scalar of
-        `AutoregressiveWrapper.forward`, where -100 marks tokens that are not to be predicted."""
+        `AutoregressiveWrapper.forward`, where -100 marks tokens that should not be predicted."""
         if not return_loss:
             return self.transformer(text_tokens, key_start=key_start, cache=cache, logits_to_keep=logits_to_keep)
         if cache is not None or not keeps_all(logits_to_keep):
@@ -940,7 +940,7 @@ class Andromeda(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> _IncompatibleKeys:
-        """See torch. Parts of names that come from torch.compile, DDP, FSDP and other wrappers are left out."""
+        """See torch. Parts of names that come from torch.compile, DDP, FSDP and other wrappers are removed."""
         return super().load_state_dict(checkpoint.for_model(self, state_dict), strict, assign)
 
     def load_x_transformers(self, state_dict: Mapping[str, torch.Tensor], version: str = "2.31.10") -> None:

@@ -1,7 +1,7 @@
 """Checks of arguments, shared by the operations. Each error reads `<op>: <argument> must <requirement>, got <value>`.
 
-They look at types, shapes, dtypes, devices and strides only, which a traced call has as well. Values are checked inside
-the operators, or where `have_values` says that there are any.
+They use only types, shapes, dtypes, devices and strides, which a traced call also has. Values are checked inside the
+operators, or where `have_values` says that there are any.
 """
 
 import math
@@ -22,7 +22,7 @@ _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 def is_tracing() -> bool:
     """Whether this call is being recorded into a program, or runs on fake tensors.
 
-    Then no tensor that was made elsewhere may enter it, and no decision may depend on the value of a tensor.
+    Then no tensor made elsewhere may enter the program, and no decision may depend on the value of a tensor.
     """
     if torch.compiler.is_compiling() or _is_jit_tracing():
         return True
@@ -34,7 +34,7 @@ def is_tracing() -> bool:
 def have_values(*tensors: torch.Tensor) -> bool:
     """Whether the values of these tensors may be read: none is fake, on the device meta, traced or batched.
 
-    Values on a GPU may be read, too, but that waits for the GPU.
+    Values on a GPU may also be read, but this waits for the GPU.
     """
     if is_tracing():
         return False
@@ -45,7 +45,7 @@ def have_values(*tensors: torch.Tensor) -> bool:
 
 
 def check_tensor(op: str, name: str, tensor: torch.Tensor, axes: tuple[str, ...]) -> None:
-    """A tensor with the named axes whose last one is dense."""
+    """Require a tensor with the named axes, dense in the last one."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
     if tensor.ndim != len(axes):
@@ -60,7 +60,7 @@ def check_tensor(op: str, name: str, tensor: torch.Tensor, axes: tuple[str, ...]
 
 
 def check_dtypes(op: str, **tensors: torch.Tensor) -> None:
-    """One of FLOAT_DTYPES, the same for all."""
+    """Require one of FLOAT_DTYPES, the same for all."""
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOAT_DTYPES:
             known = ", ".join(map(dtype_name, FLOAT_DTYPES))
@@ -71,7 +71,7 @@ def check_dtypes(op: str, **tensors: torch.Tensor) -> None:
 
 
 def check_devices(op: str, **tensors: torch.Tensor | None) -> None:
-    """One device for all tensors that are given."""
+    """Require one device for all given tensors."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     if len({tensor.device for tensor in given.values()}) > 1:
         found = ", ".join(str(tensor.device) for tensor in given.values())
@@ -79,7 +79,7 @@ def check_devices(op: str, **tensors: torch.Tensor | None) -> None:
 
 
 def check_equal_axis(op: str, axis: int, axis_name: str, **tensors: torch.Tensor) -> None:
-    """The sizes of one axis equal that of the first tensor."""
+    """Require that all tensors have the first tensor's size of one axis."""
     (first, leader), *others = tensors.items()
     for name, tensor in others:
         if tensor.shape[axis] != leader.shape[axis]:
@@ -90,7 +90,7 @@ def check_equal_axis(op: str, axis: int, axis_name: str, **tensors: torch.Tensor
 
 
 def check_heads(op: str, q: torch.Tensor, k: torch.Tensor) -> None:
-    """Axis 2 of q is a multiple of axis 2 of k; axis 3 is the same and not empty."""
+    """Require that axis 2 of q is a multiple of axis 2 of k, and that axis 3 is the same and not empty."""
     num_heads, num_kv_heads = q.shape[2], k.shape[2]
     if num_heads != num_kv_heads and (num_kv_heads == 0 or num_heads % num_kv_heads != 0):
         raise ValueError(
@@ -105,7 +105,7 @@ def check_heads(op: str, q: torch.Tensor, k: torch.Tensor) -> None:
 def check_exact(
     op: str, name: str, tensor: torch.Tensor, axes: tuple[str, ...], shape: tuple[int, ...], *dtypes: torch.dtype
 ) -> None:
-    """A tensor of exactly this shape and one of these dtypes; any strides."""
+    """Require a tensor of exactly this shape and one of these dtypes; any strides."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
     if tuple(tensor.shape) != tuple(shape):
@@ -119,7 +119,7 @@ def check_exact(
 
 
 def has_axes(tensor: object, count: int) -> bool:
-    """Whether it is a tensor of `count` dimensions whose last one is dense."""
+    """Whether it is a tensor of `count` dimensions, dense in the last one."""
     return isinstance(tensor, torch.Tensor) and tensor.ndim == count and tensor.stride(-1) == 1
 
 
@@ -131,7 +131,7 @@ def is_exact(tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, d
 
 
 def is_floating(tensor: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> bool:
-    """Whether it is a tensor of this shape, device and one of FLOAT_DTYPES; any strides."""
+    """Whether it is a tensor of this shape and device and of one of FLOAT_DTYPES; any strides."""
     return (
         isinstance(tensor, torch.Tensor)
         and is_exact(tensor, shape, tensor.dtype, device)
@@ -140,13 +140,13 @@ def is_floating(tensor: torch.Tensor, shape: tuple[int, ...], device: torch.devi
 
 
 def check_int(op: str, name: str, value: object) -> None:
-    """An int, or the symbol of one; no bool."""
+    """Require an int, or a symbol for one, but not a bool."""
     if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be an int, got {value!r} ({type(value).__name__})")
 
 
 def check_finite_number(op: str, name: str, value: float) -> float:
-    """The value as a float."""
+    """Require a finite number; returns it as a float."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
     if not -math.inf < value < math.inf:  # math.isfinite would end a graph that is traced with symbolic numbers

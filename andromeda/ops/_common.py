@@ -31,8 +31,8 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 def with_dense_rows(tensor: Tensor) -> Tensor:
-    """A gradient that the kernels can read: their rows are dense.
+    """The gradient with dense rows, as the kernels need it.
 
-    Autograd hands on the gradient of a sum as one expanded number, whose strides are all 0.
+    Autograd passes the gradient of a sum on as one expanded number, with all strides 0.
     """
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

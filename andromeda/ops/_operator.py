@@ -1,7 +1,7 @@
 """Makes operators of torch from functions that take one record.
 
-Each operation has a record `Call`, a NamedTuple: the arguments of its operators, once, in the order of their schemas,
-tensors first. torch hands them over by position. Here, and nowhere else, positions become a record.
+Each operation has a record `Call`, a NamedTuple with the arguments of its operators, each once, in the order of their
+schemas, tensors first. torch passes them by position. Only this file converts positions into a record.
 """
 
 import functools
@@ -42,13 +42,13 @@ def num_tensors(record: type[tuple[Any, ...]]) -> int:
 
 
 def indices(record: type[tuple[Any, ...]], *names: str) -> tuple[int, ...]:
-    """The places of fields in a record."""
+    """The indices of fields in a record."""
     fields = list(get_type_hints(record))
     return tuple(map(fields.index, names))
 
 
 def takes(record: type[tuple[Any, ...]]) -> Callable[[_Function], _Function]:
-    """Gives a function of `*fields` the signature of a record: torch.compile counts the arguments of a `forward`."""
+    """Give a function of `*fields` the signature of a record: torch.compile counts the arguments of a `forward`."""
 
     def decorate(function: _Function) -> _Function:
         vars(function)["__signature__"] = inspect.signature(record)
@@ -69,19 +69,19 @@ def define(
 ) -> torch._ops.OpOverload:
     """Make `andromeda::<schema>` an operator and return it.
 
-    The last arguments of the schema are the fields of `record`. The functions take the arguments before them, then the
-    record.
+    The last arguments of the schema are the fields of `record`. The functions take the arguments before these, and then
+    the record.
 
     Args:
-        implementation: runs on tensors of any device. It chooses the backend, so that a traced or exported program does
-            not carry the choice of the machine that traced it.
+        implementation: runs on tensors of any device. It chooses the backend at run time, so that a traced or exported
+            program does not contain the choice of the machine that traced it.
         fake: the outputs for given inputs, without data. Like the implementation it must allocate with
             `new_empty(shape)`.
         flops: floating point operations of a call, for `torch.utils.flop_counter`.
         rows, sums: names of arguments; see `_transforms.vmap_rule`.
     """
     name = schema.partition("(")[0]
-    # The kernels read dense rows: a compiler may not permute the dimensions of an argument behind our back.
+    # The kernels read dense rows, so a compiler must not permute the dimensions of an argument.
     _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     packet = getattr(torch.ops.andromeda, name)
     operator = packet.default

@@ -1,18 +1,18 @@
 """Memory on a device that outlives calls: tables, semaphores, constants. It is made once, and never freed on a GPU.
 
-Who owns what a call allocates? torch hands out memory by pools. While a CUDA graph is captured, and while
+torch allocates memory from pools. While a CUDA graph is captured, and also while
 `torch.compile(mode="reduce-overhead")` runs a program to warm up, which captures nothing, the allocations of that
-thread or stream belong to the graph: it hands them out again at every replay, and torch refuses tensors that survive.
-So memory that is kept must be made elsewhere:
+thread or stream belong to the graph: it reuses them at every replay, and torch refuses tensors that survive. Memory
+that is kept must therefore be made elsewhere:
 
-    thread    in one of its own. Pools of a warm-up belong to the thread that warms up, and so do modes of torch
-              (inference, fake tensors, a default device, autocast).
-    stream    on one that is not being captured. `keep` waits for it, so the memory is complete when it is handed out:
-              any stream, thread or graph may read it without further order.
-    lifetime  for ever: a graph may read it at every replay, and nobody can say when the last graph is gone. So its keys
-              must be few: windows of positions, streams, captures.
+    thread    its own. The pools of a warm-up belong to the thread that warms up, and so do modes of torch (inference,
+              fake tensors, a default device, autocast).
+    stream    one that is not being captured. `keep` waits for it, so the memory is complete when it is returned: any
+              stream, thread or graph may read it without further synchronisation.
+    lifetime  forever: a graph may read it at every replay, and nobody knows when the last graph is gone. There must
+              therefore be few keys: windows of positions, streams, captures.
 
-A CPU has no pools and no graphs: there the oldest entries make room for new ones.
+A CPU has no pools and no graphs: there, new entries replace the oldest ones.
 """
 
 import collections
@@ -39,8 +39,8 @@ _lock = threading.Lock()
 def keep(kind: str, device: torch.device, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
     """The tensor of this kind and key on a device: `make()`, called at the first request.
 
-    make: returns a tensor on `device`. It must not need a mode of the calling thread. Never called while the lock of
-        this module is held; of two threads that make the same tensor, the first one's is kept.
+    make: returns a tensor on `device`. It must not depend on a mode of the calling thread. It is never called while the
+        lock of this module is held; if two threads make the same tensor, the first result is kept.
     """
     of_kind = entries[kind, device]
     tensor = of_kind.get(key)
@@ -54,11 +54,11 @@ def keep(kind: str, device: torch.device, key: Hashable, make: Callable[[], Tens
 def semaphores(device: torch.device, count: int, stream: int) -> Tensor | None:
     """At least `count` counters of a kernel whose last block combines the others' results: int32 zeros; None for 0.
 
-    Every launch leaves them zero, so the launches of one stream, which follow each other, share them, and no launch is
-    needed to clear them. The launches of one stream inside one captured graph share them, too. Each capture has its
-    own, because its graph may run beside any stream and any other graph.
+    Every launch leaves them zero. The launches of one stream run one after the other and therefore share them, and no
+    launch is needed to clear them. The launches of one stream inside one captured graph also share them. Each capture
+    has its own, because its graph may run concurrently with any stream and any other graph.
 
-    stream: the current one of the device, as `_select.current_stream` gives it.
+    stream: the current stream of the device, from `_select.current_stream`.
     """
     if count == 0:
         return None
@@ -71,7 +71,7 @@ def semaphores(device: torch.device, count: int, stream: int) -> Tensor | None:
 
 
 def _take(device: torch.device, count: int) -> Tensor:
-    """`count` zeros, which nobody else gets: a smaller tensor that the same place got earlier may still be in use."""
+    """`count` zeros that no other key uses: a smaller tensor that this key got earlier may still be in use."""
     if device not in free_semaphores or free_semaphores[device].numel() < count:
         size = max(_SLAB, count)
         free_semaphores[device] = made_apart(device, lambda: torch.zeros(size, dtype=torch.int32, device=device))
@@ -81,16 +81,16 @@ def _take(device: torch.device, count: int) -> Tensor:
 
 
 def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """The values in float32. No buffer: a buffer would be rounded together with the model by `.bfloat16()`."""
+    """The values in float32. Not a buffer of the model, because `.bfloat16()` would round it with the model."""
     if _checks.is_tracing():
         # The recorded program makes the tensor itself. `torch.tensor` would become a constant on the CPU that every run
-        # copies, and a program that touches the CPU is not made a CUDA graph. Fake tensors do not mix with real ones.
+        # copies, and torch makes no CUDA graph of a program that uses the CPU. Fake tensors do not mix with real ones.
         return torch.cat([torch.full((1,), value, dtype=torch.float32, device=device) for value in values])
     return keep("constant", device, values, lambda: torch.tensor(values, dtype=torch.float32, device=device))
 
 
 def made_apart(device: torch.device, make: Callable[[], Tensor]) -> Tensor:
-    """`make()`, complete, called where no memory pool, no capture and no mode of this thread applies."""
+    """The complete result of `make()`, called where no memory pool, no capture and no mode of this thread applies."""
     made: list[Tensor] = []
     errors: list[BaseException] = []
 
@@ -101,7 +101,7 @@ def made_apart(device: torch.device, make: Callable[[], Tensor]) -> Tensor:
         except BaseException as error:
             errors.append(error)
 
-    # Each tensor gets a thread of its own, since there are few: a thread that waits for work would not survive a fork.
+    # Each tensor gets its own thread, since there are few: a thread that waits for work would not survive a fork.
     thread = threading.Thread(target=work, name="andromeda: persistent memory", daemon=True)
     thread.start()
     thread.join()
@@ -126,10 +126,10 @@ def _apart(device: torch.device) -> Iterator[None]:
 
 
 def _uncaptured_stream(device: torch.device) -> torch.cuda.Stream:
-    """A stream that is not being captured. torch has few streams and hands them out in turn, so another thread may be
+    """A stream that is not being captured. torch has few streams and returns them in turn, so another thread may be
     capturing one of them.
 
-    The stream has a high priority, because torch's own graphs do not take such a stream: in some versions the pool of a
+    The stream has a high priority, because torch's own graphs do not use such a stream: in some versions the pool of a
     warm-up owns all allocations on its stream, whichever thread makes them.
     """
     for _ in range(64):

@@ -2,7 +2,7 @@
 
 A backend is a name of `BACKENDS`. Each operation has a function `unsupported(backend, ...) -> list[str]`: the reasons
 why that backend cannot run a call; an empty list means that it can. The choice, the error messages, the tests and
-`andromeda info` all read this list, so that a fallback is never secret.
+`andromeda info` all read this list, so that no fallback is hidden.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from andromeda.ops import Backend, _transforms
 from andromeda.ops._common import dtype_name
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)  # in order of preference
-# The type of the devices whose tensors a backend takes. The reference takes any.
+# The device type of the tensors that a backend accepts. The reference accepts any.
 DEVICE_TYPES = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}
 AUTO = "auto"  # the argument of an operator for backend=None: it chooses when it runs, not when it is traced
 
@@ -37,13 +37,13 @@ else:
             raise
         extension_error = "the extension andromeda._C is not built (`pip install -v .` in the source tree builds it)"
     except ImportError as error:
-        if "ANDROMEDA_CPU_ISA" in str(error):  # pybind11 turns every error of a module's start into an ImportError
+        if "ANDROMEDA_CPU_ISA" in str(error):  # pybind11 makes every error at a module's start an ImportError
             raise RuntimeError(str(error)) from None
         extension_error = f"the extension andromeda._C cannot be loaded: {error}"
 
 
 def backend_argument(op: str, backend: str | None) -> str:
-    """The `backend` argument of an operator from the `backend` argument of the public function."""
+    """The `backend` argument of an operator, from the `backend` argument of the public function."""
     if backend is None:
         return AUTO
     if backend not in BACKENDS:
@@ -52,7 +52,7 @@ def backend_argument(op: str, backend: str | None) -> str:
 
 
 def without_compiled_kernels(backend: str) -> list[str] | None:
-    """What `unsupported` answers for a backend that does not call the extension; None for one that does."""
+    """The result of `unsupported` for a backend that does not call the extension; None for one that does."""
     if backend == "reference":
         return []
     if backend == "triton":
@@ -61,9 +61,9 @@ def without_compiled_kernels(backend: str) -> list[str] | None:
 
 
 def common_reasons(backend: str, dtypes: Sequence[torch.dtype], **tensors: Tensor) -> list[str]:
-    """Why compiled kernels cannot run on these tensors, which have one dtype and device, whatever the operation.
+    """The reasons, common to all operations, why compiled kernels cannot run on these tensors of one dtype and device.
 
-    dtypes: those that the backend has kernels for.
+    dtypes: the dtypes for which the backend has kernels.
     """
     first = next(iter(tensors.values()))
     reasons = []
@@ -80,12 +80,12 @@ def common_reasons(backend: str, dtypes: Sequence[torch.dtype], **tensors: Tenso
 
 
 def choose(op: str, backend: str, unsupported: Callable[[str], list[str]]) -> str:
-    """The backend that runs a call: the one asked for, or with `AUTO` the first that can.
+    """The backend that runs a call: the requested one, or with `AUTO` the first that can.
 
     unsupported: gives the reasons why a backend cannot run this call.
 
     Raises:
-        NotImplementedError: none can, or the one asked for cannot; with the reasons of each.
+        NotImplementedError: no backend can, or the requested one cannot; gives the reasons for each.
     """
     candidates: Sequence[str] = BACKENDS if backend == AUTO else (backend,)
     reasons = {}
@@ -108,10 +108,10 @@ os.register_at_fork(after_in_child=lasting_answers.clear)  # a forked child cann
 
 
 def cuda_unavailable(device: torch.device) -> list[str]:
-    """Why the compiled CUDA kernels cannot run on this device; empty when they can, or when it is no CUDA device.
+    """Why the compiled CUDA kernels cannot run on this device; empty when they can, or when it is not a CUDA device.
 
-    The first call makes the device ready. An answer that may change is not kept, and the next call asks again: for
-    instance when memory is short, or another process has the device to itself.
+    The first call initialises the device. An answer that may change is not kept, and the next call asks again: for
+    instance when memory is short, or another process has exclusive use of the device.
     """
     if (reasons := lasting_answers.get(device)) is None:
         reasons, lasting = _first_obstacle(device)
@@ -130,7 +130,7 @@ def _first_obstacle(device: torch.device) -> tuple[list[str], bool]:
     if device.type != "cuda":
         return [], True
     status = extension.cuda_status(torch.cuda.current_device() if device.index is None else device.index)
-    if error := status["device_error"]:  # looked at first: on such a device the next question to torch may raise
+    if error := status["device_error"]:  # checked first: on such a device the next call of torch may raise
         return [_with_versions(error)], status["lasting"]
     capability = torch.cuda.get_device_capability(device)
     if not any(_runs_on(architecture, *capability) for architecture in built_for):
@@ -148,11 +148,11 @@ def _with_versions(error: str) -> str:
 def _runs_on(architecture: str, major: int, minor: int) -> bool:
     """Whether code for an architecture in CMake's spelling ("80", "80-real", "90a-real") runs on a device."""
     number, _, kind = architecture.partition("-")
-    if number.endswith("a"):  # it uses features of one chip, and no other chip runs it
+    if number.endswith("a"):  # it uses features of one chip and runs on no other
         return number == f"{major}{minor}a"
     built_major, built_minor = divmod(int(number), 10)
     if kind != "virtual" and built_major == major and built_minor <= minor:
-        return True  # machine code, which later chips of the generation run as well
+        return True  # machine code, which also runs on later chips of the generation
     return kind != "real" and (built_major, built_minor) <= (major, minor)  # PTX, which the driver compiles
 
 
@@ -170,15 +170,15 @@ os.register_at_fork(after_in_child=plans.clear)  # they hold the answers above
 _NOT_COMPILED = "{op}: transforms of torch.func are not compiled; leave torch.compile out where they are used"
 _NO_GUARD = contextlib.nullcontext()
 _transforms_active = torch._C._are_functorch_transforms_active
-# It gives an int instead of a torch.cuda.Stream, in a tenth of the time; not every torch has it.
+# It returns an int instead of a torch.cuda.Stream, in a tenth of the time; not every torch has it.
 _raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 def plan(key: Hashable, device: torch.device, make: Callable[[], AnyPlan]) -> AnyPlan:
     """`make()`, remembered for later calls with this key.
 
-    key: all that the plan depends on. A plan that passes over a GPU's kernels is not remembered, because its reason may
-        go away.
+    key: everything that the plan depends on. A plan that does not use the GPU's kernels is not remembered, because its
+        reason may go away.
     """
     found = plans.get(key)
     if found is None:
@@ -190,12 +190,12 @@ def plan(key: Hashable, device: torch.device, make: Callable[[], AnyPlan]) -> An
     return found
 
 
-# Every call runs the next functions. They take the device of a tensor, which has an index if it is a GPU: reading the
-# index is quicker than comparing the type.
+# Every call runs the following functions. They take the device of a tensor, which has an index if it is a GPU: reading
+# the index is quicker than comparing the type.
 
 
 def device_guard(device: torch.device) -> contextlib.AbstractContextManager:
-    """Makes a GPU the current one for a launch; costs next to nothing where it is the current one already."""
+    """Make a GPU the current one for a launch; costs almost nothing if it already is."""
     if device.index is None or device.index == torch.cuda.current_device():
         return _NO_GUARD
     return torch.cuda.device(device)
@@ -209,30 +209,30 @@ def current_stream(device: torch.device) -> int:
 
 
 def capture_id(device: torch.device) -> int:
-    """The number of the CUDA graph that is capturing the calls of this moment; 0 when they run at once."""
+    """The number of the CUDA graph that is capturing calls at this moment; 0 when calls run at once."""
     if device.index is None or not torch.cuda.is_current_stream_capturing():
         return 0
     return extension.capture_id(current_stream(device))
 
 
 def permit_work_beside_captures(permitted: bool) -> bool:
-    """Sets whether this thread may allocate and wait while others capture graphs; returns the setting from before."""
+    """Set whether this thread may allocate and wait while others capture graphs; returns the earlier setting."""
     return permitted if extension_error is not None else extension.permit_work_beside_captures(permitted)
 
 
 def needs_function(op: str, *tensors: torch.Tensor | None) -> bool:
     """Whether a call must go through the operation's autograd Function instead of straight to its operator.
 
-    It must where a gradient may be asked for, and in forward mode: an operator without a rule for tangents would drop
-    them silently; here they are refused. It must under every transform of torch.func, because there a tensor does not
-    know whether an outer transform differentiates it.
+    It must where a gradient may be requested, and in forward mode: an operator without a rule for tangents would drop
+    them silently, while the Function refuses them. It must under every transform of torch.func, because there a tensor
+    does not know whether an outer transform differentiates it.
     """
     if torch.autograd.forward_ad._current_level >= 0:
         _transforms.refuse_tangents(op, tensors)
         return True
     if torch.is_grad_enabled():
         if torch.compiler.is_dynamo_compiling() and _transforms_active():
-            # A compiled transform takes the forward pass of a Function alone: it would drop the gradient.
+            # A compiled transform takes only the forward pass of a Function: it would drop the gradient.
             raise NotImplementedError(_NOT_COMPILED.format(op=op))
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
@@ -241,14 +241,14 @@ def needs_function(op: str, *tensors: torch.Tensor | None) -> bool:
 
 
 def usual_dtype(device: str) -> torch.dtype:
-    """The dtype in which models run on a device, and so the one of the calls in `report`."""
+    """The dtype in which models run on a device, and therefore of the calls in `report`."""
     return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 
 def report(device: str | None = None, dtype: torch.dtype | None = None) -> dict[str, dict[str, list[str]]]:
-    """operation -> backend -> the reasons why it would not run a typical call on this machine.
+    """operation -> backend -> the reasons why this backend would not run a typical call on this machine.
 
-    The first backend of an operation with an empty list would run. The call has tensors of `dtype` (default:
+    The first backend with an empty list would run the operation. The call has tensors of `dtype` (default:
     `usual_dtype`) on `device` (default: the GPU if there is one), with 24 heads of width 128 and one key head.
     """
     if device is None:

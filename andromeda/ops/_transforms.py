@@ -1,10 +1,11 @@
-"""How operations behave under torch.func and when gradients are differentiated again.
+"""The behaviour of operations under torch.func and in second derivatives.
 
 vmap      The mapped axis is folded into the batch where that gives the same result. Where tensors without a batch axis
           are mapped, and where a gradient is a sum over the batch, the slices are computed one after the other.
 tangents  There is no forward mode: a call with tangents is an error.
-twice     The gradients of kernels have no derivative: asking for it is an error that names backend="reference", whose
-          gradients are plain torch. Under `torch.func` and with `create_graph=True` that backend keeps all it computes.
+twice     The gradients of kernels have no derivative: requesting it is an error that names backend="reference", whose
+          gradients are plain torch. Under `torch.func` and with `create_graph=True` that backend keeps all its
+          intermediate results.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -24,7 +25,7 @@ ONLY_ONCE = (
 
 
 def refuse_tangents(op: str, tensors: Iterable[Tensor | None]) -> None:
-    """Raises where one of the tensors has a tangent. Every Function would raise, too, but give no reason."""
+    """Raise if one of the tensors has a tangent. Every Function would also raise, but without a reason."""
     for tensor in tensors:
         if tensor is not None and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(ONLY_BACKWARD.format(op=op))
@@ -40,7 +41,7 @@ def gradients(
     """The gradients that the `backward` of a Function returns first.
 
     Args:
-        tensors: all that the gradients depend on; None for a tensor that is not given.
+        tensors: all tensors that the gradients depend on; None for one that is not given.
         kernel: computes the gradients by an operator.
         plain: computes them in plain torch, for a backend "reference" whose gradients are differentiated again.
     """
@@ -62,12 +63,12 @@ def gradients(
 
 
 def given(gradients: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """The gradients of the tensors that are given, and None for the others."""
+    """The gradients of the given tensors, and None for the others."""
     return tuple(None if tensor is None else grad for grad, tensor in zip(gradients, tensors, strict=True))
 
 
 class _Once(torch.autograd.Function):
-    """The identity on gradients, whose derivative is an error. Its further inputs are the tensors they depend on."""
+    """The identity on gradients; its derivative is an error. Further inputs: the tensors that the gradients depend on."""
 
     @staticmethod
     def forward(op: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -92,8 +93,8 @@ def vmap_rule(
     """The `vmap` of a Function, or of an operator: (info, in_dims, *args) -> (outputs, out_dims).
 
     function: takes the arguments by position; each output is (batch, ...), or (0,) where there is none.
-    rows: places of the arguments that are tensors (batch, ...) or None; other tensors have no batch.
-    sums: places of the arguments for which, if they are given, an output is a sum over the batch.
+    rows: indices of the arguments that are tensors (batch, ...) or None; other tensors have no batch.
+    sums: indices of the arguments that, if given, make an output a sum over the batch.
     """
     rows, sums = frozenset(rows), tuple(sums)
 
@@ -109,14 +110,14 @@ def vmap_rule(
             ]
             outputs = tuple(torch.stack(parts) for parts in zip(*slices, strict=True))
             return outputs, (0,) * len(outputs)
-        # An argument that is not mapped is repeated: by a stride of 0 where that can be, as for attention's keys.
+        # An argument that is not mapped is repeated: by a stride of 0 where possible, as for attention's keys.
         folded = [
             _fold(arg, in_dims[index], size) if index in rows and arg is not None else arg
             for index, arg in enumerate(args)
         ]
         outputs = function(*folded)
         batch = folded[mapped[0]].shape[0] // size
-        empty = [output.shape == (0,) for output in outputs]  # such an output stands for none, or has no rows
+        empty = [output.shape == (0,) for output in outputs]  # such an output means none, or has no rows
         return (
             tuple(o if none else o.unflatten(0, (size, batch)) for o, none in zip(outputs, empty, strict=True)),
             tuple(None if none else 0 for none in empty),

@@ -1,4 +1,4 @@
-"""attention (docs/model.md#5): arguments, backend choice, allocation and gradients. The kernels are elsewhere."""
+"""`attention` (docs/model.md#5): arguments, choice of backend, allocation and gradients. The kernels are elsewhere."""
 
 import math
 from collections.abc import Iterator
@@ -17,8 +17,8 @@ _DTYPES = {
     "cpu": (torch.float32, torch.float16, torch.bfloat16),
     "cuda": (torch.float16, torch.bfloat16),  # tensor cores; float32 would lose digits there and takes the reference
 }
-NUM_SPLITS = 0  # tests change it: into how many splits the CUDA kernel for few queries cuts the keys; 0: it chooses
-REFERENCE_BLOCK_LOGITS = 2**24  # the reference holds at most so many logits at once: 64 MiB of float32
+NUM_SPLITS = 0  # number of splits of the keys in the CUDA kernel for few queries; 0: it chooses. Tests change it
+REFERENCE_BLOCK_LOGITS = 2**24  # the reference holds at most this many logits at once: 64 MiB of float32
 
 
 @overload
@@ -80,13 +80,13 @@ def attention(
 
         score = softmax_scale * q @ k^T - alibi_slopes * |i - j|,   out = softmax(score) @ v
 
-    Positions are aligned at the end: the last query and the last key have i == j. Differentiable in q, k and v once;
+    Positions are aligned at the end: the last query and the last key have i == j. Differentiable once in q, k and v;
     with backend="reference" any number of times, but then all scores are held at once. The last dimension must be
     dense, the other strides are free; nothing is copied.
 
     Args:
-        q: (batch, seqlen_q, num_heads, head_dim), float32, float16, bfloat16; float64 takes the reference, and on a
-            GPU float32 does too: its kernels multiply in half precision.
+        q: (batch, seqlen_q, num_heads, head_dim), float32, float16, bfloat16. The reference computes float64, and on a
+            GPU also float32, because the kernels there multiply in half precision.
         k, v: (batch, seqlen_k, num_kv_heads, head_dim), dtype and device of q. num_heads must be a multiple of
             num_kv_heads: consecutive heads share a key head; with one key head it is multi-query attention. Under
             autocast q, k, v are cast to its dtype first (float64 is not).
@@ -97,12 +97,12 @@ def attention(
                            1 1
         softmax_scale: factor on q @ k^T, not on the bias; finite. Default: head_dim ** -0.5.
         alibi_slopes: (num_heads,), float32, finite, >= 0; 0 means no bias for that head. A constant: it gets no
-            gradient and may not ask for one. Its values are checked on CPU tensors only.
+            gradient and must not require one. Its values are checked on CPU tensors only.
         logit_bound: (num_heads,), float32: a promise that |softmax_scale * <q_i, k_j>| <= logit_bound for every
-            visible pair, which QK norm gives. It permits a softmax without a running maximum and the skipping of keys
+            visible pair; QK norm gives such a bound. It permits a softmax without a running maximum, and skipping keys
             so far away that ALiBi leaves them less than 2**-24 of a row. The result stays within the rounding error
-            either way (docs/attention.md#bounded-softmax); a promise that is not kept gives wrong results. A constant:
-            it is detached. Values that are not finite promise nothing.
+            either way (docs/attention.md#bounded-softmax); a wrong bound gives wrong results. A constant: it is
+            detached. Values that are not finite promise nothing.
         key_start: (batch, seqlen_q), int32, non-decreasing along a row (checked on CPU tensors): query i sees only keys
             j >= key_start[i]. For packed documents it is the start of the query's document, for left padding the number
             of padded keys, for a sliding window i - window + 1. May be expanded. Five tokens, documents of 2 and 3,
@@ -121,12 +121,12 @@ def attention(
         softmax_lse, with return_lse: (batch, num_heads, seqlen_q), float32 (float64 for float64), natural logarithm;
             -inf for a row that sees no key.
 
-        The results and gradients of a row do not depend on data that it does not see, even if these are NaN or
-        infinite: hidden keys and values, queries and output gradients that do not see a key, other documents, padding.
+        The results and gradients of a row do not depend on data hidden from it, even if these are NaN or infinite:
+        hidden keys and values, queries and output gradients that do not see a key, other documents, padding.
 
     Raises:
         ValueError, TypeError: the call is wrong on every machine.
-        NotImplementedError: no backend can run it here, or not the one asked for; the message says why, for each.
+        NotImplementedError: no backend, or not the requested one, can run it here; gives the reasons for each.
     """
     if not _is_usual(q, k, v, alibi_slopes, logit_bound, key_start):
         q, k, v = _checked(q, k, v, alibi_slopes, logit_bound, key_start)
@@ -195,7 +195,7 @@ def _is_usual(
 ) -> bool:
     """Whether the call is correct and needs no cast. Most calls are, and this takes a few microseconds.
 
-    `_checked` looks again at every other call, and says what is wrong with it.
+    `_checked` examines every other call again and reports its errors.
     """
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         return False
@@ -268,7 +268,7 @@ def _checked(
 
 
 def _check_values(alibi_slopes: Tensor | None, key_start: Tensor | None) -> None:
-    """The operator calls this, on the CPU: reading values back would stall a GPU, and a traced call has no values."""
+    """Check values. Only for the operator on a CPU: a traced call has no values, and reading them would stall a GPU."""
     if alibi_slopes is not None and alibi_slopes.numel() > 0:
         low, high = (value.item() for value in torch.aminmax(alibi_slopes))
         if not (low >= 0 and high < float("inf")):  # NaN fails both
@@ -326,7 +326,7 @@ class Plan(NamedTuple):
     is_empty: bool  # there is nothing to compute
     num_partials: int  # float32 numbers of the workspace
     num_semaphores: int
-    splits: dict[str, int]  # the argument num_splits, where a direction has it: the workspace is for so many
+    splits: dict[str, int]  # the argument num_splits, where a direction has it: the workspace is for this many
 
 
 _Direction = Literal["forward", "backward"]
@@ -381,7 +381,7 @@ def _tensors(call: Call, out: Tensor, softmax_lse: Tensor) -> dict[str, Any]:
 
 
 def _resources(plan: Plan, device: torch.device) -> dict[str, Any]:
-    """The means of a compiled kernel: threads on the CPU; a workspace and a stream on a GPU."""
+    """The resources of a compiled kernel: threads on the CPU; a workspace and a stream on a GPU."""
     stream = _select.current_stream(device)
     count = plan.num_partials
     return {
@@ -406,7 +406,7 @@ def _fake_backward(dout: Tensor, out: Tensor, softmax_lse: Tensor, call: Call) -
 
 
 def _query_blocks(call: Call) -> Iterator[tuple[slice, slice, dict[str, Any]]]:
-    """Cuts the queries so that the logits of a block fit in memory.
+    """Cut the queries so that the logits of a block fit in memory.
 
     Yields (queries, keys, options): slices of the two sequence axes, and the arguments of the reference.
     """
@@ -435,7 +435,7 @@ def _reference_options(call: Call) -> dict[str, Any]:
 
 def _reference_forward(call: Call, out: Tensor, softmax_lse: Tensor) -> None:
     dtype = softmax_lse.dtype
-    # Inside torch.autocast the products of the reference would be rounded to half precision.
+    # torch.autocast would round the products of the reference to half precision.
     with torch.autocast(call.q.device.type, enabled=False):
         k, v = call.k.to(dtype), call.v.to(dtype)
         for queries, keys, options in _query_blocks(call):
@@ -468,7 +468,7 @@ def _reference_backward(
 
 
 def _plain_backward(dout: Tensor, call: Call) -> tuple[Tensor, ...]:
-    """dq, dk and dv by operations that torch can differentiate again. Holds all scores at once."""
+    """dq, dk and dv, by operations that torch can differentiate again. Holds all scores at once."""
     options = _reference_options(call)
     with torch.autocast(call.q.device.type, enabled=False):
         dout, q, k, v = (cast(tensor, compute_dtype(call.q.dtype)) for tensor in (dout, call.q, call.k, call.v))
@@ -478,15 +478,15 @@ def _plain_backward(dout: Tensor, call: Call) -> tuple[Tensor, ...]:
 
 
 def _visible_pairs(call: Call) -> int:
-    """Pairs of query and key in one head, over all of them. Of a square causal call half are visible, and the diagonal.
+    """Visible pairs of query and key in all heads: half of all pairs and the diagonal in a square causal call.
 
-    Pairs that `key_start` hides and that windows leave out are counted.
+    Pairs that `key_start` hides or that windows skip count as visible.
     """
     batch, seqlen_q, num_heads, _ = call.q.shape
     seqlen_k = call.k.shape[1]
     if not call.causal:
         return batch * num_heads * seqlen_q * seqlen_k
-    rows = min(seqlen_q, seqlen_k)  # rows that see a key: the last one sees all, each one before it sees one less
+    rows = min(seqlen_q, seqlen_k)  # rows that see a key: the last one sees all keys, each one before it one key less
     return batch * num_heads * (rows * seqlen_k - rows * (rows - 1) // 2)
 
 
@@ -496,7 +496,7 @@ def _forward_flops(call: Call) -> int:
 
 
 def _backward_flops(dout: Tensor, out: Tensor, softmax_lse: Tensor, call: Call) -> int:
-    """Five products: the scores again, and one for each of the gradients of weights, q, k and v."""
+    """Five products: the scores again, and one for each gradient, those of the weights, q, k and v."""
     return 10 * call.q.shape[3] * _visible_pairs(call)
 
 
@@ -563,7 +563,7 @@ _fold = _transforms.vmap_rule(_Attention.apply, rows=_operator.indices(Call, "q"
 
 
 def _vmap(info: Any, in_dims: tuple[int | None, ...], *fields: Any) -> tuple[Any, Any]:
-    """Each of the mapped calls makes a promise; the largest holds for all."""
+    """Each of the mapped calls has its own logit_bound; the largest holds for all."""
     mapped = in_dims[_LOGIT_BOUND]
     if mapped is not None:
         call = Call(*fields)

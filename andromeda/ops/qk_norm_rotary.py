@@ -13,7 +13,7 @@ from andromeda.reference import qk_norm_rotary as reference
 
 NAME = "qk_norm_rotary"
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that compiled kernels take
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of the compiled kernels
 
 # Both operands are stored with their xPos factors. A factor above 2 ** limit leaves too little room for the values.
 _FACTOR_LIMIT_LOG2 = {torch.float16: 8, torch.bfloat16: 100, torch.float32: 100, torch.float64: 900}
@@ -21,13 +21,13 @@ _FACTOR_LIMIT_LOG2 = {torch.float16: 8, torch.bfloat16: 100, torch.float32: 100,
 _LOG2_PER_POSITION = math.log2(3.5) / 512
 _FACTOR_REACH = {dtype: math.floor(limit / _LOG2_PER_POSITION) for dtype, limit in _FACTOR_LIMIT_LOG2.items()}
 
-# The gradients of the scales are summed over runs of tokens first, then over the runs. Their number depends on shapes
-# alone, so the result depends on neither threads nor timing. There are enough runs to fill the machine, and each is
-# long enough to pay for its partial sum.
+# The gradients of the scales are summed over runs of tokens first, then over the runs. The number of runs depends only
+# on shapes, so the result depends on neither threads nor timing. There are enough runs to fill the machine, and each is
+# long enough to outweigh the cost of its partial sum.
 _MAX_CPU_PARTIALS = 64
 _MIN_TOKENS_PER_PARTIAL = 16
 
-# The CPU's tables hold whole blocks of positions: generation token by token makes new ones at every 64th call only.
+# The CPU's tables hold whole blocks of positions: generation token by token makes new ones only at every 64th call.
 _TABLE_BLOCK = 64
 
 
@@ -54,9 +54,9 @@ def qk_norm_rotary(
         zeta_t = (2t + 0.4 * rotary_dim) / (1.4 * rotary_dim)
         z = zeta_t ** (+-(p - origin) / 512)            + for q, - for k; 1 without `xpos`
 
-    Positions are aligned at the end: the last query sits at the last key. Each part can be turned off. Differentiable
-    in q, k and both scales once; with backend="reference" any number of times. Half precision is computed in float32.
-    The host makes the rotary tables in float64.
+    Positions are aligned at the end: the last query and the last key have the same position. Each part can be turned
+    off. Differentiable once in q, k and both scales; with backend="reference" any number of times. Half precision is
+    computed in float32. The host makes the rotary tables in float64.
 
     Args:
         q: (batch, seqlen_q, num_heads, head_dim), float32, bfloat16, float16; float64 takes the reference. The last
@@ -77,7 +77,7 @@ def qk_norm_rotary(
 
     Raises:
         ValueError, TypeError: the call is wrong on every machine.
-        NotImplementedError: no backend can run it here, or not the one asked for; the message says why, for each.
+        NotImplementedError: no backend, or not the requested one, can run it here; gives the reasons for each.
     """
     if not _is_usual(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin):
         q, k = _checked(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin)
@@ -150,7 +150,7 @@ def _is_usual(
 ) -> bool:
     """Whether the call is correct and needs no cast. Most calls are, and this takes a few microseconds.
 
-    `_checked` looks again at every other call, and says what is wrong with it.
+    `_checked` examines every other call again and reports its errors.
     """
     if not (_checks.has_axes(q, 4) and _checks.has_axes(k, 4)):
         return False
@@ -217,8 +217,9 @@ def _checked(
 
 
 def _check_factors(dtype: torch.dtype, seqlen_q: int, end: int, origin: int) -> None:
-    """The first query and the last key, at `end - 1`, have the largest factors. Small factors underflow without harm:
-    the last query sits at the last key, so no factor of a query is smaller than the inverse of the largest one."""
+    """Require that the largest factors fit: those of the first query and of the last key, at `end - 1`. Small factors
+    underflow harmlessly: the last query has the position of the last key, so no factor of a query is smaller than the
+    inverse of the largest one."""
     limit, reach = _FACTOR_LIMIT_LOG2[dtype], _FACTOR_REACH[dtype]
     first_query = end - seqlen_q
     if end - 1 - origin > reach or origin - first_query > reach:
@@ -341,8 +342,8 @@ def _num_partials(most: int, q: Tensor, k: Tensor) -> int:
     return min(most, 1 + q.shape[0] * max(q.shape[1], k.shape[1]) // _MIN_TOKENS_PER_PARTIAL)
 
 
-# The operators make the tables, so the tables are neither saved for the backward pass nor part of a compiled graph, and
-# a table that is kept never meets a fake or a traced tensor.
+# The operators make the tables. The tables are therefore neither saved for the backward pass nor part of a compiled
+# graph, and a kept table never meets a fake or a traced tensor.
 
 
 def _host_rotation(call: Call) -> dict[str, Any]:

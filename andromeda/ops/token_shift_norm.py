@@ -12,12 +12,12 @@ from andromeda.reference import token_shift_norm as reference
 
 NAME = "token_shift_norm"
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that compiled kernels take
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of the compiled kernels
 
-# The gradients of gamma and residual_scale are summed over runs of tokens first, then over the runs. Their number
-# depends on shapes and the kind of device alone, so the result depends on neither threads nor timing. On a GPU a run is
-# a block, and there are at most as many as it works on at a time. A partial sum has as many bytes as a token of
-# float32, so that a run needs a number of tokens to pay for it.
+# The gradients of gamma and residual_scale are summed over runs of tokens first, then over the runs. The number of runs
+# depends only on shapes and the kind of device, so the result depends on neither threads nor timing. On a GPU a run is
+# a block, and there are at most as many blocks as the GPU holds at a time. A partial sum has as many bytes as a token
+# in float32, so a run needs several tokens to outweigh its cost.
 _MAX_CPU_PARTIALS = 64
 _MIN_TOKENS_PER_PARTIAL = 16
 
@@ -42,7 +42,7 @@ def token_shift_norm(
         shifted[:, t, segment k] = y[:, t - k, segment k]           k = 0 ... shift
 
     Segment k holds the channels k * width ... (k + 1) * width - 1 with width = dim // (shift + 1); the channels that
-    are left over at the end are not delayed. Differentiable in x, residual, residual_scale and gamma once; with
+    are left over at the end are not delayed. Differentiable once in x, residual, residual_scale and gamma; with
     backend="reference" any number of times. Half precision is computed in float32, and `shifted` holds the rounded
     values of y.
 
@@ -54,20 +54,20 @@ def token_shift_norm(
         residual_scale: (dim,), floating point; needs residual. Default: 1.
         alpha: factor on the residual.
         shift: largest delay in tokens, 0 <= shift < dim.
-        history: (batch, shift, dim), dtype and device of x: y of the tokens before. It gets no gradient.
+        history: (batch, shift, dim), dtype and device of x: y of the previous tokens. It gets no gradient.
             Default: zeros.
         key_start: (batch, seqlen), int32: `shifted` is 0 where it would take a row before this position of the
             sequence, which belongs to another document or is padding.
-        position: of x[:, 0] in its sequence, in tokens; matters for key_start alone.
+        position: of x[:, 0] in its sequence, in tokens; used only with key_start.
         backend: "cuda", "triton", "cpu" or "reference". Default: the first that supports the call.
 
     Returns:
-        y and shifted, in the shape of x. Nothing is copied that stays the same: without gamma and residual y is x, and
-        with shift 0 shifted is y.
+        y and shifted, in the shape of x. Unchanged tensors are not copied: without gamma and residual, y is x, and with
+        shift 0, shifted is y.
 
     Raises:
         ValueError, TypeError: the call is wrong on every machine.
-        NotImplementedError: no backend can run it here, or not the one asked for; the message says why, for each.
+        NotImplementedError: no backend, or not the requested one, can run it here; gives the reasons for each.
     """
     backend_argument = _select.backend_argument(NAME, backend)
     call = Call(x, residual, residual_scale, gamma, history, key_start, alpha, shift, position, backend_argument)
@@ -115,7 +115,7 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # dx, dresidual, dresidual_sc
 def _is_usual(call: Call) -> bool:
     """Whether the call is correct. Most calls are, and this takes a few microseconds.
 
-    `_checked` looks again at every other call, and says what is wrong with it.
+    `_checked` examines every other call again and reports its errors.
     """
     x, residual, residual_scale, gamma, history, key_start, alpha, shift, position, _ = call
     if not _checks.has_axes(x, 3):
@@ -221,7 +221,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 def backward(dy: Tensor | None, dshifted: Tensor | None, call: Call) -> Gradients:
     """The operator `token_shift_norm_backward`. The gradient of a tensor that is not given is an empty tensor.
 
-    dy, dshifted: None for 0, but not both. The history of the call has no effect.
+    dy, dshifted: None for 0, but not both. The backward pass ignores the history of the call.
     """
     plan = _plan(call)
     dx, dresidual, dresidual_scale, dgamma = gradients = _fake_backward(dy, dshifted, call)
@@ -267,7 +267,7 @@ def _arguments(call: Call) -> dict[str, Any]:
 
 
 def _options(call: Call) -> dict[str, Any]:
-    """The arguments that the reference takes in both directions as they are."""
+    """The arguments that the reference takes unchanged in both directions."""
     return {
         "gamma": call.gamma,
         "residual_scale": call.residual_scale,
@@ -407,5 +407,5 @@ _vmap = _transforms.vmap_rule(
 
 
 def _readable(dout: Tensor | None, x: Tensor) -> Tensor | None:
-    """The gradient of an output that has rows, readable by the kernels; None for an output that is empty."""
+    """The gradient of an output, readable by the kernels; None for an output that is empty."""
     return None if dout is None or dout.shape != x.shape else with_dense_rows(dout)

@@ -37,14 +37,14 @@ def _any_within(flags: Tensor, span: Span) -> Tensor:
 
 
 def _sum(equation: str, weights: Tensor, values: Tensor, span: Span, *, signed: bool = False) -> Tensor:
-    """torch.einsum(equation, weights, values), to which hidden rows, of weight 0, add nothing: 0 * nan would be nan.
+    """torch.einsum(equation, weights, values) without contributions of hidden rows, of weight 0: 0 * nan would be nan.
 
-    The product takes numbers that are not finite for 0. A sum that sees such numbers is nan; or, where all weights have
+    The product treats numbers that are not finite as 0. A sum that sees such numbers is nan or, where all weights have
     one sign and all these numbers are the same infinity, that infinity.
 
     values: rows (batch, seqlen, num_kv_heads, head_dim), or (batch, seqlen, num_kv_heads, group, head_dim): then the
-        sum goes over the group, too.
-    span: the rows that each sum sees.
+        sum also goes over the group.
+    span: the rows in each sum.
     signed: weights may have either sign.
     """
     finite = values.isfinite()
@@ -96,7 +96,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention; shapes and meaning as in `andromeda.ops.attention.attention`.
 
-    first_query: position of q[:, 0] among the keys. Default: seqlen_k - seqlen_q, the last query sits at the last key.
+    first_query: position of q[:, 0] among the keys. Default: seqlen_k - seqlen_q, which aligns the last query and key.
 
     Returns:
         out, in the shape of q, and softmax_lse (batch, num_heads, seqlen_q), natural logarithm; both in the dtype of q.
@@ -122,7 +122,7 @@ def attention_backward(
     key_start: Tensor | None = None,
     first_query: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients dq, dk, dv of `attention` as a formula (docs/model.md#16.3): an operator must not call autograd."""
+    """Gradients dq, dk, dv of `attention` as formulas (docs/model.md#16.3): an operator must not call autograd."""
     num_kv_heads = k.shape[2]
     logits, hidden = masked_logits(q, k, causal, softmax_scale, alibi_slopes, key_start, first_query)
     of_query, of_key = _spans(q, k, causal, key_start, first_query)

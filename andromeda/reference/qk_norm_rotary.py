@@ -1,4 +1,4 @@
-"""The meaning of `qk_norm_rotary` in plain torch: normalise, scale and rotate rows (docs/model.md#5.2, #5.3)."""
+"""`qk_norm_rotary` in plain torch: normalise, scale and rotate rows (docs/model.md#5.2, #5.3)."""
 
 import torch
 from torch import Tensor
@@ -42,14 +42,14 @@ def transform_backward(
     if scale is not None:
         dx = dx * scale
     if normalize:
-        # Below the floor the divisor is a constant, and no part of the gradient is projected out.
+        # Below the floor the divisor is a constant, so no component of the gradient is projected out.
         along = torch.where(norm < 1e-12, 0.0, (x_hat * dx).sum(dim=-1, keepdim=True))
         dx = (dx - x_hat * along) / norm.clamp_min(1e-12)
     return dx, dscale
 
 
 def rotate(x: Tensor, table: Tensor, transpose: bool = False) -> Tensor:
-    """Pairs of channels turned by the angles of a table; with `transpose` by the transposed matrices."""
+    """Rotate pairs of channels by the angles of a table; with `transpose`, by the transposed matrices."""
     pairs = (table.shape[-1] // 2, 2)
     z_cos, z_sin = table.to(x).unflatten(-1, pairs).unsqueeze(1).unbind(-1)  # (seqlen, 1, pairs)
     z_sin = -z_sin if transpose else z_sin

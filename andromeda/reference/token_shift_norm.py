@@ -1,4 +1,4 @@
-"""The meaning of `token_shift_norm` in plain torch (docs/model.md#3, #4, #7): residual, layer norm and token shift."""
+"""`token_shift_norm` in plain torch (docs/model.md#3, #4, #7): residual, layer norm and token shift."""
 
 from collections.abc import Iterator
 
@@ -27,7 +27,7 @@ def token_shift_norm(
 
 
 def norm_input(x: Tensor, residual: Tensor | None, residual_scale: Tensor | None, alpha: float) -> Tensor:
-    """The sum that is normalised: u."""
+    """The input of the norm: u."""
     if residual is None:
         return x
     return x + residual * (alpha if residual_scale is None else alpha * residual_scale)
@@ -51,7 +51,7 @@ def token_shift(
 
 
 def token_shift_transposed(dshifted: Tensor, shift: int, key_start: Tensor | None = None, position: int = 0) -> Tensor:
-    """The gradient of y from that of `token_shift(y)`: segment k moves k tokens back."""
+    """The gradient of y, from that of `token_shift(y)`: segment k moves back by k tokens."""
     seqlen, dim = dshifted.shape[1:]
     dy = torch.zeros_like(dshifted)
     for delay, channels in _segments(dim, shift):
@@ -112,6 +112,6 @@ def _segments(dim: int, shift: int) -> Iterator[tuple[int, slice]]:
 
 
 def _hidden(key_start: Tensor, position: int, delay: int) -> Tensor:
-    """(batch, seqlen, 1): where the row `delay` tokens before belongs to another document or is padding."""
+    """(batch, seqlen, 1): whether the row `delay` tokens earlier belongs to another document or is padding."""
     token = torch.arange(position, position + key_start.shape[1], device=key_start.device)
     return (token - delay < key_start).unsqueeze(-1)
