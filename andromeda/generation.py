@@ -278,7 +278,7 @@ def generate(
     Args:
         net: the `TransformerWrapper`.
         prompts: list of ints, list of lists of ints of any lengths, or int64 tensor (n,) or (batch, n). Rows of
-            different lengths are padded on the left, and the padding is hidden: each row gives its result alone.
+            different lengths get hidden padding on the left: each row gives the same result as alone.
         seq_len: number of tokens to generate, >= 0.
         eos_token: a row ends with its first generated one, and `pad_value` follows; stops when all rows have ended.
         temperature: 0 takes the largest logit; otherwise samples from softmax(filter(logits) / temperature).

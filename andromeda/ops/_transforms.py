@@ -68,7 +68,7 @@ def given(gradients: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> tupl
 
 
 class _Once(torch.autograd.Function):
-    """The identity on gradients; its derivative is an error. Further inputs: the tensors that the gradients depend on."""
+    """The identity on gradients; its derivative is an error. Further inputs: the tensors that these depend on."""
 
     @staticmethod
     def forward(op: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
