@@ -43,7 +43,7 @@ def number(least: float, most: float = math.inf, *, above: bool = False, below: 
 
 
 def not_empty(text: str) -> str:
-    """The name of a file, a folder or something else. An empty path would often mean the current folder."""
+    """A name, for example of a file or a folder. An empty path would often mean the current folder."""
     if not text.strip():
         raise argparse.ArgumentTypeError(f"must not be empty, got {text!r} (an unset variable?)")
     return text
@@ -58,7 +58,7 @@ DOC_MASK = "keep attention from looking beyond the start of a document"  # the h
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say how to load a saved model."""
+    """Add the options for loading a saved model."""
     parser.add_argument("--tokenizer", metavar="NAME", help="default: the one saved with the model")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def quota(root: str | os.PathLike[str] = "/") -> float | None:
-    """Processors that control groups grant: the least quota of this process's group and the groups above; None if none.
+    """Processors that control groups grant: the smallest quota of this process's group and the groups above, or None.
 
     /proc/self/mountinfo says where both versions of control groups are mounted. In a container the mount may begin at
     the process's own group, which hides the groups above it.

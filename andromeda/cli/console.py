@@ -1,4 +1,4 @@
-"""What commands print: results to stdout, messages to stderr."""
+"""Output of the commands: results to stdout, messages to stderr."""
 
 import contextlib
 import os
@@ -29,7 +29,7 @@ def show(text: str) -> None:
 
 @contextlib.contextmanager
 def writing_results() -> Iterator[None]:
-    """Give an error of writing to stdout a message that names stdout."""
+    """Give errors of writing to stdout a message that names stdout."""
     try:
         yield
     except BrokenPipeError:  # the reader has gone: `main` ends without a message
@@ -46,7 +46,7 @@ def give_up_stdout() -> None:
 
 
 def show_evaluation(evaluation: "Evaluation") -> None:
-    """Print the figures of an evaluation."""
+    """Print the results of an evaluation."""
     bits = evaluation.bits_per_byte
     show(f"loss           {evaluation.loss:.4f} nats per token, over {evaluation.tokens:,} tokens")
     show(f"perplexity     {evaluation.perplexity:,.2f}")
@@ -54,7 +54,7 @@ def show_evaluation(evaluation: "Evaluation") -> None:
 
 
 def say_how_to_continue(result: "TrainResult", command: str) -> int:
-    """Name the `command` that continues a training that a signal stopped. Returns the exit code."""
+    """Print the `command` that continues a training run that a signal stopped. Returns the exit code."""
     assert result.interrupted is not None
     say(f"andromeda: stopped by {result.interrupted} after step {result.steps}; this continues exactly:\n    {command}")
     return 128 + signal.Signals[result.interrupted]

@@ -36,7 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text-column",
         metavar="NAME",
-        help="column of the text (default: `text`, or the only one that can be it)",
+        help="column of the text (default: `text`, or the only possible one)",
     )
     parser.add_argument(
         "--include",
@@ -72,7 +72,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do what the command line asks for; returns the exit code."""
+    """Run the command with these options; returns the exit code."""
     from andromeda import AndromedaTokenizer
     from andromeda.data.sources import open_source
 

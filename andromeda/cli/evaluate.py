@@ -35,7 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do what the command line asks for; returns the exit code."""
+    """Run the command with these options; returns the exit code."""
     from andromeda.training import evaluate
 
     device = read_device(arguments.device)

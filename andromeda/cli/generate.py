@@ -51,7 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do what the command line asks for; returns the exit code."""
+    """Run the command with these options; returns the exit code."""
     import torch
 
     device = read_device(arguments.device)
@@ -90,9 +90,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class _TextWriter:
-    """Writes text as its tokens arrive, each character once all its bytes have arrived.
+    """Writes text as its tokens arrive, and each character once all its bytes have arrived.
 
-    It decodes all ids again for every token, and writes the difference: some tokens have a space only beside others.
+    It decodes all ids again for every token and writes the difference, because the text of some tokens has a space that
+    depends on their neighbours.
     """
 
     def __init__(self, tokenizer: AndromedaTokenizer, context: list[int], stream: TextIO) -> None:

@@ -1,4 +1,4 @@
-"""`andromeda info`: what is installed, and which backend would run each operation."""
+"""`andromeda info`: the installation, and the backend that would run each operation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do what the command line asks for; returns the exit code."""
+    """Run the command with these options; returns the exit code."""
     facts = gather_info()
     show(json.dumps(facts, indent=2) if arguments.json else info_table(facts))
     return 0
@@ -53,7 +53,7 @@ def gather_info() -> dict[str, Any]:
         dtype = str(_select.usual_dtype(device)).removeprefix("torch.")
         try:
             report = _select.report(device)
-        except RuntimeError as error:  # torch sees the device and cannot use it: another process may own it
+        except RuntimeError as error:  # torch sees the device but cannot use it: another process may own it
             facts["cuda"]["error"] = str(error).partition("\n")[0]
             continue
         for operation, reasons in report.items():

@@ -1,8 +1,8 @@
 """Signals (Ctrl-C, SIGTERM and SIGHUP) end a command quickly at any moment, even while a library loads or computes.
 
-Before the commands are loaded a signal ends the process: there is nothing to clean up. Later it raises `Interrupted`,
-so that every `with` and `finally` cleans up. A second signal, or a first one that a library keeps from Python for a few
-seconds, removes unfinished files and ends the process.
+Before the commands are loaded, a signal ends the process: there is nothing to clean up. Later, it raises `Interrupted`,
+so that every `with` and `finally` cleans up. A second signal, or a first one that Python does not handle within a few
+seconds because a library is running, removes unfinished files and ends the process.
 
 This module is loaded before torch.
 """
@@ -20,8 +20,8 @@ from typing import NoReturn
 from andromeda import files
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_UNHEARD_SECONDS = 2.0  # a library may keep a signal from Python for so long
-_CLEAN_UP_SECONDS = 10.0  # the clean-up may take so long
+_UNHEARD_SECONDS = 2.0  # how long a library may keep Python from handling a signal
+_CLEAN_UP_SECONDS = 10.0  # how long the clean-up may take
 
 
 class Interrupted(KeyboardInterrupt):
@@ -37,7 +37,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def exit_code(error: BaseException | None = None) -> int:
-    """The exit code of a process that a signal ended: 128 + the number of the signal, of `error` or of the one seen."""
+    """The exit code after a signal: 128 + the number of the signal that `error` names, or else of the one seen."""
     return 128 + getattr(error, "number", _seen[0] if _seen else signal.SIGINT)
 
 
@@ -61,24 +61,24 @@ def end(code: int) -> NoReturn:
 
 
 def be_patient() -> None:
-    """From now on wait for a first signal to take effect: the training finishes its step, however long, and saves."""
+    """From now on, give a first signal time to take effect: the training finishes its step, however long, and saves."""
     global _patient
     _patient = True
 
 
 def leave_at_once() -> None:
-    """Until `raise_in_commands` a signal ends the process. Signals that are ignored (`nohup`) stay ignored."""
+    """Let signals end the process until `raise_in_commands`. Signals that are ignored (`nohup`) stay ignored."""
     for number in _not_ignored():
         signal.signal(number, _leave)
 
 
 def raise_in_commands() -> None:
-    """From now on a signal raises `Interrupted`, and a thread makes sure that the process ends."""
+    """From now on, a signal raises `Interrupted`, and a thread makes sure that the process ends."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     for number in _not_ignored():
         signal.signal(number, _raise)
-    # By default SIGURG is ignored, and nobody sends it. `_insist` sends it to learn whether Python handles signals.
+    # SIGURG is ignored by default and otherwise unused. `_insist` sends it to find out whether Python handles signals.
     signal.signal(signal.SIGURG, lambda number, frame: _alive.set())
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     os.register_at_fork(after_in_child=_restore_defaults)
@@ -86,7 +86,7 @@ def raise_in_commands() -> None:
 
 
 def _restore_defaults() -> None:
-    """In a forked worker: signals act on it alone and as it expects. The watching thread belongs to the parent."""
+    """In a forked worker: restore the default effect of signals. The watching thread belongs to the parent."""
     signal.set_wakeup_fd(-1)
     for number in SIGNALS:
         if signal.getsignal(number) is _raise:
@@ -108,7 +108,7 @@ def _raise(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _leave(number: int, frame: FrameType | None = None) -> NoReturn:
-    """End now, and also the line on the terminal, so that the shell's prompt begins a new one."""
+    """End now, and end the line on the terminal, so that the shell's prompt begins a new one."""
     files.remove_unfinished()
     try:
         os.write(2, b"\nandromeda: interrupted\n")
@@ -125,14 +125,14 @@ def _watch(descriptor: int) -> None:
 
 
 def _insist(number: int) -> None:
-    """End the process if the signal does not."""
+    """End the process if the signal does not end it."""
     time.sleep(_UNHEARD_SECONDS)
     _alive.clear()
     main = threading.main_thread().ident
     assert main is not None  # it has started
     signal.pthread_kill(main, signal.SIGURG)
     if not _alive.wait(_UNHEARD_SECONDS):
-        # A library computes and does not return to Python.
+        # A library is computing and does not return to Python.
         if len(_arrived) > 1 or not _patient:
             _leave(number)
         return

@@ -1,4 +1,4 @@
-"""Finds and loads what the command line names: models, devices, prompts, tokenizers, rows."""
+"""Finds and loads the models, devices, prompts, tokenizers and rows that the command line names."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def find_model(path: str) -> Path:
 
 
 def read_device(name: str | None) -> torch.device:
-    """The device that --device names; None stands for a GPU if there is one, else for the CPU.
+    """The device that --device names; None means a GPU if there is one, else the CPU.
 
     Raises:
         UsageError: this machine has no such device; the message lists its devices and says why there is no GPU.
@@ -81,7 +81,7 @@ def training_device(name: str | None) -> str | None:
     """The device that --device names, as `TrainSettings.device`: "cpu", or None for the first visible GPU.
 
     Raises:
-        UsageError: there is no such device, or it is another than the first GPU.
+        UsageError: there is no such device, or it is a GPU other than the first one.
     """
     device = read_device(name)
     if name is None or device.type == "cpu":
@@ -97,7 +97,7 @@ def read_prompt(text: str | None, file: str | None) -> str:
     """The text of --prompt or of --prompt-file, one of which is given; "-" is standard input.
 
     Raises:
-        UsageError: there is no such file, or its content is not UTF-8; the message names file and place.
+        UsageError: there is no such file, or its content is not UTF-8; the message names the file and the position.
     """
     if text is not None:
         return _decoded(os.fsencode(text), "--prompt") if any("\udc80" <= char <= "\udcff" for char in text) else text
@@ -129,15 +129,15 @@ def load_model(
 ) -> SavedModel:
     """The model in a folder that `find_model` found, in evaluation mode.
 
-    The files are compared with the manifest of the folder first, if it has one.
+    If the folder has a manifest, the files are compared with it first.
 
     Args:
         device: None for a GPU if there is one.
         dtype: of the weights; None is float32.
-        finite: refuse weights that are NaN or infinite; without it they give a warning.
+        finite: refuse weights that are NaN or infinite; otherwise these only cause a warning.
 
     Raises:
-        ValueError: files are damaged, do not describe a model, or hold weights that are refused; names them.
+        ValueError: files are damaged, do not describe a model, or hold weights that are refused; names the files.
     """
     import torch
 
@@ -178,7 +178,7 @@ def tokenizer_of(folder: Path, override: str | None) -> AndromedaTokenizer:
 def open_rows(
     source: str, *, tokenizer: AndromedaTokenizer, seq_len: int, doc_mask: bool, verify: bool = True
 ) -> PackedDataset:
-    """Packed rows: those in a folder of `build-dataset`, or a text source packed now (and kept in the cache).
+    """Packed rows: those in a folder of `build-dataset`, or a text source, which is packed now and kept in the cache.
 
     Args:
         verify: compare the rows of a folder with their checksums, which reads all of them.
@@ -198,7 +198,7 @@ def open_rows(
 
 
 def _check_same_tokenizer(folder: Path, tokenizer: AndromedaTokenizer) -> None:
-    """Refuse rows packed with another tokenizer: their ids would silently mean other text."""
+    """Refuse rows packed with another tokenizer: their ids would silently stand for other text."""
     from andromeda.data.workers import packing_tokenizer_json
 
     if not (folder / "tokenizer" / "tokenizer.json").is_file():
@@ -209,7 +209,7 @@ def _check_same_tokenizer(folder: Path, tokenizer: AndromedaTokenizer) -> None:
 
 
 def texts_of(source: str | Path | Source, errors: str = "strict") -> Iterator[str]:
-    """The documents of a source as the packing will read them, long ones in parts."""
+    """The documents of a source, as packing will read them, long ones in parts."""
     from andromeda.data.cleaning import clean
     from andromeda.data.pieces import in_parts
     from andromeda.data.sources import open_source
@@ -220,7 +220,7 @@ def texts_of(source: str | Path | Source, errors: str = "strict") -> Iterator[st
 
 
 def pack(source: str | Path | Source, target: Path, tokenizer: AndromedaTokenizer, **options: Any) -> PackedDataset:
-    """Pack a source into the folder `target`, with the tokenizer inside: whole or absent.
+    """Pack a source into the folder `target`, with the tokenizer inside; the folder appears whole or not at all.
 
     Args:
         options: those of `DatasetBuilder`.

@@ -1,6 +1,6 @@
-"""The command `andromeda`: reads its words, runs the chosen command, and reports every error in words.
+"""The command `andromeda`: reads its arguments, runs the chosen command, and explains every error.
 
-Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 128 + n ended by
+Results go to stdout, progress and messages to stderr. Exit codes: 0 success, 1 failure, 2 wrong usage, 128 + n ended by
 signal n (130 for Ctrl-C). Each command imports transformers and datasets itself, if it needs them.
 """
 
@@ -19,7 +19,7 @@ from andromeda.files import check_output, check_output_folder
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit code. `argv`: the words after `andromeda`; default: those of this process."""
+    """Run one command and return its exit code. `argv`: its arguments; default: those of this process."""
     debug = os.environ.get("ANDROMEDA_DEBUG") == "1"
     try:
         for stream in (sys.stdout, sys.stderr):
@@ -34,12 +34,12 @@ def main(argv: list[str] | None = None) -> int:
             interrupts.be_patient()
         code: int = arguments.run(arguments)
         if sys.stdout is not None:
-            with writing_results():  # here a failure is an error of the command; at exit Python would complain
+            with writing_results():  # a failure here is an error of the command; at exit Python would report it
                 sys.stdout.flush()
         return code
     except (SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # also panics of Rust libraries, which are no Exception
+    except BaseException as error:  # also panics of Rust libraries, which are not an Exception
         return _report(error, debug)
 
 
@@ -90,7 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
 class _Parser(argparse.ArgumentParser):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.register("type", None, not_empty)  # options without a type are names of files and other things
+        self.register("type", None, not_empty)  # options without a type are names, for example of files
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"andromeda: error: {message}\n")
@@ -114,7 +114,7 @@ _OURS = re.compile(
 
 
 def _check_outputs(arguments: argparse.Namespace) -> None:
-    """Refuse, before any work, outputs that cannot be written. One place for the outputs of all commands."""
+    """Refuse, before any work, outputs that cannot be written. All commands use this function."""
     folder, file = getattr(arguments, "out", None), getattr(arguments, "json", None)
     try:
         option = "--out"
@@ -131,7 +131,7 @@ def _check_outputs(arguments: argparse.Namespace) -> None:
 
 
 def _check_figures(arguments: argparse.Namespace, file: str, folder: str | None, inside: bool) -> None:
-    """Refuse to replace by figures another file that the command reads or writes."""
+    """Refuse to replace another file that the command reads or writes by the figures."""
     given = [path for name in _INPUTS if (path := getattr(arguments, name, None)) and os.path.isfile(path)]
     if os.path.isfile(file) and any(os.path.samefile(file, path) for path in given):
         raise UsageError(f"--json: {file} is what the command reads; choose another file")
@@ -142,7 +142,7 @@ def _check_figures(arguments: argparse.Namespace, file: str, folder: str | None,
 
 
 def _report(error: BaseException, debug: bool) -> int:
-    """Report in one line why the command ended; returns the exit code. `debug` raises the error if it is one."""
+    """Report in one line why the command ended; returns the exit code. With `debug`, an error is raised instead."""
     if interrupt := _interrupt_behind(error):
         say("andromeda: interrupted")
         return interrupts.exit_code(interrupt)
@@ -159,19 +159,19 @@ def _report(error: BaseException, debug: bool) -> int:
 
 
 def _interrupt_behind(error: BaseException) -> BaseException | None:
-    """The interruption that caused an error, if one did: libraries turn interruptions into errors of their own."""
+    """The interruption that caused an error, if any: libraries turn interruptions into errors of their own."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, KeyboardInterrupt):
         cause = cause.__cause__ or cause.__context__
     return error if cause is None and interrupts.seen() else cause
 
 
-# The messages of these are sentences; those of others, such as KeyError, say little without the name of the class.
+# The messages of these errors are sentences; others, such as KeyError, say little without the name of the class.
 _SAY_ENOUGH = (UsageError, OSError, ValueError, TypeError, RuntimeError, ImportError)
 
 
 def _message(error: BaseException) -> str:
-    """The text of an error, its further lines indented; and the error that was being handled when it occurred."""
+    """The text of an error, with further lines indented, and the error that was being handled when it occurred."""
     kind = type(error).__name__
     text = str(error).strip()
     if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "can't allocate memory" in text:

@@ -1,7 +1,7 @@
 """`andromeda quickstart`: corpus, tokenizer, rows, training, evaluation, a saved model and a sample, without a network.
 
-The corpus is the source of the running interpreter's standard library. Every step leaves a folder that is whole or
-absent, and `quickstart.json` records settings and figures, so an interrupted quickstart continues where it stopped.
+The corpus is the source of the running interpreter's standard library. The folder of every step appears whole or not at
+all, and `quickstart.json` records settings and figures, so an interrupted quickstart continues where it stopped.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 
 _RECORD = "quickstart.json"
 _HELD_OUT_EVERY = 20  # one file in 20 is kept for the evaluation
-_CORPUS_BYTES_PER_MINUTE = 4_000_000  # of training: a short one needs no long preparation
-# In so short a time small steps learn most: equal CPU time gives 1.92 bits per byte with 4 rows and 2.02 with 8.
-# At twice this learning rate some seeds keep the model at the frequencies of single tokens (loss 6.4) for long; at this
-# rate the long warm-up prevents that.
+_CORPUS_BYTES_PER_MINUTE = 4_000_000  # of training: a short training needs no long preparation
+# In such a short time small batches learn most: equal CPU time gives 1.92 bits per byte with 4 rows and 2.02 with 8.
+# At twice this learning rate, some seeds keep the model at the frequencies of single tokens (loss 6.4) for a long time;
+# at this rate the long warm-up prevents that.
 _BATCH_SIZE = 4
 _LEARNING_RATE = 3e-3
 _WARMUP = 0.15  # of the steps
@@ -65,7 +65,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do what the command line asks for; returns the exit code."""
+    """Run the command with these options; returns the exit code."""
     out = Path(arguments.out)
     device = training_device(arguments.device)
     options = {"minutes": arguments.minutes, "seed": arguments.seed, "device": device}
@@ -98,8 +98,8 @@ def quickstart(
         A summary to print; or the `TrainResult` of the training if a signal stopped it.
 
     Raises:
-        UsageError: `out` holds something else, a finished quickstart, or one with other settings, or an argument is
-            out of range.
+        UsageError: `out` holds other files, a finished quickstart, or one with other settings; or an argument is out
+            of range.
         OSError: `out` cannot be written.
     """
     if not 0 < minutes < math.inf:
@@ -115,7 +115,7 @@ def quickstart(
 def _begin(out: Path, settings: dict[str, Any], force: bool) -> dict[str, Any]:
     """The record of an interrupted quickstart in `out`, or a new one; refuses any other folder that is not empty."""
     record = out / _RECORD
-    # A file with a temporary name is a record: its process was killed while it wrote the first one.
+    # A file with a temporary name counts as a record: its process was killed while it wrote the first one.
     if out.exists() and not all(is_temporary(path.name) for path in out.iterdir()):
         if not record.is_file():
             raise UsageError(f"--out must be a new or empty folder, or one of an earlier quickstart, got {out}")
@@ -242,7 +242,7 @@ def _stage(number: int, text: str) -> None:
 def _write_corpus(folder: Path, limit: int, seed: int) -> dict[str, int]:
     """Write train.jsonl and heldout.jsonl: the modules of the standard library, without tests and tables of data.
 
-    `seed` shuffles the modules. Those for the training end with the one that reaches `limit` bytes.
+    `seed` shuffles the modules. The training modules end with the one that reaches `limit` bytes.
     """
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {

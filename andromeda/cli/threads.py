@@ -1,8 +1,8 @@
-"""How many processors this process may use: as many as its affinity and the quotas of its control groups grant.
+"""The number of processors that this process may use: its affinity and the quotas of its control groups limit it.
 
 More threads than a quota allows waste it: they spin while they wait for one another, until the kernel stops all of them
 for the rest of the period. Under a quota of one processor, training with two threads has a twentieth of the speed of
-one.
+training with one.
 
 This module is loaded before torch, so that the commands can set the number of threads before torch starts any.
 """
@@ -35,8 +35,8 @@ def affinity() -> int:
 def use_available_processors() -> int:
     """Limit torch's threads to the processors that this process may use. Call it before the first tensor.
 
-    Under a container's quota torch would start a thread per processor of the machine, which is many times slower. The
-    commands call this themselves. If OMP_NUM_THREADS is set, the user has chosen, and nothing changes.
+    Under a container's quota torch would start a thread for every processor of the machine, which is many times slower.
+    The commands call this themselves. If OMP_NUM_THREADS is set, the user has chosen, and nothing changes.
 
     Returns:
         The number of threads that torch uses.
@@ -62,7 +62,7 @@ def limit_environment() -> None:
 
 
 def note() -> str | None:
-    """Why there are fewer threads than processors, if `limit_environment` reduced them."""
+    """The reason why there are fewer threads than processors, if `limit_environment` reduced them."""
     return None if _limit is None else _limit[1]
 
 

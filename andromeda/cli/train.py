@@ -107,7 +107,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do what the command line asks for; returns the exit code."""
+    """Run the command with these options; returns the exit code."""
     folder = Path(arguments.out)
     again = f"andromeda train --out {shlex.quote(str(folder))} --resume"
     try:
@@ -122,7 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _train(folder: Path, arguments: argparse.Namespace, again: str) -> int:
     from andromeda.training import TrainSettings, evaluate, sealed, train
 
-    first = int(os.environ.get("RANK", "0")) == 0  # of several processes (torchrun), only this one prints and writes
+    first = int(os.environ.get("RANK", "0")) == 0  # only the first of several processes (torchrun) prints and writes
     options = _options_of_run(arguments, folder, first)
     names = {field.name for field in dataclasses.fields(TrainSettings)} & {*options}
     try:
@@ -147,7 +147,7 @@ def _train(folder: Path, arguments: argparse.Namespace, again: str) -> int:
     resume = arguments.resume and any(folder.glob("checkpoint-*"))
 
     def remember() -> None:
-        # Called after all checks, so that options that fail them are not recorded.
+        # Called after all checks, so that the file does not record options that fail them.
         write_json(folder / _OPTIONS_FILE, sealed({"andromeda": __version__, "options": options}))
 
     result = train(
@@ -192,12 +192,12 @@ def _new_model(options: dict[str, Any], rows: PackedDataset, seed: int) -> Andro
 
 _OPTIONS_FILE = "train.json"
 _NOT_OPTIONS = ("command", "run", "passes_on", "debug", "out", "resume", "json", "rest")
-# --resume may change these options and no others.
+# --resume may change only these options.
 _FREE_ON_RESUME = ("log_every", "save_every", "eval_every", "sample_every", "sample_prompt", "keep", "num_workers")
 
 
 def _options_of_run(arguments: argparse.Namespace, folder: Path, first: bool) -> dict[str, Any]:
-    """The options of the run: those given and, with --resume, those it was started with."""
+    """The options of the run: the given ones and, with --resume, those with which it was started."""
     given = {name: value for name, value in vars(arguments).items() if name not in _NOT_OPTIONS and value is not None}
     for name in ("data", "eval_data", "tokenizer", "start"):
         if name in given and Path(given[name]).exists():
@@ -213,7 +213,7 @@ def _options_of_run(arguments: argparse.Namespace, folder: Path, first: bool) ->
             raise UsageError(f"train needs {' and '.join(missing)} (or --resume)")
         return given
     if not record.is_file():
-        # The run may have been killed before it could write the file; then all options have to be given again.
+        # The run may have been killed before it wrote the file; then all options must be given again.
         if missing or not folder.is_dir():
             raise UsageError(
                 f"--resume needs the folder of a run in --out, got {folder}, which has no {_OPTIONS_FILE}; give ROWS "
@@ -236,7 +236,7 @@ def _options_of_run(arguments: argparse.Namespace, folder: Path, first: bool) ->
 
 
 def _obstacle_to_a_new_run(folder: Path) -> str | None:
-    """What a new run must not overwrite in `folder`, and the remedy. A start that failed leaves no obstacle: None."""
+    """Why a new run must not use `folder`, and the remedy; None if it may, also after a start that failed."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if not names:
         return None
@@ -249,7 +249,7 @@ def _obstacle_to_a_new_run(folder: Path) -> str | None:
 
 
 def _trainer_options(words: list[str]) -> dict[str, Any]:
-    """The values of the options in `words`, which transformers declares and reads."""
+    """The values of the options in `words`; transformers declares and parses them."""
     from transformers import HfArgumentParser, TrainingArguments
 
     declared: Any = TrainingArguments  # the parser's own annotation admits no class

@@ -50,7 +50,7 @@ class DatasetBuilder:
 
     Args:
         dataset_name: the documents to pack.
-            * a directory: all files below it whose kind is known, in the order of their names, without hidden ones;
+            * a directory: all files of known kinds below it, in the order of their names, without hidden ones;
               links are followed, and a file is read once. Plain text and source code are one document per file. A
               directory that `Dataset.save_to_disk` wrote is opened as that data set.
             * a file: json, jsonl, parquet, csv, tsv or arrow with one document per record; anything else is one
@@ -58,21 +58,21 @@ class DatasetBuilder:
               unpacked on the way. Archives, pictures and other binary files are refused.
             * a pipe, or "-" for standard input, read once and therefore not looked up in the cache first.
             * the name of a data set on the Hugging Face hub.
-            * a `datasets.Dataset`, or an `IterableDataset`, which is read anew by every build.
+            * a `datasets.Dataset`, or an `IterableDataset`, which every build reads again.
         seq_len: ids per row.
-        num_cpu: processes that tokenise. None or 1: this one, whose tokenizer uses all cores by itself; more: that many
-            workers of one thread each. The rows do not depend on it.
+        num_cpu: processes that tokenise. None or 1: this process, whose tokenizer uses all cores by itself; more: that
+            many workers of one thread each. The rows do not depend on it.
         hf_account_repo: repository on the hub, `owner/name`, to upload the rows to.
         tokenizer: name, directory or tokenizer.json, read as `AndromedaTokenizer` does; or a tokenizer object, which
             must have an end-of-sequence token and is not changed.
-        text_column: column that holds the documents. Default: `text`, else the only column that may be text: one of
-            strings, categories, lists or objects, or one that is empty in the first records, but none of numbers or
-            times. All files of a source must have the column.
+        text_column: column that holds the documents. Default: `text`, else the only column that may be text. This is a
+            column of strings, categories, lists or objects, or one that is empty in the first records, but not of
+            numbers or times. All files of a source must have the column.
         split: split of a hub data set or `DatasetDict` (default "train").
         packing: "stream" cuts rows from the stream of all documents: no padding, only the last remainder (< seq_len
-            ids) is left out. "bfd" keeps documents whole where they fit a row (best-fit decreasing) and pads.
+            ids) is left out. "bfd" keeps documents whole where they fit into a row (best-fit decreasing) and pads.
         doc_mask: items also hold `key_start`, with which attention does not look beyond the start of a document.
-        label_first_token: whether the first token of a document is to be predicted, from the end of the previous
+        label_first_token: whether the first token of a document should be predicted from the end of the previous
             document; if not, its label is -100.
         errors: treatment of bytes that are not UTF-8, NUL characters and lone surrogates. "strict" raises with file and
             position; "replace" puts U+FFFD in their place, "skip" leaves the document out, and both count such
@@ -88,15 +88,15 @@ class DatasetBuilder:
             arguments, start at the directory that is current when the builder is made.
         progress: show a progress bar if stderr is a terminal.
 
-    The end-of-sequence id follows each document and stands nowhere else: text that spells that token, or another
+    The end-of-sequence id follows each document and occurs nowhere else: text that spells that token, or another
     special token, stays text, as in `AndromedaTokenizer`. Empty and white-space documents are dropped and counted, and
     a byte order mark at the start of a file is removed.
 
-    The cache key is made of the source (paths, sizes and times of change, or the fingerprint of a `Dataset`), the
+    The cache key consists of the source (paths, sizes and modification times, or the fingerprint of a `Dataset`), the
     tokenizer and the arguments that change rows. A build appears in the cache complete or not at all; a later build
     removes the files of an interrupted one. A data set whose bytes have changed is built again, with a warning. Memory
-    holds a few megabytes of text, never the corpus, and a whole long document only if the tokenizer makes one word of
-    it (`andromeda.data.pieces.Seams`).
+    holds a few megabytes of text, never the corpus, and a whole long document only if the tokenizer treats it as one
+    word (`andromeda.data.pieces.Seams`).
 
     Raises:
         TypeError, ValueError: an argument is wrong.
@@ -166,12 +166,12 @@ class DatasetBuilder:
             `PackedDataset`, a `torch.utils.data.Dataset`; its `statistics` count the kept and dropped documents.
 
         Raises:
-            ValueError: the source has fewer tokens than one row (with packing "stream"), no documents, no clear text
-                column, or malformed text or records; names file and position.
+            ValueError: the source has fewer tokens than one row (with packing "stream"), no documents, no unambiguous
+                text column, or malformed text or records; names file and position.
             FileNotFoundError: there is no such path.
-            OSError: the disk is too small for the rows, by an estimate made first, or the cache cannot be written; the
-                hub cannot be reached; or the upload failed. In the last case the data set is complete in the cache and
-                another call only uploads.
+            OSError: by an estimate made first, the disk is too small for the rows; the cache cannot be written; the hub
+                cannot be reached; or the upload failed. In the last case the data set is complete in the cache, and
+                another call only uploads it.
             RuntimeError: a tokenizer process died.
         """
         settings = _tokenizer_settings(self.tokenizer)
@@ -226,7 +226,7 @@ class DatasetBuilder:
             with files.temporary_folder(self.cache_dir, cache.BUILDING) as temporary:
                 fingerprint = self._write(source, settings, fingerprint, temporary)
                 path = self._cache_path(source, settings, fingerprint)
-                if not _is_complete(path):  # another builder may have been faster
+                if not _is_complete(path):  # another builder may have finished first
                     cache.install(temporary, path)
         return PackedDataset(path, doc_mask=self.doc_mask, label_first_token=self.label_first_token)
 
@@ -350,7 +350,7 @@ class DatasetBuilder:
             raise RuntimeError(f"DatasetBuilder: the count of tokens does not add up, please report this: {counts}")
 
     def _check_space(self, source: Source, batch: list[str], tokens: int, dtype: str) -> None:
-        """Raise unless the disk has room for the whole source, if the rest of it is like the first batch."""
+        """Raise unless the disk has room for the whole source, assuming that the rest resembles the first batch."""
         size = source.size()
         if size is None:
             return
@@ -363,7 +363,7 @@ class DatasetBuilder:
 
     @contextlib.contextmanager
     def _write_errors(self) -> Iterator[None]:
-        """Explain errors of writing in the block: the space that is needed, the space that is free, the remedy."""
+        """Explain errors of writing in the block: the space needed, the space free, and the remedy."""
         hidden = files.is_temporary(self.cache_dir.name)  # the folder of a command, which explains its own errors
         explaining = files.writing(self.cache_dir, "packed rows", whole="nothing was kept", remedy=_OTHER_PLACE)
         with contextlib.nullcontext() if hidden else explaining:
@@ -391,10 +391,10 @@ class DatasetBuilder:
         from huggingface_hub import get_token
         from huggingface_hub.errors import HfHubHTTPError
 
-        # The bases of the last one are the errors of its HTTP client.
+        # The bases of HfHubHTTPError are the errors of its HTTP client.
         failures: tuple[type[Exception], ...] = (OSError, ValueError, *HfHubHTTPError.__bases__)
         try:
-            # The hub stores by content: files that it already has, also from an interrupted upload, are not sent again.
+            # The hub stores by content: files that it already has, even from an interrupted upload, are not sent again.
             dataset.hf.push_to_hub(self.hf_account_repo)
         except failures as error:
             token = "" if get_token() else " There is no access token: `hf auth login` stores one, or set HF_TOKEN."
@@ -408,7 +408,7 @@ _Name = TypeVar("_Name")
 
 
 def _from_here(name: _Name) -> _Name | str | Path:
-    """An existing path as an absolute one, because the current directory may change until it is read."""
+    """An existing path as an absolute one, because the current directory may change before it is read."""
     given: object = name
     if isinstance(given, (str, os.PathLike)) and os.fspath(given) not in ("", "-") and os.path.exists(given):
         path = os.path.abspath(given)

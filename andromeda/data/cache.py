@@ -1,4 +1,4 @@
-"""The cache of built data sets: its place, the metadata of a data set, and the name that a finished one gets."""
+"""The cache of built data sets: its location, the metadata of a data set, and the final name of a finished one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from andromeda import files
 FORMAT = 1  # part of the cache key: raised when a change alters the rows
 DATA_FILE = "data.arrow"
 METADATA_FILE = "metadata.json"
-BUILDING = ".building-"  # the names of unfinished data sets begin so
+BUILDING = ".building-"  # prefix of the names of unfinished data sets
 _METADATA_KEYS = {
     *("seq_len", "packing", "dtype", "rows", "rows_per_batch", "data_bytes", "statistics"),
     *("vocab_size", "eos_token_id", "pad_token_id", "tokenizer_hash"),
@@ -25,10 +25,10 @@ _METADATA_KEYS = {
 
 
 def default_cache_dir() -> Path:
-    """The folder of data sets if `cache_dir` is not given, as an absolute path; see `DatasetBuilder`.
+    """The default of `cache_dir`, the folder of data sets, as an absolute path; see `DatasetBuilder`.
 
     Raises:
-        ValueError: the folder would be in the home directory, which is not known.
+        ValueError: the folder would be in the home directory, but that is not known.
     """
     if chosen := os.environ.get("ANDROMEDA_CACHE"):
         return absolute(chosen, "DatasetBuilder: ANDROMEDA_CACHE") / "datasets"
@@ -41,7 +41,7 @@ def default_cache_dir() -> Path:
 
 
 def absolute(path: str | os.PathLike, name: str) -> Path:
-    """The absolute path, with `~` resolved; a relative one starts at the current directory of this moment.
+    """The absolute path, with `~` resolved; a relative one starts at the directory that is current now.
 
     Args:
         path: as the user gave it.
@@ -90,7 +90,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
         size = (path / DATA_FILE).stat().st_size
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"PackedDataset: {path} must hold {METADATA_FILE} and {DATA_FILE}: {error}") from error
-    except (ValueError, RecursionError) as error:  # bytes that are not UTF-8 raise ValueError, too
+    except (ValueError, RecursionError) as error:  # bytes that are not UTF-8 also raise ValueError
         raise ValueError(f"PackedDataset: {path / METADATA_FILE} must be JSON: {error}") from error
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         found = metadata.get("format") if isinstance(metadata, dict) else metadata
@@ -104,7 +104,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def _check_metadata(metadata: dict[str, Any], path: Path) -> None:
-    """Raise unless every value is in its range: with a wrong number, wrong rows would be read without an error."""
+    """Raise unless every value is in its range: a wrong number would give wrong rows without an error."""
 
     def check(name: str, is_right: bool, requirement: str) -> None:
         if not is_right:
@@ -132,7 +132,7 @@ def metadata_checksum(metadata: dict[str, Any]) -> str:
 
 
 def install(temporary: Path, path: Path) -> None:
-    """Give a complete directory its name. Two builders of one name wrote the same rows, so either may win."""
+    """Give a complete directory its final name. Builders with the same name wrote the same rows, so any may win."""
     for _ in range(10):
         try:
             os.rename(temporary, path)

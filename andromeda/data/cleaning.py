@@ -16,7 +16,7 @@ _BAD_CHARACTERS = re.compile("[\0\ud800-\udfff]")
 def clean(documents: Iterable[Document], errors: str, statistics: Counter[str]) -> Iterator[Document]:
     """The documents to pack, all of them strings; those that are left out or repaired are counted.
 
-    A document in parts (`continues`) stays in parts and is kept, repaired or left out as a whole.
+    A document in parts (`continues`) stays in parts; it is kept, repaired or left out as a whole.
 
     Args:
         documents: those of a source.
@@ -56,8 +56,8 @@ def _clean_parts(
 ) -> Iterator[Document]:
     """`clean` for the parts of one document: `first` and the following ones, up to the last part.
 
-    Parts wait, in a file if they are many, as long as all of them are white space. With errors="skip" all parts wait,
-    because the last one may be bad.
+    Parts are held back, in a file if there are many, as long as all of them are white space. With errors="skip" all
+    parts are held back, because the last one may be bad.
     """
     with SpooledTemporaryFile(max_size=16 * BLOCK_BYTES) as waiting:
         blank, skipped, repaired = True, False, False

@@ -21,8 +21,8 @@ class Kind(NamedTuple):
     """The kind of values in a column, as far as they are known."""
 
     name: str
-    is_text: bool = False  # it has strings, or a schema promises them
-    may_be_text: bool = True  # also if it is empty so far, or its values hold strings inside: lists, objects
+    is_text: bool = False  # it has strings, or a schema declares them
+    may_be_text: bool = True  # also if it is empty so far, or its values may contain strings (lists, objects)
 
     def __or__(self, other: Kind) -> Kind:
         names = self.name if other.name in self.name.split(" or ") else f"{self.name} or {other.name}"
@@ -35,7 +35,7 @@ TEXT = Kind("string", is_text=True)
 
 
 def value_kind(value: object) -> Kind:
-    """The kind of one value of a record. A column with None may still be text, one with a number or time may not."""
+    """The kind of one value of a record. A column with None may still be text, but not one with a number or time."""
     if isinstance(value, (str, bytes)):
         return TEXT
     if value is None:
@@ -45,7 +45,7 @@ def value_kind(value: object) -> Kind:
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a number, a boolean or a time, which are never the text of a document."""
+    """Whether a value is a number, a boolean or a time; these are never the text of a document."""
     return isinstance(value, (bool, int, float, numbers.Number, datetime.date, datetime.time, datetime.timedelta))
 
 
@@ -76,7 +76,7 @@ def is_binary(type_: pyarrow.DataType) -> bool:
 
 
 def schema_columns(names: Iterable[str], kinds: Iterable[Kind], where: str) -> Columns:
-    """The columns of a table; two columns of one name are an error."""
+    """The columns of a table; two columns with the same name are an error."""
     columns: Columns = {}
     for name, kind in zip(names, kinds, strict=True):
         if name in columns:
@@ -111,7 +111,7 @@ def choose(tables: list[tuple[str, Columns]], wanted: str | None) -> Choice:
         wanted: the column that the user asked for.
 
     Raises:
-        SourceError: the column is not clear, or one of the tables does not have it; lists the columns.
+        SourceError: the choice is ambiguous, or one of the tables lacks the column; lists the columns.
     """
     together: Columns = {}
     for _, columns in tables:
@@ -136,7 +136,7 @@ def choose(tables: list[tuple[str, Columns]], wanted: str | None) -> Choice:
 
 
 def check(choice: Choice, columns: Columns, where: str) -> None:
-    """Raise unless one table has the chosen column and, if it was guessed, no other that may be text."""
+    """Raise unless a table has the chosen column and, if that was guessed, no other that may be text."""
     if choice.column not in columns:
         raise SourceError(
             f"{where} must have the column {choice.column!r}, got {', '.join(columns) or 'no columns'}; choose one "

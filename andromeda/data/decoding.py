@@ -1,4 +1,4 @@
-"""The bytes of a file to text: its kind by its first bytes, unpacking, and UTF-8."""
+"""From the bytes of a file to text: recognising its kind by the first bytes, unpacking, and decoding UTF-8."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-HEAD_BYTES = 1 << 16  # the first bytes of a file, by which its kind is recognised
+HEAD_BYTES = 1 << 16  # number of first bytes by which the kind of a file is recognised
 BLOCK_BYTES = 1 << 20
-# A file with a larger share of bytes that are not UTF-8 is no damaged text but a file of another kind. A few such bytes
-# in a short text prove nothing.
+# A file with a larger share of bytes that are not UTF-8 is not damaged text but a file of another kind. A few such
+# bytes in a short text prove nothing.
 MAX_BAD_SHARE = 0.05
 MIN_BAD_BYTES = 8
 REMEDY = "errors='replace' puts U+FFFD in its place, errors='skip' leaves the document out"
@@ -36,7 +36,7 @@ _COMPRESSED = (  # first bytes of the files that are unpacked
     (re.compile(rb"\xfd7zXZ\0|\x5d\0\0.{2}[\0\xff]", re.DOTALL), "xz"),
     (re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", re.DOTALL), "Zstandard"),
 )
-_KINDS = (  # first bytes of files that are not text; each pattern has bytes that no text begins with
+_KINDS = (  # first bytes of files that are not text; no text begins with the bytes of any pattern
     (rb"PAR1\x15|PARE.{0,32}\0", "a Parquet file"),
     (rb"ARROW1\0|\xff{4}.{2}\0\0", "an Arrow file"),
     (rb"FEA1.{0,8}\0|ORC.{0,64}\0|Obj\x01|SEQ[\x04-\x06]", "a table of an unknown format (Feather, ORC, Avro)"),
@@ -70,7 +70,7 @@ _BAD_BYTES = re.compile("[\0\udc80-\udcff]")
 
 
 class SourceError(ValueError):
-    """A source of documents cannot be read; the message names file and place."""
+    """A source of documents cannot be read; the message names the file and the position."""
 
     def __init__(self, message: str):
         super().__init__(f"DatasetBuilder: {message}")
@@ -89,15 +89,15 @@ class Input(NamedTuple):
     """An open file, unpacked if it is compressed."""
 
     file: BinaryIO
-    head: bytes  # its first bytes, at most HEAD_BYTES; `file` still gives them, too
+    head: bytes  # its first bytes, at most HEAD_BYTES; reading `file` still returns them
 
 
 @contextlib.contextmanager
 def open_input(path: Path, where: str, stream: BinaryIO | None = None) -> Iterator[Input]:
-    """Open a file and unpack it if its first bytes say that it is compressed, whatever its name.
+    """Open a file and unpack it if its first bytes show that it is compressed, whatever its name.
 
     Args:
-        path: the file. Its suffix counts also if there is a `stream`: a file of that name must be compressed so.
+        path: the file. If its suffix names a compression, the file, or the `stream`, must be compressed that way.
         where: name in messages.
         stream: read this instead of opening `path`.
     """
@@ -126,7 +126,7 @@ def _compression_of(head: bytes) -> str | None:
 
 
 def _look(file: BinaryIO) -> tuple[bytes, BinaryIO]:
-    """The first bytes of a file, and a file that still gives them."""
+    """The first bytes of a file, and a file whose reads still return them."""
     head = file.read(HEAD_BYTES)
     while 0 < len(head) < HEAD_BYTES and (more := file.read(HEAD_BYTES - len(head))):
         head += more
@@ -157,7 +157,7 @@ class _Joined(io.RawIOBase):
 
 
 class _Unpacked(io.RawIOBase):
-    """The content of a compressed file: that of all its streams, one after the other; each must be whole."""
+    """The content of a compressed file: all its streams, one after the other; each must be complete."""
 
     def __init__(self, file: BinaryIO, compression: str, where: str):
         self._compression = compression
@@ -191,7 +191,7 @@ class _Unpacked(io.RawIOBase):
 
 
 class _Streams:
-    """Streams of bzip2 or xz, one after the other. Python's own readers take a damaged later stream for the end."""
+    """Streams of bzip2 or xz, one after the other. Python's own readers treat a damaged later stream as the end."""
 
     def __init__(self, file: BinaryIO, new: Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor]):
         self._file = file
@@ -231,8 +231,8 @@ def seekable(file: BinaryIO) -> BinaryIO:
 class Decoder:
     """UTF-8 to text, for the whole of one file or column.
 
-    With errors="strict", bytes that are not UTF-8 are an error; else they become surrogates, which `cleaning.clean`
-    replaces or skips. More than a few per cent of them are an error in any case.
+    With errors="strict", bytes that are not UTF-8 are an error; otherwise they become surrogates, which
+    `cleaning.clean` replaces or skips. More than a few per cent of them are always an error.
 
     Args:
         where: name of the file or column in messages.
@@ -307,15 +307,15 @@ def check_text(head: bytes, where: str) -> None:
 
 
 def end_of_last_character(data: bytes) -> int:
-    """The number of bytes before the last character if that is cut off, else of all bytes."""
+    """The number of bytes before the last character if that is incomplete, else the number of all bytes."""
     for back in range(1, min(4, len(data)) + 1):
         lead = data[-back]
-        if lead & 0xC0 != 0x80:  # not one of the bytes that continue a character
+        if lead & 0xC0 != 0x80:  # not a continuation byte
             size = 1 if lead < 0xC0 else 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
             return len(data) - back if size > back else len(data)
     return len(data)
 
 
 def length_of_mark(data: bytes) -> int:
-    """The length of the byte order mark that `data` begins with."""
+    """The length of the byte order mark at the start of `data`, 0 if there is none."""
     return len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0

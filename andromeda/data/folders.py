@@ -1,4 +1,4 @@
-"""The files below a folder; the files that are left out, and why."""
+"""The files below a folder, and the reasons why some are left out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-MAX_NAMES = 20  # names that are kept for each reason of leaving a file out
+MAX_NAMES = 20  # names that are kept for each reason to leave a file out
 
 # Files that `datasets` writes beside the data; they hold no documents.
 DESCRIPTIONS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
@@ -52,14 +52,14 @@ def walk(
 ) -> list[Path]:
     """Files below a folder, in the order of their names; the files of a folder come before its subfolders.
 
-    Links are followed; a file or folder with two paths is taken once. Hidden files and folders are left out.
+    Links are followed; a file or folder with several paths is taken once. Hidden files and folders are left out.
 
     Args:
         root: the folder.
-        is_known: of the name of a file, whether its kind is known.
-        include: patterns; if there are any, exactly the files that match one are taken, whatever their kind.
+        is_known: whether the kind of a file with this name is known.
+        include: patterns; if there are any, exactly the matching files are taken, whatever their kind.
         exclude: patterns of files and folders to leave out.
-        skipped: receives everything that is left out.
+        skipped: receives all files and folders that are left out.
 
     Raises:
         OSError: a folder below cannot be read.
@@ -102,7 +102,7 @@ def walk(
             path, name = os.path.join(folder, entry), prefix + entry
             try:
                 status = os.stat(path)
-            except OSError as error:  # perhaps a link to nothing, or to itself
+            except OSError as error:  # for example a link to nothing, or to itself
                 if not os.path.islink(path):
                     raise
                 skipped.add(name, f"broken links ({error.strerror})")
@@ -131,7 +131,7 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Whether a pattern matches a path below the root; a pattern without a slash is compared with the last part."""
+    """Whether a pattern matches a path below the root; without a slash, it is compared with the last part only."""
     name, pattern = name.rstrip("/"), pattern.rstrip("/")
     if "/" not in pattern:
         return fnmatch.fnmatchcase(name.rpartition("/")[2], pattern)
@@ -147,7 +147,7 @@ def is_rows(folder: Path) -> bool:
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    """Whether `save_to_disk` of `datasets` wrote a folder; the names of the files alone do not tell that."""
+    """Whether `save_to_disk` of `datasets` wrote the folder; the file names alone do not show this."""
     if (folder / "dataset_info.json").is_file() and "_data_files" in _read_object(folder / "state.json"):
         return True
     splits = _read_object(folder / "dataset_dict.json").get("splits")

@@ -42,7 +42,7 @@ class PackedDataset(torch.utils.data.Dataset):
         statistics: counts of documents, dropped documents, tokens, rows, left-over tokens and padding.
         seq_len, vocab_size, eos_token_id, pad_token_id, tokenizer_hash: `vocab_size` is the smallest number of
             embeddings that is enough for all ids of the tokenizer.
-        content_checksum: XXH3-128 of the file of rows, which tells data sets apart.
+        content_checksum: XXH3-128 of the file of rows, which identifies the data set.
         hf: the same rows as a `datasets.Dataset`.
 
     Opening a data set reads no rows; `verify` compares all of them with the checksum taken while they were written.
@@ -73,7 +73,7 @@ class PackedDataset(torch.utils.data.Dataset):
         """Compare all bytes of the folder with the checksums in it.
 
         Returns:
-            False if the folder has no checksums, as those of older versions, else True.
+            False if the folder has no checksums, as in older versions, else True.
 
         Raises:
             ValueError: the content of a file has changed since it was written; names the file.
@@ -146,7 +146,7 @@ class PackedDataset(torch.utils.data.Dataset):
 
 
 def document_starts(ids: np.ndarray, eos_token_id: int) -> np.ndarray:
-    """The start of the document of each position: the place after the last `eos_token_id` before it, or 0.
+    """The start of the document of each position: the position after the last `eos_token_id` before it, or 0.
 
     Args:
         ids: (rows, seq_len) integers.
@@ -157,7 +157,7 @@ def document_starts(ids: np.ndarray, eos_token_id: int) -> np.ndarray:
     """
     is_start = np.ones(ids.shape, dtype=bool)
     np.equal(ids[:, :-1], eos_token_id, out=is_start[:, 1:])
-    starts = np.flatnonzero(is_start)  # of documents, in all rows one after the other
+    starts = np.flatnonzero(is_start)  # of documents, in the concatenation of all rows
     lengths = np.diff(starts, append=ids.size)
     return np.repeat((starts % ids.shape[1]).astype(np.int32), lengths).reshape(ids.shape)
 
@@ -183,7 +183,7 @@ def _map_rows(path: Path, metadata: dict[str, Any]) -> tuple[list[np.ndarray], n
         if metadata["packing"] == "bfd":
             lengths = np.concatenate([np.empty(0, np.int32), *(batch.column("length").to_numpy() for batch in batches)])
     except (pyarrow.ArrowException, OSError) as error:
-        if getattr(error, "errno", None) is not None:  # an error of the disk; those of Arrow have no number
+        if getattr(error, "errno", None) is not None:  # a disk error; errors of Arrow have no number
             raise
         raise ValueError(f"PackedDataset: {path} must be an Arrow stream: {error}") from error
     found = sum(map(len, rows))

@@ -57,7 +57,7 @@ class RowWriter:
 
         Args:
             rows: (count, seq_len) of the writer's dtype, dense. All batches but the last must have `rows_per_batch`
-                rows: readers find a row by division.
+                rows, because readers find a row by division.
             lengths: (count,) int32, with `with_length`.
         """
         import pyarrow
@@ -80,7 +80,7 @@ class RowWriter:
 
 
 class _HashedFile:
-    """A new file and the checksum of the bytes written to it, which later shows damage on the way to the disk."""
+    """A new file and the checksum of the bytes written to it, which later reveals damage on the way to the disk."""
 
     def __init__(self, path: str | os.PathLike):
         import xxhash
@@ -106,7 +106,7 @@ class _HashedFile:
 
 
 class Packer(Protocol):
-    """Makes rows of the ids of documents.
+    """Makes rows from the ids of documents.
 
     Attributes:
         padding: ids of padding written so far.
@@ -120,11 +120,11 @@ class Packer(Protocol):
         Args:
             ids: uint32, all documents one after the other.
             lengths: ids of each document or piece.
-            unfinished: indices of the pieces that the next one continues.
+            unfinished: indices of the pieces that are continued by the next one.
         """
 
     def finish(self) -> int:
-        """Write the rows that are still due; return the number of ids that are left out."""
+        """Write the remaining rows; return the number of ids that are left out."""
 
     def abandon(self) -> None:
         """Close the files of a failed build; the caller deletes them."""
@@ -162,7 +162,7 @@ class StreamPacker:
         return remainder
 
     def abandon(self) -> None:
-        pass  # it has no file of its own
+        pass  # this packer has no file of its own
 
 
 class BestFitPacker:
@@ -221,7 +221,7 @@ class BestFitPacker:
         return 0
 
     def _read_ids(self, start: int, out: np.ndarray) -> None:
-        """Fill `out` with ids of the spool, which is not mapped: that would count as memory of this process."""
+        """Fill `out` with ids of the spool. A mapping of the spool would count as memory of this process."""
         view = out.data.cast("B")
         self._spool.seek(start * out.itemsize)
         while view:
@@ -236,7 +236,7 @@ class BestFitPacker:
 
 
 def _write_all(file: FileIO, data: bytes) -> None:
-    """Write to an unbuffered file, which may take less than it is given."""
+    """Write all data to an unbuffered file, whose `write` may take only a part of it."""
     view = memoryview(data)
     while view:
         view = view[file.write(view) :]
@@ -273,7 +273,7 @@ def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
     """
     sizes = np.asarray(sizes, dtype="int64")
     bins = np.empty(len(sizes), dtype="int64")
-    full = sizes == capacity  # most pieces of long documents; each of them gets a bin of its own, before the others
+    full = sizes == capacity  # most pieces of long documents; each gets its own bin, before the others
     num_bins = int(np.count_nonzero(full))
     bins[full] = np.arange(num_bins)
     bins_with_room: list[list[int]] = [[] for _ in range(capacity + 1)]

@@ -1,6 +1,6 @@
-"""Long documents, cut into pieces at places where the cut changes no token.
+"""Long documents, cut into pieces at positions (seams) where the cut changes no token.
 
-The memory that a build takes therefore does not depend on the length of its documents.
+The memory of a build therefore does not depend on the length of its documents.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def pieces(texts: Iterable[str], seams: Seams) -> Iterator[str]:
         seams: those of the tokenizer.
 
     Yields:
-        Documents and pieces of them (all but the last `Unfinished`). Each piece has tokens, and together they are the
+        Documents and pieces of them (all but the last `Unfinished`). Each piece has tokens, and together these are the
         tokens of the document. Where no seam is found a piece grows as long as needed, up to the whole document.
     """
     parts: list[str] = []
@@ -49,7 +49,7 @@ def pieces(texts: Iterable[str], seams: Seams) -> Iterator[str]:
             yield text if len(parts) == 1 else "".join(parts)
         elif finished or chars > size + SEAM_CHARS:
             rest = parts[0] if len(parts) == 1 else "".join(parts)
-            parts.clear()  # memory need not hold them beside `rest`
+            parts.clear()  # so that memory does not hold them in addition to `rest`
             begin = 0
             while len(rest) - begin > size + (0 if finished else SEAM_CHARS):
                 seam = seams.last(rest, begin + size // 2, begin + size)
@@ -68,16 +68,16 @@ def pieces(texts: Iterable[str], seams: Seams) -> Iterator[str]:
 
 
 class Seams:
-    """Places where a text can be cut: the tokens of both sides, made separately, are the tokens of the whole.
+    """Seams are positions where a text can be cut: both sides, tokenised separately, give the tokens of the whole.
 
-    A tokenizer encodes each word of its pre-tokenizer by itself, so the start of a word is a seam if the
-    pre-tokenizer finds the same words without the text beyond that place. Normalizers and pre-tokenizers look only at a
-    few characters around a place, so a comparison of the neighbourhood is enough: SEAM_CHARS on either side are encoded
-    together and apart, and the place is a seam only if the ids are the same and a word starts there. A tokenizer that
-    makes one word of everything (without a pre-tokenizer, or with one that does not split) has no seams.
+    A tokenizer encodes each word of its pre-tokenizer separately, so the start of a word is a seam if the
+    pre-tokenizer finds the same words without the text beyond that position. Normalizers and pre-tokenizers look only
+    at a few characters around a position, so a comparison of the neighbourhood is enough: SEAM_CHARS on either side are
+    encoded together and separately, and the position is a seam only if the ids are the same and a word starts there. A
+    tokenizer that makes one word of everything (without a pre-tokenizer, or with one that does not split) has no seams.
     """
 
-    # The places to try, those before a space between two letters first: nearly all pre-tokenizers cut there.
+    # The positions to try, first those before a space between two letters: nearly all pre-tokenizers cut there.
     _CANDIDATES = (
         re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])"),
         re.compile(r"(?<=\w)(?=[^\w\s]\w)|(?<=\n)(?=\S)|(?<=\S)(?=\s\S)"),

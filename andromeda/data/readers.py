@@ -1,4 +1,4 @@
-"""The formats of files: a reader gives the columns of one file, then its documents, a few at a time."""
+"""File formats: a reader gives the columns of one file, then its documents, a few at a time."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ FORMAT_OF_SUFFIX = {
 }
 FORMATS = ("text", "json", "jsonl", "csv", "tsv", "parquet", "arrow")
 MAX_FIELD_CHARS = 1 << 28  # of csv: a quote that is never closed makes a field of the rest of the file
-BATCH_BYTES = 16 << 20  # bytes of a table's texts that are Python strings at one time
+BATCH_BYTES = 16 << 20  # bytes of a table's texts that are held as Python strings at one time
 SAMPLE_BYTES = 4 << 20
 
 
@@ -70,13 +70,13 @@ class Document(NamedTuple):
     """A document or a part of one. The parts of a long text follow each other, and none of them is empty."""
 
     text: object  # a string if the source is sound, None for a missing value
-    where: str  # file or data set, with line or row
+    where: str  # file or data set, with its line or row
     offset: int = 0  # bytes of `where` before the text, for messages
     continues: bool = False  # whether the next Document continues this one
 
 
 def suffix_format(path: str | os.PathLike) -> str | None:
-    """The format that the name of a file promises; for a compressed file, the format of its content."""
+    """The format that the name of a file implies; for a compressed file, the format of its content."""
     stem, suffix = os.path.splitext(os.fspath(path))
     if suffix.lower() in COMPRESSED_SUFFIXES:
         suffix = os.path.splitext(stem)[1]
@@ -115,7 +115,7 @@ class Reader:
         name: its name, for messages.
         format: one of FORMATS.
         errors: as in `DatasetBuilder`.
-        statistics: byte order marks are counted here.
+        statistics: counts byte order marks.
     """
 
     separator: str | None = None
@@ -132,7 +132,7 @@ class Reader:
         check_text(head, self.name)
 
     def columns(self, wanted: str | None = None) -> Columns:
-        """The columns, as far as a schema or the first records tell; none for text.
+        """The columns, as far as a schema or the first records show them; none for text.
 
         Args:
             wanted: the column that the user asked for.
@@ -140,7 +140,7 @@ class Reader:
         return {}
 
     def is_single_object(self) -> bool:
-        """Whether the file is one JSON object, like settings and descriptions of data sets."""
+        """Whether the file is a single JSON object, like settings and descriptions of data sets."""
         return False
 
     def documents(self, choice: Choice | None) -> Iterator[Document]:
@@ -297,7 +297,7 @@ class JsonLinesReader(Reader):
         return self.error(f"{place} must be JSON: {error}")
 
 
-# Python reads integers of thousands of digits only if asked to. Any number will do here: it is no text.
+# By default Python refuses integers of thousands of digits. Any number may stand for one here: it is not text.
 _WITH_HUGE_NUMBERS = json.JSONDecoder(parse_int=float)
 _DECODE = json.JSONDecoder().raw_decode
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -338,7 +338,7 @@ class JsonReader(JsonLinesReader):
             raise self.error(f" must be JSON: Expecting a value at byte {text.place()}")
 
     def _value(self, text: _Text, number: int) -> tuple[object, int]:
-        """The value at the position, which does not move, and the length of its text."""
+        """The value at the current position and the length of its text; the position does not move."""
         decode = _DECODE
         while True:
             try:
@@ -350,7 +350,7 @@ class JsonReader(JsonLinesReader):
                     raise self._json_error(error, text.held, text.offset, f", record {number}") from error
                 continue
             length = end - text.position
-            # A number at the end of the text held so far may have more digits.
+            # A number at the end of the text read so far may continue.
             if end < len(text.held) or isinstance(record, (dict, str, list)) or not text.read_more():
                 return record, length
 
@@ -365,7 +365,7 @@ class _Text:
         self.position = 0  # in `held`
 
     def read_more(self) -> bool:
-        """Read at least as much as is held, so that a long value is not parsed too often; False at the end."""
+        """Read at least as much again as is held, so that a long value is not parsed too often; False at the end."""
         block = next(self._blocks, None)
         if block is None:
             return False
@@ -380,10 +380,10 @@ class _Text:
         return True
 
     def next_character(self) -> str:
-        """The next character that is no white space; the position moves to it. "" at the end."""
+        """The next character that is not white space; the position moves to it. "" at the end."""
         while True:
             space = _SPACE.match(self.held, self.position)
-            assert space is not None  # the pattern matches also where no white space is
+            assert space is not None  # the pattern also matches an empty string
             self.position = space.end()
             if self.position < len(self.held):
                 return self.held[self.position]
@@ -402,7 +402,7 @@ class _Text:
 
 
 def check_record(record: dict[str, object], column: str, where: str) -> None:
-    """Raise if a column besides the guessed one may hold text."""
+    """Raise if a column other than the guessed one may hold text."""
     for name, value in record.items():
         if name != column and value is not None and not is_number(value):
             raise SourceError(
@@ -443,7 +443,7 @@ class CsvReader(Reader):
         twice = [name for name, count in Counter(header).items() if name and count > 1]
         if twice:
             raise self.error(f", line {self._line} must name each column once, got {twice[0]!r} twice")
-        # All fields are strings, and one that looks like a number may still be text.
+        # All fields are strings, and even one that looks like a number may be text.
         return dict.fromkeys(header, TEXT)
 
     def documents(self, choice: Choice | None) -> Iterator[Document]:
@@ -461,7 +461,7 @@ class CsvReader(Reader):
             yield Document(row[column], place)
 
     def _read(self) -> Iterator[tuple[int, list[str]]]:
-        """(number of its last line, fields) of each row that is not blank."""
+        """(number of the last line, fields) of each row that is not blank."""
         begin = 1
         while True:
             # The limit belongs to the process, and other code may have changed it since the last row.
@@ -476,7 +476,7 @@ class CsvReader(Reader):
                 csv.field_size_limit(before)
             if row is None:
                 return
-            # Blank lines and lines of spaces are no rows; an empty field in quotes is a row of a table with one column.
+            # Blank lines and lines of spaces are not rows; an empty quoted field is a row of a table with one column.
             if row and not (len(row) == 1 and row[0].isspace()):
                 yield self._csv.line_num, row
             begin = self._csv.line_num + 1
@@ -515,7 +515,7 @@ class ParquetReader(Reader):
     def _batch_size(self) -> int:
         """Rows of about BATCH_BYTES."""
         metadata = self._table.metadata
-        # The sizes of single columns are not asked for: in a damaged file, that call of pyarrow ends the process.
+        # The sizes of single columns are not requested: in a damaged file, that call of pyarrow ends the process.
         size = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
         return batch_rows(size, metadata.num_rows)
 
@@ -573,7 +573,7 @@ class _ArrowErrors:
 
         # A damaged length may ask for more memory than there is.
         known = isinstance(error, (pyarrow.ArrowException, UnicodeDecodeError, MemoryError))
-        # An OSError without a number says that pyarrow cannot read the file; one with a number comes from the disk.
+        # An OSError without a number means that pyarrow cannot read the file; one with a number comes from the disk.
         if known or (isinstance(error, OSError) and error.errno is None):
             raise SourceError(
                 f"{self._name} must be {self._kind} file, it is damaged or something else: "
@@ -598,7 +598,7 @@ def arrow_documents(
     Args:
         array: the column; the file may be damaged.
         column, name: for messages.
-        rows: the numbers of the rows, for messages; one is taken for each row of this batch.
+        rows: an iterator of row numbers, for messages; it advances by one for each row of this batch.
         decode: the decoder of the whole file.
     """
     array = _sound(array)

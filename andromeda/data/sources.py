@@ -1,4 +1,4 @@
-"""Sources of documents: files, directories, pipes, objects of `datasets`, the hub; each gives a stream of documents."""
+"""Sources of documents: files, directories, pipes, objects of `datasets`, the hub. Each gives a stream of documents."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Source:
         self._formats: Counter[str] = Counter()
 
     def fingerprint(self) -> str | None:
-        """A string that changes with the documents; None if that would take reading all of them."""
+        """A string that changes with the documents; None if it would require reading all of them."""
         raise NotImplementedError
 
     def size(self) -> int | None:
@@ -78,7 +78,7 @@ class Source:
         raise NotImplementedError
 
     def documents(self, statistics: Counter[str]) -> Iterator[Document]:
-        """All documents as the source has them, not yet clean (`cleaning.clean`). Long ones come in parts."""
+        """All documents as they are in the source, not yet cleaned (`cleaning.clean`). Long ones come in parts."""
         raise NotImplementedError
 
     def keep(self) -> None:
@@ -163,7 +163,7 @@ def open_source(
         refuse("a single file", include=include, exclude=exclude)
         if not path.is_file():
             return _Pipe(path, text_column, errors, separator, format)
-        if path.absolute().is_relative_to("/dev"):  # /dev/stdin may be a file, whose own name tells more
+        if path.absolute().is_relative_to("/dev"):  # /dev/stdin may be a file, whose own name is more informative
             path = path.resolve()
         return _Files(path, text_column, errors, separator, format)
     if not isinstance(name, str) or text.startswith((".", "/", "~")) or text.count("/") > 1 or suffix_format(path):
@@ -200,7 +200,7 @@ def _hf_source(dataset: Any, split: str | None, name: str, text_column: str | No
         dataset = dataset[chosen]
     elif split is not None and str(dataset.split) != split:
         raise ValueError(f"DatasetBuilder: split must be that of the data set, {dataset.split}, got {split!r}")
-    # The records that a transform makes are known only by reading them.
+    # The records that a transform makes are only known once they are read.
     has_rows = isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom"
     return (_Rows if has_rows else _Stream)(dataset, name, text_column, errors)
 
@@ -209,7 +209,7 @@ def _load_from_hub(name: str, split: str) -> datasets.Dataset:
     import datasets
     import huggingface_hub.constants
 
-    # Without network, datasets retries for 23 seconds before it looks into its cache; in offline mode it looks at once.
+    # Without a network, datasets retries for 23 seconds before it checks its cache; in offline mode it checks at once.
     problem = hub_problem()
     before = huggingface_hub.constants.HF_HUB_OFFLINE
     huggingface_hub.constants.HF_HUB_OFFLINE = before or problem is not None
@@ -228,7 +228,7 @@ def _load_from_hub(name: str, split: str) -> datasets.Dataset:
 
 
 class _Rows(Source):
-    """A `datasets.Dataset` without a transform: its texts are those in its table."""
+    """A `datasets.Dataset` without a transform: its table holds its texts."""
 
     column: str
 
@@ -262,7 +262,7 @@ class _Rows(Source):
 
 
 class _Stream(Source):
-    """Records that are known only by reading them: an `IterableDataset`, or a `Dataset` with a transform."""
+    """Records that are only known once they are read: an `IterableDataset`, or a `Dataset` with a transform."""
 
     def __init__(
         self, dataset: datasets.Dataset | datasets.IterableDataset, name: str, text_column: str | None, errors: str
@@ -362,8 +362,8 @@ class _Files(Source):
         self._separator = separator
         self._format = format
         self._options = {"include": include, "exclude": exclude, "separator": separator, "format": format}
-        self._skips_objects = False  # whether a file of one JSON object without the column is taken for a description
-        self._objects: set[Path] = set()  # the files that were skipped as such
+        self._skips_objects = False  # whether a file of one JSON object without the column counts as a description
+        self._objects: set[Path] = set()  # the files that were skipped as descriptions
         if path.is_dir():
             if is_rows(path):
                 raise SourceError(
@@ -374,7 +374,7 @@ class _Files(Source):
             files = walk(path, is_known, include, exclude, self.skipped)
         else:
             files = [path]
-        self._files = [(file, format or suffix_format(file)) for file in files]  # None: the content tells the format
+        self._files = [(file, format or suffix_format(file)) for file in files]  # None: by its content
         if not self._files:
             raise SourceError(
                 f"{path} must hold files of a known kind (text, source code, json, jsonl, parquet, csv, arrow), "
@@ -428,7 +428,7 @@ class _Files(Source):
     def _choose(self) -> Choice | None:
         """The column of documents, one for all files; None if no file has records with columns."""
         wanted = self.text_column
-        # Only json files can be lone JSON objects, so samples of both groups are looked at.
+        # Only json files can be single JSON objects, so samples of both groups are examined.
         groups = [
             [file for file in self._files if (file[1] == "json") == is_json and file[1] != "text"]
             for is_json in (False, True)
@@ -464,8 +464,8 @@ class _Files(Source):
         return choose(objects, wanted)
 
     def _has_documents(self, reader: Reader, choice: Choice | None, path: Path) -> bool:
-        """Whether to read a file; raises if its columns are not those of the source."""
-        if reader.format in ("text", "jsonl"):  # the reader of jsonl checks each record
+        """Whether to read a file; raises if its columns do not match the source."""
+        if reader.format in ("text", "jsonl"):  # the jsonl reader checks each record
             return True
         columns = reader.columns(self.text_column)
         if self._skips_objects and reader.is_single_object() and (choice is None or choice.column not in columns):

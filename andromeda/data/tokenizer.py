@@ -26,10 +26,10 @@ PROBE_SECONDS = 5
 
 
 def check_texts(texts: Iterable[object], name: str) -> Iterator[str]:
-    """The texts, one after the other; each is checked first.
+    """Yield the texts one after the other, each after a check.
 
     Args:
-        texts: items that must be strings that UTF-8 can express.
+        texts: items; each must be a string that UTF-8 can express.
         name: of the function and its argument, as in "AndromedaTokenizer.train: texts".
 
     Raises:
@@ -69,22 +69,22 @@ class AndromedaTokenizer:
     Args:
         pretrained: name of a repository on the Hugging Face hub, a local directory, the path of a `tokenizer.json`, or
             a tokenizer made by `tokenizers` or `transformers`, which is copied, not changed. A name is looked up in the
-            local cache first and asked for in the network only if it is not there.
-        eos_token: end of a document, which `DatasetBuilder` writes after each. None: that of the tokenizer.
-        pad_token: fills short rows. None: that of the tokenizer.
+            local cache first, and on the hub only if it is not there.
+        eos_token: end of a document; `DatasetBuilder` writes it after each. None: the tokenizer's own.
+        pad_token: fills short rows. None: the tokenizer's own.
         extra_ids: adds this many tokens `<extra_id_0>`, `<extra_id_1>`, ... for use in texts.
         model_max_length: `tokenize_texts` cuts longer texts to this many ids.
 
-    Tokens that the vocabulary does not have are appended to it in the order eos, pad, extra ids: 50277 and 50278 for
-    GPT-NeoX. `len(tokenizer)` counts them: size the embedding of a model with it, rounded up (50304).
+    Tokens missing from the vocabulary are appended to it in the order eos, pad, extra ids: 50277 and 50278 for
+    GPT-NeoX. `len(tokenizer)` counts them; rounded up (50304), it is the size for the embedding of a model.
 
     Attributes:
         tokenizer: the `transformers` tokenizer. Its `padding_side` is "right", as training needs it; set "left" before
-            batches of prompts for generation. A direct call of it reads special tokens in texts, as usual in
+            batches of prompts for generation. Called directly, it reads special tokens in texts, as usual in
             transformers; `split_special_tokens=True` makes it follow the rule above.
 
     Raises:
-        OSError: `pretrained` is no local tokenizer, is not in the cache, and the hub does not give it; says why.
+        OSError: `pretrained` is neither a local tokenizer nor in the cache, and the hub does not give it; says why.
         TypeError, ValueError: an argument is of the wrong kind.
     """
 
@@ -119,7 +119,7 @@ class AndromedaTokenizer:
         were_special = any(token.special and token.content in names for token in added)
         # Texts are read without special tokens, so these must not be special.
         self.tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in names])
-        if were_special:  # tokenizers forgets that only if it reads the tokenizer anew
+        if were_special:  # tokenizers drops that property only when it reads the tokenizer again
             self.tokenizer._tokenizer = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
 
     def __len__(self) -> int:
@@ -135,13 +135,13 @@ class AndromedaTokenizer:
 
         Args:
             texts: strings; a single string counts as a list of one. The end token is not appended.
-            special_tokens: read the special tokens that a text spells, as prompts for chat models need it.
+            special_tokens: read the special tokens that a text spells, as prompts for chat models require.
 
         Returns:
             (len(texts), longest) int64; (0, 0) for no texts.
 
         Raises:
-            TypeError, ValueError: an item is not a string, or not one that UTF-8 can express; names its index.
+            TypeError, ValueError: an item is not a string that UTF-8 can express; names its index.
         """
         import torch
 
@@ -180,7 +180,7 @@ class AndromedaTokenizer:
         """Token ids of one text for `generate`, however long, read as `tokenize_texts` reads it.
 
         Raises:
-            TypeError, ValueError: `prompt` is not a string, or not one that UTF-8 can express.
+            TypeError, ValueError: `prompt` is not a string that UTF-8 can express.
         """
         return token_ids(self.tokenizer, prompt, special_tokens, name="AndromedaTokenizer.encode_prompt: prompt")
 
@@ -194,12 +194,12 @@ class AndromedaTokenizer:
             skip_special_tokens: leave out end, padding and other special tokens, and those of `extra_ids`.
 
         Returns:
-            A string for one row, a list of strings for a batch. Ids that the vocabulary does not have (a model's
-            embedding may be larger) have no text.
+            A string for one row, a list of strings for a batch. Ids beyond the vocabulary (a model's embedding may be
+            larger) have no text.
 
         Raises:
-            TypeError, ValueError: an id is not a whole number, or is negative, as the labels of padding are; names its
-                place.
+            TypeError, ValueError: an id is not a whole number, or is negative like the labels of padding; names its
+                position.
         """
         rows = _to_lists(ids)
         if not isinstance(rows, list):
@@ -217,7 +217,7 @@ class AndromedaTokenizer:
         if skip_special_tokens and (extra := self._extra_ids()):
             ids = [token for token in ids if token not in extra]
         text = self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)  # of one row
+        assert isinstance(text, str)  # the text of one row
         return text
 
     def _extra_ids(self) -> set[int]:
@@ -240,7 +240,7 @@ class AndromedaTokenizer:
             path.mkdir(parents=True, exist_ok=True)
             with files.temporary_folder(path, ".tokenizer-") as temporary:
                 self.tokenizer.save_pretrained(temporary)
-                # `AndromedaTokenizer(path)` looks for tokenizer.json, so this file comes last.
+                # `AndromedaTokenizer(path)` looks for tokenizer.json, so this file is written last.
                 for file in sorted(temporary.iterdir(), key=lambda file: file.name == "tokenizer.json"):
                     files.flush(file)
                     os.replace(file, path / file.name)
@@ -260,23 +260,23 @@ class AndromedaTokenizer:
     ) -> AndromedaTokenizer:
         """Train a byte-level BPE tokenizer: any text encodes without unknown tokens and decodes to itself.
 
-        A process of its own does the work; an exception in this one (Ctrl-C, or one that `texts` raises) ends it at
+        A separate process does the work; an exception in this process (Ctrl-C, or one that `texts` raises) ends it at
         once.
 
         Args:
             texts: documents, read once and not kept in memory.
             vocab_size: largest number of ids, with the end and padding tokens (ids 0 and 1) and the 256 bytes.
             min_frequency: a pair of tokens is merged only if it occurs at least this often.
-            eos_token, pad_token: two different strings, neither of them a character that stands for a byte.
+            eos_token, pad_token: two different strings; neither may be a single character that stands for a byte.
             model_max_length: as in the constructor.
             progress: show the progress bars of `tokenizers`.
 
         Returns:
-            The tokenizer; the same texts give the same one.
+            The tokenizer; the same texts give the same tokenizer.
 
         Raises:
             TypeError, ValueError: an argument or one of the texts is wrong; names it, and the index of the text.
-            RuntimeError: the process that trains died, for example because memory ran out; says how.
+            RuntimeError: the training process died, for example because memory ran out; says how.
         """
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -309,7 +309,7 @@ class AndromedaTokenizer:
             raise TypeError(
                 f"AndromedaTokenizer.train: texts must be an iterable of documents, got {type(texts).__name__}"
             )
-        # The alphabet serves to find seams in long texts; the trainer builds its own vocabulary.
+        # The alphabet is needed to find seams in long texts; the trainer builds its own vocabulary.
         tokenizer = Tokenizer(models.BPE({character: index for index, character in enumerate(alphabet)}, []))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
@@ -334,7 +334,7 @@ def token_ids(
     """Ids of one text by the rule of `AndromedaTokenizer`, for a tokenizer of `transformers`.
 
     Raises:
-        TypeError, ValueError: `text` is not a string, or not one that UTF-8 can express; calls it `name`.
+        TypeError, ValueError: `text` is not a string that UTF-8 can express; the message calls it `name`.
     """
     encoded = tokenizer(
         check_text(text, name), add_special_tokens=False, split_special_tokens=not special_tokens, truncation=False
@@ -346,7 +346,7 @@ _EXTRA_ID = re.compile(r"<extra_id_\d+>")
 
 
 def _to_lists(ids: Any) -> Any:
-    """Nested lists of a tensor, an array, or a sequence of them; a value that is no sequence stays as it is."""
+    """Nested lists from a tensor, an array, or a sequence of them; a value that is not a sequence stays as it is."""
     if hasattr(ids, "tolist"):
         return ids.tolist()
     if isinstance(ids, (str, bytes, dict)) or not isinstance(ids, Iterable):
@@ -395,7 +395,7 @@ def _load(
 
 
 def _looks_like_path(name: str | os.PathLike) -> bool:
-    """Whether a name that is no existing path cannot mean `owner/name` on the hub."""
+    """Whether a name that is not an existing path cannot be `owner/name` on the hub."""
     text = os.fspath(name)
     return (
         not isinstance(name, str) or text.startswith((".", "/", "~")) or text.count("/") > 1 or text.endswith(".json")
@@ -407,7 +407,7 @@ def _load_file(path: Path, options: dict[str, Any]) -> PreTrainedTokenizerBase:
 
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # bad UTF-8 raises it, too
+    except ValueError as error:  # bad UTF-8 also raises it
         raise ValueError(f"AndromedaTokenizer: {path} must be the JSON of a tokenizer: {error}") from error
     if not isinstance(description, dict) or "model" not in description:
         raise ValueError(f'AndromedaTokenizer: {path} must be a tokenizer.json of tokenizers, found no "model" in it')
@@ -428,7 +428,7 @@ def _load_directory(path: Path, options: dict[str, Any]) -> PreTrainedTokenizerB
 
 
 def _load_from_hub(name: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """A tokenizer from the cache, else from the network if that answers: transformers would retry for 46 seconds."""
+    """A tokenizer from the cache, else from the hub if that answers: transformers would retry for 46 seconds."""
     from transformers import AutoTokenizer
 
     try:
@@ -455,7 +455,7 @@ def _load_from_hub(name: str, options: dict[str, Any]) -> PreTrainedTokenizerBas
 def hub_problem() -> str | None:
     """The reason why the Hugging Face hub cannot be reached, or None if it answers within PROBE_SECONDS.
 
-    It is asked once, without the many retries of huggingface_hub, through the proxies that the environment names.
+    One request, without the many retries of huggingface_hub, goes through the proxies that the environment names.
     """
     import ssl
     import urllib.error
@@ -471,6 +471,6 @@ def hub_problem() -> str | None:
             urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
     except OSError as error:
         reason = getattr(error, "reason", error)
-        # huggingface_hub checks certificates itself: it may know other ones.
+        # huggingface_hub checks certificates itself, and may know others.
         return None if isinstance(reason, ssl.SSLError) else f"{constants.ENDPOINT} cannot be reached ({reason})"
     return None

@@ -1,13 +1,13 @@
-"""Texts to token ids, in threads of this process or in worker processes; and tokenizers trained in a process.
+"""Texts to token ids, in threads of this process or in worker processes; and tokenizers trained in a separate process.
 
     texts -> document_batches -> Tokenization (threads here, or worker processes) -> token ids
 
-The order of the tokens depends on the order of the documents alone: any worker may tokenise a batch, but the results
-are taken in the order of the batches.
+The order of the tokens depends only on the order of the documents: any worker may tokenise a batch, but the results are
+taken in the order of the batches.
 
 Nothing here imports torch: a worker process loads this file by its path, not as part of the package, and is ready in
-a tenth of a second. That also spares scripts the `if __name__ == "__main__"` guard that multiprocessing asks for.
-Tokenizers are trained in such a process, too: a process can be ended at any moment, a call of `tokenizers` cannot.
+a tenth of a second. Scripts therefore also need no `if __name__ == "__main__"` guard, which multiprocessing requires.
+Tokenizers are also trained in such a process: a process can be ended at any moment, a call of `tokenizers` cannot.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def packing_tokenizer_json(tokenizer: Tokenizer) -> str:
 
 
 def plain_tokenizer(tokenizer_json: str) -> Tokenizer:
-    """A tokenizer that treats text that spells a special token as text."""
+    """A tokenizer that reads a special token spelled in a text as ordinary text."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(tokenizer_json)
@@ -110,7 +110,7 @@ class Tokenization:
     Args:
         tokenizer_json: made by `packing_tokenizer_json`.
         eos_token_id: id written after each document.
-        num_processes: 1 tokenises in this process, with the threads that the tokenizers package starts by itself; a
+        num_processes: 1 tokenises in this process, with the threads that the tokenizers package starts itself; a
             larger number starts that many worker processes of one thread each. The results are the same.
     """
 
@@ -143,7 +143,7 @@ class Tokenization:
         self.close()
 
     def close(self) -> None:
-        """End the workers, even if they are at work."""
+        """End the workers, even busy ones."""
         for worker in self._workers:
             worker.kill()
         self._workers = []
@@ -153,7 +153,7 @@ class Tokenization:
         try:
             return worker.encode(texts)
         finally:
-            self._idle.put(worker)  # also a dead one: the next thread must fail, not wait
+            self._idle.put(worker)  # even a dead one: the next thread must fail, not wait
 
     def map(self, batches: Iterable[list[str]]) -> Generator[tuple[list[str], array[int], array[int]], None, None]:
         """Yield (texts, ids, lengths) per batch, in the order of `batches`; at most a few batches are read ahead."""
@@ -172,7 +172,7 @@ class Tokenization:
             for _, result in pending:
                 result.cancel()
             if pending:
-                self.close()  # a thread that waits for a worker goes on when the worker ends
+                self.close()  # a thread that waits for a worker continues when the worker ends
             pool.shutdown()
 
 
@@ -215,7 +215,7 @@ class _Process:
         self._process.kill()
         self._process.wait()
         for pipe in (self._requests, self._replies):
-            with contextlib.suppress(BrokenPipeError):  # nobody reads the bytes that were still to be sent
+            with contextlib.suppress(BrokenPipeError):  # nobody reads the bytes that are still unsent
                 pipe.close()
 
 
@@ -261,7 +261,7 @@ class _Trainer(_Process):
         return trained.decode()
 
     def _raise_dead(self) -> NoReturn:
-        with contextlib.suppress(EOFError):  # the process may have told why it stopped reading
+        with contextlib.suppress(EOFError):  # the process may have reported why it stopped reading
             problem, _ = _read_frame(self._replies)
             raise RuntimeError(f"AndromedaTokenizer.train: {problem.decode()}") from None
         super()._raise_dead()
@@ -274,10 +274,10 @@ class _Trainer(_Process):
 
 
 def train_tokenizer(texts: Iterable[str], tokenizer_json: str, trainer: dict[str, Any]) -> str:
-    """The JSON of a `tokenizers.Tokenizer` trained on `texts`, in a process of its own.
+    """The JSON of a `tokenizers.Tokenizer` trained on `texts` in a separate process.
 
-    A call of `tokenizers` lets no signal through while it works, which takes minutes for large texts. A process can be
-    ended: Ctrl-C, or any other exception in this function, ends it at once. It also ends when this process ends.
+    Python handles no signal during a call of `tokenizers`, which takes minutes for large texts. A process can be ended:
+    Ctrl-C, or any other exception in this function, ends it at once. It also ends when this process ends.
 
     Args:
         texts: documents, or pieces of them (`Unfinished`).
@@ -285,7 +285,7 @@ def train_tokenizer(texts: Iterable[str], tokenizer_json: str, trainer: dict[str
         trainer: arguments of `tokenizers.trainers.BpeTrainer`.
 
     Raises:
-        RuntimeError: the process died or `tokenizers` failed; says how.
+        RuntimeError: the process died or `tokenizers` failed; gives the cause.
     """
     process = _Trainer()
     try:
@@ -295,7 +295,7 @@ def train_tokenizer(texts: Iterable[str], tokenizer_json: str, trainer: dict[str
 
 
 def _pack_texts(texts: list[str]) -> tuple[bytes, bytes]:
-    """A frame of texts: for each twice its number of bytes, plus one if it is `Unfinished`; then the bytes of all."""
+    """A frame of texts: for each, twice its number of bytes, plus one if it is `Unfinished`; then the bytes of all."""
     encoded = [text.encode() for text in texts]
     marks = (isinstance(text, Unfinished) for text in texts)
     sizes = array("Q", (2 * len(data) + mark for data, mark in zip(encoded, marks, strict=True)))
@@ -331,7 +331,7 @@ def _read_exactly(stream: IO[bytes], count: int) -> bytes:
 
 
 def serve() -> None:
-    """Body of a worker process: tokenise the texts that arrive on stdin, until it ends."""
+    """Body of a worker process: tokenise the texts that arrive on stdin until stdin ends."""
     requests, replies = _own_pipes()
     with contextlib.suppress(EOFError, BrokenPipeError):
         eos_token_id, tokenizer_json = _read_frame(requests)
@@ -360,21 +360,21 @@ def serve_training() -> None:
             reply = b"", tokenizer.to_str().encode()
         except EOFError:
             raise
-        except Exception as error:  # tokenizers raises no subclass of it
+        except Exception as error:  # tokenizers raises this class itself
             reply = f"{type(error).__name__}: {error}".encode(errors="replace"), b""
         _write_frame(replies, *reply)
 
 
 def _own_pipes() -> tuple[IO[bytes], IO[bytes]]:
-    """stdin and stdout for frames; prints of a library go to stderr, not between the frames."""
+    """stdin and stdout for frames; the output of libraries goes to stderr, not between the frames."""
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     return sys.stdin.buffer, replies
 
 
 def _end_with_stdin() -> None:
-    """Leave when nobody can write to stdin any more: the process that wanted the result has ended."""
+    """Exit when nobody can write to stdin any more: the process that wanted the result has ended."""
     waiting = select.poll()
-    waiting.register(0, 0)  # poll reports a pipe without writers even if no event is asked for
+    waiting.register(0, 0)  # poll reports a pipe without writers even if no event is requested
     waiting.poll()
     os._exit(1)

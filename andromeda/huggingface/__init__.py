@@ -1,6 +1,6 @@
 """Andromeda as a transformers model.
 
-Importing this package registers both classes: `AutoConfig` and `AutoModelForCausalLM` then load a saved Andromeda:
+Importing this package registers both classes, so that `AutoConfig` and `AutoModelForCausalLM` load a saved Andromeda:
 
     import andromeda.huggingface
     from transformers import AutoModelForCausalLM

@@ -1,7 +1,7 @@
-"""`AndromedaConfig`: the constructor of `andromeda.Andromeda` in the words of transformers.
+"""`AndromedaConfig`: the arguments of `andromeda.Andromeda` under the names of transformers.
 
-This is the one file that knows both vocabularies: sizes have the names that every transformers model gives them, and
-switches that other models do not have keep the names of the constructor.
+Only this file knows both sets of names: sizes have the names that all transformers models use, and switches that other
+models do not have keep the names of the constructor.
 """
 
 from collections.abc import Mapping
@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-# Constructor argument -> name here. The others have one name in both, except `attn_one_kv_head`, which
-# `num_key_value_heads` stands for.
+# Constructor argument -> name here. The others have the same name in both, except `attn_one_kv_head`, which
+# `num_key_value_heads` replaces.
 _NAMES = {
     "num_tokens": "vocab_size",
     "max_seq_len": "max_position_embeddings",
@@ -52,7 +52,7 @@ class AndromedaConfig(PreTrainedConfig):
 
     Raises:
         huggingface_hub.errors.StrictDataclassError: a value has the wrong type, or no model has such sizes
-            (docs/model.md#1); gives the constructor's name of the argument.
+            (docs/model.md#1); the message has the constructor's name of the argument.
     """
 
     model_type = "andromeda"

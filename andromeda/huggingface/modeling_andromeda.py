@@ -1,7 +1,7 @@
 """`AndromedaForCausalLM`: Andromeda for transformers' `generate`, `Trainer`, `save_pretrained` and `from_pretrained`.
 
-It is a shell around the same `TransformerWrapper` that `andromeda.Andromeda` holds, under the same parameter names, so
-that going from one to the other copies nothing.
+It wraps the same `TransformerWrapper` that `andromeda.Andromeda` holds, with the same parameter names, so that a
+conversion between the two copies nothing.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ _TIES = {"transformer.to_logits.weight": "transformer.token_emb.weight"}
 
 
 class AndromedaCache(Cache):
-    """`andromeda.generation.Cache` with the two answers that transformers' `generate` asks a cache for."""
+    """`andromeda.generation.Cache` with the two methods that transformers' `generate` calls."""
 
     is_compileable = False
 
@@ -51,18 +51,18 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
 
     Args:
         config: sizes and switches.
-        transformer: the modules to use; made and initialised (docs/model.md#11) when left out.
+        transformer: the modules to use. Default: new ones, initialised as in docs/model.md#11.
     """
 
     config: AndromedaConfig
     config_class = AndromedaConfig
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = True  # Trainer hands over num_items_in_batch
+    accepts_loss_kwargs = True  # Trainer passes num_items_in_batch
     _no_split_modules = ["Sublayer"]  # noqa: RUF012 - transformers declares it so
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _tied_weights_keys = _TIES  # with config.tie_word_embeddings
-    _is_stateful = True  # refuses assisted generation, which would ask the cache to go back
+    _is_stateful = True  # refuses assisted generation, which would need the cache to go back
 
     def __init__(self, config: AndromedaConfig, transformer: TransformerWrapper | None = None):
         super().__init__(config)
@@ -106,8 +106,8 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self | tuple[Self, dict[str, Any]]:
         """See transformers; a checkpoint with missing, unexpected or misshapen parameters is a `ValueError` here.
 
-        With `ignore_mismatched_sizes` misshapen parameters are drawn again (docs/model.md#11). Warnings name them, and
-        weights that are not finite. Parts of names that come from wrappers are left out.
+        With `ignore_mismatched_sizes`, misshapen parameters are drawn again (docs/model.md#11). Warnings name them, and
+        also weights that are not finite. Parts of names that come from wrappers are removed.
         """
         report = kwargs.pop("output_loading_info", False)
         kwargs["key_mapping"] = {checkpoint.WRAPPERS_PATTERN: r"\1"} | (kwargs.get("key_mapping") or {})
@@ -143,10 +143,10 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
         return (model, information) if report else model
 
     def check_saveable(self, owner: str) -> None:
-        """ValueError, in the words of `owner`, if a saved copy of this model could not be loaded again.
+        """ValueError, in the name of `owner`, if a saved copy of this model could not be loaded again.
 
-        It has an embedding of the user's, parameters without memory, or others than its config describes. Ties of
-        parameters are not looked at.
+        The cause is a custom embedding, parameters without memory, or parameters that do not fit the config. Ties of
+        parameters are not checked.
         """
         embedding = self.get_input_embeddings()
         if not checkpoint.is_plain_embedding(embedding):
@@ -156,7 +156,7 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
         with torch.device("meta"):
             fresh = AndromedaForCausalLM(self.config)
         expected = {name: tuple(value.shape) for name, value in fresh.state_dict().items()}
-        found = {  # by the names of the checkpoint, without those of wrappers such as torch.compile
+        found = {  # by the names in the checkpoint, without the parts of wrappers such as torch.compile
             checkpoint.plain_name(name, expected): tuple(value.shape) for name, value in self.state_dict().items()
         }
         if different := [name for name in {**expected, **found} if expected.get(name) != found.get(name)]:
@@ -164,10 +164,10 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"{owner}, with the parameters that its config describes, got others:{''.join(lines)}")
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """See transformers. A projection tied to the embedding stays tied; parts of wrappers in names are left out.
+        """See transformers. A projection tied to the embedding stays tied; parts of wrappers in names are removed.
 
         Raises:
-            ValueError: no config describes the model, which has a user's embedding, or other tied parameters.
+            ValueError: no config describes the model: it has a custom embedding, or other tied parameters.
         """
         owner = "AndromedaForCausalLM.save_pretrained"
         if not checkpoint.is_plain_embedding(self.transformer.token_emb):
@@ -220,11 +220,11 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask: (batch, tokens in the cache + seqlen), 0 for padding, which must be on the left: it becomes
                 `key_start`. Padding on the right needs no mask, since no real token sees it, and is accepted without a
                 cache. Other masks are refused.
-            past_key_values: the cache that an earlier call returned; it is extended.
-            labels: int64 (batch, seqlen), not shifted: position t is predicted at t - 1; -100 is not trained on.
+            past_key_values: the cache that an earlier call returned; this call extends it.
+            labels: int64 (batch, seqlen), not shifted: position t is predicted at t - 1; -100 does not count.
             use_cache: return a cache. Default: `config.use_cache` where no gradient is recorded and labels are absent.
-            logits_to_keep: logits of so many last tokens only, 0 is all; or of the positions in a one-dimensional
-                integer tensor.
+            logits_to_keep: logits only of this number of last tokens (0: all), or only of the positions in a
+                one-dimensional integer tensor.
             key_start: (batch, seqlen) int32, in place of a mask; see `TransformerWrapper.forward`.
             num_items_in_batch: divisor of the sum of the losses, when several batches share one mean (gradient
                 accumulation). Default: the number of labels that count.
@@ -357,7 +357,7 @@ def _new_transformer(config: AndromedaConfig) -> TransformerWrapper:
 
 
 def _read_mask(mask: torch.Tensor, input_ids: torch.Tensor, cache: Cache | None) -> tuple[torch.Tensor | None, bool]:
-    """`key_start` (batch, seqlen) that hides the tokens that `mask` hides, or None, and whether a cache may follow."""
+    """`key_start` (batch, seqlen) that hides the same tokens as `mask`, or None, and whether a cache may follow."""
     batch, seqlen = input_ids.shape
     total = seqlen + (0 if cache is None else cache.position)
     if tuple(mask.shape) != (batch, total):

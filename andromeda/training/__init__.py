@@ -1,28 +1,25 @@
-"""Training and evaluation: transformers' Trainer runs the loop, this package adds the promises of Andromeda.
-
-It adds:
+"""Training and evaluation: transformers' Trainer runs the loop, and this package adds the guarantees of Andromeda:
 
 * checkpoints that are whole or absent: each is written under `.partial/`, flushed, listed in a manifest with a checksum
-  of each file, and renamed. A run that is killed at any moment leaves only whole `checkpoint-<step>` folders, and only
-  those whose files are still as they were written are resumed from. The trained model is saved as `model/` in the same
-  way;
+  of each file, and renamed. A run that is killed at any moment leaves only whole `checkpoint-<step>` folders, and a run
+  resumes only from one whose files have not changed since. The trained model is saved as `model/` in the same way;
 * an error for a run whose loss, gradient norm or weights are no longer finite; it names the step. Nothing is saved
-  then, so that every checkpoint on the disk has finite weights, which gave a finite loss when it was written;
+  then, so that every checkpoint on the disk has finite weights, which gave a finite loss when they were written;
 * exact continuation: a resumed run ends as an uninterrupted one, bit for bit on a CPU, or is refused. For that, every
   checkpoint carries the settings of the run and a fingerprint of its data;
 * orderly stops: a first Ctrl-C (or SIGTERM) finishes the step, saves a checkpoint and stops; a second one, or one
-  before the training proper, stops at once;
+  before the first step, stops at once;
 * figures: a progress line (loss, tokens/s, time left, and model flops utilisation where the peak of the device is
   known) and a sample text every `sample_every` steps. `history.jsonl` holds the same figures, one JSON object per line:
   `step`, `loss`, `learning_rate`, `grad_norm` (before clipping) and `tokens_per_second` for each logged interval,
-  `step` and `eval_loss` for each evaluation. A figure that is not finite is null, and a line with `error` ends a run
-  that failed so. A resumed run continues the lines up to its checkpoint.
+  `step` and `eval_loss` for each evaluation. A figure that is not finite is null, and after such a failure a line with
+  `error` ends the file. A resumed run continues the lines up to its checkpoint.
 
-All other arguments of Trainer are reached through `TrainSettings.trainer`. Distributed training is `torchrun` with
-`{"fsdp": True}` there; it is Trainer's own.
+`TrainSettings.trainer` passes all other arguments to Trainer. With `{"fsdp": True}` there, `torchrun` runs Trainer's
+own distributed training.
 
-Where to look: `trainer` (`train` and the subclass of Trainer), `settings`, `rows` (of a data set), `model_checks`,
-`finite` (numbers that must be), `checkpoints` and `manifest`, `saved_model`, `history`, `progress`, `stopping`,
+Modules: `trainer` (`train` and the subclass of Trainer), `settings`, `rows` (of a data set), `model_checks`, `finite`
+(numbers that must be finite), `checkpoints` and `manifest`, `saved_model`, `history`, `progress`, `stopping`,
 `evaluation`.
 """
 

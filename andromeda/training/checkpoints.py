@@ -1,7 +1,7 @@
 """Checkpoints on the disk: which are whole, which one to continue from, and which to remove.
 
-A checkpoint is written under `.partial/`, flushed, listed in a manifest with the checksum of each file, and renamed:
-a folder named `checkpoint-<step>` is whole, or something else than this package has damaged it.
+A checkpoint is written under `.partial/`, flushed, listed in a manifest with the checksum of each file, and renamed.
+A folder named `checkpoint-<step>` is therefore whole, unless something outside this package has damaged it.
 """
 
 import os
@@ -18,19 +18,19 @@ from andromeda.training.messages import say
 MODEL = "model"  # folder of the trained model in the output folder
 HISTORY = "history.jsonl"  # the figures of the run in the output folder
 PARTIAL = ".partial"  # folder of a checkpoint or model that is being written
-LEFT_BY_A_START = (HISTORY, PARTIAL)  # all that a run writes before its first checkpoint; a new run overwrites them
+LEFT_BY_A_START = (HISTORY, PARTIAL)  # everything a run writes before its first checkpoint; a new run overwrites it
 
 
 def latest_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """The whole checkpoint with the most steps below `output_dir`, or None. Looks at the sizes of the files only."""
+    """The whole checkpoint with the most steps in `output_dir`, or None. Compares only the sizes of the files."""
     found = [path for path in checkpoints_in(Path(output_dir)) if not defects_of(path)]
     return str(found[-1]) if found else None
 
 
 def check_saved_model(folder: str | os.PathLike[str]) -> None:
-    """ValueError if a model that `train` saved, in `model/` or a checkpoint, is not as it was written.
+    """ValueError if a model that `train` saved, in `model/` or a checkpoint, has changed since.
 
-    Files that only the training needs (optimiser, random state) are not read. A folder without a manifest passes.
+    Files that only training needs (optimiser, random state) are not read. A folder without a manifest passes.
     """
     folder = Path(folder)
     if not (folder / MANIFEST).exists():
@@ -46,7 +46,7 @@ def check_saved_model(folder: str | os.PathLike[str]) -> None:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Everything in `folder` that has the name of a checkpoint, by steps."""
+    """Every entry in `folder` with the name of a checkpoint, sorted by steps."""
     return sorted(filter(_has_checkpoint_name, folder.glob("checkpoint-*")), key=step_of)
 
 
@@ -63,7 +63,7 @@ def defects_of(path: Path, *, contents: bool = False, of_training: bool = True) 
     """The defects of a checkpoint folder, one line each; an empty list for a whole one.
 
     contents: read the files and compare their checksums, not only their sizes.
-    of_training: look also at the files that only a continuation needs.
+    of_training: also check the files that only a continuation needs.
     """
     if not (path / MANIFEST).is_file():
         return [f"{MANIFEST} is missing"]
@@ -88,14 +88,14 @@ def defects_of(path: Path, *, contents: bool = False, of_training: bool = True) 
 
 
 def starting_point(folder: Path, resume: bool) -> tuple[Path | None, list[str]]:
-    """The checkpoint to continue from, or None to begin, and the defects of newer ones.
+    """The checkpoint to continue from, or None for a new run, and the defects of newer checkpoints.
 
     Raises:
-        ValueError: there are checkpoints and `resume` is off, or no whole one and it is on.
+        ValueError: there are checkpoints and `resume` is off, or there is no whole one and it is on.
     """
     present = checkpoints_in(folder)
     for path in present:
-        if not path.is_dir():  # the run would fail when it comes to this step
+        if not path.is_dir():  # the run would fail when it reaches this step
             raise ValueError(
                 f"train: {path} must be a folder, as a checkpoint is; remove it or choose another output_dir"
             )
@@ -120,20 +120,20 @@ def starting_point(folder: Path, resume: bool) -> tuple[Path | None, list[str]]:
 
 
 def _missing_for_continuation(path: Path) -> list[str]:
-    """State that a whole checkpoint lacks for a continuation: Trainer would begin without it and say nothing."""
+    """State for a continuation that a whole checkpoint lacks: Trainer would silently begin without it."""
     names = read_manifest(path)["files"]
     wanted = {"trainer_state.json": "the state of the run", "optimizer": "the state of the optimiser"}
     return [f"{state} is not in it" for prefix, state in wanted.items() if not any(n.startswith(prefix) for n in names)]
 
 
 def check_identity(checkpoint: Path, identity: Mapping[str, Mapping[str, Any]]) -> None:
-    """ValueError if `checkpoint` is of another run than this one; names every difference."""
+    """ValueError if `checkpoint` belongs to another run than this one; names every difference."""
     manifest = read_manifest(checkpoint)
     was, now = (
         {f"{part} {name}": value for part, values in run.items() for name, value in values.items()}
         for run in (manifest["run"], identity)
     )
-    if manifest["format"] == 1:  # it had no checksum of the data
+    if manifest["format"] == 1:  # that format had no checksum of the data
         now.pop("data content", None)
     different = [name for name in {**was, **now} if was.get(name) != now.get(name)]
     if different:
@@ -145,7 +145,7 @@ def check_identity(checkpoint: Path, identity: Mapping[str, Mapping[str, Any]]) 
 
 
 def install(partial: Path, target: Path) -> None:
-    """Give a folder that is written its final name, in place of an older one, and remove `.partial/`."""
+    """Give a finished folder its final name, replacing an older one, and remove `.partial/`."""
     files.replace_folder(partial, target)
     shutil.rmtree(partial.parent, ignore_errors=True)
 
@@ -153,13 +153,13 @@ def install(partial: Path, target: Path) -> None:
 def remove_old(folder: Path, *, step: int, keep: int, best: str | None) -> None:
     """Remove all but the newest `keep` whole checkpoints up to `step`, and never the one at `best`.
 
-    Damaged ones do not count and stay. Neither do later ones count: a resumed run passed over them, for they are
-    damaged.
+    Damaged checkpoints do not count and stay. Later ones do not count either: a resumed run skipped them, because they
+    are damaged.
     """
     whole = [path for path in checkpoints_in(folder) if step_of(path) <= step and not defects_of(path)]
     for path in whole[:-keep]:
         if best is None or path != Path(best):
-            # A checkpoint that is half removed must not have the name of one.
+            # A partly removed checkpoint must not have the name of a checkpoint.
             trash = folder / PARTIAL / path.name
             trash.parent.mkdir(exist_ok=True)
             os.rename(path, trash)

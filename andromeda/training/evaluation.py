@@ -1,4 +1,4 @@
-"""How well a model predicts some text: loss, perplexity, bits per byte."""
+"""Evaluation of a model on text: loss, perplexity, bits per byte."""
 
 import dataclasses
 import json
@@ -20,15 +20,15 @@ from andromeda.training.settings import LARGEST_COUNT, Bounds
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """How well a model predicts some text.
+    """The result of evaluating a model on text.
 
     Attributes:
         loss: mean negative log-likelihood in nats per token.
         perplexity: its exponential.
-        bits_per_byte: the same likelihood in bits per byte of text, which compares across tokenizers; None where the
-            bytes of a token are not known.
+        bits_per_byte: the same likelihood in bits per byte of text, which is comparable across tokenizers; None where
+            the bytes of a token are not known.
         tokens: number of predicted tokens.
-        bytes: bytes of text that they stand for, or None.
+        bytes: bytes of text in these tokens, or None.
         seconds: duration of the evaluation.
     """
 
@@ -57,8 +57,8 @@ def evaluate(
         dataset: rows as in `train`.
         tokenizer: gives the bytes of each token; only byte-level tokenizers have them.
         batch_size: rows per forward pass.
-        max_rows: the number of rows to look at, from the first on; None is all.
-        progress: show a bar on stderr if that is a terminal.
+        max_rows: evaluate only this number of first rows; None: all.
+        progress: show a bar on stderr if stderr is a terminal.
 
     Raises:
         ValueError: no token is predicted, or the tokenizer has more ids than the model.
@@ -109,7 +109,7 @@ def evaluate(
 
 
 def token_bytes(tokenizer: Tokenizer) -> torch.Tensor | None:
-    """Bytes of text of each token id, int64 (len(tokenizer),), special tokens 0; None unless it is byte-level.
+    """Bytes of text of each token id, int64 (len(tokenizer),), 0 for special tokens; None if it is not byte-level.
 
     A byte-level vocabulary writes one character per byte, so the length of an entry is the number of its bytes; tokens
     added later are written as themselves.

@@ -9,7 +9,7 @@ from andromeda import files
 
 
 class History:
-    """The file, open as long as the run. It begins with the entries that a checkpoint remembers."""
+    """The file, open during the run. It begins with the entries stored in a checkpoint."""
 
     _FIGURES = ("step", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second", "error")
 

@@ -1,6 +1,6 @@
 """The manifest of a checkpoint or a saved model: the checksum of each file, and the run that it belongs to.
 
-It is sealed: it holds a checksum of itself. Other small files of a run are sealed in the same way.
+The manifest is sealed: it holds a checksum of itself. Other small files of a run are sealed in the same way.
 """
 
 import json
@@ -21,7 +21,7 @@ def write_manifest(folder: Path, *, step: int, identity: Mapping[str, Any], inte
     """Write the checksums of all files in `folder`, and the state that a continuation needs.
 
     identity: settings, model and data of the run, see `check_identity`.
-    interval: `StepRecord.interval`, the sums for the next figure so far.
+    interval: `StepRecord.interval`, the sums so far for the next figure.
     """
     manifest = {
         "format": _FORMAT,
@@ -52,7 +52,7 @@ def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_sealed(path: Path, keys: Iterable[str] = ()) -> dict[str, Any]:
-    """A JSON object from a file; ValueError, with its name, if it is damaged. One without a checksum is taken as it is.
+    """A JSON object from a file; ValueError, naming it, if it is damaged. One without a checksum is not checked.
 
     keys: names that it must have.
     """

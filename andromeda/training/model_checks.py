@@ -1,4 +1,4 @@
-"""Checks of a model and its tokenizer before a training: among them, that they can be saved and loaded again."""
+"""Checks of a model and its tokenizer before training, for example that they can be saved and loaded again."""
 
 import collections
 import tempfile
@@ -16,7 +16,7 @@ Tokenizer: TypeAlias = AndromedaTokenizer | PreTrainedTokenizerBase
 
 
 def check_model(owner: str, model: object) -> None:
-    """TypeError, in the name of `owner`, unless `model` is one of ours."""
+    """TypeError, in the name of `owner`, unless `model` is one of this package."""
     if not isinstance(model, Andromeda | AndromedaForCausalLM):
         raise TypeError(
             f"{owner}: model must be an Andromeda or AndromedaForCausalLM, not wrapped in something else, got a "
@@ -43,7 +43,7 @@ def hf_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
 
 
 def check_saveable(model: AndromedaForCausalLM, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """ValueError if the model could not be saved after the training, or not be loaded again."""
+    """ValueError if the model could not be saved after training, or could not be loaded again."""
     owner = "train: the model must be one that can be saved and loaded again"
     model.check_saveable(owner)
     if ties := shared_parameters(model):
@@ -54,7 +54,7 @@ def check_saveable(model: AndromedaForCausalLM, tokenizer: PreTrainedTokenizerBa
 
 
 def shared_parameters(model: torch.nn.Module) -> list[list[str]]:
-    """Groups of names that stand for one and the same parameter."""
+    """Groups of names for the same parameter."""
     groups = collections.defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups[id(parameter)].append(name)
@@ -62,9 +62,9 @@ def shared_parameters(model: torch.nn.Module) -> list[list[str]]:
 
 
 def _check_ties(model: AndromedaForCausalLM, ties: list[list[str]], owner: str) -> None:
-    """Save and load a small model with the same ties: transformers decides by the names which of them it can keep."""
+    """Save and load a small model with the same ties: transformers decides by name which of them it can keep."""
     sizes = {"num_tokens": 8, "max_seq_len": 8, "dim": 16, "dim_head": 8}
-    with torch.random.fork_rng(devices=[]):  # drawing its weights must not move the random generator
+    with torch.random.fork_rng(devices=[]):  # drawing its weights must not advance the random generator
         small = AndromedaForCausalLM.from_andromeda(Andromeda(**{**model.config.to_arguments(), **sizes}))
     for first, *others in ties:
         for name in others:
@@ -74,6 +74,6 @@ def _check_ties(model: AndromedaForCausalLM, ties: list[list[str]], owner: str) 
         with tempfile.TemporaryDirectory() as folder:
             small.save_pretrained(folder)
             AndromedaForCausalLM.from_pretrained(folder)
-    except (RuntimeError, ValueError) as error:  # an OSError of the disk says nothing of the ties
+    except (RuntimeError, ValueError) as error:  # an OSError comes from the disk, not from the ties
         shared = "; ".join(" = ".join(names) for names in ties)
         raise ValueError(f"{owner}, got parameters that share one tensor ({shared}): {error}") from error

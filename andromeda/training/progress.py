@@ -26,7 +26,7 @@ from andromeda.training.rows import IGNORED_LABEL
 from andromeda.training.settings import TrainSettings
 
 # Dense bfloat16 peak of a device in TFLOP/s, without sparsity, from the vendors' data sheets; the first key found in
-# the device's name counts, so the more special name comes first.
+# the device's name counts, so more specific names come first.
 _PEAK_TFLOPS = {
     "H200": 989.4,
     "H100 PCIe": 756.0,
@@ -48,10 +48,10 @@ _PEAK_TFLOPS = {
 
 
 def training_flops_per_token(model: AndromedaForCausalLM, seqlen: int) -> int:
-    """Floating point operations of one token, forward and backward, without recomputation.
+    """Floating-point operations of one token, forward and backward, without recomputation.
 
-    6 per parameter that multiplies (a multiplication and an addition, three times; the token table only looks up) and,
-    for each layer, 6 * num_heads * head_dim * seqlen for the scores and the weighted sum under the causal mask.
+    6 for each parameter in a product (a multiplication and an addition, three times; the token table is only looked up)
+    and, for each layer, 6 * num_heads * head_dim * seqlen for the scores and the weighted sum under the causal mask.
     """
     config = model.config
     table = sum(parameter.numel() for parameter in model.get_input_embeddings().parameters())
@@ -71,7 +71,7 @@ def peak_flops(device: torch.device) -> float | None:
 class Pace:
     """Notices, once, that steps take three times as long as at the start."""
 
-    _WARM_UP, _STEPS, _FACTOR = 5, 20, 3.0  # steps that do not count, steps of a median, how much longer
+    _WARM_UP, _STEPS, _FACTOR = 5, 20, 3.0  # steps that do not count, steps of a median, ratio of durations
 
     def __init__(self) -> None:
         self.ignored = 0
@@ -117,7 +117,7 @@ class Progress(TrainerCallback):
         self.begin_tokens = 0
         self.tokens = 0  # of this call, over all processes
         self.seconds = 0.0  # of the steps of this call, without evaluations, samples and checkpoints
-        self.mark = 0.0  # when the step began: rows are loaded after it, evaluations and checkpoints made before it
+        self.mark = 0.0  # start of the step: rows are loaded after it, evaluations and checkpoints made before it
         self.taken = (0, 0.0)  # tokens and seconds at the last `take_rate`
         self.pace = Pace()
         self.flops_per_token: int | None = None
@@ -175,7 +175,7 @@ class Progress(TrainerCallback):
             self.bar.update()
             every = self.settings.sample_every
             if every and state.global_step % every == 0 and args.world_size == 1:
-                assert model is not None and self.tokenizer is not None  # `train` demands it for samples
+                assert model is not None and self.tokenizer is not None  # `train` requires it for samples
                 self._show_sample(model, self.tokenizer, state.global_step)
         self.mark = time.perf_counter()
 

@@ -1,4 +1,4 @@
-"""Rows of a data set: stacked into batches, checked before a training, and a fingerprint to know them again."""
+"""Rows of a data set: stacking into batches, checks before training, and a fingerprint that identifies them."""
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,16 +27,16 @@ def collate(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
 
 
 def check_rows(name: str, dataset: Rows, verify: bool) -> None:
-    """Refuse a data set that cannot be trained on or evaluated. name: of the argument, for messages.
+    """Refuse a data set that is unfit for training or evaluation. name: of the argument, for messages.
 
-    verify: ask the data set whether its files are as they were written, where it can tell.
+    verify: ask the data set, where it supports this, whether its files have changed since they were written.
 
     Raises:
         ValueError: a file has changed; a row lacks a column or is too short; no row has a token to predict.
     """
     if verify and callable(check := getattr(dataset, "verify", None)) and check() is False:
         say(f"train: {name} is of an older version and has no checksums: damage would not be noticed")
-    for index in range(len(dataset)):  # as a rule, the first row has a token to predict
+    for index in range(len(dataset)):  # usually the first row has a token to predict
         row = dataset[index]
         if missing := [column for column in ("input_ids", "labels") if column not in row]:
             raise ValueError(f"train: {name} must have rows with {', '.join(missing)}, got {', '.join(row)}")
@@ -52,7 +52,7 @@ def check_rows(name: str, dataset: Rows, verify: bool) -> None:
 
 
 def fingerprint(dataset: Rows) -> dict[str, int | str]:
-    """Enough of a data set to tell it from another one.
+    """Values that distinguish a data set from others.
 
     Its length, a hash of its first, middle and last row, and a checksum of all rows where the data set knows one
     (`content_checksum`, as `PackedDataset` does), or else a hash of up to 32 rows spread over it.

@@ -1,4 +1,4 @@
-"""Models in a folder, of `Andromeda.save` or of `save_pretrained`, and what a step of theirs costs."""
+"""Models in a folder, from `Andromeda.save` or `save_pretrained`, and the duration of a training step."""
 
 import contextlib
 import statistics
@@ -22,13 +22,13 @@ SavedModel: TypeAlias = AndromedaForCausalLM
 def load_saved_model(folder: Path, device: str | torch.device, dtype: torch.dtype) -> SavedModel:
     """The model in a folder, in evaluation mode. If the folder has a manifest, its files are compared with it first.
 
-    A model that holds weights that are not finite is loaded without a warning: see `nonfinite_parameters`.
+    A model with weights that are not finite is loaded without a warning: see `nonfinite_parameters`.
 
     Args:
         dtype: of the weights.
 
     Raises:
-        ValueError: files are damaged, or do not describe a model; names them.
+        ValueError: files are damaged, or do not describe a model; names the files.
     """
     check_saved_model(folder)
     with warnings.catch_warnings():
@@ -48,7 +48,7 @@ def load_saved_model(folder: Path, device: str | torch.device, dtype: torch.dtyp
 
 @contextlib.contextmanager
 def _transformers_quietly() -> Iterator[None]:
-    """Silence the progress bars and the advice of transformers: a command has its own messages."""
+    """Silence the progress bars and the advice of transformers, because commands have their own messages."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""How to train: the settings of a run, the bounds of each number, and the arguments that transformers gets."""
+"""The settings of a training run, the bounds of each number, and the arguments for transformers."""
 
 import dataclasses
 import math
@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-LARGEST_COUNT = 2**31 - 1  # no count is larger: some libraries below hold it in 32 bits
+LARGEST_COUNT = 2**31 - 1  # upper bound of every count: some libraries hold counts in 32 bits
 _LARGEST_FLOAT = sys.float_info.max
 
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """The interval in which a number must lie; NaN and infinity lie in none."""
+    """The interval in which a number must lie; NaN and infinity are always outside."""
 
     kind: type[int] | type[float]
     low: float
@@ -29,7 +29,7 @@ class Bounds:
         """`value` as an `int` or `float`.
 
         Raises:
-            TypeError: it is no number, or no whole number where only those make sense; bools are no numbers.
+            TypeError: it is not a number, or not a whole number where one is needed; bools are not numbers.
             ValueError: it is not finite or out of bounds.
         """
         result = self._convert(value)
@@ -43,7 +43,7 @@ class Bounds:
         return result
 
     def _convert(self, value: object) -> int | float | None:
-        """`value` as a number of this kind, None if it is no such number."""
+        """`value` as a number of this kind, or None if it is not one."""
         if isinstance(value, bool):
             return None
         if self.kind is int:
@@ -71,7 +71,7 @@ BOUNDS = {  # of every number in `TrainSettings`
     "adam_beta1": Bounds(float, 0, 1, open_high=True),
     "adam_beta2": Bounds(float, 0, 1, open_high=True),
     "max_grad_norm": Bounds(float, 0, _LARGEST_FLOAT),
-    "seed": Bounds(int, 0, 2**32 - 1),  # numpy takes no larger one
+    "seed": Bounds(int, 0, 2**32 - 1),  # numpy accepts no larger seed
 }
 
 # The result of a run does not depend on these: they may change when it is resumed.
@@ -90,23 +90,23 @@ NON_IDENTITY_FIELDS = (
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
-    """How to train. The defaults suit models of up to some hundred million parameters.
+    """The settings of a training run. The defaults suit models of up to a few hundred million parameters.
 
     Attributes:
         output_dir: folder of the checkpoints, of the model and of `history.jsonl`.
         steps: optimiser steps of the whole run.
         batch_size: rows per device and forward pass.
         gradient_accumulation: forward passes per optimiser step.
-        learning_rate: of AdamW, after `warmup_steps` linear steps (default: 1 step in 25); then a cosine down to
-            `min_learning_rate_ratio` times that.
+        learning_rate: peak rate of AdamW, reached after `warmup_steps` linear steps (default: 1 step in 25); a cosine
+            then lowers it to `min_learning_rate_ratio` times the peak.
         weight_decay: on the matrices of linear maps and embeddings; never on gains, scales and biases.
         adam_beta1, adam_beta2: of AdamW, in [0, 1).
         max_grad_norm: a larger gradient is scaled down to this norm; 0 never scales it.
         seed: of the order of the rows, below 2**32.
         bf16: autocast to bfloat16. Default: on a CUDA device that supports it, not on a CPU.
-        device: None for the best there is, or "cpu".
+        device: None for the best available device, or "cpu".
         log_every, save_every, eval_every, sample_every: steps between progress figures, checkpoints, evaluations and
-            sample texts; 0 is never (a checkpoint is saved after the last step in any case).
+            sample texts; 0 means never (but a checkpoint is always saved after the last step).
         keep: number of checkpoints that stay on the disk.
         sample_prompt: the text that the sample texts continue.
         num_workers: processes that load rows; 0 loads them in this one, which is fast enough for packed rows.
@@ -184,10 +184,10 @@ class TrainSettings:
         return self.device is None and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
 
     def training_arguments(self) -> TrainingArguments:
-        """The arguments of transformers that these settings stand for.
+        """The arguments of transformers for these settings.
 
         Raises:
-            ValueError: `trainer` repeats a setting that has a name here, or has a name that transformers does not know.
+            ValueError: `trainer` repeats a setting of this class, or has a name that transformers does not know.
         """
         arguments: dict[str, Any] = {
             "output_dir": self.output_dir,
@@ -206,7 +206,7 @@ class TrainSettings:
             "bf16": self._bf16(),
             "use_cpu": self.device == "cpu",
             "logging_steps": self.log_every,
-            "logging_nan_inf_filter": False,  # it replaces losses that are not finite by others
+            "logging_nan_inf_filter": False,  # the filter would replace losses that are not finite
             "save_strategy": "steps",
             "save_steps": self.save_every or self.steps,
             "eval_strategy": "steps" if self.eval_every else "no",
@@ -220,17 +220,17 @@ class TrainSettings:
             )
         if repeated := sorted(set(self.trainer) & (set(arguments) | {"save_total_limit"})):
             raise ValueError(f"TrainSettings: trainer must not repeat what has a name here, got {', '.join(repeated)}")
-        defaults: dict[str, Any] = {  # which `trainer` may change
+        defaults: dict[str, Any] = {  # `trainer` may change these
             "per_device_eval_batch_size": self.batch_size,
             "prediction_loss_only": True,
             "dataloader_drop_last": True,
             "dataloader_pin_memory": torch.cuda.is_available() and self.device is None,
             "dataloader_persistent_workers": self.num_workers > 0,
-            "remove_unused_columns": False,  # a column that the model does not know is an error, not dropped in silence
+            "remove_unused_columns": False,  # a column that the model does not know is an error, not silently dropped
             "include_num_input_tokens_seen": "all",
             "ddp_find_unused_parameters": False,
             "report_to": "none",
-            "disable_tqdm": True,  # the progress line is ours
+            "disable_tqdm": True,  # this package has its own progress line
         }
         return TrainingArguments(**arguments, **(defaults | self.trainer))
 

@@ -1,4 +1,4 @@
-"""Signals that end a run after the step under way."""
+"""Signals that end a run after the current step."""
 
 import os
 import signal
@@ -14,10 +14,10 @@ _Handler: TypeAlias = Callable[[int, FrameType | None], Any] | int | signal.Hand
 
 
 class StopSignals:
-    """While active, the first SIGINT or SIGTERM is noted in `received`; the second one acts as it always would.
+    """While active, records the first SIGINT or SIGTERM in `received`; the second one has its usual effect.
 
-    Only in the main thread, where Python lets handlers be set, and only for one process: several would have to agree on
-    the step after which they stop.
+    Only in the main thread, where Python allows handlers, and only for one process: several would have to agree on the
+    step after which they stop.
     """
 
     def __init__(self, active: bool) -> None:
@@ -35,7 +35,7 @@ class StopSignals:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self.process:  # a process that loads rows gets the Ctrl-C of its terminal, too
+        if os.getpid() != self.process:  # a process that loads rows also gets the Ctrl-C of its terminal
             return
         self.received = signal.Signals(number).name
         self._restore()
@@ -48,7 +48,7 @@ class StopSignals:
 
 
 class StopCallback(TrainerCallback):
-    """Ends the run with a checkpoint after the step in which a signal arrived; logs the last step of any run."""
+    """Ends the run with a checkpoint after the step in which a signal arrived; logs the last step of every run."""
 
     def __init__(self, stop: StopSignals) -> None:
         self.stop = stop

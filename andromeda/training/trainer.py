@@ -63,7 +63,7 @@ class TrainResult:
     """The outcome of a call of `train`.
 
     Attributes:
-        steps: optimiser steps of the run so far, those before a resume included.
+        steps: optimiser steps of the run so far, including those before a resume.
         loss: mean training loss over the last logged interval, in nats per token; None if there was none.
         tokens, seconds: tokens seen and time spent by this call.
         tokens_per_second: their ratio.
@@ -108,16 +108,16 @@ def train(
         eval_dataset: rows for `settings.eval_every`.
         tokenizer: saved into every checkpoint and needed for sample texts; `AndromedaTokenizer` or one of transformers.
         resume: continue from the newest whole checkpoint in `settings.output_dir`; it is an error if there is none.
-            Checkpoints whose files are not as they were written are passed over, with a message.
-        on_start: called once, in the process that writes, when nothing is left to check and the first step begins.
+            Checkpoints whose files have changed since they were written are skipped, with a message.
+        on_start: called once, in the process that writes, after all checks and before the first step.
 
     Raises:
         ValueError: the output folder already holds checkpoints and `resume` is off, or holds none and it is on; the
             settings or the data differ from those of the checkpoint; the tokenizer has more ids than the model; the
             model could not be saved and loaded again; no row has a token to predict.
         OSError: nothing can be written to the output folder.
-        FloatingPointError: a loss, a gradient norm or a weight is not finite; names the step. Nothing was saved after
-            the last good checkpoint, and nothing deleted.
+        FloatingPointError: a loss, a gradient norm or a weight is not finite; names the step. Nothing was saved or
+            deleted after the last good checkpoint.
     """
     check_model("train", model)
     check_vocabulary(model, tokenizer)
@@ -161,7 +161,7 @@ def train(
         )
         trainer.add_callback(Guard(trainer, on_start))
         trainer.add_callback(StopCallback(stop))
-        # Trainer adds one of these two by itself, depending on disable_tqdm.
+        # Trainer itself adds one of these two, depending on disable_tqdm.
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         if checkpoint is not None and step_of(checkpoint) >= settings.steps:
@@ -187,7 +187,7 @@ def train(
 
 
 def _take_token_ids(model: AndromedaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Note the tokenizer's special tokens in the model: `generate` of the saved model ends where they say."""
+    """Store the tokenizer's special tokens in the model: `generate` of the saved model then ends at its end token."""
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         for holder in (model.config, model.generation_config):
             setattr(holder, name, getattr(tokenizer, name))
@@ -196,7 +196,7 @@ def _take_token_ids(model: AndromedaForCausalLM, tokenizer: PreTrainedTokenizerB
 def _identity(
     settings: TrainSettings, model: AndromedaForCausalLM, dataset: Rows, processes: int
 ) -> dict[str, dict[str, Any]]:
-    """All that the result of a run depends on, as JSON gives it back: only a run of the same identity is resumed."""
+    """Everything that the result of a run depends on, after a JSON round trip: a resumed run must have the same."""
     identity = {
         "settings": settings.identity(),
         "model": model.config.to_arguments(),
@@ -204,7 +204,7 @@ def _identity(
         "processes": {"number": processes},
     }
     try:
-        return json.loads(json.dumps(identity))  # tuples become lists, as in a checkpoint
+        return json.loads(json.dumps(identity))  # turns tuples into lists, as in a checkpoint
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"TrainSettings: trainer must hold what JSON can hold, for the checkpoints: {error}"
@@ -239,7 +239,7 @@ def _result(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Let transformers and accelerate log errors only: their remarks at the start of every run are known."""
+    """Let transformers and accelerate log only errors: their remarks at the start of every run are noise."""
     loggers = [logging.getLogger(name) for name in ("transformers", "accelerate")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -256,10 +256,10 @@ def _quiet() -> Iterator[None]:
 
 
 class AndromedaTrainer(Trainer):
-    """Trainer with whole-or-absent checkpoints, weight decay by kind of parameter, and figures that are true.
+    """Trainer with atomic checkpoints, weight decay by kind of parameter, and correct figures.
 
-    Losses are kept in a `StepRecord` of our own: a loss that is not finite is not hidden, and a checkpoint carries the
-    part of an interval that lies before it, so that a resumed run logs the figures of an uninterrupted one.
+    A `StepRecord` holds the losses: it does not hide a loss that is not finite, and a checkpoint carries the part of an
+    interval that lies before it, so that a resumed run logs the figures of an uninterrupted one.
     """
 
     def __init__(
@@ -283,7 +283,7 @@ class AndromedaTrainer(Trainer):
         self.record = StepRecord(self.args.device, scaled=self.accelerator.scaler is not None)
         self.batch: dict[str, Any] | None = None  # the last one
         self.evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # losses and their number
-        self.writing = False  # a checkpoint, into `.partial/`
+        self.writing = False  # whether a checkpoint is being written into `.partial/`
         clip = self.accelerator.clip_grad_norm_
 
         def clip_and_note(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -315,7 +315,7 @@ class AndromedaTrainer(Trainer):
         super().log(logs, start_time)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        """Matrices of linear maps and embeddings: gains, residual and QK scales and biases do not decay."""
+        """Matrices of linear maps and embeddings; gains, residual and QK scales and biases do not decay."""
         kinds = (torch.nn.Linear, torch.nn.Embedding)
         return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, kinds)]
 
@@ -323,7 +323,7 @@ class AndromedaTrainer(Trainer):
         return self.flops_per_token * inputs["input_ids"].numel()
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        # dataloader_drop_last is meant for training: an evaluation looks at every row.
+        # dataloader_drop_last is meant for training: an evaluation uses every row.
         self.args.dataloader_drop_last, kept = False, self.args.dataloader_drop_last
         try:
             return super().get_eval_dataloader(eval_dataset)
@@ -342,7 +342,7 @@ class AndromedaTrainer(Trainer):
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         total, count = self.accelerator.reduce(self.evaluated, reduction="sum").tolist()
         assert output.metrics is not None
-        output.metrics[f"{metric_key_prefix}_loss"] = total / count  # `train` saw that there is something to predict
+        output.metrics[f"{metric_key_prefix}_loss"] = total / count  # `train` checked that there is a target
         return output
 
     def prediction_step(
@@ -352,7 +352,7 @@ class AndromedaTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, None, None]:
-        """Adds the losses of a batch and their number to `evaluated`; Trainer would average means of batches."""
+        """Add the losses of a batch and their number to `evaluated`; Trainer would average means of batches."""
         inputs = dict(self._prepare_inputs(inputs))
         inputs["labels"] = self._without_repeats(inputs["labels"])
         count = (inputs["labels"][:, 1:] != IGNORED_LABEL).sum()
@@ -362,7 +362,7 @@ class AndromedaTrainer(Trainer):
         return loss / (count + (count == 0)), None, None
 
     def _without_repeats(self, labels: torch.Tensor) -> torch.Tensor:
-        """Ignore the labels of repeated rows, which fill up the last batches where several processes share the data."""
+        """Ignore the labels of repeated rows, which pad the last batches when several processes share the data."""
         state = self.accelerator.gradient_state
         if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return labels
@@ -379,10 +379,10 @@ class AndromedaTrainer(Trainer):
             self._fail(round(step), f"step {step:.0f} had loss {loss:g} and gradient norm {norm:g}")
 
     def stop_unless_good(self, model: torch.nn.Module) -> None:
-        """End the run if the state that is to be saved now is useless: the last checkpoint is better.
+        """End the run if the state to be saved is useless, so that the last checkpoint is better.
 
-        The weights and the averages that the optimiser keeps must be finite, and so must be the loss that the weights
-        give, on the last batch: finite weights may be so large that nothing can be computed with them.
+        The weights and the averages that the optimiser keeps must be finite, and so must the loss of these weights on
+        the last batch: finite weights may be so large that their results overflow.
         """
         assert self.model is not None
         names = nonfinite_parameters(self.model)
@@ -422,9 +422,9 @@ class AndromedaTrainer(Trainer):
         raise FloatingPointError(error)
 
     def finish_without_a_step(self, checkpoint: Path) -> None:
-        """Complete a run that was killed after its last step; Trainer would make one step before it looks at the count.
+        """Complete a run that was killed after its last step; Trainer would make one step before it checks the count.
 
-        The weights become those of the checkpoint, the model is saved where it is missing, and leftovers are removed.
+        The weights of the checkpoint are loaded, the model is saved if it is missing, and leftovers are removed.
         """
         self._load_from_checkpoint(str(checkpoint))
         self.state.global_step = step_of(checkpoint)
@@ -435,7 +435,7 @@ class AndromedaTrainer(Trainer):
             self._remove_old()
 
     def save_whole_model(self) -> None:
-        """Save the model and its tokenizer in the output folder as `model/`: whole or absent, and never sharded."""
+        """Save the model and its tokenizer in the output folder as `model/`, atomically and never sharded."""
         partial = self.folder / PARTIAL / MODEL
         self.stop_unless_good(self.model_wrapped)
         if self.is_fsdp_enabled:
@@ -476,7 +476,7 @@ class AndromedaTrainer(Trainer):
     def _written_whole(self, name: str, kept: str) -> Iterator[None]:
         """Around a block that fills `.partial/`: an error removes its files, so that they do not fill the disk.
 
-        name: of the thing that is written, for the message. kept: says which checkpoint is still whole.
+        name: of the folder being written, for the message. kept: a clause about the checkpoint that is still whole.
         """
         partial = self.folder / PARTIAL
         if self.args.should_save:
@@ -497,11 +497,11 @@ class AndromedaTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        # A pickle of the arguments, which nothing reads: the manifest holds them as JSON.
+        # A pickle of the arguments, which nothing reads, because the manifest holds them as JSON.
         Path(output_dir or self.folder, "training_args.bin").unlink(missing_ok=True)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Trainer only warns of parameters that a checkpoint lacks, and would train the model with others."""
+        """Raise if a checkpoint lacks parameters: Trainer would only warn and train with other values."""
         assert self.model is not None
         tied = {name for names in shared_parameters(self.model) for name in names}
         missing = [name for name in load_result.missing_keys if name not in tied]
@@ -534,7 +534,7 @@ class Guard(TrainerCallback):
             raise FloatingPointError(f"train: {source} must have finite weights, got NaN or Inf in {first_few(names)}")
         if state.is_world_process_zero:
             for path in trainer.folder.iterdir():
-                if files.is_temporary(path.name) and path.is_file():  # a killed start was writing it
+                if files.is_temporary(path.name) and path.is_file():  # a killed run was writing it
                     path.unlink()
             if self.on_start is not None:
                 self.on_start()
