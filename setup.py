@@ -1,13 +1,13 @@
-"""Runs CMake. CMakeLists.txt holds sources, flags and default architectures; this file reads the choices of a user.
+"""Runs CMake. CMakeLists.txt holds sources, flags and default architectures; this file reads the user's choices.
 
-ANDROMEDA_CUDA=auto|0|1   build the CUDA kernels when an nvcc is found (default), never, or always: fail without one
-ANDROMEDA_PTXAS           the assembler of the CUDA kernels: a path, or "nvcc" for its own. Default: the newest of
-                          nvcc's own, the wheel nvidia-cuda-nvcc's, and an earlier build's
+ANDROMEDA_CUDA=auto|0|1   build the CUDA kernels if an nvcc is found (default), never, or always (fail without one)
+ANDROMEDA_PTXAS           the assembler of the CUDA kernels: a path, or "nvcc" for nvcc's own. Default: the newest of
+                          nvcc's own, that of the wheel nvidia-cuda-nvcc, and that of an earlier build
 ANDROMEDA_BUILD_TREE      folder for CMake's tree (default: build/cmake-<Python>)
 TORCH_CUDA_ARCH_LIST      "8.0;9.0+PTX"; or CMAKE_CUDA_ARCHITECTURES, CUDAARCHS in CMake's spelling
 MAX_JOBS                  compilers at a time
 
-The file is the build backend as well: that of setuptools, which also asks for that wheel where nvcc's ptxas is old.
+This file is also the build backend: that of setuptools, which also requires that wheel if nvcc's ptxas is old.
 """
 
 import fcntl
@@ -45,7 +45,7 @@ TESTED_PTXAS = (13, 5, 37)
 
 
 def find_nvcc(environ, toolkit="/usr/local/cuda"):
-    """The CUDA compiler, or None: there is none, or ANDROMEDA_CUDA=0."""
+    """The CUDA compiler; None if there is none or with ANDROMEDA_CUDA=0."""
     choice = environ.get("ANDROMEDA_CUDA") or "auto"
     if choice not in ("auto", "0", "1"):
         raise SystemExit(f"andromeda: ANDROMEDA_CUDA must be auto, 0 or 1, got {choice!r}")
@@ -97,10 +97,10 @@ def read_ptxas(path):
 
 
 def read_toolkit(nvcc, environ):
-    """The folder of an nvcc, even if `nvcc` is a script that calls it, and its `Ptxas`; None, None: it is no nvcc."""
+    """The folder of an nvcc, even if `nvcc` is a script that calls it, and its `Ptxas`; None, None if there is none."""
     facts = {}
     for host in filter(None, ("gcc", environ.get("CUDAHOSTCXX"), environ.get("CXX"), "c++", "clang++")):
-        # nvcc prints nothing without a compiler for the host's half; any will do here.
+        # nvcc prints nothing without a compiler for the host's half; any compiler works here.
         command = [nvcc, "--dryrun", "-ccbin", host, "-x", "cu", "-c", os.devnull]
         try:
             said = subprocess.run(command, capture_output=True, text=True).stderr
@@ -113,7 +113,7 @@ def read_toolkit(nvcc, environ):
 
 
 def available_ptxas(tree):
-    """The `Ptxas` of wheels in the building environment, and those that earlier builds have put into a CMake tree."""
+    """The `Ptxas` of wheels in the build environment, and those that earlier builds have put into a CMake tree."""
     package = importlib.util.find_spec("nvidia")
     places = [Path(place) for place in package.submodule_search_locations] if package else []
     paths = [path for place in places for path in place.glob("*/bin/ptxas")] + list(tree.glob("ptxas-*/bin/ptxas"))
@@ -123,8 +123,8 @@ def available_ptxas(tree):
 def choose_ptxas(environ, own, available):
     """The `Ptxas` that assembles the kernels: nvcc's own, or a newer one.
 
-    Never an older one, which would not understand the PTX that nvcc writes. One of another major version only when
-    asked for: drivers of nvcc's version do not load its code.
+    Never an older one, which would not understand the PTX that nvcc writes. One of another major version only on
+    request: drivers of nvcc's version do not load its code.
     """
     choice = environ.get("ANDROMEDA_PTXAS")
     if choice == "nvcc":
@@ -140,7 +140,7 @@ def choose_ptxas(environ, own, available):
 
 
 def describe_ptxas(chosen, own):
-    """A line that says which ptxas was chosen, and its known faults."""
+    """A line that names the chosen ptxas and its known faults."""
     line = f"andromeda: ptxas {chosen} assembles the CUDA kernels"
     line += ": nvcc's own" if chosen.version == own.version else f" (nvcc's own is {own}): {chosen.path}"
     if chosen.version[0] != own.version[0]:
@@ -155,11 +155,12 @@ def describe_ptxas(chosen, own):
 
 
 def nvcc_with(ptxas, nvcc_folder, tree):
-    """The path of an nvcc in `tree` that runs another ptxas, of which the tree keeps a copy.
+    """The path of an nvcc in `tree` that runs another ptxas, a copy of which stays in the tree.
 
-    nvcc finds its parts through nvcc.profile, and that file in the folder of the path by which nvcc was called. So this
-    nvcc is a link, in a folder of links to all other parts, with a changed nvcc.profile. The ptxas is copied, because
-    the wheel of an isolated build is gone afterwards, while tests and the next build compile in this tree.
+    nvcc finds its parts through nvcc.profile, and this file in the folder of the path by which nvcc was called. This
+    nvcc is therefore a link, in a folder of links to all other parts, with a changed nvcc.profile. The ptxas is
+    copied, because the wheel of an isolated build is gone afterwards, while tests and the next build compile in this
+    tree.
     """
     folder = tree / f"ptxas-{ptxas}" / "bin"
     copy = folder / "ptxas"
@@ -189,7 +190,7 @@ def cuda_compiler(environ, tree):
 
 
 def wheels_for_building(environ):
-    """Requirements of an isolated build besides pyproject.toml's: the tested ptxas, where nvcc's own is not sound."""
+    """Requirements of an isolated build besides pyproject.toml's: the tested ptxas, if nvcc's own is faulty."""
     nvcc = find_nvcc(environ)
     if nvcc is None or environ.get("ANDROMEDA_PTXAS") or platform.machine() not in ("x86_64", "aarch64"):
         return []
@@ -209,7 +210,7 @@ def get_requires_for_build_editable(config_settings=None):
 
 
 def cuda_architectures(environ):
-    """The architectures asked for, in CMake's spelling; "" leaves the choice to CMakeLists.txt."""
+    """The requested architectures, in CMake's spelling; "" leaves the choice to CMakeLists.txt."""
     if chosen := environ.get("CMAKE_CUDA_ARCHITECTURES"):
         return chosen
     if listed := environ.get("TORCH_CUDA_ARCH_LIST"):
@@ -226,7 +227,7 @@ def cuda_architectures(environ):
 
 
 def job_count(environ, cores, memory_gib):
-    """The number of compilers at a time: as asked for, else as many as cores and memory permit."""
+    """The number of compilers at a time: the requested one, else as many as cores and memory permit."""
     for name in ("MAX_JOBS", "CMAKE_BUILD_PARALLEL_LEVEL"):
         if value := environ.get(name):
             if not value.isdecimal() or int(value) == 0:
@@ -242,7 +243,7 @@ def machine():
 
 
 def program(package, folder):
-    """The path of cmake or ninja: of the installed build requirement, else of the system."""
+    """The path of cmake or ninja: from the installed build requirement, else from the system."""
     try:
         return os.path.join(getattr(importlib.import_module(package), folder), package)
     except ImportError:
@@ -262,7 +263,7 @@ class CMakeBuild(build_ext):
         jobs = job_count(os.environ, *machine())
         tree = build_tree(os.environ)
         cmake, ninja = program("cmake", "CMAKE_BIN_DIR"), program("ninja", "BIN_DIR")
-        # The tools of an isolated build lie in a temporary folder: their paths must be given every time.
+        # The tools of an isolated build are in a temporary folder, so their paths must be given every time.
         configure = [cmake, "-S", str(ROOT), "-B", str(tree), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"]
         configure += [f"-DANDROMEDA_VERSION={self.distribution.get_version()}"]
@@ -279,7 +280,7 @@ class CMakeBuild(build_ext):
             self.build(ext, tree, configure, nvcc, jobs)
 
     def build(self, ext, tree, configure, nvcc, jobs):
-        # CMake looks for compilers and Python once. A tree made for others, or left by an interruption, is made anew.
+        # CMake looks for compilers and Python once. A tree made for others, or left by an interruption, is made again.
         compilers = [os.environ.get(name, "") for name in ("CC", "CXX", "CXXFLAGS", "LDFLAGS", "CUDAHOSTCXX")]
         made_for = "\n".join([str(ROOT), sys.version, sys.base_prefix, nvcc or "no nvcc", *compilers])
         stamp = tree / "made_for.txt"
@@ -305,7 +306,7 @@ class CMakeBuild(build_ext):
             )
 
     def copy_file(self, infile, outfile, **options):
-        """Copies under a temporary name first: an interruption must not leave half a library."""
+        """Copy under a temporary name first: an interruption must not leave a partial library."""
         super().copy_file(infile, f"{outfile}.part", **options)
         os.replace(f"{outfile}.part", outfile)
         return outfile, True

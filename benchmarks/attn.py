@@ -1,4 +1,4 @@
-"""Attention with ALiBi on half of the heads: this library beside what torch and other packages offer.
+"""Attention with ALiBi on half of the heads: this library compared with torch and other packages.
 
     python benchmarks/attn.py [--device cpu|cuda] [--dtype float32 bfloat16] [--seqlen 2048 8192] [--keys 8192 131072]
                               [--pass forward backward decode] [--batch 1] [--heads 24] [--kv-heads 1] [--head-dim 128]
@@ -8,8 +8,8 @@
 All contenders get the same tensors, in one process, in interleaved rounds. Results are compared before anything is
 timed: some rows with plain torch in float32, all rows with each other. A contender that differs is left out and named;
 if it is this library, the exit code is 1. `ratio` is the baseline's time divided by the row's: above 1 is faster.
-`tflops` counts causal work that a backend may skip (benchmarks/cases.py); `effective_tflops` only the work inside the
-windows of the rows that use them.
+`tflops` counts the causal work, including work that a backend may skip (benchmarks/cases.py); `effective_tflops`
+counts only the work inside the windows of the rows that use them.
 
 Each section also times a matrix product and a copy, which show the limits of the machine. `of_matmul` is the row's
 tflops divided by those of torch's product of two matrices: on a CPU float32 and 2048 x 2048, whatever the dtype of the
@@ -35,7 +35,7 @@ import report
 import timing
 import torch
 
-DEFAULT_SHAPE = (1, 24, 1, 128, True)  # batch, heads, key heads, head_dim, causal: the shape that the bars are for
+DEFAULT_SHAPE = (1, 24, 1, 128, True)  # batch, heads, key heads, head_dim, causal: the shape of the bars
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -85,13 +85,13 @@ def contenders(case: cases.AttentionCase, args: argparse.Namespace) -> list[case
 
 def prepare(case: cases.AttentionCase, args: argparse.Namespace) -> tuple[dict[str, Callable[[], object]], list[str]]:
     """A function to time for each contender that can run the case; notes about those that cannot, or differ."""
-    torch.compiler.reset()  # of the programs of the case before
+    torch.compiler.reset()  # drops the programs of the previous case
     inputs = cases.AttentionInputs(case)
     judge = checks.Judge(inputs)
     functions: dict[str, Callable[[], object]] = {}
     notes: list[str] = []
     for contender in contenders(case, args):
-        with warnings.catch_warnings(record=True) as warned:  # torch tells the reasons of a refusal in warnings
+        with warnings.catch_warnings(record=True) as warned:  # torch gives the reasons for a refusal in warnings
             warnings.simplefilter("always")
             try:
                 forward = contender.build(inputs)
@@ -102,8 +102,8 @@ def prepare(case: cases.AttentionCase, args: argparse.Namespace) -> tuple[dict[s
                     function = functools.partial(torch.autograd.grad, out, leaves, inputs.dout, retain_graph=True)
                     function()
                 if case.device == "cuda":
-                    torch.cuda.synchronize()  # an error of the call ends here, not in the next contender
-            except Exception as error:  # whatever another package raises: its row is missing, the others are not
+                    torch.cuda.synchronize()  # an error of the call surfaces here, not in the next contender
+            except Exception as error:  # any error of another package: only its row is missing
                 reasons = [str(reason.message) for reason in warned]
                 notes.append(f"{contender.name} did not run {case}: {checks.describe(error, reasons)}")
                 continue
@@ -127,14 +127,14 @@ def yardsticks(case: cases.AttentionCase) -> dict[str, Callable[[], object]]:
 
 
 def run(case: cases.AttentionCase, args: argparse.Namespace, *, memory: bool = True) -> tuple[list[dict], list[str]]:
-    """Rows and notes. memory: also the peak of one more call of each, which takes a collection of garbage before it."""
+    """Rows and notes. memory: also measure the peak of one more call of each, after a garbage collection."""
     with torch.set_grad_enabled(case.step == "backward"):
         functions, notes = prepare(case, args)
         functions |= yardsticks(case)
         timings = timing.measure(functions, device=case.device, rounds=args.rounds, budget_s=args.budget)
         watched = functions.items() if memory else ()
         peaks = {name: timing.peak_memory_mb(function, case.device) for name, function in watched}
-    # Floating point operations and bytes of one call; everything that is not named here is attention.
+    # Floating-point operations and bytes of one call; every name that is missing here is attention.
     matmul = bars.matmul(case).name
     product, copied = 2.0 * bars.matmul(case).side ** 3, 2.0 * case.cache_elements * case.dtype.itemsize
     work = {matmul: (product, None), bars.COPY: (None, copied)}

@@ -1,11 +1,11 @@
-"""Attention at many shapes, for a first look at a GPU: this library, two kernels of torch, a product and a copy.
+"""Attention at many shapes, for a first overview of a GPU: this library, two kernels of torch, a product and a copy.
 
     python benchmarks/attn_grid.py [--device cpu|cuda] [--quick] [--resume] [--json F]
 
-Each line of `GRID` is a call of benchmarks/attn.py, the most important first. All run in one process, since starting
-one takes as long as measuring several cases, and the rows are written after every case. A case that fails is a
-note. A process that an error of the GPU has spoilt can do nothing more: it ends with exit code 75, and --resume goes on
-behind the line that failed, in a new process. --quick divides all lengths by 64.
+Each line of `GRID` is a call of benchmarks/attn.py, the most important first. All run in one process, since starting a
+process takes as long as measuring several cases, and the rows are written after every case. A case that fails becomes a
+note. After some errors a process cannot use the GPU any more: it ends with exit code 75, and --resume continues after
+the line that failed, in a new process. --quick divides all lengths by 64.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         rows, notes, done = earlier["rows"], earlier["notes"], earlier["lines"]
 
     def write(at_work_on: str | None = None) -> None:
-        """Write the file so that it would be true if the process ended now."""
+        """Write the file so that it is correct even if the process ends now."""
         if args.json:
             known = bars.of_device(args.device) if args.device == "cuda" else None
             extra = {"lines": done, "bars": bars.evaluate(rows, known) if known else []}
@@ -78,14 +78,14 @@ def main(argv: list[str] | None = None) -> None:
     for line in GRID:
         if line in done:
             continue
-        done.append(line)  # before it runs: a line that ends the process is not tried again
+        done.append(line)  # before it runs, so that a line that ends the process is not tried again
         request = arguments_of(line, args)
         for case in attn.all_cases(request):
             print(f"{case} ...", file=sys.stderr)
             write(at_work_on=str(case))
             try:
                 new_rows, new_notes = attn.run(case, request, memory=False)
-            except Exception as error:  # one case less; memory that is not there, or a GPU that an error has spoilt
+            except Exception as error:  # one case less: too little memory, or a GPU unusable after an error
                 new_rows, new_notes = [], [f"{checks.OURS} did not run {case}: {checks.describe(error, [])}"]
             rows += new_rows
             notes += new_notes
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
                 write(at_work_on=str(case))
                 sys.exit(SPOILT)
     write()
-    args.json = None  # it is written, with the lines
+    args.json = None  # the file is already written, with the lines
     report.finish(args, rows, device=args.device, title="Attention, many shapes", notes=notes)
     checks.exit_if_missing(notes)
 

@@ -1,10 +1,10 @@
-"""The speeds and the memory that the kernels are meant to reach, held against the rows of a run.
+"""Bars: targets for the speed and the memory of the kernels, compared with the rows of a run.
 
 A bar is met when the median of the rounds reaches it. All bars of attention are for the default shape of attn.py (one
-sequence, 24 heads, one key head, head_dim 128). `BARS` are those of a CPU. Both sides of a comparison were
-timed in the same rounds, except where float32 is compared with bfloat16: there both refer to the float32 matrix product
-of their own rounds, and the spread is the widest that the two allow. `HOPPER_BARS` are those of
-an H100 or H200, whose rates are known well enough to state some of them as numbers.
+sequence, 24 heads, one key head, head_dim 128). `BARS` are those of a CPU. Both sides of a comparison were timed in the
+same rounds, except where float32 is compared with bfloat16: there both refer to the float32 matrix product of their own
+rounds, and the spread is the widest that the two allow. `HOPPER_BARS` are those of an H100 or H200, whose rates are
+known well enough to state some of them as numbers.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ HOPPER_BARS = (
 
 
 def of_device(device: str) -> tuple[Bar, ...] | None:
-    """The bars of attention on the machine at hand; None when there are none for it."""
+    """The bars of attention on this machine; None if it has none."""
     if device == "cpu":
         return BARS
     return HOPPER_BARS if any(name in torch.cuda.get_device_name() for name in ("H100", "H200")) else None
@@ -102,12 +102,12 @@ class MatrixProduct:
 
 
 def matmul(case: cases.AttentionCase) -> MatrixProduct:
-    """The product to hold a case against. A GPU has units of their own for half precision and needs more to fill it."""
+    """The product to compare a case with. A GPU has separate units for half precision and needs more work."""
     return MatrixProduct(8192, case.dtype) if case.device == "cuda" else MatrixProduct(2048, torch.float32)
 
 
 def evaluate(rows: list[dict], bars: tuple[Bar, ...] = BARS) -> list[dict]:
-    """Every bar as a dict of report.BAR_COLUMNS: a line to print and an entry of the JSON file."""
+    """Each bar as a dict of report.BAR_COLUMNS: a line to print and an entry of the JSON file."""
     by_key = {(row["pass"], row["shape"], row["dtype"], row["backend"]): row for row in rows}
 
     def find(bar: Bar, dtype: str, backend: str) -> dict | None:

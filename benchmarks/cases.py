@@ -51,8 +51,8 @@ class AttentionCase:
 
     @property
     def flops(self) -> float:
-        """Two products forward, five backward, over the visible part of the score matrix; skipped tiles count as work
-        done, so that all backends are compared by the same number."""
+        """Two products forward, five backward, over the visible part of the score matrix. Skipped tiles count as work,
+        so that the number is the same for all backends."""
         products = 5 if self.step == "backward" else 2
         return 2.0 * products * self.batch * self.num_heads * self._pairs * self.head_dim
 
@@ -64,13 +64,13 @@ class AttentionCase:
 
     @property
     def slopes(self) -> list[float]:
-        """Of the kind that the model has by default (docs/model.md#5.4): 2^0 ... 2^-8; then no bias."""
+        """Slopes like the model's defaults (docs/model.md#5.4): 2^0 ... 2^-8, then no bias."""
         steep = [2.0 ** (-8 * head / self.alibi_heads) for head in range(1, self.alibi_heads + 1)]
         return steep + [0.0] * (self.num_heads - self.alibi_heads)
 
     @property
     def windows(self) -> list[int]:
-        """Per head: keys at this distance or farther hold less than 2^-24 of a row (docs/attention.md#windows)."""
+        """For each head, the distance from which on keys hold less than 2^-24 of a row (docs/attention.md#windows)."""
         reach = 2 * LOGIT_BOUND + 24 * math.log(2)
         return [math.ceil(reach / slope) + 1 if slope > 0 else self.seqlen for slope in self.slopes]
 
@@ -92,7 +92,7 @@ class AttentionCase:
         """Every operand and result once."""
         queries = self.batch * self.seqlen_q * self.num_heads * self.head_dim
         keys = self.batch * self.seqlen * self.num_kv_heads * self.head_dim
-        times = 4 if self.step == "backward" else 2  # q, out, k, v; backward: dq, dout, dk, dv too
+        times = 4 if self.step == "backward" else 2  # q, out, k, v; backward: also dq, dout, dk, dv
         return times * (queries + keys) * self.dtype.itemsize
 
     @property
@@ -128,7 +128,7 @@ class AttentionInputs:
         key = torch.arange(case.seqlen, dtype=torch.int32, device=case.device)[None, :]
         bias = torch.empty(
             (1, case.num_heads, case.seqlen_q, case.seqlen), dtype=case.dtype, device=case.device
-        )  # filled head by head: all of it in float32 would need twice the memory that it keeps
+        )  # filled head by head: all of it in float32 would need twice the final memory
         distance = (query - key).abs_()
         hidden = key > query if case.causal else None
         for head, slope in enumerate(self.slopes):
@@ -138,8 +138,8 @@ class AttentionInputs:
         return bias
 
     def exact_rows(self, count: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
-        """Up to `count` queries, spread over all, and the outputs of these, (batch, count, num_heads, head_dim), by
-        plain torch in float32: the judge of all kernels, at lengths at which the whole of it would not fit."""
+        """Up to `count` queries, spread over all, and their outputs (batch, count, num_heads, head_dim) by plain torch
+        in float32. They judge all kernels, even at lengths where the complete output would not fit in memory."""
         case = self.case
         rows = torch.linspace(0, case.seqlen_q - 1, min(count, case.seqlen_q), device=case.device).round().long()
         query = (rows + case.seqlen - case.seqlen_q)[:, None]
@@ -158,7 +158,7 @@ Forward = Callable[[], torch.Tensor]  # returns (batch, seqlen_q, num_heads, hea
 
 
 def andromeda(inputs: AttentionInputs, *, windows: bool) -> Forward:
-    """The compiled kernels of the device: without them the reference would run, under the same name."""
+    """The compiled kernels of the device, requested by name: otherwise the reference might run in their place."""
     case, bound = inputs.case, inputs.bound if windows else None
 
     def forward() -> torch.Tensor:
@@ -171,12 +171,12 @@ def andromeda(inputs: AttentionInputs, *, windows: bool) -> Forward:
 
 
 def sdpa(inputs: AttentionInputs, *, biased: bool, kernel: str | None = None) -> Forward:
-    """kernel: the one name of torch.nn.attention.SDPBackend that may run; None leaves the choice to torch."""
+    """kernel: the name in torch.nn.attention.SDPBackend of the only kernel allowed; None leaves the choice to torch."""
     case = inputs.case
     bias = inputs.bias() if biased else None
     causal = case.causal and not biased and case.step != "decode"
     groups = case.num_heads // case.num_kv_heads
-    # Of these kernels one wants as many key heads as heads: expanded, for a single key head without a copy.
+    # One of these kernels requires as many key heads as heads: they are expanded, a single key head without a copy.
     expanded = kernel == "EFFICIENT_ATTENTION"
 
     def forward() -> torch.Tensor:
@@ -193,7 +193,7 @@ def sdpa(inputs: AttentionInputs, *, biased: bool, kernel: str | None = None) ->
 
 
 def flex(inputs: AttentionInputs, *, windows: bool = False) -> Forward:
-    """windows: the block mask leaves out the keys that `logit_bound` permits this library to leave out."""
+    """windows: the block mask skips the keys that `logit_bound` permits this library to skip."""
     from torch.nn.attention.flex_attention import flex_attention
 
     case, slopes = inputs.case, inputs.slopes
@@ -205,8 +205,9 @@ def flex(inputs: AttentionInputs, *, windows: bool = False) -> Forward:
         return score - slopes[head] * (query + shift - key).abs()
 
     mask = block_mask(case, windows=windows)
-    # Programs for any length, which torch.compile makes after a second one, are slower, and the one for a single query
-    # is not valid C++ (torch 2.13). It gives up after eight programs: each case starts with torch.compiler.reset().
+    # torch.compile makes programs for arbitrary lengths after a second length. They are slower, and the one for a
+    # single query is not valid C++ (torch 2.13). It gives up after eight programs, so each case starts with
+    # torch.compiler.reset().
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def forward() -> torch.Tensor:
@@ -219,9 +220,9 @@ def flex(inputs: AttentionInputs, *, windows: bool = False) -> Forward:
 
 
 def block_mask(case: AttentionCase, *, windows: bool) -> BlockMask:
-    """FlexAttention's mask of a case. A head sees a range of distances, so that the corners of a block tell whether
-    one of its pairs is visible, and whether all are: `create_block_mask` looks at every pair of every head, for
-    which 24 heads of 8192 queries need tens of gigabytes."""
+    """FlexAttention's mask of a case. A head sees a range of distances, so the corners of a block show whether any or
+    all of its pairs are visible. `create_block_mask` would examine every pair of every head, which for 24 heads of
+    8192 queries needs tens of gigabytes."""
     from torch.nn.attention.flex_attention import BlockMask
 
     shift = case.seqlen - case.seqlen_q
@@ -250,7 +251,7 @@ def block_mask(case: AttentionCase, *, windows: bool) -> BlockMask:
     every = (nearest >= first_of) & (farthest < reach_of) & whole
 
     def ordered(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of (heads, query blocks, key blocks): how many blocks of a row there are, and their indices, those first."""
+        """From (heads, query blocks, key blocks): the number of set blocks in a row, and indices with these first."""
         number = blocks.sum(dim=-1, dtype=torch.int32)
         return number[None], blocks.int().argsort(dim=-1, descending=True, stable=True).int()[None]
 
@@ -261,13 +262,13 @@ def block_mask(case: AttentionCase, *, windows: bool) -> BlockMask:
 
 
 def flash_attn(inputs: AttentionInputs, *, module: str, biased: bool) -> Forward:
-    """The packages flash_attn (2), flash_attn_interface (3) and flash_attn.cute (4); of these, 2 alone has ALiBi."""
+    """The packages flash_attn (2), flash_attn_interface (3) and flash_attn.cute (4); only 2 has ALiBi."""
     function = importlib.import_module(module).flash_attn_func
     options = {"alibi_slopes": inputs.slopes} if biased else {}
 
     def forward() -> torch.Tensor:
         out = function(inputs.q, inputs.k, inputs.v, softmax_scale=LOGIT_SCALE, causal=inputs.case.causal, **options)
-        return out[0] if isinstance(out, tuple) else out  # later ones return the log-sum-exp as well
+        return out[0] if isinstance(out, tuple) else out  # later versions also return the log-sum-exp
 
     return forward
 
@@ -281,7 +282,7 @@ class Contender:
 
 
 def contenders(case: AttentionCase, *, compiled: bool = True) -> list[Contender]:
-    """Those that could run the case; without the ones that need a compiler unless `compiled`."""
+    """The contenders that could run the case; with `compiled`, also those that need a compiler."""
     found = [
         Contender("andromeda", lambda inputs: andromeda(inputs, windows=True), windowed=True),
         Contender("andromeda, no windows", lambda inputs: andromeda(inputs, windows=False)),
@@ -290,7 +291,7 @@ def contenders(case: AttentionCase, *, compiled: bool = True) -> list[Contender]
     ]
     if case.device == "cuda":
         found += _cuda_contenders()
-    # Last, because compiling takes longer than all else. On a CPU, FlexAttention is compiled for inference only.
+    # Last, because compiling takes longest. On a CPU, FlexAttention is compiled for inference only.
     if compiled and not (case.device == "cpu" and case.step == "backward"):
         found.append(Contender("flex_attention", flex))
         if case.device == "cuda":
@@ -322,8 +323,8 @@ def _cuda_contenders() -> list[Contender]:
 
 
 def _installed(module: str) -> bool:
-    """Whether a package is there; one that cannot be imported is a contender that fails, with its reason."""
+    """Whether a package is installed; if it cannot be imported, its contender fails and reports the reason."""
     try:
         return importlib.util.find_spec(module) is not None
-    except ImportError:  # of the package around it
+    except ImportError:  # of the parent package
         return True

@@ -1,4 +1,4 @@
-"""Which results are accepted before anything is timed, and how a contender that fails is reported."""
+"""The check of results before anything is timed, and reports about contenders that fail."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class Judge:
 
 
 def describe(error: Exception, warned: list[str]) -> str:
-    """One line: the first of the error, and those of the warnings before it without the places in torch's sources."""
+    """One line: the first line of the error, and the warnings before it without positions in torch's sources."""
     lines = [text.strip().partition("\n")[0].partition(" (Triggered internally")[0] for text in (str(error), *warned)]
     return f"{type(error).__name__}: {'; '.join(dict.fromkeys(filter(None, lines))) or 'no message'}"
 
 
 def is_spoilt(device: str) -> bool:
-    """Whether an earlier error keeps this process from using the GPU."""
+    """Whether an earlier error prevents this process from using the GPU."""
     if device == "cpu":
         return False
     try:
@@ -52,9 +52,9 @@ def is_spoilt(device: str) -> bool:
 
 
 def exit_if_missing(notes: list[str]) -> None:
-    """End with an error if a note is about this library: a peer may fail or differ, its own kernels must not.
+    """End with an error if a note is about this library: other packages may fail or differ, its own kernels must not.
 
-    To be called when everything is written.
+    Call it after everything is written.
     """
     if missing := [note for note in notes if note.startswith(OURS)]:
         sys.exit("\n".join(missing))

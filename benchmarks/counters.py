@@ -1,21 +1,21 @@
-"""Hardware counters of each kernel, from Nsight Compute: do the kernels spend their time where their code says they do?
+"""Hardware counters of each kernel, from Nsight Compute: do the kernels spend their time where their comments claim?
 
     python benchmarks/counters.py [--ncu PATH] [--json F]
-    python benchmarks/counters.py --without-ncu [--device cpu] [--quick]   # only the calls that ncu would watch
+    python benchmarks/counters.py --without-ncu [--device cpu] [--quick]   # only the calls that ncu would profile
 
-Each of `SUBJECTS` runs in a process of its own, so that a failure ends no other one, and its rows are written when it
-ends. First calls, which build things, are not watched. The columns, per launch:
+Each of `SUBJECTS` runs in its own process, so that a failure does not affect the others, and its rows are written when
+it ends. First calls, which build things, are not profiled. The columns, per launch:
 
     shared_per_tile   wavefronts of shared memory, 128 bytes and a clock each, per tile of the score matrix (TILES:
                       queries and keys)
     hmma_per_tile     tensor instructions of all warps, per tile
-    conflicts         of the wavefronts, the share that bank conflicts added
-    shared_share      of all clocks, those in which shared memory was busy
-    hmma_share        of all clocks, those that the tensor cores need for that many instructions
-    issued            instructions per clock of a multiprocessor, of at most 4
-    dram_of_least     bytes read from memory, by those of the operands
+    conflicts         share of the wavefronts caused by bank conflicts
+    shared_share      share of the clocks in which shared memory was busy
+    hmma_share        share of the clocks that the tensor cores need for their instructions
+    issued            instructions per clock of a multiprocessor, at most 4
+    dram_of_least     bytes read from memory, divided by the bytes of the operands
 
-Exit code 77: there is no ncu, or it may not read the counters; the last line says which.
+Exit code 77: there is no ncu, or it may not read the counters; the last line of output gives the reason.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ METRICS = (
 )  # fmt: skip
 
 TILES = {"attention_forward": (128, 64), "attention_backward_dq": (64, 64), "attention_backward_dkdv": (64, 64)}
-HMMA_CLOCKS = {8: 8, 9: 6}  # of an m16n8k16 on one of the four tensor cores, by the major compute capability
+HMMA_CLOCKS = {8: 8, 9: 6}  # clocks of an m16n8k16 on one of the four tensor cores, by major compute capability
 NOT_RUN = 77
 NOT_ALLOWED = ("ERR_NVGPUCTRPERM", "LibraryNotLoaded", "not supported", "Failed to initialize the profiler")
 
@@ -88,8 +88,8 @@ def attention_case(step: str, quick: bool) -> cases.AttentionCase:
     return cases.AttentionCase(step, seqlen // 64 if quick else seqlen, dtype=torch.bfloat16, device=device)
 
 
-# The shapes of benchmarks/qk_norm_rotary.py and token_shift_norm.py on a GPU, and the least that a pass reads: q and k,
-# or x and the residual, and in the backward pass the gradients of two results.
+# The shapes of benchmarks/qk_norm_rotary.py and token_shift_norm.py on a GPU, and the minimum that a pass reads: q and
+# k, or x and the residual, and in the backward pass the gradients of two results.
 TOKENS, HEADS, HEAD_DIM, ROTARY_DIM, DIM = 32768, 24, 128, 64, 2560
 ROTARY_SHAPE = f"b1 n{TOKENS} h{HEADS}/1 d{HEAD_DIM} r{ROTARY_DIM}"
 SHIFT_SHAPE = f"b1 n{TOKENS} dim{DIM} s1"
@@ -138,7 +138,7 @@ def tokens(args: argparse.Namespace) -> int:
 
 
 def pass_of(step: str, forward: Callable[[], tuple[torch.Tensor, ...]], leaves: tuple[torch.Tensor, ...]) -> Call:
-    """The forward pass, or only the backward pass of it."""
+    """The forward pass, or only its backward pass."""
     for leaf in leaves:
         leaf.requires_grad_(step == "backward")
     if step == "forward":
@@ -158,7 +158,7 @@ SUBJECTS = {
 
 
 def make_calls(subject: str, args: argparse.Namespace) -> None:
-    """Of each pass one call that is not watched, and one that is."""
+    """For each pass, make one call that is not profiled, and one that is."""
     build, steps = SUBJECTS[subject]
     for step in steps:
         call = build(step, args)
@@ -185,7 +185,7 @@ OTHER_NCU = "/opt/nvidia/nsight-compute/*/ncu"
 
 
 class Refused(Exception):
-    """ncu cannot read counters here, whatever it is asked."""
+    """ncu cannot read any counters here."""
 
 
 def profile(ncu: str, subject: str, folder: Path) -> tuple[list[dict[str, str]], list[str]]:
@@ -217,14 +217,14 @@ def profile(ncu: str, subject: str, folder: Path) -> tuple[list[dict[str, str]],
             notes.append(f"{subject}: watched from the start, the last launch of a kernel is the one that counts")
             only_between = []
         else:
-            last = [line for line in result.stderr.splitlines() if line.strip()][-1:]  # of the calls themselves
+            last = [line for line in result.stderr.splitlines() if line.strip()][-1:]  # from the calls themselves
             raise RuntimeError(f"ncu, exit code {result.returncode}: {' '.join(errors + last) or 'nothing watched'}")
     raise RuntimeError(f"ncu watched nothing in {attempt + 1} attempts")
 
 
 def read_csv(text: str) -> list[dict[str, str]]:
-    """The launches in the output of ncu: messages, then either a line per launch under two lines of names and units, or
-    (older, or of another page) a line per metric. Another header may follow."""
+    """The launches in the output of ncu. After messages, there is a line per launch under two lines of names and units,
+    or (older versions, or another page) a line per metric. Another header may follow."""
     launches: dict[str, dict[str, str]] = {}
     header: list[str] = []
     for fields in csv.reader(line for line in text.splitlines() if line.startswith('"')):

@@ -1,13 +1,13 @@
-"""Packing text into rows of token ids: tokens per second beside the tokenizer alone.
+"""Packing text into rows of token ids: tokens per second, compared with the tokenizer alone.
 
     python benchmarks/data.py [--megabytes 20] [--processes 1 2] [--rounds 7] [--quick] [--json F] [--plot F]
 
-The text is the source of Python's standard library, repeated or cut to the size asked for, one document per file, in
+The text is the source of Python's standard library, repeated or cut to the requested size, one document per file, in
 one jsonl file; the tokenizer is a byte-level BPE trained on it. "andromeda" rows time all of
 `DatasetBuilder.build_dataset`: reading the file, tokenising, packing, writing to the disk with fsync, opening.
-"tokenizers" rows time only `encode_batch_fast` on the same batches, already in memory, with as many processes, already
-started; `ratio` compares with them: the tokenizer's time divided by the row's, in the same round. One process is not
-one thread: the tokenizer uses all cores by itself.
+"tokenizers" rows time only `encode_batch_fast` on the same batches, already in memory, in the same number of processes,
+already started. `ratio` is the tokenizer's time divided by the row's, in the same round. One process is not one thread:
+the tokenizer uses all cores by itself.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from andromeda.data.builder import DatasetBuilder
 from andromeda.data.packed import PackedDataset
 from andromeda.data.tokenizer import AndromedaTokenizer
 
-# A process of the baseline with several: tokenises every n-th batch each time it reads a line.
+# One of the n processes of a baseline: tokenises every n-th batch each time it reads a line.
 TOKENIZE = """
 import json, sys
 from tokenizers import Tokenizer
@@ -69,7 +69,7 @@ def corpus(size: int) -> list[str]:
             continue
         try:
             text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:  # some test the reading of such files
+        except UnicodeDecodeError:  # some files test exactly this error
             continue
         if text.strip() and "\0" not in text:
             texts.append(text)
@@ -82,7 +82,7 @@ def corpus(size: int) -> list[str]:
 
 
 class TokenizerProcesses:
-    """Processes of the baseline; a call lets them tokenise all batches once."""
+    """Processes of the baseline; a call makes them tokenise all batches once."""
 
     def __init__(self, count: int, tokenizer_path: Path, batches_path: Path) -> None:
         self._processes = [
@@ -92,7 +92,7 @@ class TokenizerProcesses:
                 stdout=subprocess.PIPE,
                 text=True,
                 env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
-                start_new_session=True,  # as the workers of the builder: Linux shares a busy machine out by sessions
+                start_new_session=True,  # like the builder's workers: Linux divides a busy machine among sessions
             )
             for index in range(count)
         ]
@@ -113,7 +113,7 @@ class TokenizerProcesses:
 def build(
     source: Path, tokenizer: AndromedaTokenizer, cache: Path, args: argparse.Namespace, packing: str, count: int
 ) -> PackedDataset:
-    """The data set, built from nothing."""
+    """The data set, built from scratch."""
     shutil.rmtree(cache, ignore_errors=True)
     return DatasetBuilder(
         source, args.seq_len, count, tokenizer=tokenizer, packing=packing, cache_dir=cache, progress=False

@@ -2,8 +2,9 @@
 
     python benchmarks/decode.py [--device cpu|cuda] [--context 512 4096] [--quick] [--json F] [--plot F]
 
-One step with the cache beside one step without it. x-transformers has to do the latter when ALiBi, xPos and token shift
-are on, since its cache cannot serve them (docs/model.md#13.10). `ratio` is x-transformers' time divided by the row's.
+Compares a step with the cache and a step without it. x-transformers must run without a cache when ALiBi, xPos and token
+shift are on, since its cache does not support them (docs/model.md#13.10). `ratio` is x-transformers' time divided by
+the row's.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def run(context: int, args: argparse.Namespace) -> list[dict]:
         ours(tokens, cache=cache)
 
         def cached_step() -> torch.Tensor:
-            cache.keep_last(context - 1)  # every step attends to `context` keys, however many were timed before
+            cache.keep_last(context - 1)  # every step attends to `context` keys, whatever the number of earlier steps
             return ours(tokens[:, -1:], cache=cache)
 
         functions = {

@@ -1,7 +1,7 @@
 """The figure of scaling.py's results: time and memory over sequence lengths, as an SVG file without dependencies.
 
-Text and lines have colours that are legible on white and on black, since a page that shows the file may be either, and
-the background is transparent. The same data give the same bytes.
+Text and lines have colours that are legible on white and on black, since the background is transparent and a page that
+shows the file may be either. The same data give the same bytes.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ COLOURS = {
     "flex_attention, windows": ("FlexAttention, windows", "#1b9382"),
 }
 WIDTH, HEIGHT = 970, 396
-TOP, BOTTOM = 62, 340  # of both panels
+TOP, BOTTOM = 62, 340  # edges of both panels
 PANELS = ((66, 306), (540, 780))  # left and right edges; the names of curves are to the right
 FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
 
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """A logarithmic axis: values from `low` to `high` between two places of the picture."""
+    """A logarithmic axis: values from `low` to `high` between two positions in the picture."""
 
     low: float
     high: float
@@ -115,7 +115,7 @@ def panel(edges: tuple[float, float], data: dict, column: str, title: str) -> li
 
 
 def why_it_ends(name: str, notes: list[str]) -> str:
-    """In a few words, by the note of scaling.py; empty when there is none."""
+    """The reason in a few words, from the note of scaling.py; empty if there is none."""
     for note in notes:
         found = re.search(rf"(?:^|of ){re.escape(name)} ends before (\d+) tokens: (.*)", note)
         if found:
@@ -133,8 +133,8 @@ def ticks_around(low: float, high: float, step: int) -> list[float]:
 
 
 def names_of(ends: list[tuple[float, float, str, str, str]], right: float) -> list[str]:
-    """A curve that reaches the right edge has its name beside it, apart from other names; one that ends before has it
-    above and to the left of its end, where rising curves leave room, with the reason."""
+    """Names of the curves. A curve that reaches the right edge has its name next to it, apart from other names. A curve
+    that ends earlier has its name and the reason above and to the left of its end, where rising curves leave room."""
     parts = []
     lowest = math.inf
     for x, y, label, colour, reason in sorted(ends, key=lambda end: -end[1]):

@@ -18,7 +18,7 @@ import timing
 import torch
 
 BASELINE = "torch"
-AGREEMENT = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # of the norm of a result
+AGREEMENT = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # relative to the norm of a result
 Forward = Callable[[], tuple[torch.Tensor, ...]]
 
 
@@ -35,7 +35,7 @@ class Inputs(Protocol):
     douts: list[torch.Tensor]
 
     def contenders(self) -> dict[str, Forward]:
-        """This library's kernels as `checks.OURS`, plain torch as `BASELINE`; the others by their names."""
+        """This library's kernels as `checks.OURS`, plain torch as `BASELINE`, the others under their own names."""
         ...
 
 
@@ -80,7 +80,7 @@ def prepare(op: str, step: str, inputs: Inputs, args: argparse.Namespace) -> tup
                     torch.autograd.grad, forward(), inputs.leaves, inputs.douts, retain_graph=True
                 )
             results[name] = [result.detach().float() for result in function()]
-        except Exception as error:  # its row is missing, the others are not
+        except Exception as error:  # only its row is missing
             notes.append(f"{name} did not run {step} of {op}: {checks.describe(error, [])}")
             continue
         functions[name] = function
@@ -92,7 +92,7 @@ def prepare(op: str, step: str, inputs: Inputs, args: argparse.Namespace) -> tup
 
 
 def disagreement(found: list[torch.Tensor], expected: list[torch.Tensor], limit: float) -> str:
-    """How the results of a contender differ from those of plain torch; empty when they do not."""
+    """How the results of a contender differ from plain torch; empty if they do not."""
     for index, (result, other) in enumerate(zip(found, expected, strict=True)):
         difference = ((result - other).norm() / other.norm()).item()
         if not difference <= limit:

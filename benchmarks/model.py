@@ -1,19 +1,18 @@
-"""The model beside x-transformers with the same weights: forward pass and training step, time and memory.
+"""The model compared with x-transformers with the same weights: forward pass and training step, time and memory.
 
     python benchmarks/model.py [--device cpu|cuda] [--seqlen 4096] [--pass forward training generation] [--quick]
                                [--dtype float32|bfloat16] [--json F]
 
 Both models compute the same function; their outputs are compared before anything is timed. Every flag is at its
 default. The vocabulary is small (bytes): the output projection is the same matrix product on both sides and would only
-hide the rest (--num-tokens 50304 shows by how much). `ratio` is x-transformers' time divided by the row's. Where
-x-transformers is missing or fails, its row is.
+mask the other differences (--num-tokens 50304 shows by how much). `ratio` is x-transformers' time divided by the row's.
+If x-transformers is not installed or fails, its row is left out.
 
-On a GPU the model has the width of the constructor's defaults and a quarter of their depth, and runs under autocast to
-bfloat16, as training does there: the kernels take no float32. `mfu` is the model's own operations per second, without
+On a GPU the model has the default width and a quarter of the default depth, and runs under autocast to bfloat16, as
+training does there: the kernels do not support float32. `mfu` is the model's own operations per second, without
 recomputation and with half of the score matrix, divided by the dense bfloat16 peak of the vendor's data sheet
-(`peak_tflops`). `generation` continues a prompt of that many tokens by `--new-tokens`, one at a time with the cache;
-tokens per second include the prompt's time. Nothing is compared with it, since x-transformers has no cache for ALiBi
-with xPos.
+(`peak_tflops`). `generation` continues a prompt of --seqlen tokens by --new-tokens, one at a time with the cache; its
+tokens per second include the prompt's time. It has no baseline, since x-transformers has no cache for ALiBi with xPos.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ AGREEMENT = {"float32": 1e-4, "bfloat16": 0.1}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The device and the shape of the two models; how much is measured, shown and written."""
+    """Add the options for the device, the shape of the two models, the measurement and the output."""
     report.add_device_argument(parser)
     parser.add_argument("--dim", type=int)
     parser.add_argument("--depth", type=int)
@@ -51,7 +50,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def set_shape(args: argparse.Namespace, shape: dict[str, int]) -> None:
-    """Fill in the sizes that the command line leaves open."""
+    """Fill in the sizes that the command line does not set."""
     for name, value in shape.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -77,11 +76,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def build_pair(args: argparse.Namespace, seqlen: int) -> tuple[torch.nn.Module, torch.nn.Module | None]:
-    """Our model and x-transformers' wrapper of the same function (docs/model.md#14), with equal weights; None where it
-    is not installed."""
+    """Our model, and x-transformers' model of the same function (docs/model.md#14) with equal weights; None if that is
+    not installed."""
     alibi_heads = max(args.heads // 2, 1)
     torch.manual_seed(0)
-    with torch.device(args.device):  # a GPU draws the weights of a large model in no time
+    with torch.device(args.device):  # a GPU draws the weights of a large model quickly
         ours = andromeda.Andromeda(
             num_tokens=args.num_tokens, max_seq_len=seqlen, dim=args.dim, depth=args.depth, dim_head=args.dim_head,
             heads=args.heads, alibi_num_heads=alibi_heads,
@@ -129,7 +128,7 @@ def calls_of(step: str, seqlen: int, args: argparse.Namespace) -> tuple[torch.nn
 
 
 def rounded(call: Callable, args: argparse.Namespace) -> Callable:
-    """The call in the precision asked for. Each one enters autocast anew: it would else keep the rounded weights."""
+    """The call in the requested precision. Each call enters autocast again, which else keeps rounded weights."""
     if args.dtype == "float32":
         return call
 
@@ -146,7 +145,7 @@ def prepare(step: str, calls: Calls, args: argparse.Namespace) -> tuple[Calls, l
     for name, call in calls.items():
         try:
             result = call()
-        except Exception as error:  # whatever another package raises: its row is missing, ours is not
+        except Exception as error:  # any error of another package: only its row is missing
             notes.append(f"{name} did not run {step}: {checks.describe(error, [])}")
             continue
         if step == "forward":
@@ -192,8 +191,8 @@ def run(step: str, seqlen: int, args: argparse.Namespace) -> tuple[list[dict], l
 
 
 def flops_per_token(model: andromeda.Andromeda, seqlen: int) -> float:
-    """Of a forward pass: two per parameter that multiplies, which the token table does not, and per layer two products
-    with the half of the keys that a token sees."""
+    """Operations of a forward pass: two for each parameter in a product (not the token table), and for each layer two
+    products with the half of the keys that a token sees."""
     config = model.config
     parameters = sum(parameter.numel() for parameter in model.parameters()) - config.num_tokens * config.dim
     return 2.0 * (parameters + config.depth * config.heads * config.dim_head * seqlen)
@@ -203,7 +202,7 @@ def peak_tflops() -> float | None:
     """The vendor's figure for dense bfloat16; None for a GPU that is not known here."""
     try:
         from andromeda.training import peak_flops
-    except ImportError:  # of transformers, without which training is not possible, but all that is measured here
+    except ImportError:  # of transformers, which training needs, but no measurement here
         return None
     peak = peak_flops(torch.device("cuda"))
     return None if peak is None else peak / 1e12
@@ -222,7 +221,7 @@ def training_step(model: torch.nn.Module, loss_of: Callable) -> Callable[[], Non
 
 
 def comparison(step: str, seqlen: int, rows: list[dict]) -> list[str]:
-    """The sentence that says how our row compares; none without both rows."""
+    """A sentence that compares our row with the other; none without both rows."""
     by_name = {row["backend"]: row for row in rows}
     if not {checks.OURS, BASELINE} <= by_name.keys():
         return []

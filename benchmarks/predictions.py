@@ -1,11 +1,11 @@
-"""Expectations of the rows of a GPU, made before one was at hand: predictions.json beside the measurements.
+"""Compares the predictions in predictions.json, made before any measurement on a GPU, with measurements.
 
     python benchmarks/predictions.py FILE.json ...   # of benchmarks, or gpu.json of tests/gpu.sh
 
-A prediction names a row (op, pass, shape, dtype, backend), the GPUs it is for, one of the row's columns (`metric`), the
-range expected and the reason. `speedup` is no column: the time of the row `against` divided by the row's. `of_middle`
-is the measurement divided by the middle of the range. A measurement outside the range says that the reason is wrong
-somewhere: find out where before anything is tuned, and correct the entry.
+A prediction names a row (op, pass, shape, dtype, backend), its GPUs, one of the row's columns (`metric`), the expected
+range and the reason. `speedup` is not a column: it is the time of the row `against` divided by the row's. `of_middle`
+is the measurement divided by the middle of the range. A measurement outside the range shows an error in the reason:
+find it before any tuning, and correct the entry.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def load() -> list[dict]:
 
 
 def compare(rows: list[dict], gpu: str, known: list[dict] | None = None) -> list[dict]:
-    """One line of COLUMNS, and the reason, per prediction for the GPU of this name. Of several rows the last counts."""
+    """One line of COLUMNS, and the reason, for each prediction for this GPU. If several rows match, the last counts."""
     by_key = {tuple(row.get(name) for name in KEY): row for row in rows}
     lines = []
     for prediction in load() if known is None else known:
@@ -59,7 +59,7 @@ def figure(prediction: dict, by_key: dict[tuple, dict]) -> float | None:
     if prediction["metric"] != "speedup":
         return row.get(prediction["metric"])
     other = by_key.get(tuple({**prediction, "backend": prediction["against"]}[name] for name in KEY))
-    if other is None or other.get("measured_at") != row.get("measured_at"):  # of other rounds: clocks may differ
+    if other is None or other.get("measured_at") != row.get("measured_at"):  # from other rounds: clocks may differ
         return None
     return other["median_ms"] / row["median_ms"]
 

@@ -2,8 +2,9 @@
 
     python benchmarks/qk_norm_rotary.py [--device cpu|cuda] [--dtype bfloat16] [--seqlen 32768] [--quick] [--json F]
 
-Memory limits it: `of_copy` is the row's gbps divided by those of torch's `copy_` of as many bytes, in the same
-rounds. Forward reads and writes q and k once; backward reads them and the gradients of the results, and writes theirs.
+Memory bandwidth limits it: `of_copy` is the row's gbps divided by those of torch's `copy_` of as many bytes, in the
+same rounds. Forward reads and writes q and k once; backward reads them and the gradients of the results, and writes
+their gradients.
 """
 
 from __future__ import annotations

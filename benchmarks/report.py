@@ -1,16 +1,16 @@
-"""Tables, JSON and plots of benchmark rows, and all numbers in the documents, which are made from JSON alone.
+"""Tables, JSON and plots of benchmark rows, and all numbers in the documents, which are generated only from JSON.
 
     python benchmarks/report.py   # fills README.md and docs/benchmarks.md, and draws docs/scaling.svg
 
 A document has blocks between `<!-- results: ... -->` and `<!-- end -->`, whose contents are rewritten:
 
-    results: NAME columns...   the table of results/NAME.json, its notes, its bars and where it was measured
-    bars: NAME                 the bars of results/NAME.json alone
-    predictions: NAME          predictions beside what was measured
-    highlights                 the rows of HIGHLIGHTS: this library beside another, of the same rounds
+    results: NAME columns...   the table of results/NAME.json, its notes, its bars and its machine
+    bars: NAME                 only the bars of results/NAME.json
+    predictions: NAME          predictions and measurements
+    highlights                 the rows of HIGHLIGHTS: this library compared with another, in the same rounds
 
-NAME may be FILE:STEP:PART for a file of tests/gpu.sh; where FILE.json does not have the step, the newest FILE-*.json
-that has it is taken. Results of a tree that nobody can check out, whose commit has the mark "+changes", are refused.
+NAME may be FILE:STEP:PART for a file of tests/gpu.sh; if FILE.json does not have the step, the newest FILE-*.json with
+it is used. Results whose commit has the mark "+changes" come from a tree that nobody can check out and are refused.
 """
 
 from __future__ import annotations
@@ -67,10 +67,9 @@ def make_row(
 
     flops, bytes_moved, tokens: the work of one call; the row shows it per second.
     spreads: columns that are compared round by round; NAME becomes `NAME` (the median) and `NAME_range` (JSON only).
-    more: further columns as they are.
+    more: further columns, unchanged.
 
-    `measured_at` (JSON only) says when the rounds ran: other records of that time, of clocks for instance, belong to
-    them.
+    `measured_at` (JSON only) is the time of the rounds: other records of that time, such as clocks, belong to them.
     """
     seconds = measured.median_ms / 1e3
     row = {
@@ -100,7 +99,7 @@ def make_row(
 def commit() -> str:
     """The commit of this checkout, with a mark when tracked files other than results differ from it.
 
-    COMMIT in the environment is believed: a copy of a checkout may lack git's data.
+    COMMIT in the environment takes precedence, because a copy of a checkout may lack git's data.
     """
     if given := os.environ.get("COMMIT"):
         return given
@@ -156,7 +155,7 @@ def format_cell(value: object) -> str:
 
 
 def table(rows: list[dict], columns: tuple[str, ...] = COLUMNS) -> str:
-    """A table in Markdown that also reads well in a terminal. Columns in which no row has a value are left out."""
+    """A table in Markdown that also reads well in a terminal. Columns without any value are left out."""
     columns = tuple(c for c in columns if any(row.get(c) is not None for row in rows))
     cells = [list(columns)] + [[format_cell(row.get(c)) for c in columns] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
@@ -171,7 +170,7 @@ def table(rows: list[dict], columns: tuple[str, ...] = COLUMNS) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write to a temporary name, sync, rename: a reader sees the old file or the new one."""
+    """Write under a temporary name, sync and rename, so that a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -203,7 +202,7 @@ def write_plot(path: str | os.PathLike, rows: list[dict], title: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    # Products and copies do other work: beside a decode step of 2 ms a product of 50 ms hides everything.
+    # Products and copies do other work: next to a product of 50 ms, a decode step of 2 ms would be invisible.
     timed = [row for row in rows if row.get("median_ms") is not None and row["op"] not in ("matmul", "copy")]
     groups: dict[tuple[str, str, str], list[dict]] = {}
     for row in timed:
@@ -238,7 +237,7 @@ def write_plot(path: str | os.PathLike, rows: list[dict], title: str) -> None:
 
 
 def usable_device(name: str) -> str:
-    """The type of `--device`: a GPU must be there."""
+    """The type of `--device`: for cuda, there must be a GPU."""
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():
@@ -262,7 +261,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def save_unfinished(
     args: argparse.Namespace, rows: list[dict], *, device: str, notes: list[str], bars: list[dict] | None = None
 ) -> None:
-    """Write the rows so far to the file of `--json`: after every case, so that an end by force loses one case."""
+    """Write the rows so far to the file of `--json`, after every case, so that a killed process loses only one case."""
     if args.json:
         extra = {"bars": bars} if bars else {}
         write_json(args.json, rows, environment(device), notes, {"unfinished": True, **extra})
@@ -294,7 +293,7 @@ def finish(
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """One table's worth of a file of results."""
+    """The part of a results file that belongs to one table."""
 
     path: Path
     rows: list[dict]
@@ -314,12 +313,12 @@ class Results:
 
 
 def command_of(facts: dict) -> str:
-    """The command without the folder of its results, which may have been a temporary one."""
+    """The command without the folder of its results, which may have been temporary."""
     return re.sub(r"--json \S*?(\w+\.json)", r"--json \1", facts["command"])
 
 
 def read_results(name: str) -> Results:
-    """Of NAME.json, or of FILE:STEP:PART."""
+    """The results of NAME.json, or of FILE:STEP:PART."""
     file, *inside = name.split(":")
     if not inside:
         path = RESULTS / f"{file}.json"
@@ -329,13 +328,13 @@ def read_results(name: str) -> Results:
         step, part = inside
         path, whole = file_with(file, step, part)
         data = whole["measured"][step][part]
-        bars = []  # the whole file has them, for a block of their own
+        bars = []  # the whole file has the bars, for a block of their own
     check_commit(path, data["environment"])
     return Results(path, data["rows"], data.get("notes", []), bars, data["environment"])
 
 
 def file_with(file: str, step: str, part: str) -> tuple[Path, dict]:
-    """FILE.json, or the newest of the FILE-COMMIT.json, which has this part of a step of tests/gpu.sh."""
+    """FILE.json if it has this part of a step of tests/gpu.sh, otherwise the newest FILE-COMMIT.json that has it."""
     found = []
     for path in [RESULTS / f"{file}.json", *RESULTS.glob(f"{file}-*.json")]:
         data = json.loads(path.read_text())
@@ -360,17 +359,17 @@ def check_commit(path: Path, facts: dict) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Highlight:
-    """A row of this library beside one of another in the same rounds."""
+    """A row of this library and one of another in the same rounds."""
 
     what: str
     source: str  # as in a block
     step: str
     other: str  # the backend
-    name: str  # of the other, for readers
+    name: str  # of the other, as shown to readers
     dtype: str = "bfloat16"
 
     def rows(self, rows: list[dict]) -> tuple[dict, dict]:
-        """Ours and the other's."""
+        """Our row and the other."""
         found = {row["backend"]: row for row in rows if (row["pass"], row["dtype"]) == (self.step, self.dtype)}
         return found["andromeda"], found[self.other]
 
@@ -418,7 +417,7 @@ def format_time(ms: float) -> str:
 
 
 def results_block(name: str, *columns: str) -> str:
-    """The table of a file. Products of matrices and copies, to which shares refer, are no rows of it."""
+    """The table of a file. It leaves out the matrix products and copies to which shares refer."""
     results = read_results(name)
     rows = [row for row in results.rows if row.get("op") not in ("matmul", "copy")]
     paragraphs = [table(rows, columns or COLUMNS), *results.notes]
@@ -461,7 +460,7 @@ FIGURE = ROOT / "docs" / "scaling.svg"
 
 
 def filled(text: str) -> str:
-    """A document with the contents of its blocks made anew."""
+    """A document with the contents of its blocks generated again."""
 
     def fill(match: re.Match[str]) -> str:
         made = BLOCKS[match["kind"]](*(match["spec"] or "").split())
@@ -473,7 +472,7 @@ def filled(text: str) -> str:
 
 
 def scaling_figure() -> str:
-    """Of the GPU's results, or of a CPU's where there are none."""
+    """The figure of the GPU's results, or of a CPU's if there are none."""
     path = next(path for name in ("scaling", "scaling_cpu") if (path := RESULTS / f"{name}.json").exists())
     data = json.loads(path.read_text())
     check_commit(path, data["environment"])
@@ -481,9 +480,9 @@ def scaling_figure() -> str:
 
 
 def update_readme() -> None:
-    """Make the numbers of all documents, and the figure, from the JSON files."""
+    """Generate the numbers of all documents, and the figure, from the JSON files."""
     made = {path: filled(path.read_text()) for path in DOCUMENTS} | {FIGURE: scaling_figure()}
-    for path, text in made.items():  # only when all could be made
+    for path, text in made.items():  # only after all were generated
         write_text(path, text)
 
 

@@ -2,18 +2,18 @@
 
     python benchmarks/scaling.py [--device cpu|cuda] [--dtype float32] [--seqlen 1024 2048 4096] [--quick] [--json F]
 
-One pass is forward and backward of 24 heads over one key head, head_dim 128, causal. This library, with the bound on
+One pass is forward and backward with 24 heads over one key head, head_dim 128, causal. This library, with the bound on
 scores that QK norm gives, is compared with two others: `sdpa, bias tensor` is torch's scaled_dot_product_attention with
-the bias as a tensor, `flex_attention` computes the same bias in a compiled function, with the windows of this library
-in its block mask where the name says so. On a CPU FlexAttention has no backward pass and is left out.
+the bias as a tensor; `flex_attention` computes the same bias in a compiled function, and `flex_attention, windows` also
+has the windows of this library in its block mask. On a CPU FlexAttention has no backward pass and is left out.
 
-`peak_memory_mb` is the memory of the worst moment of a pass beyond q, k, v and the gradient of the result. It counts
-`held_mb`, the tensors that a contender needs for every pass of a length: the bias, the block mask.
+`peak_memory_mb` is the peak memory of a pass beyond q, k, v and the gradient of the result. It includes `held_mb`, the
+tensors that a contender keeps for all passes of a length: the bias, the block mask.
 
-Outputs are compared before anything is timed, and the contenders of a length take turns. A contender that runs out of
-memory, or would take longer than --limit seconds for a pass, is a note, and its curve ends there; from one length to
-the next both are taken to grow by the square. Compiled contenders take only the lengths of --compiled-seqlen, since
-each costs a compilation, and begin none after --compile-until seconds. The rows are written after each length.
+Outputs are compared before anything is timed, and the contenders of a length take turns. If a contender runs out of
+memory, or would take longer than --limit seconds for a pass, a note reports it and its curve ends; both quantities are
+assumed to grow quadratically with the length. Compiled contenders run only at the lengths of --compiled-seqlen, since
+each length needs a compilation, and start none after --compile-until seconds. The rows are written after each length.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ class Record:
             )
 
     def end(self, name: str, note: str) -> None:
-        """Of a curve: the contender is not asked for longer sequences. A note that begins with this library's name is
-        an error of the command."""
+        """End a curve: the contender gets no longer sequences. A note that begins with this library's name makes the
+        command fail."""
         self.notes.append(note)
         self.ended.append(name)
 
@@ -119,8 +119,8 @@ def contenders(case: cases.AttentionCase, args: argparse.Namespace) -> list[case
 
 
 def expected_trouble(case: cases.AttentionCase, last: dict | None, args: argparse.Namespace) -> str | None:
-    """Why a pass should not be tried, by the last row of the contender. A GPU refuses memory that it does not have; a
-    CPU's system may end the process instead."""
+    """Why a pass should not be tried, judging by the contender's last row. Without enough memory a GPU raises an error,
+    but the system of a CPU may kill the process."""
     if last is None:
         return None
     growth = (case.seqlen / last["seqlen"]) ** 2
@@ -139,7 +139,7 @@ def available_mb() -> float:
 
 
 class Pass:
-    """Forward and backward of one contender. An error of a call carries the contender's name."""
+    """Forward and backward pass of one contender. An error in a call carries the contender's name."""
 
     def __init__(self, contender: cases.Contender, inputs: cases.AttentionInputs) -> None:
         self.name, self.inputs = contender.name, inputs
@@ -156,7 +156,7 @@ class Pass:
 
 
 class PassError(Exception):
-    """A contender's name and one line about what happened."""
+    """A contender's name and one line about the error."""
 
 
 def measure(case: cases.AttentionCase, args: argparse.Namespace, record: Record) -> list[dict]:
@@ -172,7 +172,7 @@ def measure(case: cases.AttentionCase, args: argparse.Namespace, record: Record)
             name, reason = error.args
             record.end(name, f"{name} ends before {case.seqlen} tokens: {reason}.")
             del passes[name]
-        except RuntimeError as error:  # of a kernel, seen only after the call
+        except RuntimeError as error:  # an error of a kernel, which appears only after the call
             record.notes.append(f"{case.shape} was not timed: {checks.describe(error, [])}.")
             return []
         release(case.device)
@@ -200,7 +200,7 @@ def measure(case: cases.AttentionCase, args: argparse.Namespace, record: Record)
 def prepare(
     case: cases.AttentionCase, inputs: cases.AttentionInputs, args: argparse.Namespace, record: Record
 ) -> tuple[dict[str, Pass], dict[str, float | None]]:
-    """The passes that run and agree, and the peak of each, by contender."""
+    """The passes that run and agree, and the peak memory of each, by contender."""
     judge = checks.Judge(inputs)
     passes: dict[str, Pass] = {}
     peaks: dict[str, float | None] = {}
@@ -223,19 +223,19 @@ def prepare(
                 passes[name] = candidate
         except PassError as error:
             objection = error.args[1]
-        except Exception as error:  # out of memory for the tensors it holds, or whatever another package raises
+        except Exception as error:  # out of memory for the tensors it holds, or any error of another package
             objection = checks.describe(error, [])
         if objection:
             record.end(name, f"{name} ends before {case.seqlen} tokens: {objection}.")
         candidate = None
-        if checks.is_spoilt(case.device):  # by this contender: the others must not be blamed for it
+        if checks.is_spoilt(case.device):  # by this contender: the others must not be blamed
             return {}, {}
         release(case.device)
     return passes, peaks
 
 
 def release(device: str) -> None:
-    """Give memory back that nothing refers to: the next contender may need all there is."""
+    """Release unreferenced memory: the next contender may need all memory."""
     gc.collect()
     if device == "cuda" and not checks.is_spoilt(device):
         torch.cuda.empty_cache()

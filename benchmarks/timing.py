@@ -1,5 +1,5 @@
 """Times and memory of several functions in one process: one after the other in every round, so that a slow moment of
-the machine hits all of them. The order rotates from round to round, so that none always follows the same other one."""
+the machine affects all of them. The order rotates between rounds, so that none always follows the same other one."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ import torch
 Built = TypeVar("Built")
 
 L2_FLUSH_BYTES = 256 << 20  # larger than any second-level cache of a GPU
-MIN_SAMPLE_MS = 20.0  # a call of 1 ms alone would time the caches that the function before it left behind
-MAX_GPU_CALLS = 20  # of a sample: a GPU's caches are flushed before each call, so that many calls are no truer than few
-# A GPU that waits for the host would count the host's time: Python needs tens of microseconds for a kernel of ten, and
-# hundreds for a backward pass, which another thread of torch queues. So the GPU is kept busy, for about a millisecond,
-# while the host queues the call and both events.
+MIN_SAMPLE_MS = 20.0  # a single call of 1 ms would measure the caches that the previous function left
+MAX_GPU_CALLS = 20  # of a sample: the caches are flushed before each call, so more calls are not more accurate
+# If the GPU waited for the host, the host's time would count: Python needs tens of microseconds to launch a kernel of
+# ten, and hundreds for a backward pass, which another thread of torch queues. The GPU is therefore kept busy for about
+# a millisecond while the host queues the call and both events.
 HEAD_START_CYCLES = 2_000_000
 WARM_UP_MS = 1000.0
 
@@ -69,7 +69,7 @@ def _time_once(function: Callable[[], object], device: str, flush: torch.Tensor 
 
 
 def _warm_up(function: Callable[[], object], device: str, flush: torch.Tensor | None) -> int:
-    """How many calls make one sample. The first call may build things, so the second decides unless calls are slow."""
+    """The number of calls in a sample. The first call may build things, so the second decides unless calls are slow."""
     elapsed = _time_once(function, device, flush)
     if elapsed < WARM_UP_MS:
         elapsed = min(elapsed, _time_once(function, device, flush))
@@ -78,8 +78,8 @@ def _warm_up(function: Callable[[], object], device: str, flush: torch.Tensor | 
 
 
 def _sample(function: Callable[[], object], calls: int, device: str, flush: torch.Tensor | None) -> float:
-    """Mean milliseconds of `calls` calls in a row."""
-    if device == "cuda":  # the events leave out the flush before each call
+    """Mean milliseconds of `calls` consecutive calls."""
+    if device == "cuda":  # the events exclude the flush before each call
         return statistics.fmean(_time_once(function, device, flush) for _ in range(calls))
     begin = time.perf_counter()
     for _ in range(calls):
@@ -93,9 +93,9 @@ def measure(
     """Times of each function; sample number i of all of them comes from the same round.
 
     One or two warm-up calls each, then rounds until there are `rounds` samples or the budget is spent (at least two
-    rounds). A sample is the mean of as many calls as take about 20 ms (on a GPU 20 at most), one call when it takes
-    longer; the number is fixed after the warm-up. Something slow to build (torch.compile) should have been called
-    before.
+    rounds). A sample is the mean of as many calls as take about 20 ms (on a GPU at most 20 calls), or of one longer
+    call; the number is fixed after the warm-up. A function that is slow to build (torch.compile) should have been
+    called before.
     """
     flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
     calls = {name: _warm_up(function, device, flush) for name, function in functions.items()}
@@ -113,20 +113,20 @@ def measure(
 
 
 def measure_once(function: Callable[[], object], device: str) -> tuple[Timing, float | None]:
-    """Time and peak memory (see `peak_memory_mb`) of one single call, for calls that take minutes."""
+    """Time and peak memory (see `peak_memory_mb`) of a single call, for calls that take minutes."""
     samples: list[float] = []
     peak = peak_memory_mb(lambda: samples.append(_time_once(function, device, None)), device)
     return Timing(samples), peak
 
 
 def paired_ratio(numerator: Timing, denominator: Timing, scale: float = 1.0) -> tuple[float, float, float]:
-    """Median, smallest and largest of `scale` x the ratio of two functions over the rounds they ran in together."""
+    """Median, smallest and largest of `scale` x the ratio of two functions over their common rounds."""
     ratios = [scale * a / b for a, b in zip(numerator.samples_ms, denominator.samples_ms, strict=True)]
     return statistics.median(ratios), min(ratios), max(ratios)
 
 
 def peak_memory_mb(function: Callable[[], object], device: str) -> float | None:
-    """MiB in use at the worst moment of one call, less those in use before it; None where that is not known."""
+    """The peak memory of one call in MiB, minus the memory in use before it; None if unknown."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -137,10 +137,10 @@ def peak_memory_mb(function: Callable[[], object], device: str) -> float | None:
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     if not sys.platform.startswith("linux"):
         return None
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator keeps would hide a peak below it
+    ctypes.CDLL(None).malloc_trim(0)  # memory that the allocator keeps after a free would hide a lower peak
     try:
         with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # sets the high-water mark back to what is resident now
+            file.write("5")  # resets the high-water mark to the memory that is resident now
     except OSError:
         return None
     before = _status_mb("VmRSS")
@@ -149,7 +149,7 @@ def peak_memory_mb(function: Callable[[], object], device: str) -> float | None:
 
 
 def held_memory_mb(build: Callable[[], Built], device: str) -> tuple[Built, float | None]:
-    """The result of `build`, and the MiB that stay in use for it; None where that is not known."""
+    """The result of `build`, and the MiB that it keeps in use; None if unknown."""
     gc.collect()
     if device == "cuda":
         before = torch.cuda.memory_allocated()

@@ -2,9 +2,9 @@
 
     python benchmarks/token_shift_norm.py [--device cpu|cuda] [--dtype bfloat16] [--seqlen 32768] [--quick] [--json F]
 
-Memory limits it: `of_copy` is the row's gbps divided by those of torch's `copy_` of as many bytes, in the same
-rounds. Forward reads x and the residual and writes y and its token shift; backward reads x, the residual and the
-gradients of both results, and writes the gradients of x and the residual. The vectors are small beside them.
+Memory bandwidth limits it: `of_copy` is the row's gbps divided by those of torch's `copy_` of as many bytes, in the
+same rounds. Forward reads x and the residual and writes y and its token shift; backward reads x, the residual and the
+gradients of both results, and writes the gradients of x and the residual. The vectors are small in comparison.
 """
 
 from __future__ import annotations
