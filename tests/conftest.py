@@ -1,4 +1,4 @@
-"""Shared settings. `--device cuda` tests on a GPU; `--hypothesis-profile nightly` (or `exhaustive`) tries more."""
+"""Shared settings. `--device cuda` tests on a GPU; `--hypothesis-profile nightly` (or `exhaustive`) tests more."""
 
 import os
 from collections import Counter
@@ -50,14 +50,14 @@ def _seed():
 
 @pytest.fixture
 def nan_filled():
-    """An output that is not written fails its test."""
+    """Makes a test fail if an output is not written."""
     with numerics.nan_filled():
         yield
 
 
 @pytest.fixture
 def tensors_for(backend, device):
-    """tensors_for(case, dtype, seed): the tensors of a case; skips, with reasons, if the backend cannot run them."""
+    """tensors_for(case, dtype, seed): the tensors of a case; skips, with the reasons, if the backend cannot run it."""
 
     def make(case, dtype=torch.float32, seed=0):
         tensors = case.tensors(dtype, device, seed)
@@ -69,7 +69,7 @@ def tensors_for(backend, device):
 
 @pytest.fixture
 def num_threads():
-    """Sets the number of threads, until the test ends."""
+    """Sets the number of threads until the test ends."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -88,7 +88,7 @@ def emulated(request, monkeypatch):
     """The `Emulator` on which backend="cuda" runs in this test, with CPU tensors.
 
     Operator, binding and launcher are the real ones, and every call must be clean. Change `emulated.settings` between
-    calls, or give them: `parametrize("emulated", [{"schedule": "random", "seed": 7}], indirect=True)`.
+    calls, or pass them: `parametrize("emulated", [{"schedule": "random", "seed": 7}], indirect=True)`.
     """
     emulator = Emulator(**getattr(request, "param", {}))
     monkeypatch.setattr(_select, "extension", EmulatedExtension(emulator))
@@ -96,7 +96,7 @@ def emulated(request, monkeypatch):
     # A kernel that does not leave its semaphores zero must not disturb other tests.
     monkeypatch.setattr(_persistent, "taken_semaphores", {})
     monkeypatch.setattr(_persistent, "free_semaphores", {})
-    # Tables of exactly the rows that a call needs: any other row is outside of the buffer.
+    # Tables of exactly the rows that a call needs, so that any other row is outside the buffer.
     monkeypatch.setattr(_rotary, "window", lambda first, end: (first, end))
     monkeypatch.setattr(_select, "DEVICE_TYPES", {"cuda": "cpu", "triton": "no device", "cpu": "no device"})
     return emulator
@@ -108,7 +108,7 @@ left_out = {}  # backend -> operation -> reasons
 def pytest_generate_tests(metafunc):
     """`backend`: in tests/test_<operation>.py, each backend that runs the operation on the device under test.
 
-    A test asks the operation's `unsupported` about its own call and skips with the reasons.
+    A test passes its own call to the operation's `unsupported` and skips with the reasons.
     """
     if "backend" in metafunc.fixturenames:
         operation = metafunc.module.__name__.removeprefix("test_")
@@ -137,7 +137,7 @@ class DiskLog:
         self.events = []  # ("sync", path) or ("rename", path, new path)
 
     def assert_durable(self, target):
-        """`target` and all in it were synced before `target` got its name, and the folder above it afterwards."""
+        """Check that `target` and its content were synced before `target` got its name, and its folder afterwards."""
         last = max(i for i, event in enumerate(self.events) if event[0] == "rename" and event[2] == target)
         new = self.events[last][1]
         below = [path.relative_to(target) for path in target.rglob("*")] if target.is_dir() else []

@@ -35,7 +35,7 @@ def load(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
     """The description and the tensors of a case."""
     description = json.loads((CASES[name] / f"{name}.json").read_text())
     tensors = load_file(CASES[name] / f"{name}.safetensors")
-    # Where the oracle's cache cannot serve, decoding must give the rows of the whole pass.
+    # Where the oracle's cache does not work, decoding must give the rows of the whole pass.
     tensors.setdefault("decode/logits", tensors["logits_f64"][:, description["decode"]["prefill"] :])
     return description, tensors
 

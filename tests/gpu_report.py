@@ -1,4 +1,4 @@
-"""gpu.json: the results of tests/gpu.sh, written anew after every step, and during a step after every benchmark case.
+"""gpu.json: the results of tests/gpu.sh, rewritten after every step, and during a step after every benchmark case.
 
     gpu_report.py facts                                   # the GPU and the installed packages, as JSON
     gpu_report.py begin STEP...                           # at the start of a call of gpu.sh
@@ -9,10 +9,10 @@
 
 As a plugin of pytest (`-p gpu_report`) it counts the tests while they run. Folders come from the environment: OUT,
 which holds gpu.json; SCRATCH, where a step leaves NAME.json files in parts/STEP; and KEEP, for a copy of gpu.json that
-outlives OUT. Files of steps are not trusted: one that is no JSON, or has another form, is named and left out.
+outlives OUT. Files of steps are not trusted: one that is not JSON, or has another form, is named and left out.
 
     environment   the machine, the versions, the commit and a digest of the library's sources
-    this_call     the steps asked for, and their results
+    this_call     the requested steps, and their results
     steps         STEP, of this call or an earlier one: result, seconds, limit, commit, and the clocks while it ran
                   (median, lowest, highest; null where `no_clocks` says why)
     measured      STEP: NAME: rows and notes of a benchmark, counts of tests, libraries
@@ -47,7 +47,7 @@ import report  # noqa: E402
 PACKAGES = ("torch", "triton", "transformers", "pytest", "hypothesis", "pybind11", "cmake", "ninja", "flash-attn")
 SOURCES = ("andromeda/**/*.py", "csrc/**/*", "CMakeLists.txt", "setup.py")  # of the results
 REHEARSED = "rehearsed: no GPU, tests only collected"
-NOT_RUN = 77  # exit code of a step that cannot run here; the last line of its log says why
+NOT_RUN = 77  # exit code of a step that cannot run here; the last line of its log has the reason
 SAME = ("sources", "gpu")  # must be equal for a later call to continue an earlier one
 CLOCKS = ("sm_mhz", "memory_mhz", "power_w", "celsius")
 CLOCK_QUERY = "clocks.sm,clocks.mem,power.draw,temperature.gpu"
@@ -92,7 +92,7 @@ def load() -> dict:
 
 
 def save(data: dict) -> None:
-    """Writes gpu.json to OUT, then its copy to KEEP."""
+    """Write gpu.json to OUT, then its copy to KEEP."""
     text = json.dumps(strict(data), indent=1, allow_nan=False) + "\n"
     for path in (out_file(), kept_file()):
         report.write_text(path, text)
@@ -144,8 +144,8 @@ def output_of(*words: str) -> str | None:
 
 
 def begin(steps: list[str]) -> None:
-    """Continue the gpu.json of an earlier call if it is of these sources and this GPU; else keep it under another name
-    and start anew."""
+    """Continue the gpu.json of an earlier call if it has the same sources and GPU; otherwise keep it under another name
+    and start a new one."""
     for stale in Path(os.environ["OUT"]).glob(".gpu.json.*"):  # of an interrupted write
         stale.unlink()
     machine = json.loads((Path(os.environ["SCRATCH"]) / "facts.json").read_text())
@@ -194,7 +194,7 @@ def read_part(path: Path) -> dict:
 
 
 def merge(data: dict, step: str) -> list[str]:
-    """Take over the results that the step has written so far; returns the names of unreadable files."""
+    """Add the results that the step has written so far; returns the names of unreadable files."""
     parts = {path.stem: read_part(path) for path in sorted(parts_of(step).glob("*.json"))}
     if parts:
         data["measured"][step] = parts
@@ -202,21 +202,21 @@ def merge(data: dict, step: str) -> list[str]:
 
 
 def finish(data: dict) -> dict:
-    """Add what follows from the measurements: bars and predictions."""
+    """Add the results that follow from the measurements: bars and predictions."""
     parts = [part for step in data["measured"].values() for part in step.values()]
     known = [bar for part in parts for bar in part.get("bars") or [] if bar.get("measured") is not None]
     data["bars"] = list({(bar.get("what"), bar.get("bar")): bar for bar in known}.values())  # the last of each counts
     rows = [row for part in parts for row in part.get("rows", [])]
     try:
         data["predictions"] = predictions.compare(rows, data["environment"].get("gpu") or "")
-    except (KeyError, TypeError, ValueError, ArithmeticError) as error:  # odd rows: nothing measured may be lost
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:  # malformed rows: no measurement may be lost
         data["predictions"] = []
         data["predictions_failed"] = f"{type(error).__name__}: {error}"
     return data
 
 
 def watch(step: str, limit: int, parent: int) -> None:
-    """Record the clocks and every new result, until the step ends, or process `parent`, which is gpu.sh."""
+    """Record the clocks and every new result until the step ends, or the process `parent`, which is gpu.sh."""
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     end = time.monotonic() + limit + 10
@@ -233,7 +233,7 @@ def watch(step: str, limit: int, parent: int) -> None:
             save(finish(data))
     if sampler is not None:
         sampler.terminate()  # `timeout` passes it on
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver that hangs must not delay the next step
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a hanging driver must not delay the next step
             sampler.wait(timeout=3)
 
 
@@ -250,7 +250,7 @@ def start_sampler(step: str, limit: int, uuid: str | None) -> subprocess.Popen |
 
 
 def read_clocks(path: Path) -> list[tuple[float, dict[str, float]]]:
-    """(seconds since 1970, the known ones of `CLOCKS`) per line; other lines are left out."""
+    """(seconds since 1970, the known values of `CLOCKS`) for each line; other lines are left out."""
     samples = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         moment, *values = (field.strip() for field in line.split(","))
@@ -323,7 +323,7 @@ def end(step: str, code: str, seconds: int, limit: int) -> None:
     if unreadable and code == "0":
         result = f"failed, results unreadable: {', '.join(unreadable)}"
     data["this_call"].setdefault("results", {})[step] = result
-    if code != "skipped" or step not in data["steps"]:  # a step without time does not undo the one of an earlier call
+    if code != "skipped" or step not in data["steps"]:  # a step without time does not overwrite that of an earlier call
         data["steps"][step] = {
             "result": result,
             "seconds": seconds,
@@ -370,7 +370,7 @@ ROW_COLUMNS = (
 
 
 def show() -> int:
-    """Print the least important first: of a long output a reader sees the end."""
+    """Print the least important results first, because a reader sees the end of a long output."""
     data = load()
     for step, parts in data["measured"].items():
         for name, part in parts.items():

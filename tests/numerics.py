@@ -18,20 +18,20 @@ HALF = (torch.bfloat16, torch.float16)
 MEDIAN_ROW = 0.58
 MEDIAN_NEEDS_ROWS = 200
 WORST_ROW = {"output": 1.25, "heavy": 3.0, "gradient": 8.0}
-WORST_ROW_NARROW = 1.5  # outputs of head size 32 and below: the roundings of few channels average less
+WORST_ROW_NARROW = 1.5  # outputs of head size 32 and below: the roundings of few channels average out less
 WORST_ROW_FLOAT32 = 400.0
 WHOLE_TENSOR = 1.0
 ELEMENT = 8.0
 LSE = 4e-6
 
-# A gradient row that cancellation makes smaller than this part of its terms is judged by the element rule alone: its
-# error is that of the terms. So is a row near the subnormal numbers, whose spacing is constant.
+# If cancellation makes a gradient row smaller than this share of its terms, only the element rule applies: its error is
+# that of the terms. The same holds for a row near the subnormal numbers, whose spacing is constant.
 CANCELLED = 2.0**-4
 SUBNORMAL_MARGIN = 16
 
 
 def row_errors(out, ref):
-    """||out_r - ref_r|| / ||ref_r|| for each row; for a zero row of the reference 0 if `out` is zero too, else inf."""
+    """||out_r - ref_r|| / ||ref_r|| for each row; for a zero row of the reference, 0 if `out` is zero too, else inf."""
     out, ref = out.double(), ref.double()
     error, norm = (out - ref).norm(dim=-1), ref.norm(dim=-1)
     return torch.where(norm == 0, torch.where(error == 0, 0.0, math.inf), error / norm)
@@ -42,8 +42,8 @@ def assert_rows_close(out, ref, dtype, *, kind="output", magnitude=None, logit_r
 
     kind: "output", "heavy" for the output of heavy-tailed values, or "gradient".
     magnitude: for gradients, the sums of the absolute values of the terms of `ref` (`CANCELLED`).
-    logit_range: the largest sum of the absolute values of the terms of a logit. The error of a float32 logit is a few u
-        times that, and so is the relative error of its weight.
+    logit_range: the largest sum of the absolute values of the terms of a logit. The error of a float32 logit and the
+        relative error of its weight are a few u times this sum.
     absolute: for gradients, an error that is allowed in any row, such as that of weights treated as 0.
     """
     assert out.dtype == dtype, f"{out.dtype} instead of {dtype}"
@@ -111,8 +111,8 @@ def assert_lse_close(lse, ref):
 def assert_no_worse(out, naive, exact, factor=2):
     """The relative rule: error at most `factor` times that of plain torch rounding each step to the tested dtype.
 
-    Both the largest error and the error of the whole tensor count. One rounding of the result is always allowed: a
-    plain result may be exact by luck. `naive` may be several results that round at other steps: the worst counts.
+    Both the largest error and the error of the whole tensor count. One rounding of the result is always allowed, since
+    a plain result may be exact by chance. `naive` may be several results that round at other steps: the worst counts.
     """
     naive = naive if isinstance(naive, list | tuple) else [naive]
     assert {out.dtype} == {result.dtype for result in naive}, f"{out.dtype} instead of {naive[0].dtype}"
@@ -148,7 +148,8 @@ def gradient_magnitudes(dout, q, k, v, out, softmax_lse, *, softmax_scale, weigh
 
 @contextlib.contextmanager
 def nan_filled():
-    """Inside, `torch.empty` and its like return NaN (integers: their largest value), so an unwritten element shows."""
+    """In the block, `torch.empty` and similar functions return NaN (integers: their largest value), so that tests
+    notice unwritten elements."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     try:

@@ -1,4 +1,4 @@
-"""The calls that the tests of the operations make: a case describes a call in a few words and makes its tensors."""
+"""The calls of the operations' tests: a case describes a call briefly and makes its tensors."""
 
 import concurrent.futures
 import dataclasses
@@ -19,9 +19,9 @@ DTYPES = (FLOAT32, BFLOAT16, FLOAT16)
 
 @functools.cache
 def without_use(operation, device):
-    """The backends that run no call of `operation` on tensors of `device`, whatever the dtype: name -> reasons.
+    """The backends that run no call of `operation` on tensors of `device` in any dtype: name -> reasons.
 
-    On the CPU, "cpu" is never left out: a missing extension must show in every test.
+    On the CPU, "cpu" is never left out: every test must fail if the extension is missing.
     """
     reports = [_select.report(device, dtype)[operation] for dtype in (torch.float32, torch.float16, torch.bfloat16)]
     kept = ("cpu", "reference") if torch.device(device).type == "cpu" else ("reference",)
@@ -64,7 +64,7 @@ def random_like(tensors, seed=1):
 
 
 def lay_out(tensor, layout):
-    """The same numbers with other strides, NaN in between and behind."""
+    """The same numbers with other strides, with NaN between and after them."""
     batch, seqlen, heads, width = tensor.shape
     if layout == "transposed":  # (batch, heads, seqlen, head_dim) in memory
         return tensor.transpose(1, 2).contiguous().transpose(1, 2)
@@ -78,7 +78,7 @@ def lay_out(tensor, layout):
         memory = tensor.new_full((tensor.numel() + 2,), math.nan)
         memory[1:-1] = tensor.flatten()
         return memory[1:-1].view(tensor.shape)
-    if layout == "expanded":  # one batch entry, read by all of them
+    if layout == "expanded":  # one batch entry, shared by all
         return tensor[:1].expand(batch, -1, -1, -1)
     return tensor
 
@@ -102,7 +102,7 @@ def in_two_threads(work):
 
 
 def assert_compiles(step, calls, dynamic):
-    """step(*tensors, position) is one graph that gives the same result and gradients; `calls`: (tensors, position)."""
+    """step(*tensors, position) is one graph with the same result and gradients; `calls`: (tensors, position)."""
     torch._dynamo.reset()  # the limit on recompilations counts all parameters of a test
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for tensors, position in calls:
@@ -163,7 +163,7 @@ class AttentionCase(Case):
             start = torch.randint(0, self.seqlen_k + 1, (self.batch, 1), generator=generator).expand(-1, self.seqlen_q)
         elif self.mask == "window":
             start = position - 7
-        elif self.mask == "ahead":  # a row does not see its own key, and without causal only later ones
+        elif self.mask == "ahead":  # a row does not see its own key; without causal it sees only later ones
             start = position + 5
         elif self.mask == "blind":  # from one row on, nothing is visible
             start = torch.where(position < self.seqlen_k // 2, 0, self.seqlen_k + 3)

@@ -51,7 +51,7 @@ def build_oracle(arguments: dict) -> AutoregressiveWrapper:
 
 
 def widen(oracle: AutoregressiveWrapper, arguments: dict) -> AutoregressiveWrapper:
-    """The oracle in float64, its position tables computed in float64 instead of rounded from float32."""
+    """The oracle in float64, with position tables computed in float64 instead of rounded to float32."""
     a = SMALL | arguments
     oracle = oracle.double()
     if a["rotary_xpos"]:
@@ -75,7 +75,7 @@ def alibi_slopes(heads: int) -> list[float]:
 
 
 def perturb(module: torch.nn.Module) -> None:
-    """Change every parameter, so that scales, gains and biases are compared too."""
+    """Change every parameter, so that scales, gains and biases are also compared."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -2,7 +2,7 @@
 
 A small program (aarch64/driver.cpp) replaces the extension: every kernel call of andromeda.ops runs it once. The tests
 are those of test_attention.py and test_qk_norm_rotary.py, on fewer cases. The same program, built for this machine,
-tells a fault of the program from a fault of the kernels.
+distinguishes faults of the program from faults of the kernels.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ LINE = 64  # the alignment of torch's memory and of the driver's
 
 
 def missing(tool):
-    """Skips the tests, or fails them in CI where .ci/run could have installed the tool: as root, with apt-get."""
+    """Skip the tests, or fail them in CI where .ci/run could have installed the tool, as root with apt-get."""
     message = f"{tool} is not installed"
     if os.environ.get("CI") == "true" and os.geteuid() == 0 and shutil.which("apt-get"):
         pytest.fail(message)
@@ -50,7 +50,7 @@ def missing(tool):
 
 
 def find(*names):
-    """The path of the first of these programs that is installed, beside this Python or on PATH."""
+    """The path of the first of these programs that is installed, next to this Python or on PATH."""
     path = os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", "")))
     return next(filter(None, (shutil.which(name, path=path) for name in names)), None) or missing(names[0])
 
@@ -86,14 +86,14 @@ def driver(request, tmp_path_factory):
 
 
 def memory_of(tensor):
-    """All bytes of a tensor's memory, also those between its elements."""
+    """All bytes of a tensor's memory, including those between its elements."""
     return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
 
 
 def run_kernel(driver, folder, name, **arguments):
-    """Lets the driver run `andromeda._C.<name>(**arguments)`, with two threads.
+    """Run `andromeda._C.<name>(**arguments)` in the driver, with two threads.
 
-    Tensors lie in one memory with NaN between them, which must neither reach the results nor change.
+    All tensors are in one memory with NaN between them, which must neither reach the results nor change.
     """
     assert arguments.pop("stream", 0) == 0
     assert [arguments.pop(name, None) for name in ("partials", "semaphores")] == [None, None]  # of CUDA calls
@@ -174,7 +174,7 @@ def test_attention_of_odd_values(driven, case):
 
 @pytest.mark.parametrize("case, bound", BOUNDED, ids=str)
 def test_attention_with_a_logit_bound(driven, case, bound):
-    adversarial = case.dtype == FLOAT32  # in half precision the rounding of `out` exceeds these gradients, which cancel
+    adversarial = case.dtype == FLOAT32  # in half precision these gradients cancel to below the rounding of `out`
     test_attention.check(test_attention.bounded(case, bound, "cpu", adversarial), "cpu")
 
 

@@ -1,4 +1,4 @@
-"""attention: every backend against the float64 reference, and the laws it must obey (docs/testing.md)."""
+"""`attention`: every backend against the float64 reference, and the laws of docs/testing.md#laws."""
 
 import concurrent.futures
 import dataclasses
@@ -31,14 +31,14 @@ def require(backend, q, k, v, **options):
 
 
 def run(inputs, backend, **options):
-    """Returns out, softmax_lse, dq, dk, dv."""
+    """out, softmax_lse, dq, dk, dv."""
     leaves = [t.detach().requires_grad_() for t in inputs.tensors()]
     out, lse = attention(*leaves, **{**inputs.options, **options}, return_lse=True, backend=backend)
     return (out.detach(), lse, *torch.autograd.grad(out, leaves, inputs.dout))
 
 
 def run_exact(inputs, softmax_scale, dtype=torch.float64):
-    """The same from autograd through the reference, in `dtype`."""
+    """The same results from autograd through the reference, in `dtype`."""
     leaves = [t.detach().to(dtype).requires_grad_() for t in inputs.tensors()]
     options = {name: value for name, value in inputs.options.items() if name != "logit_bound"}
     out, lse = reference.attention(*leaves, softmax_scale=softmax_scale, **options)
@@ -46,14 +46,14 @@ def run_exact(inputs, softmax_scale, dtype=torch.float64):
 
 
 NEGLIGIBLE = 2.0**-60  # a weight that a kernel may treat as 0 at any time
-SKIPPED = 2.0**-24  # the part of a row that it may leave out with `logit_bound`
+SKIPPED = 2.0**-24  # the share of a row that a kernel may leave out with `logit_bound`
 
 
 def logit_range(inputs, lse, softmax_scale):
-    """The largest sum of |q| |k| over the channels, |bias| and |log-sum-exp| among the pairs whose weight counts.
+    """The largest value of sum |q| |k| over the channels + |bias| + |log-sum-exp|, among pairs with a relevant weight.
 
-    The rounding errors of a float32 exponent are relative to it: a dot product errs by the size of its terms, not of
-    its sum, and the backward pass subtracts a log-sum-exp that was rounded to float32.
+    The rounding errors of a float32 exponent are relative to it: the error of a dot product is relative to its terms,
+    not to its sum, and the backward pass subtracts a log-sum-exp that was rounded to float32.
     """
     options = {"alibi_slopes": None, "key_start": None, "first_query": None, "logit_bound": None, **inputs.options}
     options.pop("logit_bound")
@@ -70,7 +70,7 @@ def logit_range(inputs, lse, softmax_scale):
 
 
 def seen_keys(inputs):
-    """The number of rows of k that some query sees."""
+    """The number of rows of k that at least one query sees."""
     options = {"key_start": None, **inputs.options, "alibi_slopes": None, "softmax_scale": 1.0, "first_query": None}
     options.pop("logit_bound", None)
     _, hidden = reference.masked_logits(inputs.q, inputs.k, **options)
@@ -109,7 +109,8 @@ def check_beside_plain(inputs, backend, values, softmax_scale=None):
     """The rule for half precision where few weights or equal scores decide a row: at most twice plain torch's error.
 
     Plain torch is autograd in half precision or, for gradients, the exact formula with the rounded output. The backward
-    pass reads that output (docs/model.md#16.3), and where weights are concentrated its rounding is all of dq's error.
+    pass reads that output (docs/model.md#16.3), and where weights are concentrated, its rounding causes all of dq's
+    error.
     """
     results, exact = check(inputs, backend, values=values, softmax_scale=softmax_scale)
     scale = inputs.q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
@@ -130,9 +131,9 @@ def check_beside_plain(inputs, backend, values, softmax_scale=None):
 def rules_for(case, backend):
     """`values` for `check`: which rules apply to ordinary inputs of this size.
 
-    Tensor cores take weights in half precision. In a row of few channels the rounding of one weight is that of the row
-    (in float64 with no other rounding: up to 2.1 u for 4 channels). With two or three keys, dq and dk are differences
-    of a few numbers, as exact as the rounded output that the backward pass reads.
+    Tensor cores take weights in half precision. In a row of few channels, the rounding of one weight dominates the
+    error of the row (in float64 without any other rounding: up to 2.1 u for 4 channels). With two or three keys, dq and
+    dk are differences of a few numbers, only as exact as the rounded output that the backward pass reads.
     """
     if backend != "cuda":
         return "normal"
@@ -163,7 +164,7 @@ SPLIT_CASES = [
 
 
 def check_splits(case, num_splits, device, monkeypatch):
-    """Checks the forward pass of that kernel, with a step of 64 keys in each split, and returns its results."""
+    """Check the forward pass of that kernel, with a step of 64 keys in each split, and return its results."""
     inputs = make(dataclasses.replace(case, seqlen_k=max(64 * num_splits - 27, 100)), device)
     monkeypatch.setattr(op, "NUM_SPLITS", num_splits)
     options = {**inputs.options, "return_lse": True, "backend": "cuda"}
@@ -189,7 +190,7 @@ CASES += [
     for d in (4, 8, 16, 20, 33, 64, 80, 128, 192, 256)
     for dtype in (FLOAT32, FLOAT16, BFLOAT16)
 ]
-CASES += [Case(seqlen_q=100, seqlen_k=100, head_dim=1)]  # float32 alone: a row of one number averages no roundings
+CASES += [Case(seqlen_q=100, seqlen_k=100, head_dim=1)]  # only float32: a row of one number averages no roundings
 CASES += [
     Case(seqlen_q=n, seqlen_k=130, alibi=alibi, causal=causal, mask=mask)
     for mask in ("documents", "padding", "window", "ahead", "blind")
@@ -224,7 +225,7 @@ def test_odd_values(case, backend, device):
     require(backend, *inputs.tensors(), **inputs.options)
     if case.dtype in numerics.HALF:
         check_beside_plain(inputs, backend, case.values)
-    else:  # plain torch in float32 rounds no step to compare with
+    else:  # plain torch in float32 has no rounded steps to compare with
         check(inputs, backend, values=case.values)
 
 
@@ -315,7 +316,7 @@ def test_logit_bound_changes_nothing_but_rounding(bound, backend, device):
 
 
 def test_logit_bound_and_slope_skip_far_keys(backend, device):
-    """Far values are never read: a NaN there does not reach the rows whose window ends before it."""
+    """Far values are never read: a NaN there does not reach rows whose window ends before it."""
     inputs = bounded(dataclasses.replace(LONG, num_heads=1), 1.0, device)
     require(backend, *inputs.tensors(), **inputs.options)
     if backend == "reference":
@@ -348,7 +349,7 @@ def test_logit_bounds_of_heads_that_share_a_tile(backend, device):
 
 @pytest.mark.parametrize("num_kv_heads", [1, 3, 6])
 def test_gradients_of_more_heads_than_fit_at_once(num_kv_heads, backend, device):
-    """The CPU kernel keeps float32 dq of as many heads as fit into 128 MiB: here two."""
+    """The CPU kernel keeps dq in float32 for as many heads as fit into 128 MiB, here two."""
     inputs = make(Case(1, 250_000, 5, num_heads=6, num_kv_heads=num_kv_heads, head_dim=4, causal=False), device)
     require(backend, *inputs.tensors(), **inputs.options)
     check(inputs, backend, values="tall")
@@ -408,9 +409,9 @@ def test_random_cases(backend, device, case, bound, adversarial):
     hypothesis.assume(case.dtype != FLOAT16 or case.values != "heavy")  # exact gradients beyond 65504
     inputs = make(case, device) if bound is None else bounded(case, bound, device, adversarial)
     require(backend, *inputs.tensors(), **inputs.options)
-    # The rules for rows of ordinary inputs need many different rows. With two visible keys dq is a difference of two
-    # numbers, as exact as the rounded output that the backward pass reads. Equal scores repeat a row and its rounding
-    # error; large scores cancel its gradients down to the rounding of the saved output.
+    # The rules for rows of ordinary inputs need many different rows. With two visible keys, dq is a difference of two
+    # numbers, only as exact as the rounded output that the backward pass reads. Equal scores repeat a row and its
+    # rounding error; with large scores, gradients cancel down to the rounding of the saved output.
     many = min(inputs.q[..., 0].numel(), seen_keys(inputs)) >= numerics.MEDIAN_NEEDS_ROWS
     ordinary = case.values == "normal" and bound is None and rules_for(case, backend) == "normal"
     check(inputs, backend, values="heavy" if not ordinary else "normal" if many else "few rows")
@@ -420,7 +421,7 @@ def test_random_cases(backend, device, case, bound, adversarial):
 
 
 def law(**fixed):
-    """Makes test(case, inputs, backend) one hypothesis test over the cases, for each backend that supports them.
+    """Turn test(case, inputs, backend) into a hypothesis test over the cases, for each backend that supports them.
 
     Its attribute `law` is (test, fixed): tests/emulator/test_attention.py applies the law to emulated kernels.
     """
@@ -440,7 +441,7 @@ def law(**fixed):
 
 
 def assert_same(result, expected, backend):
-    """Equal bit for bit; near for the reference, because torch's products may round differently for another layout."""
+    """Equal bit for bit; close for the reference, because torch's products may round differently in another layout."""
     assert result.dtype == expected.dtype
     if backend != "reference":
         assert torch.equal(result, expected), f"differs by {(result - expected).abs().max()}"
@@ -449,7 +450,7 @@ def assert_same(result, expected, backend):
 
 
 def tolerance(dtype, limit):
-    """`limit` roundings of float32, and for half precision, which rounds inputs and results, limit / 16 of its own."""
+    """`limit` roundings of float32; half precision also rounds inputs and results: limit / 16 roundings of its own."""
     return limit * numerics.UNIT[FLOAT32] + (limit / 16 * numerics.UNIT[dtype] if dtype in numerics.HALF else 0.0)
 
 
@@ -590,7 +591,7 @@ def test_p7_outputs_are_weighted_means_of_the_values(case, inputs, backend):
 
 @law(causal=True, alibi="all", masks=("none", "documents", "window"), dtypes=(FLOAT32,))
 def test_p8_alibi_is_a_bias_linear_in_the_key(case, inputs, backend):
-    """-m (i - j) = m j - m i: one more channel of q and k gives m j, and the softmax does not see m i."""
+    """-m (i - j) = m j - m i: another channel of q and k gives m j, and m i does not change the softmax."""
     slopes = inputs.options["alibi_slopes"]
     key = torch.arange(case.seqlen_k, device=slopes.device) + 0.0
     q_channel = (slopes / case.softmax_scale)[None, None, :, None].expand(*inputs.q.shape[:3], 1)
@@ -632,7 +633,7 @@ def test_p12_queries_in_pieces_are_one_call(case, inputs, backend):
     start = inputs.options["key_start"]
     for queries, end in ((slice(cut), case.seqlen_k - case.seqlen_q + cut), (slice(cut, None), case.seqlen_k)):
         options = {**inputs.options, "key_start": None if start is None else start[:, queries]}
-        if end < 0:  # these queries lie before the first key, which alignment at the end cannot express
+        if end < 0:  # these queries are before the first key, which alignment at the end cannot express
             continue
         out, lse = attention(q[:, queries], k[:, :end], v[:, :end], **options, return_lse=True, backend=backend)
         assert_near(out, whole[:, queries])
@@ -656,7 +657,7 @@ def test_p13_packed_documents_are_separate_documents(case, inputs, backend):
 
 @law(mask="none", dtypes=(FLOAT32,))
 def test_p13_left_padding_is_the_row_alone(case, inputs, backend):
-    """P9 as well: padding shifts all positions and changes no score."""
+    """This also tests shifted positions: padding shifts all of them and changes no score."""
     pad = 1 + case.seed % 120
     padded = [torch.nn.functional.pad(t, (0, 0, 0, 0, pad, 0), value=7.0) for t in inputs.tensors()[1:]]
     start = torch.full((1, 1), pad, dtype=torch.int32, device=inputs.q.device).expand(case.batch, case.seqlen_q)
@@ -677,14 +678,14 @@ def test_p14_value_gradients_sum_to_the_output_gradients(case, inputs, backend):
     error = (dv.double().sum(1) - expected).norm()
     # Each element of dv is rounded once.
     rounding = numerics.UNIT[case.dtype] * dv.double().norm() + 64 * numerics.UNIT[FLOAT32] * seen.norm()
-    if backend == "cuda":  # weights are rounded before they are multiplied by dout, a whole row alike: errors add up
+    if backend == "cuda":  # rounded weights multiply all of a row of dout, so errors add up
         rounding = rounding + numerics.UNIT[case.dtype] * seen.norm()
     assert error <= 2 * rounding + 1e-30
 
 
 @law(dtypes=(FLOAT32,))
 def test_p15_key_gradients_sum_to_zero(case, inputs, backend):
-    """A softmax does not change when all its scores do."""
+    """A softmax does not change when all its scores shift by a constant."""
     dk = run(inputs, backend)[3].double()
     limit = 1e-4 + tolerance(case.dtype, 16)
     assert dk.sum(1).abs().max() <= limit * max(1.0, dk.abs().sum(1).max().item())
@@ -753,7 +754,7 @@ TENSORS = ("q", "k", "v", "dout")
 
 
 def visible_pairs(inputs):
-    """(batch, num_heads, seqlen_q, seqlen_k): which keys each query sees."""
+    """(batch, num_heads, seqlen_q, seqlen_k): whether a query sees a key."""
     masks = {"causal": inputs.options["causal"], "key_start": inputs.options.get("key_start")}
     zeros = (torch.zeros_like(t) for t in (inputs.q, inputs.k))
     _, hidden = reference.masked_logits(*zeros, softmax_scale=1.0, alibi_slopes=None, first_query=None, **masks)
@@ -761,9 +762,9 @@ def visible_pairs(inputs):
 
 
 def check_hidden(inputs, backend, name, entry, row, head, channel, value):
-    """A number that is not finite changes only the rows that see it; all others are as if it were 0.
+    """A number that is not finite changes only the rows that see it; for all others it has the effect of a 0.
 
-    name, entry, row, head, channel: the number's place; channel: a slice may name several.
+    name, entry, row, head, channel: the position of the number; channel may be a slice.
     """
     place = getattr(inputs, name)[entry, row, head]
     place[channel] = 0.0
@@ -798,7 +799,7 @@ def check_hidden(inputs, backend, name, entry, row, head, channel, value):
 
 
 def hide_somewhere(case, inputs, backend):
-    """`check_hidden` for every tensor, at places that the case's seed decides."""
+    """`check_hidden` for every tensor, at positions that depend on the case's seed."""
     generator = torch.Generator().manual_seed(case.seed)
     for index, name in enumerate(TENSORS):
         shape = getattr(inputs, name).shape
@@ -815,7 +816,7 @@ def test_numbers_that_are_not_finite_reach_only_rows_that_see_them(case, inputs,
     hide_somewhere(case, inputs, backend)
 
 
-# One number in each corner of tiles, blocks of rows and panels, and of the windows and documents that end inside them.
+# A number in each corner of tiles, blocks of rows and panels, and of windows and documents that end inside them.
 HIDDEN = [
     Case(batch=1, seqlen_q=n, seqlen_k=t, num_heads=2, head_dim=d, alibi=alibi, causal=causal, mask=mask)
     for n, t, d, alibi, causal, mask in (
@@ -876,7 +877,7 @@ def test_windows_of_a_bound_hide_as_well(mask, name, value, backend, device):
 
 
 def test_every_number_hidden_from_a_document_at_once(backend, device):
-    """A whole packed document in all tensors that is not finite changes no bit of the others."""
+    """A packed document that is not finite in any tensor changes no bit of the other documents."""
     case = Case(batch=1, seqlen_q=200, seqlen_k=200, num_heads=4, num_kv_heads=2)
     inputs = make(case, device)
     starts = torch.tensor([0] * 50 + [50] * 70 + [120] * 80, dtype=torch.int32, device=device)[None]
@@ -957,7 +958,7 @@ def test_two_threads_at_once(backend, device):
 
 
 def test_forked_child(backend, device):
-    """A forked data loader has none of the OpenMP workers of its parent."""
+    """A forked data loader does not have the OpenMP workers of its parent."""
     if device.type != "cpu" or not hasattr(os, "fork"):
         pytest.skip(f"no fork with tensors on {device}")
     if backend == "reference":

@@ -1,4 +1,4 @@
-"""The commands of the benchmarks: who judges a result, what is written when, what another process goes on with."""
+"""The commands of the benchmarks: judging results, writing them in time, and resuming in another process."""
 
 import importlib
 import json
@@ -45,7 +45,7 @@ def test_a_peer_that_differs_is_a_note(load, tmp_path, monkeypatch, change):
 
 
 def test_kernels_of_ours_that_differ_end_with_an_error_after_all_is_written(load, tmp_path, monkeypatch):
-    """Both rows of ours are wrong in the same way: the peers alone would be taken for wrong."""
+    """Both rows of this library are wrong in the same way; without a judge, the others would be considered wrong."""
     spoil(load("cases"), monkeypatch, "andromeda", lambda out: out + 0.01)
     path = tmp_path / "attn.json"
     with pytest.raises(SystemExit, match=r"andromeda, decode .* differs by 0.01 from plain torch: not timed"):
@@ -180,7 +180,7 @@ def test_model_without_its_peer(load, tmp_path, monkeypatch):
 
 
 def test_autocast_is_entered_for_each_call(load):
-    """One around all steps of a training would keep the weights that it rounded for the first."""
+    """A single autocast around all training steps would keep the weights that it rounded for the first step."""
     model = load("model")
     weight, x = torch.nn.Parameter(torch.ones(4, 4)), torch.ones(1, 4)
     call = model.rounded(lambda: x @ weight, model.parse(["--device", "cpu", "--dtype", "bfloat16"]))
@@ -207,7 +207,7 @@ SCALING = ["--device", "cpu", "--seqlen", "128", "256", "512", "--quick"]
 
 
 def curves(path):
-    """The lengths that each contender was measured at."""
+    """The lengths at which each contender was measured."""
     found = {}
     for row in json.loads(path.read_text())["rows"]:
         found.setdefault(row["backend"], []).append(row["seqlen"])
@@ -269,7 +269,7 @@ def test_kernels_of_ours_that_differ_end_the_curve_with_an_error(load, tmp_path,
 
 
 def test_another_process_goes_on_with_the_lengths_that_are_left(load, tmp_path, monkeypatch):
-    """An error of the GPU spoils a process: what it measured is written, and a new one starts with --resume."""
+    """After an error of the GPU a process is unusable: its results are written, and a new one starts with --resume."""
     scaling = load("scaling")
     path, started = tmp_path / "scaling.json", []
     monkeypatch.setattr(scaling.checks, "is_spoilt", lambda device: path.exists() and not started)

@@ -1,4 +1,4 @@
-"""What the benchmarks compute from samples: calls per sample, ratios round by round, rows, bars."""
+"""The benchmarks' computations on samples: calls per sample, ratios round by round, rows, bars."""
 
 import importlib
 import json
@@ -51,7 +51,7 @@ def test_short_calls_share_a_sample(load, monkeypatch):
     assert all(measured.interval[1] - measured.interval[0] == pytest.approx(spent) for measured in timings.values())
 
     timings = timing.measure(functions, device="cpu", rounds=50, budget_s=0.0)
-    assert [len(measured.samples_ms) for measured in timings.values()] == [2, 2, 2]  # rounds there must be
+    assert [len(measured.samples_ms) for measured in timings.values()] == [2, 2, 2]  # the minimum number of rounds
 
 
 def test_ratios_pair_the_rounds(load):
@@ -151,7 +151,7 @@ def test_bars_without_rows(load):
 
 
 def test_bars_name_rows_that_exist(load):
-    """A misspelt contender would read "not measured" for ever."""
+    """A misspelt contender would remain "not measured" forever."""
     bars, cases = load("bars"), load("cases")
     for device, known in (("cpu", bars.BARS), ("cuda", bars.HOPPER_BARS)):
         for bar in known:
@@ -297,7 +297,7 @@ def test_peers_may_fail_but_not_the_kernels(load, tmp_path, monkeypatch, capsys)
     ],
 )
 def test_memory_bound_commands_print_and_write(load, capsys, tmp_path, command, arguments, elements):
-    """elements: that one token moves."""
+    """elements: moved by one token."""
     path = tmp_path / f"{command}.json"
     load(command).main(["--device", "cpu", "--seqlen", "16", "--quick", "--json", str(path), *arguments])
     assert "of_copy" in capsys.readouterr().out
@@ -315,7 +315,7 @@ def test_memory_bound_commands_print_and_write(load, capsys, tmp_path, command, 
 
 
 def test_a_memory_bound_result_that_is_off_is_not_timed(load, monkeypatch, tmp_path):
-    """The others are, and what is measured is written before the command ends with an error."""
+    """The others are shown, and all measurements are written before the command ends with an error."""
     benchmark = load("token_shift_norm")
     monkeypatch.setattr(benchmark, "token_shift_norm", lambda x, **options: (x, x))
     file = tmp_path / "rows.json"

@@ -1,4 +1,4 @@
-"""andromeda._C called directly: how tensors are read, what is refused before memory is touched, threads."""
+"""Direct calls of andromeda._C: reading of tensors, refusals before any access to memory, threads."""
 
 import ast
 import math
@@ -420,7 +420,7 @@ def test_a_parameter_and_a_subclass_are_tensors():
 
 
 def test_calls_leave_no_references():
-    """A tensor held by the extension would be memory lost."""
+    """A tensor held by the extension would be a memory leak."""
     call = attention_call()
     before = [sys.getrefcount(value) for value in call.values() if isinstance(value, torch.Tensor)]
     for _ in range(10):
@@ -431,7 +431,7 @@ def test_calls_leave_no_references():
 
 
 def test_the_gil_is_released():
-    """While one thread is inside the kernel another one gets to run Python code: it never stands still for long."""
+    """While one thread is inside the kernel, another one can run Python code: it is never blocked for long."""
     call = attention_call(batch=1, seqlen_q=4096, seqlen_k=4096, num_heads=8, num_kv_heads=1, head_dim=64)
     duration = []
 
@@ -476,7 +476,7 @@ def test_two_threads_at_once():
 
 
 class Subclass(torch.Tensor):
-    """Read by its attributes: a subclass need not have memory of its own."""
+    """Read through its attributes: a subclass need not have its own memory."""
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -516,7 +516,7 @@ def test_what_cannot_be_read_is_named_however_it_is_read(kind):
 STUB = ast.parse((Path(andromeda.__file__).parent / "_C.pyi").read_text())
 DECLARED = {node.name: node for node in STUB.body if isinstance(node, ast.FunctionDef)}
 DICTS = {node.name: [field.target.id for field in node.body] for node in STUB.body if isinstance(node, ast.ClassDef)}
-# The spellings of pybind11, which differ by its version, and those of the stub.
+# The spellings of pybind11, which depend on its version, and those of the stub.
 SPELLINGS = [
     (r"(typing\.)?Optional\[(.*)\]", r"\2 | None"),
     (r"torch\.Tensor", "Tensor"),

@@ -1,4 +1,4 @@
-"""The built library, its instruction sets, and how setup.py reads the choices of a user."""
+"""The built library, its instruction sets, and setup.py's handling of the user's choices."""
 
 import os
 import re
@@ -117,7 +117,7 @@ def test_no_code_is_shared_between_instruction_sets():
             ["nm", "-C", "--defined-only", path], capture_output=True, text=True, check=True
         ).stdout
         weak = [line[19:] for line in listing.splitlines() if line[17] in "WVu"]
-        # Compilers add for exceptions a pointer and Clang's call of std::terminate. Neither has vector code.
+        # For exceptions, compilers add a pointer and Clang's call of std::terminate. Neither has vector code.
         own = (f"andromeda::cpu::{isa}::", "DW.ref.", "__clang_call_terminate")
         merged = [name for name in weak if not any(part in name for part in own)]
         assert not merged, f"{path.name} ({isa}) defines {merged}"
@@ -186,7 +186,7 @@ def write_ptxas(path, version):
 
 @pytest.fixture
 def fake_toolkit(tmp_path):
-    """make(version) is a toolkit in a path with blanks: an nvcc that prints where its parts are, a ptxas, others."""
+    """make(version) is a toolkit in a path with spaces: an nvcc that prints the paths of its parts, a ptxas, others."""
 
     def make(version):
         folder = tmp_path / f"cuda {version}" / "bin"

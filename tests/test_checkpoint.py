@@ -133,7 +133,7 @@ def test_damaged_header(tmp_path):
 
 
 def without_checksums(path, **changes):
-    """Change a saved model into one that an older version saved."""
+    """Change a saved model into the form of an older version."""
     save_file(load_file(path / WEIGHTS) | changes, path / WEIGHTS, metadata={"format": "pt"})
     settings = json.loads((path / SETTINGS).read_text())
     for name in ("files", "ties", "other_dtypes"):
@@ -209,7 +209,7 @@ def test_no_flipped_byte_is_loaded(tmp_path):
     expected = snapshot(model)
     for name in (WEIGHTS, SETTINGS):
         data = (tmp_path / name).read_bytes()
-        # All bytes of settings and header would be too many: a sample of each part, and the ends.
+        # Testing all bytes of settings and header would take too long: a sample of each part, and the ends.
         places = {0, 1, 7, 8, len(data) - 1, *torch.randint(len(data), (60,)).tolist(), *range(9, 1600, 23)}
         refused = 0
         for place in places:
@@ -246,7 +246,7 @@ def interrupted(old, new, path, monkeypatch):
 
 @pytest.mark.parametrize("place", [9, 300, -1, -4000])
 def test_flipped_bytes_after_an_interrupted_save(place, tmp_path, monkeypatch):
-    """The checksum in the settings is that of other weights, but the weights carry one of their own."""
+    """The checksum in the settings belongs to other weights, but the weights carry their own."""
     new = small(max_seq_len=77)
     interrupted(small(), new, tmp_path, monkeypatch)
     assert_unchanged(Andromeda.load(tmp_path), snapshot(new))
@@ -477,7 +477,7 @@ def checkpointed(model):
 
 
 def under(prefix):
-    """The state dict with this prefix before its names."""
+    """The state dict with this prefix in its names."""
     return lambda model: {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
 
 
@@ -505,7 +505,7 @@ def test_names_of_wrappers_are_left_out(wrapping):
     plain = small(depth=2)
     assert not plain.load_state_dict(state).missing_keys
     assert_unchanged(plain, expected)
-    wrapped = compiled_inside(small(depth=2))  # the state dict also fits a model inside of wrappers
+    wrapped = compiled_inside(small(depth=2))  # the state dict also fits a model inside wrappers
     wrapped.load_state_dict(state)
     for ours, theirs in zip(wrapped.state_dict().values(), expected.values(), strict=True):
         assert torch.equal(ours, theirs)
@@ -659,7 +659,7 @@ def with_scales(state, function) -> dict:
     [("2.17.0", 10.0, True), ("1.40.0", 10.0, True), ("1.22.22", 10.0, False), ("1.22.22", 1 / (10 * 64), True)],
 )
 def test_scores_of_older_versions(version, tau, flash):
-    """An old model with its own score scale, a_q and a_k is the same function as a new one with larger a_q and a_k."""
+    """An old model with its own score scale, a_q and a_k equals a new one with larger a_q and a_k."""
     flags = WIDE | dict(rotary_xpos=False, attn_flash=flash)
     state = checkpoint(flags)
     state = {key: value - 1 if key.endswith("gamma") else value for key, value in state.items()}
@@ -701,7 +701,7 @@ def test_gains_before_1_31_3():
 
 
 def test_rotary_halves_before_1_30_0():
-    """Old versions paired channel t with t + r/2: the same function has its rows at our pairs."""
+    """Old versions paired channel t with t + r/2: for the same function, rows move to the new pairs."""
     flags = WIDE | dict(attn_qk_norm_dim_scale=True, deepnorm=False)
     state = checkpoint(flags)
     state = {key: value * 0 if key.endswith("gamma") else value for key, value in state.items()}

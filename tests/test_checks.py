@@ -1,4 +1,4 @@
-"""Each check accepts what it should and names the argument, the axis and the value otherwise."""
+"""Each check accepts correct arguments; otherwise it names the argument, the axis and the value."""
 
 import math
 import re

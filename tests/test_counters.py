@@ -1,4 +1,4 @@
-"""Counters of ncu, which is not here: what it prints is read, and what it refuses; predictions beside rows."""
+"""Counters of ncu, with a stand-in for it: parsing its output and its refusals; predictions and rows."""
 
 import importlib
 import json
@@ -85,7 +85,7 @@ def test_tiles_with_a_visible_pair(load, tile):
 
 @pytest.fixture
 def profile(load, tmp_path, monkeypatch, capsys):
-    """Runs counters.py with a stand-in for ncu: Python code with `metrics`, `subject` and `log` at hand."""
+    """Runs counters.py with a stand-in for ncu: Python code that can use `metrics`, `subject` and `log`."""
     counters = load("counters")
     gpu = SimpleNamespace(multi_processor_count=132, major=9)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -185,7 +185,7 @@ def test_calls_that_are_watched(load, capsys):
 
 
 def test_kernels_that_are_named_exist(load):
-    """A kernel of another name would be shown, but no prediction would meet it."""
+    """A kernel with another name would be shown, but no prediction would match it."""
     source = "\n".join(path.read_text() for path in (ROOT / "csrc" / "cuda").rglob("*.cuh"))
     kernels = set(re.findall(r"(\w+)_kernel\(", source))
     named = {p["pass"] for p in load("predictions").load() if p["op"] == "kernel"}

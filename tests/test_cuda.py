@@ -37,7 +37,7 @@ GIB = 2**30
 
 @pytest.fixture(autouse=True)
 def gpu(device):
-    """`device`, made the current one; skips where the kernels cannot run."""
+    """`device`, made the current one; skips if the kernels cannot run."""
     if device.type != "cuda":
         pytest.skip("laws of a GPU: python -m pytest --device cuda")
     if reasons := _select.cuda_unavailable(device):
@@ -51,7 +51,7 @@ def gpu(device):
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A call that launches kernels, as a function of tensors alone, so that it can be captured and repeated."""
+    """A call that launches kernels, as a function of tensors only, so that it can be captured and repeated."""
 
     name: str
     draw: Callable  # (device, seed) -> tensors
@@ -62,7 +62,7 @@ class Subject:
 
 
 def draw_attention(seqlen_q, seqlen_k, device, seed):
-    """q, k, v, dout, slopes, bound: logits up to 4, and a promise of it for half of the heads."""
+    """q, k, v, dout, slopes, bound: logits up to 4, and that bound for half of the heads."""
     generator = torch.Generator().manual_seed(seed)
     q, dout = torch.randn(2, 2, seqlen_q, 4, 64, generator=generator)
     k, v = torch.randn(2, 2, seqlen_k, 2, 64, generator=generator)
@@ -153,7 +153,7 @@ def assert_same(results, expected, what):
 
 
 def wait_long():
-    """Keeps the current stream busy for about a quarter of a second."""
+    """Keep the current stream busy for about a quarter of a second."""
     torch.cuda._sleep(500_000_000)
 
 
@@ -162,7 +162,7 @@ def wait_long():
 
 @every_subject
 def test_launches_on_the_current_stream(subject, device):
-    """The inputs appear late, on a stream of their own. A kernel on any other stream would read NaN."""
+    """The inputs are written late, on a separate stream. A kernel on any other stream would read NaN."""
     fresh = subject.draw(device, 1)
     expected = subject.call(*fresh)
     late = tuple(torch.full_like(x, torch.nan) for x in fresh)
@@ -199,7 +199,7 @@ def test_two_threads_with_a_stream_each(subject, device):
 
 @every_subject
 def test_two_threads_on_one_stream(subject, device):
-    """Their launches run one after the other and share the memory that belongs to the stream."""
+    """Their launches run one after the other and share the memory of the stream."""
     expected = {seed: subject.call(*subject.draw(device, seed)) for seed in (1, 2)}
     torch.cuda.synchronize()
 
@@ -271,7 +271,7 @@ def test_another_device_is_current(subject, device):
 
 
 def capture(call):
-    """A graph of `call`, its results and its stream. Calls before it, on that stream, make the memory that is kept."""
+    """A graph of `call`, its results and its stream. Earlier calls on that stream allocate the memory that is kept."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -300,7 +300,7 @@ def test_graph_replays(subject, device):
 
 @every_subject
 def test_graph_outlives_the_memory_that_calls_keep(subject, device):
-    """Tables and counters that calls share must not be freed or changed under a graph that reads them."""
+    """Tables and counters that calls share must not be freed or changed while a graph reads them."""
     tensors = subject.draw(device, 0)
     graph, results, stream = capture(lambda: subject.call(*tensors))
     expected = subject.call(*tensors)
@@ -320,7 +320,7 @@ def test_graph_outlives_the_memory_that_calls_keep(subject, device):
 
 
 def test_decode_loop_in_a_graph(device):
-    """64 tokens, one after the other, as one graph: the loop outside a graph bit for bit, and one pass over all."""
+    """64 tokens, one after the other, in one graph: equal to the loop without a graph bit for bit, and to one pass."""
     before, steps = 200, 64
     q, k, v, _, slopes, bound = draw_attention(steps, before + steps, device, 0)
     key_cache, value_cache = (torch.full_like(x, torch.nan) for x in (k, v))
@@ -351,7 +351,7 @@ def test_decode_loop_in_a_graph(device):
 
 
 def private_pools_at(addresses):
-    """The addresses that lie in memory that belongs to a graph."""
+    """The addresses that are in memory of a graph."""
     owned = [segment for segment in torch.cuda.memory_snapshot() if tuple(segment["segment_pool_id"]) != (0, 0)]
     return [
         address
@@ -361,7 +361,7 @@ def private_pools_at(addresses):
 
 
 def test_a_capture_may_be_the_first_to_need_a_table(device):
-    """The table is made beside the capture, and belongs neither to the graph nor to its pool."""
+    """The table is made outside the capture, and belongs neither to the graph nor to its pool."""
     q, k = (torch.randn(1, 3, heads, 64, device=device, dtype=BFLOAT16) for heads in (4, 1))
 
     def call(position):
@@ -403,7 +403,7 @@ def test_graphs_beside_each_other(device):
 
 @pytest.fixture
 def reduce_overhead():
-    """reduce_overhead(function) compiles it into CUDA graphs; a function that became none fails the test."""
+    """reduce_overhead(function) compiles the function into CUDA graphs; the test fails if it makes none."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("torch.compile needs triton on a GPU")
     torch.compiler.reset()
@@ -415,11 +415,11 @@ def reduce_overhead():
 
 
 def cloned(results):
-    """A graph's results are overwritten by its next run."""
+    """Copies, because the next run of a graph overwrites its results."""
     return tuple(result.clone() for result in results)
 
 
-# The numbers of the arguments that get gradients.
+# The indices of the arguments that get gradients.
 LEAVES = {attend: (0, 1, 2), rotate: (0, 1, 2, 3), shift: (0, 1, 3, 4)}
 FORWARDS = [subject for subject in SUBJECTS if subject.call in LEAVES]
 
@@ -490,7 +490,7 @@ def test_reduce_overhead_of_a_model(device, reduce_overhead):
 
 @pytest.mark.parametrize("loading", ["EAGER", "LAZY"])
 def test_kernels_load_in_either_way(loading, device):
-    """All at once, or each at its first launch, perhaps during a capture."""
+    """CUDA loads all kernels at once, or each at its first launch, perhaps during a capture."""
     program = (
         "import torch, test_cuda\n"
         f"device = torch.device({str(device)!r})\n"
@@ -679,7 +679,7 @@ def test_autocast_rounds_once_and_takes_the_kernel(device):
 
 @every_subject
 def test_kernels_are_the_default(subject, device, monkeypatch):
-    """The default gives the bits of backend="cuda"."""
+    """The default gives the same bits as backend="cuda"."""
     tensors = subject.draw(device, 0)
     expected = subject.call(*tensors)
     chosen = []

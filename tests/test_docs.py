@@ -1,4 +1,4 @@
-"""docs/: what the code cites is there, what the pages say of the code is so."""
+"""docs/: every citation in the code exists, and the pages' statements about the code are true."""
 
 import math
 import re
@@ -27,7 +27,7 @@ def relative(path):
 
 
 def texts():
-    """Files under version control, or of a source distribution, that may cite: not data."""
+    """Files under version control, or of a source distribution, that may contain citations (no data files)."""
     try:
         listed = subprocess.run(
             ["git", "-C", ROOT, "ls-files", "-z"], capture_output=True, text=True, check=True
@@ -40,7 +40,7 @@ def texts():
 
 
 def anchors(page):
-    """Anchors of a page: those it names, and those that a heading has on GitHub."""
+    """Anchors of a page: explicit ones, and those that GitHub makes from headings."""
     text = page.read_text()
     headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
     slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}

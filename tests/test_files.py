@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and stay when the machine loses power."""
+"""Files and folders that appear whole or not at all, and survive a loss of power."""
 
 import errno
 import json
@@ -90,7 +90,7 @@ def test_a_folder_that_cannot_be_synced_replaces_nothing(tmp_path, monkeypatch):
 
 
 def test_a_folder_never_holds_half_of_the_old_one(tmp_path, monkeypatch):
-    """The old folder is renamed in one step, so that a crash while its files are removed leaves no half of it."""
+    """The old folder is renamed in one step, so that a crash while its files are removed leaves no part of it."""
     target = tmp_path / "rows"
     with files.whole_folder(target) as folder:
         (folder / "old").write_text("")
@@ -245,7 +245,7 @@ def test_a_folder_that_cannot_be_written_is_known_before(tmp_path, monkeypatch, 
 
 
 def test_a_read_only_place_is_known_before(tmp_path, monkeypatch):
-    """Root may write everywhere, so the test imitates the refusal of the system."""
+    """Root may write everywhere, so the test simulates the refusal of the system."""
 
     def refuse(number):
         def refusing(path, *arguments, **options):
@@ -364,7 +364,7 @@ class _OfTheNetwork(OSError):
     ids=repr,
 )
 def test_errors_about_something_else_pass(tmp_path, error):
-    """Errors of a source pass that is read while its rows are written, also of one beside the rows."""
+    """Errors of a source that is read while its rows are written pass through, even if it is next to the rows."""
     if getattr(error, "filename", None) == "SOURCE":
         error.filename = str(tmp_path / "text.txt")
     with pytest.raises(type(error)) as caught, files.whole_folder(tmp_path / "rows"):

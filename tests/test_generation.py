@@ -146,7 +146,7 @@ def test_any_split(flags, lengths, batch, seed):
 @hypothesis.given(flags=switches, lengths=splits, padding=st.lists(st.integers(0, 20), min_size=1, max_size=3))
 @hypothesis.settings(max_examples=40)
 def test_any_split_with_left_padding(flags, lengths, padding):
-    """Each row gives the logits that it gives alone, for any padded ids and any beginnings of the calls."""
+    """Each row gives the same logits as alone, for any padded ids and any starts of the calls."""
     model = build(heads=3, **flags)
     total = sum(lengths)
     padding = torch.tensor(padding).clamp_max(total - 1)
@@ -159,7 +159,7 @@ def test_any_split_with_left_padding(flags, lengths, padding):
 
 @with_flags
 def test_padding_is_passed_once(flags):
-    """Later calls go on with the key_start of the prompt."""
+    """Later calls continue with the key_start of the prompt."""
     model = build(**flags)
     tokens = torch.randint(V, (2, 12))
     key_start = torch.tensor([[0], [4]], dtype=torch.int32)
@@ -289,7 +289,7 @@ def test_the_window_moves_across_segments(segment, monkeypatch):
 
 
 def test_memory_of_a_window_is_bounded():
-    """A cache that forgets does not grow, and to forget more tokens than it holds does nothing."""
+    """A cache that forgets does not grow, and forgetting more tokens than it holds does nothing."""
     model = build(shift_tokens=2)
     cache = Cache(capacity=10)
     cache.keep_last(3)
@@ -393,7 +393,7 @@ def test_logits_to_keep():
 
 
 def greedy(model, prompt: list[int], steps: int, window: int | None = None) -> list[int]:
-    """The arg-max continuation, with everything computed again for each token."""
+    """The arg-max continuation, with everything recomputed for each token."""
     tokens = list(prompt)
     for _ in range(steps):
         seen = tokens if window is None else tokens[-window:]
@@ -413,7 +413,7 @@ def test_greedy(flags, cache_kv):
 @with_flags
 @pytest.mark.parametrize("cache_kv", (True, False), ids=("cached", "recomputed"))
 def test_unequal_prompts(flags, cache_kv):
-    """Each row gives the tokens that it gives alone."""
+    """Each row gives the same tokens as alone."""
     model = build(**flags)
     prompts = [[3], [5, 1, 4, 1, 5, 9, 2], [2, 6, 5]]
     new = model.generate(prompts, 10, temperature=0, cache_kv=cache_kv)
@@ -743,7 +743,7 @@ def with_logit(model, value, step, monkeypatch):
 @pytest.mark.parametrize("value", [math.nan, INF])
 @pytest.mark.parametrize("told", ["at once", "at the end"])
 def test_logits_that_are_not_finite(value, temperature, told, monkeypatch):
-    """A GPU reports them at the end, and no draw until then ends the process."""
+    """A GPU reports them at the end, and no sampling before that ends the process."""
     model = build()
     if told == "at the end":
         check = _Sampler._check_finite
@@ -777,7 +777,7 @@ def test_filters_that_leave_nothing(bad):
 
 
 def test_tokens_may_be_removed_by_the_model():
-    """A logit of -inf is no error of a model."""
+    """A logit of -inf is not an error of a model."""
     model = build()
     first = torch.arange(9)
     model.transformer.to_logits.register_forward_hook(lambda module, _, logits: logits.index_fill(-1, first, -INF))
@@ -864,7 +864,7 @@ def test_misspelt_keywords():
 
 
 def kept(filtered: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """The places of the entries that are left; these are unchanged, and the others -inf."""
+    """The positions of the remaining entries; these must be unchanged, and the others -inf."""
     left = filtered != -INF
     assert torch.equal(filtered[left], logits[left])
     return left

@@ -1,4 +1,4 @@
-"""The golden cases themselves: their size, that they cover the flags, and that x-transformers makes them again."""
+"""The golden cases themselves: their size, their coverage of the flags, and their reproduction by x-transformers."""
 
 import json
 

@@ -1,7 +1,7 @@
 """tests/gpu.sh without a GPU: a step succeeding, failing, hanging, crashing; the script killed, resumed, out of time.
 
-A program in place of Python answers for the steps' commands, as the file `rules` beside it says; tests/gpu_report.py
-runs for real. While a call runs, gpu.json is read over and over: it must be valid JSON at every moment.
+A program replaces Python and answers the steps' commands according to the file `rules` next to it; the real
+tests/gpu_report.py runs. While a call runs, gpu.json is read continuously: it must be valid JSON at every moment.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ SCRIPT = ROOT / "tests" / "gpu.sh"
 STEPS = ["build", "smoke", "quick", "profile", "tests", "wrappers", "sanitizer", "bench"]
 pytestmark = pytest.mark.skipif(not shutil.which("timeout"), reason="needs coreutils")
 
-# In place of Python: the first rule whose pattern is in the command decides; without one the command succeeds. What a
-# command should write, counts of tests or rows of a benchmark, is written by the rules that say so, and by success.
+# Replaces Python: the first rule whose pattern is in the command decides; without one the command succeeds. The output
+# of a command, counts of tests or rows of a benchmark, is written by the rules that request it, and on success.
 STUB = r"""#!/bin/bash
 words=" $* "
 case $words in
@@ -77,7 +77,7 @@ GPU = {
 }
 
 
-# What a call of the script that runs these tests would hand down.
+# Variables that a run of the script, which also runs these tests, would pass on.
 OF_THE_SCRIPT = {
     "BUDGET", "COMMIT", "LIBRARY", "PART", "PTXAS2", "REHEARSE", "SCRATCH", "SECOND", "STEP_LIMIT", "STEP_SECONDS",
     "TORCH_CUDA_ARCH_LIST", "WHEELS",
@@ -85,7 +85,7 @@ OF_THE_SCRIPT = {
 
 
 class Calls:
-    """gpu.sh in a folder of its own."""
+    """gpu.sh in a separate folder."""
 
     def __init__(self, folder):
         self.folder, self.out = folder, folder / "out"
@@ -113,7 +113,7 @@ class Calls:
         (self.bin / name).chmod(0o755)
 
     def rules(self, **actions):
-        """Pattern and action; `_` stands for anything that is no letter."""
+        """Pattern and action; `_` stands for any character that is not a letter."""
         lines = [f"{pattern.replace('_', ' ').strip()}\t{action}\n" for pattern, action in actions.items()]
         (self.folder / "rules").write_text("".join(lines))
 
@@ -146,7 +146,7 @@ class Calls:
 
     @contextlib.contextmanager
     def always_valid(self):
-        """Reads gpu.json all the time."""
+        """Read gpu.json continuously."""
         broken, stop = [], threading.Event()
 
         def read():
@@ -216,7 +216,7 @@ def test_every_step_passes(calls):
     assert "13.1.80" in calls.printed
     forward = [line for line in data["predictions"] if line["metric"] == "tflops" and " forward " in line["what"]]
     assert ("as expected", 1.0) in [(line["verdict"], line["of_middle"]) for line in forward]
-    # What is measured last is measured when all else is known: FlexAttention compiles for longer than the rest runs.
+    # FlexAttention is measured last, after all other results: it compiles for longer than the rest runs.
     measured = [line for line in (calls.folder / "calls").read_text().splitlines() if "benchmarks/attn.py" in line]
     assert ["flex" in line for line in measured] == [False] * 3 + [True] * 3
 
@@ -235,7 +235,7 @@ def test_steps_that_hang_are_ended_and_leave_what_they_had(calls):
     calls.program("compute-sanitizer", SANITIZER)
     data = calls.run(code=1, STEP_SECONDS="2")
     results = calls.results()
-    for step in STEPS:  # what starting takes is missing to the later ones
+    for step in STEPS:  # the time for starting is missing for later steps
         assert results[step].startswith(("out of time after", "out of time before")), step
     assert results["build"].startswith("out of time after")
     assert data["measured"]["smoke"]["default"]["passed"] == 3
@@ -378,7 +378,7 @@ def test_a_later_call_goes_on(calls):
     calls.run("--only", "quick")  # passes, although the step of another call has not
     assert calls.results()["wrappers"] == "failed, exit code 1"
     data = calls.run("--only", "profile", "--budget", "0", code=1)
-    assert calls.results()["profile"] == "passed"  # what had no time does not undo what an earlier call found
+    assert calls.results()["profile"] == "passed"  # a step without time does not overwrite an earlier result
     assert data["this_call"]["results"] == {"profile": "out of time before it began"}
 
 
@@ -447,7 +447,7 @@ def test_wheels_that_cannot_be_installed(calls):
 
 
 def test_a_second_library(calls):
-    """Built beside the first, with the other assembler and in a tree of its own; smoke runs with both."""
+    """Built in addition to the first, with the other assembler and in its own tree; smoke runs with both."""
     told = '"${ANDROMEDA_PTXAS:-}, ${ANDROMEDA_BUILD_TREE:-}: $* in $PWD"'
     calls.program("python", STUB.replace('"$*" >>"$STUB/calls"', f'{told} >>"$STUB/calls"'))
     (calls.folder / "two").touch()
@@ -468,11 +468,11 @@ def test_a_second_library_that_cannot_be_built(calls, action):
     assert calls.results() == {"build": "passed", "smoke": "passed"}
     assert list(data["measured"]["smoke"]) == ["default"]
     assert "the second library was not built" in (calls.out / "gpu.log").read_text()
-    assert subprocess.run(["pgrep", "-f", str(calls.bin)], capture_output=True).returncode == 1  # nothing goes on
+    assert subprocess.run(["pgrep", "-f", str(calls.bin)], capture_output=True).returncode == 1  # nothing still runs
 
 
 def test_the_library_of_a_folder_is_the_one_that_is_loaded(tmp_path):
-    """What `smoke` relies on: a process that starts in the folder imports the package there."""
+    """`smoke` relies on this: a process that starts in the folder imports the package there."""
     package = tmp_path / "andromeda"
     package.mkdir()
     for file in (ROOT / "andromeda").iterdir():

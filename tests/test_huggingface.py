@@ -24,7 +24,7 @@ VARIANTS = {
 
 
 def small_model(**options) -> Andromeda:
-    """A model whose gains and scales are off their initial constants, so that a test sees one that is forgotten."""
+    """A model whose gains and scales are off their initial constants, so that a test notices a forgotten one."""
     torch.manual_seed(1)
     model = Andromeda(**{**SIZES, **options})
     with torch.no_grad():
@@ -134,7 +134,7 @@ def test_there_are_no_buffers(pair):
 
 
 def test_a_new_model_has_the_initial_distribution():
-    """transformers must not replace the weights that the modules have drawn by ones with std 0.02."""
+    """transformers must not replace the modules' own initial weights by weights with std 0.02."""
     torch.manual_seed(0)
     model = AndromedaForCausalLM(AndromedaConfig(hidden_size=64, num_hidden_layers=1, vocab_size=512))
     assert model.transformer.token_emb.weight.std().item() == pytest.approx((2 / 64) ** 0.5, rel=0.05)

@@ -32,7 +32,7 @@ from andromeda.ops.token_shift_norm import token_shift_norm
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib  # there pytest depends on it
+    import tomli as tomllib  # pytest depends on it there
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -47,7 +47,7 @@ NEVER_LAUNCHED = "probe"  # of csrc/cuda/cuda_status.cu, which only loads it
 
 
 def missing(reason):
-    """Skips the test; in CI fails it."""
+    """Skip the test, or fail it in CI."""
     if os.environ.get("CI") == "true":
         pytest.fail(reason, pytrace=False)
     pytest.skip(reason)
@@ -63,7 +63,7 @@ def places(folder):
 
 
 def find_cuobjdump(path):
-    """The first program that reads all of a file, or None: one of an older CUDA than the file's often does not.
+    """The first program that can read all of a file, or None: a program older than the file's CUDA often cannot.
 
     It calls nvdisasm, which must have the same version, so it is taken from the same folder.
     """
@@ -96,7 +96,7 @@ class Kernel:
     local: int  # bytes per thread: spills, and arrays that are indexed at run time
     static_shared: int  # bytes per block
     max_threads: int = 0  # per block, of __launch_bounds__; 0: not given
-    barriers: int = 1  # of the 16 of a block; a multiprocessor has two for each block that it can hold
+    barriers: int = 1  # of a block's 16; a multiprocessor has two for each block that it can hold
     instructions: Counter = dataclasses.field(default_factory=Counter)  # opcode with its modifiers -> how many
 
     def count(self, prefix):
@@ -184,7 +184,7 @@ def in_library(architecture):
 
 
 def promised():
-    """The code that the architectures, in CMake's spelling, ask for: "80" is {("elf", "sm_80"), ("ptx", "sm_80")}."""
+    """The code for the architectures, in CMake's spelling: "80" requests {("elf", "sm_80"), ("ptx", "sm_80")}."""
     content = set()
     for name in _C.build_info()["cuda_architectures"]:
         number, _, only = name.partition("-")
@@ -204,7 +204,7 @@ def test_library_holds_the_promised_architectures(cuobjdump):
 
 
 def test_library_needs_no_cuda_library():
-    """An import must work where there is no driver. libpython and torch would tie the library to one version."""
+    """An import must work without a driver. Linking libpython or torch would tie the library to one version."""
     if not (readelf := shutil.which("readelf")):
         missing("no readelf (binutils)")
     needed = re.findall(r"\(NEEDED\).*\[(.*)\]", output_of(readelf, "--wide", "--dynamic", _C.__file__))
@@ -235,10 +235,10 @@ def attention_launches(emulated, seqlen_q, seqlen_k, head_dim, dtype):
 
 
 def test_clocks_of_shared_memory(emulated):
-    """The clocks for which loops occupy shared memory, 128 bytes each: operands, copies, values of rows.
+    """The clocks in which loops occupy shared memory, 128 bytes each: operands, copies, values of rows.
 
-    They are counted as the loops run, with bank conflicts: the cost of 64 more queries (dkdv) or keys for 64 of the
-    others. More than the limit is slower; fewer need a lower limit.
+    They are counted while the loops run, with bank conflicts: the cost of 64 more queries (dkdv) or keys for 64 of the
+    others. More clocks than the limit are slower; with fewer, the limit must be lowered.
     """
     limited = {entry for entry, limits in BUDGET.items() if "shared_clocks" in limits}
     emulated.settings.check, measured = False, set()
@@ -315,7 +315,7 @@ def check_instructions(name, kernel, limits):
 
 
 def check_blocks(name, kernel, limits, occupancy):
-    """Too few blocks hide no latency; with none the launch fails."""
+    """Too few blocks do not hide latency; with none the launch fails."""
     use = f"{kernel.registers} {limits['threads']} {kernel.static_shared} {limits['shared']} {kernel.barriers}"
     blocks = occupancy([f"{use} {device}" for device in limits["min_blocks"]])
     for (device, least), number in zip(limits["min_blocks"].items(), blocks, strict=True):
@@ -392,7 +392,7 @@ def test_launches_are_as_in_the_budget(emulated):
 
 @pytest.fixture(scope="session")
 def nvccs(tmp_path_factory):
-    """{version of ptxas: an nvcc that runs it}: nvcc's own, then the newest at hand if that is another one."""
+    """{version of ptxas: an nvcc that runs it}: nvcc's own, then the newest available one if it is different."""
     setup_py = emulator.build._setup_py()
     nvcc = setup_py.find_nvcc(os.environ) or missing("no nvcc")
     folder, own = setup_py.read_toolkit(nvcc, os.environ)
@@ -404,7 +404,7 @@ def nvccs(tmp_path_factory):
 
 
 def another_ptxas(nvccs):
-    """Skips the test where there is only one."""
+    """Skip the test if there is only one."""
     if len(nvccs) == 1:
         missing(f"no ptxas but nvcc's own {next(iter(nvccs))}: pip install {emulator.build._setup_py().PTXAS_WHEEL}")
 
@@ -432,7 +432,7 @@ def compiled_ptx(architecture):
 
 
 def differences(kernel, other):
-    """How two ptxas differ on the same PTX: "UIADD3 6 -> 14, registers 96 -> 104"; padding of cache lines left out."""
+    """How two ptxas differ on the same PTX: "UIADD3 6 -> 14, registers 96 -> 104"; without padding of cache lines."""
     pairs = {
         field: (getattr(kernel, field), getattr(other, field)) for field in ("registers", "local", "static_shared")
     }
@@ -442,7 +442,7 @@ def differences(kernel, other):
 
 
 def difference_table(kernels, others):
-    """One line for the kernels of an architecture with the same differences; then how many have none."""
+    """One line for the kernels of an architecture with the same differences, then the number without any."""
     alike = {}
     for architecture, name in sorted(kernels):
         what = differences(kernels[architecture, name], others[architecture, name])
@@ -529,13 +529,13 @@ __global__ void ignored(float* x) {
 
 
 def find_tool(name):
-    """A program of the build, beside this Python or on the path."""
+    """A program of the build, next to this Python or on the path."""
     path = os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", "")))
     return shutil.which(name, path=path) or missing(f"{name} is not installed")
 
 
 class Project:
-    """The project in another folder, with all its flags, where a source replaces a kernel file."""
+    """The project in another folder, with all its flags; there, a source can replace a kernel file."""
 
     SOURCE = Path("csrc/cuda/qk_norm_rotary.cu")
 
@@ -547,7 +547,7 @@ class Project:
         shutil.copy(ROOT / "CMakeLists.txt", folder)
 
     def configure(self, nvcc):
-        """Configures the tree for a compiler, as setup.py does; returns CMake's messages."""
+        """Configure the tree for a compiler, as setup.py does; returns CMake's messages."""
         pybind11 = pytest.importorskip("pybind11")
         return output_of(
             find_tool("cmake"), "--fresh", "-S", self.folder, "-B", self.folder / "build", "-G", "Ninja",

@@ -1,7 +1,7 @@
-"""SIGKILL in the middle of `build-dataset` and of training a tokenizer: the same result afterwards, nothing left over.
+"""SIGKILL during `build-dataset` and during training of a tokenizer: the same result afterwards, no leftovers.
 
-One process loads everything and forks for each try. The fork ends itself before its n-th operation on files or pipes;
-a second fork then does the same work to the end.
+One process loads everything and forks for each attempt. The fork kills itself before its n-th operation on files or
+pipes; a second fork then completes the same work.
 """
 
 import json
@@ -170,5 +170,5 @@ def test_the_result_is_the_same_after_a_kill(outcomes, work, tries):
 
 
 def test_the_age_that_is_waited_for_is_short():
-    """The forks set it to zero; a minute later than a kill the same happens without that."""
+    """The forks set it to zero; without that, the same happens a minute after a kill."""
     assert files._STALE_SECONDS == 60

@@ -191,7 +191,7 @@ def test_left_padding_equals_the_row_alone(flags):
 @pytest.mark.parametrize("flags", ({}, dict(use_abs_pos_emb=True)), ids=("relative", "absolute"))
 @pytest.mark.parametrize("return_loss", (False, True), ids=("logits", "loss"))
 def test_key_start_is_checked_once(flags, return_loss, monkeypatch):
-    """The outermost module checks it; the modules inside check a tensor from elsewhere."""
+    """The outermost module checks it; inner modules check a tensor only if they get it from elsewhere."""
     owners = []
 
     def read(owner, key_start, *shape_and_device):
@@ -242,7 +242,7 @@ def test_long_half_precision(dtype):
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
 def test_half_precision(flags, dtype):
-    """Logits, loss and gradients are those of the wide model with the same weights, up to docs/model.md#15."""
+    """Logits, loss and gradients are those of the wide model with the same weights, within docs/model.md#15."""
     arguments = dict(depth=2, dim=48, heads=4, dim_head=16, alibi_num_heads=2) | flags
     model, exact = small(**arguments), small(**arguments).double()
     oracle.perturb(model)
@@ -431,7 +431,7 @@ def test_random_models_keep_the_bound(flags, monkeypatch):
 
 @pytest.mark.parametrize("scale", [6.0, 10.0])
 def test_results_depend_on_no_bound_where_scores_reach_it(scale):
-    """A bound that is too small would skip keys that count: here the farthest keys have the highest scores.
+    """A bound that is too small would skip relevant keys: here the farthest keys have the highest scores.
 
     Queries of the last tokens point at the keys of the first ones and away from their own.
     """
@@ -509,7 +509,7 @@ def moments(weight: torch.Tensor) -> tuple[float, float]:
 
 @pytest.mark.parametrize("deepnorm", (True, False))
 def test_initialisation(deepnorm):
-    """docs/model.md#11, by the first two moments and the range; six standard errors leave no room for chance."""
+    """docs/model.md#11, by the first two moments and the range, within six standard errors."""
     torch.manual_seed(1)
     dim, depth, dim_head, heads = 128, 2, 32, 4
     model = Andromeda(num_tokens=512, max_seq_len=64, dim=dim, depth=depth, dim_head=dim_head, heads=heads,
@@ -589,7 +589,7 @@ def test_loss_in_blocks(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("count", [0, torch.tensor(0), torch.tensor(0.0), 5], ids=str)
 def test_the_loss_over_no_target_is_zero_with_zero_gradients(dtype, count):
-    """A part of a step without a target adds nothing to it, also where the whole step has none."""
+    """A part of a step without a target adds nothing to the loss, even if the whole step has none."""
     logits = torch.randn(6, 11, dtype=dtype, requires_grad=True)
     loss = andromeda.model.cross_entropy(logits, torch.full((6,), -100), count=count)
     (gradient,) = torch.autograd.grad(loss, logits)
@@ -671,7 +671,7 @@ def test_length_is_free_without_a_table():
 
 @pytest.mark.parametrize("deepnorm", [True, False], ids=["deepnorm", "pre-norm"])
 def test_compiles_into_one_graph_without_constants(deepnorm):
-    """Every run copies a constant from the CPU, and torch makes no CUDA graph of a program that touches the CPU."""
+    """Every run would copy a constant from the CPU, and torch makes no CUDA graph of a program that uses the CPU."""
     model = Andromeda(
         num_tokens=64, max_seq_len=128, dim=64, depth=2, dim_head=32, heads=3, alibi_num_heads=2, deepnorm=deepnorm
     )
@@ -761,7 +761,7 @@ def changed(model):
 
 @torch.no_grad()
 def assert_one_model(model, tokens):
-    """Logits, losses and generation use the same parameters by every way to them."""
+    """Logits, losses and generation use the same parameters, whichever interface computes them."""
     logits = model(tokens)
     expected = functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     for loss in (model(tokens, return_loss=True), model.decoder(tokens)):
@@ -907,7 +907,7 @@ def test_wrong_logits_to_keep(wanted, error, text):
 
 
 def test_a_loss_of_no_target():
-    """It is an error alone, and 0 with gradients of 0 as a part of a mean over several calls."""
+    """It is an error on its own; as a part of a mean over several calls it is 0 with gradients of 0."""
     logits = torch.randn(4, 7, requires_grad=True)
     none = torch.full((4,), -100)
     with pytest.raises(ValueError, match="labels must hold a token to predict"):

@@ -1,4 +1,4 @@
-"""The rules accept a correct kernel and reject each defect that a kernel has had."""
+"""The rules accept a correct kernel and reject every defect that a kernel has had."""
 
 import math
 

@@ -43,7 +43,7 @@ def test_operators_end_with_their_record(module):
 
 
 def test_the_schemas():
-    """They are stored in exported programs: a change of a forward schema breaks the programs of earlier versions."""
+    """Exported programs store the schemas: a change of a forward schema breaks programs of earlier versions."""
     assert str(attention_op.FORWARD._schema) == (
         "andromeda::attention_forward(Tensor q, Tensor k, Tensor v, Tensor? alibi_slopes, Tensor? logit_bound, "
         "Tensor? key_start, bool causal, float softmax_scale, str backend) -> (Tensor, Tensor)"

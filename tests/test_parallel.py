@@ -97,7 +97,7 @@ print(f"needs {high} bytes")
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc to read the size of this process from")
 def test_a_task_without_memory_is_an_error_in_python():
     """With less and less address space, page by page: a `MemoryError`, or the right result."""
-    # Every larger allocation takes pages of its own and returns them.
+    # Every larger allocation gets its own pages and returns them.
     allocator = {"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_ARENA_MAX": "1"}
     environ = os.environ | allocator | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", NEAR_THE_LIMIT]

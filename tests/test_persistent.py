@@ -1,4 +1,4 @@
-"""Memory that outlives calls: made apart from pools, captures and modes, kept as long as a graph may read it."""
+"""Memory that outlives calls: made outside pools, captures and modes, and kept as long as a graph may read it."""
 
 import contextlib
 import functools
@@ -20,7 +20,7 @@ from andromeda.ops import token_shift_norm as shift_op
 from andromeda.ops.token_shift_norm import token_shift_norm
 
 CPU = torch.device("cpu")
-WINDOW = _rotary.window  # the fixture `emulated` has one of its own
+WINDOW = _rotary.window  # the fixture `emulated` replaces it
 
 
 @pytest.fixture(autouse=True)
@@ -246,10 +246,10 @@ IMPLEMENTATIONS = {
 
 
 class PrivatePool(TorchDispatchMode):
-    """A memory pool as torch keeps one for a CUDA graph: it owns what this thread allocates inside, operators included.
+    """A memory pool like torch's for a CUDA graph: it owns all allocations of this thread, also those of operators.
 
-    What outlives the block besides the outputs is refused by torch ("not tracked as outputs") or, without that check,
-    handed out again.
+    torch refuses memory that outlives the block, except for the outputs ("not tracked as outputs"); without that check
+    it would reuse the memory.
     """
 
     def __init__(self):
@@ -335,7 +335,7 @@ def operands(seqlen_q, seqlen_k):
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("capture", [0, 7], ids=["warm-up", "capture"])
 def test_operators_leave_nothing_in_a_pool(name, capture, emulated, monkeypatch):
-    """Neither while torch.compile warms a graph up, when nothing is being captured, nor during the capture."""
+    """Neither while torch.compile warms up a graph, when nothing is being captured, nor during the capture."""
     seqlen_q, seqlen_k, call = CALLS[name]
     q, k = operands(seqlen_q, seqlen_k)
     expected = call(q, k)
@@ -353,12 +353,12 @@ def test_operators_leave_nothing_in_a_pool(name, capture, emulated, monkeypatch)
 
 
 def test_a_captured_step_holds_kernels_of_this_library_alone(emulated, monkeypatch):
-    """No memset for semaphores and no kernels that make tables: memory is taken, and that is no part of a graph."""
+    """No memset for semaphores and no kernels that make tables: only allocations, which are not part of a graph."""
     monkeypatch.setattr(_rotary, "window", WINDOW)
     monkeypatch.setattr(_select, "capture_id", lambda device: 7)
     monkeypatch.setattr(_select, "extension", Unobserved(_select.extension))
     emulated.settings.capture = 7
-    for position in (1000, 1001):  # the first one makes the tables, beside the capture
+    for position in (1000, 1001):  # the first one makes the tables, outside the capture
         with torch.inference_mode(), PrivatePool() as pool:
             q, k = operands(1, 1)
             pool.names.clear()
@@ -371,7 +371,7 @@ def test_a_captured_step_holds_kernels_of_this_library_alone(emulated, monkeypat
 
 
 class Unobserved:
-    """An extension whose calls no mode sees: the emulator copies tensors where a GPU would not."""
+    """An extension whose calls are hidden from modes: the emulator copies tensors where a GPU would not."""
 
     def __init__(self, extension):
         self._extension = extension

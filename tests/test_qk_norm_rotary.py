@@ -233,7 +233,7 @@ def test_a_row_without_gradient_adds_nothing(backend, tensors_for, normalize, va
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_strides_do_not_matter(backend, tensors_for, dtype):
-    """P3, P4: transposed, sliced at an odd offset out of NaN, and expanded operands equal contiguous ones exactly."""
+    """Exact: operands that are transposed, expanded, or sliced from NaN at an odd offset equal contiguous ones."""
     q, k, q_scale, k_scale = tensors_for(PLAIN, dtype)
     k = k[:1].expand(2, -1, 3, -1)
     k_scale = k_scale.expand(3, -1)
@@ -252,7 +252,7 @@ def test_strides_do_not_matter(backend, tensors_for, dtype):
         given = (x, k, q_scale, k_scale)
         assert not x.is_contiguous()
         for found, ref in zip((*run(*given), *gradients(run, given, douts)), expected, strict=True):
-            # Rows that are not aligned to 16 bytes are added up in another order; so are sums of torch on a GPU.
+            # Rows that are not aligned to 16 bytes are summed in another order; so are sums of torch on a GPU.
             if (backend == "cuda" and x is sliced) or (backend == "reference" and q.is_cuda):
                 assert (found.double() - ref).norm() <= 32 * UNIT[found.dtype] * ref.double().norm()
             else:
@@ -273,7 +273,7 @@ def test_strided_gradients(backend, tensors_for):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_scores_do_not_depend_on_the_first_position(backend, tensors_for, dtype):
-    """P9."""
+    """Shifting all positions changes no score (docs/testing.md#laws)."""
     q, k, q_scale, k_scale = tensors_for(PLAIN, dtype)
     options = {"q_scale": q_scale, "k_scale": k_scale, "backend": backend, "rotary_dim": 32, "xpos": True}
     here = scores(*(x.double() for x in qk_norm_rotary(q, k, position=0, **options)))
@@ -310,7 +310,7 @@ def test_default_origin_is_the_middle_of_the_queries():
 
 
 def test_positive_factors_vanish_under_the_norm(backend, tensors_for):
-    """P10, exact for powers of two."""
+    """Exact for powers of two."""
     q, k, *_ = tensors_for(PLAIN)
     factors = torch.ldexp(torch.ones(2, 17, 1, 1), torch.arange(17).view(1, 17, 1, 1) - 8).to(q)
     expected = qk_norm_rotary(q, k, backend=backend, **PLAIN.options())
@@ -319,7 +319,6 @@ def test_positive_factors_vanish_under_the_norm(backend, tensors_for):
 
 
 def test_gradient_under_the_norm_is_orthogonal(backend, tensors_for):
-    """P15."""
     tensors = tensors_for(PLAIN)
     q, k = tensors[:2]
     dq, dk, *_ = gradients(
@@ -335,7 +334,7 @@ def test_gradient_under_the_norm_is_orthogonal(backend, tensors_for):
 
 
 def test_batch_entries_and_heads_are_independent(backend, tensors_for):
-    """P1, exact."""
+    """Exact: permuting entries or heads permutes the result (docs/testing.md#laws)."""
     q, k, q_scale, k_scale = tensors_for(PLAIN)
     q_out, k_out = qk_norm_rotary(q, k, q_scale=q_scale, k_scale=k_scale, backend=backend, **PLAIN.options())
     heads = torch.tensor([2, 0])
@@ -349,7 +348,6 @@ def test_batch_entries_and_heads_are_independent(backend, tensors_for):
     "shape", [(0, 5, 3, 16), (2, 0, 3, 16), (2, 5, 0, 16)], ids=["no_batch", "no_tokens", "no_heads"]
 )
 def test_empty(backend, device, shape):
-    """P18."""
     x = torch.empty(shape, device=device, requires_grad=True)
     skip_for(backend, unsupported(backend, x, x))
     scale = torch.ones(shape[2:], device=x.device, requires_grad=True)
@@ -373,7 +371,7 @@ LARGE = Case("large", seqlen_q=300, seqlen_k=300, num_heads=5, head_dim=48, rota
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_result_does_not_depend_on_the_number_of_threads(num_threads, dtype):
-    """P17, exact: forward and all four gradients, twice with each number of threads."""
+    """Exact: forward and all four gradients, twice with each number of threads."""
     tensors = LARGE.tensors(dtype)
     skip_for("cpu", unsupported("cpu", *tensors[:2]))
     douts = random_like(tensors[:2])
@@ -422,7 +420,6 @@ def test_two_callers_at_once(backend, tensors_for):
 @pytest.mark.parametrize("scaled", [True, False], ids=["scaled", "unscaled"])
 @pytest.mark.parametrize("normalize", [True, False], ids=["norm", "no_norm"])
 def test_gradcheck(normalize, scaled):
-    """P19."""
     case = Case("", seqlen_q=2, seqlen_k=3, num_heads=2, head_dim=6, scaled=scaled)
     tensors = [None if t is None else t.requires_grad_() for t in case.tensors(torch.float64)]
 
@@ -436,7 +433,6 @@ def test_gradcheck(normalize, scaled):
 
 @pytest.mark.parametrize("scaled", [True, False], ids=["scaled", "unscaled"])
 def test_opcheck(backend, tensors_for, scaled):
-    """P19."""
     q, k, q_scale, k_scale = tensors_for(Case("", seqlen_k=20, scaled=scaled))
     arguments = (q, k, q_scale, k_scale, True, 32, True, 3, 11, backend)
     torch.library.opcheck(module.FORWARD, arguments)

@@ -1,4 +1,4 @@
-"""The README does what it says: its code runs, its commands exist, its numbers and its figure are made from JSON."""
+"""The README is correct: its code runs, its commands exist, its numbers and its figure are generated from JSON."""
 
 import importlib
 import itertools
@@ -61,7 +61,7 @@ def test_a_stranger_sees_code_early_and_reads_a_page():
 
 @pytest.mark.parametrize("code", PYTHON, ids=[f"block {index}" for index in range(len(PYTHON))])
 def test_python_runs_as_it_stands(code, tmp_path):
-    """Each block in a process of its own, in a folder that has nothing in it."""
+    """Each block runs in its own process, in an empty folder."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", code], cwd=tmp_path, env=environment, capture_output=True,
@@ -80,7 +80,7 @@ def test_installing_is_what_the_gate_does():
     assert development in executed
     assert ["python", "-m", "pytest"] in COMMANDS
     assert ["python", "-m", "pytest"] in executed
-    # The first command differs from the second in what it installs alone.
+    # The first command differs from the second only in the installed package.
     assert plain[:-1] == development[:-2]
     assert (plain[-1], development[-2:]) == (".", ["-e", ".[test]"])
     assert (ROOT / plain[plain.index("-c") + 1]).exists()
@@ -115,7 +115,7 @@ def test_numbers_are_those_of_the_json_files(report):
 
 
 def test_the_readme_has_few_numbers(report):
-    """Targets and tables of everything belong to docs/benchmarks.md."""
+    """Targets and complete tables belong in docs/benchmarks.md."""
     text = README.read_text()
     assert len(report.HIGHLIGHTS) == 6
     assert "missed" not in text
@@ -126,7 +126,7 @@ def test_the_readme_has_few_numbers(report):
 
 
 def scaling_data(**more):
-    """Of the form that benchmarks/scaling.py writes on a GPU."""
+    """Data in the form that benchmarks/scaling.py writes on a GPU."""
     rows = [
         {
             "backend": name, "seqlen": 1024 << power, "median_ms": slow * 4.0**power, "p20_ms": slow * 3.9**power,
@@ -264,7 +264,7 @@ def test_a_block_is_filled(report, results):
     assert made.endswith("\n<!-- end -->\nafter\n")
     assert "old" not in made
     assert "| decode | a " in made
-    assert "matmul" not in made  # a product of matrices is no decode step
+    assert "matmul" not in made  # a matrix product is not a decode step
     assert "copy" not in made
     assert "missed" in made
     assert "other" not in made
@@ -291,7 +291,7 @@ def test_a_step_is_taken_from_the_newest_file_that_has_it(report, results):
 
 
 def test_results_do_not_make_a_tree_dirty(report, monkeypatch, tmp_path):
-    """A command that writes its results anew measures the commit, not its own file."""
+    """A command that rewrites its results measures the commit, not its own file."""
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
     monkeypatch.setattr(report, "ROOT", tmp_path)
     folder = tmp_path / "benchmarks" / "results"

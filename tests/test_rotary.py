@@ -1,4 +1,4 @@
-"""The tables that all calls share: which rows they hold, and that every call finds its own."""
+"""The tables that all calls share: their rows, and that every call finds its own rows."""
 
 import pytest
 import torch
@@ -8,14 +8,14 @@ from andromeda.ops import _persistent, _rotary
 from andromeda.reference import qk_norm_rotary as reference
 
 CPU = torch.device("cpu")
-WINDOW = _rotary.window  # the fixture `emulated` has one of its own
+WINDOW = _rotary.window  # the fixture `emulated` replaces it
 SIZES = (1, 2, 63, 2**14, 2**14 + 1, 2**15, 100_000)
 POSITIONS = (0, 1, 2**14 - 1, 2**15, 131_071, 10**6, 10**9, -1, -70_000)
 
 
 @pytest.fixture
 def made(monkeypatch):
-    """What has been kept since: (kind, rows)."""
+    """The tables that have been kept since: (kind, rows)."""
     monkeypatch.setattr(_persistent, "entries", type(_persistent.entries)(dict))
     return lambda: sorted((kind, key[1:]) for (kind, _), entries in _persistent.entries.items() for key in entries)
 
@@ -76,7 +76,7 @@ def test_a_call_reads_its_own_rows(seqlen_q, seqlen_k, position, origin, emulate
 
 
 def test_decoding_and_layers_share_tables(made, emulated, monkeypatch):
-    """Beyond half a window of 2**15 rows a step makes the next one; in it none does, whatever the origin."""
+    """A step beyond half a window of 2**15 rows makes the next one; a step before does not, whatever the origin."""
     monkeypatch.setattr(_rotary, "window", WINDOW)
     q, k = torch.randn(1, 1, 2, 64), torch.randn(1, 1, 1, 64)
     for position in (5, 6, 4095, 8191, 8192, 8200, 16383, 16384):

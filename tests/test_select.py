@@ -1,4 +1,4 @@
-"""Backend choice, the extension's absence, and what `andromeda info` reads."""
+"""Choice of a backend, a missing extension, and the data of `andromeda info`."""
 
 import os
 import subprocess
@@ -137,7 +137,7 @@ def test_answers_are_kept_per_device(monkeypatch):
 
 
 def test_a_forked_child_asks_again(monkeypatch):
-    """CUDA does not work in the child of a process that has used it, whatever the parent was told."""
+    """CUDA does not work in the child of a process that has used it, whatever the answer in the parent was."""
     device = torch.device("cuda", 7)
     _select.lasting_answers[device] = ["of the parent"]
     monkeypatch.setitem(_select.plans, "of the parent", ("cuda",))

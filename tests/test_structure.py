@@ -1,4 +1,4 @@
-"""Who may import whom: the parts of the package and the folders of csrc, read from the sources."""
+"""Allowed imports between the parts of the package and the folders of csrc, read from the sources."""
 
 import ast
 import graphlib
@@ -52,7 +52,7 @@ def relative(path):
 
 
 def imported(path):
-    """The names in andromeda that a file imports, also inside functions: ("ops", "attention"); () for a public name."""
+    """The names in andromeda that a file imports, even inside functions: ("ops", "attention"); () for a public name."""
     for node in ast.walk(ast.parse(path.read_text())):
         names = []
         if isinstance(node, ast.Import):

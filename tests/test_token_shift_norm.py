@@ -192,7 +192,7 @@ def test_an_unchanged_tensor_is_not_copied(backend, tensors_for):
 
 
 def test_norm_of_a_row_far_from_zero(backend, tensors_for):
-    """The variance is summed about the mean; it is no difference of two large sums."""
+    """The variance is summed around the mean; it is not a difference of two large sums."""
     x, *_, gamma = tensors_for(Case("", dim=512))
     x += 1000
     y, _ = token_shift_norm(x, gamma=gamma, backend=backend)
@@ -261,7 +261,7 @@ def test_hidden_rows_do_not_count(backend, tensors_for, device, norm, value):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_strides_do_not_matter(backend, tensors_for, device, dtype):
-    """P3, P4: transposed, sliced at an odd offset out of NaN, and expanded operands equal contiguous ones exactly."""
+    """Exact: operands that are transposed, expanded, or sliced from NaN at an odd offset equal contiguous ones."""
     case = Case("", dim=40, shift=2, history=True, documents=True, position=30)
     (x, residual, residual_scale, gamma), options = tensors_for(case, dtype), case.options(device, dtype)
     residual = residual[:1].expand(2, -1, -1)
@@ -286,7 +286,7 @@ def test_strides_do_not_matter(backend, tensors_for, device, dtype):
         given = (strided, residual, residual_scale, gamma)
         assert not strided.is_contiguous()
         for found, ref in zip((*call(*given), *gradients(call, given, douts)), expected, strict=True):
-            if backend == "cuda" and strided is sliced:  # rows not aligned to 16 bytes are added up in another order
+            if backend == "cuda" and strided is sliced:  # rows not aligned to 16 bytes are summed in another order
                 assert (found.double() - ref).norm() <= 32 * UNIT[found.dtype] * ref.double().norm()
             else:
                 assert torch.equal(found, ref)
@@ -311,7 +311,7 @@ def test_strided_gradients(backend, tensors_for):
 @pytest.mark.parametrize("documents", [False, True], ids=["one_document", "documents"])
 @pytest.mark.parametrize("lengths", [(9, 8), (1,) * 17, (1, 2, 13, 1)], ids=str)
 def test_calls_on_pieces_equal_one_call(backend, tensors_for, device, lengths, documents):
-    """P12, exact: each piece gets the last rows of y before it."""
+    """Exact: each piece gets the last rows of y before it."""
     case = Case("", shift=3, documents=documents)
     (x, residual, residual_scale, gamma), options = tensors_for(case), case.options(device)
     whole_y, whole_shifted = run(x, residual, residual_scale, gamma, backend=backend, **options)
@@ -337,7 +337,7 @@ def test_calls_on_pieces_equal_one_call(backend, tensors_for, device, lengths, d
 
 
 def test_documents_are_separate(backend, tensors_for, device):
-    """P13, exact; gradients too: nothing flows back across a boundary."""
+    """Exact, for gradients too: nothing flows back across a boundary."""
     case = Case("", batch=1, shift=2)
     x, residual, residual_scale, gamma = tensors_for(case)
     lengths = (1, 5, 2, 9)
@@ -359,7 +359,7 @@ def test_documents_are_separate(backend, tensors_for, device):
 
 
 def test_later_tokens_change_nothing_before(backend, tensors_for):
-    """P2, exact; gradients of earlier rows do not reach later tokens."""
+    """Exact; gradients of earlier rows do not reach later tokens."""
     tensors, options = tensors_for(PLAIN), PLAIN.options()
     before = run(*tensors, backend=backend, **options)
     leaf = tensors[0].clone().requires_grad_()
@@ -372,7 +372,7 @@ def test_later_tokens_change_nothing_before(backend, tensors_for):
 
 
 def test_batch_entries_are_independent(backend, tensors_for):
-    """P1, exact."""
+    """Exact: permuting entries permutes the result (docs/testing.md#laws)."""
     (x, residual, *vectors), options = tensors_for(PLAIN), PLAIN.options()
     whole = run(x, residual, *vectors, backend=backend, **options)
     part = run(x[1:], residual[1:], *vectors, backend=backend, **options)
@@ -381,7 +381,6 @@ def test_batch_entries_are_independent(backend, tensors_for):
 
 @pytest.mark.parametrize("shape", [(0, 5, 16), (2, 0, 16)], ids=["no_batch", "no_tokens"])
 def test_empty(backend, device, shape):
-    """P18."""
     x = torch.empty(shape, device=device, requires_grad=True)
     residual = torch.empty(shape, device=device, requires_grad=True)
     skip_for(backend, unsupported(backend, x))
@@ -400,7 +399,7 @@ LARGE = Case("large", seqlen=700, dim=96, shift=3, documents=True)
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_result_does_not_depend_on_the_number_of_threads(num_threads, dtype):
-    """P17, exact: outputs and all four gradients, twice with one number of threads."""
+    """Exact: outputs and all four gradients, twice with one number of threads."""
     tensors, options = LARGE.tensors(dtype), LARGE.options(dtype=dtype)
     skip_for("cpu", unsupported("cpu", tensors[0]))
     douts = random_like([tensors[0]] * 2)
@@ -435,7 +434,6 @@ def test_two_callers_at_once(backend, tensors_for, device):
 @pytest.mark.parametrize("residual", ["scaled", "unscaled", "none"])
 @pytest.mark.parametrize("documents", [False, True], ids=["one_document", "documents"])
 def test_gradcheck(norm, residual, documents):
-    """P19."""
     case = Case(
         "", seqlen=4, dim=7, shift=2, norm=norm, residual=residual != "none", scaled=residual == "scaled",
         documents=documents, history=documents, position=3,
@@ -447,7 +445,6 @@ def test_gradcheck(norm, residual, documents):
 
 @pytest.mark.parametrize("name", ["deepnorm", "shift_only", "norm_only", "documents_and_history"])
 def test_opcheck(backend, tensors_for, device, name):
-    """P19."""
     case = next(case for case in CASES if case.name == name)
     tensors, options = tensors_for(case), case.options(device)
     call = module.Call(
@@ -648,7 +645,7 @@ def test_a_backend_that_cannot_says_why():
 
 
 def test_rows_before_their_key_start(backend, device):
-    """Rows of padding, whose key_start lies after them, pass nothing on, not even to themselves."""
+    """Rows of padding, whose key_start is after them, contribute nothing, not even to themselves."""
     x = torch.arange(1.0, 16, device=device).reshape(1, 3, 5)  # segments of two channels, one left over
     key_start = torch.full((1, 3), 2, dtype=torch.int32, device=device)
     x.requires_grad_()

@@ -1,4 +1,4 @@
-"""Operations, loss and model under torch.func, fake tensors and tracing; gradients that are differentiated again."""
+"""Operations, loss and model under torch.func, fake tensors and tracing; second derivatives."""
 
 import functools
 
@@ -41,7 +41,7 @@ def losses(logits, **options):
     return cross_entropy(logits.flatten(0, 1), (torch.arange(10) % 7).masked_fill(torch.arange(10) == 3, -100))
 
 
-# name -> the function, shapes of its tensors, how many of them have a batch
+# name -> the function, the shapes of its tensors, the number of tensors with a batch
 OPERATIONS = {
     "attention": (attend, ((2, 5, 2, 8), (2, 6, 1, 8), (2, 6, 1, 8)), 3),
     "qk_norm_rotary": (rotate, ((2, 5, 2, 8), (2, 5, 1, 8), (2, 8), (1, 8)), 2),
@@ -101,7 +101,7 @@ def test_gradients_per_sample_equal_a_loop(name, chosen):
 @operations
 @pytest.mark.parametrize("chosen", [None, "reference"])
 def test_a_gradient_through_vmap_is_that_of_a_loop(name, chosen):
-    """Also where the tensors are leaves of ordinary autograd, which a mapped tensor does not know."""
+    """Even if the tensors are leaves of ordinary autograd, which a mapped tensor does not know."""
     function = functools.partial(OPERATIONS[name][0], backend=chosen)
     for mapped in each_mapped(name):
         tensors = tensors_of(name, mapped=mapped)
@@ -139,7 +139,7 @@ def test_jacobian_equals_that_of_autograd(name):
 
 
 def test_the_largest_promise_holds_for_all_calls():
-    """logit_bound comes from parameters: in an ensemble it is mapped. Too small a one would skip the far keys."""
+    """logit_bound comes from parameters, so in an ensemble it is mapped. A bound too small would skip far keys."""
     k = torch.zeros(1, 600, 1, 8)
     k[:, :400, :, 0], k[:, 400:, :, 0] = 1.0, -1.0
     q = torch.zeros(2, 1, 600, 1, 8)
@@ -161,7 +161,7 @@ def test_mapped_slopes_and_documents():
 
 @pytest.mark.parametrize("name", ["attention", "qk_norm_rotary", "token_shift_norm"])
 def test_transforms_in_compiled_programs(name):
-    """torch.compile would take the forward operator alone and drop the gradient: that is an error."""
+    """torch.compile would take only the forward operator and drop the gradient: this is an error."""
     torch.compiler.reset()
     function, tensors = OPERATIONS[name][0], tensors_of(name)
 
@@ -224,7 +224,7 @@ def test_forward_mode_is_refused():
     with torch.autograd.forward_ad.dual_level():
         with pytest.raises(NotImplementedError, match="attention: forward-mode"):
             attend(torch.autograd.forward_ad.make_dual(q, q), k, v)
-        close(attend(q, k, v), attend(q, k, v, backend="reference"))  # beside a tangent of something else
+        close(attend(q, k, v), attend(q, k, v, backend="reference"))  # next to a tangent of another tensor
     with pytest.raises(NotImplementedError):
         hessian(lambda q: attend(q, k, v).sum())(q)
 
@@ -243,7 +243,7 @@ TOKENS = torch.arange(21).view(3, 7)
 
 
 def loss_of(model):
-    """From parameters and tokens (n,) to the loss."""
+    """A function from parameters and tokens (n,) to the loss."""
     return lambda parameters, tokens: functional_call(model, parameters, (tokens[None],), {"return_loss": True})
 
 
@@ -309,7 +309,7 @@ def penalty_value(penalty):
 
 @pytest.fixture
 def nothing_kept(monkeypatch):
-    """No constants of earlier tests: what a test does first makes them."""
+    """Removes constants of earlier tests, so that the first call of a test makes them."""
     monkeypatch.setattr(_persistent, "entries", type(_persistent.entries)(dict))
 
 
@@ -334,7 +334,7 @@ def test_a_fake_call_leaves_nothing_behind(flags, nothing_kept):
 
 @flags
 def test_a_fake_model_trains(flags):
-    """Parameters and tokens are fake, none is real: as for estimates of memory."""
+    """All parameters and tokens are fake, as for estimates of memory."""
     with FakeTensorMode():
         model = small(**flags)
         tokens = torch.zeros(3, 7, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Types: every function of the package is annotated, users' type checkers see it, and signatures that repeat agree."""
+"""Types: every function of the package is annotated, users' type checkers see this, and repeated signatures agree."""
 
 import ast
 import inspect
@@ -68,7 +68,7 @@ def test_the_types_are_shipped():
 
 
 def test_generate_has_one_signature():
-    """The methods spell the arguments of `andromeda.generation.generate` out, in its order and with its defaults."""
+    """The methods repeat the arguments of `andromeda.generation.generate`, in its order and with its defaults."""
     net, *expected, pad_value = inspect.signature(generation.generate).parameters.values()
     assert (net.name, pad_value.name) == ("net", "pad_value")  # which the objects have themselves
     for owner in (Andromeda, AutoregressiveWrapper):

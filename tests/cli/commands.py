@@ -1,4 +1,4 @@
-"""Run commands in this process, with models that train in a second."""
+"""Runs commands in this process, with models that train in a second."""
 
 from andromeda.cli.main import main
 
@@ -11,7 +11,7 @@ def run(*words) -> int:
 
 
 def failing(capsys, *words) -> tuple[int, str]:
-    """The exit code, or that of argparse's SystemExit, and the messages of a command that fails."""
+    """The exit code (or argparse's SystemExit code) and the messages of a command that fails."""
     try:
         code = run(*words)
     except SystemExit as end:

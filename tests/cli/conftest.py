@@ -1,4 +1,4 @@
-"""A small corpus, its packed rows and a run that trained on them, made by the commands."""
+"""A small corpus, its packed rows and a run trained on them, all made by the commands."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Files of control groups, as other machines have them."""
+"""Files of control groups as found on other machines."""
 
 V2 = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n"
 V1 = (

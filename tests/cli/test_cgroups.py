@@ -1,4 +1,4 @@
-"""Quotas of control groups, read from copies of the files of other machines."""
+"""Quotas of control groups, read from copies of other machines' files."""
 
 import pytest
 from control_groups import V1, V2, machine

@@ -50,7 +50,7 @@ def test_build_dataset_names_the_column_and_what_it_leaves_out(corpus, tmp_path,
 
 
 def test_build_dataset_of_a_pipe(corpus, rows, tmp_path, capsys, monkeypatch):
-    """A saved tokenizer needs one pass; training one first needs a copy of the pipe. Separators cut documents."""
+    """With a saved tokenizer one pass is enough; training one needs a copy of the pipe. Separators cut documents."""
 
     data = corpus.read_bytes()
     for index, which in enumerate((["--tokenizer", rows / "tokenizer"], ["--train-tokenizer", "400"])):

@@ -46,7 +46,7 @@ def test_versions_of_cuda(capsys, monkeypatch):
 
 
 def test_info_of_a_device_that_cannot_be_used(capsys, monkeypatch):
-    """In exclusive mode torch counts the device and refuses its first tensor."""
+    """In exclusive mode torch counts the device but refuses its first tensor."""
     from andromeda.ops import _select
 
     report = _select.report

@@ -1,4 +1,4 @@
-"""Signals at any moment of a command. The processes of these tests load neither torch nor the commands."""
+"""Signals at any moment of a command. The processes in these tests load neither torch nor the commands."""
 
 import os
 import signal
@@ -53,7 +53,7 @@ def run(program, *words, **options):
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_before_the_commands_are_loaded(tmp_path, number):
-    """`python -m andromeda`, and a signal in the middle of `import torch`, which would hide an exception."""
+    """`python -m andromeda` gets a signal in the middle of `import torch`, which would hide an exception."""
     (tmp_path / "torch.py").write_text(
         "import os, time\n"
         "try:\n"
@@ -168,7 +168,7 @@ def test_another_handler_may_take_its_time():
 
 @pytest.mark.parametrize("signals, code", [(1, 7), (2, 130)])
 def test_a_long_step_of_the_training(signals, code):
-    """The first signal is handled before the step or waits for its end; a second one does not wait."""
+    """The first signal takes effect before the step or at its end; a second one does not wait."""
     program = (
         STUCK
         + f"""

@@ -81,7 +81,7 @@ def test_a_flipped_byte_is_found_where_checksums_are_kept(saved, name):
 
 
 def test_weights_that_are_not_finite(trained, rows, tmp_path, capsys):
-    """`generate` warns and continues; `eval` refuses, because figures of such a model mean nothing."""
+    """`generate` warns and continues; `eval` refuses, because the figures of such a model are meaningless."""
     from safetensors.torch import load_file, save_file
 
     folder = shutil.copytree(trained / "model", tmp_path / "model")
@@ -89,7 +89,7 @@ def test_weights_that_are_not_finite(trained, rows, tmp_path, capsys):
     next(iter(weights.values())).view(-1)[0] = float("nan")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     for recorded in folder.glob("andromeda*.json"):
-        recorded.unlink()  # a diverged training would have recorded these weights
+        recorded.unlink()  # a training run that diverged would have recorded these weights
     words = ["--prompt", "x", "--tokens", "2", "--device", "cpu", "--temperature", "0"]
     run("generate", folder, *words)
     assert "parameters of" in capsys.readouterr().err
@@ -171,7 +171,7 @@ class Stdin:
 
 
 def prompt_in(way, data, tmp_path, monkeypatch):
-    """The three ways in which a prompt comes."""
+    """The three ways to pass a prompt."""
     if way == "--prompt":
         return loading.read_prompt(os.fsdecode(data), None)
     if way == "-":

@@ -1,4 +1,4 @@
-"""Reading the command line, refusals before any work, and messages of errors."""
+"""Parsing of the command line, refusals before any work, and error messages."""
 
 import json
 import os
@@ -144,7 +144,7 @@ def test_every_option_that_takes_a_number_has_bounds():
 )
 @pytest.mark.parametrize("empty", ["", "  "])
 def test_empty_names_are_refused(capsys, tmp_path, monkeypatch, words, empty):
-    """They come from unset variables. As a path, an empty name would mean the current folder."""
+    """Empty names come from unset variables. As a path, an empty name would mean the current folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "private.txt").write_text("")
     code, said = failing(capsys, *(empty if word == "?" else word for word in words.split()))
@@ -226,7 +226,7 @@ def test_figures_into_a_pipe_and_to_stdout(trained, rows, tmp_path, capfd):
 
 
 class Panic(BaseException):
-    """Panics of Rust libraries are no Exception either."""
+    """Like panics of Rust libraries, which are not an Exception."""
 
 
 def in_finally():

@@ -22,7 +22,7 @@ def run(*words) -> int:
 
 
 def test_quickstart(small_corpus, tmp_path, capsys, monkeypatch):
-    """Interrupted in the training, continued to the end, refused the third time."""
+    """Interrupted during training, continued to the end, refused the third time."""
     out = tmp_path / "quick start"
     original = Trainer.training_step
     steps = []

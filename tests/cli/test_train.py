@@ -94,7 +94,7 @@ def test_a_start_that_fails_its_checks_leaves_no_run(rows, tmp_path, capsys, mon
     assert code in (1, 2) and not (tmp_path / "run" / "train.json").exists()
     monkeypatch.setattr(training, "train", lambda *args, **options: sys.exit(99))
     for resume in ([], ["--resume"]) if (tmp_path / "run").exists() else ([],):
-        with pytest.raises(SystemExit, match="99"):  # the training is reached
+        with pytest.raises(SystemExit, match="99"):  # training is reached
             run(*command, *resume)
 
 
@@ -110,7 +110,7 @@ LEFT_BY_KILLS = {
 @pytest.mark.parametrize("resume", [False, True], ids=["start", "--resume"])
 @pytest.mark.parametrize("names", LEFT_BY_KILLS.values(), ids=LEFT_BY_KILLS)
 def test_a_run_killed_before_its_first_checkpoint_starts_over(rows, tmp_path, names, resume):
-    """It may change its options: nothing depends on the old ones yet."""
+    """A run without a checkpoint may change its options: nothing depends on the old ones yet."""
     folder = tmp_path / "run"
     for name in names:
         path = folder / name

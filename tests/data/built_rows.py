@@ -1,4 +1,4 @@
-"""Small data sets for tests: texts, a tokenizer, a function that builds rows, functions that read and change them."""
+"""Small data sets for tests: texts, a tokenizer, a function that builds rows, functions that read or change them."""
 
 import json
 

@@ -232,7 +232,7 @@ def is_running(pid):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc to see which processes run")
 def test_killed_build(build, tokenizer, tmp_path):
-    """SIGKILL in mid-build leaves nothing readable and no orphans; the next build succeeds and cleans up."""
+    """SIGKILL during a build leaves nothing readable and no orphans; the next build succeeds and cleans up."""
     tokenizer.save(tmp_path / "tokenizer")
     source = tmp_path / "a.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))

@@ -1,4 +1,4 @@
-"""The cache of built data sets: keys, damage, races, places."""
+"""The cache of built data sets: keys, damage, races, locations."""
 
 import fcntl
 import json
@@ -144,7 +144,7 @@ def test_damaged_bytes_in_the_cache_are_said_and_built_again(build, tmp_path):
 
 
 def test_what_killed_builds_left(build, tmp_path):
-    """Removed, unless a process holds their locks, or they are so young that the builder may not have a lock yet."""
+    """Unless a process holds their locks, or they are so young that their builder may not have a lock yet."""
     cache, minutes_ago = tmp_path / "cache", time.time() - 61
     cache.mkdir()
     for name in (".building-young", ".building-stale", ".building-locked", "other", ".other"):
@@ -166,7 +166,7 @@ def test_what_killed_builds_left(build, tmp_path):
 
 
 def test_two_builders_of_the_same(build, monkeypatch, tmp_path):
-    """The second builder finishes while the first is at work: both get whole data sets, and no other files remain."""
+    """The second builder finishes while the first is running: both get whole data sets, and no other files remain."""
     finish = packing.StreamPacker.finish
     datasets_built = []
 
@@ -210,7 +210,7 @@ def test_default_cache_dir(monkeypatch, environment, expected):
 
 @pytest.fixture
 def no_account(monkeypatch):
-    """A user without an entry in the table of accounts, and no variable that names a place for a cache."""
+    """A user without an entry in the user database, and no variable that names a location for the cache."""
 
     def unknown(user):
         raise KeyError(user)

@@ -69,7 +69,7 @@ def test_documents_in_parts(monkeypatch, texts, errors, expected, counted, waiti
 
 
 def test_parts_go_on_without_waiting():
-    """Long documents are handed on part by part, except for white space at their start."""
+    """Long documents are passed on part by part, except for white space at their start."""
 
     def endless():
         for index in range(5):

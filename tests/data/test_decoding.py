@@ -1,4 +1,4 @@
-"""The kinds of files by their first bytes, unpacking, and UTF-8 with and without faults."""
+"""Recognising files by their first bytes, unpacking, and UTF-8 with and without errors."""
 
 import bz2
 import gzip

@@ -1,4 +1,4 @@
-"""The files of a folder: which are read, and a remark on each of the others."""
+"""The files of a folder: those that are read, and remarks on all others."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""PackedDataset: items, labels, document starts, checksums; and no file on the disk is trusted unchecked."""
+"""PackedDataset: items, labels, document starts, checksums; no file on the disk is trusted without a check."""
 
 import contextlib
 import json
@@ -218,7 +218,7 @@ def test_lengths_of_padded_rows_are_checked(build, lengths):
 @pytest.mark.parametrize("kind", ["stream", "bfd"])
 @pytest.mark.parametrize("factor", [20_000, -1, 0])
 def test_forged_lengths(build, kind, factor):
-    """Items of such rows would be read outside the file, which ends the process."""
+    """Reading items of such rows would access memory outside the file and end the process."""
     dataset = build(packing=kind)
     content = (dataset.path / "data.arrow").read_bytes()
     for length in (len(dataset) * SEQ_LEN, len(dataset)):

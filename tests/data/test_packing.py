@@ -67,7 +67,7 @@ def test_best_fit_keeps_documents_whole(folder, lengths, seq_len, batch, rows_pe
     rows, row_lengths = read(path, seq_len)
     assert writer.rows == len(rows)
     assert packer.padding == rows.size - total
-    # The pieces in order: whole documents; of documents longer than a row, full rows and a rest.
+    # The pieces in order: whole documents; full rows and a rest of documents longer than a row.
     pieces, begin = {}, 0
     for length in lengths:
         for cut in range(0, length, seq_len):

@@ -51,7 +51,7 @@ def make_tokenizers():
             vocab_size=400, special_tokens=["<eos>", "<pad>", "<unk>"], show_progress=False, **options
         )
         tokenizer.train_from_iterator(corpus, trainer)
-        # Tokens that are read before words are found; not normalized, because that might leave nothing of them.
+        # Tokens that are recognised before words are split; not normalized, because normalization might delete them.
         tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ("  ", " (", "Word the")])
         trained[name] = workers.packing_tokenizer_json(tokenizer)
     return trained
@@ -62,7 +62,7 @@ def tokenizer_of():
     return make_tokenizers()
 
 
-CUTS = {  # whether a long text of words is cut
+CUTS = {  # whether a long text of words gets cut
     **dict.fromkeys(("byte-level", "prefix-space", "metaspace", "metaspace-first", "whitespace", "bert"), True),
     **dict.fromkeys(("no-regex", "metaspace-whole", "prepend", "none"), False),
     "strip": True,
@@ -108,7 +108,7 @@ def test_text_without_a_seam_stays_whole(tokenizer_of, monkeypatch, word):
     monkeypatch.setattr(pieces, "PIECE_CHARS", 100)
     seams = pieces.Seams(tokenizer_of["byte-level"])
     assert (*pieces.pieces([text], seams),) == (text,)
-    # Text with seams behind it is cut again, and the search does not take longer and longer.
+    # Later text with seams is cut again, and the search does not take longer and longer.
     tries = []
     monkeypatch.setattr(seams, "_is_seam", lambda *_: tries.append(1))
     parts = [workers.Unfinished(text[begin : begin + 50]) for begin in range(0, len(text), 50)]
@@ -127,7 +127,7 @@ def test_pieces_are_short_again_after_a_long_one(tokenizer_of, monkeypatch):
 
 
 def test_a_seam_waits_for_the_text_behind_it(tokenizer_of, monkeypatch):
-    """Tokens that are read before words are found may reach over a space; the end of a part must not hide that."""
+    """Tokens that are recognised before words may contain a space; the end of a part must not hide that."""
     monkeypatch.setattr(pieces, "SEAM_CHARS", 12)
     text = "of Word the end, " * 12
     encode, seams = workers.Encoder(tokenizer_of["byte-level"], EOS), pieces.Seams(tokenizer_of["byte-level"])
@@ -140,7 +140,7 @@ def test_a_seam_waits_for_the_text_behind_it(tokenizer_of, monkeypatch):
 
 
 def test_pieces_are_made_while_the_text_is_read(tokenizer_of, monkeypatch):
-    """However long a document is, the text read but not yet handed on is little more than a piece."""
+    """For documents of any length, the text that is read but not yet passed on is little more than a piece."""
     monkeypatch.setattr(pieces, "PIECE_CHARS", 500)
     read = made = 0
 

@@ -1,4 +1,4 @@
-"""The formats of files: records, places, faults; and files are not read far ahead of the documents asked for."""
+"""File formats: records, positions, errors; and files are not read far ahead of the requested documents."""
 
 import csv
 import io

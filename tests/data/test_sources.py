@@ -158,7 +158,7 @@ def write_files(root, files):
 
 
 LINES = '{"content": "a line", "n": 1}\n'
-MANY = {f"{i:02}.jsonl": LINES for i in range(12)}  # more files than the first look takes
+MANY = {f"{i:02}.jsonl": LINES for i in range(12)}  # more files than the first sample
 
 
 @pytest.mark.parametrize(
@@ -332,7 +332,7 @@ def test_transforms_are_honoured():
     dataset = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "n": [1, 2, 3]})
     source = open_source(dataset.with_transform(upper))
     assert texts_of_opened(source)[0] == ["A", "B", "C"]
-    assert source.fingerprint() is None  # nothing tells the results of a function
+    assert source.fingerprint() is None  # the results of a function are unknown
     assert texts_of(dataset.with_transform(upper).select([2, 0]))[0] == ["C", "A"]
     assert texts_of(dataset.select([2, 0]).with_transform(upper))[0] == ["C", "A"]
     assert texts_of(dataset.with_transform(lambda batch: {"body": batch["text"], "k": batch["n"]}))[0] == [

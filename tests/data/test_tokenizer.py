@@ -171,7 +171,7 @@ def test_special_tokens_on_request(tokenizer):
 
 
 def test_extra_ids_that_were_special(tokenizer):
-    """Extra ids that the vocabulary has as special tokens are read from texts, too, once they are asked for."""
+    """Extra ids that are special tokens of the vocabulary are also read from texts once they are requested."""
     backend = Tokenizer.from_str(tokenizer.tokenizer.backend_tokenizer.to_str())
     backend.add_special_tokens(["<extra_id_0>"])
     for extra_ids, count in ((0, 12), (1, 1)):
@@ -272,7 +272,7 @@ def test_save_and_load(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("limit", [0, 500, 5000])
 def test_a_save_that_does_not_fit(tokenizer, tmp_path, limit):
-    """tokenizers reports the failure as a bare Exception; the tokenizer saved before stays."""
+    """tokenizers reports the failure as a bare Exception; the tokenizer saved earlier stays."""
     tokenizer.save(tmp_path / "tokenizer")
     before = {path.name: path.read_bytes() for path in (tmp_path / "tokenizer").iterdir()}
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -380,7 +380,7 @@ def trainer(monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_signal_while_it_trains(trainer, number):
-    """A signal ends training even if the process that trains is stopped and would never answer."""
+    """A signal ends training even if the training process is stopped and would never answer."""
 
     def stop(process):
         process.send_signal(signal.SIGSTOP)
@@ -417,7 +417,7 @@ def test_a_process_that_dies_while_texts_are_sent(trainer):
 
 
 def test_a_process_that_nobody_waits_for_ends():
-    """The pipe closes, as if this process were killed, while the other one has work for a second."""
+    """The pipe closes, as if this process were killed, while the other one still has a second of work."""
     random = np.random.default_rng(0)
     words = random.integers(ord("a"), ord("z"), (40_000, 12), dtype=np.uint8).tobytes().decode()
     texts = [" ".join(words[begin : begin + 12] for begin in range(0, len(words), 12))]
@@ -506,7 +506,7 @@ def test_not_a_tokenizer(tmp_path, name, content, error, message):
 
 @pytest.mark.parametrize("offline", [True, False], ids=["offline-mode", "no-answer"])
 def test_no_network(monkeypatch, capfd, offline):
-    """The hub is a port of this machine without a listener, so no test asks the network."""
+    """The hub is a port of this machine without a listener, so no test uses the network."""
     from huggingface_hub import constants
 
     for proxy in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):

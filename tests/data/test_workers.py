@@ -119,7 +119,7 @@ def test_worker_that_cannot_start(started):
 
 
 def test_worker_processes_load_neither_torch_nor_the_package():
-    """They load the file by its path, in a tenth of a second."""
+    """Workers load the file by its path, in a tenth of a second."""
     code = "import runpy, sys; runpy.run_path(sys.argv[1]); print({'andromeda', 'numpy', 'torch'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code, workers.__file__], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"

@@ -1,4 +1,4 @@
-"""CUDA kernels without a GPU: their PTX is interpreted on the CPU, and every rule of the machine is checked.
+"""CUDA kernels without a GPU: an interpreter runs their PTX on the CPU and checks every rule of the machine.
 
     emu = Emulator(device="A100", schedule="random", seed=7)
     q, out = emu.tensor(q_cpu, name="q"), emu.empty(q_cpu.shape, q_cpu.dtype, name="out")
@@ -7,8 +7,8 @@
     emu.assert_clean(); emu.launches[-1].grid; out.cpu()
 
 Whole operations run with the fixture `emulated` of conftest.py: `attention(q, k, v, backend="cuda")` on CPU tensors.
-PTX of any origin: `emu.run_ptx(text, "kernel", grid, block, (q, out, 17, 0.5))`. The first use builds (build.py);
-without nvcc an `Emulator` skips the test, and fails it where CI=true.
+PTX of any origin: `emu.run_ptx(text, "kernel", grid, block, (q, out, 17, 0.5))`. The first use builds the emulator
+(build.py); without nvcc an `Emulator` skips the test, or fails it if CI=true.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ __all__ = ["DEVICES", "Device", "DeviceTensor", "EmulatedExtension", "Emulator",
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """The properties of the pretended GPU; shared memory in KiB."""
+    """The properties of the simulated GPU; shared memory in KiB."""
 
     major: int
     minor: int
@@ -52,17 +52,17 @@ DEVICES = {
 
 @dataclasses.dataclass
 class Settings:
-    """How launches run; may be changed between calls.
+    """Settings for launches; may be changed between calls.
 
     device: a name of `DEVICES`, or a `Device`.
     schedule: order of blocks and warps: "fifo", "reverse" or "random" (with `seed`).
-    check: look for races, accesses outside of buffers and the like; False: results alone, faster.
-    execute: False: a launch returns at once, to time the host before it.
+    check: look for races, accesses outside buffers and so on; False: only results, faster.
+    execute: False: a launch returns at once, to time the work of the host before it.
     blocks: linear indices of the blocks to run; None runs all.
-    capture: the number of the capture into a graph that every stream is part of; 0: none.
+    capture: the number of the graph capture that includes every stream; 0: none.
     current_device: the CUDA device at the call, 0 or 1.
-    driver_version: the newest CUDA that the driver runs, 13000 for 13.0; 0: there is none; None: that of the build.
-    failures: calls of the runtime that fail, with their errors: {"cudaSetDevice": "cudaErrorNoDevice"}.
+    driver_version: the newest CUDA that the driver supports, 13000 for 13.0; 0: no driver; None: that of the build.
+    failures: runtime calls that fail, with their errors: {"cudaSetDevice": "cudaErrorNoDevice"}.
     """
 
     device: str | Device = "A100"
@@ -78,7 +78,7 @@ class Settings:
 
 
 class DeviceTensor:
-    """A tensor in guarded memory that looks like one on a GPU to the bindings."""
+    """A tensor in guarded memory that the bindings take for a tensor on a GPU."""
 
     is_cpu, is_cuda = False, True
 
@@ -101,7 +101,7 @@ class DeviceTensor:
 
     @property
     def memory(self):
-        """The tensor itself for the host, without a copy: to read or write single elements of a huge one."""
+        """The tensor itself for the host, without a copy, to read or write single elements of a huge tensor."""
         return self._span().as_strided(self.shape, self._strides)
 
     def cpu(self):
@@ -119,7 +119,7 @@ class DeviceTensor:
 
 
 def _span_of(shape, strides):
-    """Elements between the first and the last one of a view, both included."""
+    """The number of elements from the first to the last of a view, both included."""
     if 0 in shape:
         return 0
     if min(strides, default=0) < 0:
@@ -135,16 +135,16 @@ def _contiguous_strides(shape):
 
 
 class Emulator:
-    """A pretended GPU with memory of its own. Keyword arguments are those of `Settings`.
+    """A simulated GPU with its own memory. Keyword arguments are those of `Settings`.
 
-    extension: the bindings of `andromeda._C`, compiled from the same objects, on the pretended CUDA runtime. Call it
+    extension: the bindings of `andromeda._C`, compiled from the same objects, on the simulated CUDA runtime. Call it
         inside `with emu:`.
     launches: each launch with its kernel, grid, block, shared_bytes, stream, error and counters.
     reports: the errors found: kind, text and line of the kernel's source.
     calls: allocations and synchronisations by the launchers, by name.
     """
 
-    _lock = threading.RLock()  # one process has one pretended driver
+    _lock = threading.RLock()  # a process has a single simulated driver
 
     def __init__(self, **settings):
         self.settings = Settings(**settings)
@@ -188,7 +188,7 @@ class Emulator:
         self._host.set_up(device, settings, given.capture, given.current_device, version, given.failures)
 
     def tensor(self, source, *, name, writable=False, device_index=0):
-        """A copy of a CPU tensor with its strides and alignment. Gaps between its rows are part of the buffer."""
+        """A copy of a CPU tensor with its strides and alignment. The buffer includes the gaps between its rows."""
         source = source.detach()
         result = self._place(
             source.shape,
@@ -208,7 +208,7 @@ class Emulator:
         return self._place(shape, strides, dtype, device_index, lambda size: self._host.allocate(size, name, True, 0))
 
     def sparse(self, shape, dtype, *, name, strides=None, writable=True):
-        """A tensor of zeros that takes memory only where it is touched, for shapes larger than the machine."""
+        """A tensor of zeros that takes memory only where it is accessed, for shapes larger than memory."""
         strides = _contiguous_strides(shape) if strides is None else strides
         return self._place(shape, strides, dtype, 0, lambda size: self._host.reserve(size, name, writable))
 
@@ -246,12 +246,12 @@ class Emulator:
             self._host.run(code, *sizes, shared, bytes(parameters))
 
     def ptx_texts(self):
-        """The PTX files of the build, from which launches take their kernels."""
+        """The PTX files of the build; launches take their kernels from them."""
         return [path.read_text() for path in build.ptx_files()]
 
     @contextlib.contextmanager
     def replaced(self, entry, text):
-        """Inside, launches of the kernel `entry` (its mangled name) run the one of another PTX text."""
+        """In the block, launches of the kernel `entry` (its mangled name) run the kernel of another PTX text."""
         self._host.replace_kernel(entry, self._host.parse(text, entry))
         try:
             yield
@@ -259,7 +259,7 @@ class Emulator:
             self._host.replace_kernel(entry, None)
 
     def assert_clean(self):
-        """Fails with all reports so far."""
+        """Fail with all reports so far, if there are any."""
         if self.reports:
             raise AssertionError("\n".join([f"emulator: {len(self.reports)} reports", *map(repr, self.reports)]))
 
@@ -286,8 +286,8 @@ def _pack(argument, size):
 class EmulatedExtension:
     """`andromeda._C` for CPU tensors: every call runs on an emulator, with copies of its tensors, and must be clean.
 
-    A tensor that the function does not write is read-only there. Writing between the elements of a strided result is
-    an error as well.
+    A tensor that the function does not write is read-only. Writing between the elements of a strided result is also an
+    error.
     """
 
     # Names of the tensors that functions write, in every operation.
@@ -322,7 +322,7 @@ class EmulatedExtension:
 
 
 def _copy_back(copy, target, name):
-    """The elements of `target` from the device; the memory between them must be unchanged."""
+    """Copy the elements of `target` from the device; the memory between them must be unchanged."""
     target = target.detach()
     target.copy_(copy.memory)
     elements = _span_of(target.shape, target.stride())

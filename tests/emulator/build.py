@@ -13,17 +13,17 @@ import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# The tree that an installation from this folder leaves behind has most objects already. Without one, or when it was
-# made without CUDA, a tree of our own.
+# The tree that an installation from this folder leaves behind already has most objects. Without such a tree, or if it
+# was made without CUDA, the emulator has its own.
 INSTALLED_TREE = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
 OWN_TREE = ROOT / "build" / f"emulated-{sys.implementation.cache_tag}"
 
-announce = print  # says that a build has begun; conftest.py sets one that pytest does not capture
+announce = print  # reports that a build has begun; conftest.py sets a function that pytest does not capture
 
 
 @functools.cache
 def _setup_py():
-    """The functions of setup.py: where nvcc, cmake and ninja are. Loaded under another name, it builds nothing."""
+    """The functions of setup.py, which find nvcc, cmake and ninja. Loaded under another name, it builds nothing."""
     spec = importlib.util.spec_from_file_location("andromeda_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -54,7 +54,7 @@ def _tools():
 
 @functools.cache
 def load():
-    """The emulated `_C` and the module `_emulator` beside it in the same library; builds what has changed.
+    """The emulated `_C` and the module `_emulator` in the same library, after a build of changed sources.
 
     Raises:
         RuntimeError: the build failed; with what the compiler said.
@@ -99,7 +99,7 @@ def compile_ptx(architecture):
 
 @functools.cache
 def _build():
-    """The tree, and the reason if it could not be built, kept so that not every test tries again."""
+    """The tree, and the reason if the build failed; kept so that not every test tries again."""
     cmake, ninja = _tools()
     installed = _cache_of(INSTALLED_TREE)
     if (INSTALLED_TREE / "made_for.txt").exists() and installed.get("CMAKE_CUDA_COMPILER"):
@@ -122,7 +122,7 @@ def _build():
 
 
 def _run(command):
-    """Run a command of the build; returns its output if it failed. Announces compilers at work."""
+    """Run a command of the build; returns its output if it failed. Announces that compilers are running."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines, announced = [], False
     for line in process.stdout:
@@ -136,8 +136,8 @@ def _run(command):
 
 
 def _options(ninja, *, new):
-    """The options for CMake. The tools that a tree of an isolated build names are gone with that build; its other
-    options stay, so that the kernels are not compiled again. A new tree gets the options of an installation."""
+    """The options for CMake. In the tree of an isolated build, the paths of tools are stale and are set again; other
+    options stay, so that the kernels are not recompiled. A new tree gets the options of an installation."""
     import pybind11
 
     options = {
@@ -152,7 +152,7 @@ def _options(ninja, *, new):
 
 
 def _cache_of(tree):
-    """The variables of a CMake tree; none if it is not one."""
+    """The variables of a CMake tree; empty if it is not one."""
     path = tree / "CMakeCache.txt"
     lines = path.read_text().splitlines() if path.exists() else []
     entries = (line.partition("=") for line in lines if not line.startswith(("#", "//")))

@@ -1,9 +1,9 @@
 """The time of a call on the host, up to its launch: `python -m emulator.host_time [--json FILE]` in the folder tests.
 
-Operators, bindings and launchers are the real ones. The tensors are the CPU's, which the bindings take for a GPU's, and
-a launch returns at once. So the time is that of the host alone, without CUDA's own launch (about 2 us) and torch's
-functions for the current device and stream (below 1 us). It is the processor time of this process, so other processes
-matter little; the least of several runs counts.
+Operators, bindings and launchers are the real ones. The tensors are CPU tensors that the bindings take for GPU tensors,
+and a launch returns at once. The time is therefore that of the host alone, without CUDA's own launch (about 2 us) and
+torch's functions for the current device and stream (below 1 us). It is the processor time of this process, so other
+processes have little effect; the minimum of several runs counts.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def calls():
 
 
 def microseconds(call, num_runs, num_calls):
-    """The least and the median of a call's time."""
+    """The minimum and the median time of a call."""
     for _ in range(num_calls // 4):
         call()
     runs = []
@@ -61,7 +61,7 @@ def microseconds(call, num_runs, num_calls):
 
 
 def prepare(emulator):
-    """Makes the operators run backend "cuda" on CPU tensors that need no copies."""
+    """Make the operators run backend "cuda" on CPU tensors without copies."""
     from andromeda.ops import _select
     from andromeda.ops import attention as operation
 

@@ -1,4 +1,4 @@
-"""Single instructions against Python's own arithmetic, on random values and the ends of each type."""
+"""Single instructions against Python's own arithmetic, on random values and the limits of each type."""
 
 import math
 import random
@@ -65,7 +65,7 @@ def bytes_of(kind):
 
 
 def values(kind, rng):
-    """Ends and random values of a type."""
+    """Limits and random values of a type."""
     if kind in ("f16", "bf16", "f32", "f64"):
         ends = [0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, 1.5, 2.5, -2.5, 0.1, 65504.0, 3e-8]
         return [value_of(kind, bits_of(kind, v)) for v in ends + [rng.gauss(0, 4) for _ in range(19)]]

@@ -91,7 +91,7 @@ ODD_VALUES = alternate(
 )
 LONG = small(seqlen_q=400, seqlen_k=400, num_heads=3)
 # With 128 channels, q and dout leave little shared memory: an A100 has one stage of keys there, the others have two.
-# Both walk over several tiles, the last ones incomplete, with warps and tiles of queries (64) that do not exist.
+# Both iterate over several tiles, the last ones incomplete, with warps and tiles of queries (64) that do not exist.
 WIDE = alternate(
     [
         small(seqlen_q=n, seqlen_k=t, head_dim=128, causal=causal)
@@ -136,7 +136,7 @@ ALL = [*CASES, *DECODE, *(case for case in whole.CASES if case.dtype in HALF and
 
 
 def emulate(emulated, case):
-    """Every case has its own order of warps and copies, the same in every run."""
+    """Run a case; every case has its own order of warps and copies, the same in every run."""
     emulated.settings.schedule = ("fifo", "reverse", "random")[sum(map(ord, str(case))) % 3]
 
 
@@ -230,13 +230,13 @@ def test_hidden_numbers_stay_hidden(case, name, emulated):
 
 @pytest.mark.parametrize("name", whole.TENSORS)
 def test_one_infinite_row_leaves_the_others_their_digits(name, emulated):
-    """Gradients in float16 share a scale, which must not depend on an infinity."""
+    """Gradients in float16 share a scale, and an infinity must not influence it."""
     case = small(seqlen_q=96, seqlen_k=96, num_heads=1, dtype=FLOAT16, mask="documents", seed=3)
     whole.check_hidden(make(case, torch.device("cpu")), "cuda", name, 0, 95, 0, 7, math.inf)
 
 
 def test_visible_numbers_are_not_hidden(emulated):
-    """Also in tiles that hide something, an infinite value reaches its own channel alone."""
+    """Even in tiles with hidden keys, an infinite value reaches only its own channel."""
     case = small(seqlen_q=70, seqlen_k=70, num_heads=2)
     inputs = make(case, torch.device("cpu"))
     inputs.v[:, 66, :, 5], inputs.v[:, 67, :, 6] = -math.inf, math.nan
@@ -276,7 +276,7 @@ def test_p18_empty_inputs(case, emulated):
     "case", [small(seqlen_q=1, seqlen_k=900, num_heads=24), small(seqlen_q=200, seqlen_k=200)], ids=str
 )
 def test_schedules_change_no_bit(case, emulated):
-    """P17: whatever the order of warps, copies and blocks."""
+    """The result does not depend on the order of warps, copies and blocks."""
     inputs = make(case, torch.device("cpu"))
     results = []
     for schedule, seed in (("fifo", 0), ("reverse", 0), ("random", 1), ("random", 2)):
@@ -313,7 +313,7 @@ def test_no_more_splits_than_steps(emulated, monkeypatch):
 
 
 def test_splits_keep_numbers_that_are_not_finite(emulated, monkeypatch):
-    """Sums are rounded between blocks: an infinity stays one, and so does a NaN of any bits."""
+    """Sums are rounded between blocks: an infinity stays an infinity, and a NaN of any bits stays a NaN."""
     case = small(seqlen_q=1, seqlen_k=64 * 17, num_heads=5)
     inputs = make(case, torch.device("cpu"))
     largest = torch.finfo(case.dtype).max
@@ -334,7 +334,7 @@ def test_splits_keep_numbers_that_are_not_finite(emulated, monkeypatch):
 
 def test_bytes_on_the_way_of_the_last_block(emulated, monkeypatch):
     """131072 keys on an H200 are 128 splits. The last block to arrive writes a partial result for each level and reads
-    the others of its groups: bytes that nothing hides."""
+    the others of its groups; no other work hides this traffic."""
     heads, head_dim, num_splits = 24, 128, 128
     sizes = {"batch": 1, "seqlen_q": 1, "num_heads": heads, "num_kv_heads": 1, "head_dim": head_dim, "causal": True}
     emulated.settings.device = "H200"

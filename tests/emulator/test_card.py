@@ -1,4 +1,4 @@
-"""Tests of test_cuda.py that use nothing of torch.cuda, on the emulator: so these tests are known to work."""
+"""The tests of test_cuda.py that do not use torch.cuda, on the emulator, which shows that these tests work."""
 
 import pytest
 import test_cuda

@@ -1,4 +1,4 @@
-"""The emulator reports every kernel of defects.cu with its defect, and reports nothing without it."""
+"""The emulator reports every kernel of defects.cu that has its defect, and reports nothing if it has not."""
 
 import functools
 import re
@@ -13,7 +13,7 @@ from emulator import Emulator
 
 SOURCE = Path(__file__).with_name("defects.cu")
 
-# kernel: kinds of which one must be reported. THREADS and BLOCKS hold sizes other than 64 threads and one block.
+# kernel: kinds, one of which must be reported. THREADS and BLOCKS hold sizes other than 64 threads and one block.
 AMPERE = {
     "read_before_write": {"race-raw", "uninitialised"},
     "write_after_read": {"race-war"},
@@ -136,7 +136,7 @@ def test_results_without_checks():
 
 @pytest.mark.parametrize("name", ["ticket_without_fence", "ticket_then_copies"])
 def test_bytes_that_one_block_reads_of_others(name):
-    """The last of the two blocks reads 64 numbers of the other; its own do not count."""
+    """The last of the two blocks reads 64 numbers of the other; its own numbers do not count."""
     for schedule in ("fifo", "reverse"):
         emu, _ = run_on(Emulator(schedule=schedule), ptx(80), name, False)
         assert emu.launches[-1].counters.foreign_bytes == 256

@@ -308,7 +308,7 @@ def test_versions_touch_no_device(emu):
     "failures", [{}, {"cudaFuncGetAttributes": "cudaErrorMemoryAllocation"}], ids=["works", "fails"]
 )
 def test_the_status_of_a_device_leaves_no_trace(emu, current, failures):
-    """No launch, no error for the next call; the current device stays, and no other one is made ready."""
+    """No launch, no error for the next call; the current device stays, and no other device is initialised."""
     emu.settings.current_device, emu.settings.failures, emu.settings.capture = current, failures, 1
     with emu:
         status = emu.extension.cuda_status(1)
@@ -329,7 +329,7 @@ def test_the_status_of_a_device_that_is_not_there(emu):
 
 @pytest.fixture
 def first_use(emulated, monkeypatch):
-    """Operations on CPU tensors ask the pretended device 0, through the real `cuda_unavailable`."""
+    """Operations on CPU tensors query the simulated device 0, through the real `cuda_unavailable`."""
     monkeypatch.setattr(_select, "lasting_answers", {})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(_select, "cuda_unavailable", lambda device: cuda_unavailable(torch.device("cuda", 0)))
@@ -555,7 +555,7 @@ def test_strided_results_leave_the_rest_alone(emu):
 
 
 def test_the_rest_of_a_strided_result_is_watched(emu):
-    """The function writes all elements of a tensor although it was given every second one."""
+    """The function writes all elements of a tensor although it received only every second one."""
     target = torch.zeros(4, 2)[:, 0]
     copy = emu.tensor(target, name="out", writable=True)
     copy.memory[:] = 1
@@ -674,7 +674,7 @@ def test_laws_of_qk_norm_rotary(emulated, law, arguments):
 @pytest.mark.parametrize("shape", [(0, 5, 3, 16), (2, 0, 3, 16), (2, 5, 0, 16)], ids=str)
 def test_qk_norm_rotary_of_nothing(emulated, shape):
     operation.test_empty("cuda", "cpu", shape)
-    # Without tokens the gradients of the scales are still to be written: zeros. Without heads there are none.
+    # Without tokens the gradients of the scales must still be written, as zeros. Without heads there are none.
     assert len(emulated.launches) == (0 if shape[2] == 0 else 1)
 
 

@@ -1,7 +1,7 @@
-"""Layouts of tensor-core instructions as tables, against the emulator: which lane holds which element, and where
-descriptors and swizzles put a tile in shared memory.
+"""Layouts of tensor-core instructions as tables, compared with the emulator: the elements of each lane, and the
+positions of a tile in shared memory for descriptors and swizzles.
 
-The tables were compared once with CuTe's layouts, and are written here without the emulator's own functions.
+The tables were once compared with CuTe's layouts; they do not use the emulator's own functions.
 """
 
 import itertools
@@ -86,7 +86,7 @@ def unpack(words, dtype=torch.float16):
 
 
 def integers(*shape, dtype=torch.float16):
-    """Whole numbers, of which sums of products are exact."""
+    """Whole numbers, whose sums of products are exact."""
     return torch.randint(-4, 5, shape).to(dtype)
 
 
@@ -257,7 +257,7 @@ def swizzle(address, width):
 
 
 def element_offset(m, k, width, leading, stride, k_major):
-    """The byte of element (m, k) behind the start of the tile, m a row of A or a column of B; before swizzling."""
+    """The byte offset of element (m, k) in the tile, before swizzling; m is a row of A or a column of B."""
     if width == 0 and k_major:
         return m // 8 * stride + m % 8 * 16 + k // 8 * leading + 2 * (k % 8)
     if width == 0:
@@ -447,7 +447,7 @@ class Box:
         return tensor.cpu()
 
     def elements(self):
-        """Every element of the box: its place in the tensor (None: outside) and in shared memory, in words."""
+        """Every element of the box: its position in the tensor (None: outside) and in shared memory, in words."""
         for number, index in enumerate(itertools.product(*map(range, self.box))):
             place = tuple(c + i for c, i in zip(self.corner, index, strict=True))
             inside = all(0 <= p < size for p, size in zip(place, self.sizes, strict=True))
@@ -513,7 +513,7 @@ def test_tensor_maps_that_a_driver_refuses(changes, reason):
 
 
 def shuffle_source(mode, lane, b, clamp, segment):
-    """The lane that is read, or None: the lane keeps its own value."""
+    """The lane that is read; None if the lane keeps its own value."""
     last = (lane & segment) | (clamp & ~segment)
     if mode == "up":
         return lane - b if lane - b >= last else None

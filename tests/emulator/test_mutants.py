@@ -1,9 +1,9 @@
-"""The tests fail without any one barrier, fence, commit or wait of the CUDA kernels.
+"""The tests fail if any single barrier, fence, commit or wait of the CUDA kernels is missing.
 
-A mutant is a kernel without one of its synchronising instructions. It runs small cases and is caught when the emulator
-reports something, stops, or the results differ. So the kernels synchronise no more than they must, with the exceptions
-in EXPLAINED, and the emulator has no blind spot where they rely on it. Atomic operations stay: without its semaphore a
-kernel is another algorithm.
+A mutant is a kernel without one of its synchronising instructions. It runs small cases and is caught if the emulator
+reports something or stops, or if the results differ. The kernels therefore do not synchronise more than necessary, with
+the exceptions in EXPLAINED, and the emulator has no blind spot where they rely on it. Atomic operations stay: without
+its semaphore a kernel is another algorithm.
 """
 
 import collections
@@ -32,7 +32,7 @@ SYNCHRONISES = re.compile(
     r"\s*(?:@!?%p\d+\s+)?(?:bar|barrier|membar|fence|mbarrier|cp\.async\.(?:bulk\.)?(?:commit|wait)_\w+)\b"
 )
 
-# (kernel, source line): why the kernel is right without it.
+# (kernel, source line): why the kernel is correct without it.
 ROWS_ARE_FREE = "__syncwarp();  // the other lanes' last reads of these rows are done"
 EXPLAINED = {
     ("attention_forward", ROWS_ARE_FREE): (
@@ -81,7 +81,7 @@ def mutants_of(text):
 
 
 def source_line(location, files):
-    """The line of our sources that a .loc names; for a wrapper around inline PTX, the line that calls it."""
+    """The source line that a .loc names; for a wrapper around inline PTX, the line that calls it."""
     for file, line in re.findall(r"(?:\.loc|inlined_at)\s+(\d+) (\d+)", location):
         _, ours, name = files[file].rpartition("csrc/cuda/")
         if ours and "asm volatile" not in (source := (SOURCES / name).read_text().splitlines()[int(line) - 1]):
@@ -90,8 +90,8 @@ def source_line(location, files):
 
 
 # ---- cases ----------------------------------------------------------------------------------------------------------
-# Several rounds of every pipeline, warps without work beside others, tiles with and without a mask, a ragged end; rows
-# aligned to 16 bytes, which are copied asynchronously, and rows that are not.
+# Several rounds of every pipeline, warps with and without work, tiles with and without a mask, a ragged end; rows
+# aligned to 16 bytes, which are copied asynchronously, and unaligned rows.
 
 SMALL = whole.Case(batch=1, num_heads=1, head_dim=64, dtype=torch.bfloat16, alibi="all")
 ONE_MULTIPROCESSOR = Device(8, 0, 1, 163, 164, 2048, 32)  # few blocks, with much to do

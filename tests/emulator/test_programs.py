@@ -1,4 +1,4 @@
-"""Small CUDA programs (programs.cu) and the same in Python: memory spaces, atomics, votes, copies, divergence."""
+"""Small CUDA programs (programs.cu) compared with Python: memory spaces, atomics, votes, copies, divergence."""
 
 import functools
 import re
@@ -116,7 +116,7 @@ def test_program(program, schedule):
     start = torch.zeros(160, dtype=torch.int32)
     start[2], start[4] = 1000, -1
     out = emu.tensor(start, name="out", writable=True)
-    # Every run has a text of its own, because variables of a module keep their values.
+    # Every run has its own text, because variables of a module keep their values.
     text = ptx() + f"// {schedule}\n"
     emu.run_ptx(text, program.__name__, 1, 64, (out, emu.tensor(torch.tensor(GIVEN, dtype=torch.int32), name="in")))
     emu.assert_clean()

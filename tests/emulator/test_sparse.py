@@ -1,7 +1,7 @@
-"""Tensors of more elements than 32 bits can count: the offsets of the kernels, their grids, and refusals.
+"""Tensors with more elements than 32 bits can count: the offsets of the kernels, their grids, and refusals.
 
-A sparse tensor takes memory only where it is touched. The same numbers, once close together and once up to 32 GiB
-apart, must give the same bits; an offset that was formed in 32 bits is an access outside every buffer.
+A sparse tensor takes memory only where it is accessed. The same numbers, once close together and once far apart (up to
+32 GiB), must give the same bits; an offset that was computed in 32 bits is an access outside every buffer.
 """
 
 import re
@@ -14,8 +14,8 @@ from emulator.test_mutants import ONE_MULTIPROCESSOR, kernel_text
 
 BATCH, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 64
 AXES = {"batch": 0, "seqlen": 1, "head": 2}
-# Elements from the first to the last index of an axis. The lower 32 bits are those of a negative number, so that an
-# offset without the others lies before its buffer.
+# Elements from the first to the last index of an axis. The lower 32 bits are those of a negative number, so that a
+# truncated offset is before its buffer.
 REACHES = {"2**31": 2**31 + 2**30, "2**34": 2**34 + 2**31 + 2**30}
 
 
@@ -51,7 +51,7 @@ class Memory:
         strides, size = [0] * len(shape), 1
         for axis in sorted(
             range(len(shape)), key=lambda axis: (axis == self.axis, -axis)
-        ):  # the far one is the outermost
+        ):  # the axis with far elements is the outermost
             strides[axis] = size
             size *= shape[axis]
         strides[self.axis] = -(-self.reach // (shape[self.axis] - 1) // 8) * 8  # rows are aligned to 16 bytes
@@ -256,7 +256,7 @@ def in_32_bits(text):
 
 @every_axis
 def test_products_in_32_bits_are_found(name, axis, emu):
-    """As an access outside every buffer, or where another of the huge tensors lies there, as wrong numbers."""
+    """As an access outside every buffer, or as wrong numbers if another huge tensor is at that address."""
     emu.settings.device = device_for(name)
     kernels, call = OPERATIONS[name]
     right = call(Memory(emu))
@@ -273,7 +273,7 @@ def test_products_in_32_bits_are_found(name, axis, emu):
 
 
 def test_more_heads_than_y_and_z_of_a_grid_hold(emu):
-    """Blocks are counted along x. Two of them run."""
+    """Blocks are counted along x. Only two of them run."""
     emu.settings.device, emu.settings.blocks = ONE_MULTIPROCESSOR, (0, 69_999)
     q, k, v = (emu.sparse((1, 200 if name == "q" else 2, 70_000, 8), torch.bfloat16, name=name) for name in "qkv")
     out = emu.sparse(q.shape, torch.bfloat16, name="out")
@@ -287,7 +287,7 @@ def test_more_heads_than_y_and_z_of_a_grid_hold(emu):
 
 @pytest.fixture
 def row(emu):
-    """The memory of every operand, which is this row, expanded."""
+    """The memory of every operand: each is this row, expanded."""
     return emu.tensor(torch.zeros(64, dtype=torch.bfloat16), name="row")
 
 

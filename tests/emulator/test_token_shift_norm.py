@@ -1,4 +1,4 @@
-"""token_shift_norm on CUDA from end to end, by its own tests; rows of every length, runs, grids, long rows."""
+"""token_shift_norm on CUDA, end to end through its own tests; rows of every length, runs, grids, long rows."""
 
 import dataclasses
 import math
@@ -64,8 +64,8 @@ def test_strided(emulated, name, dtype):
     assert accesses(emulated) == {"element"}
 
 
-# Lanes of one warp, a whole one, several with whole and with ragged ends, all of a block; then tiles, the last of them
-# whole and ragged; segments that end inside a chunk.
+# Some lanes of a warp, a whole warp, several with whole and with ragged ends, all of a block; then tiles, the last one
+# whole or ragged; segments that end inside a chunk.
 WIDTHS = {
     torch.bfloat16: (8, 72, 512, 520, 1024, 2560, 8192, 8200, 24576),
     torch.float16: (264, 16384),
@@ -104,7 +104,7 @@ def test_more_runs_than_tokens(emulated, monkeypatch, dim):
 
 
 def test_statistics_of_tiles_are_merged_about_their_means(emulated):
-    """The parts of the row have means far from each other: a difference of large sums would be wrong."""
+    """The parts of the row have very different means: a difference of large sums would be wrong."""
     x = torch.randn(1, 2, 20000, dtype=torch.float64)
     x[..., 8192:16384] += 1000
     x, gamma = x.float(), torch.rand(20000)
@@ -173,7 +173,7 @@ def test_laws_of_calls(emulated, law, arguments):
 @pytest.mark.parametrize("shape", [(0, 5, 16), (2, 0, 16)], ids=str)
 def test_of_nothing(emulated, shape):
     operation.test_empty("cuda", CPU, shape)
-    # Without tokens the gradients of the vectors are still to be written: zeros.
+    # Without tokens the gradients of the vectors must still be written, as zeros.
     assert [launch.kernel.partition("<")[0].rpartition("::")[2] for launch in emulated.launches] == [
         "token_shift_norm_backward_kernel"
     ]
@@ -206,7 +206,7 @@ def test_stream_grid_and_calls(emulated, monkeypatch):
 
 
 def test_a_block_walks_several_rows(emulated):
-    """A block does so where a GPU holds fewer blocks than there are rows; here across the ends of short sequences."""
+    """A block does so if a GPU holds fewer blocks than there are rows; here across the ends of short sequences."""
     emulated.settings.check = False
     case = Case("", batch=1400, seqlen=3, dim=2056, shift=2)
     operation.test_forward("cuda", tensors_for, CPU, case, torch.bfloat16)
@@ -235,7 +235,7 @@ def test_no_operation_of_the_model_falls_back(emulated, monkeypatch, deepnorm):
 
 
 def test_results_between_rows_are_left_alone(emulated):
-    """The outputs are strided, as the operation itself never makes them."""
+    """The outputs are strided, although the operation itself never makes such outputs."""
     x, storage = torch.randn(2, 5, 16), torch.full((2, 6, 19), 7.0)
     options = dict.fromkeys(("residual", "residual_scale", "gamma", "history", "key_start"))
     shifted = storage[:, :5, 1:17]

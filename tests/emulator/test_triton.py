@@ -57,8 +57,8 @@ def compiled(kernel, signature, constants, architecture, **options):
 
 
 def launch(emu, program, name, grid, arguments):
-    """Runs the kernel. A missing proxy fence between cp.async and wgmma is allowed: Triton leaves it out on Hopper."""
-    # Two more parameters than the kernel names: scratch memory of the launch and of profiling.
+    """Run the kernel. A missing proxy fence between cp.async and wgmma is allowed: Triton omits it on Hopper."""
+    # The compiled kernel has two further parameters: scratch memory of the launch and of profiling.
     parameters, metadata = (*arguments, 0, 0), program.metadata
     emu.run_ptx(program.asm["ptx"], name, grid, 32 * metadata.num_warps, parameters, metadata.shared)
     assert [report for report in emu.reports if report.kind != "proxy" or "wgmma" not in report.text] == []

@@ -1,6 +1,7 @@
-"""Single instructions and tile functions (wrappers.cu) beside plain torch: emulated, and with --device cuda on a GPU.
+"""Single instructions and tile functions (wrappers.cu) compared with plain torch: emulated, and with --device cuda on a
+GPU.
 
-Both executors run the same PTX in the same test. So a GPU checks the assumptions of the emulator: the layouts of
+Both executors run the same PTX in the same test, so a GPU checks the assumptions of the emulator: the layouts of
 operands, zero-filled copies, roundings. Exact results are compared exactly.
 """
 
@@ -24,7 +25,7 @@ INT_MAX = 2**31 - 1
 
 
 class Result:
-    """An argument that the kernel writes, with its contents before."""
+    """An argument that the kernel writes, with its initial contents."""
 
     def __init__(self, tensor):
         self.tensor = tensor
@@ -159,8 +160,8 @@ def assert_product(result, a, b, c, kind, name):
 
 
 def strided(values, stride, offset, fill):
-    """The rows of `values` at a distance of `stride` elements, `offset` elements after a 256-byte boundary; `fill` in
-    between. Memory ends with the last element."""
+    """The rows of `values` at a distance of `stride` elements, `offset` elements after a 256-byte boundary, with `fill`
+    between them. Memory ends with the last element."""
     rows, width = values.shape
     memory = torch.full((offset + (rows - 1) * stride + width,), fill, dtype=values.dtype)
     view = memory[offset:].as_strided((rows, width), (stride, 1))

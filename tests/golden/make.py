@@ -1,8 +1,8 @@
 """Makes the golden cases of this folder from x-transformers 2.31.10 (docs/model.md#15): `python tests/golden/make.py`.
 
-Nothing of Andromeda computes here: x-transformers is built by `oracle.py`, from the arguments of `Andromeda`, and the
-expected values are its own. Weights and tokens come from numpy's frozen generator by exact arithmetic, so every machine
-makes the same ones; results are float64, and the last digits may differ elsewhere.
+Andromeda computes nothing here: `oracle.py` builds x-transformers from the arguments of `Andromeda`, and the expected
+values come from it. Weights and tokens come from numpy's frozen generator by exact arithmetic, so every machine makes
+the same ones; results are float64, and their last digits may differ between machines.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from x_transformers.autoregressive_wrapper import min_p, top_k, top_p  # noqa: E
 
 IGNORE_INDEX = -100
 PROMPT_LENGTH, GREEDY_STEPS = 8, 8
-SMALLEST_MARGIN = 4e-3  # between the two best logits of a greedy step: far above the errors of float32
+SMALLEST_MARGIN = 4e-3  # between the two largest logits of a greedy step: far above the errors of float32
 FILTERS = {
     "top_k_default": top_k,
     "top_k_5": lambda logits: top_k(logits, k=5),
@@ -143,7 +143,7 @@ def decode(net: torch.nn.Module, tokens: torch.Tensor, prefill: int) -> torch.Te
 
 
 def greedy(net: torch.nn.Module, prompt: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Largest logits' tokens, (batch, <= GREEDY_STEPS), up to the first close step, and the smallest margin."""
+    """Tokens of the largest logits, (batch, <= GREEDY_STEPS), up to the first close step, and the smallest margin."""
     tokens, margins = prompt, []
     for _ in range(GREEDY_STEPS):
         best = net(tokens)[:, -1].topk(2, dim=-1)

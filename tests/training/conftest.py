@@ -1,4 +1,4 @@
-"""Finished tiny runs and a tokenizer, made once for all tests of the training."""
+"""Finished tiny runs and a tokenizer, made once for all training tests."""
 
 import pytest
 from tiny_run import TEXTS, Rows, new_model, settings, weights

@@ -106,7 +106,7 @@ def test_a_checkpoint_without_the_state_of_the_optimiser_is_not_continued(tmp_pa
 
 @pytest.mark.parametrize("kind", ["file", "dangling link"])
 def test_what_has_the_name_of_a_checkpoint_and_is_no_folder_is_refused(tmp_path, kind):
-    """At the start, not when the training reaches this step."""
+    """At the start, not when training reaches this step."""
     path = tmp_path / "checkpoint-4"
     path.write_text("") if kind == "file" else path.symlink_to(tmp_path / "nowhere")
     for resume in (False, True):

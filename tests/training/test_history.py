@@ -1,4 +1,4 @@
-"""The figures of a run in `history.jsonl`, also of a resumed one."""
+"""The figures of a run, resumed or not, in `history.jsonl`."""
 
 import contextlib
 import signal

@@ -1,4 +1,4 @@
-"""Manifests that are damaged, of something else, or of an older version."""
+"""Manifests that are damaged, unrelated, or from an older version."""
 
 import json
 import shutil
@@ -59,7 +59,7 @@ def test_a_flipped_bit_in_a_manifest_is_found(tmp_path, checkpoints):
 
 
 def test_checkpoints_of_format_1_are_resumed(tmp_path, checkpoints, uninterrupted):
-    """They have sizes instead of checksums, and the hash of three rows of the data."""
+    """They have sizes instead of checksums, and a hash of three rows of the data."""
     shutil.copytree(checkpoints / "checkpoint-4", tmp_path / "checkpoint-4")
     path = tmp_path / "checkpoint-4" / MANIFEST
     manifest = json.loads(path.read_text())

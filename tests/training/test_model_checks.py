@@ -48,7 +48,7 @@ def test_a_model_that_cannot_be_saved_is_not_trained(tmp_path, make):
 
 
 def test_a_compiled_part_can_be_saved():
-    """It is saved under its own name, without that of the wrapper."""
+    """It is saved under its own name, without the wrapper's."""
     model = new_model()
     model.transformer.to_logits = torch.compile(model.transformer.to_logits)
     check_saveable(AndromedaForCausalLM.from_andromeda(model), None)

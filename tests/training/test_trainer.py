@@ -1,4 +1,4 @@
-"""Training, exact continuation, and errors of a run under way."""
+"""Training, exact continuation, and errors during a run."""
 
 import dataclasses
 import errno
@@ -65,7 +65,7 @@ def test_checkpoints_hold_no_pickle_of_arguments_and_old_ones_go(tmp_path):
 
 
 def test_gradient_accumulation_is_one_large_batch(tmp_path):
-    """The loss is the mean over all tokens of a step: rows with few labels must not weigh more."""
+    """The loss is the mean over all tokens of a step: rows with few labels must not have a larger weight."""
 
     class Uneven(Rows):
         def __getitem__(self, index):
@@ -219,7 +219,7 @@ class Poison:
 )
 @pytest.mark.parametrize("waiting", [False, True], ids=["at once", "looked at with the next figure"])
 def test_the_first_step_that_is_not_finite_is_named(tmp_path, monkeypatch, what, said, waiting):
-    """Also where a device computes ahead, and the steps since the last figure have not been looked at."""
+    """Even on an asynchronous device, when the steps since the last figure have not been checked yet."""
     if waiting:
         monkeypatch.setattr(
             Guard,
@@ -256,7 +256,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_written(tmp_path, monkeypatch, w
 
 
 def test_no_model_is_saved_from_a_checkpoint_that_is_not_finite(tmp_path, checkpoints):
-    """The checkpoint is of the last step: no step follows that would find it."""
+    """The checkpoint is from the last step, so no later step would find the error."""
     folder = tmp_path / "checkpoint-8"
     shutil.copytree(checkpoints / "checkpoint-8", folder)
     state = load_file(folder / "model.safetensors")
@@ -298,7 +298,7 @@ def test_a_step_without_a_label_changes_nothing_by_its_gradient(tmp_path, capsys
 
 
 def test_an_evaluation_weighs_tokens_and_looks_at_every_row(tmp_path):
-    """Each batch weighs by its number of labels, even without any; the last batch may be smaller."""
+    """The weight of a batch is its number of labels, possibly 0; the last batch may be smaller."""
 
     class Uneven(Masked):
         def __getitem__(self, index):
@@ -315,7 +315,7 @@ def test_an_evaluation_weighs_tokens_and_looks_at_every_row(tmp_path):
 
 @pytest.mark.parametrize("rank, own", [(0, 3), (1, 2), (2, 0)])
 def test_rows_that_a_process_gets_a_second_time_are_not_counted(rank, own):
-    """Three processes take batches of 3 from the last 5 rows: 3, 2 and none; the first rows fill up the others."""
+    """Three processes take batches of 3 from the last 5 rows: 3, 2 and none; first rows pad the last two batches."""
     gradient_state = types.SimpleNamespace(end_of_dataloader=True, remainder=5)
     trainer = types.SimpleNamespace(
         args=types.SimpleNamespace(world_size=3, process_index=rank),

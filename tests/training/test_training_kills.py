@@ -1,7 +1,7 @@
-"""Training and saving, each killed at 20 points that are spread over all file operations, then resumed or loaded.
+"""Training and saving, each killed at 20 points spread over all file operations, then resumed or loaded.
 
-One process imports everything, and forks: a child that is killed before its n-th operation, another one that resumes.
-Run as a program with the path of an empty folder, this file does all of that and prints its findings as JSON.
+One process imports everything and forks: a child that is killed before its n-th operation, and another that resumes.
+Run as a program with the path of an empty folder, this file does all of this and prints its results as JSON.
 """
 
 import json
@@ -36,7 +36,7 @@ def test_twenty_kills_of_train_and_of_save(tmp_path):
 
 
 class Operations:
-    """Counts the file operations of this process, and kills it before the one number `last`."""
+    """Counts the file operations of this process, and kills it before operation number `last`."""
 
     def __init__(self, last: int | None = None):
         self.last, self.count = last, 0
@@ -88,7 +88,7 @@ def number_of_operations(function, folder: Path) -> int:
 
 
 def points(operations: int, number: int) -> list[int]:
-    """Spread over all operations: the first and the last one, too."""
+    """Numbers spread over all operations, including the first and the last one."""
     return [1 + (operations - 1) * index // (number - 1) for index in range(number)]
 
 
@@ -120,7 +120,7 @@ def kills_of_train(folder: Path, faults: list) -> dict:
         command("train", rows, "--out", out, "--eval-data", rows, *TRAIN.split(), *MODEL.split(), *words)
 
     def result(out: Path) -> dict:
-        """All that a run leaves, without its speed: weights, optimiser, random state, schedule, figures, names."""
+        """Everything that a run leaves except its speed: weights, optimiser, random state, schedule, figures, names."""
         checkpoint = out / "checkpoint-4"
         lines = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
         for line in lines:

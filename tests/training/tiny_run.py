@@ -1,4 +1,4 @@
-"""A tiny model, rows that it can learn, and settings of a short run, for the tests of the training."""
+"""A tiny model, rows that it can learn, and settings of a short run, for training tests."""
 
 import json
 from pathlib import Path
@@ -77,7 +77,7 @@ def history(folder, without=("tokens_per_second",)) -> list[dict]:
 
 
 class Masked(Rows):
-    """Rows of which some, by index, have no label."""
+    """Rows; those with certain indices have no labels."""
 
     def __init__(self, *args, masked=(), **kwargs):
         super().__init__(*args, **kwargs)
