@@ -433,7 +433,8 @@ class Counter:
 
         build = {} if _select.extension is None else _select.extension.build_info()
         self.found["ptxas"] = build.get("ptxas") or "unknown"
-        self.found["library"] = getattr(_select.extension, "__file__", None)
+        library = getattr(_select.extension, "__file__", None)
+        self.found["library"] = library and os.path.relpath(library, ROOT)
         self.write()
 
     def pytest_runtest_logreport(self, report):

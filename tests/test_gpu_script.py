@@ -490,7 +490,7 @@ def test_the_library_of_a_folder_is_the_one_that_is_loaded(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     part = json.loads((tmp_path / "part.json").read_text())
-    assert Path(part["library"]).parent == package
+    assert (ROOT / part["library"]).resolve().parent == package.resolve()
     assert (part["passed"], part["finished"]) == (1, True)
 
 
