@@ -482,24 +482,14 @@ class CsvReader(Reader):
             begin = self._csv.line_num + 1
 
 
-class ParquetReader(Reader):
-    """A column of a Parquet file."""
+class TableReader(Reader):
+    """Base of the readers whose tables pyarrow reads: `_schema` and `_values` differ."""
 
-    def __init__(self, source: Input, name: str, format: str, errors: str, statistics: Counter[str]):
-        import pyarrow.parquet
-
-        super().__init__(source, name, format, errors, statistics)
-        with _ArrowErrors(self.name, "a Parquet"):
-            file = seekable(source.file)
-            self._table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=BLOCK_BYTES)
-
-    def _check(self, head: bytes) -> None:
-        if not head.startswith(b"PAR1"):
-            raise self.error(f" must be a Parquet file, got {recognise(head) or _other(head)}")
+    kind = ""  # of the file, for messages, with its article
 
     def columns(self, wanted: str | None = None) -> Columns:
-        with _ArrowErrors(self.name, "a Parquet"):
-            schema = self._table.schema_arrow
+        with _ArrowErrors(self.name, self.kind):
+            schema = self._schema()
             return schema_columns(schema.names, map(arrow_kind, schema.types), self.name)
 
     def documents(self, choice: Choice | None) -> Iterator[Document]:
@@ -507,10 +497,42 @@ class ParquetReader(Reader):
             raise self.error(" must have columns, got none")
         self.columns()
         rows = itertools.count()
-        with _ArrowErrors(self.name, "a Parquet"):
-            for batch in self._table.iter_batches(batch_size=self._batch_size(), columns=[choice.column]):
-                yield from arrow_documents(batch.column(0), choice.column, self.name, rows, self._decode)
+        with _ArrowErrors(self.name, self.kind):
+            for values in self._values(choice.column):
+                yield from arrow_documents(values, choice.column, self.name, rows, self._decode)
         self._decode.finish()
+
+    def _schema(self) -> pyarrow.Schema:
+        raise NotImplementedError
+
+    def _values(self, column: str) -> Iterator[pyarrow.Array]:
+        """The values of a column, batch after batch."""
+        raise NotImplementedError
+
+
+class ParquetReader(TableReader):
+    """A column of a Parquet file."""
+
+    kind = "a Parquet"
+
+    def __init__(self, source: Input, name: str, format: str, errors: str, statistics: Counter[str]):
+        import pyarrow.parquet
+
+        super().__init__(source, name, format, errors, statistics)
+        with _ArrowErrors(self.name, self.kind):
+            file = seekable(source.file)
+            self._table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=BLOCK_BYTES)
+
+    def _check(self, head: bytes) -> None:
+        if not head.startswith(b"PAR1"):
+            raise self.error(f" must be a Parquet file, got {recognise(head) or _other(head)}")
+
+    def _schema(self) -> pyarrow.Schema:
+        return self._table.schema_arrow
+
+    def _values(self, column: str) -> Iterator[pyarrow.Array]:
+        for batch in self._table.iter_batches(batch_size=self._batch_size(), columns=[column]):
+            yield batch.column(0)
 
     def _batch_size(self) -> int:
         """Rows of about BATCH_BYTES."""
@@ -520,15 +542,17 @@ class ParquetReader(Reader):
         return batch_rows(size, metadata.num_rows)
 
 
-class ArrowReader(Reader):
+class ArrowReader(TableReader):
     """A column of an Arrow stream or file."""
+
+    kind = "an Arrow"
 
     def __init__(self, source: Input, name: str, format: str, errors: str, statistics: Counter[str]):
         import pyarrow
 
         super().__init__(source, name, format, errors, statistics)
         self._is_file = source.head.startswith(b"ARROW1")
-        with _ArrowErrors(self.name, "an Arrow"):
+        with _ArrowErrors(self.name, self.kind):
             if self._is_file:
                 self._table = pyarrow.ipc.open_file(seekable(source.file))
             else:
@@ -539,22 +563,14 @@ class ArrowReader(Reader):
         if kind is not None and "Arrow" not in kind:
             raise self.error(f" must be an Arrow file, got {kind}")
 
-    def columns(self, wanted: str | None = None) -> Columns:
-        with _ArrowErrors(self.name, "an Arrow"):
-            schema = self._table.schema
-            return schema_columns(schema.names, map(arrow_kind, schema.types), self.name)
+    def _schema(self) -> pyarrow.Schema:
+        return self._table.schema
 
-    def documents(self, choice: Choice | None) -> Iterator[Document]:
-        if choice is None:
-            raise self.error(" must have columns, got none")
-        self.columns()
-        rows = itertools.count()
-        with _ArrowErrors(self.name, "an Arrow"):
-            table = self._table
-            batches = map(table.get_batch, range(table.num_record_batches)) if self._is_file else table
-            for batch in batches:
-                yield from arrow_documents(batch.column(choice.column), choice.column, self.name, rows, self._decode)
-        self._decode.finish()
+    def _values(self, column: str) -> Iterator[pyarrow.Array]:
+        table = self._table
+        batches = map(table.get_batch, range(table.num_record_batches)) if self._is_file else table
+        for batch in batches:
+            yield batch.column(column)
 
 
 class _ArrowErrors:

@@ -486,6 +486,18 @@ def test_the_builder_passes_the_options_on(tmp_path):
         DatasetBuilder("", 4, tokenizer=tokenizer)
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_table_without_columns(tmp_path, suffix):
+    table, path = pyarrow.table({}), tmp_path / f"a.{suffix}"
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        with pyarrow.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(SourceError, match=rf"a.{suffix} must have columns, got none"):
+        texts_of(path)
+
+
 @pytest.mark.parametrize(
     ("columns", "wanted", "expected"),
     [
