@@ -1,5 +1,6 @@
 """Shared settings. `--device cuda` tests on a GPU; `--hypothesis-profile nightly` (or `exhaustive`) tests more."""
 
+import importlib.util
 import os
 from collections import Counter
 from pathlib import Path
@@ -9,7 +10,7 @@ import hypothesis
 import numerics
 import pytest
 import torch
-from emulator import EmulatedExtension, Emulator
+from emulator import EmulatedExtension, Emulator, triton_driver
 from op_cases import skip_for, without_use
 
 from andromeda.ops import _persistent, _rotary, _select
@@ -100,6 +101,26 @@ def emulated(request, monkeypatch):
     monkeypatch.setattr(_rotary, "window", lambda first, end: (first, end))
     monkeypatch.setattr(_select, "DEVICE_TYPES", {"cuda": "cpu", "triton": "no device", "cpu": "no device"})
     return emulator
+
+
+@pytest.fixture
+def emulated_triton(request, monkeypatch):
+    """The `Emulator` on which backend="triton" runs in this test, with CPU tensors.
+
+    Operator, host function and the launch by Triton's JIT are the real ones (tests/emulator/triton_driver.py), and
+    every launch must be clean. Settings as for `emulated`; the device, A100 by default, says for what Triton compiles.
+    With {"exact_tables": False} the tables of positions have their usual sizes, not just the rows that a call needs.
+    """
+    settings = dict(getattr(request, "param", {}))
+    exact_tables = settings.pop("exact_tables", True)
+    if importlib.util.find_spec("triton") is None:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("Triton is not installed")
+    monkeypatch.setattr(_select, "triton_unavailable", lambda device: [])
+    monkeypatch.setattr(_select, "DEVICE_TYPES", {"cuda": "no device", "triton": "cpu", "cpu": "no device"})
+    if exact_tables:
+        monkeypatch.setattr(_rotary, "window", lambda first, end: (first, end))
+    with triton_driver.active(Emulator(**settings)) as emulator:
+        yield emulator
 
 
 left_out = {}  # backend -> operation -> reasons

@@ -64,6 +64,19 @@ void set_integer(Decoder& d, Type type) {
                [&](auto value) { d.instruction.handler = Repeat<decltype(value), kArity>::template kHandler<F>; });
 }
 
+// max and min of integers; with relu a negative result becomes 0 (on 9.0 and later, for .s32).
+template <typename F>
+struct Relu {
+  std::int32_t operator()(std::int32_t a, std::int32_t b) const { return std::max(F()(a, b), 0); }
+};
+template <typename F>
+void set_integer_extremum(Decoder& d, Type type) {
+  const bool relu = d.take("relu");
+  if (relu && type != Type::kS32) fail_type(d);
+  set_integer<2, F>(d, type);
+  if (relu) d.instruction.handler = Repeat<std::int32_t, 2>::kHandler<Relu<F>>;
+}
+
 // mul and mad: the low or the high half of the product, or all of it, in a result of twice the width.
 template <bool kAdd, typename T, typename Wide>
 constexpr Handler kMultiplyWide = &map<MultiplyWide, Wide, T, T>;
@@ -252,8 +265,8 @@ const std::map<std::string, Setters> kOpcodes = {
     {"rem", {&set_integer<2, Remainder>, nullptr}},
     {"abs", {&set_integer<1, Absolute>, &set_float<1, FloatAbsolute>}},
     {"neg", {&set_integer<1, Negate>, &set_float<1, FloatNegate>}},
-    {"min", {&set_integer<2, Minimum>, &set_extremum<FloatMinimum>}},
-    {"max", {&set_integer<2, Maximum>, &set_extremum<FloatMaximum>}},
+    {"min", {&set_integer_extremum<Minimum>, &set_extremum<FloatMinimum>}},
+    {"max", {&set_integer_extremum<Maximum>, &set_extremum<FloatMaximum>}},
     {"and", {&set_integer<2, And>, nullptr}},
     {"or", {&set_integer<2, Or>, nullptr}},
     {"xor", {&set_integer<2, Xor>, nullptr}},

@@ -12,51 +12,55 @@ enum Comparison { kEq, kNe, kLt, kLe, kGt, kGe, kLo, kLs, kHi, kHs, kEqu, kNeu, 
 const std::vector<std::string> kComparisons = {"eq", "ne",  "lt",  "le",  "gt",  "ge",  "lo",  "ls",  "hi",
                                                "hs", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"};
 
-template <typename T, typename F>
-std::uint32_t compare_rows(Execution& x, const Instruction& i, std::size_t first, F f) {
-  const T* a = x.row<T>(i.operands[first]);
-  const T* b = x.row<T>(i.operands[first + 1]);
+template <typename T, int kParts, typename F>
+std::uint32_t compare_rows(Execution& x, const Instruction& i, int part, F f) {
+  const T* a = x.row<T>(i.operands[1]);
+  const T* b = x.row<T>(i.operands[2]);
   std::uint32_t bits = 0;
-  for (int lane = 0; lane < kLanes; ++lane) bits |= static_cast<std::uint32_t>(f(a[lane], b[lane])) << lane;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const int at = lane * kParts + part;
+    bits |= static_cast<std::uint32_t>(f(a[at], b[at])) << lane;
+  }
   return bits;
 }
 
-// A bit per lane. The forms with u are true for NaN.
-template <typename T>
-std::uint32_t compare(Execution& x, const Instruction& i) {
+// A bit per lane. The forms with u are true for NaN. A lane has kParts numbers, of which `part` is compared.
+template <typename T, int kParts = 1>
+std::uint32_t compare(Execution& x, const Instruction& i, int part = 0) {
   switch (i.option[0]) {
     case kEq:
-      return compare_rows<T>(x, i, 1, [](T a, T b) { return a == b; });
+      return compare_rows<T, kParts>(x, i, part, [](T a, T b) { return a == b; });
     case kNe:
-      return compare_rows<T>(x, i, 1, [](T a, T b) { return a < b || a > b || (std::is_integral_v<T> && a != b); });
+      return compare_rows<T, kParts>(x, i, part,
+                                     [](T a, T b) { return a < b || a > b || (std::is_integral_v<T> && a != b); });
     case kLt:
     case kLo:
-      return compare_rows<T>(x, i, 1, [](T a, T b) { return a < b; });
+      return compare_rows<T, kParts>(x, i, part, [](T a, T b) { return a < b; });
     case kLe:
     case kLs:
-      return compare_rows<T>(x, i, 1, [](T a, T b) { return a <= b; });
+      return compare_rows<T, kParts>(x, i, part, [](T a, T b) { return a <= b; });
     case kGt:
     case kHi:
-      return compare_rows<T>(x, i, 1, [](T a, T b) { return a > b; });
+      return compare_rows<T, kParts>(x, i, part, [](T a, T b) { return a > b; });
     case kGe:
     case kHs:
-      return compare_rows<T>(x, i, 1, [](T a, T b) { return a >= b; });
+      return compare_rows<T, kParts>(x, i, part, [](T a, T b) { return a >= b; });
     case kEqu:
-      return compare_rows<T>(x, i, 1, [](T a, T b) { return !(a < b || a > b); });
+      return compare_rows<T, kParts>(x, i, part, [](T a, T b) { return !(a < b || a > b); });
     case kNeu:
-      return compare_rows<T>(x, i, 1, [](T a, T b) { return !(a == b); });
+      return compare_rows<T, kParts>(x, i, part, [](T a, T b) { return !(a == b); });
     case kLtu:
-      return compare_rows<T>(x, i, 1, [](T a, T b) { return !(a >= b); });
+      return compare_rows<T, kParts>(x, i, part, [](T a, T b) { return !(a >= b); });
     case kLeu:
-      return compare_rows<T>(x, i, 1, [](T a, T b) { return !(a > b); });
+      return compare_rows<T, kParts>(x, i, part, [](T a, T b) { return !(a > b); });
     case kGtu:
-      return compare_rows<T>(x, i, 1, [](T a, T b) { return !(a <= b); });
+      return compare_rows<T, kParts>(x, i, part, [](T a, T b) { return !(a <= b); });
     case kGeu:
-      return compare_rows<T>(x, i, 1, [](T a, T b) { return !(a < b); });
+      return compare_rows<T, kParts>(x, i, part, [](T a, T b) { return !(a < b); });
     case kNum:
-      return compare_rows<T>(x, i, 1, [](T a, T b) { return a == a && b == b; });
+      return compare_rows<T, kParts>(x, i, part, [](T a, T b) { return a == a && b == b; });
     default:
-      return compare_rows<T>(x, i, 1, [](T a, T b) { return a != a || b != b; });
+      return compare_rows<T, kParts>(x, i, part, [](T a, T b) { return a != a || b != b; });
   }
 }
 
@@ -79,6 +83,15 @@ Step set_predicates(Execution& x, const Instruction& i) {
   } else {
     x.set_predicate(i.operands[0], p);
   }
+  return Step::kNext;
+}
+
+// setp p|q, a, b of packed numbers: p compares the lower ones, q the upper ones
+template <typename T>
+Step set_packed_predicates(Execution& x, const Instruction& i) {
+  const std::uint32_t p = compare<T, 2>(x, i, 0), q = compare<T, 2>(x, i, 1);
+  x.set_predicate(i.operands[0].elements[0], p);
+  x.set_predicate(i.operands[0].elements[1], q);
   return Step::kNext;
 }
 
@@ -151,6 +164,12 @@ void decode_comparison(Decoder& d) {
   if (d.instruction.option[1] >= 0) d.source(3, 0);
   if (d.is("set") && (bytes_of(result) != 4 || d.instruction.option[1] >= 0)) d.fail("this form is not supported");
   d.instruction.option[2] = result == Type::kF32;
+  if (type == Type::kF16x2 || type == Type::kBF16x2) {
+    const bool pair = d.operand(0).kind == Operand::Kind::kVector;
+    if (d.is("set") || !pair || d.instruction.option[1] >= 0) d.fail("this form is not supported");
+    d.instruction.handler = type == Type::kF16x2 ? &set_packed_predicates<Half> : &set_packed_predicates<BFloat>;
+    return;
+  }
   d.instruction.handler = d.is("set") ? handler_for<SetValues>(d, type) : handler_for<SetPredicates>(d, type);
 }
 

@@ -157,6 +157,7 @@ INTEGER = [
     ("div.u64 %d8, %a8, %b8", "u64", ("u64", "u64"), lambda a, b: a // b if b else -1),
     ("min.s32 %d4, %a4, %b4", "s32", ("s32", "s32"), min),
     ("max.u32 %d4, %a4, %b4", "u32", ("u32", "u32"), max),
+    ("max.relu.s32 %d4, %a4, %b4", "s32", ("s32", "s32"), lambda a, b: max(a, b, 0)),
     ("abs.s32 %d4, %a4", "s32", ("s32",), abs),
     ("neg.s64 %d8, %a8", "s64", ("s64",), lambda a: -a),
     ("not.b32 %d4, %a4", "u32", ("u32",), lambda a: ~a),
@@ -348,6 +349,19 @@ def test_comparisons_with_nan(comparison):
     reference = COMPARISONS[comparison]
     statement = f"setp.{comparison}.f32 %p, %a4, %b4; selp.u32 %d4, 1, 0, %p"
     check(statement, "u32", ("f32", "f32"), reference, choices={1: [math.nan, 1.0, 0.0, math.inf]})
+
+
+@pytest.mark.parametrize("type", ["f16", "bf16"])
+@pytest.mark.parametrize("comparison", ["lt", "neu"])
+def test_comparisons_of_packed_numbers(comparison, type):
+    """The first predicate belongs to the lower half."""
+    reference = COMPARISONS[comparison]
+    statement = (
+        f"mov.b32 %d4, {{%a2, %b2}}; mov.b32 %e4, {{%b2, %b2}}; setp.{comparison}.{type}x2 %p|%q, %d4, %e4;"
+        "selp.u32 %d4, 1, 0, %p; selp.u32 %e4, 2, 0, %q; or.b32 %d4, %d4, %e4"
+    )
+    choices = {1: [math.nan, 1.0, 0.0, math.inf]}
+    check(statement, "u32", (type, type), lambda a, b: reference(a, b) | reference(b, b) << 1, choices=choices)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
-"""Kernels that Triton compiles without a GPU run in the emulator: a second opinion on layouts and opcodes."""
+"""Kernels of the tests' own that Triton compiles run in the emulator: a second opinion on layouts and opcodes."""
 
 import math
 
 import pytest
 import torch
 
-from emulator import Emulator
+from emulator import Emulator, triton_driver
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -46,51 +46,31 @@ def attention_kernel(out, q, k, v, seqlen, scale, kBlock: tl.constexpr, kHeadDim
     tl.store(out + query[:, None] * kHeadDim + channel[None, :], sums.to(tl.bfloat16), mask=query[:, None] < seqlen)
 
 
-def compiled(kernel, signature, constants, architecture, **options):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    types = signature | dict.fromkeys(constants, "constexpr")
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if signature[name][0] == "*"}
-    source = ASTSource(kernel, types, constants, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+devices = pytest.mark.parametrize("device", ["A100", "H200"])
 
 
-def launch(emu, program, name, grid, arguments):
-    """Run the kernel. A missing proxy fence between cp.async and wgmma is allowed: Triton omits it on Hopper."""
-    # The compiled kernel has two further parameters: scratch memory of the launch and of profiling.
-    parameters, metadata = (*arguments, 0, 0), program.metadata
-    emu.run_ptx(program.asm["ptx"], name, grid, 32 * metadata.num_warps, parameters, metadata.shared)
-    assert [report for report in emu.reports if report.kind != "proxy" or "wgmma" not in report.text] == []
-
-
-@pytest.mark.parametrize("architecture", [80, 90])
-def test_softmax(architecture):
-    signature = {"out": "*bf16", "values": "*bf16", "columns": "i32"}
-    program = compiled(softmax_kernel, signature, {"kBlock": 256}, architecture)
+@devices
+def test_softmax(device):
     values = torch.randn(3, 200).bfloat16()
-    emu = Emulator()
-    out = emu.empty(values.shape, values.dtype, name="out")
-    launch(emu, program, "softmax_kernel", 3, (out, emu.tensor(values, name="values"), 200))
-    torch.testing.assert_close(out.cpu().float(), values.float().softmax(1), rtol=2**-8, atol=0)
+    out = torch.empty_like(values)
+    with triton_driver.active(Emulator(device=device)):
+        softmax_kernel[(3,)](out, values, 200, kBlock=256, enable_fp_fusion=True)
+    torch.testing.assert_close(out.float(), values.float().softmax(1), rtol=2**-8, atol=0)
 
 
 @pytest.mark.parametrize("schedule", ["fifo", "random"])
-@pytest.mark.parametrize("architecture", [80, 90])
-def test_attention(architecture, schedule):
+@devices
+def test_attention(device, schedule):
     seqlen, head_dim = 300, 64
-    signature = dict.fromkeys(("out", "q", "k", "v"), "*bf16") | {"seqlen": "i32", "scale": "fp32"}
-    constants = {"kBlock": BLOCK, "kHeadDim": head_dim}
-    program = compiled(attention_kernel, signature, constants, architecture, num_stages=3)
-    instruction = "wgmma" if architecture == 90 else "mma.sync"
-    assert instruction in program.asm["ptx"]
     q, k, v = (torch.randn(seqlen, head_dim).bfloat16() for _ in range(3))
-    emu = Emulator(schedule=schedule)
-    out = emu.empty(q.shape, q.dtype, name="out")
-    given = [emu.tensor(tensor, name=name) for tensor, name in ((q, "q"), (k, "k"), (v, "v"))]
-    grid = -(-seqlen // BLOCK)
-    launch(emu, program, "attention_kernel", grid, (out, *given, seqlen, head_dim**-0.5 / math.log(2)))
+    out = torch.empty_like(q)
+    with triton_driver.active(Emulator(device=device, schedule=schedule)):
+        program = attention_kernel[(-(-seqlen // BLOCK),)](
+            out, q, k, v, seqlen, head_dim**-0.5 / math.log(2), BLOCK, head_dim, num_stages=3, enable_fp_fusion=True
+        )
+    instruction = "wgmma" if device == "H200" else "mma.sync"
+    assert instruction in program.asm["ptx"]
     exact = (q.double() @ k.double().T * head_dim**-0.5).softmax(1) @ v.double()
-    error = (out.cpu().double() - exact).norm(dim=1) / exact.norm(dim=1)
+    error = (out.double() - exact).norm(dim=1) / exact.norm(dim=1)
     assert error.median() < 0.58 * 2**-8
     assert error.max() < 1.25 * 2**-8
