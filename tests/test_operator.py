@@ -10,6 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from andromeda.ops import _operator
 from andromeda.ops import attention as attention_op
+from andromeda.ops import feed_forward as feed_forward_op
+from andromeda.ops import linear_cross_entropy as loss_op
 from andromeda.ops import qk_norm_rotary as rotary_op
 from andromeda.ops import token_shift_norm as shift_op
 
@@ -31,30 +33,41 @@ def test_schema_of_a_record():
     assert _operator.indices(Call, "x", "scale") == (0, 5)
 
 
-@pytest.mark.parametrize("module", [attention_op, rotary_op, shift_op], ids=lambda module: module.NAME)
+@pytest.mark.parametrize(
+    "module", [attention_op, rotary_op, shift_op, loss_op, feed_forward_op], ids=lambda module: module.NAME
+)
 def test_operators_end_with_their_record(module):
     record = module.Call
     for operator in (module.FORWARD, module.BACKWARD):
         names = [argument.name for argument in operator._schema.arguments]
         assert tuple(names[-len(record._fields) :]) == record._fields
     count = _operator.num_tensors(record)
-    types = [str(argument.type) for argument in module.FORWARD._schema.arguments]
+    types = [str(argument.type) for argument in module.FORWARD._schema.arguments if not argument.has_default_value()]
     assert all("Tensor" in name for name in types[:count]) and not any("Tensor" in name for name in types[count:])
 
 
 def test_the_schemas():
-    """Exported programs store the schemas: a change of a forward schema breaks programs of earlier versions."""
+    """Exported programs store the schemas: a change of a forward schema breaks programs of earlier versions, unless it
+    is an argument with a default at the end."""
     assert str(attention_op.FORWARD._schema) == (
         "andromeda::attention_forward(Tensor q, Tensor k, Tensor v, Tensor? alibi_slopes, Tensor? logit_bound, "
-        "Tensor? key_start, bool causal, float softmax_scale, str backend) -> (Tensor, Tensor)"
+        "Tensor? key_start, bool causal, float softmax_scale, str backend, Tensor? num_keys=None) -> (Tensor, Tensor)"
     )
     assert str(rotary_op.FORWARD._schema) == (
         "andromeda::qk_norm_rotary_forward(Tensor q, Tensor k, Tensor? q_scale, Tensor? k_scale, bool normalize, "
-        "int rotary_dim, bool xpos, SymInt position, SymInt origin, str backend) -> (Tensor, Tensor)"
+        "int rotary_dim, bool xpos, SymInt position, SymInt origin, str backend, Tensor? step=None) -> (Tensor, Tensor)"
+    )
+    assert str(feed_forward_op.FORWARD._schema) == (
+        "andromeda::feed_forward_forward(Tensor x, Tensor weight_in, Tensor? bias_in, Tensor weight_out, "
+        "Tensor? bias_out, str backend) -> (Tensor, Tensor)"
     )
     assert str(shift_op.FORWARD._schema) == (
         "andromeda::token_shift_norm_forward(Tensor x, Tensor? residual, Tensor? residual_scale, Tensor? gamma, "
         "Tensor? history, Tensor? key_start, float alpha, int shift, SymInt position, str backend) -> (Tensor, Tensor)"
+    )
+    assert str(loss_op.FORWARD._schema) == (
+        "andromeda::linear_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, "
+        "float z_loss, bool with_dhidden, bool with_dweight, str backend) -> (Tensor, Tensor, Tensor)"
     )
 
 

@@ -1,15 +1,19 @@
 """Choice of a backend, a missing extension, and the data of `andromeda info`."""
 
+import ast
+import importlib.util
 import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import op_cases
 import pytest
 import torch
 
 from andromeda.ops import _select
+from andromeda.triton_kernels import launch
 
 
 def reasons_of(table):
@@ -139,21 +143,23 @@ def test_answers_are_kept_per_device(monkeypatch):
 def test_a_forked_child_asks_again(monkeypatch):
     """CUDA does not work in the child of a process that has used it, whatever the answer in the parent was."""
     device = torch.device("cuda", 7)
-    _select.lasting_answers[device] = ["of the parent"]
+    _select.lasting_answers[device] = _select.triton_answers[device] = ["of the parent"]
     monkeypatch.setitem(_select.plans, "of the parent", ("cuda",))
     try:
         child = os.fork()
         if child == 0:
-            os._exit(len(_select.lasting_answers) + len(_select.plans))
+            os._exit(len(_select.lasting_answers) + len(_select.triton_answers) + len(_select.plans))
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert _select.lasting_answers[device] == ["of the parent"]
     finally:
         _select.lasting_answers.clear()
+        _select.triton_answers.clear()
 
 
 def test_report_lists_every_backend_of_every_operation():
     report = _select.report()
-    assert set(report) == {"attention", "qk_norm_rotary", "token_shift_norm"}
+    operations = {path.stem for path in Path(_select.__file__).parent.glob("*.py") if not path.stem.startswith("_")}
+    assert set(report) == operations
     for reasons in report.values():
         assert tuple(reasons) == _select.BACKENDS
         assert reasons["reference"] == []
@@ -177,6 +183,145 @@ def test_needs_function():
             assert _select.needs_function("op", None)
 
 
+# ---- Triton
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def triton_of(monkeypatch):
+    """triton_of(...): pretends that this Triton, with this GPU, is installed; returns the devices that were asked."""
+    monkeypatch.setattr(_select, "triton_answers", {})
+
+    def pretend(version="3.6.0", capability=(8, 0), failure=None):
+        asked = []
+
+        def current_target():
+            asked.append(torch.cuda.current_device())
+            if failure:
+                raise failure
+
+        active = types.SimpleNamespace(get_current_target=current_target)
+        fake = types.SimpleNamespace(
+            __version__=version, runtime=types.SimpleNamespace(driver=types.SimpleNamespace(active=active))
+        )
+        monkeypatch.setitem(sys.modules, "triton", fake)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        properties = types.SimpleNamespace(major=capability[0], minor=capability[1])
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        launch._architecture_of_gpu.cache_clear()
+        return asked
+
+    yield pretend
+    launch._architecture_of_gpu.cache_clear()
+
+
+def test_triton_is_asked_once_for_each_gpu(triton_of):
+    asked = triton_of()
+    for _ in range(3):
+        assert _select.triton_unavailable(GPU) == []
+    assert asked == [0]
+
+
+@pytest.mark.parametrize("version", ["3.3.1", "2.1.0", "3", "unknown"])
+def test_an_old_triton(triton_of, version):
+    asked = triton_of(version=version)
+    assert _select.triton_unavailable(GPU) == [f"Triton {version} (these kernels need 3.4 or newer)"]
+    assert asked == []
+
+
+@pytest.mark.parametrize("version", ["3.4.0", "3.5.1+git1234", "3.10.0", "4.0"])
+def test_a_new_triton(triton_of, version):
+    triton_of(version=version)
+    assert _select.triton_unavailable(GPU) == []
+
+
+def test_triton_without_a_driver(triton_of):
+    triton_of(failure=RuntimeError("0 active drivers ([]). There should only be one.\nand more"))
+    assert _select.triton_unavailable(GPU) == [
+        "Triton 3.6.0 does not run on cuda:0: RuntimeError: 0 active drivers ([]). There should only be one."
+    ]
+
+
+def test_triton_on_an_unknown_gpu(triton_of):
+    triton_of(capability=(7, 5))
+    (reason,) = _select.triton_unavailable(GPU)
+    assert reason.startswith("compute capability 7.5 (there are Triton kernels for sm_80, sm_86, sm_90, ")
+
+
+def test_no_triton(triton_of, monkeypatch):
+    triton_of()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for device in (GPU, torch.device("cpu")):
+        assert _select.triton_unavailable(device) == ["Triton is not installed (`pip install triton`)"]
+
+
+@pytest.mark.parametrize("error", [ImportError("no libtriton"), OSError("GLIBC_2.99"), AttributeError("x")])
+def test_a_triton_that_cannot_be_imported(triton_of, monkeypatch, error):
+    triton_of()
+
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr(importlib, "import_module", fail)
+    assert _select.triton_unavailable(GPU) == [f"Triton cannot be imported: {type(error).__name__}: {error}"]
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_call_on_the_cpu_does_not_need_triton(installed):
+    """It does not import the kernels, nor Triton. (torch does, for its counter of operations.)"""
+    code = f"""
+import sys
+if not {installed}:
+    sys.modules["triton"] = None
+import torch
+from andromeda import attention
+from andromeda.ops import _select
+q = torch.randn(1, 4, 2, 8)
+attention(q, q, q)
+_select.report("cpu")
+assert not [name for name in sys.modules if name.startswith("andromeda.triton_kernels")]
+print(_select.common_reasons("triton", (torch.float32,), q=q))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    reasons = ["tensors on cpu"] + ["Triton is not installed (`pip install triton`)"] * (not installed)
+    assert ast.literal_eval(result.stdout) == reasons
+
+
+# ---- order
+
+
+def test_the_table_of_preferences_is_well_formed():
+    operations = _select.report("cpu")
+    for (operation, architecture), (backend, reason) in _select.PREFERRED.items():
+        assert operation in operations and architecture in launch.SHARED_MEMORY and backend in _select.BACKENDS
+        assert any(character.isdigit() for character in reason), "a reason is a measurement"
+
+
+def test_an_architecture_may_prefer_another_backend(triton_of, monkeypatch):
+    triton_of(capability=(12, 0))
+    monkeypatch.setattr(_select, "PREFERRED", {("attention", "sm_120"): ("triton", "1.5 x as fast")})
+    assert _select.order("attention", GPU) == ("triton", "cuda", "cpu", "reference")
+    assert _select.order("token_shift_norm", GPU) == _select.BACKENDS
+    assert _select.order("attention", torch.device("cpu")) == _select.BACKENDS
+    able = {**ALL_FAIL, "cuda": [], "triton": [], "reference": []}
+    assert _select.choose("attention", _select.AUTO, reasons_of(able), GPU) == "triton"
+    assert _select.choose("attention", _select.AUTO, reasons_of({**able, "triton": ["no"]}), GPU) == "cuda"
+    assert _select.choose("attention", "cuda", reasons_of(able), GPU) == "cuda"
+
+
+@pytest.mark.parametrize("lasting", [True, False])
+def test_a_triton_plan_is_kept_if_cuda_kernels_cannot_return(monkeypatch, lasting):
+    pretend(monkeypatch, device_error="cudaErrorX, y", lasting=lasting)
+    plan = types.SimpleNamespace(backend="triton")
+    for _ in range(2):
+        assert _select.plan("key", GPU, lambda: plan) is plan
+    assert ("key" in _select.plans) == lasting
+    _select.plan("other", GPU, lambda: types.SimpleNamespace(backend="reference"))
+    assert "other" not in _select.plans
+
+
 # ---- the fixture `backend` of conftest.py
 
 
@@ -190,7 +335,7 @@ def reports(monkeypatch):
     op_cases.without_use.cache_clear()
 
 
-@pytest.mark.parametrize("operation", ["attention", "qk_norm_rotary", "token_shift_norm"])
+@pytest.mark.parametrize("operation", ["attention", "qk_norm_rotary", "token_shift_norm", "feed_forward"])
 def test_on_the_cpu_no_test_loses_its_backends(operation, monkeypatch):
     left_out = set(op_cases.without_use(operation, "cpu"))
     assert not left_out & {"cpu", "reference"}

@@ -139,6 +139,14 @@ def is_floating(tensor: torch.Tensor, shape: tuple[int, ...], device: torch.devi
     )
 
 
+def refuse_gradients(op: str, name: str, remedy: str) -> None:
+    """Raise for an argument that has no rule for gradients and transforms of torch.func."""
+    raise ValueError(
+        f"{op}: {name} must be None where gradients are recorded or torch.func transforms the call, got a tensor; call "
+        f"it under torch.no_grad(), or pass {remedy}"
+    )
+
+
 def check_int(op: str, name: str, value: object) -> None:
     """Require an int, or a symbol for one, but not a bool."""
     if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
@@ -152,3 +160,13 @@ def check_finite_number(op: str, name: str, value: float) -> float:
     if not -math.inf < value < math.inf:  # math.isfinite would end a graph that is traced with symbolic numbers
         raise ValueError(f"{op}: {name} must be finite, got {value}")
     return float(value)
+
+
+def check_targets(owner: str, name: str, targets: torch.Tensor, num_tokens: int, ignore_index: int) -> None:
+    """Require token ids of a vocabulary, or `ignore_index`. Reads the values, see `have_values`."""
+    outside = ((targets < 0) | (targets >= num_tokens)) & (targets != ignore_index)
+    if outside.any():
+        raise ValueError(
+            f"{owner}: {name} must be below the vocabulary size {num_tokens}, or {ignore_index}, got "
+            f"{targets[outside][0].item()}"
+        )

@@ -1,7 +1,8 @@
 """Makes operators of torch from functions that take one record.
 
 Each operation has a record `Call`, a NamedTuple with the arguments of its operators, each once, in the order of their
-schemas, tensors first. torch passes them by position. Only this file converts positions into a record.
+schemas, tensors first. Arguments with a default come last, tensors or not: programs that were exported before a schema
+had them still run. torch passes arguments by position. Only this file converts positions into a record.
 """
 
 import functools
@@ -33,12 +34,17 @@ _SCHEMA_TYPES = {
 def parameters(record: type[tuple[Any, ...]]) -> str:
     """The fields of a record as the arguments of a schema: "Tensor q, Tensor? alibi_slopes, bool causal, ..."."""
     hints = get_type_hints(record, include_extras=True)
-    return ", ".join(f"{_SCHEMA_TYPES[hint]} {name}" for name, hint in hints.items())
+    defaults = _defaults(record)
+    return ", ".join(
+        f"{_SCHEMA_TYPES[hint]} {name}" + (f"={defaults[name]}" if name in defaults else "")
+        for name, hint in hints.items()
+    )
 
 
 def num_tensors(record: type[tuple[Any, ...]]) -> int:
-    """The number of fields that are tensors; they come first."""
-    return sum(hint in (Tensor, Tensor | None) for hint in get_type_hints(record).values())
+    """The number of fields without a default that are tensors; they come first."""
+    hints, defaults = get_type_hints(record), _defaults(record)
+    return sum(hint in (Tensor, Tensor | None) and name not in defaults for name, hint in hints.items())
 
 
 def indices(record: type[tuple[Any, ...]], *names: str) -> tuple[int, ...]:
@@ -97,10 +103,24 @@ def define(
     return operator
 
 
+def _defaults(record: type[tuple[Any, ...]]) -> dict[str, Any]:
+    """The fields of a record that have a default, and it."""
+    found: dict[str, Any] = getattr(record, "_field_defaults", {})
+    return found
+
+
 def _by_position(record: type[tuple[Any, ...]], leading: int, function: Callable[..., Any]) -> Callable[..., Any]:
     """function(*leading arguments, record) as a function of all arguments by position."""
     make = functools.partial(tuple.__new__, record)  # `record._make` without its Python frame
+    if defaults := tuple(_defaults(record).values()):  # torch leaves out arguments that are equal to them
+        most = leading + len(record.__annotations__)
 
+        def function_of_all(*args: Any) -> Any:
+            if missing := most - len(args):
+                args += defaults[-missing:]
+            return function(*args[:leading], make(args[leading:]))
+
+        return function_of_all
     if leading == 0:
         return lambda *args: function(make(args))
     return lambda *args: function(*args[:leading], make(args[leading:]))

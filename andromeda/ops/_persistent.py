@@ -10,7 +10,8 @@ that is kept must therefore be made elsewhere:
     stream    one that is not being captured. `keep` waits for it, so the memory is complete when it is returned: any
               stream, thread or graph may read it without further synchronisation.
     lifetime  forever: a graph may read it at every replay, and nobody knows when the last graph is gone. There must
-              therefore be few keys: windows of positions, streams, captures.
+              therefore be few keys: windows of positions, streams, captures. Whoever makes many graphs, and knows when
+              they are gone, brings `OwnSemaphores`.
 
 A CPU has no pools and no graphs: there, new entries replace the oldest ones.
 """
@@ -34,6 +35,7 @@ entries: collections.defaultdict[tuple[str, torch.device], dict[Hashable, Tensor
 taken_semaphores: dict[tuple[torch.device, int, int], Tensor] = {}  # (device, stream, capture) -> int32 zeros
 free_semaphores: dict[torch.device, Tensor] = {}  # device -> the rest of its newest slab
 _lock = threading.Lock()
+_own = threading.local()  # .semaphores: the `OwnSemaphores` in whose block this thread is
 
 
 def keep(kind: str, device: torch.device, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
@@ -62,12 +64,40 @@ def semaphores(device: torch.device, count: int, stream: int) -> Tensor | None:
     """
     if count == 0:
         return None
+    own: OwnSemaphores | None = getattr(_own, "semaphores", None)
+    if own is not None and own.device == device:
+        return own.take(count)
     place = device, stream, _select.capture_id(device)
     found = taken_semaphores.get(place)
     if found is None or found.numel() < count:
         with _lock:
             found = taken_semaphores[place] = _take(device, max(_SMALLEST, 1 << (count - 1).bit_length()))
     return found
+
+
+class OwnSemaphores:
+    """Counters for the launches in its block, made by this thread on the current stream, and free with this object.
+
+    For the calls of one graph, first those that warm up and then those that are captured: it must live as long as the
+    graph, which replays on that stream.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._counters: Tensor | None = None
+        self._before: list[OwnSemaphores | None] = []
+
+    def take(self, count: int) -> Tensor:
+        if self._counters is None or self._counters.numel() < count:
+            self._counters = torch.zeros(max(_SMALLEST, count), dtype=torch.int32, device=self.device)
+        return self._counters
+
+    def __enter__(self) -> None:
+        self._before.append(getattr(_own, "semaphores", None))
+        _own.semaphores = self
+
+    def __exit__(self, *_: object) -> None:
+        _own.semaphores = self._before.pop()
 
 
 def _take(device: torch.device, count: int) -> Tensor:

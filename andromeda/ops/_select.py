@@ -7,7 +7,9 @@ why that backend cannot run a call; an empty list means that it can. The choice,
 
 import contextlib
 import importlib
+import importlib.util
 import os
+import re
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, get_args
 
@@ -17,7 +19,10 @@ from torch import Tensor
 from andromeda.ops import Backend, _transforms
 from andromeda.ops._common import dtype_name
 
-BACKENDS: tuple[Backend, ...] = get_args(Backend)  # in order of preference
+BACKENDS: tuple[Backend, ...] = get_args(Backend)  # in order of preference, except for the entries of `PREFERRED`
+# (operation, architecture of `triton_kernels.launch`) -> the backend that comes first there, and the measurement that
+# says so.
+PREFERRED: dict[tuple[str, str], tuple[Backend, str]] = {}
 # The device type of the tensors that a backend accepts. The reference accepts any.
 DEVICE_TYPES = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}
 AUTO = "auto"  # the argument of an operator for backend=None: it chooses when it runs, not when it is traced
@@ -55,13 +60,18 @@ def without_compiled_kernels(backend: str) -> list[str] | None:
     """The result of `unsupported` for a backend that does not call the extension; None for one that does."""
     if backend == "reference":
         return []
-    if backend == "triton":
-        return ["no Triton kernel in this version"]
-    return None if extension_error is None else [extension_error]
+    return None if extension_error is None or backend == "triton" else [extension_error]
+
+
+def unreadable(name: str, tensor: Tensor | None) -> list[str]:
+    """The reason, if there is one, why a backend that reads the value of an argument cannot run now."""
+    if tensor is None or tensor.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        return []
+    return [f"{name} on a GPU (its value cannot be read while a CUDA graph is captured)"]
 
 
 def common_reasons(backend: str, dtypes: Sequence[torch.dtype], **tensors: Tensor) -> list[str]:
-    """The reasons, common to all operations, why compiled kernels cannot run on these tensors of one dtype and device.
+    """The reasons, common to all operations, why the kernels cannot run on these tensors of one dtype and device.
 
     dtypes: the dtypes for which the backend has kernels.
     """
@@ -76,18 +86,30 @@ def common_reasons(backend: str, dtypes: Sequence[torch.dtype], **tensors: Tenso
         reasons.append(f"a dimension of {shapes} above 2**31 - 1")
     if backend == "cuda":
         reasons += cuda_unavailable(first.device)
+    if backend == "triton":
+        reasons += triton_unavailable(first.device)
     return reasons
 
 
-def choose(op: str, backend: str, unsupported: Callable[[str], list[str]]) -> str:
-    """The backend that runs a call: the requested one, or with `AUTO` the first that can.
+def order(op: str, device: torch.device | None) -> tuple[Backend, ...]:
+    """The backends of an operation on a device, the one to try first at the front."""
+    if PREFERRED and device is not None and device.type == "cuda":
+        from andromeda.triton_kernels import launch
+
+        first, _ = PREFERRED.get((op, launch.architecture(device) or ""), (BACKENDS[0], ""))
+        return (first, *(name for name in BACKENDS if name != first))
+    return BACKENDS
+
+
+def choose(op: str, backend: str, unsupported: Callable[[str], list[str]], device: torch.device | None = None) -> str:
+    """The backend that runs a call: the requested one, or with `AUTO` the first that can, in the order of `device`.
 
     unsupported: gives the reasons why a backend cannot run this call.
 
     Raises:
         NotImplementedError: no backend can, or the requested one cannot; gives the reasons for each.
     """
-    candidates: Sequence[str] = BACKENDS if backend == AUTO else (backend,)
+    candidates: Sequence[str] = order(op, device) if backend == AUTO else (backend,)
     reasons = {}
     for candidate in candidates:
         reasons[candidate] = unsupported(candidate)
@@ -140,6 +162,50 @@ def _first_obstacle(device: torch.device) -> tuple[list[str], bool]:
     return [], True
 
 
+OLDEST_TRITON = (3, 4)
+triton_answers: dict[torch.device, list[str]] = {}  # of `triton_unavailable`
+os.register_at_fork(after_in_child=triton_answers.clear)
+
+
+def triton_unavailable(device: torch.device) -> list[str]:
+    """Why Triton kernels cannot run on this device; empty when they can, or when it is not a GPU.
+
+    The first call for a GPU imports Triton and lets it find its driver. A call for another device imports nothing.
+    """
+    if (reasons := triton_answers.get(device)) is None:
+        reasons = triton_answers[device] = _triton_obstacles(device)
+    return reasons
+
+
+def _triton_obstacles(device: torch.device) -> list[str]:
+    if importlib.util.find_spec("triton") is None:
+        return ["Triton is not installed (`pip install triton`)"]
+    if device.type != "cuda":
+        return []
+    try:
+        triton: Any = importlib.import_module("triton")
+        version = str(triton.__version__)
+    except Exception as error:  # it loads libraries of its own, which fail in many ways
+        return [f"Triton cannot be imported: {_one_line(error)}"]
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None or tuple(map(int, numbers.groups())) < OLDEST_TRITON:
+        return [f"Triton {version} (these kernels need {'.'.join(map(str, OLDEST_TRITON))} or newer)"]
+    from andromeda.triton_kernels import launch
+
+    try:
+        with device_guard(device):
+            triton.runtime.driver.active.get_current_target()  # finds the driver, with a C compiler at the first time
+        if launch.architecture(device) is None:
+            return [f"{launch.describe(device)} (there are Triton kernels for {', '.join(launch.SHARED_MEMORY)})"]
+    except Exception as error:  # no driver, no compiler, a device that cannot be used
+        return [f"Triton {version} does not run on {device}: {_one_line(error)}"]
+    return []
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
 def _with_versions(error: str) -> str:
     versions = extension.cuda_versions()
     return f"{error} (built with CUDA {versions['runtime']}, the driver runs {versions['driver'] or 'none'})"
@@ -177,17 +243,25 @@ _raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRa
 def plan(key: Hashable, device: torch.device, make: Callable[[], AnyPlan]) -> AnyPlan:
     """`make()`, remembered for later calls with this key.
 
-    key: everything that the plan depends on. A plan that does not use the GPU's kernels is not remembered, because its
-        reason may go away.
+    key: everything that the plan depends on. A plan for a GPU is not remembered when the reason for it may go away.
     """
     found = plans.get(key)
     if found is None:
         found = make()
-        if device.type != DEVICE_TYPES["cuda"] or found.backend == "cuda":
+        if _lasts(found.backend, device):
             if len(plans) >= _MAX_PLANS:
                 plans.clear()
             plans[key] = found
     return found
+
+
+def _lasts(backend: str, device: torch.device) -> bool:
+    """Whether the choice of this backend holds as long as this process: the reasons against better ones may not."""
+    if device.type not in (DEVICE_TYPES["cuda"], DEVICE_TYPES["triton"]) or backend == "cuda":
+        return True
+    # Triton's own answers do not change. It may replace CUDA kernels that lack memory only at this moment.
+    cuda_unavailable(device)
+    return backend == "triton" and device in lasting_answers
 
 
 # Every call runs the following functions. They take the device of a tensor, which has an index if it is a GPU: reading
@@ -257,5 +331,7 @@ def report(device: str | None = None, dtype: torch.dtype | None = None) -> dict[
         dtype = usual_dtype(device)
     q, k = (torch.empty(1, 16, heads, 128, device=device, dtype=dtype) for heads in (24, 1))
     calls = {"attention": (q, k, k), "qk_norm_rotary": (q, k), "token_shift_norm": (q[:, :, 0],)}
+    calls["linear_cross_entropy"] = (q[:, :, 0], k[0, :, 0])
+    calls["feed_forward"] = (q[:, :, 0],)
     modules = {op: importlib.import_module(f"andromeda.ops.{op}") for op in calls}
-    return {op: {name: modules[op].unsupported(name, *calls[op]) for name in BACKENDS} for op in calls}
+    return {op: {name: modules[op].unsupported(name, *calls[op]) for name in order(op, q.device)} for op in calls}

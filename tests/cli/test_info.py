@@ -23,7 +23,13 @@ def test_info_as_a_process():
     facts = json.loads(done.stdout)
     assert facts["packages"]["torch"] == importlib.metadata.version("torch")
     assert facts["packages"]["transformers"] == importlib.metadata.version("transformers")
-    assert set(facts["operations"]) == {"attention", "qk_norm_rotary", "token_shift_norm"}
+    assert set(facts["operations"]) == {
+        "attention",
+        "feed_forward",
+        "linear_cross_entropy",
+        "qk_norm_rotary",
+        "token_shift_norm",
+    }
     for runs in facts["operations"].values():
         assert runs["cpu"]["runs"] in ("cpu", "reference")
         assert runs["cpu"]["reasons"]["cuda"] != []

@@ -19,6 +19,9 @@ struct AttentionParams {
   const float* alibi_slopes;      // (num_heads,), >= 0, or nullptr for no bias
   const float* logit_bound;       // (num_heads,), on |softmax_scale * <q, k>| of visible pairs; nullptr: unknown
   const std::int32_t* key_start;  // (batch, seqlen_q), non-decreasing along a row, or nullptr for 0
+  // CUDA: (1,), the number of rows of k and v that exist: the call is the one on the first num_keys of seqlen_k rows. A
+  // captured graph reads it at every replay. nullptr: all exist. The kernel for many query rows does not have it.
+  const std::int32_t* num_keys;
   void* out;                      // (batch, seqlen_q, num_heads,    head_dim)
   float* softmax_lse;             // (batch, num_heads, seqlen_q), natural logarithm
   SeqStrides q_stride, k_stride, v_stride, out_stride;
@@ -54,7 +57,7 @@ struct AttentionWorkspace {
 };
 
 namespace cuda {
-// The sizes, with null pointers. The pointers, strides and scale in `params` are not read.
+// The sizes, with null pointers. The pointers, strides and scale in `params` are not read, but whether num_keys is null.
 AttentionWorkspace attention_forward_workspace(const AttentionParams& params);
 AttentionWorkspace attention_backward_workspace(const AttentionParams& params);
 

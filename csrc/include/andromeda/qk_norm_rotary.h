@@ -36,6 +36,9 @@ struct QkNormRotaryOperand {
 
 struct QkNormRotaryParams {
   QkNormRotaryOperand q, k;
+  // CUDA: (1,), 0 to kMaxRotaryStep: every token lies this many positions further on than its rows of the tables say. A
+  // captured graph reads it at every replay. nullptr: 0.
+  const std::int32_t* step;
   int batch, head_dim, rotary_dim;
   bool normalize;
   DType dtype;  // of x and out
@@ -73,6 +76,8 @@ inline constexpr int kMaxRotaryHeadDim = 512;
 // A token's position in its sequence is an int, and a group counts past the end, by up to the threads of a block,
 // before it wraps.
 inline constexpr int kMaxRotarySeqlen = 0x7FFFFF00;
+// The tables must have rows for every step: one more than the largest is the length of an xPos segment.
+inline constexpr int kMaxRotaryStep = 8191;
 }  // namespace cuda
 
 }  // namespace andromeda
