@@ -85,9 +85,7 @@ def check(inputs, backend, *, softmax_scale=None, values="normal", **options):
         out, lse, *gradients = run(inputs, backend, softmax_scale=softmax_scale, **options)
     dtype = inputs.q.dtype
     reach = logit_range(inputs, lse_ref, scale)
-    numerics.assert_rows_close(out, out_ref, dtype, kind="heavy" if values == "heavy" else "output", logit_range=reach)
-    numerics.assert_elements_close(out, out_ref, inputs.v.double().abs().max(), logit_range=reach)
-    numerics.assert_lse_close(lse, lse_ref)
+    check_rows(inputs, out, lse, exact, reach, values)
     masks = {"causal": inputs.options["causal"], "key_start": inputs.options.get("key_start")}
     terms = functools.partial(
         numerics.gradient_magnitudes,
@@ -103,6 +101,25 @@ def check(inputs, backend, *, softmax_scale=None, values="normal", **options):
             limits = {"magnitude": magnitude, "logit_range": reach, "absolute": absolute}
             numerics.assert_rows_close(gradient, ref, dtype, kind="gradient", **limits)
     return (out, lse, *gradients), exact
+
+
+def check_rows(inputs, out, lse, exact, reach, values="normal"):
+    """The rules for out and softmax_lse; `reach` is their `logit_range`."""
+    kind = "heavy" if values == "heavy" else "output"
+    numerics.assert_rows_close(out, exact[0], inputs.q.dtype, kind=kind, logit_range=reach)
+    numerics.assert_elements_close(out, exact[0], inputs.v.double().abs().max(), logit_range=reach)
+    numerics.assert_lse_close(lse, exact[1])
+
+
+def check_forward(inputs, backend, *, softmax_scale=None, values="normal"):
+    """The same for a call without gradients, whose results it returns."""
+    scale = inputs.q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    exact = run_exact(inputs, scale)
+    with numerics.nan_filled():
+        options = {**inputs.options, "softmax_scale": softmax_scale, "return_lse": True, "backend": backend}
+        out, lse = attention(*inputs.tensors(), **options)
+    check_rows(inputs, out, lse, exact, logit_range(inputs, exact[1], scale), values)
+    return out, lse
 
 
 def check_beside_plain(inputs, backend, values, softmax_scale=None):
@@ -128,6 +145,11 @@ def check_beside_plain(inputs, backend, values, softmax_scale=None):
         numerics.assert_no_worse(result, [gradient.to(dtype) for gradient in naive], ref)
 
 
+def rounds_weights(backend, dtype):
+    """Whether a kernel rounds the weights to half precision, for tensor cores."""
+    return backend in ("cuda", "triton") and dtype in numerics.HALF
+
+
 def rules_for(case, backend):
     """`values` for `check`: which rules apply to ordinary inputs of this size.
 
@@ -135,7 +157,7 @@ def rules_for(case, backend):
     error of the row (in float64 without any other rounding: up to 2.1 u for 4 channels). With two or three keys, dq and
     dk are differences of a few numbers, only as exact as the rounded output that the backward pass reads.
     """
-    if backend != "cuda":
+    if not rounds_weights(backend, case.dtype):
         return "normal"
     if case.head_dim <= 8:
         return "heavy"
@@ -144,13 +166,13 @@ def rules_for(case, backend):
 
 def check_bounded(inputs, bound, adversarial, backend):
     """Large logits and scores at the bound concentrate the weights, which tensor cores take in half precision."""
-    if backend == "cuda" and (adversarial or bound > 10):
+    if rounds_weights(backend, inputs.q.dtype) and (adversarial or bound > 10):
         check_beside_plain(inputs, backend, "heavy")
     else:
         check(inputs, backend)
 
 
-# The number of splits of the keys in the CUDA kernel for few queries: none, one level of combining them, and several.
+# The number of splits of the keys in the GPU kernels for few queries: none, one level of combining them, and several.
 SPLITS = (1, 2, 16, 17, 256)
 SPLIT_CASES = [
     Case(batch=batch, seqlen_q=seqlen_q, num_heads=num_heads, head_dim=head_dim, dtype=dtype, mask=mask)
@@ -163,18 +185,46 @@ SPLIT_CASES = [
 ]
 
 
-def check_splits(case, num_splits, device, monkeypatch):
+def check_splits(case, num_splits, device, monkeypatch, backend="cuda"):
     """Check the forward pass of that kernel, with a step of 64 keys in each split, and return its results."""
     inputs = make(dataclasses.replace(case, seqlen_k=max(64 * num_splits - 27, 100)), device)
     monkeypatch.setattr(op, "NUM_SPLITS", num_splits)
-    options = {**inputs.options, "return_lse": True, "backend": "cuda"}
-    with numerics.nan_filled():
-        results = out, lse = attention(*inputs.tensors(), **options)
-    assert all(map(torch.equal, attention(*inputs.tensors(), **options), results))  # the semaphores are zero again
-    out_ref, lse_ref, *_ = run_exact(inputs, case.softmax_scale)
-    numerics.assert_rows_close(out, out_ref, case.dtype, logit_range=logit_range(inputs, lse_ref, case.softmax_scale))
-    numerics.assert_lse_close(lse, lse_ref)
+    results = check_forward(inputs, backend)
+    again = attention(*inputs.tensors(), **inputs.options, return_lse=True, backend=backend)
+    assert all(map(torch.equal, again, results))  # semaphores are zero again
     return results
+
+
+# Calls on the first rows of a cache: (case, numbers of them).
+NUM_KEYS_CASES = [
+    (Case(batch=batch, seqlen_q=n, seqlen_k=t, num_heads=h, head_dim=d, dtype=dtype, mask=mask, alibi=alibi), counts)
+    for batch, n, t, h, d, mask, alibi, counts in (
+        (1, 1, 600, 24, 128, "none", "some", (1, 2, 16, 63, 64, 65, 599, 600)),
+        (2, 1, 300, 5, 64, "padding", "all", (130, 290)),
+        (2, 3, 200, 5, 80, "documents", "some", (2, 3, 150)),  # as many keys as queries, and fewer
+        (1, 2, 130, 13, 64, "window", "none", (0, 70)),
+    )
+    for dtype in (FLOAT16, BFLOAT16)
+]
+
+
+def check_num_keys(case, count, backend, device):
+    """The call on `count` of the keys is that on k and v cut to them, whatever the other rows hold."""
+    inputs = make(dataclasses.replace(case, seqlen_k=count), device)
+    memory = [x.new_full((case.batch, case.seqlen_k, *x.shape[2:]), math.nan) for x in (inputs.k, inputs.v)]
+    for whole, part in zip(memory, (inputs.k, inputs.v), strict=True):
+        whole[:, :count] = part
+    num_keys = torch.tensor([count], dtype=torch.int32, device=device)
+    options = {**inputs.options, "return_lse": True, "backend": backend}
+    with numerics.nan_filled(), torch.no_grad():
+        out, lse = attention(inputs.q, *memory, num_keys=num_keys, **options)
+        cut = attention(*inputs.tensors(), **options)
+    out_ref, lse_ref, *_ = run_exact(inputs, case.softmax_scale)
+    reach = logit_range(inputs, lse_ref, case.softmax_scale) if count > 0 else 0.0
+    kind = "heavy" if backend == "cuda" and count <= 3 else "output"
+    numerics.assert_rows_close(out, out_ref, case.dtype, kind=kind, logit_range=reach)
+    numerics.assert_lse_close(lse, lse_ref)
+    return (out, lse), cut
 
 
 # A tile is 96 queries by 192 keys on the CPU; on a GPU up to 128 queries by 64 keys, or 16 rows in the kernel for few
@@ -217,6 +267,36 @@ def test_matches_the_reference(case, backend, device):
     inputs = make(case, device)
     require(backend, *inputs.tensors(), **inputs.options)
     check(inputs, backend, values=rules_for(case, backend))
+
+
+@pytest.mark.parametrize(("case", "counts"), NUM_KEYS_CASES, ids=str)
+def test_num_keys(case, counts, backend, device):
+    for count in counts:
+        inputs = make(dataclasses.replace(case, seqlen_k=count), device)
+        require(backend, *inputs.tensors(), **inputs.options)
+        results, cut = check_num_keys(case, count, backend, device)
+        if backend in ("cpu", "reference"):
+            assert all(map(torch.equal, results, cut))
+
+
+def test_num_keys_is_checked(backend, device):
+    inputs = make(Case(seqlen_q=1, seqlen_k=9), device)
+    require(backend, *inputs.tensors(), **inputs.options)
+    q, k, v = (tensor.detach() for tensor in inputs.tensors())
+    three = torch.tensor([3], dtype=torch.int32, device=device)
+    for wrong, error, message in (
+        (3, TypeError, "num_keys must be a tensor, got int"),
+        (three.long(), TypeError, r"num_keys\.dtype must be int32, got int64"),
+        (three[0], ValueError, r"num_keys must have shape \(1,\) = \(1,\), got \(\)"),
+    ):
+        with pytest.raises(error, match=message):
+            attention(q, k, v, num_keys=wrong, backend=backend)
+    if device.type == "cpu":
+        for count in (-1, 10):
+            with pytest.raises(ValueError, match=f"num_keys must be between 0 and seqlen_k=9, got {count}"):
+                attention(q, k, v, num_keys=three * 0 + count, backend=backend)
+    with pytest.raises(ValueError, match="num_keys must be None where gradients are recorded"):
+        attention(q.requires_grad_(), k, v, num_keys=three, backend=backend)
 
 
 @pytest.mark.parametrize("case", ODD_VALUES, ids=str)
@@ -519,7 +599,8 @@ def test_p1_a_batch_entry_does_not_depend_on_its_neighbours(case, inputs, backen
     inputs.q[: case.batch - 1] = math.nan
     names = ("out", "softmax_lse", "dq", "dk", "dv")
     for name, result, expected in zip(names, run(inputs, backend), run(alone, backend), strict=True):
-        if backend == "cuda" and name in ("dk", "dv"):  # the number of splits of their heads depends on the batch
+        # On a GPU the number of splits of the heads of dk and dv depends on the batch.
+        if backend in ("cuda", "triton") and name in ("dk", "dv"):
             assert_near(result[last], expected)
         else:
             assert_same(result[last], expected, backend)
@@ -678,7 +759,7 @@ def test_p14_value_gradients_sum_to_the_output_gradients(case, inputs, backend):
     error = (dv.double().sum(1) - expected).norm()
     # Each element of dv is rounded once.
     rounding = numerics.UNIT[case.dtype] * dv.double().norm() + 64 * numerics.UNIT[FLOAT32] * seen.norm()
-    if backend == "cuda":  # rounded weights multiply all of a row of dout, so errors add up
+    if rounds_weights(backend, case.dtype):  # rounded weights multiply all of a row of dout, so errors add up
         rounding = rounding + numerics.UNIT[case.dtype] * seen.norm()
     assert error <= 2 * rounding + 1e-30
 
@@ -993,6 +1074,7 @@ def operator_arguments(inputs, backend):
         options["causal"],
         0.3,
         backend,
+        options.get("num_keys"),
     )
 
 
@@ -1003,6 +1085,14 @@ def test_opcheck(layout, backend, device):
     arguments = operator_arguments(inputs, backend)
     torch.library.opcheck(op.FORWARD, arguments)
     torch.library.opcheck(op.BACKWARD, (inputs.dout, *op.FORWARD(*arguments), *arguments))
+
+
+def test_opcheck_num_keys(backend, device):
+    inputs = make(Case(seqlen_q=1, seqlen_k=9, head_dim=8), device)
+    num_keys = torch.tensor([5], dtype=torch.int32, device=device)
+    require(backend, *inputs.tensors(), **inputs.options)
+    with_num_keys = with_options(inputs, num_keys=num_keys)
+    torch.library.opcheck(op.FORWARD, operator_arguments(with_num_keys, backend))
 
 
 def test_compiles_into_one_graph(backend, device):

@@ -15,9 +15,12 @@ NAME = "attention"
 
 _DTYPES = {
     "cpu": (torch.float32, torch.float16, torch.bfloat16),
-    "cuda": (torch.float16, torch.bfloat16),  # tensor cores; float32 would lose digits there and takes the reference
+    "cuda": (torch.float16, torch.bfloat16),  # tensor cores, on which float32 would lose digits
+    "triton": (torch.float32, torch.float16, torch.bfloat16),
 }
-NUM_SPLITS = 0  # number of splits of the keys in the CUDA kernel for few queries; 0: it chooses. Tests change it
+# What `_C.build_info` says of the CUDA kernels. The sum of two positions fits in 32 bits.
+_TRITON_LIMITS = {"max_attention_head_dim": 256, "max_attention_seqlen": 2**30, "min_softmax_scale": 2.0**-60}
+NUM_SPLITS = 0  # number of splits of the keys in the GPU kernels for few queries; 0: chosen. Tests change it
 REFERENCE_BLOCK_LOGITS = 2**24  # the reference holds at most this many logits at once: 64 MiB of float32
 
 
@@ -32,6 +35,7 @@ def attention(
     alibi_slopes: Tensor | None = ...,
     logit_bound: Tensor | None = ...,
     key_start: Tensor | None = ...,
+    num_keys: Tensor | None = ...,
     return_lse: Literal[False] = ...,
     backend: Backend | None = ...,
 ) -> Tensor: ...
@@ -46,6 +50,7 @@ def attention(
     alibi_slopes: Tensor | None = ...,
     logit_bound: Tensor | None = ...,
     key_start: Tensor | None = ...,
+    num_keys: Tensor | None = ...,
     return_lse: Literal[True],
     backend: Backend | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -60,6 +65,7 @@ def attention(
     alibi_slopes: Tensor | None = ...,
     logit_bound: Tensor | None = ...,
     key_start: Tensor | None = ...,
+    num_keys: Tensor | None = ...,
     return_lse: bool,
     backend: Backend | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -73,6 +79,7 @@ def attention(
     alibi_slopes: Tensor | None = None,
     logit_bound: Tensor | None = None,
     key_start: Tensor | None = None,
+    num_keys: Tensor | None = None,
     return_lse: bool = False,
     backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -85,8 +92,7 @@ def attention(
     dense, the other strides are free; nothing is copied.
 
     Args:
-        q: (batch, seqlen_q, num_heads, head_dim), float32, float16, bfloat16. The reference computes float64, and on a
-            GPU also float32, because the kernels there multiply in half precision.
+        q: (batch, seqlen_q, num_heads, head_dim), float32, float16, bfloat16. The reference also computes float64.
         k, v: (batch, seqlen_k, num_kv_heads, head_dim), dtype and device of q. num_heads must be a multiple of
             num_kv_heads: consecutive heads share a key head; with one key head it is multi-query attention. Under
             autocast q, k, v are cast to its dtype first (float64 is not).
@@ -112,6 +118,10 @@ def attention(
             0 0 1 0 0
             0 0 1 1 0
             0 0 1 1 1
+        num_keys: (1,), int32, on the device of q: only so many first rows of k and v exist, and the call is the one on
+            k[:, :num_keys] and v[:, :num_keys]. On a GPU the kernel reads it, so that a CUDA graph on a cache of fixed
+            size sees more keys at each replay. It must be between 0 and seqlen_k (checked on CPU tensors), and no
+            gradient may be recorded.
         return_lse: also return the log-sum-exp of each row of scores. It is not differentiable.
         backend: "cuda", "triton", "cpu" or "reference". Default: the first that supports the call.
 
@@ -128,8 +138,8 @@ def attention(
         ValueError, TypeError: the call is wrong on every machine.
         NotImplementedError: no backend, or not the requested one, can run it here; gives the reasons for each.
     """
-    if not _is_usual(q, k, v, alibi_slopes, logit_bound, key_start):
-        q, k, v = _checked(q, k, v, alibi_slopes, logit_bound, key_start)
+    if not _is_usual(q, k, v, alibi_slopes, logit_bound, key_start, num_keys):
+        q, k, v = _checked(q, k, v, alibi_slopes, logit_bound, key_start, num_keys)
     if softmax_scale is None:
         softmax_scale = q.shape[3] ** -0.5
     else:
@@ -137,8 +147,10 @@ def attention(
     if logit_bound is not None and logit_bound.requires_grad:
         logit_bound = logit_bound.detach()
     backend_argument = _select.backend_argument(NAME, backend)
-    call = Call(q, k, v, alibi_slopes, logit_bound, key_start, bool(causal), softmax_scale, backend_argument)
+    call = Call(q, k, v, alibi_slopes, logit_bound, key_start, bool(causal), softmax_scale, backend_argument, num_keys)
     needs_function = _select.needs_function(NAME, q, k, v)
+    if needs_function and num_keys is not None:
+        _checks.refuse_gradients(NAME, "num_keys", "k and v cut to that many keys")
     out, softmax_lse = _Attention.apply(*call) if needs_function else FORWARD(*call)
     return (out, softmax_lse) if return_lse else out
 
@@ -153,18 +165,22 @@ def unsupported(
     alibi_slopes: Tensor | None = None,
     logit_bound: Tensor | None = None,
     key_start: Tensor | None = None,
+    num_keys: Tensor | None = None,
 ) -> list[str]:
     """Why `backend` cannot run `attention` on these (correct) arguments here; empty when it can."""
+    if backend == "reference":
+        return _select.unreadable("num_keys", num_keys)
     if (answer := _select.without_compiled_kernels(backend)) is not None:
         return answer
     reasons = _select.common_reasons(backend, _DTYPES[backend], q=q, k=k)
-    if backend == "cuda":
-        limits = _select.extension.build_info()
+    if backend in ("cuda", "triton"):
+        limits = _TRITON_LIMITS if backend == "triton" else _select.extension.build_info()
         if q.shape[3] > (max_head_dim := limits["max_attention_head_dim"]):
             reasons.append(f"head_dim={q.shape[3]} (built for 1 to {max_head_dim})")
         for name, seqlen in (("seqlen_q", q.shape[1]), ("seqlen_k", k.shape[1])):
             if seqlen > (max_seqlen := limits["max_attention_seqlen"]):
-                reasons.append(f"{name}={seqlen} (built for up to 2**31 - {2**31 - max_seqlen})")
+                most = "2**30" if max_seqlen == 2**30 else f"2**31 - {2**31 - max_seqlen}"
+                reasons.append(f"{name}={seqlen} (built for up to {most})")
         if softmax_scale is not None and softmax_scale < (smallest := limits["min_softmax_scale"]):
             power = f"2**{math.log2(smallest):.0f}"
             reasons.append(f"softmax_scale={softmax_scale} (built for at least {power}; -q has the opposite scale)")
@@ -183,6 +199,7 @@ class Call(NamedTuple):
     causal: bool
     softmax_scale: float
     backend: str
+    num_keys: Tensor | None = None
 
 
 def _is_usual(
@@ -192,6 +209,7 @@ def _is_usual(
     alibi_slopes: Tensor | None,
     logit_bound: Tensor | None,
     key_start: Tensor | None,
+    num_keys: Tensor | None,
 ) -> bool:
     """Whether the call is correct and needs no cast. Most calls are, and this takes a few microseconds.
 
@@ -220,6 +238,7 @@ def _is_usual(
         and (alibi_slopes is None or (_is_per_head(alibi_slopes, num_heads, device) and not alibi_slopes.requires_grad))
         and (logit_bound is None or _is_per_head(logit_bound, num_heads, device))
         and (key_start is None or _checks.is_exact(key_start, (batch, seqlen_q), torch.int32, device))
+        and (num_keys is None or _checks.is_exact(num_keys, (1,), torch.int32, device))
     )
 
 
@@ -234,6 +253,7 @@ def _checked(
     alibi_slopes: Tensor | None,
     logit_bound: Tensor | None,
     key_start: Tensor | None,
+    num_keys: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v, cast under autocast.
 
@@ -259,7 +279,18 @@ def _checked(
             _checks.check_exact(NAME, name, tensor, ("num_heads",), (num_heads,), torch.float32)
     if key_start is not None:
         _checks.check_exact(NAME, "key_start", key_start, ("batch", "seqlen_q"), (batch, seqlen_q), torch.int32)
-    _checks.check_devices(NAME, q=q, k=k, v=v, alibi_slopes=alibi_slopes, logit_bound=logit_bound, key_start=key_start)
+    if num_keys is not None:
+        _checks.check_exact(NAME, "num_keys", num_keys, ("1",), (1,), torch.int32)
+    _checks.check_devices(
+        NAME,
+        q=q,
+        k=k,
+        v=v,
+        alibi_slopes=alibi_slopes,
+        logit_bound=logit_bound,
+        key_start=key_start,
+        num_keys=num_keys,
+    )
     if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "attention: alibi_slopes must not require a gradient, got requires_grad=True; pass alibi_slopes.detach()"
@@ -267,12 +298,16 @@ def _checked(
     return q, k, v
 
 
-def _check_values(alibi_slopes: Tensor | None, key_start: Tensor | None) -> None:
+def _check_values(
+    alibi_slopes: Tensor | None, key_start: Tensor | None, num_keys: Tensor | None, seqlen_k: int
+) -> None:
     """Check values. Only for the operator on a CPU: a traced call has no values, and reading them would stall a GPU."""
     if alibi_slopes is not None and alibi_slopes.numel() > 0:
         low, high = (value.item() for value in torch.aminmax(alibi_slopes))
         if not (low >= 0 and high < float("inf")):  # NaN fails both
             raise ValueError(f"attention: alibi_slopes must be finite and >= 0, got values in [{low}, {high}]")
+    if num_keys is not None and not 0 <= (count := int(num_keys.item())) <= seqlen_k:
+        raise ValueError(f"attention: num_keys must be between 0 and seqlen_k={seqlen_k}, got {count}")
     if key_start is not None and key_start.shape[1] > 1:
         falls = key_start[:, 1:] < key_start[:, :-1]
         if falls.any():
@@ -287,22 +322,39 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     """The operator `attention_forward`: out and softmax_lse."""
     device = call.q.device
     if call.q.is_cpu:
-        _check_values(call.alibi_slopes, call.key_start)
+        _check_values(call.alibi_slopes, call.key_start, call.num_keys, call.k.shape[1])
     plan = _plan("forward", call)
+    if call.num_keys is not None and plan.backend in ("cpu", "reference"):
+        call = _cut(call, call.num_keys)
+        plan = _plan("forward", call)
     out, softmax_lse = _fake_forward(call)
     if plan.is_empty:
         out.zero_()
         softmax_lse.fill_(float("-inf"))
     elif plan.backend == "reference":
         _reference_forward(call, out, softmax_lse)
+    elif plan.backend == "triton":
+        from andromeda.triton_kernels import attention as kernels
+
+        with _select.device_guard(device):
+            kernels.forward(**_tensors(call, out, softmax_lse), **plan.splits, num_keys=call.num_keys)
     else:
         with _select.device_guard(device):
-            _select.extension.attention_forward(**_tensors(call, out, softmax_lse), **_resources(plan, device))
+            _select.extension.attention_forward(
+                **_tensors(call, out, softmax_lse), **_resources(plan, device), num_keys=call.num_keys
+            )
     return out, softmax_lse
+
+
+def _cut(call: Call, num_keys: Tensor) -> Call:
+    """The same call on the keys that exist. Reads a value, and on a GPU waits for it."""
+    count = int(num_keys.item())
+    return call._replace(k=call.k[:, :count], v=call.v[:, :count], num_keys=None)
 
 
 def backward(dout: Tensor, out: Tensor, softmax_lse: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """The operator `attention_backward`: dq, dk and dv."""
+    assert call.num_keys is None  # `attention` refuses it where gradients are recorded
     device = call.q.device
     plan = _plan("backward", call)
     dq, dk, dv = gradients = _fake_backward(dout, out, softmax_lse, call)
@@ -311,6 +363,11 @@ def backward(dout: Tensor, out: Tensor, softmax_lse: Tensor, call: Call) -> tupl
             gradient.zero_()
     elif plan.backend == "reference":
         _reference_backward(dout, out, softmax_lse, call, gradients)
+    elif plan.backend == "triton":
+        from andromeda.triton_kernels import attention as kernels
+
+        with _select.device_guard(device):
+            kernels.backward(**_tensors(call, out, softmax_lse), dout=dout, dq=dq, dk=dk, dv=dv)
     else:
         with _select.device_guard(device):
             _select.extension.attention_backward(
@@ -335,14 +392,18 @@ _Direction = Literal["forward", "backward"]
 def _plan(direction: _Direction, call: Call) -> Plan:
     """The backend of a call and the sizes of its workspace."""
     q, shape_k = call.q, call.k.shape
-    key = direction, call.backend, q.device, q.dtype, q.shape, shape_k, call.causal, call.softmax_scale, NUM_SPLITS
+    options = call.num_keys is not None, call.causal, call.softmax_scale, NUM_SPLITS
+    key = direction, call.backend, q.device, q.dtype, q.shape, shape_k, *options
     return _select.plan(key, q.device, lambda: _make_plan(direction, call))
 
 
 def _make_plan(direction: _Direction, call: Call) -> Plan:
     q, k, scale = call.q, call.k, call.softmax_scale
-    backend = _select.choose(NAME, call.backend, lambda name: unsupported(name, q, k, k, softmax_scale=scale))
+    options: dict[str, Any] = {"softmax_scale": scale, "num_keys": call.num_keys}
+    backend = _select.choose(NAME, call.backend, lambda name: unsupported(name, q, k, k, **options), q.device)
     is_empty = 0 in (*q.shape, k.shape[1])
+    if backend == "triton" and direction == "forward":
+        return Plan(backend, is_empty, 0, 0, {"num_splits": NUM_SPLITS})
     if backend != "cuda" or is_empty:
         return Plan(backend, is_empty, 0, 0, {})
     batch, seqlen_q, num_heads, head_dim = q.shape
@@ -359,7 +420,7 @@ def _make_plan(direction: _Direction, call: Call) -> Plan:
             num_partials, num_semaphores = _select.extension.attention_backward_workspace(**shape, causal=call.causal)
             return Plan(backend, False, num_partials, num_semaphores, {})
         num_partials, num_semaphores, num_splits = _select.extension.attention_forward_workspace(
-            **shape, causal=call.causal, num_splits=NUM_SPLITS
+            **shape, causal=call.causal, num_splits=NUM_SPLITS, has_num_keys=call.num_keys is not None
         )
         return Plan(backend, False, num_partials, num_semaphores, {"num_splits": num_splits})
 

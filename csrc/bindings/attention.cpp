@@ -61,6 +61,7 @@ AttentionParams pack(const Call& call, const TensorView& q, const TensorView& k,
   params.softmax_scale = softmax_scale;
   params.causal = causal;
   params.dtype = q.dtype;
+  params.num_keys = nullptr;
   params.num_splits = 0;
   return params;
 }
@@ -68,11 +69,16 @@ AttentionParams pack(const Call& call, const TensorView& q, const TensorView& k,
 void forward(const TensorView& q, const TensorView& k, const TensorView& v, const OptionalTensor& alibi_slopes,
              const OptionalTensor& logit_bound, const OptionalTensor& key_start, const TensorView& out,
              const TensorView& softmax_lse, bool causal, float softmax_scale, int num_threads,
-             const OptionalTensor& partials, const OptionalTensor& semaphores, std::uintptr_t stream, int num_splits) {
+             const OptionalTensor& partials, const OptionalTensor& semaphores, std::uintptr_t stream, int num_splits,
+             const OptionalTensor& num_keys) {
   const Call call("attention_forward", q);
   AttentionParams params =
       pack(call, q, k, v, alibi_slopes, logit_bound, key_start, out, softmax_lse, causal, softmax_scale, num_threads);
   params.num_splits = num_splits;
+  if (num_keys.has_value() && q.device == Device::kCpu) {
+    call.value_error("num_keys", "be None on the CPU, where k and v are cut", "a tensor");
+  }
+  params.num_keys = call.contiguous<const std::int32_t>("num_keys", num_keys, {1});
   const AttentionWorkspace workspace = pack_workspace(call, partials, semaphores);
   if (is_empty(softmax_lse)) return;
   const py::gil_scoped_release release;
@@ -115,7 +121,8 @@ void backward(const TensorView& q, const TensorView& k, const TensorView& v, con
 // The sizes for a CUDA call of these shapes on the current device.
 AttentionWorkspace workspace_sizes(AttentionWorkspace (*sizes_of)(const AttentionParams&), int batch, int seqlen_q,
                                    int seqlen_k, int num_heads, int num_kv_heads, int head_dim, bool causal,
-                                   int num_splits) {
+                                   int num_splits, bool has_num_keys) {
+  static constexpr std::int32_t kAnyNumber = 0;
   AttentionParams params{};
   params.batch = batch;
   params.seqlen_q = seqlen_q;
@@ -126,15 +133,16 @@ AttentionWorkspace workspace_sizes(AttentionWorkspace (*sizes_of)(const Attentio
   params.causal = causal;
   params.dtype = DType::kBFloat16;  // every dtype with kernels has the same sizes
   params.num_splits = num_splits;
+  params.num_keys = has_num_keys ? &kAnyNumber : nullptr;  // only whether it is null is read
   return sizes_of(params);
 }
 
 // (num_partials, num_semaphores, num_splits).
 std::tuple<std::int64_t, std::int64_t, int> forward_workspace(int batch, int seqlen_q, int seqlen_k, int num_heads,
                                                               int num_kv_heads, int head_dim, bool causal,
-                                                              int num_splits) {
+                                                              int num_splits, bool has_num_keys) {
   const AttentionWorkspace sizes = workspace_sizes(&cuda::attention_forward_workspace, batch, seqlen_q, seqlen_k,
-                                                   num_heads, num_kv_heads, head_dim, causal, num_splits);
+                                                   num_heads, num_kv_heads, head_dim, causal, num_splits, has_num_keys);
   return {sizes.num_partials, sizes.num_semaphores, sizes.num_splits};
 }
 
@@ -142,7 +150,7 @@ std::tuple<std::int64_t, std::int64_t, int> forward_workspace(int batch, int seq
 std::pair<std::int64_t, std::int64_t> backward_workspace(int batch, int seqlen_q, int seqlen_k, int num_heads,
                                                          int num_kv_heads, int head_dim, bool causal) {
   const AttentionWorkspace sizes = workspace_sizes(&cuda::attention_backward_workspace, batch, seqlen_q, seqlen_k,
-                                                   num_heads, num_kv_heads, head_dim, causal, 0);
+                                                   num_heads, num_kv_heads, head_dim, causal, 0, false);
   return {sizes.num_partials, sizes.num_semaphores};
 }
 
@@ -153,7 +161,7 @@ void bind_attention(py::module_& m) {
   m.def("attention_forward", &forward, "csrc/include/andromeda/attention.h. Writes out and softmax_lse.", py::kw_only(),
         arg("q"), arg("k"), arg("v"), arg("alibi_slopes"), arg("logit_bound"), arg("key_start"), arg("out"),
         arg("softmax_lse"), arg("causal"), arg("softmax_scale"), arg("num_threads"), arg("partials"), arg("semaphores"),
-        arg("stream"), arg("num_splits") = 0);
+        arg("stream"), arg("num_splits") = 0, arg("num_keys") = py::none());
   m.def("attention_backward", &backward, "csrc/include/andromeda/attention.h. Writes dq, dk and dv.", py::kw_only(),
         arg("q"), arg("k"), arg("v"), arg("alibi_slopes"), arg("logit_bound"), arg("key_start"), arg("out"),
         arg("softmax_lse"), arg("causal"), arg("softmax_scale"), arg("dout"), arg("dq"), arg("dk"), arg("dv"),
@@ -165,7 +173,8 @@ void bind_attention(py::module_& m) {
           py::kw_only(), arg("batch"), arg("seqlen_q"), arg("seqlen_k"), arg("num_heads"), arg("num_kv_heads"),
           arg("head_dim"), arg("causal"), further...);
   };
-  bind_workspace("attention_forward_workspace", &forward_workspace, arg("num_splits") = 0);
+  bind_workspace("attention_forward_workspace", &forward_workspace, arg("num_splits") = 0,
+                 arg("has_num_keys") = false);
   bind_workspace("attention_backward_workspace", &backward_workspace);
 }
 

@@ -185,14 +185,18 @@ def test_a_scale_that_the_kernels_refuse_takes_another_backend(softmax_scale, em
 
 @pytest.mark.parametrize("seqlen_q", [1, 400])
 def test_windows_skip_far_keys(seqlen_q, emulated):
+    check_windows_skip_far_keys(seqlen_q, "cuda")
+
+
+def check_windows_skip_far_keys(seqlen_q, backend):
     """Far keys and values are not read: a NaN there changes nothing."""
     case = small(seqlen_q=seqlen_q, seqlen_k=700, num_heads=1, alibi="all")  # slope 2**-0.5
     inputs = bounded(case, 1.0, torch.device("cpu"))
-    expected = attention(*inputs.tensors(), **inputs.options, backend="cuda")
+    expected = attention(*inputs.tensors(), **inputs.options, backend=backend)
     window = math.ceil((2 * inputs.options["logit_bound"].item() + 24 * math.log(2)) * 2**0.5)
     unread = 700 - seqlen_q - window - 64  # whole tiles before the first query's window
     inputs.k[:, :unread], inputs.v[:, :unread] = math.nan, math.nan
-    assert torch.equal(attention(*inputs.tensors(), **inputs.options, backend="cuda"), expected)
+    assert torch.equal(attention(*inputs.tensors(), **inputs.options, backend=backend), expected)
 
 
 # One number that is not finite, hidden from some or all rows of a tile: of the forward kernel (both widths), of the one
@@ -236,12 +240,16 @@ def test_one_infinite_row_leaves_the_others_their_digits(name, emulated):
 
 
 def test_visible_numbers_are_not_hidden(emulated):
+    check_visible_numbers("cuda")
+
+
+def check_visible_numbers(backend):
     """Even in tiles with hidden keys, an infinite value reaches only its own channel."""
     case = small(seqlen_q=70, seqlen_k=70, num_heads=2)
     inputs = make(case, torch.device("cpu"))
     inputs.v[:, 66, :, 5], inputs.v[:, 67, :, 6] = -math.inf, math.nan
     for queries in (slice(0, 70), slice(67, 70)):  # of both kernels
-        out = attention(inputs.q[:, queries], inputs.k, inputs.v, causal=True, backend="cuda")
+        out = attention(inputs.q[:, queries], inputs.k, inputs.v, causal=True, backend=backend)
         assert out[:, -4:, :, 5].isneginf().all() if out.shape[1] > 3 else out[..., 5].isneginf().all()
         assert out[:, -3:, :, 6].isnan().all() and out[..., 7:].isfinite().all()
         assert out[:, :-4].isfinite().all() and out[:, :-3, :, 6].isfinite().all()
@@ -300,6 +308,33 @@ def test_number_of_splits(case, num_splits, emulated, monkeypatch):
     num_rows = case.seqlen_q * case.num_heads
     num_tiles = case.batch * math.ceil(num_rows / (16 if num_rows <= 16 else 32))
     assert {tuple(launch.grid) for launch in emulated.launches} == {(num_tiles * num_splits, 1, 1)}
+
+
+@pytest.mark.parametrize("num_splits", [0, 1, 3, 9])
+@pytest.mark.parametrize(("case", "counts"), whole.NUM_KEYS_CASES, ids=str)
+def test_num_keys(case, counts, num_splits, emulated, monkeypatch):
+    emulate(emulated, case)
+    monkeypatch.setattr(op, "NUM_SPLITS", num_splits)
+    for count in counts:
+        results, cut = whole.check_num_keys(case, count, "cuda", torch.device("cpu"))
+        if 0 < 64 * num_splits <= count:  # the cut call has as many splits
+            assert all(map(torch.equal, results, cut))
+    launches = [launch for launch in emulated.launches if launch.grid == emulated.launches[0].grid]
+    assert len(launches) >= len(counts)  # the grid does not depend on the value
+
+
+def test_num_keys_needs_the_kernel_for_few_queries(emulated, monkeypatch):
+    """It takes any number of queries, unless it is told not to."""
+    inputs = make(small(seqlen_q=90, seqlen_k=100), torch.device("cpu"))
+    q, k, v = (tensor.detach() for tensor in inputs.tensors())
+    num_keys = torch.tensor([95], dtype=torch.int32)
+    out = attention(q, k, v, causal=True, num_keys=num_keys, backend="cuda")
+    expected = attention(q.float(), k[:, :95].float(), v[:, :95].float(), causal=True, backend="reference")
+    assert (out - expected).abs().max() < 0.02
+    assert "attention_decode_kernel" in emulated.launches[0].kernel
+    monkeypatch.setattr(op, "NUM_SPLITS", -1)
+    with pytest.raises(ValueError, match=r"num_splits must be positive with num_keys, got -1"):
+        attention(q, k, v, causal=True, num_keys=num_keys, backend="cuda")
 
 
 def test_no_more_splits_than_steps(emulated, monkeypatch):

@@ -208,6 +208,7 @@ void launch(const AttentionParams& params, const DecodePlan& plan, std::int64_t 
 int choose_num_splits(const AttentionParams& params) {
   if (params.num_splits != 0) return params.num_splits;
   const std::int64_t num_rows = num_rows_of(params);
+  if (params.num_keys != nullptr) return static_cast<int>(choose_splits(params, count_slots()).num_splits);
   if (num_rows > kMaxRows) return kNotSplit;
   const Slots slots = count_slots();
   // A step of the prefill kernel, 64 keys for 128 rows, is about as long: its products take the time that a step of

@@ -31,6 +31,10 @@
 // Every call uses online softmax: memory hides its cost. The largest weight of a row is then exactly 1, and
 // the sum of the unrounded weights is a good enough divisor (docs/attention.md#bounded-softmax).
 //
+// With num_keys, the number of keys is read on the device. The grid, the workspace and the tree of sums are those of all
+// seqlen_k rows, and the splits share the keys that exist. Rows beyond are never visible. Where a slice with the last
+// key holds some, they are masked like any hidden key, so that their contents do not matter.
+//
 // Not supported: float32, head_dim above 128 (launch.h).
 #pragma once
 
@@ -87,6 +91,10 @@ __device__ inline void load_queries(std::uint32_t tile, const AttentionParams& p
   }
 }
 
+__device__ inline int count_keys(const AttentionParams& params) {
+  return params.num_keys == nullptr ? params.seqlen_k : min(max(__ldg(params.num_keys), 0), params.seqlen_k);
+}
+
 // Describes the block's rows, one per lane, and returns the keys that they see. One warp writes them to `shared`.
 template <int kRows>
 __device__ inline KeyRange describe_rows(DecodeShared<kRows>* shared, const AttentionParams& params,
@@ -96,7 +104,9 @@ __device__ inline KeyRange describe_rows(DecodeShared<kRows>* shared, const Atte
   const bool exists = lane < kRows && unpacked.exists;
   Head head{0.0f, 0.0f, kUnlimited};
   if (exists) head = describe_head(params, unpacked.head);
-  const Row row = describe_row(params, batch, exists ? unpacked.query : params.seqlen_q);
+  const int num_keys = count_keys(params);
+  const Row row = describe_row(params, batch, exists ? unpacked.query : params.seqlen_q, num_keys);
+  if (write && lane == 0) shared->first_position = num_keys - params.seqlen_q;
   if (write && lane < kRows) {
     shared->rows[lane] = row;
     shared->head[lane] = exists ? unpacked.head : -1;
@@ -140,11 +150,10 @@ __device__ inline void seed_row_bias(float (&scores)[kRowTiles][kScoreTiles][4],
 template <typename T, int kRows, int kHeadDim, int kVectors>
 __device__ inline void write_rows(const AttentionParams& params, const DecodePlan& plan, int batch,
                                   const float4 (&total)[kVectors], const DecodeShared<kRows>* shared, int thread) {
-  const int first_position = params.seqlen_k - params.seqlen_q;  // of query 0
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     const OwnVector<kHeadDim> own(thread, i);
-    const int head = shared->head[own.row], query = shared->rows[own.row].position - first_position;
+    const int head = shared->head[own.row], query = shared->rows[own.row].position - shared->first_position;
     const int channels = params.head_dim - own.channel;
     if (head < 0 || channels <= 0) continue;
     const float sum = shared->total[own.row].sum;
@@ -161,7 +170,7 @@ __device__ inline void write_rows(const AttentionParams& params, const DecodePla
   if (thread < kRows) {
     if (shared->head[thread] < 0) return;
     const std::int64_t head = static_cast<std::int64_t>(batch) * params.num_heads + shared->head[thread];
-    const int query = shared->rows[thread].position - first_position;
+    const int query = shared->rows[thread].position - shared->first_position;
     params.softmax_lse[head * params.seqlen_q + query] =
         fmaf(shared->total[thread].maximum, kLn2, logf(shared->total[thread].sum));
   }

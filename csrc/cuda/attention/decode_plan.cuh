@@ -66,6 +66,7 @@ struct DecodeShared {
   alignas(kVec16Bytes) Statistics statistics[kFanIn][kRows];  // of the parts that are being added
   float factor[kFanIn][kRows];                                // rescales each part to the common maximum
   Statistics total[kRows];
+  int first_position;  // of query 0 among the keys
   bool is_last;
 };
 

@@ -45,6 +45,10 @@ void attention_forward(const AttentionParams& params, const AttentionWorkspace& 
   check_softmax_scale(params, kName);
   const AttentionParams chosen = with_choice(params);
   if (chosen.num_splits > 0) return attention_decode(chosen, workspace, stream);
+  if (params.num_keys != nullptr) {
+    throw std::invalid_argument(std::string(kName) + ": num_splits must be positive with num_keys, got " +
+                                std::to_string(params.num_splits));
+  }
   dispatch_attention(
       params, [&](auto dtype, auto head_dim) { launch<typename decltype(dtype)::type, head_dim()>(params, stream); });
 }

@@ -44,11 +44,12 @@ struct Row {
   __device__ bool sees_itself() const { return first <= position && position < end; }
 };
 
-__device__ inline Row describe_row(const AttentionParams& params, int batch, int query) {
+// num_keys: the keys that exist.
+__device__ inline Row describe_row(const AttentionParams& params, int batch, int query, int num_keys) {
   Row row;
-  row.position = query + (params.seqlen_k - params.seqlen_q);
+  row.position = query + (num_keys - params.seqlen_q);
   row.first = 0;
-  row.end = params.seqlen_k;
+  row.end = num_keys;
   if (query >= params.seqlen_q) return row;
   if (params.key_start != nullptr) {
     row.first = max(__ldg(params.key_start + static_cast<std::int64_t>(batch) * params.seqlen_q + query), 0);
@@ -56,6 +57,10 @@ __device__ inline Row describe_row(const AttentionParams& params, int batch, int
   if (params.causal) row.end = min(row.end, row.position + 1);
   if (row.empty()) row.first = kUnlimited, row.end = 0;  // masked in every tile
   return row;
+}
+
+__device__ inline Row describe_row(const AttentionParams& params, int batch, int query) {
+  return describe_row(params, batch, query, params.seqlen_k);
 }
 
 // The part of a Row that `apply_mask` needs.
