@@ -1,6 +1,6 @@
 """Residual, layer norm and token shift in one pass over memory, beside plain torch and torch.compile.
 
-    python benchmarks/token_shift_norm.py [--device cpu|cuda] [--dtype bfloat16] [--seqlen 32768] [--quick] [--json F]
+    python benchmarks/token_shift_norm.py [--device cpu|cuda] [--dtype bfloat16] [--seqlen 32768] [--short] [--json F]
 
 Memory bandwidth limits it: `of_copy` is the row's gbps divided by those of torch's `copy_` of as many bytes, in the
 same rounds. Forward reads x and the residual and writes y and its token shift; backward reads x, the residual and the
@@ -10,10 +10,10 @@ gradients of both results, and writes the gradients of x and the residual. The v
 from __future__ import annotations
 
 import argparse
+import functools
 
-import bars
 import checks
-import memory_bound
+import operations
 import torch
 
 from andromeda.ops.token_shift_norm import token_shift_norm
@@ -23,10 +23,10 @@ ALPHA = 64**0.25  # of DeepNorm with 32 blocks
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = memory_bound.parser(__doc__.split("\n")[0])
+    parser = operations.parser(__doc__.split("\n")[0])
     parser.add_argument("--dim", type=int, default=2560)
     parser.add_argument("--shift", type=int, default=1)
-    return memory_bound.complete(parser.parse_args(argv))
+    return operations.complete(parser.parse_args(argv), {"cpu": 4096, "cuda": 32768})
 
 
 class Inputs:
@@ -41,10 +41,11 @@ class Inputs:
         self.device, self.shift = args.device, args.shift
         self.shape = f"b1 n{args.seqlen} dim{args.dim} s{args.shift}"
         once = self.x.numel() * dtype.itemsize
+        self.flops: dict[str, float] = {}
         self.bytes = {"forward": 4 * once, "backward": 6 * once}
 
-    def contenders(self) -> dict[str, memory_bound.Forward]:
-        def andromeda() -> tuple[torch.Tensor, ...]:
+    def contenders(self) -> dict[str, operations.Forward]:
+        def andromeda(backend: str) -> tuple[torch.Tensor, ...]:
             return token_shift_norm(
                 self.x,
                 gamma=self.gamma,
@@ -52,7 +53,7 @@ class Inputs:
                 residual_scale=self.residual_scale,
                 alpha=ALPHA,
                 shift=self.shift,
-                backend=self.device,
+                backend=backend,
             )
 
         def plain() -> tuple[torch.Tensor, ...]:
@@ -60,18 +61,18 @@ class Inputs:
             y = torch.layer_norm(u, self.gamma.shape, 1 + self.gamma, eps=reference.EPSILON).to(self.x.dtype)
             return y, reference.token_shift(y, self.shift)
 
-        return {checks.OURS: andromeda, memory_bound.BASELINE: plain}
+        ours = {name: functools.partial(andromeda, of) for name, of in operations.backends(self.device).items()}
+        return {**ours, operations.BASELINE: plain}
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    memory_bound.main(
+    operations.main(
         "token_shift_norm",
         f"residual, norm and token shift, {args.dim} channels",
         "one operation after the other: residual and norm in float32, y and its shift rounded",
         Inputs,
         args,
-        bars.SHIFT_OF_COPY,
     )
 
 

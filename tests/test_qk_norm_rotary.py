@@ -69,6 +69,47 @@ def test_forward(backend, tensors_for, case, dtype):
         assert_rows_close(out, ref, dtype)
 
 
+STEP_CASES = [
+    Case("token", seqlen_q=1, seqlen_k=1, head_dim=128, rotary_dim=64, position=4096),
+    Case("tokens", batch=3, seqlen_q=2, seqlen_k=5, position=30),
+    Case("rotation_ends_inside_a_vector", seqlen_q=1, seqlen_k=1, head_dim=40, rotary_dim=6),
+    Case("without_xpos", seqlen_q=1, seqlen_k=1, xpos=False),
+    Case("no_rotation", seqlen_q=1, seqlen_k=1, rotary_dim=0, xpos=False),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("case", STEP_CASES, ids=name_of)
+def test_step(backend, tensors_for, case, dtype):
+    """The call with a step is the one at a later position and the same origin, bit for bit."""
+    q, k, q_scale, k_scale = tensors_for(case, dtype)
+    options = {**case.options(), "origin": case.position + 600 if case.xpos else None, "backend": backend}
+    position = options.pop("position")
+    for value in (0, 1, 77, 1024, module.MAX_STEP if dtype != torch.float16 or not case.xpos else 2047):
+        step = torch.tensor([value], dtype=torch.int32, device=q.device)
+        moved = qk_norm_rotary(q, k, q_scale=q_scale, k_scale=k_scale, position=position, step=step, **options)
+        later = qk_norm_rotary(q, k, q_scale=q_scale, k_scale=k_scale, position=position + value, **options)
+        assert all(map(torch.equal, moved, later))
+
+
+def test_step_is_checked(backend, tensors_for, device):
+    q, k, *_ = tensors_for(PLAIN, torch.float32)
+    three = torch.tensor([3], dtype=torch.int32, device=device)
+    for wrong, error, message in (
+        (3, TypeError, "step must be a tensor, got int"),
+        (three.long(), TypeError, r"step\.dtype must be int32, got int64"),
+        (three[0], ValueError, r"step must have shape \(1,\) = \(1,\), got \(\)"),
+    ):
+        with pytest.raises(error, match=message):
+            qk_norm_rotary(q, k, step=wrong, backend=backend)
+    if device.type == "cpu":
+        for value in (-1, 8192):
+            with pytest.raises(ValueError, match=f"step must be between 0 and 8191, got {value}"):
+                qk_norm_rotary(q, k, step=three * 0 + value, backend=backend)
+    with pytest.raises(ValueError, match="step must be None where gradients are recorded"):
+        qk_norm_rotary(q.requires_grad_(), k, step=three, backend=backend)
+
+
 def magnitudes(x, scale, dout, table, normalize):
     """Sums of |term| of dx and dscale (docs/model.md#16.3): rounding errors are relative to them."""
     x, dout = x.double(), dout.double()
@@ -253,7 +294,7 @@ def test_strides_do_not_matter(backend, tensors_for, dtype):
         assert not x.is_contiguous()
         for found, ref in zip((*run(*given), *gradients(run, given, douts)), expected, strict=True):
             # Rows that are not aligned to 16 bytes are summed in another order; so are sums of torch on a GPU.
-            if (backend == "cuda" and x is sliced) or (backend == "reference" and q.is_cuda):
+            if (backend in ("cuda", "triton") and x is sliced) or (backend == "reference" and q.is_cuda):
                 assert (found.double() - ref).norm() <= 32 * UNIT[found.dtype] * ref.double().norm()
             else:
                 assert torch.equal(found, ref)
@@ -437,6 +478,12 @@ def test_opcheck(backend, tensors_for, scaled):
     arguments = (q, k, q_scale, k_scale, True, 32, True, 3, 11, backend)
     torch.library.opcheck(module.FORWARD, arguments)
     torch.library.opcheck(module.BACKWARD, (*random_like([q, k]), *arguments))
+
+
+def test_opcheck_step(backend, tensors_for, device):
+    step = torch.tensor([5], dtype=torch.int32, device=device)
+    arguments = (*tensors_for(PLAIN), True, 32, True, 3, 11, backend, step)
+    torch.library.opcheck(module.FORWARD, arguments)
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -668,7 +715,7 @@ def test_the_longest_sequence_on_a_gpu():
 
 
 def test_a_backend_that_cannot_says_why():
-    with pytest.raises(NotImplementedError, match=r"(?s)backend 'triton' .* triton: +no Triton kernel"):
+    with pytest.raises(NotImplementedError, match=r"(?s)backend 'triton' .* triton: +tensors on cpu"):
         qk_norm_rotary(Q, K, backend="triton")
     with pytest.raises(NotImplementedError, match=r"(?s)backend 'cuda' .* cuda: "):
         qk_norm_rotary(Q, K, backend="cuda")

@@ -286,7 +286,8 @@ def test_strides_do_not_matter(backend, tensors_for, device, dtype):
         given = (strided, residual, residual_scale, gamma)
         assert not strided.is_contiguous()
         for found, ref in zip((*call(*given), *gradients(call, given, douts)), expected, strict=True):
-            if backend == "cuda" and strided is sliced:  # rows not aligned to 16 bytes are summed in another order
+            # Rows that are not aligned to 16 bytes are summed in another order.
+            if backend in ("cuda", "triton") and strided is sliced:
                 assert (found.double() - ref).norm() <= 32 * UNIT[found.dtype] * ref.double().norm()
             else:
                 assert torch.equal(found, ref)
@@ -636,7 +637,7 @@ def test_wrong_call(change, error, message):
 
 
 def test_a_backend_that_cannot_says_why():
-    with pytest.raises(NotImplementedError, match=r"(?s)backend 'triton' .* triton: +no Triton kernel"):
+    with pytest.raises(NotImplementedError, match=r"(?s)backend 'triton' .* triton: +tensors on cpu"):
         token_shift_norm(X, gamma=ROW, backend="triton")
     with pytest.raises(NotImplementedError, match=r"(?s)backend 'cuda' .* cuda: "):
         token_shift_norm(X, gamma=ROW, backend="cuda")

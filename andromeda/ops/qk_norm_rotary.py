@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,8 @@ from andromeda.reference import qk_norm_rotary as reference
 
 NAME = "qk_norm_rotary"
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of the compiled kernels
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of the kernels
+_MAX_TRITON_HEAD_DIM = 1024  # a row is in the registers of a warp or two
 
 # Both operands are stored with their xPos factors. A factor above 2 ** limit leaves too little room for the values.
 _FACTOR_LIMIT_LOG2 = {torch.float16: 8, torch.bfloat16: 100, torch.float32: 100, torch.float64: 900}
@@ -26,6 +28,8 @@ _FACTOR_REACH = {dtype: math.floor(limit / _LOG2_PER_POSITION) for dtype, limit 
 # long enough to outweigh the cost of its partial sum.
 _MAX_CPU_PARTIALS = 64
 _MIN_TOKENS_PER_PARTIAL = 16
+
+MAX_STEP = 2**13 - 1  # the largest value of `step`: one more is the length of an xPos segment
 
 # The CPU's tables hold whole blocks of positions: generation token by token makes new ones only at every 64th call.
 _TABLE_BLOCK = 64
@@ -42,6 +46,7 @@ def qk_norm_rotary(
     xpos: bool = False,
     position: int = 0,
     origin: int | None = None,
+    step: Tensor | None = None,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Normalise, scale and rotate the rows of q and k (docs/model.md#5.2, #5.3).
@@ -70,6 +75,9 @@ def qk_norm_rotary(
         position: of the first key, in tokens.
         origin: the position whose xPos factor is 1. A score does not depend on it as long as its query and its key
             share it. Default: the middle of the queries. Keys kept in a cache must share the origin of later queries.
+        step: (1,), int32, on the device of q, from 0 to 8191 (checked on CPU tensors): added to `position`, but not to
+            `origin`. On a GPU it is read by the kernel, so that a CUDA graph uses the next position at each replay. The
+            caller must see to it that the xPos factors stay in range, and no gradient may be recorded.
         backend: "cuda", "triton", "cpu" or "reference". Default: the first that supports the call.
 
     Returns:
@@ -79,8 +87,8 @@ def qk_norm_rotary(
         ValueError, TypeError: the call is wrong on every machine.
         NotImplementedError: no backend, or not the requested one, can run it here; gives the reasons for each.
     """
-    if not _is_usual(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin):
-        q, k = _checked(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin)
+    if not _is_usual(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin, step):
+        q, k = _checked(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin, step)
     if not xpos:
         origin = position
     elif origin is None:
@@ -90,13 +98,17 @@ def qk_norm_rotary(
     dtype = compute_dtype(q.dtype)
     q_scale, k_scale = cast(q_scale, dtype), cast(k_scale, dtype)
     backend_argument = _select.backend_argument(NAME, backend)
-    call = Call(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin, backend_argument)
+    call = Call(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin, backend_argument, step)
     needs_function = _select.needs_function(NAME, q, k, q_scale, k_scale)
+    if needs_function and step is not None:
+        _checks.refuse_gradients(NAME, "step", "its value as a part of position")
     return _QkNormRotary.apply(*call) if needs_function else FORWARD(*call)
 
 
-def unsupported(backend: str, q: Tensor, k: Tensor) -> list[str]:
+def unsupported(backend: str, q: Tensor, k: Tensor, *, step: Tensor | None = None) -> list[str]:
     """Why `backend` cannot run `qk_norm_rotary` on these (correct) arguments here; empty when it can."""
+    if backend == "reference":
+        return _select.unreadable("step", step)
     if (answer := _select.without_compiled_kernels(backend)) is not None:
         return answer
     reasons = _select.common_reasons(backend, _DTYPES, q=q, k=k)
@@ -107,6 +119,8 @@ def unsupported(backend: str, q: Tensor, k: Tensor) -> list[str]:
             reasons.append(f"head_dim={q.shape[3]} (built for even ones up to {max_head_dim})")
         if (seqlen := max(q.shape[1], k.shape[1])) > max_seqlen:
             reasons.append(f"seqlen={seqlen} (built for up to 2**31 - {2**31 - max_seqlen})")
+    if backend == "triton" and q.shape[3] > _MAX_TRITON_HEAD_DIM:
+        reasons.append(f"head_dim={q.shape[3]} (there are kernels for up to {_MAX_TRITON_HEAD_DIM})")
     return reasons
 
 
@@ -123,6 +137,7 @@ class Call(NamedTuple):
     position: _operator.SymInt
     origin: _operator.SymInt
     backend: str
+    step: Tensor | None = None
 
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # dq, dk, dq_scale, dk_scale
@@ -147,6 +162,7 @@ def _is_usual(
     xpos: bool,
     position: int,
     origin: int | None,
+    step: Tensor | None,
 ) -> bool:
     """Whether the call is correct and needs no cast. Most calls are, and this takes a few microseconds.
 
@@ -165,6 +181,7 @@ def _is_usual(
         and k.device == device
         and (q_scale is None or _checks.is_floating(q_scale, (num_heads, head_dim), device))
         and (k_scale is None or _checks.is_floating(k_scale, (num_kv_heads, head_dim), device))
+        and (step is None or _checks.is_exact(step, (1,), torch.int32, device))
         and type(normalize) is type(xpos) is bool
         and type(rotary_dim) is type(position) is int
         and (origin is None or type(origin) is int)
@@ -184,6 +201,7 @@ def _checked(
     xpos: bool,
     position: int,
     origin: int | None,
+    step: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """q and k, cast under autocast.
 
@@ -202,7 +220,9 @@ def _checked(
     for name, scale, heads, x in (("q_scale", q_scale, "num_heads", q), ("k_scale", k_scale, "num_kv_heads", k)):
         if scale is not None:
             _checks.check_exact(NAME, name, scale, (heads, "head_dim"), x.shape[2:], *_checks.FLOAT_DTYPES)
-    _checks.check_devices(NAME, q=q, k=k, q_scale=q_scale, k_scale=k_scale)
+    if step is not None:
+        _checks.check_exact(NAME, "step", step, ("1",), (1,), torch.int32)
+    _checks.check_devices(NAME, q=q, k=k, q_scale=q_scale, k_scale=k_scale, step=step)
     for name, flag in (("normalize", normalize), ("xpos", xpos)):
         if not isinstance(flag, bool):
             raise TypeError(f"{NAME}: {name} must be True or False, got {flag!r}")
@@ -232,7 +252,11 @@ def _check_factors(dtype: torch.dtype, seqlen_q: int, end: int, origin: int) -> 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """The operator `qk_norm_rotary_forward`: q and k transformed."""
+    if call.q.is_cpu:
+        _check_step(call.step)
     plan = _plan(call)
+    if call.step is not None and plan.backend in ("cpu", "reference"):
+        call = call._replace(position=call.position + int(call.step.item()), step=None)
     q_out, k_out = _fake_forward(call)
     if plan.backend == "reference":
         dtype = compute_dtype(call.q.dtype)
@@ -241,12 +265,20 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         k_out.copy_(reference.transform(call.k.to(dtype), call.k_scale, k_table, call.normalize))
     else:
         with _select.device_guard(call.q.device):
-            _select.extension.qk_norm_rotary_forward(**_arguments(call, plan), q_out=q_out, k_out=k_out)
+            step = {} if call.step is None else {"step": call.step}
+            _kernel(call, plan, "forward")(**_arguments(call, plan), **step, q_out=q_out, k_out=k_out)
     return q_out, k_out
+
+
+def _check_step(step: Tensor | None) -> None:
+    """Check the value. Only for the operator on a CPU: a traced call has none, and reading it would stall a GPU."""
+    if step is not None and not 0 <= (value := int(step.item())) <= MAX_STEP:
+        raise ValueError(f"{NAME}: step must be between 0 and {MAX_STEP}, got {value}")
 
 
 def backward(dq_out: Tensor, dk_out: Tensor, call: Call) -> Gradients:
     """The operator `qk_norm_rotary_backward`. The gradient of a scale that is not given is an empty tensor."""
+    assert call.step is None  # `qk_norm_rotary` refuses it where gradients are recorded
     plan = _plan(call)
     dq, dk, dq_scale, dk_scale = gradients = _fake_backward(dq_out, dk_out, call)
     if plan.backend == "reference":
@@ -260,7 +292,7 @@ def backward(dq_out: Tensor, dk_out: Tensor, call: Call) -> Gradients:
             for scale in (call.q_scale, call.k_scale)
         )
         with _select.device_guard(call.q.device):
-            _select.extension.qk_norm_rotary_backward(
+            _kernel(call, plan, "backward")(
                 **_arguments(call, plan),
                 dq_out=dq_out,
                 dk_out=dk_out,
@@ -275,8 +307,18 @@ def backward(dq_out: Tensor, dk_out: Tensor, call: Call) -> Gradients:
     return gradients
 
 
+def _kernel(call: Call, plan: "Plan", direction: str) -> Callable[..., None]:
+    """The host function of the plan's backend."""
+    if plan.backend == "triton":
+        from andromeda.triton_kernels import qk_norm_rotary as kernels
+
+        return getattr(kernels, direction)
+    host = {"num_threads": torch.get_num_threads(), "stream": _select.current_stream(call.q.device)}
+    return functools.partial(getattr(_select.extension, f"qk_norm_rotary_{direction}"), **host)
+
+
 def _arguments(call: Call, plan: "Plan") -> dict[str, Any]:
-    """The arguments that a compiled kernel takes in both directions."""
+    """The arguments that the kernels of every backend take in both directions."""
     return {
         "q": call.q,
         "k": call.k,
@@ -284,8 +326,6 @@ def _arguments(call: Call, plan: "Plan") -> dict[str, Any]:
         "k_scale": contiguous(call.k_scale),
         **(plan.rotation or _host_rotation(call)),
         "normalize": call.normalize,
-        "num_threads": torch.get_num_threads(),
-        "stream": _select.current_stream(call.q.device),
     }
 
 
@@ -321,20 +361,25 @@ class Plan(NamedTuple):
 def _plan(call: Call) -> Plan:
     q, k = call.q, call.k
     rotation = call.rotary_dim, call.xpos, call.position, call.origin
-    key = NAME, call.backend, q.device, q.dtype, q.shape, k.shape, rotation
+    key = NAME, call.backend, q.device, q.dtype, q.shape, k.shape, rotation, call.step is not None
     return _select.plan(key, q.device, lambda: _make_plan(call))
 
 
 def _make_plan(call: Call) -> Plan:
     q, k = call.q, call.k
-    backend = _select.choose(NAME, call.backend, lambda name: unsupported(name, q, k))
+    backend = _select.choose(NAME, call.backend, lambda name: unsupported(name, q, k, step=call.step), q.device)
     if backend == "reference":
         return Plan(backend, None, 0)
-    if backend != "cuda":
+    if backend == "cpu":
         return Plan(backend, None, _num_partials(_MAX_CPU_PARTIALS, q, k))
     rotation = _device_rotation(call)
     with _select.device_guard(q.device):
-        most = _select.extension.qk_norm_rotary_backward_runs(q=q, k=k)
+        if backend == "triton":
+            from andromeda.triton_kernels import qk_norm_rotary as kernels
+
+            most = kernels.backward_runs(q=q, k=k)
+        else:
+            most = _select.extension.qk_norm_rotary_backward_runs(q=q, k=k)
     return Plan(backend, rotation, _num_partials(most, q, k))
 
 
@@ -362,12 +407,13 @@ def _device_rotation(call: Call) -> dict[str, Any]:
     end = position + call.k.shape[1]
     first_query = end - call.q.shape[1]  # the last query sits at the last key
     first = min(position, first_query)
-    table, row = _rotary.angles(first, end, rotary_dim, device)
+    more = 0 if call.step is None else MAX_STEP  # the device may move every row this far on
+    table, row = _rotary.angles(first, end + more, rotary_dim, device)
     rotation = {"q_table": table, "k_table": table, "q_row": row + first_query - first, "k_row": row + position - first}
     if call.xpos:
         # The exponent is position - origin for q and origin - position for k.
-        lowest = min(first_query - origin, origin - end + 1)
-        highest = max(end - 1 - origin, origin - position)
+        lowest = min(first_query - origin, origin - end + 1 - more)
+        highest = max(end - 1 + more - origin, origin - position)
         table, row = _rotary.factors(lowest, highest + 1, rotary_dim, device)
         rotation |= {
             "factors": table,

@@ -1,6 +1,8 @@
 """Residual, layer norm and token shift in one pass over memory (docs/model.md#3, #4, #7)."""
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +14,8 @@ from andromeda.reference import token_shift_norm as reference
 
 NAME = "token_shift_norm"
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of the compiled kernels
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of the kernels
+_MAX_TRITON_DIM = 8192  # a row is in the registers of a program
 
 # The gradients of gamma and residual_scale are summed over runs of tokens first, then over the runs. The number of runs
 # depends only on shapes and the kind of device, so the result depends on neither threads nor timing. On a GPU a run is
@@ -91,7 +94,10 @@ def unsupported(backend: str, x: Tensor) -> list[str]:
     """Why `backend` cannot run `token_shift_norm` on this (correct) x here; empty when it can."""
     if (answer := _select.without_compiled_kernels(backend)) is not None:
         return answer
-    return _select.common_reasons(backend, _DTYPES, x=x)
+    reasons = _select.common_reasons(backend, _DTYPES, x=x)
+    if backend == "triton" and x.shape[2] > _MAX_TRITON_DIM:
+        reasons.append(f"dim={x.shape[2]} (there are kernels for up to {_MAX_TRITON_DIM})")
+    return reasons
 
 
 class Call(NamedTuple):
@@ -209,7 +215,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
             shifted.copy_(exact_shifted)
     else:
         with _select.device_guard(call.x.device):
-            _select.extension.token_shift_norm_forward(
+            _kernel(call, plan, "forward")(
                 **_arguments(call),
                 history=call.history,
                 y=y if has_y else None,
@@ -235,7 +241,7 @@ def backward(dy: Tensor | None, dshifted: Tensor | None, call: Call) -> Gradient
             for vector in (call.residual_scale, call.gamma)
         )
         with _select.device_guard(call.x.device):
-            _select.extension.token_shift_norm_backward(
+            _kernel(call, plan, "backward")(
                 **_arguments(call),
                 dy=dy,
                 dshifted=dshifted,
@@ -250,8 +256,18 @@ def backward(dy: Tensor | None, dshifted: Tensor | None, call: Call) -> Gradient
     return gradients
 
 
+def _kernel(call: Call, plan: "Plan", direction: str) -> Callable[..., None]:
+    """The host function of the plan's backend."""
+    if plan.backend == "triton":
+        from andromeda.triton_kernels import token_shift_norm as kernels
+
+        return getattr(kernels, direction)
+    host = {"num_threads": torch.get_num_threads(), "stream": _select.current_stream(call.x.device)}
+    return functools.partial(getattr(_select.extension, f"token_shift_norm_{direction}"), **host)
+
+
 def _arguments(call: Call) -> dict[str, Any]:
-    """The arguments that a compiled kernel takes in both directions."""
+    """The arguments that the kernels of every backend take in both directions."""
     return {
         "x": call.x,
         "residual": call.residual,
@@ -261,8 +277,6 @@ def _arguments(call: Call) -> dict[str, Any]:
         "alpha": call.alpha,
         "shift": call.shift,
         "position": call.position,
-        "num_threads": torch.get_num_threads(),
-        "stream": _select.current_stream(call.x.device),
     }
 
 
@@ -305,13 +319,17 @@ def _plan(call: Call) -> Plan:
 
 def _make_plan(call: Call) -> Plan:
     x = call.x
-    backend = _select.choose(NAME, call.backend, lambda name: unsupported(name, x))
+    backend = _select.choose(NAME, call.backend, lambda name: unsupported(name, x), x.device)
     if backend == "reference":
         return Plan(backend, 0)
     most = _MAX_CPU_PARTIALS
-    if backend == "cuda":
-        with _select.device_guard(x.device):
+    with _select.device_guard(x.device):
+        if backend == "cuda":
             most = _select.extension.token_shift_norm_backward_runs(x=x)
+        elif backend == "triton":
+            from andromeda.triton_kernels import token_shift_norm as kernels
+
+            most = kernels.backward_runs(x=x)
     return Plan(backend, min(most, 1 + x.shape[0] * x.shape[1] // _MIN_TOKENS_PER_PARTIAL))
 
 

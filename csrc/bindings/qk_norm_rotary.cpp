@@ -26,6 +26,7 @@ struct Rotation {
   const OptionalTensor &q_table, &k_table, &factors;
   std::int64_t q_row, k_row, q_factor_row, k_factor_row;
   std::int64_t rotary_dim;
+  std::int64_t max_step;  // on the device, every row may lie this many tokens further on
 };
 
 // Rows `first` ... `last` of a table, in either order; returns row `first`.
@@ -53,7 +54,7 @@ QkNormRotaryOperand pack_input(const Call& call, const OperandNames& names, cons
   operand.seqlen = call.size(names.x, x, 1);
   operand.num_heads = call.size(names.x, x, 2);
   if (operand.seqlen == 0 || rotation.rotary_dim == 0) return operand;
-  const std::int64_t row = is_q ? rotation.q_row : rotation.k_row, steps = operand.seqlen - 1;
+  const std::int64_t row = is_q ? rotation.q_row : rotation.k_row, steps = operand.seqlen - 1 + rotation.max_step;
   const std::int64_t factor_row = is_q ? rotation.q_factor_row : rotation.k_factor_row;
   operand.table =
       rows_of(call, names.table, is_q ? rotation.q_table : rotation.k_table, rotation.rotary_dim, row, row + steps);
@@ -80,13 +81,20 @@ int rotary_dim_of(const Call& call, const TensorView& q, const OptionalTensor& q
 void forward(const TensorView& q, const TensorView& k, const OptionalTensor& q_scale, const OptionalTensor& k_scale,
              const OptionalTensor& q_table, const OptionalTensor& k_table, std::int64_t q_row, std::int64_t k_row,
              const OptionalTensor& factors, std::int64_t q_factor_row, std::int64_t k_factor_row,
-             const TensorView& q_out, const TensorView& k_out, bool normalize, int num_threads, std::uintptr_t stream) {
+             const OptionalTensor& step, const TensorView& q_out, const TensorView& k_out, bool normalize,
+             int num_threads, std::uintptr_t stream) {
   const Call call("qk_norm_rotary_forward", q);
   call.dimensions("q", q, 4);
   call.threads(num_threads);
   QkNormRotaryParams params;
   params.rotary_dim = rotary_dim_of(call, q, q_table, k_table);
-  const Rotation rotation{q_table, k_table, factors, q_row, k_row, q_factor_row, k_factor_row, params.rotary_dim};
+  if (step.has_value() && q.device == Device::kCpu) {
+    call.value_error("step", "be None on the CPU, where it is added to the rows", "a tensor");
+  }
+  params.step = call.contiguous<const std::int32_t>("step", step, {1});
+  const std::int64_t max_step = step.has_value() ? cuda::kMaxRotaryStep : 0;
+  const Rotation rotation{q_table,      k_table,      factors,           q_row,   k_row,
+                          q_factor_row, k_factor_row, params.rotary_dim, max_step};
   params.q = pack_input(call, kQ, q, q, q_scale, rotation);
   params.k = pack_input(call, kK, q, k, k_scale, rotation);
   params.q.out_stride = call.activations(kQ.out, q_out, {q.shape[0], q.shape[1], q.shape[2], q.shape[3]});
@@ -134,7 +142,8 @@ void backward(const TensorView& q, const TensorView& k, const OptionalTensor& q_
   call.threads(num_threads);
   QkNormRotaryBackwardParams params;
   params.rotary_dim = rotary_dim_of(call, q, q_table, k_table);
-  const Rotation rotation{q_table, k_table, factors, q_row, k_row, q_factor_row, k_factor_row, params.rotary_dim};
+  const Rotation rotation{q_table,      k_table,      factors,           q_row, k_row,
+                          q_factor_row, k_factor_row, params.rotary_dim, 0};
   // Both operands are cut into the same number of runs; without scales nothing is summed and the number is unused.
   const OptionalTensor& partial = dq_scale_partial.has_value() ? dq_scale_partial : dk_scale_partial;
   params.num_partials = 1;
@@ -180,7 +189,8 @@ void bind_qk_norm_rotary(py::module_& m) {
   m.def("qk_norm_rotary_forward", &forward, "csrc/include/andromeda/qk_norm_rotary.h. Writes q_out and k_out.",
         py::kw_only(), arg("q"), arg("k"), arg("q_scale"), arg("k_scale"), arg("q_table"), arg("k_table"),
         arg("q_row") = 0, arg("k_row") = 0, arg("factors") = py::none(), arg("q_factor_row") = 0,
-        arg("k_factor_row") = 0, arg("q_out"), arg("k_out"), arg("normalize"), arg("num_threads"), arg("stream"));
+        arg("k_factor_row") = 0, arg("step") = py::none(), arg("q_out"), arg("k_out"), arg("normalize"),
+        arg("num_threads"), arg("stream"));
   m.def("qk_norm_rotary_backward", &backward,
         "csrc/include/andromeda/qk_norm_rotary.h. Writes dq, dk and the partial sums of the scales' gradients.",
         py::kw_only(), arg("q"), arg("k"), arg("q_scale"), arg("k_scale"), arg("q_table"), arg("k_table"),

@@ -139,8 +139,8 @@ void launch(const QkNormRotaryParams& params, CUstream_st* stream) {
 template <typename T, Access kAccess, int kVecs>
 void launch(const QkNormRotaryBackwardParams& params, CUstream_st* stream) {
   const int group_log2 = group_log2_of<T>(params.head_dim, kVecs);
-  const QkNormRotaryParams forward = {params.q.forward,  params.k.forward, params.batch, params.head_dim,
-                                      params.rotary_dim, params.normalize, params.dtype};
+  const QkNormRotaryParams forward = {params.q.forward, params.k.forward,  nullptr,          params.batch,
+                                      params.head_dim,  params.rotary_dim, params.normalize, params.dtype};
   const auto plan_of = [&](const QkNormRotaryBackwardOperand& operand) {
     if (operand.dscale_partial != nullptr && params.num_partials < 1) {
       throw std::invalid_argument("qk_norm_rotary: num_partials must be positive, got " +

@@ -167,9 +167,10 @@ struct Slice {
 
   // Multiplies the rotations of token `seq` by their factors z. They are read late, from L1 after the first head, so
   // that they occupy no register during the wait for memory. With Access::kVec16 two factors are one access.
-  __device__ void apply_factors(float2 (&rotation)[kPairs], const QkNormRotaryOperand& operand, int seq) const {
+  __device__ void apply_factors(float2 (&rotation)[kPairs], const QkNormRotaryOperand& operand,
+                                std::int64_t seq) const {
     if (operand.factors == nullptr) return;
-    const float* row = operand.factors + static_cast<std::int64_t>(seq) * operand.factor_step + first_channel() / 2;
+    const float* row = operand.factors + seq * operand.factor_step + first_channel() / 2;
 #pragma unroll
     for (int i = 0; i < kPairs; i += 2) {
       const float* source = row + (offset(i / kVecPairs) / 2 + i % kVecPairs);
@@ -227,7 +228,9 @@ __global__ void __launch_bounds__(kThreads)
 
   const T* x = place.row_of(static_cast<const T*>(operand.x), operand.x_stride) + slice.first_channel();
   T* out = place.row_of(static_cast<T*>(operand.out), operand.out_stride) + slice.first_channel();
-  const float* table = operand.table + static_cast<std::int64_t>(place.seq) * params.rotary_dim + slice.first_channel();
+  const int step = params.step == nullptr ? 0 : min(max(__ldg(params.step), 0), kMaxRotaryStep);
+  const float* table =
+      operand.table + (static_cast<std::int64_t>(place.seq) + step) * params.rotary_dim + slice.first_channel();
   float2 scale[kPairs];
   slice.load_scale(scale, operand.scale, place.head);
 
@@ -270,7 +273,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       const float inverse = params.normalize ? inverse_norm<T>(sum_of_squares[row]) : 1.0f;
-      slice.apply_factors(rotation[row], operand, seq[row]);
+      slice.apply_factors(rotation[row], operand, static_cast<std::int64_t>(seq[row]) + step);
       float2 result[kPairs];
 #pragma unroll
       for (int i = 0; i < kPairs; ++i) {
