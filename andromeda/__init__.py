@@ -29,6 +29,7 @@ __all__ = [
     "TransformerWrapper",
     "__version__",
     "attention",
+    "linear_cross_entropy",
     "qk_norm_rotary",
     "use_available_processors",
 ]
@@ -39,6 +40,7 @@ _MODULE_OF = {
     "DatasetBuilder": "andromeda.data.builder",
     "use_available_processors": "andromeda.cli.threads",
     "attention": "andromeda.ops.attention",
+    "linear_cross_entropy": "andromeda.ops.linear_cross_entropy",
     "qk_norm_rotary": "andromeda.ops.qk_norm_rotary",
 }
 _MODULE_OF |= dict.fromkeys(set(__all__) - {*_MODULE_OF, "__version__"}, "andromeda.model")
@@ -72,4 +74,5 @@ if not TYPE_CHECKING and _is_the_command():
 else:
     from andromeda.model import Andromeda, AndromedaEmbedding, AutoregressiveWrapper, Decoder, TransformerWrapper
     from andromeda.ops.attention import attention
+    from andromeda.ops.linear_cross_entropy import linear_cross_entropy
     from andromeda.ops.qk_norm_rotary import qk_norm_rotary

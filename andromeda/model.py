@@ -21,13 +21,16 @@
            |
         to_logits -> logits (batch, n, num_tokens)                TransformerWrapper
            |
-        cross-entropy with the next tokens                        AutoregressiveWrapper
+        cross-entropy with the next tokens                        AutoregressiveWrapper gives them
+
+Logits and cross-entropy are one operation, `linear_cross_entropy`, where nobody asks for the logits.
 
 Tensors are (batch, n, dim), those of heads (batch, n, num_heads, head_dim): the output of a projection is viewed, never
 transposed or copied. Residual, norm and token shift, which lie between two maps, are one pass over memory
 (`token_shift_norm`): with DeepNorm a sub-layer ends with it and passes the next one its input, already shifted.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -40,6 +43,7 @@ import torch.utils.checkpoint
 from torch import nn
 from torch.nn import functional
 from torch.nn.modules.module import _IncompatibleKeys
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from typing_extensions import Unpack
 
 from andromeda import checkpoint, generation
@@ -54,15 +58,22 @@ from andromeda.config import (
     read_key_start,
     read_tokens,
 )
-from andromeda.ops import _checks, _persistent, _transforms
+from andromeda.ops import _checks, _persistent, _select, _transforms
+from andromeda.ops import attention as attention_op
+from andromeda.ops import qk_norm_rotary as rotary_op
 from andromeda.ops._common import compute_dtype
 from andromeda.ops.attention import attention
+from andromeda.ops.feed_forward import feed_forward
+from andromeda.ops.linear_cross_entropy import linear_cross_entropy
 from andromeda.ops.qk_norm_rotary import qk_norm_rotary
 from andromeda.ops.token_shift_norm import token_shift_norm
 
 _LOSS_BLOCK_LOGITS = 2**22  # the loss holds float32 copies of this many logits at once, 16 MiB
+# For so few tokens without gradients feed-forward calls its two modules: there is nothing to save, the operation would
+# take the host 70 us longer, and autocast remembers the rounded weights only of torch's own functions.
+_FEW_TOKENS = 64
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_HIDDEN_BLOCK = 2**21  # without gradients feed-forward holds this many hidden numbers at once, 8 MiB of float32
+have_values = _checks.have_values  # `andromeda.huggingface`, which does not know the operations, asks this too
 
 
 def segment_length(dtype: torch.dtype) -> int:
@@ -103,6 +114,20 @@ class Linear(nn.Linear):
             nn.init.normal_(self.weight, std=self.gain * (2 / (self.in_features + self.out_features)) ** 0.5)
 
 
+def is_plain(linear: nn.Module) -> bool:
+    """Whether calling this module is only its product: no adapter, quantisation, hook or replaced `forward`.
+
+    Then an operation may use its weight and bias in place of the call.
+    """
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    return (
+        type(linear) is Linear
+        and "forward" not in vars(linear)
+        and not any(hooks)
+        and not is_traceable_wrapper_subclass(linear.weight)
+    )
+
+
 class AndromedaEmbedding:
     """The default `andromeda.config.EmbeddingProvider`: a table of normal numbers (docs/model.md#2)."""
 
@@ -134,6 +159,8 @@ class Call:
         stored_key_start: the same place as an index into the keys that attention receives; the cache may have forgotten
             the first keys of the sequence.
         cache: the cache with the earlier tokens, or None.
+        step, num_keys: with a `FixedCache`, as `qk_norm_rotary` and `attention` take them: the new token sits `step`
+            positions after `position`, and the first `num_keys` rows of the keys exist.
     """
 
     position: int = 0
@@ -141,12 +168,18 @@ class Call:
     key_start: torch.Tensor | None = None
     stored_key_start: torch.Tensor | None = None
     cache: generation.Cache | None = None
+    step: torch.Tensor | None = None
+    num_keys: torch.Tensor | None = None
 
     @classmethod
     def begin(cls, key_start: torch.Tensor | None, cache: generation.Cache | None) -> "Call":
         """The state of a call with this `key_start` (batch, n), which `Cache.begin` has completed."""
         if cache is None:
             return cls(key_start=key_start, stored_key_start=key_start)
+        if isinstance(cache, generation.FixedCache):
+            # No token before key_start is near enough for the token shift.
+            first, rows = cache.position, cache.stored_key_start()
+            return cls(first, 0, None, rows, cache, cache.step, cache.num_keys)
         forgotten, stored_key_start = cache.position - cache.length, key_start
         if key_start is not None and forgotten > 0:
             stored_key_start = (key_start - forgotten).clamp_min(0)
@@ -195,7 +228,9 @@ class Attention(nn.Module):
                 stored = call.stored + start
                 segment = store.enter_segment(segment, length, self.config.rotary_dim, stored)
                 position, origin = call.position + start, segment * length + length // 2
-                queries, keys = self._normalise_and_rotate(q[:, start:stop], k[:, start:stop], position, origin)
+                queries, keys = self._normalise_and_rotate(
+                    q[:, start:stop], k[:, start:stop], position, origin, call.step
+                )
                 keys, values = store.append(keys, v[:, start:stop], stored)
             out = attention(
                 queries,
@@ -206,6 +241,7 @@ class Attention(nn.Module):
                 alibi_slopes=self._constant(self._alibi_slopes, q.device),
                 logit_bound=bound,
                 key_start=None if call.stored_key_start is None else call.stored_key_start[:, start:stop],
+                num_keys=call.num_keys,
                 backend=self.config.backend,
             )
             outs.append(out)
@@ -228,7 +264,12 @@ class Attention(nn.Module):
             start = stop
 
     def _normalise_and_rotate(
-        self, q: torch.Tensor, k: torch.Tensor, position: int = 0, origin: int | None = None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        position: int = 0,
+        origin: int | None = None,
+        step: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.config.norm_on and not self.config.rotary_xpos:
             return q, k
@@ -242,6 +283,7 @@ class Attention(nn.Module):
             xpos=self.config.rotary_xpos,
             position=position,
             origin=origin,
+            step=step,
             backend=self.config.backend,
         )
 
@@ -280,21 +322,17 @@ class FeedForward(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         gain = config.beta if config.deepnorm else None
+        self.config = config
         self.proj_in = Linear(config.dim, 4 * config.dim, bias=True, gain=gain)
         self.proj_out = Linear(4 * config.dim, config.dim, bias=True, gain=gain)
 
     def forward(self, h: torch.Tensor, call: Call) -> torch.Tensor:
-        rows = max(1, _HIDDEN_BLOCK // (4 * h.shape[-1]))
-        whole = torch.is_grad_enabled() or h.device.type != "cpu" or _checks.is_tracing()
-        if whole or h.shape[0] * h.shape[1] <= rows:
-            return self._rows(h)
-        # A block stays in the processor's cache, and the next one reuses its memory. malloc would return the memory of
-        # a whole hidden tensor to the system each time, and a page fault per 4 KiB costs as much as the GELU.
-        blocks = [self._rows(block) for block in h.flatten(0, 1).split(rows)]
-        return torch.cat(blocks).unflatten(0, h.shape[:2])
-
-    def _rows(self, h: torch.Tensor) -> torch.Tensor:
-        return self.proj_out(functional.gelu(self.proj_in(h)))
+        first, second = self.proj_in, self.proj_out
+        decoding = not torch.is_grad_enabled() and h.shape[0] * h.shape[1] <= _FEW_TOKENS
+        # A compiler fuses and recomputes by itself.
+        if decoding or _checks.is_tracing() or not (is_plain(first) and is_plain(second)):
+            return second(functional.gelu(first(h)))
+        return feed_forward(h, first.weight, first.bias, second.weight, second.bias, backend=self.config.backend)
 
 
 class Sublayer(nn.Module):
@@ -475,8 +513,10 @@ class TransformerWrapper(nn.Module):
         key_start: KeyStart = None,
         cache: generation.Cache | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        targets: torch.Tensor | None = None,
+        ignore_index: int = -100,
     ) -> torch.Tensor:
-        """Logits of the next token after each token.
+        """Logits of the next token after each token; with `targets` their mean cross-entropy, without the logits.
 
         Args:
             tokens: int64 (batch, n) or (n,), list of ints or list of equally long lists.
@@ -487,12 +527,41 @@ class TransformerWrapper(nn.Module):
             cache: `andromeda.generation.Cache` with the earlier tokens; the call appends these tokens to it.
             logits_to_keep: compute logits only for this number of last tokens (0: all), or only for the positions in a
                 one-dimensional integer tensor.
+            targets: int64 (batch, n), the token after each token, or `ignore_index` where none counts.
 
         Returns:
-            (batch, n or the number of positions kept, num_tokens).
+            (batch, n or the number of positions kept, num_tokens); with `targets` a scalar, float32 or float64.
         """
+        if targets is not None and not keeps_all(logits_to_keep):
+            raise ValueError("Andromeda: logits_to_keep must be left out with targets")
         features = self.features(tokens, key_start=key_start, cache=cache)
+        if targets is not None:
+            return self.loss(features, targets, ignore_index=ignore_index)
         return self.to_logits(kept_positions("Andromeda", features, logits_to_keep))
+
+    def loss(
+        self,
+        features: torch.Tensor,
+        targets: torch.Tensor,
+        *,
+        ignore_index: int = -100,
+        count: int | torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The `cross_entropy` of the logits of features (batch, n, dim) with targets (batch, n).
+
+        The logits are held only if `to_logits` does more than its product.
+        """
+        if not is_plain(self.to_logits) or getattr(self.to_logits, "bias", None) is not None:
+            logits = self.to_logits(features).flatten(0, 1)
+            return cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, count=count)
+        return linear_cross_entropy(
+            features,
+            self.to_logits.weight,
+            targets,
+            ignore_index=ignore_index,
+            count=_checked_count(targets, self.num_tokens, ignore_index, count),
+            backend=self.attn_layers.config.backend,
+        )
 
     def features(
         self, tokens: Tokens, *, key_start: KeyStart = None, cache: generation.Cache | None = None
@@ -512,12 +581,35 @@ class TransformerWrapper(nn.Module):
             x = x + dim**-0.5 * self.pos_emb(self._absolute_positions(n, key_start, cache))
         return self.attn_layers(x, key_start=checked(key_start), cache=cache)
 
+    def graph_memory(self, keys: torch.Tensor) -> contextlib.AbstractContextManager[None] | None:
+        """For `generate`: a context for the calls with a `FixedCache` that a CUDA graph repeats, or None if the kernels
+        that run here would read its numbers on the host.
+
+        The object owns the memory that their launches share, and must live as long as the graph.
+
+        keys: some of the cache.
+        """
+        config = self.attn_layers.config
+        q, k = keys.new_empty(1, 1, config.heads, config.dim_head), keys[:1, :1]
+        number = torch.empty(1, dtype=torch.int32, device=keys.device)
+        calls: dict[str, Callable[[str], list[str]]] = {
+            attention_op.NAME: lambda name: attention_op.unsupported(name, q, k, k, num_keys=number),
+            rotary_op.NAME: lambda name: rotary_op.unsupported(name, q, k, step=number),
+        }
+        backend = _select.backend_argument("generate", config.backend)
+        if any(_select.choose(op, backend, unsupported) not in ("cuda", "triton") for op, unsupported in calls.items()):
+            return None
+        return _persistent.OwnSemaphores(keys.device)
+
     def _absolute_positions(
         self, n: int, key_start: torch.Tensor | None, cache: generation.Cache | None
     ) -> torch.Tensor:
         """(n,) or (batch, n): tokens since key_start; padding, which no token sees, takes position 0."""
         first = 0 if cache is None else cache.position
-        positions = torch.arange(first, first + n, device=self.device)
+        if isinstance(cache, generation.FixedCache):  # `generate` has checked where it will end
+            positions = cache.positions()
+        else:
+            positions = torch.arange(first, first + n, device=self.device)
         last = first + n - 1
         if key_start is None and cache is not None and cache.key_start is not None:
             key_start = cache.key_start[:, None]
@@ -623,8 +715,8 @@ class AutoregressiveWrapper(nn.Module):
         key_start = read_key_start("Andromeda", key_start, batch, n, self.net.device)
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         inputs = inputs.masked_fill(inputs == self.ignore_index, self.pad_value)
-        logits = self.net(inputs, key_start=None if key_start is None else checked(key_start[:, :-1]))
-        return cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=self.ignore_index)
+        key_start = None if key_start is None else key_start[:, :-1]
+        return self.net(inputs, key_start=checked(key_start), targets=targets, ignore_index=self.ignore_index)
 
     def generate(
         self,
@@ -640,6 +732,7 @@ class AutoregressiveWrapper(nn.Module):
         prompt_lengths: Sequence[int] | torch.Tensor | None = None,
         generator: torch.Generator | None = None,
         on_token: Callable[[torch.Tensor], object] | None = None,
+        cuda_graph: bool = True,
     ) -> torch.Tensor:
         """See `andromeda.generation.generate`."""
         return generation.generate(
@@ -655,6 +748,7 @@ class AutoregressiveWrapper(nn.Module):
             prompt_lengths=prompt_lengths,
             generator=generator,
             on_token=on_token,
+            cuda_graph=cuda_graph,
             pad_value=self.pad_value,
         )
 
@@ -679,20 +773,29 @@ def cross_entropy(
         Scalar, float32 or float64.
 
     Raises:
-        ValueError: there is no target and no `count`. This is checked only on the CPU, since reading values back would
-            stall a GPU; on a GPU the result is 0.
+        ValueError: there is no target and no `count`, or a target is outside the vocabulary. This is checked only on
+            the CPU, since reading values back would stall a GPU; on a GPU the result without a target is 0.
     """
     counted = targets != ignore_index
-    if count is None:
-        if targets.device.type == "cpu" and _checks.have_values(counted) and not bool(counted.any()):
+    count = _checked_count(targets, logits.shape[1], ignore_index, count)
+    losses, _ = _TokenLosses.apply(logits, targets.masked_fill(~counted, 0))
+    return losses.masked_fill(~counted, 0).sum() / (count + (count == 0))  # no target at all: 0 / 1
+
+
+def _checked_count(
+    targets: torch.Tensor, num_tokens: int, ignore_index: int, count: int | torch.Tensor | None
+) -> int | torch.Tensor:
+    """The divisor of the sum of the losses of these targets, whose values are checked, see `cross_entropy`."""
+    counted = targets != ignore_index
+    if targets.device.type == "cpu" and _checks.have_values(targets):
+        _checks.check_targets("Andromeda", "labels", targets, num_tokens, ignore_index)
+        if count is None and not bool(counted.any()):
             raise ValueError(
                 f"Andromeda: labels must hold a token to predict, got {ignore_index} (ignored) at every position that "
                 "has a token before it; leave the batch out, or give the number of targets of the whole step "
                 "(num_items_in_batch) where batches share one mean"
             )
-        count = counted.sum()
-    losses, _ = _TokenLosses.apply(logits, targets.masked_fill(~counted, 0))
-    return losses.masked_fill(~counted, 0).sum() / (count + (count == 0))  # no target at all: 0 / 1
+    return counted.sum() if count is None else count
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -905,6 +1008,7 @@ class Andromeda(nn.Module):
         prompt_lengths: Sequence[int] | torch.Tensor | None = None,
         generator: torch.Generator | None = None,
         on_token: Callable[[torch.Tensor], object] | None = None,
+        cuda_graph: bool = True,
     ) -> torch.Tensor:
         """See `andromeda.generation.generate`."""
         return self.decoder.generate(
@@ -919,6 +1023,7 @@ class Andromeda(nn.Module):
             prompt_lengths=prompt_lengths,
             generator=generator,
             on_token=on_token,
+            cuda_graph=cuda_graph,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from andromeda.ops import _select, qk_norm_rotary, token_shift_norm
+from andromeda.ops import _select, feed_forward, qk_norm_rotary, token_shift_norm
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = (FLOAT32, BFLOAT16, FLOAT16)
@@ -306,3 +306,37 @@ class TokenShiftNormCase(Case):
     @staticmethod
     def unsupported(backend, x, *rest):
         return token_shift_norm.unsupported(backend, x)
+
+
+# ---- feed_forward ---------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class FeedForwardCase(Case):
+    name: str = ""
+    rows: tuple = (2, 17)
+    dim: int = 24
+    hidden: int = 96
+    dim_out: int = 24
+    bias_in: bool = True
+    bias_out: bool = True
+    size: float = 1.0  # of the first product
+
+    def tensors(self, dtype, device="cpu", seed=0):
+        """x, weight_in, bias_in, weight_out, bias_out (None without)."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape, scale):
+            return (normal(generator, *shape, dtype=torch.float64) * scale).to(device, dtype)
+
+        return (
+            draw(*self.rows, self.dim, scale=1.0),
+            draw(self.hidden, self.dim, scale=self.size * self.dim**-0.5),
+            draw(self.hidden, scale=self.size) if self.bias_in else None,
+            draw(self.dim_out, self.hidden, scale=self.hidden**-0.5),
+            draw(self.dim_out, scale=1.0) if self.bias_out else None,
+        )
+
+    @staticmethod
+    def unsupported(backend, x, *rest):
+        return feed_forward.unsupported(backend, x)

@@ -304,23 +304,6 @@ def test_activation_checkpointing_changes_nothing(flags, reentrant):
         assert torch.equal(parameter.grad, gradient)
 
 
-@pytest.mark.parametrize("rows", (1, 7, 40))
-def test_feed_forward_in_blocks(rows, monkeypatch):
-    """Without gradients the layer holds the hidden numbers of few rows at once, of the batch as one list of rows."""
-    model = small(depth=2).double()
-    tokens = torch.randint(23, (2, 20))
-    whole = model(tokens)
-    monkeypatch.setattr(andromeda.model, "_HIDDEN_BLOCK", rows * 4 * 24 + 5)
-    seen = []
-    model.transformer.attn_layers.layers[1].fn.proj_in.register_forward_hook(lambda *call: seen.append(call[2].shape))
-    with torch.no_grad():
-        assert largest(model(tokens), whole) <= 1e-13
-    assert sum(shape[:-1].numel() for shape in seen) == 40 and max(shape[:-1].numel() for shape in seen) == rows
-    seen.clear()
-    model(tokens)
-    assert seen == [(2, 20, 96)]
-
-
 def test_embedding_of_any_strides():
     class Transposed(torch.nn.Embedding):
         def forward(self, tokens):

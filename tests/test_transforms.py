@@ -8,15 +8,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, hessian, jacrev, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from andromeda import Andromeda, attention, qk_norm_rotary
+from andromeda import Andromeda, attention, linear_cross_entropy, qk_norm_rotary
 from andromeda.generation import Cache
 from andromeda.model import cross_entropy
 from andromeda.ops import _checks, _persistent
+from andromeda.ops.feed_forward import feed_forward
 from andromeda.ops.token_shift_norm import token_shift_norm
 
 WIDE = torch.float64
 START = torch.tensor([[0, 0, 1, 2, 2], [0, 1, 1, 3, 6]], dtype=torch.int32)  # the last row sees nothing
 SLOPES = torch.tensor([0.5, 0.0])
+LABELS = (torch.arange(10) % 7).masked_fill(torch.arange(10) == 3, -100).view(2, 5)
 
 
 def attend(q, k, v, **options):
@@ -38,7 +40,11 @@ def shift_alone(x, **options):
 
 
 def losses(logits, **options):
-    return cross_entropy(logits.flatten(0, 1), (torch.arange(10) % 7).masked_fill(torch.arange(10) == 3, -100))
+    return cross_entropy(logits.flatten(0, 1), LABELS.flatten())
+
+
+def losses_of_hidden(hidden, weight, **options):
+    return linear_cross_entropy(hidden, weight, LABELS, z_loss=0.1, **options)[None]
 
 
 # name -> the function, the shapes of its tensors, the number of tensors with a batch
@@ -46,9 +52,13 @@ OPERATIONS = {
     "attention": (attend, ((2, 5, 2, 8), (2, 6, 1, 8), (2, 6, 1, 8)), 3),
     "qk_norm_rotary": (rotate, ((2, 5, 2, 8), (2, 5, 1, 8), (2, 8), (1, 8)), 2),
     "token_shift_norm": (shift, ((2, 5, 7), (2, 5, 7), (7,), (7,)), 2),
+    "feed_forward": (feed_forward, ((2, 5, 7), (9, 7), (9,), (6, 9), (6,)), 1),
     "token shift alone": (shift_alone, ((2, 5, 7),), 1),
     "cross_entropy": (losses, ((2, 5, 7),), 1),
+    "linear_cross_entropy": (losses_of_hidden, ((2, 5, 4), (7, 4)), 1),
 }
+# Their gradients have no derivative.
+KERNELS = ["attention", "qk_norm_rotary", "token_shift_norm", "feed_forward", "linear_cross_entropy"]
 operations = pytest.mark.parametrize("name", OPERATIONS)
 
 
@@ -159,7 +169,7 @@ def test_mapped_slopes_and_documents():
         close(found[i], attention(q, k, k, causal=True, alibi_slopes=slopes[i], key_start=start[i]))
 
 
-@pytest.mark.parametrize("name", ["attention", "qk_norm_rotary", "token_shift_norm"])
+@pytest.mark.parametrize("name", KERNELS)
 def test_transforms_in_compiled_programs(name):
     """torch.compile would take only the forward operator and drop the gradient: this is an error."""
     torch.compiler.reset()
@@ -185,7 +195,7 @@ def test_second_derivatives_by_the_reference(name):
     assert torch.autograd.gradgradcheck(function, tensors)
 
 
-@pytest.mark.parametrize("name", ["attention", "qk_norm_rotary", "token_shift_norm"])
+@pytest.mark.parametrize("name", KERNELS)
 def test_second_derivatives_of_kernels_are_no_zeros(name):
     """Neither in autograd, where the gradient of the output is a constant, nor in nested transforms."""
     function, tensors = OPERATIONS[name][0], tensors_of(name)

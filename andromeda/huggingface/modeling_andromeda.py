@@ -23,8 +23,16 @@ from andromeda import checkpoint
 from andromeda.config import KeyStart, ModelConfig
 from andromeda.generation import Cache
 from andromeda.huggingface.configuration_andromeda import AndromedaConfig
-from andromeda.model import Andromeda, Decoder, TransformerWrapper, cross_entropy, draw, keeps_all, kept_positions
-from andromeda.ops import _checks
+from andromeda.model import (
+    Andromeda,
+    Decoder,
+    TransformerWrapper,
+    cross_entropy,
+    draw,
+    have_values,
+    keeps_all,
+    kept_positions,
+)
 
 _IGNORE_INDEX = -100
 _TIES = {"transformer.to_logits.weight": "transformer.token_emb.weight"}
@@ -212,6 +220,7 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        skip_logits: bool | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits, and with `labels` the loss of docs/model.md#9.
 
@@ -230,9 +239,11 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
                 accumulation). Default: the number of labels that count.
             return_dict: False gives a tuple.
             output_attentions, output_hidden_states: must be off; the kernels do not keep them.
+            skip_logits: with `labels`, leave the logits out, which are the largest tensor of a training step: the loss
+                does not need them. Default: leave them out in training mode where gradients are recorded.
 
         Returns:
-            `CausalLMOutputWithPast`: loss, logits (batch, seqlen or the number of positions kept, vocab_size),
+            `CausalLMOutputWithPast`: loss, logits (batch, seqlen or the number of positions kept, vocab_size) or None,
             past_key_values.
         """
         for name, value in (("output_attentions", output_attentions), ("output_hidden_states", output_hidden_states)):
@@ -245,6 +256,10 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
             )
         if labels is not None and (past_key_values is not None or not keeps_all(logits_to_keep)):
             raise ValueError("AndromedaForCausalLM: past_key_values and logits_to_keep must be left out with labels")
+        if skip_logits and labels is None:
+            raise ValueError("AndromedaForCausalLM: skip_logits must be left out without labels")
+        if skip_logits is None:
+            skip_logits = labels is not None and self.training and torch.is_grad_enabled()
         wanted = self.config.use_cache and not torch.is_grad_enabled() and labels is None
         if attention_mask is not None:
             if key_start is not None:
@@ -260,8 +275,11 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values = AndromedaCache()
 
         features = self.transformer.features(input_ids, key_start=key_start, cache=past_key_values)
-        logits = self.transformer.to_logits(kept_positions("AndromedaForCausalLM", features, logits_to_keep))
-        loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
+        logits = loss = None
+        if not skip_logits:
+            logits = self.transformer.to_logits(kept_positions("AndromedaForCausalLM", features, logits_to_keep))
+        if labels is not None:
+            loss = self._loss(features, logits, labels, num_items_in_batch)
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -269,24 +287,26 @@ class AndromedaForCausalLM(PreTrainedModel, GenerationMixin):
         )
         return output.to_tuple() if return_dict is False else output
 
-    def _loss(self, logits: torch.Tensor, labels: torch.Tensor, count: int | torch.Tensor | None) -> torch.Tensor:
-        if labels.shape != logits.shape[:2]:
+    def _loss(
+        self,
+        features: torch.Tensor,
+        logits: torch.Tensor | None,
+        labels: torch.Tensor,
+        count: int | torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The loss of features (batch, seqlen, dim), whose logits are given or not needed."""
+        if labels.shape != features.shape[:2]:
             raise ValueError(
                 f"AndromedaForCausalLM: labels must have the shape of input_ids, got {tuple(labels.shape)} and "
-                f"{tuple(logits.shape[:2])}"
+                f"{tuple(features.shape[:2])}"
             )
-        if labels.device.type == "cpu" and _checks.have_values(labels):
-            num_tokens = logits.shape[-1]
-            outside = (labels != _IGNORE_INDEX) & ((labels < 0) | (labels >= num_tokens))
-            if outside.any():
-                raise ValueError(
-                    f"AndromedaForCausalLM: labels must be below the vocabulary size {num_tokens}, or "
-                    f"{_IGNORE_INDEX}, got {labels[outside][0].item()}"
-                )
         # The labels are shifted, because shifting the logits would copy the largest tensor of a training step.
-        targets = functional.pad(labels[:, 1:], (0, 1), value=_IGNORE_INDEX).to(logits.device)
+        targets = functional.pad(labels[:, 1:], (0, 1), value=_IGNORE_INDEX)
         if isinstance(count, torch.Tensor):
-            count = count.to(logits.device)
+            count = count.to(features.device)
+        if logits is None:
+            return self.transformer.loss(features, targets.to(features.device), ignore_index=_IGNORE_INDEX, count=count)
+        targets = targets.to(logits.device)
         return cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=_IGNORE_INDEX, count=count)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -366,7 +386,7 @@ def _read_mask(mask: torch.Tensor, input_ids: torch.Tensor, cache: Cache | None)
             f"got {tuple(mask.shape)}"
         )
     visible = mask.bool()
-    if not _checks.have_values(visible):  # in a compiled program: the first real token, with padding on any side
+    if not have_values(visible):  # in a compiled program: the first real token, with padding on any side
         return visible.to(torch.int32).argmax(1, keepdim=True).to(torch.int32).expand(batch, seqlen), True
     real = visible.sum(1, keepdim=True)  # (batch, 1)
     token = torch.arange(total, device=mask.device)

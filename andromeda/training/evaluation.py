@@ -86,7 +86,8 @@ def evaluate(
         targets = targets[targets != IGNORED_LABEL]
         if not len(targets):
             continue
-        loss = model(**{name: value.to(model.device) for name, value in batch.items()}, use_cache=False).loss.item()
+        inputs = {name: value.to(model.device) for name, value in batch.items()}
+        loss = model(**inputs, use_cache=False, skip_logits=True).loss.item()
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"evaluate: the loss must be finite, got {loss} in the rows from {begin} on, though the weights are "

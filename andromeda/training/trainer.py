@@ -357,7 +357,7 @@ class AndromedaTrainer(Trainer):
         inputs["labels"] = self._without_repeats(inputs["labels"])
         count = (inputs["labels"][:, 1:] != IGNORED_LABEL).sum()
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = model(**inputs, num_items_in_batch=1).loss
+            loss = model(**inputs, num_items_in_batch=1, skip_logits=True).loss
         self.evaluated += torch.stack((loss, count)).to(self.evaluated.dtype)
         return loss / (count + (count == 0)), None, None
 
@@ -393,7 +393,8 @@ class AndromedaTrainer(Trainer):
         found = torch.tensor([bool(names), not all(are_finite(averages)), False], device=self.args.device)
         if self.batch is not None:
             with torch.no_grad(), self.compute_loss_context_manager():
-                loss = self.compute_loss(model, self._prepare_inputs(self.batch), num_items_in_batch=1)
+                inputs = self._prepare_inputs(self.batch) | {"skip_logits": True}
+                loss = self.compute_loss(model, inputs, num_items_in_batch=1)
             assert isinstance(loss, torch.Tensor)
             found[2] = ~torch.isfinite(loss)
         faults = self.accelerator.reduce(found.to(torch.int64), reduction="sum").tolist()
