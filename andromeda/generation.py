@@ -6,11 +6,13 @@ with torch.no_grad():
     logits = model(token, cache=cache)  # gives the logits of one call on the whole of it
 """
 
+import collections
 import contextlib
 import math
 import os
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
@@ -18,6 +20,10 @@ from typing import Any, Protocol, TypeAlias
 import torch
 
 from andromeda.config import Tokens, read_rows, read_tokens
+
+# A graph costs about as much as three steps, and a repeated step saves between a third of a step and nearly all of it.
+LEAST_STEPS = 16  # with one graph
+LEAST_ROOM = 256  # rows of the cache for one graph
 
 LogitsFilter: TypeAlias = Callable[..., torch.Tensor]
 """Logits (batch, num_tokens) and keyword arguments -> the same logits, with -inf for the removed ones."""
@@ -38,6 +44,8 @@ class Network(Protocol):
     def device(self) -> torch.device: ...
 
     def modules(self) -> Iterator[torch.nn.Module]: ...
+
+    def graph_memory(self, keys: torch.Tensor) -> contextlib.AbstractContextManager[None] | None: ...
 
     def __call__(
         self, tokens: torch.Tensor, *, key_start: torch.Tensor | None, cache: "Cache | None", logits_to_keep: int
@@ -140,7 +148,7 @@ class KeyValueStore:
     memory. Keys are stored rotated, for the xPos origin of one segment of positions (`enter_segment`).
 
     Attributes:
-        segment: number of that segment.
+        segment, segment_length: number of that segment, and the number of positions of each.
         logit_bound: `Attention.logit_bound` of the layer; its parameters do not change during the life of a cache.
     """
 
@@ -149,7 +157,7 @@ class KeyValueStore:
         self.keys: torch.Tensor | None = None
         self.values: torch.Tensor | None = None
         self.start = 0
-        self.segment = 0
+        self.segment, self.segment_length = 0, 1
         self.logit_bound: torch.Tensor | None = None
 
     def enter_segment(self, segment: int, segment_length: int, rotary_dim: int, stored: int) -> int:
@@ -166,7 +174,7 @@ class KeyValueStore:
             factor = (zeta ** (steps * segment_length / 512)).repeat_interleave(2)
             factor = factor.to(self.keys.device, torch.promote_types(self.keys.dtype, torch.float32))
             self.keys[:, self.start : self.start + stored, :, :rotary_dim] *= factor
-        self.segment = max(self.segment, segment)
+        self.segment, self.segment_length = max(self.segment, segment), segment_length
         return self.segment
 
     def append(self, k: torch.Tensor, v: torch.Tensor, stored: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -201,6 +209,101 @@ class KeyValueStore:
         keys[:, :stored] = self.keys[:, self.start : self.start + stored].index_select(0, index)
         values[:, :stored] = self.values[:, self.start : self.start + stored].index_select(0, index)
         self.keys, self.values, self.start = keys, values, 0
+
+
+class FixedCache(Cache):
+    """A cache for calls on one token each that are one and the same program, which a CUDA graph can repeat.
+
+    Whatever changes from token to token is a tensor on the device, and each call adds one to it. The memory is that of
+    an ordinary cache, which may be used again after the last call, when it has counted the tokens. The calls are valid
+    for `room` stored rows, to the end of the xPos segment of the first one, and as long as the token shift of a padded
+    row does not reach its padding.
+
+    Args:
+        cache: the ordinary cache. It has `room` rows of memory, and the xPos segment of its keys is that of its
+            position.
+        window: a token sees this many tokens, itself included.
+
+    Attributes:
+        position: the first position of the xPos segment.
+        step: (1,) int32, how far after it the next token sits.
+        num_keys: (1,) int32, the number of rows of `room` that exist, that of the next token included.
+    """
+
+    def __init__(self, cache: Cache, room: int, window: int):
+        super().__init__()
+        store = next(iter(cache._attention.values()))
+        assert store.keys is not None
+        device = store.keys.device
+
+        def number(value: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.full((1,), value, dtype=dtype, device=device)
+
+        self.batch, self.key_start, self.length = cache.batch, cache.key_start, cache.length
+        self.position = store.segment * store.segment_length
+        self.step = number(cache.position - self.position, torch.int32)
+        self.num_keys = number(cache.length + 1, torch.int32)
+        self._row = number(cache.length, torch.int64)
+        self._attention = {layer: FixedStore(store, room, self._row) for layer, store in cache._attention.items()}
+        # Copies, because the ordinary cache may have kept the model's own tensors.
+        cache._shift_rows = {layer: rows.clone() for layer, rows in cache._shift_rows.items()}
+        self._shift_rows = cache._shift_rows
+        self._window = window if room > window else None
+        self._padding: torch.Tensor | None = None  # (batch, 1) int32: the first row that each batch entry sees
+        if cache.key_start is not None:
+            self._padding = (cache.key_start - (cache.position - cache.length)).clamp_min(0)[:, None]
+
+    def begin(self, batch: int, seqlen: int, key_start: torch.Tensor | None) -> torch.Tensor | None:
+        assert (batch, seqlen) == (self.batch, 1) and key_start is None
+        return None
+
+    def commit(self, batch: int, seqlen: int, key_start: torch.Tensor | None) -> None:
+        for number in (self.step, self.num_keys, self._row):
+            number += 1
+
+    def keep_shift_rows(self, layer: int, h: torch.Tensor, count: int) -> None:
+        rows = self._shift_rows[layer]
+        rows.copy_(h if count == 1 else torch.cat((rows[:, 1:], h), dim=1))
+
+    def stored_key_start(self) -> torch.Tensor | None:
+        """(batch, 1) int32, the first row of the memory that the next token sees; None when it sees all."""
+        if self._window is None:
+            return self._padding
+        first = (self.num_keys - self._window).clamp_min(0)
+        if self._padding is None:
+            assert self.batch is not None
+            return first.expand(self.batch, 1).contiguous()
+        return torch.maximum(first, self._padding)
+
+    def positions(self) -> torch.Tensor:
+        """(1,) int64, the position of the next token."""
+        return (self.step + self.position).long()
+
+
+class FixedStore(KeyValueStore):
+    """The keys and values of a `FixedCache`: `room` rows of an ordinary store from its first live row on.
+
+    row: (1,) int64, the row of the next token.
+    """
+
+    def __init__(self, store: KeyValueStore, room: int, row: torch.Tensor):
+        super().__init__(room)
+        assert store.keys is not None and store.values is not None
+        self._keys, self._values = (
+            memory[:, store.start : store.start + room] for memory in (store.keys, store.values)
+        )
+        self._row = row
+        self.segment, self.logit_bound = store.segment, store.logit_bound
+
+    def enter_segment(self, segment: int, segment_length: int, rotary_dim: int, stored: int) -> int:
+        assert segment == self.segment
+        return segment
+
+    def append(self, k: torch.Tensor, v: torch.Tensor, stored: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the next row; returns all rows, those that do not exist yet included."""
+        self._keys.index_copy_(1, self._row, k)
+        self._values.index_copy_(1, self._row, v)
+        return self._keys, self._values
 
 
 def _new_memory(like: torch.Tensor, batch: int, room: int) -> torch.Tensor:
@@ -268,6 +371,7 @@ def generate(
     prompt_lengths: Sequence[int] | torch.Tensor | None = None,
     generator: torch.Generator | None = None,
     on_token: Callable[[torch.Tensor], object] | None = None,
+    cuda_graph: bool = True,
     pad_value: int = 0,
 ) -> torch.Tensor:
     """Continue the prompts by sampling (docs/model.md#10.3, #10.4).
@@ -291,6 +395,9 @@ def generate(
             integer tensor (batch,).
         generator: `torch.Generator` on the model's device, for repeatable samples.
         on_token: called with the new token of every row, int64 (batch,), as soon as it is drawn: for streaming.
+        cuda_graph: on a GPU, with `cache_kv`, record the work of a token as a CUDA graph and repeat it, which saves
+            most of the host's time. The tokens are the same. Python code in modules of your own then runs only while it
+            is recorded; networks with hooks and compiled ones run without.
         pad_value: fills rows that have ended.
 
     Returns:
@@ -323,15 +430,14 @@ def generate(
     ended = torch.zeros(batch, dtype=torch.bool, device=tokens.device)
     cache = Cache(capacity=min(prompt_length + seq_len, window)) if cache_kv else None
     end = prompt_length
-    with _evaluation_mode(net):
+    with _evaluation_mode(net), contextlib.closing(_Steps(net, cache, window, cuda_graph)) as steps:
         while end < tokens.shape[1]:
             if cache is None or cache.position == 0:
                 start = max(0, end - window)
                 key_start = None if padding is None else (padding - start).clamp_min(0)[:, None].expand(-1, end - start)
+                logits = net(tokens[:, start:end], key_start=key_start, cache=cache, logits_to_keep=1)[:, -1]
             else:
-                start, key_start = end - 1, None  # the cache remembers the padding
-                cache.keep_last(window - 1)
-            logits = net(tokens[:, start:end], key_start=key_start, cache=cache, logits_to_keep=1)[:, -1]
+                logits = steps.next(tokens[:, end - 1 : end], tokens.shape[1] - end)
             new = sampler.sample(logits)
             if eos_token is not None:
                 new = new.masked_fill(ended, pad_value)
@@ -498,6 +604,188 @@ class _Sampler:
                 "generate: the model's logits must be finite, and some must be left by filter_logits_fn; they were not "
                 f"in row {row} for one of {self.count} new tokens"
             )
+
+
+class _Steps:
+    """The calls of `generate` on one token each, after the prompt.
+
+    Launching a step takes the host longer than it takes the GPU, unless the model is large. On a GPU most steps are
+    therefore calls of a `_Run`, which differ in nothing but numbers on the device, so that a CUDA graph repeats them.
+    Ordinary calls between two runs do what is rare: they give the cache more memory, and move the origin of xPos.
+
+    Runs are the same with and without graphs, so that the tokens are, too: ordinary calls may split the keys between
+    the blocks of a kernel in another way, and round a logit differently.
+    """
+
+    def __init__(self, net: Network, cache: Cache | None, window: int, cuda_graph: bool):
+        self._net, self._window = net, window
+        self._cache = Cache() if cache is None else cache
+        self._may_run, self._may_record = _has_plain_modules(net), cuda_graph
+        self._num_ordinary = 0  # calls so far
+        self._run: _Run | None = None
+
+    def next(self, token: torch.Tensor, remaining: int) -> torch.Tensor:
+        """Logits (batch, num_tokens) after `token`, (batch, 1). remaining: number of calls to come, with this one."""
+        cache = self._cache
+        if self._run is not None and self._run.end == cache.position:
+            self.close()
+        if self._run is None and self._may_run:
+            self._run = self._begin_run(token, remaining)
+        if self._run is None:
+            cache.keep_last(self._window - 1)
+            self._num_ordinary += 1
+            return self._net(token, key_start=None, cache=cache, logits_to_keep=1)[:, -1]
+        logits = self._run.next(token)
+        cache.position += 1
+        cache.length += 1
+        return logits
+
+    def _begin_run(self, token: torch.Tensor, remaining: int) -> "_Run | None":
+        """The run of the next calls, or None if it would be a short one."""
+        cache = self._cache
+        stores = list(cache._attention.values())
+        memory = [store.keys for store in stores if store.keys is not None]
+        if not stores or len({keys.device for keys in memory}) > 1:
+            self._may_run = False  # another kind of network, or one on several devices
+            return None
+        segment, length = stores[0].segment, stores[0].segment_length
+        room = min(keys.shape[1] - store.start for keys, store in zip(memory, stores, strict=True))
+        # The kernels plan for all rows, whether they exist or not: with many more the plan would be a poor one.
+        room = min(room, cache.length + remaining, max(2 * cache.length, LEAST_ROOM))
+        count = min(room - cache.length, (segment + 1) * length - cache.position)
+        reach = max((rows.shape[1] for rows in cache._shift_rows.values()), default=0)
+        shifts_padding = cache.key_start is not None and self._num_ordinary < reach - 1
+        if count < LEAST_STEPS or shifts_padding:
+            return None
+        resources = self._net.graph_memory(memory[0])
+        if resources is None:
+            self._may_run = False
+            return None
+        fixed = FixedCache(cache, room, self._window)
+        return _Run(self._net, fixed, cache.position + count, token, resources, self._may_record)
+
+    def close(self) -> None:
+        """Free the graph."""
+        if self._run is not None:
+            self._run.close()
+        self._run = None
+
+
+class _Run:
+    """Consecutive calls of a network with a `FixedCache`. The first is an ordinary one, which warms up; at the second
+    they are recorded as a CUDA graph, which then repeats them.
+
+    Attributes:
+        end: the position after the last call.
+    """
+
+    def __init__(
+        self,
+        net: Network,
+        cache: FixedCache,
+        end: int,
+        token: torch.Tensor,
+        resources: contextlib.AbstractContextManager[None],
+        may_record: bool,
+    ):
+        self.end = end
+        self._net, self._cache, self._resources, self._may_record = net, cache, resources, may_record
+        self._token = torch.empty_like(token, memory_format=torch.contiguous_format)
+        self._is_warm = False
+        self._graph: _Graph | None = None
+
+    def next(self, token: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, num_tokens) after `token`, (batch, 1)."""
+        self._token.copy_(token)
+        if self._is_warm and self._may_record:
+            self._may_record = False
+            self._graph = self._record()
+        self._is_warm = True
+        if self._graph is None:
+            return self._call()
+        return self._graph.replay().clone()  # the next replay writes to the same memory
+
+    def _call(self) -> torch.Tensor:
+        with self._resources:
+            return self._net(self._token, key_start=None, cache=self._cache, logits_to_keep=1)[:, -1]
+
+    def _record(self) -> "_Graph | None":
+        if self._net in _not_recorded or not _can_record(self._net, self._token.device):
+            return None
+        try:
+            return _Graph(self._token.device, self._call)
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError):  # which may not happen again
+                _not_recorded.add(self._net)
+            reason = str(error).strip().partition("\n")[0]
+            warnings.warn(
+                f"generate: runs without a CUDA graph, because a step cannot be recorded: {reason}", stacklevel=5
+            )
+            return None
+
+    def close(self) -> None:
+        """Free the graph."""
+        if self._graph is not None:
+            self._graph.close()
+        self._graph = None
+
+
+class _Graph:
+    """The launches of a function as a CUDA graph, and the tensor that it returned, which every replay fills again.
+
+    Other threads go on working meanwhile. There is one capture at a time, and one stream per device for all of them,
+    because the workspaces of cuBLAS belong to a stream. A graph takes over the memory of a closed one.
+    """
+
+    def __init__(self, device: torch.device, function: Callable[[], torch.Tensor]):
+        self._device, self._graph = device, torch.cuda.CUDAGraph()
+        with _capture_lock, torch.cuda.device(device):
+            if device not in _capture_streams:
+                _capture_streams[device] = torch.cuda.Stream(device, priority=-1)
+            closed = _closed_graphs[device].pop() if _closed_graphs[device] else None
+            with torch.cuda.stream(_capture_streams[device]):
+                # `torch.cuda.graph` would also wait for the GPU, and return all unused memory to it.
+                pool = torch.cuda.graph_pool_handle() if closed is None else closed.pool()
+                self._graph.capture_begin(pool, capture_error_mode="thread_local")
+                try:
+                    self._result = function()
+                except BaseException:
+                    with contextlib.suppress(RuntimeError):
+                        self._graph.capture_end()
+                    raise
+                self._graph.capture_end()
+
+    def replay(self) -> torch.Tensor:
+        self._graph.replay()
+        return self._result
+
+    def close(self) -> None:
+        """It replays no more, and the next graph may have its memory."""
+        del self._result
+        _closed_graphs[self._device].append(self._graph)
+
+
+_capture_lock = threading.Lock()
+_capture_streams: dict[torch.device, torch.cuda.Stream] = {}
+_closed_graphs: collections.defaultdict[torch.device, list[torch.cuda.CUDAGraph]] = collections.defaultdict(list)
+_not_recorded: weakref.WeakSet[Any] = weakref.WeakSet()  # networks of which a step could not be recorded
+
+
+def _has_plain_modules(net: Network) -> bool:
+    """Whether the network is no wrapper around one, and none of its modules is compiled."""
+    if not hasattr(type(net), "graph_memory"):
+        return False
+    return not any("_orig_mod" in module._modules or module._compiled_call_impl for module in net.modules())
+
+
+def _can_record(net: Network, device: torch.device) -> bool:
+    """Whether a graph does all that a call does: it repeats the launches, but not what Python does beside them."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    of_all = torch.nn.modules.module
+    if of_all._global_forward_hooks or of_all._global_forward_pre_hooks:
+        return False
+    return not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
 
 
 class _Evaluating:
