@@ -21,6 +21,7 @@ class BuildInfo(TypedDict):
     min_softmax_scale: float
     max_rotary_head_dim: int
     max_rotary_seqlen: int
+    max_rotary_step: int
 
 class CudaVersions(TypedDict):
     runtime: str | None
@@ -55,6 +56,7 @@ def attention_forward(
     semaphores: Tensor | None,
     stream: int,
     num_splits: int = 0,
+    num_keys: Tensor | None = None,
 ) -> None: ...
 def attention_backward(
     *,
@@ -87,6 +89,7 @@ def attention_forward_workspace(
     head_dim: int,
     causal: bool,
     num_splits: int = 0,
+    has_num_keys: bool = False,
 ) -> tuple[int, int, int]: ...
 def attention_backward_workspace(
     *, batch: int, seqlen_q: int, seqlen_k: int, num_heads: int, num_kv_heads: int, head_dim: int, causal: bool
@@ -104,6 +107,7 @@ def qk_norm_rotary_forward(
     factors: Tensor | None = None,
     q_factor_row: int = 0,
     k_factor_row: int = 0,
+    step: Tensor | None = None,
     q_out: Tensor,
     k_out: Tensor,
     normalize: bool,

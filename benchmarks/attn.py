@@ -7,7 +7,8 @@
 
 All contenders get the same tensors, in one process, in interleaved rounds. Results are compared before anything is
 timed: some rows with plain torch in float32, all rows with each other. A contender that differs is left out and named;
-if it is this library, the exit code is 1. `ratio` is the baseline's time divided by the row's: above 1 is faster.
+if it is this library, the exit code is 1. On a GPU, `andromeda` is the compiled CUDA kernel, `andromeda, triton` the
+Triton kernel. `ratio` is the baseline's time divided by the row's: above 1 is faster.
 `tflops` counts the causal work, including work that a backend may skip (benchmarks/cases.py); `effective_tflops`
 counts only the work inside the windows of the rows that use them.
 
@@ -105,7 +106,7 @@ def prepare(case: cases.AttentionCase, args: argparse.Namespace) -> tuple[dict[s
                     torch.cuda.synchronize()  # an error of the call surfaces here, not in the next contender
             except Exception as error:  # any error of another package: only its row is missing
                 reasons = [str(reason.message) for reason in warned]
-                notes.append(f"{contender.name} did not run {case}: {checks.describe(error, reasons)}")
+                notes.append(checks.absence(contender.name, str(case), error, reasons))
                 continue
         if contender.exact and (objection := judge.objection(contender.name, out.detach())):
             notes.append(f"{contender.name}, {case}, {objection}: not timed")
@@ -116,7 +117,7 @@ def prepare(case: cases.AttentionCase, args: argparse.Namespace) -> tuple[dict[s
 
 def yardsticks(case: cases.AttentionCase) -> dict[str, Callable[[], object]]:
     """A matrix product and, for decode, a copy: the limits of the machine, to be timed in the same rounds."""
-    product = bars.matmul(case)
+    product = bars.matmul(case.device, case.dtype)
     left, right = (torch.randn(product.side, product.side, device=case.device).to(product.dtype) for _ in range(2))
     found: dict[str, Callable[[], object]] = {product.name: lambda: left @ right}
     if case.step == "decode":
@@ -135,8 +136,8 @@ def run(case: cases.AttentionCase, args: argparse.Namespace, *, memory: bool = T
         watched = functions.items() if memory else ()
         peaks = {name: timing.peak_memory_mb(function, case.device) for name, function in watched}
     # Floating-point operations and bytes of one call; every name that is missing here is attention.
-    matmul = bars.matmul(case).name
-    product, copied = 2.0 * bars.matmul(case).side ** 3, 2.0 * case.cache_elements * case.dtype.itemsize
+    matmul = bars.matmul(case.device, case.dtype).name
+    product, copied = bars.matmul(case.device, case.dtype).flops, 2.0 * case.cache_elements * case.dtype.itemsize
     work = {matmul: (product, None), bars.COPY: (None, copied)}
     operations = {matmul: "matmul", bars.COPY: "copy"}
     windowed = {contender.name for contender in cases.contenders(case) if contender.windowed}

@@ -22,9 +22,14 @@ FLOAT32 = "float32"  # the same row of the same pass in float32
 TFLOPS = "TFLOP/s"  # no comparison: the rate itself, of dense causal work
 WINDOWS = checks.OURS  # with a logit bound, which permits windows
 NO_WINDOWS = "andromeda, no windows"
+TRITON_NO_WINDOWS = f"{checks.TRITON}, no windows"
+CUDNN = "sdpa cudnn, no bias"
 
-ROTARY_OF_COPY = 0.85  # of qk_norm_rotary on a GPU
-SHIFT_OF_COPY = 0.85  # of token_shift_norm on a GPU
+OF_COPY = 0.85  # of operations that are limited by memory, on a GPU
+LOSS_SHAPE = "n4096 dim512 v50304"  # of the bars of linear_cross_entropy on a CPU
+LOSS_WORKSPACE_MB = 64.0  # of linear_cross_entropy, beyond its inputs and results
+TRAINING_SHAPE = "b1 n8192 dim512 depth4 h8/1 d64 v50304"  # of the bars of a training step on a CPU
+TRAINING_MEMORY = 0.25  # of the peak memory of a step that keeps the logits
 LONG_WORKSPACE_MB = 1000.0  # of a pass over 131 072 tokens, beyond its inputs and results
 
 
@@ -79,6 +84,7 @@ HOPPER_BARS = (
     Bar("forward", "bfloat16", 8192, WINDOWS, 1.35, NO_WINDOWS),
     Bar("backward", "bfloat16", 8192, NO_WINDOWS, 250, TFLOPS),
     *(Bar("decode", "bfloat16", 131072, backend, 0.8, COPY) for backend in (WINDOWS, NO_WINDOWS)),
+    Bar("forward", "bfloat16", 8192, TRITON_NO_WINDOWS, 0.6, CUDNN),
 )
 
 
@@ -100,10 +106,14 @@ class MatrixProduct:
     def name(self) -> str:
         return f"matmul {self.side}^3 {str(self.dtype).removeprefix('torch.')}"
 
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.side**3
 
-def matmul(case: cases.AttentionCase) -> MatrixProduct:
-    """The product to compare a case with. A GPU has separate units for half precision and needs more work."""
-    return MatrixProduct(8192, case.dtype) if case.device == "cuda" else MatrixProduct(2048, torch.float32)
+
+def matmul(device: str, dtype: torch.dtype) -> MatrixProduct:
+    """The product to compare with. A GPU has separate units for half precision and needs more work."""
+    return MatrixProduct(8192, dtype) if device == "cuda" else MatrixProduct(2048, torch.float32)
 
 
 def evaluate(rows: list[dict], bars: tuple[Bar, ...] = BARS) -> list[dict]:
@@ -145,11 +155,52 @@ def evaluate_copy(rows: list[dict], at_least: float) -> list[dict]:
     """The bar on bandwidth for this library's rows of an operation that is limited by memory."""
     lines = []
     for row in rows:
-        if row["backend"] == checks.OURS:
+        if row["backend"] in (checks.OURS, checks.TRITON) and row.get("of_copy") is not None:
             spread = (row["of_copy"], *row["of_copy_range"])
-            what = f"{row['op']}, {row['pass']} {row['shape']} {row['dtype']}"
+            what = f"{row['op']}, {row['pass']} {row['shape']} {row['dtype']}, {row['backend']}"
             lines.append(_line(what, f">= {at_least:g} x {COPY} rate", spread, spread[0] >= at_least))
     return lines
+
+
+def of_copy(rows: list[dict]) -> list[dict] | None:
+    """The bars of an operation that is limited by memory: only a GPU has them."""
+    return evaluate_copy([row for row in rows if row["device"] == "cuda"], OF_COPY) or None
+
+
+def evaluate_loss(rows: list[dict]) -> list[dict] | None:
+    """The bars of linear_cross_entropy on a CPU: its speed beside plain torch, and its memory."""
+    lines = []
+    for row in rows:
+        place = row["device"], row["backend"], row["pass"], row["shape"]
+        if place == ("cpu", checks.OURS, "training", LOSS_SHAPE):
+            what = f"{row['op']}, {row['pass']} {row['shape']} {row['dtype']}"
+            spread = None if row.get("ratio") is None else (row["ratio"], *row["ratio_range"])
+            lines.append(_line(what, ">= 1 x torch", spread, spread is not None and spread[0] >= 1))
+            used = row["workspace_mb"]
+            met = used is not None and used < LOSS_WORKSPACE_MB
+            requirement = f"< {LOSS_WORKSPACE_MB:g}"
+            what += ": MiB beyond inputs and results"
+            lines.append(_line(what, requirement, None if used is None else (used,), met))
+    return lines or None
+
+
+def evaluate_training(rows: list[dict], kept: str) -> list[dict] | None:
+    """The bars of a training step on a CPU beside the row `kept`, which keeps the logits: memory and speed."""
+    by_key = {(row["shape"], row["backend"]): row for row in rows if row["pass"] == "training"}
+    lines = []
+    for (shape, backend), row in by_key.items():
+        other = by_key.get((shape, kept))
+        if (row["device"], shape, backend) != ("cpu", TRAINING_SHAPE, checks.OURS) or other is None:
+            continue
+        what = f"training {shape} {row['dtype']}, {backend}"
+        if row["peak_memory_mb"] is not None:
+            share = row["peak_memory_mb"] / other["peak_memory_mb"]
+            lines.append(
+                _line(f"{what}: peak memory", f"<= {TRAINING_MEMORY:g} x {kept}", (share,), share <= TRAINING_MEMORY)
+            )
+        spread = timing.paired_ratio(timing.Timing(other["samples_ms"]), timing.Timing(row["samples_ms"]))
+        lines.append(_line(f"{what}: tokens/s", f">= 1 x {kept}", spread, spread[0] >= 1))
+    return lines or None
 
 
 def evaluate_long(rows: list[dict]) -> list[dict]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import math
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 LOGIT_SCALE = 10.0  # of unit queries and keys: QK norm without learned scales (docs/model.md#5.2)
 LOGIT_BOUND = LOGIT_SCALE * (1 + 2**-7)  # bfloat16 rounds the unit vectors (docs/attention.md#bound)
 FLEX_BLOCK = 128  # queries and keys of a block of FlexAttention's mask
+CUDA_DTYPES, CUDA_HEAD_DIM = (torch.bfloat16, torch.float16), 128  # for which attention has compiled CUDA kernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,14 +159,16 @@ class AttentionInputs:
 Forward = Callable[[], torch.Tensor]  # returns (batch, seqlen_q, num_heads, head_dim)
 
 
-def andromeda(inputs: AttentionInputs, *, windows: bool) -> Forward:
-    """The compiled kernels of the device, requested by name: otherwise the reference might run in their place."""
+def andromeda(inputs: AttentionInputs, *, windows: bool, backend: str | None = None) -> Forward:
+    """The kernels of a backend (default: the compiled ones of the device), requested by name: otherwise the reference
+    might run in their place."""
     case, bound = inputs.case, inputs.bound if windows else None
+    backend = case.device if backend is None else backend
 
     def forward() -> torch.Tensor:
         return attention(
             inputs.q, inputs.k, inputs.v, causal=case.causal, softmax_scale=LOGIT_SCALE, alibi_slopes=inputs.slopes,
-            logit_bound=bound, backend=case.device,
+            logit_bound=bound, backend=backend,
         )  # fmt: skip
 
     return forward
@@ -283,9 +287,15 @@ class Contender:
 
 def contenders(case: AttentionCase, *, compiled: bool = True) -> list[Contender]:
     """The contenders that could run the case; with `compiled`, also those that need a compiler."""
-    found = [
-        Contender("andromeda", lambda inputs: andromeda(inputs, windows=True), windowed=True),
-        Contender("andromeda, no windows", lambda inputs: andromeda(inputs, windows=False)),
+    found = []
+    if case.device == "cpu" or (case.dtype in CUDA_DTYPES and case.head_dim <= CUDA_HEAD_DIM):
+        found.append(Contender("andromeda", lambda inputs: andromeda(inputs, windows=True), windowed=True))
+        found.append(Contender("andromeda, no windows", lambda inputs: andromeda(inputs, windows=False)))
+    if case.device == "cuda":  # on a CPU, Triton's kernels run in the emulator of the tests only
+        for windows, name in ((True, "andromeda, triton"), (False, "andromeda, triton, no windows")):
+            build = functools.partial(andromeda, windows=windows, backend="triton")
+            found.append(Contender(name, build, windowed=windows))
+    found += [
         Contender("sdpa, bias tensor", lambda inputs: sdpa(inputs, biased=True)),
         Contender("sdpa, no bias", lambda inputs: sdpa(inputs, biased=False), exact=False),
     ]

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import cases
 
 OURS = "andromeda"  # the name of this library in rows and notes; names of its variants begin with it
+TRITON = f"{OURS}, triton"  # its Triton kernels; rows without this mark are of the compiled kernels
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Largest difference between two ways to compute an output of attention, whose magnitude is about 1.
 AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 1e-2}
@@ -38,6 +39,17 @@ def describe(error: Exception, warned: list[str]) -> str:
     """One line: the first line of the error, and the warnings before it without positions in torch's sources."""
     lines = [text.strip().partition("\n")[0].partition(" (Triggered internally")[0] for text in (str(error), *warned)]
     return f"{type(error).__name__}: {'; '.join(dict.fromkeys(filter(None, lines))) or 'no message'}"
+
+
+def absence(name: str, what: str, error: Exception, warned: list[str]) -> str:
+    """A note about a row that is missing because its function raised `error`.
+
+    Only the note about a Triton row whose backend refuses the call does not begin with this library's name: whether
+    Triton is installed is a fact about the machine. Its last line gives the reasons.
+    """
+    if name.startswith(TRITON) and isinstance(error, NotImplementedError):
+        return f"No row `{name}` for {what}: {str(error).strip().splitlines()[-1].strip()}"
+    return f"{name} did not run {what}: {describe(error, warned)}"
 
 
 def is_spoilt(device: str) -> bool:

@@ -1,12 +1,17 @@
 """The model compared with x-transformers with the same weights: forward pass and training step, time and memory.
 
-    python benchmarks/model.py [--device cpu|cuda] [--seqlen 4096] [--pass forward training generation] [--quick]
-                               [--dtype float32|bfloat16] [--json F]
+    python benchmarks/model.py [--device cpu|cuda] [--seqlen 4096] [--pass forward training generation] [--profile]
+                               [--dtype float32|bfloat16] [--num-tokens 256] [--quick] [--json F]
 
 Both models compute the same function; their outputs are compared before anything is timed. Every flag is at its
 default. The vocabulary is small (bytes): the output projection is the same matrix product on both sides and would only
 mask the other differences (--num-tokens 50304 shows by how much). `ratio` is x-transformers' time divided by the row's.
 If x-transformers is not installed or fails, its row is left out.
+
+"andromeda, logits kept" is a training step of the same model with the plain composition: all logits, then
+`cross_entropy`, and a feed-forward that keeps its hidden tensors for the backward pass. On a CPU, with --num-tokens
+50304 --seqlen 8192, the bars of benchmarks/bars.py compare the two. --profile adds, from torch's profiler, the kernels
+that take the time of a training step and their shares (benchmarks/profiles.py).
 
 On a GPU the model has the default width and a quarter of the default depth, and runs under autocast to bfloat16, as
 training does there: the kernels do not support float32. `mfu` is the model's own operations per second, without
@@ -18,18 +23,24 @@ tokens per second include the prompt's time. It has no baseline, since x-transfo
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import sys
+import types
 from collections.abc import Callable
 
+import bars
 import checks
+import profiles
 import report
 import timing
 import torch
 
 import andromeda
+from andromeda.model import FeedForward, cross_entropy
 
 BASELINE = "x-transformers"
+KEPT = f"{checks.OURS}, logits kept"
 GPU_SHAPE = {"dim": 2560, "depth": 8, "heads": 24, "dim_head": 128, "num_tokens": 50304}
 CPU_SHAPE = {"dim": 512, "depth": 4, "heads": 8, "dim_head": 64, "num_tokens": 256}
 # Two float32 computations of logits of magnitude 1 (docs/model.md#15 allows 2e-5 for one against float64); under
@@ -62,6 +73,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pass", dest="steps", choices=("forward", "training", "generation"), nargs="+")
     parser.add_argument("--dtype", choices=AGREEMENT, help="float32, or bfloat16 by autocast (default on a GPU)")
     parser.add_argument("--new-tokens", type=int, help="of generation")
+    parser.add_argument("--profile", action="store_true", help="also: what takes the time of a training step")
     add_model_arguments(parser)
     args = parser.parse_args(argv)
     cuda = args.device == "cuda"
@@ -115,16 +127,39 @@ def calls_of(step: str, seqlen: int, args: argparse.Namespace) -> tuple[torch.nn
     if step == "forward":
         calls = {checks.OURS: lambda: ours(tokens), BASELINE: lambda: other.net(tokens)}
     elif step == "training":
-        calls = {checks.OURS: lambda: ours(tokens, return_loss=True), BASELINE: lambda: other(tokens)}
+        kept = with_logits_kept(ours)
+        calls = {
+            checks.OURS: lambda: ours(tokens, return_loss=True),
+            KEPT: lambda: loss_of_logits(kept, tokens),
+            BASELINE: lambda: other(tokens),
+        }
     else:
         calls = {checks.OURS: lambda: ours.generate(tokens, args.new_tokens, temperature=0)}
     if other is None:
         calls.pop(BASELINE, None)
     calls = {name: rounded(call, args) for name, call in calls.items()}
     if step == "training":
-        models = {checks.OURS: ours, BASELINE: other}
+        models = {checks.OURS: ours, KEPT: kept, BASELINE: other}
         calls = {name: training_step(models[name], call) for name, call in calls.items()}
     return ours, calls
+
+
+def with_logits_kept(model: andromeda.Andromeda) -> andromeda.Andromeda:
+    """A copy whose feed-forward is the plain composition, which keeps its hidden tensors for the backward pass."""
+
+    def plain(self: FeedForward, h: torch.Tensor, call: object) -> torch.Tensor:
+        return self.proj_out(torch.nn.functional.gelu(self.proj_in(h)))
+
+    found = copy.deepcopy(model)
+    for module in found.modules():
+        if isinstance(module, FeedForward):
+            module.forward = types.MethodType(plain, module)
+    return found
+
+
+def loss_of_logits(model: andromeda.Andromeda, tokens: torch.Tensor) -> torch.Tensor:
+    """The loss of `return_loss=True`, from all logits at once."""
+    return cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
 
 def rounded(call: Callable, args: argparse.Namespace) -> Callable:
@@ -148,7 +183,7 @@ def prepare(step: str, calls: Calls, args: argparse.Namespace) -> tuple[Calls, l
         except Exception as error:  # any error of another package: only its row is missing
             notes.append(f"{name} did not run {step}: {checks.describe(error, [])}")
             continue
-        if step == "forward":
+        if step != "generation":  # logits, or the loss of a first training step
             expected = result.float() if expected is None else expected
             difference = (result.float() - expected).abs().max().item()
             if not difference < AGREEMENT[args.dtype]:
@@ -164,6 +199,11 @@ def run(step: str, seqlen: int, args: argparse.Namespace) -> tuple[list[dict], l
         functions, notes = prepare(step, calls, args)
         timings = timing.measure(functions, device=args.device, rounds=args.rounds, budget_s=90)
         memory = {name: timing.peak_memory_mb(function, args.device) for name, function in functions.items()}
+        taken = {}
+        if args.profile and step == "training":
+            taken = {name: profiles.summary(profiles.kernels(call, args.device)) for name, call in functions.items()}
+    for name, found in taken.items():
+        notes.append(f"{step}, {seqlen} tokens, {name}: {profiles.sentence(found['shares'])}.")
     shape = f"b1 n{seqlen} dim{args.dim} depth{args.depth} h{args.heads}/1 d{args.dim_head} v{args.num_tokens}"
     flops, peak = None, None
     if args.device == "cuda" and step != "generation":
@@ -185,6 +225,7 @@ def run(step: str, seqlen: int, args: argparse.Namespace) -> tuple[list[dict], l
             spreads=ratio,
             peak_memory_mb=memory[name],
             **({} if peak is None else {"mfu": flops / measured.median_ms / 1e9 / peak, "peak_tflops": peak}),
+            **({"profile": taken[name]} if name in taken else {}),
         )
         rows.append(row)
     return rows, notes
@@ -208,14 +249,16 @@ def peak_tflops() -> float | None:
     return None if peak is None else peak / 1e12
 
 
-def training_step(model: torch.nn.Module, loss_of: Callable) -> Callable[[], None]:
-    """Loss, gradients and an AdamW update."""
+def training_step(model: torch.nn.Module, loss_of: Callable) -> Callable[[], torch.Tensor]:
+    """Loss, gradients and an AdamW update. The gradients are freed at the end: they belong to the memory of a step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        loss_of().backward()
+    def step() -> torch.Tensor:
+        loss = loss_of()
+        loss.backward()
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
 
     return step
 
@@ -236,7 +279,7 @@ def comparison(step: str, seqlen: int, rows: list[dict]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    rows, notes = [], []
+    rows, notes, lines = [], [], None
     if importlib.util.find_spec("x_transformers") is None:
         notes.append("x-transformers is not installed, so nothing is compared: pip install x-transformers==2.31.10")
     for step in args.steps:
@@ -245,9 +288,10 @@ def main(argv: list[str] | None = None) -> None:
             new, problems = run(step, seqlen, args)
             rows += new
             notes += problems + comparison(step, seqlen, new)
-            report.save_unfinished(args, rows, device=args.device, notes=notes)
+            lines = bars.evaluate_training(rows, KEPT)
+            report.save_unfinished(args, rows, device=args.device, notes=notes, bars=lines)
     title = f"Model, {args.dtype}, every flag at its default"
-    report.finish(args, rows, device=args.device, title=title, notes=notes)
+    report.finish(args, rows, device=args.device, title=title, notes=notes, bars=lines)
     checks.exit_if_missing(notes)
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import importlib.metadata
 import json
 import os
 import platform
@@ -125,6 +126,7 @@ def environment(device: str) -> dict:
         "command": " ".join(["python", *(os.path.relpath(a, ROOT) if os.path.exists(a) else a for a in sys.argv)]),
         "andromeda": andromeda.__version__,
         "torch": torch.__version__,
+        "triton": _version("triton"),
         "python": platform.python_version(),
         "processor": _processor(),
         "threads": torch.get_num_threads(),
@@ -134,6 +136,13 @@ def environment(device: str) -> dict:
         facts["gpu"] = torch.cuda.get_device_name()
         facts["cuda"] = torch.version.cuda
     return facts
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

@@ -6,13 +6,17 @@
 #              second assembler (ptxas), also a second library of the same PTX: an assembler can be wrong, and a test
 #              that executes PTX cannot see it
 #   smoke      small calls of every kernel against the exact result, with each library
-#   quick      our kernels at many shapes, beside torch's functions without a compiler, a matrix product and a copy
+#   triton     the tests that take a device, of the Triton kernels alone: first each result and gradient against the
+#              reference, then the laws
+#   quick      our kernels, CUDA's and Triton's, at many shapes, beside torch's functions without a compiler, a matrix
+#              product and a copy
 #   profile    hardware counters of each kernel (ncu), beside those expected from its machine code
-#   tests      the tests that take a device, on the GPU: every kernel against the reference, and tests/test_cuda.py
+#   tests      the tests that take a device, of all other backends: every kernel against the reference, and
+#              tests/test_cuda.py
 #   wrappers   single instructions and tile functions: the GPU and the emulator beside plain torch
 #   sanitizer  small calls of every kernel under each tool of compute-sanitizer: memcheck and racecheck, then the others
-#   bench      attention beside other packages, FlexAttention last; qk_norm_rotary; the model: forward, training step,
-#              generation
+#   bench      attention beside other packages, FlexAttention last; the other operations; the model: forward, training
+#              step and what takes its time, generation
 #   host       the other tests, which need no GPU, with the versions installed here. Only if named by --only
 #
 #   tests/gpu.sh [--only build,smoke,...] [--budget SECONDS] [--list] [--rehearse]
@@ -44,17 +48,20 @@
 #   COMMIT                the commit to record (default: git's)
 #   KEEP                  the folder of the second library and of the copy of gpu.json (build/gpu)
 #   STEP_SECONDS          the allowance of every step, in place of its own
+#   TRITON_CACHE_DIR      where Triton keeps what it compiled, for all processes (KEEP/triton)
 #
 # shellcheck disable=SC2317,SC2329  # the steps are called by name
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-STEPS=(build smoke quick profile tests wrappers sanitizer bench host)
+STEPS=(build smoke triton quick profile tests wrappers sanitizer bench host)
 # Seconds. Estimates for sixteen cores and a Hopper card: compiling a library takes 40 to 60 s, two at a time; `import
-# torch` and a context take 6 s; a case of `quick` 1 to 2 s; a kernel under ncu 8 s, nearly all of it the start.
-declare -A ALLOWANCE=([build]=95 [smoke]=35 [quick]=65 [profile]=45 [tests]=120 [wrappers]=45 [sanitizer]=60
-  [bench]=120 [host]=60)
-DEVICE_TESTS=(tests/test_attention.py tests/test_qk_norm_rotary.py tests/test_token_shift_norm.py)
+# torch` and a context take 6 s; a case of `quick` 1 to 2 s; a kernel under ncu 8 s, nearly all of it the start; Triton
+# compiles a variant of a kernel in 1 to 3 s.
+declare -A ALLOWANCE=([build]=95 [smoke]=35 [triton]=100 [quick]=110 [profile]=45 [tests]=120 [wrappers]=45
+  [sanitizer]=60 [bench]=120 [host]=60)
+DEVICE_TESTS=(tests/test_attention.py tests/test_qk_norm_rotary.py tests/test_token_shift_norm.py
+  tests/test_linear_cross_entropy.py tests/test_feed_forward.py)
 NOT_RUN=77 # exit code of a step that cannot run here; the last line of its log says why
 SPOILT=75  # exit code of benchmarks/attn_grid.py: an error of the GPU; a new process can continue
 
@@ -110,13 +117,8 @@ device=cuda sizes=() collect=()
 
 benchmark() { "$PYTHON" "benchmarks/$1.py" --device "$device" --json "$parts/${2:-$1}.json" "${@:3}" "${sizes[@]}"; }
 
-# The benchmarks of operations that are limited by memory.
-of_memory() {
-  local name
-  for name in qk_norm_rotary token_shift_norm; do
-    [[ ! -f benchmarks/$name.py ]] || echo "$name"
-  done
-}
+# The benchmarks of the operations other than attention.
+OTHERS=(qk_norm_rotary token_shift_norm linear_cross_entropy feed_forward)
 
 # pytest, with a file of counts for gpu.json. PART NAME ARGUMENTS...
 count_tests() {
@@ -188,6 +190,15 @@ run_smoke() {
   return "$failed"
 }
 
+run_triton() {
+  local backend=triton
+  [[ $device == cuda ]] || backend=cpu # where the Triton kernels run in the emulator, under tests of their own
+  # Many processes, because compiling takes most of the time; what one has compiled serves all. The results come first.
+  # shellcheck disable=SC2046  # two words
+  TESTS_FIRST="matches forward backward" count_tests triton --maxfail=25 --durations=15 $(workers 14) \
+    "${DEVICE_TESTS[@]}" -k "$backend and not emulated"
+}
+
 run_quick() {
   local failed=0 code=$SPOILT attempt
   for attempt in 1 2 3 4 5; do # each continues after the line at which the one before ended
@@ -197,10 +208,9 @@ run_quick() {
     echo "attempt $attempt of attn_grid ended with code $code"
   done
   ((code == 0)) || failed=1
-  local name tokens=32768
-  [[ $device == cuda ]] || tokens=64
-  for name in $(of_memory); do
-    benchmark "$name" "$name" --quick --seqlen "$tokens" || failed=1 # --quick: two rounds, no torch.compile
+  local name
+  for name in "${OTHERS[@]}"; do
+    benchmark "$name" "$name" --short || failed=1
   done
   return "$failed"
 }
@@ -218,7 +228,7 @@ run_tests() {
   # These watch the memory of the GPU and keep it busy, so they run alone.
   count_tests cuda --maxfail=25 --durations=15 tests/test_cuda.py || failed=1
   # shellcheck disable=SC2046  # two words
-  count_tests device --maxfail=25 --durations=15 $(workers) "${DEVICE_TESTS[@]}" || failed=1
+  count_tests device --maxfail=25 --durations=15 $(workers) "${DEVICE_TESTS[@]}" -k "not triton and not emulated" || failed=1
   return "$failed"
 }
 
@@ -290,7 +300,11 @@ run_bench() {
     benchmark attn "attn_$pass" --pass "$pass" "${shape[@]}" --contenders andromeda sdpa flash_attn || failed=1
   done
   benchmark model || failed=1
-  for name in $(of_memory); do
+  local -a large=() # 530 million parameters
+  [[ -n ${REHEARSE:-} ]] || large=(--dim 1280 --depth 24 --heads 10 --dim-head 128 --seqlen 8192)
+  benchmark model model_500m --pass training --profile "${large[@]}" || failed=1
+  benchmark decode || failed=1
+  for name in "${OTHERS[@]}"; do
     benchmark "$name" || failed=1
   done
   for pass in forward decode backward; do # FlexAttention compiles longer than all the others run
@@ -353,7 +367,7 @@ OUT=$(cd "$OUT" && pwd)
 KEEP=$(cd "$KEEP" && pwd)
 [[ $PYTHON != */* ]] || PYTHON=$(realpath -s "$PYTHON") # some commands start in another folder
 SCRATCH=$(mktemp -d)
-export SCRATCH SECOND=$KEEP/second
+export SCRATCH SECOND=$KEEP/second TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$KEEP/triton}
 running=() # processes of the current step
 trap 'rm -rf "$SCRATCH"' EXIT
 trap 'stop TERM' TERM

@@ -7,9 +7,10 @@
     gpu_report.py libraries [FOLDER]                      # the assembler of the library, and of the one in FOLDER
     gpu_report.py show                                    # tables; exit code 1 if a step of this call did not pass
 
-As a plugin of pytest (`-p gpu_report`) it counts the tests while they run. Folders come from the environment: OUT,
-which holds gpu.json; SCRATCH, where a step leaves NAME.json files in parts/STEP; and KEEP, for a copy of gpu.json that
-outlives OUT. Files of steps are not trusted: one that is not JSON, or has another form, is named and left out.
+As a plugin of pytest (`-p gpu_report`) it counts the tests while they run; those whose names contain a word of
+TESTS_FIRST, a variable of the environment, run before the others. Folders come from the environment: OUT, which holds
+gpu.json; SCRATCH, where a step leaves NAME.json files in parts/STEP; and KEEP, for a copy of gpu.json that outlives
+OUT. Files of steps are not trusted: one that is not JSON, or has another form, is named and left out.
 
     environment   the machine, the versions, the commit and a digest of the library's sources
     this_call     the requested steps, and their results
@@ -24,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -44,7 +46,10 @@ sys.path.append(str(ROOT / "benchmarks"))
 import predictions  # noqa: E402
 import report  # noqa: E402
 
-PACKAGES = ("torch", "triton", "transformers", "pytest", "hypothesis", "pybind11", "cmake", "ninja", "flash-attn")
+PACKAGES = (
+    "torch", "triton", "transformers", "pytest", "hypothesis", "pybind11", "cmake", "ninja", "flash-attn",
+    "liger-kernel", "cut-cross-entropy",
+)  # fmt: skip
 SOURCES = ("andromeda/**/*.py", "csrc/**/*", "CMakeLists.txt", "setup.py")  # of the results
 REHEARSED = "rehearsed: no GPU, tests only collected"
 NOT_RUN = 77  # exit code of a step that cannot run here; the last line of its log has the reason
@@ -123,6 +128,7 @@ def facts() -> dict:
         "python": platform.python_version(),
         "cuda_of_torch": torch.version.cuda,
         "versions": {name: version(name) for name in PACKAGES},
+        "triton_ptxas": triton_assemblers(),
         "nvcc": (output_of("nvcc", "--version") or "not on PATH").splitlines()[-1],
         "nvidia_smi": output_of("nvidia-smi", f"--query-gpu={LIMIT_QUERY}", "--format=csv,noheader"),
     }
@@ -134,6 +140,15 @@ def facts() -> dict:
         found["memory_mib"] = gpu.total_memory // 2**20
         found["uuid"] = str(getattr(gpu, "uuid", ""))
     return found
+
+
+def triton_assemblers() -> dict[str, str | None]:
+    """The assemblers that Triton brings with it, and their versions."""
+    spec = importlib.util.find_spec("triton")
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    programs = [path for folder in folders for path in Path(folder).glob("backends/nvidia/bin/ptxas*")]
+    found = {path.name: re.search(r"V([\d.]+)", output_of(str(path), "--version") or "") for path in programs}
+    return {name: None if match is None else match[1] for name, match in sorted(found.items())}
 
 
 def output_of(*words: str) -> str | None:
@@ -364,8 +379,8 @@ def assembler_of(folder: Path) -> str:
 
 ROW_COLUMNS = (
     "op", "pass", "shape", "dtype", "backend", "median_ms", "tflops", "effective_tflops", "gbps", "tokens_per_s", "mfu",
-    "of_matmul", "of_copy", "sm_mhz", "shared_per_tile", "hmma_per_tile", "conflicts", "shared_share", "hmma_share",
-    "issued", "dram_of_least",
+    "ratio", "of_matmul", "of_copy", "peak_memory_mb", "sm_mhz", "shared_per_tile", "hmma_per_tile",
+    "conflicts", "shared_share", "hmma_share", "issued", "dram_of_least",
 )  # fmt: skip
 
 
@@ -476,6 +491,11 @@ def pytest_configure(config):
             raise pytest.UsageError(f"the library must come from {wanted}, got {where}")
     if os.environ.get("PART") and not hasattr(config, "workerinput"):  # of the processes of xdist the first one counts
         config.pluginmanager.register(Counter(Path(os.environ["PART"])), "gpu_counter")
+
+
+def pytest_collection_modifyitems(items):
+    words = os.environ.get("TESTS_FIRST", "").split()
+    items.sort(key=lambda item: not any(word in item.name for word in words))
 
 
 def main(argv: list[str]) -> int:

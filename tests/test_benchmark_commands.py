@@ -151,6 +151,30 @@ def test_a_case_that_ends_the_process_is_named(grid, tmp_path, monkeypatch):
     assert ran == [32, 128]
 
 
+def test_other_processes_compile_all_lines_of_the_grid(load, monkeypatch):
+    """On a GPU, once: not where another process goes on."""
+    module = load("attn_grid")
+    started = []
+
+    class Process:
+        def __init__(self, command):
+            started.append(command)
+
+        def wait(self):
+            pass
+
+    monkeypatch.setattr(module.subprocess, "Popen", Process)
+    module.compile_all()
+    prepared = []
+    monkeypatch.setattr(module.attn, "prepare", lambda case, args: prepared.append((str(case), args.contenders)))
+    for _, path, *words in started:
+        assert path == module.__file__
+        module.main(["--device", "cpu", *words[2:]])
+    args = module.parse(["--device", "cpu"])
+    cases = [case for line in module.GRID for case in module.attn.all_cases(module.arguments_of(line, args))]
+    assert sorted(prepared) == sorted((str(case), ["andromeda, triton"]) for case in cases)
+
+
 def test_lines_of_the_grid_are_arguments_of_attn(load):
     module = load("attn_grid")
     args = module.parse(["--device", "cpu"])
@@ -169,14 +193,93 @@ def test_model_without_its_peer(load, tmp_path, monkeypatch):
     )
     small = ["--dim", "32", "--depth", "1", "--heads", "2", "--dim-head", "16", "--seqlen", "16", "--quick"]
     steps = ["--pass", "forward", "training", "generation", "--dtype", "bfloat16"]
-    model.main(["--device", "cpu", *small, *steps, "--json", str(tmp_path / "model.json")])
+    model.main(["--device", "cpu", *small, *steps, "--profile", "--json", str(tmp_path / "model.json")])
     data = json.loads((tmp_path / "model.json").read_text())
     assert [(row["pass"], row["backend"]) for row in data["rows"]] == [
-        (step, "andromeda") for step in ("forward", "training", "generation")
+        ("forward", "andromeda"),
+        ("training", "andromeda"),
+        ("training", "andromeda, logits kept"),
+        ("generation", "andromeda"),
     ]
+    for row in data["rows"][1:3]:
+        found = row["profile"]
+        assert sum(found["shares"].values()) == pytest.approx(1, abs=1e-2)
+        assert {"matrix products", "attention", "optimizer"} <= set(found["shares"])
+        assert 0 < len(found["longest"]) <= load("profiles").KEPT
+        assert any(note.startswith(f"training, 16 tokens, {row['backend']}: ") for note in data["notes"])
     row = data["rows"][-1]
     assert row["tokens_per_s"] == pytest.approx(4 / row["median_ms"] * 1e3)
     assert "x-transformers is not installed" in data["notes"][0]
+
+
+def test_a_model_that_keeps_its_logits_has_the_same_loss_and_gradients(load):
+    model = load("model")
+    shape = ["--dim", "32", "--depth", "2", "--heads", "2", "--dim-head", "16", "--quick", "--device", "cpu"]
+    ours, _ = model.build_pair(model.parse(shape), 24)
+    kept = model.with_logits_kept(ours)
+    tokens = torch.randint(256, (2, 25))
+    losses = [ours(tokens, return_loss=True), model.loss_of_logits(kept, tokens)]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    pairs = list(zip(ours.parameters(), kept.parameters(), strict=True))
+    assert all(own is not other for own, other in pairs)
+    for own, other in pairs:
+        torch.testing.assert_close(own.grad, other.grad)
+
+
+@pytest.mark.parametrize("peak, speed, verdicts", [(24.0, 1.0, ["met", "met"]), (26.0, 0.9, ["missed", "missed"])])
+def test_bars_of_a_training_step(load, peak, speed, verdicts):
+    report, timing, bars, kept = load("report"), load("timing"), load("bars"), load("model").KEPT
+
+    def row(backend, milliseconds, memory):
+        return report.make_row(
+            timing.Timing([milliseconds]), op="model", step="training", shape=bars.TRAINING_SHAPE, dtype="float32",
+            device="cpu", backend=backend, peak_memory_mb=memory,
+        )  # fmt: skip
+
+    rows = [row("andromeda", 1 / speed, peak), row(kept, 1.0, 100.0)]
+    lines = bars.evaluate_training(rows, kept)
+    assert [line["verdict"] for line in lines] == verdicts
+    assert lines[0]["measured"] == pytest.approx(peak / 100)
+    assert bars.evaluate_training([{**row, "shape": "s"} for row in rows], kept) is None
+    assert bars.evaluate_training(rows[:1], kept) is None
+
+
+def test_parts_of_a_training_step(load):
+    """Names that torch's profiler gives to kernels of a GPU, and to operators on a CPU."""
+    part_of = load("profiles").part_of
+    assert part_of("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NNT") == "matrix products"
+    assert part_of("aten::addmm") == "matrix products"
+    assert part_of("void andromeda::cuda::attention_backward_dq_kernel<128, true>(Params)") == "attention"
+    assert part_of("void at::native::vectorized_elementwise_kernel<4, GeluCUDAKernelImpl>") == "feed-forward"
+    assert part_of("void at::native::vectorized_elementwise_kernel<4, CUDAFunctor_add>") == "other"
+    assert part_of("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>") == "optimizer"
+    assert part_of("Memcpy DtoD (Device -> Device)") == "casts and copies"
+
+
+def test_generation_without_its_peer(load, tmp_path, monkeypatch):
+    decode, model = load("decode"), load("model")
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "x_transformers" else find_spec(name, *more)
+    )
+    small = ["--device", "cpu", "--dim", "32", "--depth", "1", "--heads", "2", "--dim-head", "16", "--quick"]
+    decode.main([*small, "--context", "8", "--json", str(tmp_path / "decode.json")])
+    data = json.loads((tmp_path / "decode.json").read_text())
+    assert [row["backend"] for row in data["rows"]] == ["andromeda, cached step", "andromeda, recomputed"]
+    args = decode.parse(small)
+    ours, _ = model.build_pair(args, 40)
+    seen = []
+
+    def measure(functions, **options):
+        seen.extend((key, len(function()[0])) for key, function in functions.items())
+        return {key: load("timing").Timing([0.5 * key[1], 0.7 * key[1]]) for key in functions}
+
+    monkeypatch.setattr(decode.timing, "measure", measure)
+    found = decode.steps(ours.eval(), torch.zeros(1, 8, dtype=torch.int64), args)
+    assert seen == [((name, n), n) for name in (decode.CAPTURED, decode.LAUNCHED) for n in (16, 20)]
+    assert all(measured.samples_ms == pytest.approx([0.5, 0.7]) for measured in found.values())
 
 
 def test_autocast_is_entered_for_each_call(load):

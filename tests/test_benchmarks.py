@@ -155,9 +155,39 @@ def test_bars_name_rows_that_exist(load):
     bars, cases = load("bars"), load("cases")
     for device, known in (("cpu", bars.BARS), ("cuda", bars.HOPPER_BARS)):
         for bar in known:
-            case = cases.AttentionCase(bar.step, bar.seqlen, device=device)
+            case = cases.AttentionCase(bar.step, bar.seqlen, dtype=getattr(torch, bar.dtype), device=device)
             names = {contender.name for contender in cases.contenders(case)}
             assert {bar.backend, bar.against} <= names | {bars.MATMUL, bars.COPY, bars.FLOAT32, bars.TFLOPS}
+
+
+@pytest.mark.parametrize(
+    ("device", "changes", "expected"),
+    [
+        ("cpu", {}, ["andromeda", "andromeda, no windows"]),
+        ("cuda", {}, ["andromeda", "andromeda, no windows", "andromeda, triton", "andromeda, triton, no windows"]),
+        ("cuda", {"head_dim": 256}, ["andromeda, triton", "andromeda, triton, no windows"]),
+        ("cuda", {"dtype": torch.float32}, ["andromeda, triton", "andromeda, triton, no windows"]),
+    ],
+)
+def test_kernels_of_attention_on_a_device(load, device, changes, expected):
+    cases = load("cases")
+    found = cases.contenders(
+        cases.AttentionCase("forward", 64, **{"dtype": torch.bfloat16, "device": device, **changes})
+    )
+    assert [contender.name for contender in found if contender.name.startswith("andromeda")] == expected
+    assert next(contender.name for contender in found if contender.windowed) == expected[0]
+
+
+def test_a_refusal_of_triton_is_a_fact_about_the_machine(load):
+    checks = load("checks")
+    refused = NotImplementedError("attention: backend 'triton' does not support this call\n    triton: not installed")
+    note = checks.absence("andromeda, triton, no windows", "forward b1", refused, [])
+    assert note == "No row `andromeda, triton, no windows` for forward b1: triton: not installed"
+    checks.exit_if_missing([note])
+    for name, error in (("andromeda, triton", RuntimeError("no")), ("andromeda", refused)):
+        note = checks.absence(name, "forward b1", error, [])
+        with pytest.raises(SystemExit, match=f"{name} did not run forward b1"):
+            checks.exit_if_missing([note])
 
 
 def test_bar_on_a_rate(load):
@@ -248,7 +278,9 @@ def test_bar_on_memory(load, used, verdict):
     assert (line["measured"], line["verdict"]) == (used, verdict)
 
 
-@pytest.mark.parametrize("command", ["attn", "decode", "model", "qk_norm_rotary", "token_shift_norm"])
+@pytest.mark.parametrize(
+    "command", ["attn", "decode", "model", "qk_norm_rotary", "token_shift_norm", "linear_cross_entropy", "feed_forward"]
+)
 def test_a_gpu_that_is_not_there_is_refused(load, command, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     module = load(command)
@@ -312,6 +344,84 @@ def test_memory_bound_commands_print_and_write(load, capsys, tmp_path, command, 
     row = data["rows"][0]
     [line, _] = load("bars").evaluate_copy(data["rows"], 0.85)
     assert (line["measured"], line["verdict"]) == (row["of_copy"], "met" if row["of_copy"] >= 0.85 else "missed")
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "products", "others"),
+    [
+        ("linear_cross_entropy", ["--dim", "8", "--num-tokens", "50"], 2 * 8 * 50, ["andromeda, logits kept"]),
+        ("feed_forward", ["--dim", "8"], 2 * 2 * 8 * 32, []),
+    ],
+)
+def test_commands_of_products_print_and_write(load, capsys, tmp_path, command, arguments, products, others):
+    """products: operations of the forward pass of one token."""
+    path = tmp_path / f"{command}.json"
+    load(command).main(["--device", "cpu", "--seqlen", "16", "--quick", "--json", str(path), *arguments])
+    assert "of_matmul" in capsys.readouterr().out
+    data = json.loads(path.read_text())
+    matmul = load("bars").MATMUL
+    assert [(row["pass"], row["backend"]) for row in data["rows"]] == [
+        (step, name) for step in ("forward", "training") for name in ("andromeda", *others, "torch", matmul)
+    ]
+    for row in data["rows"]:
+        if row["op"] == command:
+            work = 16 * products * (3 if row["pass"] == "training" else 1)
+            assert row["tflops"] == pytest.approx(work / row["median_ms"] / 1e9)
+            assert row["workspace_mb"] <= row["peak_memory_mb"]
+        else:
+            assert (row["op"], row["tflops"]) == ("matmul", pytest.approx(2 * 2048**3 / row["median_ms"] / 1e9))
+
+
+def test_other_packages_have_rows_where_they_are_installed(load, monkeypatch, tmp_path):
+    """A package that works and one that does not run here."""
+    benchmark = load("linear_cross_entropy")
+    (tmp_path / "cut_cross_entropy.py").write_text(
+        "from torch.nn import functional\n"
+        "def linear_cross_entropy(e, c, targets, ignore_index, impl):\n"
+        "    return functional.cross_entropy(e @ c.T, targets, ignore_index=ignore_index)\n"
+    )
+    (tmp_path / "liger_kernel").mkdir()
+    (tmp_path / "liger_kernel" / "__init__.py").write_text("raise RuntimeError('no GPU')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    file = tmp_path / "rows.json"
+    benchmark.main(["--device", "cpu", "--seqlen", "16", "--quick", "--pass", "training", "--json", str(file)])
+    data = json.loads(file.read_text())
+    assert "cut_cross_entropy" in {row["backend"] for row in data["rows"]}
+    assert "liger did not run training of linear_cross_entropy: RuntimeError: no GPU" in data["notes"]
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "op", "moved"),
+    [
+        ("linear_cross_entropy", ["--num-tokens", "200"], "cross_entropy", {"training": 2 * 200}),
+        ("feed_forward", ["--dim", "8"], "gelu", {"forward": 2 * 32, "backward": 4 * 32}),
+    ],
+)
+def test_kernels_between_products_beside_a_copy(load, emulated_triton, command, arguments, op, moved):
+    """moved: numbers per token."""
+    benchmark, bars = load(command), load("bars")
+    args = benchmark.parse(["--device", "cpu", "--seqlen", "4", "--quick", *arguments])
+    rows, notes = benchmark.kernel_rows(args)
+    assert notes == []
+    assert [(row["op"], row["pass"], row["backend"]) for row in rows] == [
+        (name, step, backend)
+        for step in moved
+        for name, backend in ((op, "andromeda, triton"), ("copy", "memory copy"))
+    ]
+    for row in rows:
+        assert row["gbps"] == pytest.approx(4 * 4 * moved[row["pass"]] / row["median_ms"] / 1e6)
+    lines = bars.of_copy([{**row, "device": "cuda"} for row in rows])
+    assert [line["bar"] for line in lines] == [">= 0.85 x memory copy rate"] * len(moved)
+
+
+@pytest.mark.parametrize("ratio, used, verdicts", [(1.0, 63.0, ["met"] * 2), (0.9, 64.0, ["missed"] * 2)])
+def test_bars_of_the_loss(load, ratio, used, verdicts):
+    bars = load("bars")
+    spreads = {"ratio": (ratio, ratio, ratio)}
+    place = {"step": "training", "shape": bars.LOSS_SHAPE}
+    lines = bars.evaluate_loss([make_row(load, "andromeda", [1.0], **place, spreads=spreads, workspace_mb=used)])
+    assert [line["verdict"] for line in lines] == verdicts
+    assert bars.evaluate_loss([make_row(load, "andromeda", [1.0], workspace_mb=used)]) is None
 
 
 def test_a_memory_bound_result_that_is_off_is_not_timed(load, monkeypatch, tmp_path):

@@ -1,6 +1,8 @@
 """Counters of ncu, with a stand-in for it: parsing its output and its refusals; predictions and rows."""
 
+import dataclasses
 import importlib
+import itertools
 import json
 import re
 import subprocess
@@ -218,7 +220,7 @@ def rows_of_the_benchmarks(load):
         for case in attn.all_cases(request):
             step, dtype = case.step, str(case.dtype).removeprefix("torch.")
             columns = {"tflops", "of_copy", "speedup"} if step == "decode" else {"tflops", "speedup"}
-            for contender in attn.contenders(case, request):
+            for contender in attn.contenders(dataclasses.replace(case, device="cuda"), request):
                 found["attention", step, case.shape, dtype, contender.name] = columns
     columns = {"shared_per_tile", "hmma_per_tile", "conflicts", "hmma_share", "shared_share", "dram_of_least"}
     kernels = {
@@ -235,10 +237,23 @@ def rows_of_the_benchmarks(load):
         found[tuple(row[name] for name in load("predictions").KEY)] = having
     request = rotary.parse(["--device", "cpu", "--seqlen", "32768"])  # its length on a GPU
     shape = f"b1 n{request.seqlen} h{request.heads}/1 d{request.head_dim} r{request.head_dim // 2}"
-    for step in ("forward", "backward"):
-        found["qk_norm_rotary", step, shape, request.dtype, load("bars").WINDOWS] = {"of_copy"}
-        if (FOLDER / "token_shift_norm.py").exists():
-            found["token_shift_norm", step, counters.SHIFT_SHAPE, "bfloat16", load("bars").WINDOWS] = {"of_copy"}
+    for step, name in itertools.product(("forward", "backward"), load("operations").backends("cuda")):
+        found["qk_norm_rotary", step, shape, request.dtype, name] = {"of_copy"}
+        found["token_shift_norm", step, counters.SHIFT_SHAPE, "bfloat16", name] = {"of_copy"}
+    return found | rows_of_products(load)
+
+
+def rows_of_products(load):
+    found, triton = {}, load("checks").TRITON
+    lce = load("linear_cross_entropy")
+    rows = lce.GPU_BLOCK_LOGITS // 50304
+    found["cross_entropy", "training", f"n{rows} v50304", "bfloat16", triton] = {"of_copy"}
+    for step, name in itertools.product(("forward", "training"), (triton, "torch")):
+        found["linear_cross_entropy", step, "n8192 dim2560 v50304", "bfloat16", name] = {"of_matmul", "speedup"}
+    decode, shape = load("decode"), load("model").GPU_SHAPE
+    shape = f"context 512 dim{shape['dim']} depth{shape['depth']} h{shape['heads']}/1 d{shape['dim_head']}"
+    for name in (decode.CAPTURED, decode.LAUNCHED):
+        found["model", "generate", shape, "bfloat16", name] = {"median_ms", "speedup"}
     return found
 
 

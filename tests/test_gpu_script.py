@@ -7,6 +7,7 @@ tests/gpu_report.py runs. While a call runs, gpu.json is read continuously: it m
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "tests" / "gpu.sh"
-STEPS = ["build", "smoke", "quick", "profile", "tests", "wrappers", "sanitizer", "bench"]
+STEPS = ["build", "smoke", "triton", "quick", "profile", "tests", "wrappers", "sanitizer", "bench"]
 pytestmark = pytest.mark.skipif(not shutil.which("timeout"), reason="needs coreutils")
 
 # Replaces Python: the first rule whose pattern is in the command decides; without one the command succeeds. The output
@@ -80,7 +81,7 @@ GPU = {
 # Variables that a run of the script, which also runs these tests, would pass on.
 OF_THE_SCRIPT = {
     "BUDGET", "COMMIT", "LIBRARY", "PART", "PTXAS2", "REHEARSE", "SCRATCH", "SECOND", "STEP_LIMIT", "STEP_SECONDS",
-    "TORCH_CUDA_ARCH_LIST", "WHEELS",
+    "TESTS_FIRST", "TORCH_CUDA_ARCH_LIST", "WHEELS",
 }  # fmt: skip
 
 
@@ -208,7 +209,8 @@ def test_every_step_passes(calls):
     assert list(data["steps"]) == STEPS
     assert calls.results() == dict.fromkeys(STEPS, "passed")
     assert data["environment"]["gpu"] == "NVIDIA H200"
-    assert set(data["measured"]["bench"]) >= {"attn_forward", "attn_decode", "flex_backward", "model", "qk_norm_rotary"}
+    assert set(data["measured"]["bench"]) >= {"attn_forward", "attn_decode", "flex_backward", "model", "feed_forward"}
+    assert data["measured"]["triton"]["triton"]["passed"] == 3
     assert data["measured"]["smoke"]["default"]["ptxas"] == "13.1.80"
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
         assert "ERROR SUMMARY" in (calls.out / f"gpu_{tool}.log").read_text()
@@ -542,6 +544,12 @@ def test_end(): os._exit(9)
     assert [failure["test"] for failure in part["failures"]] == ["test_it.py::test_bad", "test_it.py::test_error"]
     assert "of no use" in part["failures"][0]["text"]
     assert part["skips"] == {"Skipped: no GPU": 1}
+
+
+def test_some_tests_run_first(tmp_path):
+    text = "".join(f"def test_{name}(): print('ran {name}')\n" for name in ("a", "forward", "b", "backward"))
+    result, _ = run_plugin(tmp_path, text, "-s", TESTS_FIRST="forward backward")
+    assert re.findall(r"ran (\w+)", result.stdout) == ["forward", "backward", "a", "b"]
 
 
 def test_skipped_tests_alone_are_no_success(tmp_path):

@@ -640,6 +640,15 @@ def test_qk_norm_rotary_strided(emulated, case, dtype):
         operation.test_backward("cuda", sliced_tensors_for, case, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=operation.name_of)
+@pytest.mark.parametrize("case", operation.STEP_CASES, ids=operation.name_of)
+def test_qk_norm_rotary_step(emulated, case, dtype):
+    with nan_filled():
+        operation.test_step("cuda", tensors_for, case, dtype)
+        if case.name == "tokens":
+            operation.test_step("cuda", sliced_tensors_for, case, dtype)
+
+
 def law_name(value):
     return value.__name__.removeprefix("test_") if callable(value) else str(value)
 

@@ -1,0 +1,58 @@
+"""The table of tiles: sizes, warps and stages of every kernel by architecture, width of a head and size of an element.
+
+Fixed, without an autotuner: a call takes the same kernel every time, and nothing is measured while a program runs.
+"""
+
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """How a kernel of attention divides its work."""
+
+    rows: int  # of queries
+    keys: int
+    num_warps: int
+    num_stages: int  # tiles of keys and of values in shared memory
+
+
+# (architecture, bytes of an element, padded head_dim up to) -> tile of `attention_forward_kernel`.
+ATTENTION_FORWARD = {
+    ("sm_80", 2): {64: Tile(128, 64, 4, 3), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 4, 2)},
+    ("sm_86", 2): {64: Tile(128, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 4, 1)},
+    ("sm_90", 2): {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 64, 8, 2)},
+    ("sm_100", 2): {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 64, 8, 2)},
+    ("sm_120", 2): {64: Tile(128, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 4, 1)},
+    ("gfx942", 2): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 4, 1)},
+    ("sm_80", 4): {64: Tile(64, 32, 4, 2), 128: Tile(32, 32, 4, 2), 256: Tile(32, 16, 4, 1)},
+    ("sm_86", 4): {64: Tile(64, 32, 4, 2), 128: Tile(32, 32, 4, 1), 256: Tile(32, 16, 4, 1)},
+    ("sm_90", 4): {64: Tile(64, 32, 4, 2), 128: Tile(32, 32, 4, 2), 256: Tile(32, 16, 4, 1)},
+    ("sm_100", 4): {64: Tile(64, 32, 4, 2), 128: Tile(32, 32, 4, 2), 256: Tile(32, 16, 4, 1)},
+    ("sm_120", 4): {64: Tile(64, 32, 4, 2), 128: Tile(32, 32, 4, 1), 256: Tile(32, 16, 4, 1)},
+    ("gfx942", 4): {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(32, 16, 4, 1)},
+}
+# The same for `attention_decode_kernel`; rows: at most, the kernel has also tiles with 16 and 32.
+ATTENTION_DECODE = {
+    ("sm_80", 2): {64: Tile(64, 64, 4, 4), 128: Tile(64, 64, 4, 3), 256: Tile(64, 32, 4, 3)},
+    ("sm_86", 2): {64: Tile(64, 64, 4, 3), 128: Tile(64, 32, 4, 3), 256: Tile(64, 32, 4, 2)},
+    ("sm_90", 2): {64: Tile(64, 64, 4, 4), 128: Tile(64, 64, 4, 3), 256: Tile(64, 32, 4, 3)},
+    ("sm_100", 2): {64: Tile(64, 64, 4, 4), 128: Tile(64, 64, 4, 3), 256: Tile(64, 32, 4, 3)},
+    ("sm_120", 2): {64: Tile(64, 64, 4, 3), 128: Tile(64, 32, 4, 3), 256: Tile(64, 32, 4, 2)},
+    ("gfx942", 2): {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(64, 32, 4, 1)},
+    ("sm_80", 4): {64: Tile(32, 32, 4, 3), 128: Tile(32, 32, 4, 2), 256: Tile(32, 16, 4, 2)},
+    ("sm_86", 4): {64: Tile(32, 32, 4, 3), 128: Tile(32, 16, 4, 2), 256: Tile(32, 16, 4, 1)},
+    ("sm_90", 4): {64: Tile(32, 32, 4, 3), 128: Tile(32, 32, 4, 2), 256: Tile(32, 16, 4, 2)},
+    ("sm_100", 4): {64: Tile(32, 32, 4, 3), 128: Tile(32, 32, 4, 2), 256: Tile(32, 16, 4, 2)},
+    ("sm_120", 4): {64: Tile(32, 32, 4, 3), 128: Tile(32, 16, 4, 2), 256: Tile(32, 16, 4, 1)},
+    ("gfx942", 4): {64: Tile(32, 32, 4, 1), 128: Tile(32, 16, 4, 1), 256: Tile(32, 16, 4, 1)},
+}
+
+
+def padded_channels(head_dim: int) -> int:
+    """The width of a tile for a head: a power of two, at least the 16 of a matrix instruction."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def choose(table: dict[tuple[str, int], dict[int, Tile]], architecture: str, element_size: int, channels: int) -> Tile:
+    """The tile of a kernel for heads of `channels` columns."""
+    by_channels = table[architecture, element_size]
+    return by_channels[min(width for width in by_channels if width >= channels)]
