@@ -67,8 +67,13 @@ def forward(
             forward_tiles=batch * num_heads * triton.cdiv(seqlen_q, 128),
             multiprocessors=launch.multiprocessors(),
         )
+    elif not (num_splits == NOT_SPLIT or 1 <= num_splits <= MAX_SPLITS):
+        range_of_splits = f"{NOT_SPLIT} (the kernel for many queries) to {MAX_SPLITS}"
+        raise ValueError(f"attention_forward: num_splits must be {range_of_splits}, got {num_splits}")
     if num_splits == NOT_SPLIT:
         many = tiles.choose(tiles.ATTENTION_FORWARD, architecture, q.itemsize, channels)
+        if not _loads_vectors(q, k, v):  # then every element of a tile has an address of its own, in registers
+            many = many._replace(keys=max(16, many.keys // 2))
         query_tiles = triton.cdiv(seqlen_q, many.rows)
         attention_forward_kernel[(batch * num_heads * query_tiles,)](
             *given,
@@ -133,6 +138,13 @@ def forward(
             num_warps=4,
             **launch.OPTIONS,
         )
+
+
+def _loads_vectors(*tensors: Tensor) -> bool:
+    """Whether Triton knows that all rows begin at multiples of 16 bytes."""
+    return all(
+        tensor.data_ptr() % 16 == 0 and not any(stride % 16 for stride in tensor.stride()[:3]) for tensor in tensors
+    )
 
 
 def choose_num_splits(

@@ -240,7 +240,9 @@ def attention_backward_dq(
 
     dout_tile = load_rows(dout, dout_seq, query, seqlen_q, kHeadDim, kChannels, False)
     out_tile = load_rows(out, out_seq, query, seqlen_q, kHeadDim, kChannels, False)
-    delta = tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+    # Products of their own: one that is fused with the addition of another lane's sum would give each lane other bits.
+    zero = tl.zeros((kQueries, kChannels), tl.float32)
+    delta = tl.sum(tl.fma(dout_tile.to(tl.float32), out_tile.to(tl.float32), zero), 1)
     lse = tl.load(softmax_lse + query, mask=exists, other=0.0) * _kLog2E
     column_lse = lse  # as pass 2 adds it to a column
     if kBiased and kSplit:

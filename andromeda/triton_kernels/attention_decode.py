@@ -72,7 +72,7 @@ def attention_decode_kernel(
     kChannels: tl.constexpr,  # head_dim, padded
 ) -> None:
     if num_keys is not None:
-        seqlen_k = tl.load(num_keys)
+        seqlen_k = tl.minimum(tl.maximum(tl.load(num_keys), 0), seqlen_k)
     # Row blocks that read the same keys are neighbours in the grid: the second one finds them in L2.
     index = tl.program_id(0)
     row = index % num_row_blocks * kRows + tl.arange(0, kRows)

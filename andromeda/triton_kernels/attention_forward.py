@@ -68,7 +68,7 @@ def attention_forward_kernel(
 ) -> None:
     kBiased: tl.constexpr = alibi_slopes is not None
     if num_keys is not None:
-        seqlen_k = tl.load(num_keys)
+        seqlen_k = tl.minimum(tl.maximum(tl.load(num_keys), 0), seqlen_k)
     index = tl.program_id(0)
     head = num_heads - 1 - index % num_heads
     index //= num_heads

@@ -292,7 +292,7 @@ def sum_tiles(
     bare_first = tl.minimum(tl.maximum((unmasked_begin + (kKeys - 1)) // kKeys, first_tile), end_tile)
     bare_end = tl.maximum(tl.minimum(unmasked_end // kKeys, end_tile), bare_first)
     num_bare = bare_end - bare_first
-    for index in tl.range(0, end_tile - first_tile - num_bare, num_stages=1):
+    for index in tl.range(0, end_tile - first_tile - num_bare):
         tile = masked_tile(index, bare_first, bare_end, end_tile)
         out, sum, rounded_sum, maximum = add_tile(
             out,

@@ -196,21 +196,34 @@ def test_schedules_change_no_bit(gpu):
     assert all(torch.equal(result, results[0]) for result in results[1:])
 
 
-def test_offsets_beyond_32_bits(gpu, monkeypatch):
-    """Rows of the second batch entry are 2^33 elements after the first: an offset that was computed in 32 bits is
-    outside every buffer. Memory is taken only where it is accessed."""
-    inputs = make(small(batch=2, seqlen_q=40, seqlen_k=90, num_heads=2), CPU)
-    expected = attention(*inputs.tensors(), **inputs.options, backend="triton")
-    near = gpu.tensor
+def place_far_apart(gpu, inputs, monkeypatch):
+    """The same q, k and v; the second batch entry is 3 * 2^30 elements after the first. An offset that is computed in
+    32 bits is outside every buffer. Memory is taken only where it is accessed."""
+    stride, near = 3 * 2**30, gpu.tensor
+    memory = torch.empty(stride + 2**16, dtype=inputs.q.dtype)
 
-    def tensor(values, *, name, **options):
-        if name not in ("q", "k", "v"):
-            return near(values, name=name, **options)
-        far = gpu.sparse(values.shape, values.dtype, name=name, strides=values.stride())
-        far.memory.copy_(values[..., :])
+    def place(tensor, start):
+        far = memory[start:].as_strided(tensor.shape, (stride, *tensor.stride()[1:]))
+        far.copy_(tensor)
         return far
 
-    monkeypatch.setattr(gpu, "tensor", tensor)
+    def copy(tensor, *, name, **options):
+        if tensor.numel() == 0 or max(tensor.stride()) < stride:
+            return near(tensor, name=name, **options)
+        far = gpu.sparse(tensor.shape, tensor.dtype, name=name, strides=tensor.stride())
+        far.memory.copy_(tensor)
+        return far
+
+    monkeypatch.setattr(gpu, "tensor", copy)
+    tensors = (place(tensor, 2**14 * index) for index, tensor in enumerate(inputs.tensors()))
+    return whole.Inputs(*tensors, inputs.dout, inputs.options)
+
+
+def test_offsets_beyond_32_bits(gpu, monkeypatch):
+    inputs = make(small(batch=2, seqlen_q=40, seqlen_k=90, num_heads=2), CPU)
+    expected = attention(*inputs.tensors(), **inputs.options, backend="triton")
+    far = place_far_apart(gpu, inputs, monkeypatch)
+    assert torch.equal(attention(*far.tensors(), **far.options, backend="triton"), expected)
 
 
 def test_a_length_does_not_compile_again(gpu):
