@@ -38,3 +38,11 @@ def test_dense_rows():
     assert _common.with_dense_rows(tensor) is tensor
     expanded = torch.ones(()).expand(3, 4)
     assert _common.with_dense_rows(expanded).stride() == (4, 1)
+
+
+def test_sum_of_partials(device):
+    partial = torch.arange(60, dtype=torch.float32, device=device).view(5, 3, 4)
+    out = torch.empty(3, 4, device=device)
+    with torch.autocast(device.type, torch.bfloat16):  # it would round the operands of a product
+        _common.sum_partials(partial + 1000, out)
+    assert torch.equal(out, (partial + 1000).sum(0))

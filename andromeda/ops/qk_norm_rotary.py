@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from andromeda.ops import Backend, _checks, _operator, _rotary, _select, _transforms
-from andromeda.ops._common import cast, compute_dtype, contiguous, dtype_name, with_dense_rows
+from andromeda.ops._common import cast, compute_dtype, contiguous, dtype_name, sum_partials, with_dense_rows
 from andromeda.reference import qk_norm_rotary as reference
 
 NAME = "qk_norm_rotary"
@@ -265,8 +265,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         k_out.copy_(reference.transform(call.k.to(dtype), call.k_scale, k_table, call.normalize))
     else:
         with _select.device_guard(call.q.device):
-            step = {} if call.step is None else {"step": call.step}
-            _kernel(call, plan, "forward")(**_arguments(call, plan), **step, q_out=q_out, k_out=k_out)
+            _kernel(call, plan, "forward")(**_arguments(call, plan), step=call.step, q_out=q_out, k_out=k_out)
     return q_out, k_out
 
 
@@ -303,7 +302,7 @@ def backward(dq_out: Tensor, dk_out: Tensor, call: Call) -> Gradients:
             )
         for dscale, partial in ((dq_scale, dq_scale_partial), (dk_scale, dk_scale_partial)):
             if partial is not None:
-                torch.sum(partial, dim=0, out=dscale)
+                sum_partials(partial, dscale)
     return gradients
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from andromeda.ops import Backend, _checks, _operator, _select, _transforms
-from andromeda.ops._common import cast, compute_dtype, contiguous, with_dense_rows
+from andromeda.ops._common import cast, compute_dtype, contiguous, sum_partials, with_dense_rows
 from andromeda.reference import token_shift_norm as reference
 
 NAME = "token_shift_norm"
@@ -252,7 +252,7 @@ def backward(dy: Tensor | None, dshifted: Tensor | None, call: Call) -> Gradient
             )
         for gradient, partial in ((dresidual_scale, dresidual_scale_partial), (dgamma, dgamma_partial)):
             if partial is not None:
-                torch.sum(partial, dim=0, out=gradient)
+                sum_partials(partial, gradient)
     return gradients
 
 

@@ -23,11 +23,12 @@ import triton.language as tl
 
 from andromeda.triton_kernels import launch
 
-_TILE_ELEMENTS = {"forward": 4096, "backward": 2048}  # 32 and 16 per lane
-_NUM_WARPS = 4
+_TILE_ELEMENTS = {"forward": 1024, "backward": 4096}  # 32 per lane
+_NUM_WARPS = {"forward": 1, "backward": 4}
 _MOST_ROWS = 64
 _MOST_HEADS = 8  # of a tile: 2 KiB of adjacent memory at head_dim 128 in half precision
-_PROGRAMS_PER_MULTIPROCESSOR = 4  # of the backward pass that are resident at a time
+_kMaxStep = tl.constexpr(8191)  # the tables have rows for every step up to it
+_PROGRAMS_PER_MULTIPROCESSOR = 3  # of the backward pass that are resident at a time
 
 
 @triton.jit
@@ -196,6 +197,7 @@ def forward_kernel(
     k_row: tl.tensor,
     k_factor_row: tl.tensor,
     factors: tl.tensor,
+    step: tl.tensor,  # (1,), how many positions further on every token lies than its rows say, or None
     batch: tl.tensor,
     q_programs: tl.tensor,
     kHeadDim: tl.constexpr,
@@ -207,6 +209,12 @@ def forward_kernel(
     kBlockDim: tl.constexpr,
 ) -> None:
     program = tl.program_id(0)
+    if step is not None:
+        further = tl.minimum(tl.maximum(tl.load(step), 0), _kMaxStep)
+        q_row += further
+        k_row += further
+        q_factor_row += further
+        k_factor_row -= further
     if program < q_programs:
         _transform_tile(
             program, q, q_scale, q_table, factors, q_out, q_batch, q_seq, q_head, batch, q_seqlen, q_head_tiles,
@@ -392,6 +400,7 @@ def forward(
     factors: torch.Tensor | None = None,
     q_factor_row: int = 0,
     k_factor_row: int = 0,
+    step: torch.Tensor | None = None,
     q_out: torch.Tensor,
     k_out: torch.Tensor,
     normalize: bool,
@@ -409,9 +418,9 @@ def forward(
         *(q.shape[1], q.shape[2] // constants["kQHeads"], q_row, q_factor_row),
         *(k, k_scale, k_table, k_out, *k.stride()[:3]),
         *(k.shape[1], k.shape[2] // constants["kKHeads"], k_row, k_factor_row),
-        *(factors, q.shape[0], programs[0]),
+        *(factors, step, q.shape[0], programs[0]),
         **constants,
-        num_warps=_NUM_WARPS,
+        num_warps=_NUM_WARPS["forward"],
         **launch.OPTIONS,
     )
 
@@ -452,7 +461,7 @@ def backward(
         *(k.shape[1], k_head_tiles, _ceil_div(k.shape[0] * k.shape[1], max(k_runs, 1)), k_row, k_factor_row),
         *(factors, q.shape[0], q_head_tiles * q_runs),
         **constants,
-        num_warps=_NUM_WARPS,
+        num_warps=_NUM_WARPS["backward"],
         **launch.OPTIONS,
     )
 

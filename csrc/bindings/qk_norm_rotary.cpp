@@ -142,8 +142,7 @@ void backward(const TensorView& q, const TensorView& k, const OptionalTensor& q_
   call.threads(num_threads);
   QkNormRotaryBackwardParams params;
   params.rotary_dim = rotary_dim_of(call, q, q_table, k_table);
-  const Rotation rotation{q_table,      k_table,      factors,           q_row, k_row,
-                          q_factor_row, k_factor_row, params.rotary_dim, 0};
+  const Rotation rotation{q_table, k_table, factors, q_row, k_row, q_factor_row, k_factor_row, params.rotary_dim, 0};
   // Both operands are cut into the same number of runs; without scales nothing is summed and the number is unused.
   const OptionalTensor& partial = dq_scale_partial.has_value() ? dq_scale_partial : dk_scale_partial;
   params.num_partials = 1;

@@ -42,9 +42,10 @@ void check_rows(int head_dim, int rotary_dim) {
   }
 }
 
-void check_operand(const QkNormRotaryOperand& operand, int rotary_dim) {
-  if (operand.seqlen > kMaxRotarySeqlen) {
-    throw std::invalid_argument("qk_norm_rotary: seqlen must be at most " + std::to_string(kMaxRotarySeqlen) +
+void check_operand(const QkNormRotaryOperand& operand, int rotary_dim, bool has_step) {
+  const int max_seqlen = kMaxRotarySeqlen - (has_step ? kMaxRotaryStep : 0);
+  if (operand.seqlen > max_seqlen) {
+    throw std::invalid_argument("qk_norm_rotary: seqlen must be at most " + std::to_string(max_seqlen) +
                                 " on CUDA, got " + std::to_string(operand.seqlen));
   }
   if (rotary_dim > 0 && operand.table == nullptr && operand.seqlen > 0) {
@@ -92,7 +93,7 @@ int tile_heads_log2_of(int num_heads, int num_groups) {
 // num_runs == 0: as many runs as keep the device busy.
 OperandPlan plan_operand(const QkNormRotaryOperand& operand, const QkNormRotaryParams& params, int group_log2,
                          std::int64_t num_runs) {
-  check_operand(operand, params.rotary_dim);
+  check_operand(operand, params.rotary_dim, params.step != nullptr);
   OperandPlan plan{};
   plan.num_tokens = static_cast<std::int64_t>(params.batch) * operand.seqlen;
   if (operand.num_heads == 0 || (plan.num_tokens == 0 && num_runs == 0)) return plan;  // no blocks

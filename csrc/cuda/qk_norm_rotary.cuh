@@ -167,10 +167,9 @@ struct Slice {
 
   // Multiplies the rotations of token `seq` by their factors z. They are read late, from L1 after the first head, so
   // that they occupy no register during the wait for memory. With Access::kVec16 two factors are one access.
-  __device__ void apply_factors(float2 (&rotation)[kPairs], const QkNormRotaryOperand& operand,
-                                std::int64_t seq) const {
+  __device__ void apply_factors(float2 (&rotation)[kPairs], const QkNormRotaryOperand& operand, int seq) const {
     if (operand.factors == nullptr) return;
-    const float* row = operand.factors + seq * operand.factor_step + first_channel() / 2;
+    const float* row = operand.factors + static_cast<std::int64_t>(seq) * operand.factor_step + first_channel() / 2;
 #pragma unroll
     for (int i = 0; i < kPairs; i += 2) {
       const float* source = row + (offset(i / kVecPairs) / 2 + i % kVecPairs);
@@ -213,8 +212,10 @@ __device__ inline float inverse_norm(float sum_of_squares) {
   return above_floor(sum_of_squares) ? inverse_sqrt<T>(sum_of_squares) : 1.0f / kNormFloor;
 }
 
+// Six blocks on a multiprocessor, as many as without `step`: ptxas would move the element-wise loads of bfloat16 ahead,
+// and use 111 registers.
 template <typename T, Access kAccess, int kVecs, int kRows>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kAccess == Access::kElement && sizeof(T) == 2 ? 6 : 0)
     qk_norm_rotary_forward_kernel(const __grid_constant__ QkNormRotaryParams params,
                                   const __grid_constant__ Plan plan) {
   using LaneSlice = Slice<T, kAccess, kVecs>;
@@ -273,7 +274,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       const float inverse = params.normalize ? inverse_norm<T>(sum_of_squares[row]) : 1.0f;
-      slice.apply_factors(rotation[row], operand, static_cast<std::int64_t>(seq[row]) + step);
+      slice.apply_factors(rotation[row], operand, seq[row] + step);
       float2 result[kPairs];
 #pragma unroll
       for (int i = 0; i < kPairs; ++i) {
