@@ -10,8 +10,8 @@ A program owns a tile of kRows x kColumns of the (rows, hidden) matrix; in backw
 sums dproduct over all of their rows, one partial sum for each column. torch adds these up. How many rows a partial sum
 covers depends on nothing, so the result has the same bits on every run.
 
-Memory: forward reads 1 matrix and writes 1, backward reads 2 and writes 2. The time is that of a copy of as many bytes:
-erf takes about 20 operations for each number, an eighth of what a GPU can do while it moves the bytes.
+Memory: forward reads 1 matrix and writes 1, backward reads 2 and writes 2. The time should be that of a copy of as many
+bytes: while an H200 copies a number of 2 bytes, it has time for about 30 operations.
 """
 
 import torch
@@ -26,9 +26,26 @@ _ROWS, _COLUMNS, _STEPS, _WARPS = 16, 256, 8, 4
 
 
 @triton.jit
-def _phi(u: tl.tensor) -> tl.tensor:
-    """The normal distribution."""
-    return 0.5 + 0.5 * tl.erf(u * 0.7071067811865476)
+def _normal_distribution(u: tl.tensor) -> tl.tensor:
+    """Phi(u) for float32, with an error below 2**-24 before rounding.
+
+    erf of the GPUs' libraries has branches, which become 20 operations more: as many as the time of the copy has room
+    for. Here the tail Phi(-a) is 2**p(a), for all a >= 0. The polynomial p of degree 10 has the smallest weighted error
+    on 0 ... 7, relative to 1 near 0 and to the tail further out (8e-5 at a = 5); p(0) is -1 exactly. Its leading
+    coefficient is negative: beyond 7 it falls to minus infinity.
+    """
+    a = tl.abs(u)
+    p = -3.640442258756593e-08 * a + 1.035009631777939e-06
+    p = p * a - 1.2591201993927825e-05
+    p = p * a + 8.411808812525123e-05
+    p = p * a - 0.00029957195511087775
+    p = p * a + 2.8397766072885133e-05
+    p = p * a + 0.006926332134753466
+    p = p * a - 0.05243551358580589
+    p = p * a - 0.4592205286026001
+    p = p * a - 1.15110445022583
+    tail = tl.exp2(p * a - 1.0)
+    return tl.where(u < 0.0, tail, 1.0 - tail)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -50,7 +67,7 @@ def forward_kernel(
     u = tl.load(product + place, mask=inside, other=0.0).to(tl.float32)
     if bias is not None:
         u += tl.load(bias + column, mask=column < hidden, other=0.0).to(tl.float32)
-    tl.store(activation + place, (u * _phi(u)).to(activation.dtype.element_ty), mask=inside)
+    tl.store(activation + place, (u * _normal_distribution(u)).to(activation.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -80,12 +97,12 @@ def backward_kernel(
         place = row * hidden + column
         u = tl.load(product + place, mask=inside, other=0.0).to(tl.float32) + shift
         gradient = tl.load(dactivation + place, mask=inside, other=0.0).to(tl.float32)
-        distribution = _phi(u)
-        density = 0.3989422804014327 * tl.exp(-0.5 * u * u)
+        distribution = _normal_distribution(u)
+        density = 0.3989422804014327 * tl.exp2(u * u * -0.7213475204444817)  # log2(e) / 2
         gradient *= distribution + u * density
         tl.store(activation + place, (u * distribution).to(activation.dtype.element_ty), mask=inside)
         tl.store(dproduct + place, gradient.to(dproduct.dtype.element_ty), mask=inside)
-        total += tl.where(inside, gradient, 0.0)
+        total += gradient  # 0 outside, by its loaded factor
         row += kRows
     if partial is not None:
         tl.store(partial + run * hidden + column, tl.sum(total, 0)[None, :], mask=column < hidden)

@@ -3,11 +3,12 @@
     loss = lse - logits[target] + z_loss * lse^2,   lse = logsumexp(logits)
     dlogits = exp(logits - lse) * (1 + 2 * z_loss * lse),   less 1 at the target
 
-A program owns a row and goes over it twice, tile by tile: first for the running maximum and the sum of the
-exponentials, then for the gradient. The second time the row comes from the second-level cache, so memory is read once
-and written once: without a gradient, only read. A row whose target is ignored is not read at all.
+A program owns a row and goes over it twice, tile by tile: first for the maximum and the sum of the exponentials, which
+each thread keeps for its own columns, then for the gradient. The second time the row comes from a cache, so memory is
+read once and written once; without a gradient it is only read, and a row whose target is ignored is not even read.
 
-Exponentials are base 2: exp(x) = exp2(x * log2(e)), one multiplication and addition and one instruction.
+Exponentials are base 2: exp(x - m) = exp2(x * log2(e) - offset) with offset = m * log2(e), rounded once. The sum and
+the gradient use the same offset, so that its rounding error, which grows with the logits, cancels.
 """
 
 import torch
@@ -20,17 +21,21 @@ from andromeda.triton_kernels import launch
 # stay in the second-level cache: of 50304 bfloat16 logits, 26 MB on an H200. A small vocabulary takes a small tile.
 _LARGE_TILE, _SMALL_TILE = 8192, 1024
 _ELEMENTS_PER_THREAD = 8
+_VECTOR_BYTES = 16  # of a load
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
-_LOWEST = tl.constexpr(-3.0e38)  # finite: the difference of two infinities would be NaN
+_LOWEST = tl.constexpr(-1.0e38)  # finite: the difference of two infinities would be NaN
 
 
 @triton.jit
-def tile_of(
-    logits: tl.tensor, start: tl.tensor, num_tokens: tl.tensor, kTile: tl.constexpr, kMasked: tl.constexpr
-) -> tl.tensor:
-    """A tile of a row in float32, -inf outside the vocabulary."""
-    column = start + tl.arange(0, kTile)
+def columns(start: tl.tensor, kRuns: tl.constexpr, kVector: tl.constexpr) -> tl.tensor:
+    """The columns of a tile, one run of a thread's load in each row: (kRuns, kVector)."""
+    return start + tl.arange(0, kRuns)[:, None] * kVector + tl.arange(0, kVector)[None, :]
+
+
+@triton.jit
+def load_tile(logits: tl.tensor, column: tl.tensor, num_tokens: tl.tensor, kMasked: tl.constexpr) -> tl.tensor:
+    """A tile in float32, -inf outside the vocabulary."""
     if kMasked:
         return tl.load(logits + column, mask=column < num_tokens, other=-float("inf")).to(tl.float32)
     return tl.load(logits + column).to(tl.float32)
@@ -38,35 +43,37 @@ def tile_of(
 
 @triton.jit
 def add_tile(
-    largest: tl.tensor,
-    sums: tl.tensor,
-    at_target: tl.tensor,
-    x: tl.tensor,
+    logits: tl.tensor,
     start: tl.tensor,
-    target: tl.tensor,
-    kTile: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """The running maximum, the sums of exponentials relative to it, and the logit of the target, after a tile more."""
-    new_largest = tl.maximum(largest, tl.max(x, 0))
-    offset = new_largest * _LOG2_E
-    sums = sums * tl.exp2(largest * _LOG2_E - offset) + tl.exp2(x * _LOG2_E - offset)
-    return new_largest, sums, tl.where(start + tl.arange(0, kTile) == target, x, at_target)
+    num_tokens: tl.tensor,
+    offset: tl.tensor,  # (kRuns,)
+    total: tl.tensor,  # (kRuns,)
+    kRuns: tl.constexpr,
+    kVector: tl.constexpr,
+    kMasked: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """The largest logit times log2(e), and the sum of the exponentials relative to it, after a tile more."""
+    x = load_tile(logits, columns(start, kRuns, kVector), num_tokens, kMasked)
+    larger = tl.maximum(offset, tl.max(x, 1) * _LOG2_E)
+    total = total * tl.exp2(offset - larger) + tl.sum(tl.exp2(x * _LOG2_E - larger[:, None]), 1)
+    return larger, total
 
 
 @triton.jit
 def store_gradient(
     logits: tl.tensor,
-    x: tl.tensor,
     start: tl.tensor,
     num_tokens: tl.tensor,
     target: tl.tensor,
     offset: tl.tensor,
     factor: tl.tensor,
-    kTile: tl.constexpr,
+    kRuns: tl.constexpr,
+    kVector: tl.constexpr,
     kMasked: tl.constexpr,
 ) -> None:
     """Replace a tile of logits by its gradient."""
-    column = start + tl.arange(0, kTile)
+    column = columns(start, kRuns, kVector)
+    x = load_tile(logits, column, num_tokens, kMasked)
     gradient = tl.exp2(x * _LOG2_E - offset) * factor - tl.where(column == target, 1.0, 0.0)
     gradient = gradient.to(logits.dtype.element_ty)
     if kMasked:
@@ -84,45 +91,43 @@ def loss_kernel(
     num_tokens: tl.tensor,
     ignore_index: tl.tensor,
     z_loss: tl.tensor,
-    kTile: tl.constexpr,
+    kRuns: tl.constexpr,
+    kVector: tl.constexpr,
     kGradient: tl.constexpr,
 ) -> None:
     row = tl.program_id(0)
     logits += row.to(tl.int64) * row_stride
     target = tl.load(targets + row)
+    kTile: tl.constexpr = kRuns * kVector
     whole = num_tokens // kTile * kTile  # the columns in tiles that need no mask
     if target == ignore_index:
         tl.store(losses + row, 0.0)
         if kGradient:
             for start in range(0, num_tokens, kTile):
-                column = start + tl.arange(0, kTile)
-                zeros = tl.zeros((kTile,), logits.dtype.element_ty)
+                column = columns(start, kRuns, kVector)
+                zeros = tl.zeros((kRuns, kVector), logits.dtype.element_ty)
                 tl.store(logits + column, zeros, mask=column < num_tokens)
     else:
-        largest = tl.full((), _LOWEST, tl.float32)
-        sums = tl.zeros((kTile,), tl.float32)
-        at_target = tl.zeros((kTile,), tl.float32)
-        for start in range(0, whole, kTile):
-            x = tile_of(logits, start, num_tokens, kTile, False)
-            largest, sums, at_target = add_tile(largest, sums, at_target, x, start, target, kTile)
-        if whole < num_tokens:
-            x = tile_of(logits, whole, num_tokens, kTile, True)
-            largest, sums, at_target = add_tile(largest, sums, at_target, x, whole, target, kTile)
-        # The same offset again, not the log-sum-exp: its rounding error, which grows with the logits, then cancels.
-        offset, total = largest * _LOG2_E, tl.sum(sums, 0)
-        lse = (offset + tl.log2(total)) * _LN_2
         # A target outside the vocabulary is no error here, since reading it back would stall the GPU.
         known = (target >= 0) & (target < num_tokens)
-        loss = tl.where(known, lse - tl.sum(at_target, 0) + z_loss * lse * lse, float("nan"))
-        tl.store(losses + row, loss)
+        # Read before any thread replaces it: the reductions below wait for all threads.
+        at_target = tl.load(logits + target, mask=known, other=float("nan")).to(tl.float32)
+        offset = tl.full((kRuns,), _LOWEST, tl.float32)
+        total = tl.zeros((kRuns,), tl.float32)
+        for start in range(0, whole, kTile):
+            offset, total = add_tile(logits, start, num_tokens, offset, total, kRuns, kVector, False)
+        if whole < num_tokens:
+            offset, total = add_tile(logits, whole, num_tokens, offset, total, kRuns, kVector, True)
+        row_offset = tl.max(offset, 0)
+        row_total = tl.sum(total * tl.exp2(offset - row_offset), 0)
+        lse = (row_offset + tl.log2(row_total)) * _LN_2
+        tl.store(losses + row, lse - at_target + z_loss * lse * lse)
         if kGradient:
-            factor = tl.where(known, (1.0 + 2.0 * z_loss * lse) / total, float("nan"))
+            factor = tl.where(known, (1.0 + 2.0 * z_loss * lse) / row_total, float("nan"))
             for start in range(0, whole, kTile):
-                x = tile_of(logits, start, num_tokens, kTile, False)
-                store_gradient(logits, x, start, num_tokens, target, offset, factor, kTile, False)
+                store_gradient(logits, start, num_tokens, target, row_offset, factor, kRuns, kVector, False)
             if whole < num_tokens:
-                x = tile_of(logits, whole, num_tokens, kTile, True)
-                store_gradient(logits, x, whole, num_tokens, target, offset, factor, kTile, True)
+                store_gradient(logits, whole, num_tokens, target, row_offset, factor, kRuns, kVector, True)
 
 
 def forward(
@@ -140,7 +145,7 @@ def forward(
     """
     rows, num_tokens = logits.shape
     tile = _LARGE_TILE if num_tokens > _SMALL_TILE else _SMALL_TILE
-    lanes = launch.warp_size(logits.device)
+    vector = _VECTOR_BYTES // logits.element_size()
     loss_kernel[(rows,)](
         logits,
         targets,
@@ -149,8 +154,9 @@ def forward(
         num_tokens,
         ignore_index,
         z_loss,
-        kTile=tile,
+        kRuns=tile // vector,
+        kVector=vector,
         kGradient=with_gradient,
-        num_warps=tile // (_ELEMENTS_PER_THREAD * lanes),
+        num_warps=tile // (_ELEMENTS_PER_THREAD * launch.warp_size(logits.device)),
         **launch.OPTIONS,
     )
