@@ -64,6 +64,26 @@ void set_integer(Decoder& d, Type type) {
                [&](auto value) { d.instruction.handler = Repeat<decltype(value), kArity>::template kHandler<F>; });
 }
 
+// Pairs of 16-bit integers, on 9.0 and later.
+template <typename F, typename T>
+struct InHalves {
+  std::uint32_t operator()(std::uint32_t a, std::uint32_t b) const {
+    std::uint32_t result = 0;
+    for (const int shift : {0, 16}) {
+      result |= std::uint32_t{static_cast<std::uint16_t>(F()(static_cast<T>(a >> shift), static_cast<T>(b >> shift)))}
+                << shift;
+    }
+    return result;
+  }
+};
+template <typename F>
+void set_integer_or_pair(Decoder& d, Type type) {
+  if (type != Type::kS16x2 && type != Type::kU16x2) return set_integer<2, F>(d, type);
+  for (const std::size_t index : {0, 1, 2}) d.source(index, 4);
+  d.instruction.handler = type == Type::kS16x2 ? Repeat<std::uint32_t, 2>::kHandler<InHalves<F, std::int16_t>>
+                                               : Repeat<std::uint32_t, 2>::kHandler<InHalves<F, std::uint16_t>>;
+}
+
 // max and min of integers; with relu a negative result becomes 0 (on 9.0 and later, for .s32).
 template <typename F>
 struct Relu {
@@ -73,7 +93,7 @@ template <typename F>
 void set_integer_extremum(Decoder& d, Type type) {
   const bool relu = d.take("relu");
   if (relu && type != Type::kS32) fail_type(d);
-  set_integer<2, F>(d, type);
+  set_integer_or_pair<F>(d, type);
   if (relu) d.instruction.handler = Repeat<std::int32_t, 2>::kHandler<Relu<F>>;
 }
 
@@ -255,7 +275,7 @@ struct Setters {
 };
 
 const std::map<std::string, Setters> kOpcodes = {
-    {"add", {&set_integer<2, Add>, &set_rounded<2, FloatAdd, FloatAdd>}},
+    {"add", {&set_integer_or_pair<Add>, &set_rounded<2, FloatAdd, FloatAdd>}},
     {"sub", {&set_integer<2, Subtract>, &set_rounded<2, FloatSubtract, FloatSubtract>}},
     {"mul", {&set_multiply<false>, &set_rounded<2, FloatMultiply, FloatMultiply>}},
     {"mad", {&set_multiply<true>, &set_rounded<3, FusedMultiplyAdd, LongMultiplyAdd>}},

@@ -590,12 +590,12 @@ class ModuleParser {
 
 Type type_named(const std::string& name) {
   static const std::map<std::string, Type> kTypes = {
-      {"pred", Type::kPred},    {"u8", Type::kU8},     {"u16", Type::kU16}, {"u32", Type::kU32},
-      {"u64", Type::kU64},      {"s8", Type::kS8},     {"s16", Type::kS16}, {"s32", Type::kS32},
-      {"s64", Type::kS64},      {"b8", Type::kB8},     {"b16", Type::kB16}, {"b32", Type::kB32},
-      {"b64", Type::kB64},      {"b128", Type::kB128}, {"f16", Type::kF16}, {"bf16", Type::kBF16},
-      {"f32", Type::kF32},      {"tf32", Type::kTF32}, {"f64", Type::kF64}, {"f16x2", Type::kF16x2},
-      {"bf16x2", Type::kBF16x2}};
+      {"pred", Type::kPred},     {"u8", Type::kU8},       {"u16", Type::kU16},    {"u32", Type::kU32},
+      {"u64", Type::kU64},       {"s8", Type::kS8},       {"s16", Type::kS16},    {"s32", Type::kS32},
+      {"s64", Type::kS64},       {"b8", Type::kB8},       {"b16", Type::kB16},    {"b32", Type::kB32},
+      {"b64", Type::kB64},       {"b128", Type::kB128},   {"f16", Type::kF16},    {"bf16", Type::kBF16},
+      {"f32", Type::kF32},       {"tf32", Type::kTF32},   {"f64", Type::kF64},    {"f16x2", Type::kF16x2},
+      {"bf16x2", Type::kBF16x2}, {"s16x2", Type::kS16x2}, {"u16x2", Type::kU16x2}};
   const auto found = kTypes.find(name);
   return found == kTypes.end() ? Type::kNone : found->second;
 }

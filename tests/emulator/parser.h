@@ -39,6 +39,8 @@ enum class Type : std::uint8_t {
   kF64,
   kF16x2,
   kBF16x2,
+  kS16x2,
+  kU16x2,
 };
 
 Type type_named(const std::string& name);  // kNone if it is no type

@@ -317,6 +317,23 @@ def test_packed_halves():
         )
 
 
+def in_halves(function, kind):
+    """The function of 32-bit numbers that applies it to both halves."""
+
+    def apply(a, b):
+        halves = (function(value_of(kind, a >> s & 0xFFFF), value_of(kind, b >> s & 0xFFFF)) for s in (0, 16))
+        low, high = (bits_of(kind, half) for half in halves)
+        return high << 16 | low
+
+    return apply
+
+
+@pytest.mark.parametrize("kind", ["s16", "u16"])
+@pytest.mark.parametrize(("opcode", "function"), [("add", lambda a, b: a + b), ("min", min), ("max", max)])
+def test_packed_integers(opcode, function, kind):
+    check(f"{opcode}.{kind}x2 %d4, %a4, %b4", "u32", ("u32", "u32"), in_halves(function, kind))
+
+
 @pytest.mark.parametrize(("mode", "reference"), [("rm", math.floor), ("rp", math.ceil), ("rz", math.trunc)])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_directed_rounding(mode, reference, sign):

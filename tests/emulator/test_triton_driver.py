@@ -121,6 +121,35 @@ def test_a_written_argument_is_known_from_the_program(gpu):
     assert torch.equal(first.view(4, 16), table.expand(4, 16)) and torch.equal(second, table)
 
 
+PTX = """
+.visible .entry k(
+	.param .u64 .ptr .global .align 1 k_param_0,
+	.param .u64 .ptr .global .align 1 k_param_1,
+	.param .u32 k_param_2
+)
+.reqntid 32
+{
+	.reg .b64 	%rd<9>;
+	ld.param.b64 	%rd1, [k_param_1];
+	.loc	1 98 20, function_name $L__info_string0, inlined_at 1 250 71 // comment; with a semicolon
+	ld.param.b32 	%r1, [k_param_2];
+	mad.wide.s32 	%rd2, %r1, 4, %rd1;
+	ld.param.b64 	%rd3, [k_param_0];
+	// begin inline asm
+	@%p1 ld.global.b64 { %rd4 }, [ %rd3 + 0 ];
+	// end inline asm
+	.loc	1 99 20, function_name $L__info_string0, inlined_at 1 250 71
+	@%p1 st.global.b64 [ %rd2 + 8 ], { %rd4 };
+	st.shared.b64 	[%r1+4096], %rd4;
+	ret;
+}
+"""
+
+
+def test_written_arguments_are_read_from_any_spelling():
+    assert triton_driver.written_parameters(PTX, "k") == (3, {1})
+
+
 def test_shared_memory_is_limited_as_on_the_device(gpu):
     x = torch.randn(128, 128).half()
     out = torch.empty(128, 128)

@@ -237,7 +237,7 @@ def written_parameters(ptx, name):
     header, _, body = ptx[start.end() :].partition(")")
     parameters = re.findall(r"\.param[^,]*", header)
     pointers = {i for i, parameter in enumerate(parameters) if ".ptr" in parameter}
-    body = re.sub(r"//[^\n]*", "", body[: body.find("\n}")])
+    body = re.sub(r"//[^\n]*|^\s*\.loc\s[^\n]*", "", body[: body.find("\n}")], flags=re.MULTILINE)
     origins = {}  # register -> indices of parameters
     edges, stores = [], []
     for statement in re.split(r"[;{}]\s*\n|;", body):
