@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from andromeda.config import Tokens, read_rows, read_tokens
 
@@ -584,7 +585,8 @@ class _Sampler:
         probabilities = (logits / self.temperature).softmax(dim=-1)
         if self.not_finite is not None:
             probabilities = probabilities.nan_to_num(1.0)  # CUDA would end the process at a NaN
-        return torch.multinomial(probabilities, 1, generator=self.generator)[:, 0]
+        with contextlib.nullcontext() if probabilities.device.type == "cpu" else _capture_lock:
+            return torch.multinomial(probabilities, 1, generator=self.generator)[:, 0]
 
     def _check_finite(self, requirement: str, largest: torch.Tensor) -> None:
         """Check the largest logit of each row, (batch,): it is NaN or infinite if a logit of the row is NaN or +inf."""
@@ -645,8 +647,8 @@ class _Steps:
         cache = self._cache
         stores = list(cache._attention.values())
         memory = [store.keys for store in stores if store.keys is not None]
-        if not stores or len({keys.device for keys in memory}) > 1:
-            self._may_run = False  # another kind of network, or one on several devices
+        if not stores:
+            self._may_run = False  # another kind of network
             return None
         segment, length = stores[0].segment, stores[0].segment_length
         room = min(keys.shape[1] - store.start for keys, store in zip(memory, stores, strict=True))
@@ -697,31 +699,34 @@ class _Run:
     def next(self, token: torch.Tensor) -> torch.Tensor:
         """Logits (batch, num_tokens) after `token`, (batch, 1)."""
         self._token.copy_(token)
-        if self._is_warm and self._may_record:
-            self._may_record = False
-            self._graph = self._record()
-        self._is_warm = True
-        if self._graph is None:
+        if self._graph is not None:
+            return self._graph.replay().clone()  # the next replay writes to the same memory
+        if not self._may_record or self._net in _not_recorded or not _can_record(self._net, self._token.device):
             return self._call()
-        return self._graph.replay().clone()  # the next replay writes to the same memory
+        if not self._is_warm:
+            self._is_warm = True
+            with _HostAccess() as access:
+                logits = self._call()
+            if access.found is not None:
+                self._refuse(f"a module of the network uses values on the host ({access.found})")
+            return logits
+        try:
+            self._graph = _Graph(self._token.device, self._call)
+        except RuntimeError as error:
+            self._refuse(str(error).strip().partition("\n")[0], lasting=not isinstance(error, torch.OutOfMemoryError))
+            return self._call()
+        return self._graph.replay().clone()
 
     def _call(self) -> torch.Tensor:
         with self._resources:
             return self._net(self._token, key_start=None, cache=self._cache, logits_to_keep=1)[:, -1]
 
-    def _record(self) -> "_Graph | None":
-        if self._net in _not_recorded or not _can_record(self._net, self._token.device):
-            return None
-        try:
-            return _Graph(self._token.device, self._call)
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError):  # which may not happen again
-                _not_recorded.add(self._net)
-            reason = str(error).strip().partition("\n")[0]
-            warnings.warn(
-                f"generate: runs without a CUDA graph, because a step cannot be recorded: {reason}", stacklevel=5
-            )
-            return None
+    def _refuse(self, reason: str, lasting: bool = True) -> None:
+        """Go on without a graph. lasting: later calls of `generate` do not try again."""
+        self._may_record = False
+        if lasting:
+            _not_recorded.add(self._net)
+        warnings.warn(f"generate: runs without a CUDA graph, because a step cannot be recorded: {reason}", stacklevel=5)
 
     def close(self) -> None:
         """Free the graph."""
@@ -734,7 +739,8 @@ class _Graph:
     """The launches of a function as a CUDA graph, and the tensor that it returned, which every replay fills again.
 
     Other threads go on working meanwhile. There is one capture at a time, and one stream per device for all of them,
-    because the workspaces of cuBLAS belong to a stream. A graph takes over the memory of a closed one.
+    because the workspaces of cuBLAS belong to a stream. A graph takes over the memory of a closed one: torch would not
+    use it for anything else.
     """
 
     def __init__(self, device: torch.device, function: Callable[[], torch.Tensor]):
@@ -742,16 +748,18 @@ class _Graph:
         with _capture_lock, torch.cuda.device(device):
             if device not in _capture_streams:
                 _capture_streams[device] = torch.cuda.Stream(device, priority=-1)
-            closed = _closed_graphs[device].pop() if _closed_graphs[device] else None
+            pool = torch.cuda.graph_pool_handle()
+            if _closed_graphs[device]:
+                closed, last_replay = _closed_graphs[device].pop()
+                pool = closed.pool()
+                last_replay.wait()
             with torch.cuda.stream(_capture_streams[device]):
                 # `torch.cuda.graph` would also wait for the GPU, and return all unused memory to it.
-                pool = torch.cuda.graph_pool_handle() if closed is None else closed.pool()
                 self._graph.capture_begin(pool, capture_error_mode="thread_local")
                 try:
                     self._result = function()
                 except BaseException:
-                    with contextlib.suppress(RuntimeError):
-                        self._graph.capture_end()
+                    _abandon(self._graph, device, pool)
                     raise
                 self._graph.capture_end()
 
@@ -762,20 +770,73 @@ class _Graph:
     def close(self) -> None:
         """It replays no more, and the next graph may have its memory."""
         del self._result
-        _closed_graphs[self._device].append(self._graph)
+        last_replay = torch.cuda.Event()
+        last_replay.record(torch.cuda.current_stream(self._device))
+        _closed_graphs[self._device].append((self._graph, last_replay))
 
 
-_capture_lock = threading.Lock()
+def _abandon(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any) -> None:
+    """End a capture that failed. If the end fails as well, torch leaves two states as they are in a capture: that of
+    its memory, and before version 2.10 that of random numbers. A capture that succeeds resets the latter."""
+    try:
+        graph.capture_end()
+    except RuntimeError:
+        for name in ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool"):  # since 2.8; before
+            if hasattr(torch._C, name):
+                with contextlib.suppress(RuntimeError):
+                    getattr(torch._C, name)(device.index, pool)
+                break
+        other = torch.cuda.CUDAGraph()
+        with contextlib.suppress(RuntimeError):
+            other.capture_begin(capture_error_mode="thread_local")
+            torch.empty(1, device=device).zero_()
+            other.capture_end()
+
+
+class _HostAccess(TorchDispatchMode):
+    """Finds out whether calls in its block can be recorded: a CUDA graph cannot wait for a value, nor copy from or to
+    the memory of the host. A capture that fails leaves parts of torch in a bad state, so that it is not just tried.
+
+    Attributes:
+        found: the first operator that cannot, or None.
+    """
+
+    _READS = frozenset(("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2"))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: str | None = None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        devices = [argument.device for argument in args if isinstance(argument, torch.Tensor)]
+        if name == "_to_copy" and kwargs.get("device") is not None:
+            devices.append(torch.device(kwargs["device"]))
+        on_host = {device.type == "cpu" for device in devices}
+        copies = name in ("_to_copy", "copy_") and len(on_host) == 2
+        if self.found is None and (copies or (name in self._READS and False in on_host)):
+            self.found = str(func)
+        return func(*args, **kwargs)
+
+
+_capture_lock = threading.Lock()  # also held while random numbers are drawn: torch may refuse them during a capture
 _capture_streams: dict[torch.device, torch.cuda.Stream] = {}
-_closed_graphs: collections.defaultdict[torch.device, list[torch.cuda.CUDAGraph]] = collections.defaultdict(list)
+# Each with the end of its last replay.
+_closed_graphs: collections.defaultdict[torch.device, list[tuple[torch.cuda.CUDAGraph, torch.cuda.Event]]]
+_closed_graphs = collections.defaultdict(list)
 _not_recorded: weakref.WeakSet[Any] = weakref.WeakSet()  # networks of which a step could not be recorded
 
 
 def _has_plain_modules(net: Network) -> bool:
-    """Whether the network is no wrapper around one, and none of its modules is compiled."""
+    """Whether the network is no wrapper around one, is on one device, and none of its modules is compiled."""
     if not hasattr(type(net), "graph_memory"):
         return False
-    return not any("_orig_mod" in module._modules or module._compiled_call_impl for module in net.modules())
+    modules = list(net.modules())
+    devices = {weight.device for module in modules for weight in module._parameters.values() if weight is not None}
+    compiled = any("_orig_mod" in module._modules or module._compiled_call_impl for module in modules)
+    return len(devices) == 1 and not compiled
 
 
 def _can_record(net: Network, device: torch.device) -> bool:

@@ -597,7 +597,8 @@ class TransformerWrapper(nn.Module):
             rotary_op.NAME: lambda name: rotary_op.unsupported(name, q, k, step=number),
         }
         backend = _select.backend_argument("generate", config.backend)
-        if any(_select.choose(op, backend, unsupported) not in ("cuda", "triton") for op, unsupported in calls.items()):
+        chosen = [_select.choose(op, backend, unsupported, keys.device) for op, unsupported in calls.items()]
+        if not {"cuda", "triton"}.issuperset(chosen):
             return None
         return _persistent.OwnSemaphores(keys.device)
 

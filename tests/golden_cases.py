@@ -34,7 +34,8 @@ CASES = find()
 def load(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
     """The description and the tensors of a case."""
     description = json.loads((CASES[name] / f"{name}.json").read_text())
-    tensors = load_file(CASES[name] / f"{name}.safetensors")
+    # Copies begin at multiples of 16 bytes, as on a GPU; in the file they may begin anywhere.
+    tensors = {key: value.clone() for key, value in load_file(CASES[name] / f"{name}.safetensors").items()}
     # Where the oracle's cache does not work, decoding must give the rows of the whole pass.
     tensors.setdefault("decode/logits", tensors["logits_f64"][:, description["decode"]["prefill"] :])
     return description, tensors

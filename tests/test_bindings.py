@@ -338,6 +338,15 @@ def test_token_shift_norm_refuses(change, message):
         _C.token_shift_norm_backward(**token_shift_backward_call() | change)
 
 
+def test_numbers_on_the_device_are_those_of_a_gpu():
+    """On a CPU the caller cuts the keys, and adds the step to the rows of the tables."""
+    number = torch.tensor([3], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"^attention_forward: num_keys must be None on the CPU, .*, got a tensor"):
+        _C.attention_forward(**attention_call(), num_keys=number)
+    with pytest.raises(ValueError, match=r"^qk_norm_rotary_forward: step must be None on the CPU, .*, got a tensor"):
+        _C.qk_norm_rotary_forward(**rotary_call(), step=number)
+
+
 def test_runs_are_those_of_a_gpu():
     with pytest.raises(ValueError, match=r"^token_shift_norm_backward_runs: x must be on a CUDA device, got cpu"):
         _C.token_shift_norm_backward_runs(x=torch.zeros(1, 1, 16))

@@ -14,6 +14,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,8 @@ import pytest
 import test_attention as attention_test
 import torch
 
-from andromeda import Andromeda
+import andromeda.model
+from andromeda import Andromeda, generation
 from andromeda.ops import _persistent, _select
 from andromeda.ops import attention as op
 from andromeda.ops.attention import attention
@@ -396,6 +398,198 @@ def test_graphs_beside_each_other(device):
     torch.cuda.synchronize()
     for graph, results, expected, _, _ in graphs:
         assert_same(results, expected, graph)
+
+
+# ---- numbers on the device, and generation as a graph ---------------------------------------------------------------
+
+
+def test_a_graph_reads_the_number_of_keys(device):
+    """Each replay sees as many keys as the number says, and nothing of the rows after them."""
+    q, k, v, _, slopes, bound = draw_attention(1, 5000, device, 0)
+    num_keys = torch.ones(1, dtype=torch.int32, device=device)
+    keys, values = (x.clone() for x in (k, v))
+
+    def call():
+        options = {"causal": True, "alibi_slopes": slopes, "logit_bound": bound, "num_keys": num_keys}
+        return attention(q, keys, values, return_lse=True, backend="cuda", **options)
+
+    with torch.no_grad():
+        graph, results, _ = capture(call)
+        for count in (5000, 1, 2, 63, 64, 65, 1000, 2049, 4999):
+            num_keys.fill_(count)
+            for whole, part in ((keys, k), (values, v)):
+                whole.copy_(part)
+                whole[:, count:] = torch.nan
+            graph.replay()
+            assert_same(results, call(), f"{count} keys")
+            cut = attention_test.Inputs(q, k[:, :count], v[:, :count], None, {"causal": True, "alibi_slopes": slopes})
+            leaves = [x.double() for x in cut.tensors()]
+            exact = op.reference.attention(*leaves, softmax_scale=64**-0.5, **cut.options)[0]
+            numerics.assert_rows_close(results[0], exact, BFLOAT16, kind="heavy")
+
+
+def test_a_graph_reads_the_step(device):
+    q, k, q_scale, k_scale, *_ = draw_rotary(device, 0)
+    step = torch.zeros(1, dtype=torch.int32, device=device)
+    options = {
+        "q_scale": q_scale,
+        "k_scale": k_scale,
+        "rotary_dim": 32,
+        "xpos": True,
+        "origin": 4096,
+        "backend": "cuda",
+    }
+    with torch.no_grad():
+        graph, results, _ = capture(lambda: qk_norm_rotary(q, k, position=0, step=step, **options))
+        for value in (0, 1, 500, 8000):
+            step.fill_(value)
+            graph.replay()
+            assert_same(results, qk_norm_rotary(q, k, position=value, **options), f"step {value}")
+
+
+GENERATED = {
+    "one row": ({}, [[5, 1, 4]], 300, {}),
+    "padding": ({}, [[3], [5, 1, 4, 1, 5, 9, 2], [2, 6, 5]], 100, {}),
+    "shift two, many key heads": (dict(shift_tokens=2, attn_one_kv_head=False), [[5, 1, 4], [7]], 100, {}),
+    "pre-norm, absolute": (dict(deepnorm=False, use_abs_pos_emb=True), [[5, 1, 4], [7]], 100, {}),
+    "the window moves": (dict(max_seq_len=64), [[1] * 50, [2] * 64], 200, {}),
+    "sampled": ({}, [[5, 1, 4]] * 4, 100, dict(temperature=1.0)),
+    "with an end": ({}, [[5, 1, 4]] * 2, 300, dict(eos_token=3, temperature=1.0)),
+}
+
+
+def language_model(device, dtype=BFLOAT16, **arguments):
+    torch.manual_seed(0)
+    sizes = dict(num_tokens=256, max_seq_len=1024, dim=256, depth=3, dim_head=64, heads=4, alibi_num_heads=2)
+    return Andromeda(**sizes | arguments).to(device, dtype)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that `generate` makes; a step that cannot be recorded fails the test."""
+    made = []
+
+    class Graph(generation._Graph):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(generation, "_Graph", Graph)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="generate: runs without a CUDA graph")
+        yield made
+
+
+def generated(model, prompts, count, device, **options):
+    generator = torch.Generator(device).manual_seed(1)
+    return model.generate(prompts, count, generator=generator, **{"temperature": 0, **options})
+
+
+@pytest.mark.parametrize("segment", [64, 8192])
+@pytest.mark.parametrize("name", GENERATED)
+def test_generate_as_a_graph(name, segment, device, graphs, monkeypatch):
+    """The same tokens with a graph and without; by ordinary calls, tokens whose logits are as large up to rounding."""
+    monkeypatch.setattr(andromeda.model, "segment_length", lambda dtype: segment)
+    arguments, prompts, count, options = GENERATED[name]
+    model = language_model(device, **arguments)
+    new = generated(model, prompts, count, device, **options)
+    assert len(graphs) > 0
+    made = len(graphs)
+    assert torch.equal(generated(model, prompts, count, device, cuda_graph=False, **options), new)
+    assert len(graphs) == made
+    if name in ("the window moves", "sampled", "with an end"):
+        return
+    for prompt, continuation in zip(prompts, new, strict=True):
+        row = torch.cat((torch.tensor(prompt, device=device), continuation))
+        with torch.no_grad():
+            logits = model(row)[0, len(prompt) - 1 : -1].float()
+        chosen = logits.gather(1, continuation[:, None])[:, 0]
+        assert (logits.amax(1) - chosen).max() <= 0.1
+
+
+def test_generate_as_a_graph_in_float32(device, graphs):
+    """Kernels read the numbers on the device, or else the steps are ordinary calls; never an error."""
+    model = language_model(device, torch.float32)
+    assert torch.equal(
+        generated(model, [[5, 1, 4]], 60, device), generated(model, [[5, 1, 4]], 60, device, cuda_graph=False)
+    )
+
+
+def test_generate_as_a_graph_under_autocast(device, graphs):
+    model = language_model(device, torch.float32)
+    with torch.autocast("cuda", dtype=BFLOAT16):
+        new = generated(model, [[5, 1, 4], [7]], 100, device)
+        assert len(graphs) > 0
+        assert torch.equal(generated(model, [[5, 1, 4], [7]], 100, device, cuda_graph=False), new)
+
+
+def test_generate_as_a_graph_in_two_threads(device, graphs):
+    model = language_model(device)
+    prompts = ([[5, 1, 4]], [[7, 7], [3, 1]])
+    expected = [generated(model, prompt, 200, device, temperature=1.0) for prompt in prompts]
+    torch.cuda.synchronize()
+
+    def work(index):
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream()):
+            return [generated(model, prompts[index], 200, device, temperature=1.0) for _ in range(5)]
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for results, other in zip(pool.map(work, range(2)), expected, strict=True):
+            for new in results:
+                assert torch.equal(new, other)
+
+
+def test_many_calls_of_generate_keep_no_memory(device, graphs):
+    model = language_model(device)
+    for _ in range(3):
+        generated(model, [[5, 1, 4]], 300, device)
+    torch.cuda.synchronize()
+    allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    kept = len(_persistent.taken_semaphores)
+    for _ in range(20):
+        generated(model, [[5, 1, 4]], 300, device)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() <= allocated and len(_persistent.taken_semaphores) == kept
+    assert torch.cuda.memory_reserved() <= reserved + 2**21
+
+
+class ReadsOnTheHost(torch.nn.Embedding):
+    def forward(self, tokens):
+        assert tokens.sum().item() >= 0
+        return super().forward(tokens)
+
+
+def test_a_step_that_reads_values_is_not_recorded(device):
+    model = language_model(device)
+    expected = generated(model, [[5, 1, 4]], 60, device)
+    table = model.transformer.token_emb
+    model.transformer.token_emb = ReadsOnTheHost.from_pretrained(table.weight.detach())
+    with pytest.warns(UserWarning, match="runs without a CUDA graph, because .* values on the host"):
+        new = generated(model, [[5, 1, 4]], 60, device)
+    assert torch.equal(new, expected)
+    assert torch.equal(generated(model, [[5, 1, 4]], 60, device), expected)
+
+
+def test_a_capture_that_fails_leaves_torch_in_order(device, monkeypatch):
+    """An operation that nobody knew to be impossible: later samples, allocations and captures work."""
+    model = language_model(device)
+    expected = generated(model, [[5, 1, 4]], 60, device, temperature=1.0)
+
+    class Synchronizes(torch.nn.Embedding):
+        def forward(self, tokens):
+            torch.cuda.current_stream().synchronize()
+            return super().forward(tokens)
+
+    table = model.transformer.token_emb
+    model.transformer.token_emb = Synchronizes.from_pretrained(table.weight.detach())
+    with pytest.warns(UserWarning, match="runs without a CUDA graph"):
+        new = generated(model, [[5, 1, 4]], 60, device, temperature=1.0)
+    assert torch.equal(new, expected)
+    torch.randn(1000, device=device)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    other = language_model(device)
+    assert torch.equal(generated(other, [[5, 1, 4]], 60, device, temperature=1.0), expected)
 
 
 # ---- torch.compile --------------------------------------------------------------------------------------------------

@@ -1144,6 +1144,25 @@ def test_a_module_that_reads_values_goes_without_a_graph(on_gpu):
     assert len(on_gpu.made) == made
 
 
+@pytest.mark.parametrize(
+    ("call", "found"),
+    [
+        (lambda x: x.sum().item(), "aten._local_scalar_dense.default"),
+        (lambda x: x.nonzero(), "aten.nonzero.default"),
+        (lambda x: x.to("cpu"), "aten._to_copy.default"),
+        (lambda x: x.copy_(torch.ones(3)), "aten.copy_.default"),
+        (lambda x: (x * 2.0 + torch.ones(3, device="meta")).double().clone(), None),
+        (lambda x: torch.ones(3).sum().item(), None),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_recorded_is_found_before(call, found):
+    """The device meta stands for a GPU."""
+    with generation._HostAccess() as access, contextlib.suppress(RuntimeError, NotImplementedError):
+        call(torch.empty(3, device="meta"))
+    assert access.found == found
+
+
 def test_an_error_in_a_step_is_the_caller_s(on_gpu):
     class Broken(torch.nn.Embedding):
         def forward(self, tokens):

@@ -161,6 +161,47 @@ def test_return_dict_false_gives_a_tuple():
     assert loss.ndim == 0 and logits.shape == (2, 11, 61)
 
 
+@pytest.mark.parametrize(
+    "training, recorded, skip, logits",
+    [
+        (True, True, None, False),
+        (True, True, False, True),
+        (True, False, None, True),
+        (False, True, None, True),
+        (False, False, True, False),
+    ],
+)
+def test_a_training_step_leaves_the_logits_out(training, recorded, skip, logits):
+    wrapped = AndromedaForCausalLM.from_andromeda(small_model()).train(training)
+    ids = tokens()
+    with torch.set_grad_enabled(recorded):
+        out = wrapped(ids, labels=ids, skip_logits=skip)
+        expected = wrapped(ids, labels=ids, skip_logits=False)
+        assert (out.logits is not None) == logits
+        assert len(wrapped(ids, labels=ids, skip_logits=skip, return_dict=False)) == 1 + logits
+        assert wrapped(ids, skip_logits=False).logits.shape == (2, 11, 61)
+        assert wrapped(ids).logits is not None
+    torch.testing.assert_close(out.loss, expected.loss, atol=2e-6, rtol=0)
+    if recorded:
+        parameters = list(wrapped.parameters())
+        pairs = zip(*(torch.autograd.grad(result.loss, parameters) for result in (out, expected)), strict=True)
+        for found, ref in pairs:
+            torch.testing.assert_close(found, ref, atol=1e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match="skip_logits must be left out without labels"):
+        wrapped(ids, skip_logits=True)
+
+
+def test_labels_are_checked_without_logits():
+    wrapped = AndromedaForCausalLM.from_andromeda(small_model())
+    ids = tokens()
+    with pytest.raises(ValueError, match="labels must be below the vocabulary size 61, or -100, got 61"):
+        wrapped(ids, labels=torch.full_like(ids, 61), skip_logits=True)
+    with pytest.raises(ValueError, match="labels must have the shape of input_ids"):
+        wrapped(ids, labels=ids[:, 1:], skip_logits=True)
+    with pytest.raises(ValueError, match="labels must hold a token to predict"):
+        wrapped(ids, labels=torch.full_like(ids, -100), skip_logits=True)
+
+
 # ---- gradient accumulation
 
 

@@ -304,6 +304,75 @@ def test_activation_checkpointing_changes_nothing(flags, reentrant):
         assert torch.equal(parameter.grad, gradient)
 
 
+REPLACED = {
+    "hook": lambda linear: linear.register_forward_hook(lambda module, inputs, out: 2 * out),
+    "forward": lambda linear: setattr(linear, "forward", lambda x: 2 * type(linear).forward(linear, x)),
+    "parametrization": lambda linear: [
+        torch.nn.utils.parametrize.register_parametrization(linear, name, Twice()) for name in ("weight", "bias")
+    ],
+}
+
+
+class Twice(torch.nn.Module):
+    def forward(self, tensor):
+        return 2 * tensor
+
+
+@pytest.fixture
+def operations(monkeypatch):
+    """The shapes of x in the calls of `feed_forward` by models."""
+    seen, operation = [], andromeda.model.feed_forward
+
+    def watched(x, *parameters, **options):
+        seen.append(x.shape)
+        return operation(x, *parameters, **options)
+
+    monkeypatch.setattr(andromeda.model, "feed_forward", watched)
+    return seen
+
+
+@pytest.mark.parametrize("map_name", ["proj_in", "proj_out"])
+@pytest.mark.parametrize("way", REPLACED)
+def test_feed_forward_calls_maps_that_are_not_plain(way, map_name, operations):
+    """Adapters, hooks and parametrizations act; the operation would read the weight beside them."""
+    torch.manual_seed(1)
+    layer = small().transformer.attn_layers.layers[1].fn
+    h = torch.randn(2, 40, 24)
+    plain = layer(h, None)
+    assert operations == [(2, 40, 24)]
+    operations.clear()
+    REPLACED[way](getattr(layer, map_name))
+    product = functional.linear(h, layer.proj_in.weight, layer.proj_in.bias)
+    factors = {"proj_in": (1 if way == "parametrization" else 2, 1), "proj_out": (1, 2)}[map_name]
+    hidden = functional.gelu(factors[0] * product)
+    out = functional.linear(hidden, layer.proj_out.weight, layer.proj_out.bias)
+    expected = out if way == "parametrization" else factors[1] * out
+    found = layer(h, None)
+    torch.testing.assert_close(found, expected)
+    assert operations == [] and not torch.allclose(found, plain)
+
+
+def test_feed_forward_of_few_tokens_calls_its_maps(operations):
+    """Without gradients, as in decoding: the operation would take the host longer than the two calls."""
+    layer = small().transformer.attn_layers.layers[1].fn
+    with torch.no_grad():
+        outs = [layer(torch.ones(1, n, 24), None) for n in (1, 64, 65)]
+    assert operations == [(1, 65, 24)]
+    torch.testing.assert_close(outs[2][:, :1], outs[0])
+    layer(torch.ones(1, 1, 24), None)
+    assert operations[1:] == [(1, 1, 24)]
+
+
+def test_feed_forward_keeps_its_input_alone():
+    """For the backward pass; on the CPU."""
+    layer = small().transformer.attn_layers.layers[1].fn
+    kept, h = [], torch.randn(2, 40, 24, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(h, None)
+    own = {tensor.data_ptr() for tensor in (h, *layer.parameters())}
+    assert [t.shape for t in kept if t.numel() > 0 and t.data_ptr() not in own] == []
+
+
 def test_embedding_of_any_strides():
     class Transposed(torch.nn.Embedding):
         def forward(self, tokens):
@@ -590,6 +659,74 @@ def test_a_loss_of_nothing_is_an_error_in_a_single_call():
     wrapper = AutoregressiveWrapper(model.transformer, ignore_index=3)
     with pytest.raises(ValueError, match="labels must hold a token to predict, got 3"):
         wrapper(torch.full((1, 4), 3))
+
+
+@pytest.fixture
+def losses_from_hidden(monkeypatch):
+    """The `backend` of each call of linear_cross_entropy by the model."""
+    backends, real = [], andromeda.model.linear_cross_entropy
+
+    def noted(*tensors, backend, **options):
+        backends.append(backend)
+        return real(*tensors, backend=backend, **options)
+
+    monkeypatch.setattr(andromeda.model, "linear_cross_entropy", noted)
+    return backends
+
+
+def with_bias(projection):
+    projection.bias = torch.nn.Parameter(torch.zeros_like(projection.weight[:, 0]))
+
+
+def as_torch_has_it(projection):
+    projection.__class__ = torch.nn.Linear
+
+
+PROJECTIONS = {
+    "hook": lambda projection: projection.register_forward_hook(lambda *_: None),
+    "hook before": lambda projection: projection.register_forward_pre_hook(lambda *_: None),
+    "replaced forward": lambda projection: setattr(projection, "forward", projection.forward),
+    "bias": with_bias,
+    "another class": as_torch_has_it,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("change", PROJECTIONS.values(), ids=PROJECTIONS)
+def test_the_loss_with_and_without_logits(change, dtype, losses_from_hidden):
+    """A projection that may do more than its product is called; the two losses and their gradients agree."""
+    model, tokens = small().to(dtype), torch.randint(23, (2, 12))
+    tokens[1, 5:] = -100
+    parameters = list(model.parameters())
+    loss = model(tokens, return_loss=True)
+    assert losses_from_hidden == [None]
+    change(model.transformer.to_logits)
+    other = model(tokens, return_loss=True)
+    assert losses_from_hidden == [None]
+    _, loss_limit, gradient_limit = LIMITS[dtype]
+    assert largest(loss, other) <= loss_limit
+    for a, b in zip(*(torch.autograd.grad(result, parameters) for result in (loss, other)), strict=True):
+        assert largest(a, b) <= gradient_limit
+
+
+def test_attn_flash_reaches_the_loss(losses_from_hidden):
+    small(attn_flash=False)(torch.randint(23, (1, 9)), return_loss=True)
+    assert losses_from_hidden == ["reference"]
+
+
+def test_targets_of_the_network():
+    """`TransformerWrapper.forward` with targets, as wrappers of the network see it."""
+    net, tokens = small().transformer, torch.randint(23, (2, 12))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    expected = functional.cross_entropy(net(inputs).flatten(0, 1), targets.flatten())
+    assert largest(net(inputs, targets=targets), expected) <= 2e-6
+    counted = targets.masked_fill(targets == 5, 3)
+    expected = functional.cross_entropy(net(inputs).flatten(0, 1), counted.flatten(), ignore_index=3)
+    assert largest(net(inputs, targets=counted, ignore_index=3), expected) <= 2e-6
+    with pytest.raises(ValueError, match="logits_to_keep must be left out with targets"):
+        net(inputs, targets=targets, logits_to_keep=1)
+    with pytest.raises(ValueError, match="labels must be below the vocabulary size 23, or -100, got 23"):
+        net(inputs, targets=torch.full_like(targets, 23))
 
 
 def test_loss_is_wide():

@@ -98,6 +98,41 @@ def test_functions_take_what_leads_and_the_record():
     assert torch.equal(found, batch * 2)
 
 
+class Later(NamedTuple):
+    x: Tensor
+    count: int
+    y: Tensor | None = None
+    z: Tensor | None = None
+
+
+def test_fields_with_a_default_may_be_left_out():
+    """torch leaves them out by itself; exported programs of earlier versions do not know them."""
+    assert _operator.parameters(Later) == "Tensor x, int count, Tensor? y=None, Tensor? z=None"
+    assert _operator.num_tensors(Later) == 1
+    seen = []
+
+    def add(lead, call):
+        seen.append(call)
+        return call.x + lead
+
+    operator = _operator.define(
+        f"add_of_test(Tensor lead, {_operator.parameters(Later)}) -> Tensor",
+        Later,
+        implementation=add,
+        fake=lambda lead, call: torch.empty_like(call.x),
+        flops=lambda lead, call: call.count,
+        rows=("lead", "x"),
+    )
+    x, lead = torch.ones(2, 3), torch.zeros(2, 3)
+    for given in ((), (None,), (lead,), (lead, None), (None, lead)):
+        with FlopCounterMode(display=False) as counter:
+            operator(lead, x, 5, *given)
+        assert counter.get_total_flops() == 5 and type(seen[-1]) is Later
+        padded = (*given, None, None)[:2]
+        assert seen[-1].y is padded[0] and seen[-1].z is padded[1]
+    assert torch.func.vmap(lambda x: operator(lead[0], x, 5))(x).shape == x.shape
+
+
 def test_a_function_of_fields_has_the_signature_of_its_record():
     @_operator.takes(Call)
     def forward(*fields):

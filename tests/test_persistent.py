@@ -111,6 +111,45 @@ def test_a_recorded_program_makes_its_own_constants():
     assert not isinstance(_persistent.constant((0.5, 2.0), CPU), FakeTensor)
 
 
+# ---- semaphores of an owner -----------------------------------------------------------------------------------------
+
+
+def test_own_semaphores_are_those_of_the_block():
+    own, other = _persistent.OwnSemaphores(CPU), _persistent.OwnSemaphores(CPU)
+    outside = _persistent.semaphores(CPU, 3, 1)
+    with own:
+        assert _persistent.semaphores(CPU, 0, 1) is None
+        mine = _persistent.semaphores(CPU, 3, 1)
+        assert mine.dtype == torch.int32 and mine.numel() >= 3 and not mine.any()
+        assert _persistent.semaphores(CPU, 3, 2) is mine  # of every stream: its launches run one after the other
+        with other:
+            assert _persistent.semaphores(CPU, 3, 1) is not mine
+        more = _persistent.semaphores(CPU, 5000, 1)
+        assert more.numel() >= 5000 and not more.any()
+        assert _persistent.semaphores(torch.device("meta"), 3, 1) is not more
+    assert _persistent.semaphores(CPU, 3, 1) is outside
+    with own:
+        assert _persistent.semaphores(CPU, 3, 1) is more
+
+
+def test_own_semaphores_are_those_of_the_thread():
+    own, found = _persistent.OwnSemaphores(CPU), []
+    with own:
+        thread = threading.Thread(target=lambda: found.append(_persistent.semaphores(CPU, 3, 1)))
+        thread.start()
+        thread.join()
+        assert found[0] is not _persistent.semaphores(CPU, 3, 1)
+
+
+def test_own_semaphores_end_with_their_owner():
+    own = _persistent.OwnSemaphores(CPU)
+    before = dict(_persistent.taken_semaphores)
+    with own:
+        counters = weakref.ref(_persistent.semaphores(CPU, 3, 1))
+    del own
+    assert counters() is None and _persistent.taken_semaphores == before
+
+
 # ---- semaphores -----------------------------------------------------------------------------------------------------
 
 
@@ -260,7 +299,7 @@ class PrivatePool(TorchDispatchMode):
         self.names.append(function.name())
         if function in IMPLEMENTATIONS:
             implementation, record = IMPLEMENTATIONS[function]
-            leading = len(args) - len(record._fields)
+            leading = len(function._schema.arguments) - len(record._fields)
             with self:
                 results = implementation(*args[:leading], record(*args[leading:]))
         else:

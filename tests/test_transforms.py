@@ -58,7 +58,7 @@ OPERATIONS = {
     "linear_cross_entropy": (losses_of_hidden, ((2, 5, 4), (7, 4)), 1),
 }
 # Their gradients have no derivative.
-KERNELS = ["attention", "qk_norm_rotary", "token_shift_norm", "feed_forward", "linear_cross_entropy"]
+KERNELS = ["attention", "qk_norm_rotary", "token_shift_norm", "linear_cross_entropy", "feed_forward"]
 operations = pytest.mark.parametrize("name", OPERATIONS)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -64,10 +65,13 @@ def gather_info() -> dict[str, Any]:
 
 
 def _installed(name: str) -> str | None:
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
+    if importlib.util.find_spec(name) is None:
         return None
+    # From a distribution of another name: AMD's Triton is pytorch-triton-rocm.
+    others = importlib.metadata.packages_distributions().get(name)
+    return f"{importlib.metadata.version(others[0])} ({others[0]})" if others else None
 
 
 def _extension() -> dict[str, Any]:

@@ -337,7 +337,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         from andromeda.triton_kernels import attention as kernels
 
         with _select.device_guard(device):
-            kernels.forward(**_tensors(call, out, softmax_lse), **plan.splits, num_keys=call.num_keys)
+            kernels.forward(**_tensors(call, out, softmax_lse) | plan.splits, num_keys=call.num_keys)
     else:
         with _select.device_guard(device):
             _select.extension.attention_forward(

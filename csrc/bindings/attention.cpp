@@ -173,8 +173,7 @@ void bind_attention(py::module_& m) {
           py::kw_only(), arg("batch"), arg("seqlen_q"), arg("seqlen_k"), arg("num_heads"), arg("num_kv_heads"),
           arg("head_dim"), arg("causal"), further...);
   };
-  bind_workspace("attention_forward_workspace", &forward_workspace, arg("num_splits") = 0,
-                 arg("has_num_keys") = false);
+  bind_workspace("attention_forward_workspace", &forward_workspace, arg("num_splits") = 0, arg("has_num_keys") = false);
   bind_workspace("attention_backward_workspace", &backward_workspace);
 }
 

@@ -1,6 +1,7 @@
 """`andromeda info`."""
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import pwd
@@ -10,6 +11,7 @@ import sys
 import pytest
 import torch
 
+from andromeda.cli import info
 from andromeda.cli.main import main
 
 
@@ -23,16 +25,10 @@ def test_info_as_a_process():
     facts = json.loads(done.stdout)
     assert facts["packages"]["torch"] == importlib.metadata.version("torch")
     assert facts["packages"]["transformers"] == importlib.metadata.version("transformers")
-    assert set(facts["operations"]) == {
-        "attention",
-        "feed_forward",
-        "linear_cross_entropy",
-        "qk_norm_rotary",
-        "token_shift_norm",
-    }
+    assert {"attention", "qk_norm_rotary", "token_shift_norm"} <= set(facts["operations"])
     for runs in facts["operations"].values():
         assert runs["cpu"]["runs"] in ("cpu", "reference")
-        assert runs["cpu"]["reasons"]["cuda"] != []
+        assert runs["cpu"]["reasons"]["cuda"] != [] and runs["cpu"]["reasons"]["triton"] != []
 
 
 def test_versions_of_cuda(capsys, monkeypatch):
@@ -49,6 +45,21 @@ def test_versions_of_cuda(capsys, monkeypatch):
         assert main(["info"]) == 0
         lines = {line.strip() for line in capsys.readouterr().out.splitlines()}
         assert {"kernels built with  13.0", f"driver runs         {driver or 'none'}"} <= lines
+
+
+def test_a_triton_of_another_name(monkeypatch):
+    versions = {"pytorch-triton-rocm": "3.5.1"}
+
+    def version(name):
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: {"triton": list(versions)})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name == "triton" else None)
+    assert info._installed("triton") == "3.5.1 (pytorch-triton-rocm)"
+    assert info._installed("datasets") is None
 
 
 def test_info_of_a_device_that_cannot_be_used(capsys, monkeypatch):

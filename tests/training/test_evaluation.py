@@ -1,6 +1,7 @@
 """Loss, perplexity and bits per byte of a model."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -44,6 +45,11 @@ def test_evaluation_is_the_mean_over_tokens(tokenizer):
     assert found.bits_per_byte == pytest.approx(total / math.log(2) / size, rel=1e-5)
     assert evaluate(model, rows).bits_per_byte is None
     assert evaluate(model, rows, max_rows=2).tokens < count
+
+
+def test_evaluation_needs_no_logits():
+    with mock.patch("andromeda.huggingface.modeling_andromeda.kept_positions", side_effect=AssertionError("logits")):
+        assert math.isfinite(evaluate(new_model(), Rows()).loss)
 
 
 def test_evaluation_without_targets_is_refused():

@@ -22,8 +22,8 @@ struct AttentionParams {
   // CUDA: (1,), the number of rows of k and v that exist: the call is the one on the first num_keys of seqlen_k rows. A
   // captured graph reads it at every replay. nullptr: all exist. The kernel for many query rows does not have it.
   const std::int32_t* num_keys;
-  void* out;                      // (batch, seqlen_q, num_heads,    head_dim)
-  float* softmax_lse;             // (batch, num_heads, seqlen_q), natural logarithm
+  void* out;           // (batch, seqlen_q, num_heads,    head_dim)
+  float* softmax_lse;  // (batch, num_heads, seqlen_q), natural logarithm
   SeqStrides q_stride, k_stride, v_stride, out_stride;
   int batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim;
   float softmax_scale;
