@@ -227,8 +227,15 @@ def test_triton_is_asked_once_for_each_gpu(triton_of):
 @pytest.mark.parametrize("version", ["3.3.1", "2.1.0", "3", "unknown"])
 def test_an_old_triton(triton_of, version):
     asked = triton_of(version=version)
-    assert _select.triton_unavailable(GPU) == [f"Triton {version} (these kernels need 3.4 or newer)"]
-    assert asked == []
+    assert _select.triton_unavailable(GPU) == [f"Triton {version} (on sm_80 these kernels need 3.4 or newer)"]
+    assert asked == []  # the driver of an old Triton may be anything
+
+
+@pytest.mark.parametrize("version, works", [("3.4.0", False), ("3.5.1", True)])
+def test_a_triton_that_is_too_old_for_one_gpu(triton_of, version, works):
+    triton_of(version=version, capability=(10, 0))
+    reason = f"Triton {version} (on sm_100 these kernels need 3.5 or newer)"
+    assert _select.triton_unavailable(GPU) == ([] if works else [reason])
 
 
 @pytest.mark.parametrize("version", ["3.4.0", "3.5.1+git1234", "3.10.0", "4.0"])
@@ -293,22 +300,27 @@ print(_select.common_reasons("triton", (torch.float32,), q=q))
 
 
 def test_the_table_of_preferences_is_well_formed():
-    operations = _select.report("cpu")
-    for (operation, architecture), (backend, reason) in _select.PREFERRED.items():
-        assert operation in operations and architecture in launch.SHARED_MEMORY and backend in _select.BACKENDS
-        assert any(character.isdigit() for character in reason), "a reason is a measurement"
+    operators = {
+        f"{operation}_{direction}" for operation in _select.report("cpu") for direction in ("forward", "backward")
+    }
+    for (operator, architecture), found in _select.PREFERRED.items():
+        assert operator in operators and architecture in launch.SHARED_MEMORY and found.backend in _select.BACKENDS
+        assert any(character.isdigit() for character in found.reason), "a reason is a measurement"
 
 
 def test_an_architecture_may_prefer_another_backend(triton_of, monkeypatch):
     triton_of(capability=(12, 0))
-    monkeypatch.setattr(_select, "PREFERRED", {("attention", "sm_120"): ("triton", "1.5 x as fast")})
-    assert _select.order("attention", GPU) == ("triton", "cuda", "cpu", "reference")
-    assert _select.order("token_shift_norm", GPU) == _select.BACKENDS
-    assert _select.order("attention", torch.device("cpu")) == _select.BACKENDS
+    entry = _select.Preference("triton", 100, "1.5 x as fast")
+    monkeypatch.setattr(_select, "PREFERRED", {("attention_forward", "sm_120"): entry})
+    assert _select.order("attention_forward", GPU, 100) == ("triton", "cuda", "cpu", "reference")
+    assert _select.order("attention_forward", GPU, 99) == _select.BACKENDS
+    assert _select.order("attention_backward", GPU, 100) == _select.BACKENDS
+    assert _select.order("attention_forward", torch.device("cpu"), 100) == _select.BACKENDS
     able = {**ALL_FAIL, "cuda": [], "triton": [], "reference": []}
-    assert _select.choose("attention", _select.AUTO, reasons_of(able), GPU) == "triton"
-    assert _select.choose("attention", _select.AUTO, reasons_of({**able, "triton": ["no"]}), GPU) == "cuda"
-    assert _select.choose("attention", "cuda", reasons_of(able), GPU) == "cuda"
+    call = GPU, "attention_forward", 100
+    assert _select.choose("attention", _select.AUTO, reasons_of(able), *call) == "triton"
+    assert _select.choose("attention", _select.AUTO, reasons_of({**able, "triton": ["no"]}), *call) == "cuda"
+    assert _select.choose("attention", "cuda", reasons_of(able), *call) == "cuda"
 
 
 @pytest.mark.parametrize("lasting", [True, False])

@@ -49,6 +49,7 @@ def gather_info() -> dict[str, Any]:
         "cuda": _cuda_versions(),
         "devices": _devices(),
         "operations": {},
+        "preferences": {},
     }
     for device in ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",):
         dtype = str(_select.usual_dtype(device)).removeprefix("torch.")
@@ -61,6 +62,8 @@ def gather_info() -> dict[str, Any]:
             chosen = next((name for name, why in reasons.items() if not why), None)
             run = {"dtype": dtype, "runs": chosen, "reasons": reasons}
             facts["operations"].setdefault(operation, {})[device] = run
+        for operator, found in _select.preferences(torch.device(device)).items():
+            facts["preferences"][operator] = found._asdict()
     return facts
 
 
@@ -186,6 +189,9 @@ def info_table(facts: dict[str, Any]) -> str:
                 mark = ">" if name == run["runs"] else " "
                 lines.append(f"  {mark} {name:{width}}  {'; '.join(reasons) or 'available'}")
             lines.append("")
+    for operator, found in facts["preferences"].items():
+        work = f"{found['least_flops'] / 1e9:.0f} GFLOP"
+        lines.append(f"{operator} from {work} on: {found['backend']} comes first ({found['reason']})")
     return "\n".join(lines).rstrip()
 
 

@@ -11,7 +11,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -20,9 +20,26 @@ from andromeda.ops import Backend, _transforms
 from andromeda.ops._common import dtype_name
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)  # in order of preference, except for the entries of `PREFERRED`
-# (operation, architecture of `triton_kernels.launch`) -> the backend that comes first there, and the measurement that
-# says so.
-PREFERRED: dict[tuple[str, str], tuple[Backend, str]] = {}
+
+
+class Preference(NamedTuple):
+    """The backend that comes first for an operator on an architecture, and the measurement that says so."""
+
+    backend: Backend
+    least_flops: int  # of a call: for smaller ones the host's time counts, and a launch by Triton takes longer
+    reason: str
+
+
+# (operator, architecture of `triton_kernels.launch`) -> the exception from the order of `BACKENDS`.
+_LEAST_FLOPS = 2**35  # 0.1 ms of work
+PREFERRED: dict[tuple[str, str], Preference] = {
+    ("attention_forward", "sm_90"): Preference(
+        "triton", _LEAST_FLOPS, "H200, 8192 tokens, 24/1 heads of 128: 0.96 ms, CUDA 1.19; of 64: 0.53 and 0.80"
+    ),
+    ("attention_backward", "sm_90"): Preference(
+        "triton", _LEAST_FLOPS, "H200, 8192 tokens, 24/1 heads of 128: 2.70 ms, CUDA 4.54; of 64: 1.66 and 2.50"
+    ),
+}
 # The device type of the tensors that a backend accepts. The reference accepts any.
 DEVICE_TYPES = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}
 AUTO = "auto"  # the argument of an operator for backend=None: it chooses when it runs, not when it is traced
@@ -91,25 +108,41 @@ def common_reasons(backend: str, dtypes: Sequence[torch.dtype], **tensors: Tenso
     return reasons
 
 
-def order(op: str, device: torch.device | None) -> tuple[Backend, ...]:
-    """The backends of an operation on a device, the one to try first at the front."""
-    if PREFERRED and device is not None and device.type == "cuda":
-        from andromeda.triton_kernels import launch
+def preferences(device: torch.device) -> dict[str, Preference]:
+    """operator -> the exception from the order of `BACKENDS` on this device."""
+    if device.type != "cuda":
+        return {}
+    from andromeda.triton_kernels import launch
 
-        first, _ = PREFERRED.get((op, launch.architecture(device) or ""), (BACKENDS[0], ""))
-        return (first, *(name for name in BACKENDS if name != first))
-    return BACKENDS
+    architecture = launch.architecture(device)
+    return {operator: found for (operator, name), found in PREFERRED.items() if name == architecture}
 
 
-def choose(op: str, backend: str, unsupported: Callable[[str], list[str]], device: torch.device | None = None) -> str:
-    """The backend that runs a call: the requested one, or with `AUTO` the first that can, in the order of `device`.
+def order(operator: str, device: torch.device | None, flops: int) -> tuple[Backend, ...]:
+    """The backends of a call on a device, the one to try first at the front."""
+    found = None if device is None else preferences(device).get(operator)
+    if found is None or flops < found.least_flops:
+        return BACKENDS
+    return (found.backend, *(name for name in BACKENDS if name != found.backend))
+
+
+def choose(
+    op: str,
+    backend: str,
+    unsupported: Callable[[str], list[str]],
+    device: torch.device | None = None,
+    operator: str = "",
+    flops: int = 0,
+) -> str:
+    """The backend that runs a call: the requested one, or with `AUTO` the first that can.
 
     unsupported: gives the reasons why a backend cannot run this call.
+    device, operator, flops: of the call; they decide the order (`PREFERRED`).
 
     Raises:
         NotImplementedError: no backend can, or the requested one cannot; gives the reasons for each.
     """
-    candidates: Sequence[str] = order(op, device) if backend == AUTO else (backend,)
+    candidates: Sequence[str] = order(operator, device, flops) if backend == AUTO else (backend,)
     reasons = {}
     for candidate in candidates:
         reasons[candidate] = unsupported(candidate)
@@ -162,7 +195,6 @@ def _first_obstacle(device: torch.device) -> tuple[list[str], bool]:
     return [], True
 
 
-OLDEST_TRITON = (3, 4)
 triton_answers: dict[torch.device, list[str]] = {}  # of `triton_unavailable`
 os.register_at_fork(after_in_child=triton_answers.clear)
 
@@ -187,16 +219,18 @@ def _triton_obstacles(device: torch.device) -> list[str]:
         version = str(triton.__version__)
     except Exception as error:  # it loads libraries of its own, which fail in many ways
         return [f"Triton cannot be imported: {_one_line(error)}"]
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    if numbers is None or tuple(map(int, numbers.groups())) < OLDEST_TRITON:
-        return [f"Triton {version} (these kernels need {'.'.join(map(str, OLDEST_TRITON))} or newer)"]
     from andromeda.triton_kernels import launch
 
     try:
+        architecture = launch.architecture(device)
+        if architecture is None:
+            return [f"{launch.describe(device)} (there are Triton kernels for {', '.join(launch.SHARED_MEMORY)})"]
+        oldest = launch.OLDEST_TRITON[architecture]
+        numbers = re.match(r"(\d+)\.(\d+)", version)
+        if numbers is None or tuple(map(int, numbers.groups())) < oldest:
+            return [f"Triton {version} (on {architecture} these kernels need {'.'.join(map(str, oldest))} or newer)"]
         with device_guard(device):
             triton.runtime.driver.active.get_current_target()  # finds the driver, with a C compiler at the first time
-        if launch.architecture(device) is None:
-            return [f"{launch.describe(device)} (there are Triton kernels for {', '.join(launch.SHARED_MEMORY)})"]
     except Exception as error:  # no driver, no compiler, a device that cannot be used
         return [f"Triton {version} does not run on {device}: {_one_line(error)}"]
     return []
@@ -334,4 +368,4 @@ def report(device: str | None = None, dtype: torch.dtype | None = None) -> dict[
     calls["linear_cross_entropy"] = (q[:, :, 0], k[0, :, 0])
     calls["feed_forward"] = (q[:, :, 0],)
     modules = {op: importlib.import_module(f"andromeda.ops.{op}") for op in calls}
-    return {op: {name: modules[op].unsupported(name, *calls[op]) for name in order(op, q.device)} for op in calls}
+    return {op: {name: modules[op].unsupported(name, *calls[op]) for name in BACKENDS} for op in calls}

@@ -21,6 +21,7 @@ _DTYPES = {
 # What `_C.build_info` says of the CUDA kernels. The sum of two positions fits in 32 bits.
 _TRITON_LIMITS = {"max_attention_head_dim": 256, "max_attention_seqlen": 2**30, "min_softmax_scale": 2.0**-60}
 NUM_SPLITS = 0  # number of splits of the keys in the GPU kernels for few queries; 0: chosen. Tests change it
+_FEW_QUERIES = 32
 REFERENCE_BLOCK_LOGITS = 2**24  # the reference holds at most this many logits at once: 64 MiB of float32
 
 
@@ -400,7 +401,12 @@ def _plan(direction: _Direction, call: Call) -> Plan:
 def _make_plan(direction: _Direction, call: Call) -> Plan:
     q, k, scale = call.q, call.k, call.softmax_scale
     options: dict[str, Any] = {"softmax_scale": scale, "num_keys": call.num_keys}
-    backend = _select.choose(NAME, call.backend, lambda name: unsupported(name, q, k, k, **options), q.device)
+    flops = {"forward": 4, "backward": 10}[direction] * q.shape[3] * _visible_pairs(call)
+    if q.shape[1] <= _FEW_QUERIES:  # such calls are limited by memory and by their launch
+        flops = 0
+    backend = _select.choose(
+        NAME, call.backend, lambda name: unsupported(name, q, k, k, **options), q.device, f"{NAME}_{direction}", flops
+    )
     is_empty = 0 in (*q.shape, k.shape[1])
     if backend == "triton" and direction == "forward":
         return Plan(backend, is_empty, 0, 0, {"num_splits": NUM_SPLITS})

@@ -12,23 +12,21 @@
        queries |    |    |    | -> dq, delta                      keys |    |    |    |    |    | -> dk, dv
                +----+----+----+                                        +----+----+----+----+----+
 
-Keys are the rows of pass 2, S^T = k q^T and dP^T = v dout^T: P^T and dS^T are then left operands of the next products as
-they are. (The transpose of a result as an operand costs ten times the stack memory, and some Triton compilers get it
-wrong.) Its results are float32 where several shares have the same keys, and a third kernel adds these.
+Keys are the rows of pass 2, S^T = k q^T and dP^T = v dout^T: P^T and dS^T are then left operands of the next products
+as they are. (The transpose of a result as an operand costs ten times the stack memory, and some Triton compilers get
+it wrong.) Where several shares have the same keys, their dk and dv are float32, and a third kernel adds them.
 
 Seven products of a tile instead of the five of a single pass, which would need atomic additions to dq or an order of
 them. Tiles of which a row does not see all keys are masked, in a loop of their own. There, operands that are not finite
 are replaced, because the zeros of masked weights would make NaN of them.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from andromeda.triton_kernels import launch
+from andromeda.triton_kernels import launch, tiles
 from andromeda.triton_kernels.attention_tile import (
     describe_head,
     describe_rows,
@@ -42,12 +40,16 @@ from andromeda.triton_kernels.attention_tile import (
 _kLog2E = tl.constexpr(1.44269504088896340736)
 _kInfinity = tl.constexpr(float("inf"))
 
-# The smallest float16 is 2^-24, but a key may have nothing but small weights and small gradients. So both are multiplied
-# by powers of two before they are rounded, and their sums are divided by them. A weight is at most 1.
+# The smallest float16 is 2^-24, but a key may have nothing but small weights and small gradients. So both are
+# multiplied by powers of two before they are rounded, and their sums are divided by them. A weight is at most 1.
 _kWeightExponent = tl.constexpr(15)
 # A row's gradients are multiplied by the power that brings the largest so far to 2^14 ... 2^15, at most by 2^24. The
 # state of a row is the exponent of this largest one, with the bias of float32.
 _kFirstExponent = tl.constexpr(127 + 14 - 24)
+
+# kSplit, below: the bias of a tile is the sum of a row's part and a column's part, which costs one operation per score
+# less than their distance. Not without a causal mask, where the bias falls on both sides of the diagonal, and not in
+# float32, where the rounding of the parts would show.
 
 
 @triton.jit
@@ -57,7 +59,9 @@ def _power_of_two(exponent: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _scale_gradients(ds: tl.tensor, sums: tl.tensor, exponent: tl.tensor, kIsFloat16: tl.constexpr) -> tl.tensor:
+def _scale_gradients(
+    ds: tl.tensor, sums: tl.tensor, exponent: tl.tensor, kIsFloat16: tl.constexpr
+) -> tuple[tl.tensor, ...]:
     """Scale a tile of dS for the rounding to float16, and the sums of earlier tiles where the scale of a row falls.
 
     An infinity ruins only its own row.
@@ -127,7 +131,7 @@ def _add_to_dq(
     v: tl.tensor,
     k_stride: tl.tensor,
     v_stride: tl.tensor,
-    slope_log2: tl.tensor,
+    slope: tl.tensor,  # in base 2 if kSplit
     softmax_scale_log2: tl.tensor,
     tile: tl.tensor,
     seqlen_k: tl.tensor,
@@ -137,8 +141,8 @@ def _add_to_dq(
     kBiased: tl.constexpr,
     kSplit: tl.constexpr,
     kIsMasked: tl.constexpr,
-) -> tl.tensor:
-    """One tile of keys: dq += dS k."""
+) -> tuple[tl.tensor, ...]:
+    """One tile of keys: dq += dS k. Rows are queries, columns are keys."""
     kIsFloat16: tl.constexpr = k.dtype.element_ty == tl.float16
     key = tile * kKeys + tl.arange(0, kKeys)
     k_tile = load_rows(k, k_stride, key, seqlen_k, kHeadDim, kChannels, not kIsMasked)
@@ -147,9 +151,9 @@ def _add_to_dq(
     column = tl.arange(0, kKeys).to(tl.float32)
     distance = (tile * kKeys - position).to(tl.float32)
     if kBiased and kSplit:
-        log2_weights += (slope_log2 * distance - lse)[:, None] + (slope_log2 * column)[None, :]
-    elif kBiased:
-        log2_weights += -slope_log2 * tl.abs(distance[:, None] + column[None, :]) - lse[:, None]
+        log2_weights += (slope * distance - lse)[:, None] + (slope * column)[None, :]
+    elif kBiased:  # here the slope and lse are natural: their difference is one rounding, and small
+        log2_weights += (-slope * tl.abs(distance[:, None] + column[None, :]) - lse[:, None]) * _kLog2E
     else:
         log2_weights -= lse[:, None]
     ds = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee") - delta[:, None]
@@ -164,7 +168,7 @@ def _add_to_dq(
 
 
 @triton.jit(do_not_specialize=["batch", "num_heads", "group", "seqlen_q", "seqlen_k"])
-def attention_backward_dq(
+def attention_backward_dq_kernel(
     q: tl.tensor,
     k: tl.tensor,
     v: tl.tensor,
@@ -212,6 +216,8 @@ def attention_backward_dq(
     kIsFloat16: tl.constexpr = q.dtype.element_ty == tl.float16
     kBiased: tl.constexpr = alibi_slopes is not None
     kSplit: tl.constexpr = kCausal and q.dtype.element_ty != tl.float32
+    # Without a split, the difference of the bias and lse is formed before the base changes: both may be large.
+    kLog2OfBase: tl.constexpr = 1.0 if kBiased and not kSplit else _kLog2E
     # The longest work comes first: under a causal mask the last queries see most keys, and heads without a bias are
     # usually last.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -231,7 +237,7 @@ def attention_backward_dq(
 
     exists = query < seqlen_q
     slope, _, window = describe_head(alibi_slopes, logit_bound, head)
-    slope_log2, softmax_scale_log2 = slope * _kLog2E, softmax_scale * _kLog2E
+    slope, softmax_scale_log2 = slope * kLog2OfBase, softmax_scale * _kLog2E
     position, first, end = describe_rows(key_start, query, seqlen_q, seqlen_k, kCausal)
     key_begin, key_end, bare_begin, bare_end = range_of_keys(position, first, end, exists, window)
     begin_tile, end_tile = key_begin // kKeys, tl.cdiv(key_end, kKeys)
@@ -243,12 +249,13 @@ def attention_backward_dq(
     # Products of their own: one that is fused with the addition of another lane's sum would give each lane other bits.
     zero = tl.zeros((kQueries, kChannels), tl.float32)
     delta = tl.sum(tl.fma(dout_tile.to(tl.float32), out_tile.to(tl.float32), zero), 1)
-    lse = tl.load(softmax_lse + query, mask=exists, other=0.0) * _kLog2E
+    delta = tl.where(delta == delta, delta, float("nan"))  # one NaN of the many: lanes add in different orders
+    lse = tl.load(softmax_lse + query, mask=exists, other=0.0) * kLog2OfBase
     column_lse = lse  # as pass 2 adds it to a column
     if kBiased and kSplit:
-        column_lse += slope_log2 * (query % kColumns).to(tl.float32)
+        column_lse += slope * (query % kColumns).to(tl.float32)
     if kIsFloat16:
-        column_lse -= _kWeightExponent
+        column_lse -= _kWeightExponent * (kLog2OfBase / _kLog2E)
     _store_query_rows(rows, query, seqlen_q, column_lse, delta, first, end)
     q_tile = load_rows(q, q_seq, query, seqlen_q, kHeadDim, kChannels, False)
 
@@ -258,12 +265,12 @@ def attention_backward_dq(
     for index in tl.range(0, (end_tile - begin_tile - (bare_last - bare_first)) * kParts, num_stages=1):
         tile = masked_tile(index // kParts, bare_first, bare_last, end_tile) * kParts + index % kParts
         sums, exponent = _add_to_dq(
-            sums, exponent, q_tile, dout_tile, lse, delta, position, first, end, k, v, k_seq, v_seq, slope_log2,
+            sums, exponent, q_tile, dout_tile, lse, delta, position, first, end, k, v, k_seq, v_seq, slope,
             softmax_scale_log2, tile, seqlen_k, kMaskedKeys, kHeadDim, kChannels, kBiased, kSplit, True,
         )  # fmt: skip
     for tile in range(bare_first, bare_last):
         sums, exponent = _add_to_dq(
-            sums, exponent, q_tile, dout_tile, lse, delta, position, first, end, k, v, k_seq, v_seq, slope_log2,
+            sums, exponent, q_tile, dout_tile, lse, delta, position, first, end, k, v, k_seq, v_seq, slope,
             softmax_scale_log2, tile, seqlen_k, kKeys, kHeadDim, kChannels, kBiased, kSplit, False,
         )  # fmt: skip
     sums = _unscaled(sums, exponent, kIsFloat16) * softmax_scale
@@ -297,12 +304,13 @@ def _rows_of_keys(
     shift: tl.tensor,
     kKeys: tl.constexpr,
     kCausal: tl.constexpr,
-) -> tl.tensor:
+) -> tuple[tl.tensor, ...]:
     """What `key_start` (or None) says about the queries of the keys key ... key + kKeys - 1, for all heads:
 
     seen_end: the end of the queries that see one of them;
     bare_end: the end of the first queries that see all of them;
-    free_begin, free_end: without a causal mask, the range of the queries that do not see their own key: no window holds.
+    free_begin, free_end: without a causal mask, the range of the queries that no window limits: they do not see their
+        own key.
     """
     kRows: tl.constexpr = 1024
     free_begin, free_end = kUnlimited, 0
@@ -345,19 +353,19 @@ def _add_to_dk_dv(
     rows: tl.tensor,
     q_stride: tl.tensor,
     dout_stride: tl.tensor,
-    slope_log2: tl.tensor,
+    slope: tl.tensor,  # in base 2 if kSplit
     softmax_scale_log2: tl.tensor,
     tile: tl.tensor,
     seqlen_q: tl.tensor,
     shift: tl.tensor,
-    kTile: tl.constexpr,
+    kTile: tl.constexpr,  # queries of a tile that needs no mask
     kQueries: tl.constexpr,
     kHeadDim: tl.constexpr,
     kChannels: tl.constexpr,
     kBiased: tl.constexpr,
     kSplit: tl.constexpr,
     kIsMasked: tl.constexpr,
-) -> tl.tensor:
+) -> tuple[tl.tensor, ...]:
     """One tile of queries: dv += P^T dout, dk += dS^T q. Rows are keys, columns are queries."""
     kIsFloat16: tl.constexpr = q.dtype.element_ty == tl.float16
     query = tile * kQueries + tl.arange(0, kQueries)
@@ -375,10 +383,10 @@ def _add_to_dk_dv(
         # From the first position of the whole tile that this one may be a part of.
         distance = (key - (tile * kQueries // kTile * kTile + shift)).to(tl.float32)
         if kSplit:  # the part of the columns is in lse
-            weights += (slope_log2 * distance)[:, None] - lse[None, :]
+            weights += (slope * distance)[:, None] - lse[None, :]
         else:
             column = (query % kTile).to(tl.float32)
-            weights += -slope_log2 * tl.abs(distance[:, None] - column[None, :]) - lse[None, :]
+            weights += (-slope * tl.abs(distance[:, None] - column[None, :]) - lse[None, :]) * _kLog2E
     else:
         weights -= lse[None, :]
     ds = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee") - delta[None, :]
@@ -398,7 +406,7 @@ def _add_to_dk_dv(
 
 
 @triton.jit(do_not_specialize=["batch", "num_heads", "num_kv_heads", "num_shares", "seqlen_q", "seqlen_k"])
-def attention_backward_dk_dv(
+def attention_backward_dk_dv_kernel(
     q: tl.tensor,
     k: tl.tensor,
     v: tl.tensor,
@@ -447,6 +455,8 @@ def attention_backward_dk_dv(
     kIsFloat16: tl.constexpr = q.dtype.element_ty == tl.float16
     kBiased: tl.constexpr = alibi_slopes is not None
     kSplit: tl.constexpr = kCausal and q.dtype.element_ty != tl.float32
+    # Without a split, the difference of the bias and lse is formed before the base changes: both may be large.
+    kLog2OfBase: tl.constexpr = 1.0 if kBiased and not kSplit else _kLog2E
     # The longest work comes first: under a causal mask most queries see the first keys.
     program = tl.program_id(0)
     entry = (program % batch).to(tl.int64)
@@ -475,7 +485,7 @@ def attention_backward_dk_dv(
         head_dout = dout + entry * dout_batch + head.to(tl.int64) * dout_head
         head_rows = rows + (entry * num_heads + head) * seqlen_q * 4
         slope, _, window = describe_head(alibi_slopes, logit_bound, head)
-        slope_log2, softmax_scale_log2 = slope * _kLog2E, softmax_scale * _kLog2E
+        slope, softmax_scale_log2 = slope * kLog2OfBase, softmax_scale * _kLog2E
 
         # The queries that see a key, and those that see all keys.
         last_key = tl.minimum(first_key + kKeys, seqlen_k) - 1
@@ -495,13 +505,13 @@ def attention_backward_dk_dv(
             tile = masked_tile(index // kParts, bare_first, bare_last, end_tile) * kParts + index % kParts
             dk_sums, dv_sums, exponent = _add_to_dk_dv(
                 dk_sums, dv_sums, exponent, k_tile, v_tile, key, head_q, head_dout, head_rows, q_seq, dout_seq,
-                slope_log2, softmax_scale_log2, tile, seqlen_q, shift, kQueries, kMaskedQueries,
+                slope, softmax_scale_log2, tile, seqlen_q, shift, kQueries, kMaskedQueries,
                 kHeadDim, kChannels, kBiased, kSplit, True,
             )  # fmt: skip
         for tile in range(bare_first, bare_last):
             dk_sums, dv_sums, exponent = _add_to_dk_dv(
                 dk_sums, dv_sums, exponent, k_tile, v_tile, key, head_q, head_dout, head_rows, q_seq, dout_seq,
-                slope_log2, softmax_scale_log2, tile, seqlen_q, shift, kQueries, kQueries,
+                slope, softmax_scale_log2, tile, seqlen_q, shift, kQueries, kQueries,
                 kHeadDim, kChannels, kBiased, kSplit, False,
             )  # fmt: skip
     dk_sums = _unscaled(dk_sums, exponent, kIsFloat16) * softmax_scale
@@ -513,7 +523,7 @@ def attention_backward_dk_dv(
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_kv_heads", "num_shares", "seqlen_k"])
-def attention_backward_sum(
+def attention_backward_sum_kernel(
     dk_shares: tl.tensor,  # (num_shares, batch, seqlen_k, num_kv_heads, kHeadDim), float32, dense
     dv_shares: tl.tensor,
     dk: tl.tensor,
@@ -552,30 +562,6 @@ def attention_backward_sum(
     tl.store(dv, dv_sums.to(dv.dtype.element_ty), mask=inside)
 
 
-class Tiles(NamedTuple):
-    queries: int
-    keys: int
-    num_warps: int
-    num_stages: int
-    masked: int = 16
-
-
-def dq_tiles(architecture: str | None, dtype: torch.dtype, channels: int) -> Tiles:
-    if dtype == torch.float32:
-        return Tiles(32, 32, 4, 1) if channels <= 64 else Tiles(16, 16, 4, 1)
-    if channels <= 64:
-        return Tiles(64, 64, 4, 2)
-    return Tiles(64, 64, 4, 2) if channels <= 128 else Tiles(64, 32, 4, 2)
-
-
-def dk_dv_tiles(architecture: str | None, dtype: torch.dtype, channels: int) -> Tiles:
-    if dtype == torch.float32:
-        return Tiles(32, 32, 4, 1) if channels <= 64 else Tiles(16, 16, 4, 1)
-    if channels <= 64:
-        return Tiles(64, 64, 4, 2)
-    return Tiles(64, 64, 4, 2) if channels <= 128 else Tiles(32, 64, 8, 2)
-
-
 # Programs of pass 2 per multiprocessor: two are resident at a time, and two rounds balance their work, which differs
 # with masks and windows.
 _PROGRAMS_PER_MULTIPROCESSOR = 4
@@ -589,14 +575,6 @@ def num_shares_of(num_programs: int, group: int, num_multiprocessors: int) -> in
     """
     wanted = num_multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR
     return next((n for n in range(1, group) if group % n == 0 and n * num_programs >= wanted), group)
-
-
-def _multiprocessors(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    from triton.runtime import driver
-
-    return driver.active.utils.get_device_properties(0)["multiprocessor_count"]
 
 
 def attention_backward(
@@ -620,12 +598,13 @@ def attention_backward(
     batch, seqlen_q, num_heads, head_dim = q.shape
     _, seqlen_k, num_kv_heads, _ = k.shape
     group = num_heads // num_kv_heads
-    channels = max(16, triton.next_power_of_2(head_dim))
+    channels = tiles.padded_channels(head_dim)
     architecture = launch.architecture(q.device)
-    key_tiles = dk_dv_tiles(architecture, q.dtype, channels)
-    tiles = dq_tiles(architecture, q.dtype, channels)
+    assert architecture is not None  # the caller has asked
+    of_queries = tiles.choose(tiles.ATTENTION_BACKWARD_DQ, architecture, q.itemsize, channels)
+    of_keys = tiles.choose(tiles.ATTENTION_BACKWARD_DK_DV, architecture, q.itemsize, channels)
     rows = q.new_empty((batch, num_heads, seqlen_q, 4), dtype=torch.int32)
-    attention_backward_dq[(triton.cdiv(seqlen_q, tiles.queries) * num_heads * batch,)](
+    attention_backward_dq_kernel[(triton.cdiv(seqlen_q, of_queries.rows) * num_heads * batch,)](
         q,
         k,
         v,
@@ -647,22 +626,21 @@ def attention_backward(
         kCausal=causal,
         kHeadDim=head_dim,
         kChannels=channels,
-        kQueries=tiles.queries,
-        kKeys=tiles.keys,
-        kMaskedKeys=min(tiles.keys, tiles.masked),
-        kColumns=key_tiles.queries,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
+        kQueries=of_queries.rows,
+        kKeys=of_queries.keys,
+        kMaskedKeys=min(of_queries.keys, tiles.ATTENTION_BACKWARD_MASKED),
+        kColumns=of_keys.rows,
+        num_warps=of_queries.num_warps,
+        num_stages=of_queries.num_stages,
         **launch.OPTIONS,
     )
 
-    tiles = key_tiles
-    num_programs = triton.cdiv(seqlen_k, tiles.keys) * num_kv_heads * batch
-    num_shares = num_shares_of(num_programs, group, _multiprocessors(q.device))
+    num_programs = triton.cdiv(seqlen_k, of_keys.keys) * num_kv_heads * batch
+    num_shares = num_shares_of(num_programs, group, launch.multiprocessors())
     dk_shares, dv_shares = dk[None], dv[None]
     if num_shares > 1:
         dk_shares, dv_shares = (k.new_empty((num_shares, *k.shape), dtype=torch.float32) for _ in range(2))
-    attention_backward_dk_dv[(num_programs * num_shares,)](
+    attention_backward_dk_dv_kernel[(num_programs * num_shares,)](
         q,
         k,
         v,
@@ -686,16 +664,16 @@ def attention_backward(
         kCausal=causal,
         kHeadDim=head_dim,
         kChannels=channels,
-        kKeys=tiles.keys,
-        kQueries=tiles.queries,
-        kMaskedQueries=min(tiles.queries, tiles.masked),
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
+        kKeys=of_keys.keys,
+        kQueries=of_keys.rows,
+        kMaskedQueries=min(of_keys.rows, tiles.ATTENTION_BACKWARD_MASKED),
+        num_warps=of_keys.num_warps,
+        num_stages=of_keys.num_stages,
         **launch.OPTIONS,
     )
     if num_shares > 1:
         num_key_rows = batch * seqlen_k * num_kv_heads
-        attention_backward_sum[(triton.cdiv(num_key_rows, _SUM_ROWS),)](
+        attention_backward_sum_kernel[(triton.cdiv(num_key_rows, _SUM_ROWS),)](
             dk_shares,
             dv_shares,
             dk,

@@ -20,6 +20,7 @@ where the exponent is that of the row's largest score so far, or 0 with a small 
 import triton
 import triton.language as tl
 
+kOnes = tl.constexpr(16)  # columns of ones: the fewest that a product may have
 kUnlimited = tl.constexpr(2**30)  # more than any number of keys; twice that still fits in 32 bits
 kLn2 = tl.constexpr(0.6931471805599453)
 _kInfinity = tl.constexpr(float("inf"))
@@ -173,8 +174,10 @@ def add_not_finite(
     this slow path if they are not finite: the product leaves these numbers out.
     """
     channel = tl.arange(0, kChannels)
+    address = data + key.to(tl.int64) * stride + channel
     for row in range(key, tl.minimum(key + kKeys, count)):
-        numbers = tl.load(data + row.to(tl.int64) * stride + channel, mask=channel < kHeadDim, other=0.0)
+        numbers = tl.load(address, mask=channel < kHeadDim, other=0.0)
+        address += stride
         numbers = tl.where(is_finite(numbers), 0.0, numbers.to(tl.float32))
         result += tl.where(((first <= row) & (row < end))[:, None], numbers[None, :], 0.0)
     return result
@@ -240,8 +243,8 @@ def add_tile(
         sum *= rescale
     sum += tl.sum(weights, 1)
     rounded = weights.to(q_tile.dtype)
-    if kBounded and q_tile.dtype != tl.float32:
-        rounded_sum += tl.sum(rounded.to(tl.float32), 1)
+    if kBounded and q_tile.dtype != tl.float32:  # as a product, which costs less than to convert them back
+        rounded_sum = tl.dot(rounded, tl.full((kKeys, kOnes), 1.0, rounded.dtype), rounded_sum)
 
     v_tile = load_rows(v, v_stride, column, seqlen_k, kHeadDim, kChannels, not kMasked)
     if kMasked:
@@ -286,7 +289,7 @@ def sum_tiles(
     """
     out = tl.zeros((kRows, kChannels), tl.float32)
     sum = tl.zeros((kRows,), tl.float32)
-    rounded_sum = tl.zeros((kRows,), tl.float32)
+    rounded_sum = tl.zeros((kRows, kOnes), tl.float32)  # all columns are equal
     maximum = tl.full((kRows,), -_kInfinity, tl.float32)
     end_tile = tl.maximum(first_tile, end_tile)
     bare_first = tl.minimum(tl.maximum((unmasked_begin + (kKeys - 1)) // kKeys, first_tile), end_tile)
@@ -347,7 +350,7 @@ def sum_tiles(
         )
     if kBounded:
         exponent = tl.zeros((kRows,), tl.float32)
-        divisor = sum if q_tile.dtype == tl.float32 else rounded_sum
+        divisor = sum if q_tile.dtype == tl.float32 else tl.max(rounded_sum, 1)
     else:
         exponent = tl.where(maximum == -_kInfinity, 0.0, maximum) * softmax_scale_log2
         divisor = sum

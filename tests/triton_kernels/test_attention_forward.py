@@ -6,6 +6,9 @@ Every combination of dtype, head_dim, mask and absent arguments is compiled for 
 
 import dataclasses
 import math
+import subprocess
+import tempfile
+from pathlib import Path
 
 import numerics
 import pytest
@@ -23,6 +26,8 @@ from test_attention import bounded, check_forward
 
 from andromeda.ops import attention as op
 from andromeda.ops.attention import attention
+
+triton = pytest.importorskip("triton")
 
 DEVICES = ("A100", "H200")
 CPU = torch.device("cpu")
@@ -224,6 +229,26 @@ def test_offsets_beyond_32_bits(gpu, monkeypatch):
     expected = attention(*inputs.tensors(), **inputs.options, backend="triton")
     far = place_far_apart(gpu, inputs, monkeypatch)
     assert torch.equal(attention(*far.tensors(), **far.options, backend="triton"), expected)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_products_on_hopper_overlap(head_dim, emulated_triton):
+    """If the code between two products writes an accumulator, ptxas lets every product wait for the one before."""
+    from andromeda.triton_kernels.attention_forward import attention_forward_kernel as kernel
+
+    emulated_triton.settings.device = "H200"
+    kernel.device_caches.clear()
+    inputs = bounded(small(seqlen_q=40, seqlen_k=40, head_dim=head_dim), 1.0, CPU)
+    attention(*inputs.tensors(), **inputs.options, backend="triton")
+    (programs,) = (cache[0] for cache in kernel.device_caches.values())
+    (program,) = programs.values()
+    disassembler = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(program.asm["cubin"])
+        file.flush()
+        command = [disassembler, "--dump-sass", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert 0 < text.count("WARPGROUP.DEPBAR") <= text.count("HGMMA") / 2
 
 
 def test_a_length_does_not_compile_again(gpu):
