@@ -40,7 +40,7 @@ def feed_forward(
         out = gelu(x @ weight_in^T + bias_in) @ weight_out^T + bias_out,   gelu(u) = u * (1 + erf(u / sqrt(2))) / 2
 
     Differentiable once in all tensors; with backend="reference" any number of times. No activation is kept for the
-    backward pass: the CPU keeps x alone and repeats the first product, a GPU also keeps that product. Under autocast
+    backward pass: Triton keeps x and the first product, the others keep x alone and repeat that product. Under autocast
     all tensors are cast to its dtype, as for `torch.nn.functional.linear`.
 
     Args:
@@ -172,16 +172,16 @@ def _rounded(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """The operator `feed_forward_forward`: out, and the first product, which the CPU does not keep."""
+    """The operator `feed_forward_forward`: out, and for Triton the first product."""
     backend = _plan(call).backend
     out, product = _fake_forward(call)
-    x, out_rows = _rows(call.x), _rows(out)
     if backend == "cpu":
-        _forward_in_blocks(call, x, out_rows)
+        _cpu_forward(call, _rows(out))
+    elif backend == "triton":
+        _triton_forward(call, _rows(out), _rows(product))
     else:
-        torch.mm(x, call.weight_in.T, out=_rows(product))
-        activation = _bias_gelu(backend, _rows(product), call.bias_in)
-        _linear(activation, call.weight_out, call.bias_out, out_rows)
+        with torch.autocast(call.x.device.type, enabled=False):  # it would round the products
+            out.copy_(reference.feed_forward(*call.tensors))
     return out, product
 
 
@@ -192,19 +192,22 @@ def backward(dout: Tensor, product: Tensor, wanted: Wanted, call: Call) -> Gradi
     """
     backend = _plan(call).backend
     gradients = _fake_backward(dout, product, wanted, call)
-    x, dout = _rows(call.x), _rows(dout)
     if backend == "cpu":
-        _backward_in_blocks(dout, x, wanted, call, gradients)
+        _cpu_backward(_rows(dout), wanted, call, gradients)
+    elif backend == "triton":
+        _triton_backward(_rows(dout), _rows(product), wanted, call, gradients)
     else:
-        _backward_of_whole(backend, dout, x, _rows(product), wanted, call, gradients)
+        for gradient, result, is_wanted in zip(gradients, _plain_backward(dout, call), wanted, strict=True):
+            if is_wanted:
+                gradient.copy_(result)
     return gradients
 
 
-# All products below write into a given tensor: torch.autocast would round those of other forms to half precision.
+# Products write into a given tensor, because torch.autocast would round those of other forms to half precision.
 
 
-def _forward_in_blocks(call: Call, x: Tensor, out: Tensor) -> None:
-    size = _block_rows(call)
+def _cpu_forward(call: Call, out: Tensor) -> None:
+    x, size = _rows(call.x), _block_rows(call)
     workspace = x.new_empty(min(size, len(x)), len(call.weight_in))
     for block, out_block in zip(x.split(size), out.split(size), strict=True):
         hidden = workspace[: len(block)]
@@ -212,8 +215,9 @@ def _forward_in_blocks(call: Call, x: Tensor, out: Tensor) -> None:
         _linear(aten.gelu_(hidden), call.weight_out, call.bias_out, out_block)
 
 
-def _backward_in_blocks(dout: Tensor, x: Tensor, wanted: Wanted, call: Call, gradients: Gradients) -> None:
+def _cpu_backward(dout: Tensor, wanted: Wanted, call: Call, gradients: Gradients) -> None:
     """Half precision sums the blocks in float32."""
+    x = _rows(call.x)
     dx, *of_parameters = gradients
     dtype = compute_dtype(x.dtype)
     sums = [gradient if gradient.dtype == dtype else gradient.to(dtype) for gradient in of_parameters]
@@ -247,81 +251,46 @@ def _backward_in_blocks(dout: Tensor, x: Tensor, wanted: Wanted, call: Call, gra
             gradient.copy_(total)
 
 
-def _backward_of_whole(
-    backend: str, dout: Tensor, x: Tensor, product: Tensor, wanted: Wanted, call: Call, gradients: Gradients
-) -> None:
+def _triton_forward(call: Call, out: Tensor, product: Tensor) -> None:
+    from andromeda.triton_kernels import feed_forward as kernels
+
+    torch.mm(_rows(call.x), call.weight_in.T, out=product)
+    activation = torch.empty_like(product)
+    with _select.device_guard(product.device):
+        kernels.forward(product=product, bias=contiguous(call.bias_in), activation=activation)
+    _linear(activation, call.weight_out, call.bias_out, out)
+
+
+def _triton_backward(dout: Tensor, product: Tensor, wanted: Wanted, call: Call, gradients: Gradients) -> None:
+    from andromeda.triton_kernels import feed_forward as kernels
+
     dx, dweight_in, dbias_in, dweight_out, dbias_out = gradients
-    if wanted.x or wanted.weight_in or wanted.bias_in:
-        dhidden = torch.mm(dout, call.weight_out, out=torch.empty_like(product))
-        given_dbias = dbias_in if wanted.bias_in else None
-        activation = _bias_gelu_backward(backend, product, call.bias_in, dhidden, given_dbias)
-    elif wanted.weight_out:
-        activation = _bias_gelu(backend, product, call.bias_in)
+    if wanted.x or wanted.weight_in or wanted.bias_in or wanted.weight_out:
+        activation, dhidden = torch.empty_like(product), torch.empty_like(product)
+        torch.mm(dout, call.weight_out, out=dhidden)
+        with _select.device_guard(product.device):
+            kernels.backward(
+                product=product,
+                bias=contiguous(call.bias_in),
+                dactivation=dhidden,
+                activation=activation,
+                dproduct=dhidden,
+                dbias=dbias_in if wanted.bias_in else None,
+            )
     if wanted.weight_out:
         torch.mm(dout.T, activation, out=dweight_out)
     if wanted.bias_out:
         torch.sum(dout, dim=0, out=dbias_out)
     if wanted.weight_in:
-        torch.mm(dhidden.T, x, out=dweight_in)
+        torch.mm(dhidden.T, _rows(call.x), out=dweight_in)
     if wanted.x:
         torch.mm(dhidden, call.weight_in, out=_rows(dx))
 
 
-def _bias_gelu(backend: str, product: Tensor, bias: Tensor | None) -> Tensor:
-    """gelu(product + bias)."""
-    if backend == "triton":
-        from andromeda.triton_kernels import feed_forward as kernels
-
-        activation = torch.empty_like(product)
-        with _select.device_guard(product.device):
-            kernels.forward(product=product, bias=contiguous(bias), activation=activation)
-        return activation
-    dtype = compute_dtype(product.dtype)
-    return cast(reference.bias_gelu(cast(product, dtype), cast(bias, dtype)), product.dtype)
-
-
-def _bias_gelu_backward(
-    backend: str, product: Tensor, bias: Tensor | None, dhidden: Tensor, dbias: Tensor | None
-) -> Tensor:
-    """gelu(product + bias) again. Writes the gradient of the bias, if given.
-
-    dhidden: the gradient of that result; the gradient of the product replaces it.
-    """
-    if backend == "triton":
-        from andromeda.triton_kernels import feed_forward as kernels
-
-        activation = torch.empty_like(product)
-        with _select.device_guard(product.device):
-            kernels.backward(
-                product=product,
-                bias=contiguous(bias),
-                dactivation=dhidden,
-                activation=activation,
-                dproduct=dhidden,
-                dbias=dbias,
-            )
-        return activation
-    dtype = compute_dtype(product.dtype)
-    wide, wide_bias = cast(product, dtype), cast(bias, dtype)
-    dproduct = reference.bias_gelu_backward(cast(dhidden, dtype), wide, wide_bias)
-    dhidden.copy_(dproduct)
-    if dbias is not None:
-        dbias.copy_(dproduct.sum(0))
-    return cast(reference.bias_gelu(wide, wide_bias), product.dtype)
-
-
 def _plain_backward(dout: Tensor, call: Call) -> tuple[Tensor, ...]:
     """The gradients by operations that torch can differentiate again."""
-    dtype = compute_dtype(call.x.dtype)
     with torch.autocast(call.x.device.type, enabled=False):
-        gradients = reference.feed_forward_backward(
-            cast(dout, dtype),
-            cast(call.x, dtype),
-            cast(call.weight_in, dtype),
-            cast(call.bias_in, dtype),
-            cast(call.weight_out, dtype),
-        )
-    return tuple(gradient.to(call.x.dtype) for gradient in gradients)
+        return reference.feed_forward_backward(dout, call.x, call.weight_in, call.bias_in, call.weight_out)
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -365,11 +334,10 @@ def _make_plan(call: Call) -> Plan:
 
 
 def _keeps_product(call: Call) -> bool:
-    """Whether the backend keeps the first product. This must be known when a call is traced: "cpu" is the only one that
-    does not, and its choice depends on the device and the dtype alone."""
+    """Whether Triton should run the call, as far as a trace can know. If it is missing, the result stays unused."""
     if call.backend != _select.AUTO:
-        return call.backend != "cpu"
-    return call.x.device.type != _select.DEVICE_TYPES["cpu"] or call.x.dtype not in _DTYPES
+        return call.backend == "triton"
+    return call.x.device.type == _select.DEVICE_TYPES["triton"] and call.x.dtype in _DTYPES
 
 
 def _fake_forward(call: Call) -> tuple[Tensor, Tensor]:
@@ -393,9 +361,10 @@ def _forward_flops(call: Call) -> int:
 
 def _backward_flops(dout: Tensor, product: Tensor, wanted: Wanted, call: Call) -> int:
     """The products of the gradients, and the first product again where it was not kept."""
-    before_x = wanted.x or wanted.weight_in or wanted.bias_in
-    again = not _keeps_product(call) and (before_x or wanted.weight_out)
-    through_first, through_second = wanted.x + wanted.weight_in + again, before_x + wanted.weight_out
+    keeps, before_x = _keeps_product(call), wanted.x or wanted.weight_in or wanted.bias_in
+    needs_hidden = before_x or wanted.weight_out
+    through_first = wanted.x + wanted.weight_in + (needs_hidden and not keeps)
+    through_second = (needs_hidden if keeps else before_x) + wanted.weight_out
     rows = math.prod(call.x.shape[:-1])
     return (
         2 * rows * (through_first * math.prod(call.weight_in.shape) + through_second * math.prod(call.weight_out.shape))

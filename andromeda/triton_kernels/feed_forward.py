@@ -21,8 +21,9 @@ from torch import Tensor
 
 from andromeda.triton_kernels import launch
 
-# A row of a tile is 32 lanes with 16 bytes of half precision each.
-_ROWS, _COLUMNS, _STEPS, _WARPS = 16, 256, 8, 4
+# A row of a tile is 32 lanes with 16 bytes of half precision each. On an H200, (8192, 10240) in bfloat16 takes 1.02
+# times as long as a copy of as many bytes forward and 1.12 backward; with 16 rows, 8 steps and 4 warps 1.37 backward.
+_ROWS, _COLUMNS, _STEPS, _WARPS = 4, 256, 16, 2
 
 
 @triton.jit
