@@ -24,7 +24,8 @@ import test_attention as attention_test
 import torch
 
 import andromeda.model
-from andromeda import Andromeda, generation
+from andromeda import Andromeda
+from andromeda.generation import steps
 from andromeda.ops import _persistent, _select
 from andromeda.ops import attention as op
 from andromeda.ops.attention import attention
@@ -469,12 +470,12 @@ def graphs(monkeypatch):
     """The graphs that `generate` makes; a step that cannot be recorded fails the test."""
     made = []
 
-    class Graph(generation._Graph):
+    class Graph(steps._Graph):
         def __init__(self, *args):
             super().__init__(*args)
             made.append(self)
 
-    monkeypatch.setattr(generation, "_Graph", Graph)
+    monkeypatch.setattr(steps, "_Graph", Graph)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="generate: runs without a CUDA graph")
         yield made

@@ -113,13 +113,13 @@ def test_fields_with_a_default_may_be_left_out():
 
     def add(lead, call):
         seen.append(call)
-        return call.x + lead
+        return call.x + lead, call.x * 2
 
     operator = _operator.define(
-        f"add_of_test(Tensor lead, {_operator.parameters(Later)}) -> Tensor",
+        f"add_of_test(Tensor lead, {_operator.parameters(Later)}) -> (Tensor, Tensor)",
         Later,
         implementation=add,
-        fake=lambda lead, call: torch.empty_like(call.x),
+        fake=lambda lead, call: (torch.empty_like(call.x), torch.empty_like(call.x)),
         flops=lambda lead, call: call.count,
         rows=("lead", "x"),
     )
@@ -130,7 +130,8 @@ def test_fields_with_a_default_may_be_left_out():
         assert counter.get_total_flops() == 5 and type(seen[-1]) is Later
         padded = (*given, None, None)[:2]
         assert seen[-1].y is padded[0] and seen[-1].z is padded[1]
-    assert torch.func.vmap(lambda x: operator(lead[0], x, 5))(x).shape == x.shape
+    found = torch.func.vmap(lambda x: operator(lead, x, 5)[1])(torch.stack([x, 3 * x]))
+    assert torch.equal(found, torch.stack([2 * x, 6 * x]))
 
 
 def test_a_function_of_fields_has_the_signature_of_its_record():

@@ -16,6 +16,9 @@ SHARED_MEMORY = {
     "sm_120": 99 * 1024,  # 12.x
     "gfx942": 64 * 1024,  # CDNA: MI200 and later
 }
+# The oldest Triton for each architecture. In 3.4 a compiler pass for sm_100 (TritonGPUHoistTMEMAlloc) fails on the
+# backward pass of attention.
+OLDEST_TRITON = {**dict.fromkeys(SHARED_MEMORY, (3, 4)), "sm_100": (3, 5)}
 _SM = {(8, 0): "sm_80", (8, 7): "sm_80", (8, 6): "sm_86", (8, 9): "sm_86", (9, 0): "sm_90"}
 _SM_OF_MAJOR = {10: "sm_100", 12: "sm_120"}
 _CDNA = ("gfx90a", "gfx940", "gfx941", "gfx942", "gfx950")

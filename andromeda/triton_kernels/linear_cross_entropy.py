@@ -119,7 +119,8 @@ def loss_kernel(
         if whole < num_tokens:
             offset, total = add_tile(logits, whole, num_tokens, offset, total, kRuns, kVector, True)
         row_offset = tl.max(offset, 0)
-        row_total = tl.sum(total * tl.exp2(offset - row_offset), 0)
+        # A product that is fused into the first addition of the sum would have other last bits in every lane.
+        row_total = tl.sum(tl.where(total == 0.0, 0.0, total * tl.exp2(offset - row_offset)), 0)
         lse = (row_offset + tl.log2(row_total)) * _LN_2
         tl.store(losses + row, lse - at_target + z_loss * lse * lse)
         if kGradient:

@@ -5,7 +5,7 @@
                e = scale * g                      dx = (e - x_hat <x_hat, e>) / ||x||, or e / 1e-12 if ||x|| < 1e-12
 
 A row is one head of one token. A program owns a tile of rows: a power of two of heads that lie side by side in memory,
-and as many tokens as make about kTileElements numbers of it. Backward it walks over a run of tokens, keeps the scale
+and as many tokens as make it `_TILE_ELEMENTS` large. Backward it walks over a run of tokens, keeps the scale
 and its sum for dscale in registers, and writes the sum at the end: no two programs write to one place. The first
 programs of a launch work on q and the others on k, so that a small operand does not cost a launch.
 
@@ -13,6 +13,8 @@ A tile is split into the even and the odd channels, (rows, pairs) each: a lane h
 the split nor the rotation moves data between lanes.
 
 Bytes per call: forward x and out once; backward x, dout and dx once, and dscale_partial; the tables from the caches.
+
+Not supported: head_dim above 1024, float64.
 """
 
 from typing import Any
@@ -33,9 +35,11 @@ _PROGRAMS_PER_MULTIPROCESSOR = 3  # of the backward pass that are resident at a 
 
 @triton.jit
 def _tokens_of(first: tl.tensor, row: tl.tensor, end: tl.tensor, seqlen: tl.tensor, kHeads: tl.constexpr) -> Any:
-    """The tokens of a tile's rows: whether they exist, their numbers in all sequences, their sequences, their places in
-    these. first, end: numbers of the
-    tile's first token and of the first that does not exist."""
+    """Of each row of a tile: whether its token exists, the token's number in the batch, its sequence, its place in it.
+
+    first: the number of the tile's first token.
+    end: the number of the first token that does not exist.
+    """
     in_tile = row // kHeads
     batch = first // seqlen
     seq = (first - batch * seqlen).to(tl.uint32) + in_tile.to(tl.uint32)
@@ -54,12 +58,9 @@ def _load_pairs(pointers: tl.tensor, inside: tl.tensor, kRows: tl.constexpr, kBl
 
 @triton.jit
 def _load_scale(
-    scale: tl.tensor,
-    head: tl.tensor,
-    kHeadDim: tl.constexpr,
-    kRows: tl.constexpr,
-    kBlockDim: tl.constexpr,
+    scale: tl.tensor, head: tl.tensor, kHeadDim: tl.constexpr, kRows: tl.constexpr, kBlockDim: tl.constexpr
 ) -> Any:
+    """The even and the odd channels of the scale, a row for each row of the tile."""
     channel = tl.arange(0, kBlockDim)[None, :]
     pointers = scale + head[:, None] * kHeadDim + channel
     rows = tl.load(pointers, mask=channel < kHeadDim, other=0.0)

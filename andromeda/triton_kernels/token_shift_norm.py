@@ -19,6 +19,8 @@ nothing.
 Bytes of memory per element of x, s its size: forward 4 s (x, residual; y, shifted), backward 6 s (x, residual, dy,
 dshifted; dx, dresidual). gamma, residual_scale and key_start come from the caches. Backward adds 8 bytes per channel
 and run for the partial sums, which stay in registers over the run.
+
+Not supported: dim above 8192, whose rows do not fit the registers of eight warps; float64.
 """
 
 from typing import Any
@@ -29,11 +31,11 @@ import triton.language as tl
 
 from andromeda.triton_kernels import launch
 
-# Channels of a row that a lane holds at most. Forward a channel needs one register, backward six. On an H200, 2560
-# channels took 91 us with 2 warps, 95 with 4 and 104 with 8.
+# Channels of a row for which a lane has the registers, forward one each and backward five or six. Of rows above 4096
+# channels it holds more. On an H200, 2560 channels took 91 us forward with 2 warps, 95 with 4 and 104 with 8.
 _FORWARD_CHANNELS, _BACKWARD_CHANNELS = 40, 20
 _BACKWARD_STAGES = 1  # 2: the next row is copied to shared memory during the work on one
-_WARPS_PER_MULTIPROCESSOR = 12  # of the backward pass that are resident at a time
+_RESIDENT_WARPS = 12  # of the backward pass on a multiprocessor, for the number of its programs
 _MOST_PROGRAMS = 2**31 - 1  # of a grid
 
 
@@ -475,11 +477,11 @@ def backward(
 
 def backward_runs(*, x: torch.Tensor) -> int:
     """The best number of partial sums for many tokens like those of x, on its device."""
-    warps = _num_warps(_blocks(x.shape[2]), _BACKWARD_CHANNELS)
-    return max(_WARPS_PER_MULTIPROCESSOR // warps, 1) * launch.multiprocessors(x.device)
+    num_warps = _num_warps(_blocks(x.shape[2]), _BACKWARD_CHANNELS)
+    return max(_RESIDENT_WARPS // num_warps, 1) * launch.multiprocessors(x.device)
 
 
-def _row_strides(tensor: torch.Tensor | None) -> tuple[int, int]:
+def _row_strides(tensor: torch.Tensor | None) -> tuple[int, ...]:
     return (0, 0) if tensor is None else tensor.stride()[:2]
 
 
@@ -490,7 +492,8 @@ def _blocks(dim: int) -> dict[str, int]:
 
 
 def _num_warps(blocks: dict[str, int], channels_of_lane: int) -> int:
-    return min(triton.next_power_of_2(_ceil_div(blocks["kMain"] + blocks["kRest"], 32 * channels_of_lane)), 16)
+    """Eight at most: with more, a lane has too few registers for even the channels that it holds then."""
+    return min(triton.next_power_of_2(_ceil_div(blocks["kMain"] + blocks["kRest"], 32 * channels_of_lane)), 8)
 
 
 def _ceil_div(a: int, b: int) -> int:

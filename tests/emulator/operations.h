@@ -261,8 +261,14 @@ struct ShiftToHighest {
 
 // ---- operations on floating-point numbers
 
+// A float32 result that is NaN has one pattern of bits on a GPU, whatever the operands; a CPU keeps those of an operand.
+template <typename T>
+T with_canonical_nan(T result) {
+  if constexpr (std::is_same_v<T, float>) return result == result ? result : bits_as<float>(0x7fffffffu);
+  return result;
+}
 struct FusedMultiplyAdd {
-  float operator()(float a, float b, float c) const { return std::fma(a, b, c); }
+  float operator()(float a, float b, float c) const { return with_canonical_nan(std::fma(a, b, c)); }
   double operator()(double a, double b, double c) const { return std::fma(a, b, c); }
   template <typename T>
   T operator()(T a, T b, T c) const {
@@ -272,19 +278,19 @@ struct FusedMultiplyAdd {
 struct FloatAdd {
   template <typename T>
   T operator()(T a, T b) const {
-    return T(a + b);
+    return with_canonical_nan(T(a + b));
   }
 };
 struct FloatSubtract {
   template <typename T>
   T operator()(T a, T b) const {
-    return T(a - b);
+    return with_canonical_nan(T(a - b));
   }
 };
 struct FloatMultiply {
   template <typename T>
   T operator()(T a, T b) const {
-    return T(a * b);
+    return with_canonical_nan(T(a * b));
   }
 };
 struct FloatDivide {

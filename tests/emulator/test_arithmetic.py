@@ -368,6 +368,14 @@ def test_comparisons_with_nan(comparison):
     check(statement, "u32", ("f32", "f32"), reference, choices={1: [math.nan, 1.0, 0.0, math.inf]})
 
 
+@pytest.mark.parametrize("operation", ["add.f32", "sub.f32", "mul.f32", "fma.rn.f32"])
+def test_nan_has_one_pattern_of_bits(operation):
+    """Threads that write a NaN to the same place write equal values, whichever operands it came from."""
+    third = ", %a4" if operation.startswith("fma") else ""
+    choices = {0: [0x7FC00001, 0xFFC12345], 1: [0x3F800000, 0xFFC00000]}
+    check(f"{operation} %d4, %a4, %b4{third}", "u32", ("u32", "u32"), lambda a, b: 0x7FFFFFFF, choices=choices)
+
+
 @pytest.mark.parametrize("type", ["f16", "bf16"])
 @pytest.mark.parametrize("comparison", ["lt", "neu"])
 def test_comparisons_of_packed_numbers(comparison, type):

@@ -249,7 +249,7 @@ def usage_of(source, metadata, architecture, name):
         stack=stack,
         shared=metadata.shared,
         tensor_memory=getattr(metadata, "tmem_size", None) or 0,
-        lanes=metadata.num_warps * metadata.warp_size,
+        lanes=metadata.num_warps * metadata.target.warp_size,
     )
 
 
