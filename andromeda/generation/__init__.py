@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import torch
 
 from andromeda.config import Tokens, read_rows, read_tokens
-from andromeda.generation.cache import Cache, FixedCache, KeyValueStore, check_count
+from andromeda.generation.caches import Cache, FixedCache, KeyValueStore, check_count
 from andromeda.generation.steps import Network, Steps, capture_lock
 
 __all__ = ["FILTERS", "Cache", "FixedCache", "KeyValueStore", "LogitsFilter", "generate", "min_p", "top_k", "top_p"]

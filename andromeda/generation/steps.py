@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from andromeda.generation.cache import Cache, FixedCache
+from andromeda.generation.caches import Cache, FixedCache
 
 # A graph costs about as much as three steps, and a repeated step saves between a third of a step and nearly all of it.
 LEAST_STEPS = 16  # with one graph

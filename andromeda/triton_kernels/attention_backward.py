@@ -480,7 +480,7 @@ def attention_backward_dk_dv_kernel(
     dv_sums = tl.zeros((kKeys, kChannels), tl.float32)
     exponent = tl.full((kKeys,), _kFirstExponent, tl.int32)
     kParts: tl.constexpr = kQueries // kMaskedQueries
-    for head in range(kv_head * group + share, kv_head * group + group, num_shares):
+    for head in tl.range(kv_head * group + share, kv_head * group + group, num_shares):
         head_q = q + entry * q_batch + head.to(tl.int64) * q_head
         head_dout = dout + entry * dout_batch + head.to(tl.int64) * dout_head
         head_rows = rows + (entry * num_heads + head) * seqlen_q * 4

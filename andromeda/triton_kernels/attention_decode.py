@@ -111,7 +111,7 @@ def attention_decode_kernel(
         first,
         end,
         raw_slope,
-        softmax_scale * 1.4426950408889634,
+        softmax_scale,
         kRows,
         kKeys,
         kHeadDim,
@@ -168,7 +168,7 @@ def add_splits_kernel(
     exponent = tl.where(sum == 0.0, -_kInfinity, exponent)  # a split without a key of this row
     largest = tl.max(exponent, 0)
     largest = tl.where(largest == -_kInfinity, 0.0, largest)
-    sum = tl.sum(sum * tl.exp2(exponent - largest), 0)
+    sum = tl.sum(sum * tl.exp(exponent - largest), 0)
 
     channel = tl.arange(0, kChannels)
     total = tl.zeros((kChannels,), tl.float32)
@@ -179,7 +179,7 @@ def add_splits_kernel(
         relative = tl.load(partial_exponent + part, mask=step < num_splits, other=0.0) - largest
         address = partial_out + part[:, None] * kHeadDim + channel[None, :]
         sums = tl.load(address, mask=(step < num_splits)[:, None] & (channel < kHeadDim)[None, :], other=0.0)
-        total += tl.sum(sums * tl.where(weight == 0.0, 0.0, tl.exp2(relative))[:, None], 0)
+        total += tl.sum(sums * tl.where(weight == 0.0, 0.0, tl.exp(relative))[:, None], 0)
 
     query = row // group
     num_heads = num_kv_heads * group

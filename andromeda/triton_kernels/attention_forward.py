@@ -80,7 +80,6 @@ def attention_forward_kernel(
     q += entry * q_batch + head.to(tl.int64) * q_head
     k += entry * k_batch + (head // group).to(tl.int64) * k_head
     v += entry * v_batch + (head // group).to(tl.int64) * v_head
-    softmax_scale_log2 = softmax_scale * 1.4426950408889634
 
     slope, bound, window = describe_head(alibi_slopes, logit_bound, head)
     position, first, end = describe_rows(key_start, query, seqlen_q, seqlen_k, kCausal)
@@ -106,7 +105,7 @@ def attention_forward_kernel(
             first,
             end,
             raw_slope,
-            softmax_scale_log2,
+            softmax_scale,
             kQueries,
             kKeys,
             kHeadDim,
@@ -131,7 +130,7 @@ def attention_forward_kernel(
             first,
             end,
             raw_slope,
-            softmax_scale_log2,
+            softmax_scale,
             kQueries,
             kKeys,
             kHeadDim,

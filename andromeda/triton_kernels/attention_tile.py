@@ -11,7 +11,7 @@ position, a slope and an interval of keys, so the same code serves both. Keys co
 loops, of which only the second matters for speed. Scores are in units of <q, k>: the bias is divided by softmax_scale,
 so that the accumulator of the product can start from it (docs/attention.md#alibi). The weight of a score is
 
-    2^(score * softmax_scale_log2 - exponent of the row),   softmax_scale_log2 = softmax_scale * log2(e)
+    e^(score * softmax_scale - exponent of the row)
 
 where the exponent is that of the row's largest score so far, or 0 with a small bound
 (docs/attention.md#bounded-softmax).
@@ -238,7 +238,10 @@ def add_tile(
         maximum = tl.maximum(maximum, tl.max(scores, 1))
         reference = tl.where(maximum == -_kInfinity, 0.0, maximum)  # before the first visible key, weights are 0
         rescale = tl.exp2((before - reference) * softmax_scale_log2)
-        weights = tl.exp2(scores * softmax_scale_log2 - (reference * softmax_scale_log2)[:, None])
+        if q_tile.dtype == tl.float32:  # the difference is exact, a product of either would not be
+            weights = tl.exp2((scores - reference[:, None]) * softmax_scale_log2)
+        else:
+            weights = tl.exp2(scores * softmax_scale_log2 - (reference * softmax_scale_log2)[:, None])
         out *= rescale[:, None]
         sum *= rescale
     sum += tl.sum(weights, 1)
@@ -272,7 +275,7 @@ def sum_tiles(
     first: tl.tensor,
     end: tl.tensor,
     raw_slope: tl.tensor,
-    softmax_scale_log2: tl.tensor,
+    softmax_scale: tl.tensor,
     kRows: tl.constexpr,
     kKeys: tl.constexpr,
     kHeadDim: tl.constexpr,
@@ -283,10 +286,11 @@ def sum_tiles(
 ) -> tuple[tl.tensor, ...]:
     """The sums of rows over the tiles first_tile ... end_tile - 1: (out, sum, divisor, exponent).
 
-    Weights are relative to 2^exponent. out: weights * values. sum: of the weights. divisor: of the weights as they were
+    Weights are relative to e^exponent. out: weights * values. sum: of the weights. divisor: of the weights as they were
     rounded for the product with the values. With a running maximum the largest weight is 1, which rounding keeps, and
     the divisor is the sum; with a constant reference its rounding must cancel in the quotient.
     """
+    softmax_scale_log2 = softmax_scale * 1.4426950408889634
     out = tl.zeros((kRows, kChannels), tl.float32)
     sum = tl.zeros((kRows,), tl.float32)
     rounded_sum = tl.zeros((kRows, kOnes), tl.float32)  # all columns are equal
@@ -352,7 +356,7 @@ def sum_tiles(
         exponent = tl.zeros((kRows,), tl.float32)
         divisor = sum if q_tile.dtype == tl.float32 else tl.max(rounded_sum, 1)
     else:
-        exponent = tl.where(maximum == -_kInfinity, 0.0, maximum) * softmax_scale_log2
+        exponent = tl.where(maximum == -_kInfinity, 0.0, maximum) * softmax_scale
         divisor = sum
     return out, sum, divisor, exponent
 
@@ -365,5 +369,5 @@ def inverse(divisor: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def log_sum_exp(sum: tl.tensor, exponent: tl.tensor) -> tl.tensor:
-    """The natural logarithm of a sum of weights relative to 2^exponent; -inf for a row that sees no key."""
-    return kLn2 * (exponent + tl.log2(sum))
+    """The logarithm of a sum of weights relative to e^exponent; -inf for a row that sees no key."""
+    return exponent + kLn2 * tl.log2(sum)

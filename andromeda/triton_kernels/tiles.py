@@ -18,9 +18,9 @@ class Tile(NamedTuple):
 # (architecture, bytes of an element) -> widest padded head_dim -> tile of `attention_forward_kernel`.
 #
 # float32 has no tensor cores here (`input_precision="ieee"`): its tiles are small. On an H200 three entries spill
-# registers (tests/triton_budget.toml) and are faster all the same than those that do not, at 8192 tokens and 24 heads: 64
-# channels 0.53 ms, 0.71 with 8 warps; 256 channels 1.78 ms, 4.34 with tiles of 64 x 32; float32 of 128 channels, 4096
-# tokens 8.8 ms, 15.4 with 8 warps. For 128 channels 8 warps are right: 0.96 ms, 1.79 with 4.
+# registers (tests/triton_budget.toml) and are faster all the same than those that do not, at 8192 tokens and 24 heads:
+# 64 channels 0.53 ms, 0.71 with 8 warps; 256 channels 1.78 ms, 4.34 with tiles of 64 x 32; float32 of 128 channels,
+# 4096 tokens, 8.8 ms, 15.4 with 8 warps. For 128 channels 8 warps are right: 0.96 ms, 1.79 with 4.
 ATTENTION_FORWARD = {
     ("sm_80", 2): {64: Tile(128, 64, 8, 3), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 8, 3)},
     ("sm_86", 2): {64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 8, 2)},
@@ -30,8 +30,8 @@ ATTENTION_FORWARD = {
     ("gfx942", 2): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 4, 1)},
     ("sm_80", 4): {64: Tile(32, 32, 8, 2), 128: Tile(32, 32, 8, 2), 256: Tile(16, 16, 8, 2)},
     ("sm_86", 4): {64: Tile(32, 32, 8, 2), 128: Tile(32, 32, 8, 2), 256: Tile(16, 16, 8, 2)},
-    ("sm_90", 4): {64: Tile(32, 32, 4, 2), 128: Tile(32, 32, 4, 2), 256: Tile(16, 16, 8, 2)},
-    ("sm_100", 4): {64: Tile(32, 32, 8, 2), 128: Tile(32, 32, 8, 2), 256: Tile(16, 16, 8, 2)},
+    ("sm_90", 4): {64: Tile(32, 32, 4, 2), 128: Tile(32, 32, 4, 2), 256: Tile(16, 16, 8, 1)},
+    ("sm_100", 4): {64: Tile(32, 32, 8, 2), 128: Tile(32, 32, 8, 2), 256: Tile(16, 16, 8, 1)},
     ("sm_120", 4): {64: Tile(32, 32, 8, 2), 128: Tile(32, 32, 8, 2), 256: Tile(16, 16, 8, 2)},
     ("gfx942", 4): {64: Tile(32, 32, 4, 1), 128: Tile(32, 16, 4, 1), 256: Tile(16, 16, 4, 1)},
 }
@@ -54,7 +54,7 @@ ATTENTION_DECODE = {
 ATTENTION_BACKWARD_DQ = {
     ("sm_80", 2): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 8, 2)},
     ("sm_86", 2): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(32, 32, 4, 2)},
-    ("sm_90", 2): {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+    ("sm_90", 2): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 4, 2)},
     ("sm_100", 2): {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
     ("sm_120", 2): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(32, 32, 4, 2)},
     ("gfx942", 2): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 4, 2)},
@@ -65,14 +65,15 @@ ATTENTION_BACKWARD_DQ = {
     ("sm_120", 4): {64: Tile(32, 16, 4, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 2)},
     ("gfx942", 4): {64: Tile(32, 16, 4, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 16, 4, 1)},
 }
-# The same for `attention_backward_dk_dv_kernel`; masked tiles have 16 queries.
+# The same for `attention_backward_dk_dv_kernel`; masked tiles have 16 queries. On gfx942 with one stage, since Triton
+# 3.6 fails to pipeline the loop in float16 ("failed to translate module to LLVM IR").
 ATTENTION_BACKWARD_DK_DV = {
     ("sm_80", 2): {64: Tile(64, 32, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 2)},
     ("sm_86", 2): {64: Tile(64, 32, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 2)},
-    ("sm_90", 2): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 2)},
+    ("sm_90", 2): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(32, 64, 8, 2)},
     ("sm_100", 2): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 2)},
     ("sm_120", 2): {64: Tile(64, 32, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 2)},
-    ("gfx942", 2): {64: Tile(64, 64, 4, 2), 128: Tile(32, 32, 4, 2), 256: Tile(16, 32, 4, 1)},
+    ("gfx942", 2): {64: Tile(64, 64, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 32, 4, 1)},
     ("sm_80", 4): {64: Tile(32, 32, 4, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 16, 4, 1)},
     ("sm_86", 4): {64: Tile(32, 32, 4, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 16, 4, 1)},
     ("sm_90", 4): {64: Tile(32, 32, 4, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 16, 4, 1)},

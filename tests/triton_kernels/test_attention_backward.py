@@ -1,5 +1,5 @@
-"""The Triton kernels of attention's backward pass, in the emulator: against the float64 reference, on the code for an
-A100 (`mma`) and for an H200 (`wgmma`), through autograd and operator.
+"""The Triton kernels of attention's backward pass, in the emulator: against the float64 reference, by the operator, on
+the code for an A100 (`mma`) and for an H200 (`wgmma`).
 
 Every combination of dtype, head_dim, mask and absent arguments is compiled for itself: cases share them.
 """

@@ -147,17 +147,17 @@ def test_a_misaligned_bias(emulated_triton):
 
 @on_both
 def test_one_read_and_one_write(emulated_triton):
-    """In vectors of 8 numbers, and the bias once for each tile: two tiles across, and two runs of 128 rows."""
+    """In vectors of 8 numbers, and the bias once for each tile: two tiles across, and three runs of 64 rows."""
     tensors = operation.Case("", rows=(130,), hidden=512, dim=16, dim_out=16).tensors(BFLOAT16)
     operation.gradients(
         lambda *t: operation.feed_forward(*t, backend="triton"), tensors, torch.ones(130, 16).bfloat16()
     )
     forward, backward = emulated_triton.launches
-    assert forward.grid == (18, 1, 1) and backward.grid == (4, 1, 1)
-    assert forward.block == backward.block == (128, 1, 1)
+    assert forward.grid == (66, 1, 1) and backward.grid == (6, 1, 1)
+    assert forward.block == backward.block == (64, 1, 1)
     vectors = 130 * 512 // 8
-    assert forward.counters.global_accesses == 2 * vectors + 18 * 128  # every thread loads its part of the bias
-    assert backward.counters.global_accesses == 4 * vectors + 4 * (128 + 128)
+    assert forward.counters.global_accesses == 2 * vectors + 66 * 64  # every thread loads its part of the bias
+    assert backward.counters.global_accesses == 4 * vectors + 6 * (64 + 64)
 
 
 @on_one
@@ -170,10 +170,10 @@ def test_matrices_beyond_32_bits(emulated_triton):
     values = torch.randn(2, 3, 2400).half()
     for tensor, rows in zip(given, values, strict=True):
         tensor.memory[-3:] = rows
-    across, down = 10, 2**17
+    across, down = 10, 2**19
     emulator.settings.blocks = tuple(range(across * down, across * (down + 1)))
     kernels.forward(product=given[0], bias=emulator.tensor(bias, name="bias"), activation=results[0])
-    emulator.settings.blocks = tuple(range(across * down // 8, across * (down // 8 + 1)))
+    emulator.settings.blocks = tuple(range(across * down // 16, across * (down // 16 + 1)))
     options = {"bias": emulator.tensor(bias, name="bias"), "dbias": None}
     kernels.backward(product=given[0], dactivation=given[1], activation=results[1], dproduct=results[2], **options)
     activation, dproduct, _ = exact(values[0], bias, values[1])

@@ -227,7 +227,10 @@ def measure(architecture, name):
         mock.patch.object(_select, "DEVICE_TYPES", {"cuda": "no device", "triton": "cpu", "cpu": "no device"}),
         triton_driver.installed(driver),
     ):
-        CALLS[name]()
+        try:
+            CALLS[name]()
+        except Exception as error:
+            raise RuntimeError(f"{name}, {architecture}: {error}") from error
     return [usage_of(*program, architecture, name) for program in driver.compiled.values()]
 
 
@@ -310,15 +313,15 @@ def test_programs_fit(architecture, shared_memory):
 
 
 def test_every_kernel_is_compiled_for_every_architecture(shared_memory):
-    launched = {
+    defined = {
         f"{path.stem}.{kernel}"
         for path in KERNELS.glob("*.py")
-        for kernel in re.findall(r"^\s*(?:\w+ = )?(\w+)\[.*\]\($", path.read_text(), re.MULTILINE)
+        for kernel in re.findall(r"^def (\w+_kernel)\($", path.read_text(), re.MULTILINE)
     }
-    assert launched
+    assert defined
     for architecture in MOST:
         compiled = {usage.kernel for usage in measured() if usage.architecture == architecture}
-        assert launched - compiled == set()
+        assert defined - compiled == set()
 
 
 def test_every_entry_of_the_table_is_compiled(shared_memory):
@@ -338,9 +341,10 @@ def test_every_entry_of_the_table_is_compiled(shared_memory):
 
 
 def test_the_budget_is_tight(shared_memory):
-    """It has no bytes that no program uses, and none on sm_90."""
+    """It has no bytes that no program uses. Other operations than attention use none on sm_90."""
     assert stack_used(measured()) == BUDGET
-    assert [usage for usage in measured() if usage.architecture == "sm_90" and usage.stack > 0] == []
+    on_hopper = {usage.kernel for usage in measured() if usage.architecture == "sm_90" and usage.stack > 0}
+    assert all(name.startswith("attention_") and "decode" not in name for name in on_hopper)
 
 
 def report(words):

@@ -277,8 +277,8 @@ def test_lengths_and_positions_compile_nothing(emulated_triton):
 
 @on(A100, H200)
 def test_one_read_and_one_write(emulated_triton):
-    """Of x, the residual, y and shifted, in vectors of 8 channels for 2048 of them and of 4 for the others."""
-    tokens, vectors, vectors_of_float = 6, 2048 // 8 + 512 // 4, 2560 // 4
+    """Of x, the residual, y and shifted, in vectors of 8 channels."""
+    tokens, vectors, vectors_of_float = 6, 2560 // 8, 2560 // 4
     tensors = shift.Case("", batch=1, seqlen=tokens, dim=2560).tensors(BFLOAT16)
     shift.run(*tensors, shift=1, backend="triton")
     (forward,) = emulated_triton.launches
@@ -357,13 +357,13 @@ def test_offsets_beyond_32_bits(emulated_triton, results, axis, step):
 
 @on_one
 def test_results_beyond_32_bits(emulated_triton):
-    """The last of 2**26 tokens; only its program runs, which has as many rows as make 2048 channels."""
+    """The last two of 2**26 tokens; only their programs run."""
     from andromeda.triton_kernels import token_shift_norm as kernels
 
     shape = (2**26 // 2, 2, 64)
     x = torch.randn(1, 1, 64).bfloat16().expand(shape)
     outputs = [emulated_triton.sparse(shape, BFLOAT16, name=name) for name in ("y", "shifted")]
-    emulated_triton.settings.blocks = (2**26 // (2048 // 64) - 1,)
+    emulated_triton.settings.blocks = (2**26 - 2, 2**26 - 1)
     given = emulated_triton.tensor(x, name="x")
     options = dict.fromkeys(("residual", "residual_scale", "gamma", "history", "key_start"))
     kernels.forward(x=given, **options, y=outputs[0], shifted=outputs[1], alpha=1.0, shift=1, position=0)
