@@ -6,18 +6,20 @@ Pass `decode` compares a call on one token with the cache and a call on the whol
 must run without a cache when ALiBi, xPos and token shift are on, since its cache does not support them
 (docs/model.md#13.10). `ratio` is x-transformers' time divided by the row's; without x-transformers its row is left out.
 
-On a GPU, pass `generate` is the time of a token in `generate`: a call for --new-tokens more tokens minus a shorter one,
-divided by the number. "andromeda, captured step" repeats a CUDA graph, "andromeda, launched step" launches the same
-kernels one by one; `ratio` is the time of the latter divided by the row's. A GPU has models in bfloat16 and the size of
+On a GPU, pass `generate` is the time from one token of `generate` to the next, the median of --new-tokens of them after
+the first ones. "andromeda, captured step" repeats a CUDA graph, "andromeda, launched step" launches the same kernels
+one by one; `ratio` is the time of the latter divided by the row's. A GPU has models in bfloat16 and the size of
 benchmarks/model.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib.util
+import itertools
+import statistics
 import sys
+import time
 
 import checks
 import model as model_benchmark
@@ -29,7 +31,7 @@ import andromeda
 from andromeda.generation import Cache
 
 CAPTURED, LAUNCHED = f"{checks.OURS}, captured step", f"{checks.OURS}, launched step"
-FIRST_TOKENS = 16  # of both calls of `generate`: they contain the prompt, and recording the graph
+FIRST_TOKENS = 16  # of a call of `generate`: they contain the prompt, and recording the graph
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -83,21 +85,24 @@ def calls(
 
 def steps(ours: andromeda.Andromeda, tokens: torch.Tensor, args: argparse.Namespace) -> dict[str, timing.Timing]:
     """A token of `generate` after the first ones, with a graph and without."""
-    lengths = FIRST_TOKENS, FIRST_TOKENS + args.new_tokens
-    functions = {
-        (name, length): functools.partial(ours.generate, tokens, length, temperature=0, cuda_graph=name == CAPTURED)
-        for name in (CAPTURED, LAUNCHED)
-        for length in lengths
-    }
-    if not torch.equal(*(functions[name, lengths[1]]() for name in (CAPTURED, LAUNCHED))):
-        sys.exit("decode.py: a captured step does not generate the tokens of the same step launched")
-    measured = timing.measure(functions, device=args.device, rounds=args.rounds, budget_s=20)
-    found = {}
-    for name in (CAPTURED, LAUNCHED):
-        pairs = zip(*(measured[name, length].samples_ms for length in lengths), strict=True)
-        samples = [(longer - shorter) / args.new_tokens for shorter, longer in pairs]
-        found[name] = timing.Timing(samples, measured[name, lengths[0]].interval)
-    return found
+    found: dict[str, list[float]] = {CAPTURED: [], LAUNCHED: []}
+    begin = time.time()
+    for _ in range(args.rounds):
+        generated = []
+        for name, samples in found.items():
+            clock = []
+
+            def note(_: torch.Tensor, clock: list[float] = clock) -> None:
+                torch.cuda.synchronize()
+                clock.append(time.perf_counter())
+
+            options = {"temperature": 0, "cuda_graph": name == CAPTURED, "on_token": note}
+            generated.append(ours.generate(tokens, FIRST_TOKENS + args.new_tokens, **options))
+            waits = [1e3 * (after - before) for before, after in itertools.pairwise(clock[FIRST_TOKENS - 1 :])]
+            samples.append(statistics.median(waits))
+        if not torch.equal(*generated):
+            sys.exit("decode.py: a captured step does not generate the tokens of the same step launched")
+    return {name: timing.Timing(samples, (begin, time.time())) for name, samples in found.items()}
 
 
 def rows_of(

@@ -96,7 +96,8 @@ def run_kernel(driver, folder, name, **arguments):
     All tensors are in one memory with NaN between them, which must neither reach the results nor change.
     """
     assert arguments.pop("stream", 0) == 0
-    assert [arguments.pop(name, None) for name in ("partials", "semaphores")] == [None, None]  # of CUDA calls
+    of_cuda = [arguments.pop(name, None) for name in ("partials", "semaphores", "num_keys", "step")]
+    assert of_cuda == [None] * 4
     arguments.update(num_threads=2, dtype=DTYPE_NUMBERS.index(arguments["q"].dtype))
     call, memory, places = [name], bytearray(NAN * LINE), {}
     for argument, value in arguments.items():

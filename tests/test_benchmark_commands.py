@@ -271,15 +271,18 @@ def test_generation_without_its_peer(load, tmp_path, monkeypatch):
     args = decode.parse(small)
     ours, _ = model.build_pair(args, 40)
     seen = []
+    generate = ours.generate
 
-    def measure(functions, **options):
-        seen.extend((key, len(function()[0])) for key, function in functions.items())
-        return {key: load("timing").Timing([0.5 * key[1], 0.7 * key[1]]) for key in functions}
+    def noted(tokens, count, **options):
+        seen.append((count, options["cuda_graph"]))
+        return generate(tokens, count, **options)
 
-    monkeypatch.setattr(decode.timing, "measure", measure)
+    monkeypatch.setattr(ours, "generate", noted)
+    monkeypatch.setattr(decode.torch.cuda, "synchronize", lambda: None)
     found = decode.steps(ours.eval(), torch.zeros(1, 8, dtype=torch.int64), args)
-    assert seen == [((name, n), n) for name in (decode.CAPTURED, decode.LAUNCHED) for n in (16, 20)]
-    assert all(measured.samples_ms == pytest.approx([0.5, 0.7]) for measured in found.values())
+    assert seen == [(20, True), (20, False)] * args.rounds
+    assert all(len(measured.samples_ms) == args.rounds for measured in found.values())
+    assert all(0 < sample < 1000 for measured in found.values() for sample in measured.samples_ms)
 
 
 def test_autocast_is_entered_for_each_call(load):

@@ -880,8 +880,8 @@ def test_kernels_are_the_default(subject, device, monkeypatch):
     chosen = []
     choose = _select.choose
 
-    def watched(name, backend, unsupported):
-        chosen.append(choose(name, _select.AUTO, unsupported))
+    def watched(name, backend, unsupported, *call):
+        chosen.append(choose(name, _select.AUTO, unsupported, *call))
         return chosen[-1]
 
     monkeypatch.setattr(_select, "choose", watched)
