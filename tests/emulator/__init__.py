@@ -16,6 +16,7 @@ import ctypes
 import dataclasses
 import functools
 import os
+import re
 import struct
 import threading
 import weakref
@@ -139,7 +140,7 @@ class Emulator:
 
     extension: the bindings of `andromeda._C`, compiled from the same objects, on the simulated CUDA runtime. Call it
         inside `with emu:`.
-    launches: each launch with its kernel, grid, block, shared_bytes, stream, error and counters.
+    launches: each launch with its kernel, grid, block, cluster, programmatic, shared_bytes, stream, error and counters.
     reports: the errors found: kind, text and line of the kernel's source.
     calls: allocations and synchronisations by the launchers, by name.
     """
@@ -228,10 +229,12 @@ class Emulator:
         with self._lock:
             self._host.release(address)
 
-    def run_ptx(self, text, kernel, grid, block, arguments, shared=0):
+    def run_ptx(self, text, kernel, grid, block, arguments, shared=0, cluster=None, programmatic=False):
         """Run one kernel of a PTX text.
 
         arguments: one per parameter: a `DeviceTensor`, an int, a float, or bytes (also a ctypes value) of its size.
+        cluster: the blocks of a cluster, an int or a tuple like grid and block; None: as the kernel requires, or 1.
+        programmatic: the kernel may start before earlier ones of its stream have ended.
         """
         code = _parse(self._host, text, kernel)
         parameters = bytearray()
@@ -241,9 +244,11 @@ class Emulator:
             )
         for argument, (offset, size) in zip(arguments, code.parameters, strict=True):
             parameters += bytes(offset - len(parameters)) + _pack(argument, size)
-        sizes = ((value,) if isinstance(value, int) else tuple(value) for value in (grid, block))
+        cluster = code.required_cluster if cluster is None else cluster
+        sizes = ((value,) if isinstance(value, int) else tuple(value) for value in (grid, block, cluster))
+        grid, block, cluster = sizes
         with self:
-            self._host.run(code, *sizes, shared, bytes(parameters))
+            self._host.run(code, grid, block, shared, bytes(parameters), cluster, programmatic)
 
     def ptx_texts(self):
         """The PTX files of the build; launches take their kernels from them."""
@@ -300,25 +305,34 @@ class EmulatedExtension:
 
     def __getattr__(self, name):
         value = getattr(self._emulator.extension, name)
-        return functools.partial(self._call, name, value) if callable(value) else value
+        if not callable(value) or name.endswith("_is_usual"):  # such a function reads no values
+            return value
+        return functools.partial(self._call, name, value)
 
     def _is_written(self, function, tensor):
         by_pass = self._WRITTEN_BACKWARD if function.endswith("_backward") else self._WRITTEN_FORWARD
         return tensor in self._WRITTEN_ALWAYS or tensor in by_pass or tensor.endswith("_partial")
 
     def _call(self, name, function, *args, **kwargs):
+        kwargs |= zip(_argument_names(function), args, strict=False)
         given = {key: value for key, value in kwargs.items() if isinstance(value, torch.Tensor)}
         copies = {
             key: self._emulator.tensor(value, name=key, writable=self._is_written(name, key))
             for key, value in given.items()
         }
         with self._emulator:
-            result = function(*args, **kwargs | copies)
+            result = function(**kwargs | copies)
         self._emulator.assert_clean()
         for key, value in given.items():
             if self._is_written(name, key):
                 _copy_back(copies[key], value, f"{name}: {key}")
         return result
+
+
+@functools.cache
+def _argument_names(function):
+    """The names of the arguments of a binding, from the first line of its documentation, "f(q: torch.Tensor, ...)"."""
+    return re.findall(r"(\w+): ", function.__doc__.splitlines()[0])
 
 
 def _copy_back(copy, target, name):

@@ -14,6 +14,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <iterator>
 #include <utility>
 
 #include "memory.h"
@@ -28,6 +29,8 @@ constexpr unsigned kMaxGridYZ = 65535;
 constexpr unsigned kMaxGridX = 2147483647;
 constexpr unsigned kMaxThreads = 1024;
 constexpr unsigned kMaxBlockZ = 64;
+constexpr unsigned kPortableCluster = 8;  // blocks
+constexpr unsigned kMaxCluster = 16;
 
 // State of CUDA that belongs to a host thread.
 struct ThreadState {
@@ -40,6 +43,7 @@ struct ThreadState {
   cudaError_t explained_error = cudaSuccess;  // the error that `explanation` explains
   std::string explanation, error_text;
   int device = 0;
+  bool has_context = false;  // bound by the first call that needs one; functions of the driver bind none
   cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
   std::vector<Configuration> configurations;  // of <<<...>>>, between its push and its pop
 };
@@ -55,6 +59,7 @@ cudaError_t fail(cudaError_t error, const std::string& explanation) {
 struct Function {
   std::string entry;            // mangled name
   std::size_t allowed_dynamic;  // cudaFuncAttributeMaxDynamicSharedMemorySize, 0 if it was never set
+  bool any_cluster = false;     // cudaFuncAttributeNonPortableClusterSizeAllowed
 };
 
 std::map<const void*, Function>& functions() {
@@ -82,6 +87,7 @@ constexpr std::pair<cudaError_t, const char*> kErrors[] = {
     NAMED(cudaErrorDevicesUnavailable),
     NAMED(cudaErrorInitializationError),
     NAMED(cudaErrorInsufficientDriver),
+    NAMED(cudaErrorInvalidClusterSize),
     NAMED(cudaErrorInvalidConfiguration),
     NAMED(cudaErrorInvalidDevice),
     NAMED(cudaErrorInvalidDeviceFunction),
@@ -116,6 +122,7 @@ cudaError_t refusal(const char* call) {
     return fail(cudaErrorInsufficientDriver, "the driver runs CUDA " + std::to_string(driver().version) +
                                                  ", the runtime is of " + std::to_string(CUDART_VERSION));
   }
+  if (driver().failures.empty()) return cudaSuccess;
   const auto wanted = driver().failures.find(call);
   if (wanted == driver().failures.end()) return cudaSuccess;
   return fail(wanted->second, std::string(call) + " is to fail");
@@ -125,6 +132,7 @@ cudaError_t refusal(const char* call) {
 cudaError_t look_up(const char* call, const void* stub, Function*& function, std::shared_ptr<const Kernel>& kernel) {
   if (const cudaError_t error = refusal(call)) return error;
   driver().contexts.insert(thread_state.device);
+  thread_state.has_context = true;
   const auto entry = functions().find(stub);
   if (entry == functions().end()) return fail(cudaErrorInvalidDeviceFunction, "not a registered __global__ function");
   function = &entry->second;
@@ -170,8 +178,40 @@ cudaError_t check_launch(const Function& function, const Kernel& kernel, const d
   return cudaSuccess;
 }
 
+cudaError_t check_cluster(const Function& function, const Kernel& kernel, const dim3& grid, const Dim3& cluster) {
+  const Dim3 required = required_cluster_of(kernel);
+  if (required.x != 0 && (cluster.x != required.x || cluster.y != required.y || cluster.z != required.z)) {
+    return fail(cudaErrorInvalidValue, "clusters of " + describe(dim3(cluster.x, cluster.y, cluster.z)) +
+                                           " blocks, __cluster_dims__ promised " +
+                                           describe(dim3(required.x, required.y, required.z)));
+  }
+  const std::uint64_t blocks = std::uint64_t{cluster.x} * cluster.y * cluster.z;
+  if (blocks == 1) return cudaSuccess;
+  const std::string size = "clusters of " + describe(dim3(cluster.x, cluster.y, cluster.z)) + " blocks";
+  if (driver().device.major < 9) return fail(cudaErrorNotSupported, size + ", which need compute capability 9.0");
+  const unsigned most = function.any_cluster ? kMaxCluster : kPortableCluster;
+  if (blocks == 0 || blocks > most) {
+    return fail(cudaErrorInvalidClusterSize,
+                size + ", at most " + std::to_string(most) +
+                    (function.any_cluster ? "" : " without cudaFuncAttributeNonPortableClusterSizeAllowed"));
+  }
+  if (grid.x % cluster.x != 0 || grid.y % cluster.y != 0 || grid.z % cluster.z != 0) {
+    return fail(cudaErrorInvalidConfiguration, size + " in a grid of " + describe(grid) + ", which is no multiple");
+  }
+  return cudaSuccess;
+}
+
+// By threads, blocks and shared memory alone: PTX does not say how many registers a kernel needs.
+int blocks_per_multiprocessor(const Kernel& kernel, std::int64_t threads, std::size_t dynamic) {
+  const Device& device = driver().device;
+  const std::size_t shared = static_shared_of(kernel) + dynamic + kReservedShared;
+  return std::min({device.blocks_per_multiprocessor, static_cast<int>(device.threads_per_multiprocessor / threads),
+                   static_cast<int>(device.shared_per_multiprocessor / shared)});
+}
+
+// `cluster`: 0 x 0 x 0 if the launch does not say.
 cudaError_t launch(const void* stub, const dim3& grid, const dim3& block, void** arguments, std::size_t dynamic,
-                   cudaStream_t stream) {
+                   cudaStream_t stream, Dim3 cluster = {0, 0, 0}, bool programmatic = false) {
   if (!driver().settings.execute) return cudaSuccess;
   const auto known = functions().find(stub);
   const std::string entry = known == functions().end() ? "unknown" : known->second.entry;
@@ -192,6 +232,15 @@ cudaError_t launch(const void* stub, const dim3& grid, const dim3& block, void**
   std::shared_ptr<const Kernel> kernel;
   if (const cudaError_t error = look_up("cudaLaunchKernel", stub, function, kernel)) return refused(error);
   if (const cudaError_t error = check_launch(*function, *kernel, grid, block, dynamic)) return refused(error);
+  if (cluster.x == 0) cluster = required_cluster_of(*kernel);
+  if (cluster.x == 0) cluster = Dim3();
+  record.cluster = cluster;
+  record.programmatic = programmatic;
+  if (programmatic && driver().device.major < 9) {
+    return refused(
+        fail(cudaErrorNotSupported, "programmatic stream serialization, which needs compute capability 9.0"));
+  }
+  if (const cudaError_t error = check_cluster(*function, *kernel, grid, cluster)) return refused(error);
 
   std::vector<std::uint8_t> parameters;
   const std::vector<Parameter>& layout = parameters_of(*kernel);
@@ -200,7 +249,8 @@ cudaError_t launch(const void* stub, const dim3& grid, const dim3& block, void**
     std::memcpy(parameters.data() + layout[i].offset, arguments[i], layout[i].bytes);
   }
   try {
-    run_reported(*kernel, record.kernel, record.grid, record.block, dynamic, parameters, thread_state.device);
+    run_reported(*kernel, record.kernel, {record.grid, record.block, dynamic, cluster, programmatic}, parameters,
+                 thread_state.device);
   } catch (const std::exception& error) {
     return refused(fail(cudaErrorLaunchFailure, std::string("the emulator stopped: ") + error.what()));
   }
@@ -258,6 +308,10 @@ CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t ran
     driver().reports.push_back({"tma", "cuTensorMapEncodeTiled: " + reason, 0});
     return CUDA_ERROR_INVALID_VALUE;
   };
+  if (!thread_state.has_context) {
+    refuse("no context is current in this thread, which has neither set its device nor launched anything");
+    return CUDA_ERROR_INVALID_CONTEXT;
+  }
   int element_bytes = 0, swizzle_bytes = 0;
   switch (type) {
     case CU_TENSOR_MAP_DATA_TYPE_UINT8:
@@ -322,7 +376,7 @@ cudaError_t error_of_name(const std::string& name) {
   return cudaSuccess;
 }
 
-void run_reported(const Kernel& kernel, const std::string& name, Dim3 grid, Dim3 block, std::size_t dynamic_shared,
+void run_reported(const Kernel& kernel, const std::string& name, Configuration configuration,
                   const std::vector<std::uint8_t>& parameters, int device_index) {
   std::vector<Report>& reports = driver().reports;
   for (std::size_t offset = 0; offset + sizeof(void*) <= parameters.size(); offset += sizeof(void*)) {
@@ -339,7 +393,11 @@ void run_reported(const Kernel& kernel, const std::string& name, Dim3 grid, Dim3
                          0});
     }
   }
-  for (Report& report : run(kernel, grid, block, dynamic_shared, parameters, driver().settings)) {
+  const Dim3& block = configuration.block;
+  const std::int64_t threads = std::max(std::int64_t{block.x} * block.y * block.z, std::int64_t{1});
+  configuration.max_resident = std::int64_t{driver().device.multiprocessors} *
+                               blocks_per_multiprocessor(kernel, threads, configuration.dynamic_shared);
+  for (Report& report : run(kernel, configuration, parameters, driver().settings)) {
     report.text = name + ": " + report.text;
     reports.push_back(std::move(report));
   }
@@ -406,20 +464,30 @@ cudaError_t cudaLaunchKernel(const void* stub, dim3 grid, dim3 block, void** arg
 }
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* stub, void** arguments) {
+  emulator::Dim3 cluster{0, 0, 0};
+  bool programmatic = false;
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     const cudaLaunchAttribute& attribute = config->attrs[i];
-    const auto& cluster = attribute.val.clusterDim;
-    // Kernels run one after the other here, so attributes that let them overlap change nothing.
-    const bool harmless =
-        attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization ||
-        attribute.id == cudaLaunchAttributePriority || attribute.id == cudaLaunchAttributeMemSyncDomain ||
-        (attribute.id == cudaLaunchAttributeClusterDimension && cluster.x * cluster.y * cluster.z == 1);
+    const auto& size = attribute.val.clusterDim;
+    if (attribute.id == cudaLaunchAttributeClusterDimension) {
+      cluster = {size.x, size.y, size.z};
+      if (size.x * size.y * size.z == 0) return fail(cudaErrorInvalidClusterSize, "clusters of no blocks");
+      continue;
+    }
+    if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization) {
+      programmatic = attribute.val.programmaticStreamSerializationAllowed != 0;
+      continue;
+    }
+    const bool harmless = attribute.id == cudaLaunchAttributePriority ||
+                          attribute.id == cudaLaunchAttributeMemSyncDomain ||
+                          attribute.id == cudaLaunchAttributeClusterSchedulingPolicyPreference;
     if (!harmless) {
       return fail(cudaErrorNotSupported,
                   "the emulator does not know launch attribute " + std::to_string(static_cast<int>(attribute.id)));
     }
   }
-  return emulator::launch(stub, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes, config->stream);
+  return emulator::launch(stub, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes, config->stream,
+                          cluster, programmatic);
 }
 
 cudaError_t cudaFuncSetAttribute(const void* stub, cudaFuncAttribute attribute, int value) {
@@ -427,6 +495,10 @@ cudaError_t cudaFuncSetAttribute(const void* stub, cudaFuncAttribute attribute, 
   std::shared_ptr<const emulator::Kernel> kernel;
   if (const cudaError_t error = emulator::look_up("cudaFuncSetAttribute", stub, function, kernel)) return error;
   if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) return cudaSuccess;  // a hint about speed
+  if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) {
+    function->any_cluster = value != 0;
+    return cudaSuccess;
+  }
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) {
     return fail(cudaErrorInvalidValue, "the emulator does not know function attribute " + std::to_string(attribute));
   }
@@ -455,7 +527,6 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* st
   return cudaSuccess;
 }
 
-// By threads, blocks and shared memory alone: PTX does not say how many registers a kernel needs.
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void* stub, int threads,
                                                                    std::size_t dynamic, unsigned /*flags*/) {
   emulator::Function* function = nullptr;
@@ -466,16 +537,31 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, 
   if (const cudaError_t error = emulator::check_launch(*function, *kernel, dim3(1), dim3(threads), dynamic)) {
     return error;
   }
-  const emulator::Device& device = driver().device;
-  const std::size_t shared = emulator::static_shared_of(*kernel) + dynamic + emulator::kReservedShared;
-  *blocks = std::min({device.blocks_per_multiprocessor, device.threads_per_multiprocessor / threads,
-                      static_cast<int>(device.shared_per_multiprocessor / shared)});
+  *blocks = emulator::blocks_per_multiprocessor(*kernel, threads, dynamic);
   return cudaSuccess;
 }
 
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* stub, int threads,
                                                           std::size_t dynamic) {
   return cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(blocks, stub, threads, dynamic, 0);
+}
+
+// As if the blocks of a cluster could be on any multiprocessors.
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* stub, const cudaLaunchConfig_t* config) {
+  unsigned blocks = 1;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const auto& size = config->attrs[i].val.clusterDim;
+    if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) blocks = size.x * size.y * size.z;
+  }
+  const dim3& block = config->blockDim;
+  const int threads = static_cast<int>(block.x * block.y * block.z);
+  int of_multiprocessor = 0;
+  const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(&of_multiprocessor, stub, threads,
+                                                                                   config->dynamicSmemBytes, 0);
+  if (error != cudaSuccess) return error;
+  if (blocks == 0) return fail(cudaErrorInvalidClusterSize, "clusters of no blocks");
+  *clusters = of_multiprocessor * driver().device.multiprocessors / static_cast<int>(blocks);
+  return cudaSuccess;
 }
 
 // ---- devices --------------------------------------------------------------------------------------------------------
@@ -499,6 +585,7 @@ cudaError_t cudaSetDevice(int device) {
                 "device " + std::to_string(device) + " of " + std::to_string(emulator::Driver::kNumDevices));
   }
   thread_state.device = device;
+  thread_state.has_context = true;
   driver().contexts.insert(device);
   return cudaSuccess;
 }
@@ -514,7 +601,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
     return fail(cudaErrorInvalidDevice, "device " + std::to_string(device_index));
   }
   const emulator::Device& device = driver().device;
-  const std::map<cudaDeviceAttr, int> values = {
+  const std::pair<cudaDeviceAttr, int> values[] = {
       {cudaDevAttrComputeCapabilityMajor, device.major},
       {cudaDevAttrComputeCapabilityMinor, device.minor},
       {cudaDevAttrMultiProcessorCount, device.multiprocessors},
@@ -531,9 +618,11 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
       {cudaDevAttrMaxRegistersPerBlock, 65536},
       {cudaDevAttrMaxRegistersPerMultiprocessor, 65536},
       {cudaDevAttrWarpSize, 32},
+      {cudaDevAttrClusterLaunch, device.major >= 9},
   };
-  const auto found = values.find(attribute);
-  if (found == values.end()) {
+  const auto* const found =
+      std::find_if(std::begin(values), std::end(values), [&](const auto& known) { return known.first == attribute; });
+  if (found == std::end(values)) {
     return fail(cudaErrorInvalidValue, "the emulator does not know device attribute " + std::to_string(attribute));
   }
   *value = found->second;

@@ -33,6 +33,8 @@ struct Launch {
   std::uintptr_t stream;
   std::string error;    // "cudaSuccess", or the name of the error
   Counters counters{};  // of the blocks that ran
+  Dim3 cluster;         // blocks
+  bool programmatic = false;
 };
 
 // One process has one driver. Its user sets it up before a call and looks at the records after it.
@@ -59,7 +61,7 @@ cudaError_t error_of_name(const std::string& name);
 
 // Runs a grid with the settings of the driver and appends to its reports. A pointer to memory of a device other than
 // `device_index` is reported too.
-void run_reported(const Kernel& kernel, const std::string& name, Dim3 grid, Dim3 block, std::size_t dynamic_shared,
+void run_reported(const Kernel& kernel, const std::string& name, Configuration configuration,
                   const std::vector<std::uint8_t>& parameters, int device_index);
 
 }  // namespace emulator

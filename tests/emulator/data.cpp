@@ -1,6 +1,7 @@
 // Loads, stores, atomic operations, and cp.async.
 #include <algorithm>
 
+#include "atomic.h"
 #include "decode.h"
 #include "numbers.h"
 
@@ -13,22 +14,37 @@ const std::vector<Operand>& elements_of(const Operand& operand, std::vector<Oper
   return *single;
 }
 
+// What the lanes of a warp read from words that other blocks may change.
+struct Polled {
+  const std::uint8_t* address = nullptr;  // the last one
+  std::uint64_t values = 0;               // of all lanes
+
+  void add(const std::uint8_t* from, std::uint64_t value) {
+    address = from;
+    values = values * 0x9e3779b97f4a7c15 + value + reinterpret_cast<std::uint64_t>(from);
+  }
+};
+
 // ld d, [a]; option: bytes of an element, number of them, sign extension, relaxed or acquire at device scope, acquire
 Step load(Execution& x, const Instruction& i) {
   const int bytes = i.option[0], count = i.option[1];
   const bool vector = i.operands[0].kind == Operand::Kind::kVector;
+  Polled polled;
   x.for_each_lane([&](int lane) {
     const std::uint64_t address = x.address_of(i.operands[1], lane);
     const Site site = x.site(i, lane);
-    if (i.option[3]) {
+    const bool strong = i.option[3] && !x.in_shared_space(i, address);
+    if (strong) {
       const Acquire acquire = i.option[4] ? Acquire::kAtOnce : Acquire::kWithNextFence;
       x.synchronise(site.thread, reinterpret_cast<std::uint8_t*>(address), acquire, Release::kNothing);
     }
-    const std::uint8_t* source = x.access(site, i.space, address, bytes * count, Kind::kRead);
+    const Kind kind = strong ? Kind::kStrongRead : Kind::kRead;
+    const std::uint8_t* source = x.access(site, i.space, address, bytes * count, kind);
     if (source == nullptr) return;
     for (int index = 0; index < count; ++index) {
       std::uint64_t bits = 0;
       std::memcpy(&bits, source + index * bytes, bytes);
+      if (i.may_poll && !x.in_shared_space(i, address)) polled.add(source, bits);
       if (i.option[2]) {
         const int spare = 64 - 8 * bytes;
         bits = static_cast<std::uint64_t>(static_cast<std::int64_t>(bits << spare) >> spare);
@@ -36,6 +52,7 @@ Step load(Execution& x, const Instruction& i) {
       x.set_lane_bits(vector ? i.operands[0].elements[index] : i.operands[0], lane, bits);
     }
   });
+  if (polled.address != nullptr) x.poll(i, polled.address, polled.values);
   return Step::kNext;
 }
 
@@ -51,11 +68,13 @@ Step store(Execution& x, const Instruction& i) {
     }
     const std::uint64_t address = x.address_of(i.operands[0], lane);
     const Site site = x.site(i, lane);
-    const Kind kind = i.option[4] && !x.in_shared_space(i, address) ? Kind::kAtomic : Kind::kWrite;
+    const bool strong = i.option[4] && !x.in_shared_space(i, address);
+    const Kind kind = strong ? Kind::kAtomic : Kind::kWrite;
     std::uint8_t* target = x.access(site, i.space, address, bytes * count, kind, value);
     if (target == nullptr) return;
     std::memcpy(target, value, bytes * count);
-    if (i.option[4]) {
+    if (strong) {
+      x.grid.idle_polls = 0;
       const Release release = i.option[3] ? Release::kEverything : Release::kWhatWasFenced;
       x.synchronise(site.thread, target, Acquire::kNothing, release);
     }
@@ -85,6 +104,8 @@ void decode_load_store(Decoder& d) {
   d.address(1 - value);
   const bool device = scope >= 2, strong = order >= 2 && device;
   d.instruction.type = type;
+  d.instruction.may_poll =
+      is_load && order >= 1 && (d.instruction.space == Space::kGlobal || d.instruction.space == Space::kGeneric);
   if (is_load) {
     // A relaxed load that polls a flag is followed by a fence: both together are an acquire.
     d.instruction.option = {bytes, count, is_signed(type), strong, strong && order == 3};
@@ -95,8 +116,6 @@ void decode_load_store(Decoder& d) {
 }
 
 // ---- atom and red
-
-enum Atomic { kAdd, kMin, kMax, kAnd, kOr, kXor, kExchange, kCompareAndSwap, kIncrement, kDecrement };
 
 template <typename T>
 T apply_integer(int operation, T old, T b, T c) {
@@ -123,6 +142,8 @@ T apply_integer(int operation, T old, T b, T c) {
       return old == 0 || old > b ? b : old - 1;
   }
 }
+
+}  // namespace
 
 std::uint64_t apply_atomic(Type type, int operation, std::uint64_t old, std::uint64_t b, std::uint64_t c) {
   const auto add_halves = [&](auto example, int shift) {
@@ -155,6 +176,8 @@ std::uint64_t apply_atomic(Type type, int operation, std::uint64_t old, std::uin
   }
 }
 
+namespace {
+
 // [a], b, c follow the result, which red does not have.
 // option: operation, number of elements, first operand, releases, synchronises (an integer may be a semaphore),
 // acquires
@@ -164,23 +187,34 @@ Step atomic(Execution& x, const Instruction& i) {
   std::vector<Operand> single_result, single_value;
   const std::vector<Operand>& values = elements_of(i.operands[first + 1], &single_value);
   const std::vector<Operand>* results = first == 0 ? nullptr : &elements_of(i.operands[0], &single_result);
+  Polled polled;
+  bool changed = false;
   x.for_each_lane([&](int lane) {
     const Site site = x.site(i, lane);
-    std::uint8_t* target = x.access(site, i.space, x.address_of(i.operands[first], lane), bytes * count, Kind::kAtomic);
+    const std::uint64_t address = x.address_of(i.operands[first], lane);
+    std::uint8_t* target = x.access(site, i.space, address, bytes * count, Kind::kAtomic);
     if (target == nullptr) return;
+    const bool global = !x.in_shared_space(i, address);
     for (int index = 0; index < count; ++index) {
       std::uint64_t old = 0;
       std::memcpy(&old, target + index * bytes, bytes);
       const std::uint64_t c = i.option[0] == kCompareAndSwap ? x.lane_bits(i.operands[first + 2], lane) : 0;
       const std::uint64_t result = apply_atomic(i.type, i.option[0], old, x.lane_bits(values[index], lane), c);
       std::memcpy(target + index * bytes, &result, bytes);
+      changed |= global && std::memcmp(&result, &old, bytes) != 0;
+      if (i.may_poll && global) polled.add(target, old);
       if (results != nullptr) x.set_lane_bits((*results)[index], lane, old);
     }
-    if (i.option[4]) {
+    if (i.option[4] && global) {
       x.synchronise(site.thread, target, i.option[5] ? Acquire::kAtOnce : Acquire::kWithNextFence,
                     i.option[3] ? Release::kEverything : Release::kWhatWasFenced);
     }
   });
+  if (changed) {
+    x.grid.idle_polls = 0;
+  } else if (polled.address != nullptr) {
+    x.poll(i, polled.address, polled.values);
+  }
   return Step::kNext;
 }
 
@@ -211,6 +245,8 @@ void decode_atomic(Decoder& d) {
   const bool device = scope < 0 || scope >= 2;  // without a scope: the device
   const bool acquires = device && (order == 1 || order == 3), releases = device && order >= 2;
   d.instruction.option = {operation, count, static_cast<int>(first), releases, !floating && device, acquires};
+  d.instruction.may_poll =
+      first == 1 && (d.instruction.space == Space::kGlobal || d.instruction.space == Space::kGeneric);
   d.instruction.handler = &atomic;
 }
 
@@ -220,10 +256,10 @@ void decode_atomic(Decoder& d) {
 Step convert_address(Execution& x, const Instruction& i) {
   x.for_each_lane([&](int lane) {
     std::uint64_t address = x.lane_bits(i.operands[1], lane), shift = 0;
-    if (i.space == Space::kShared) shift = x.shared_window;
+    if (i.space == Space::kShared || i.space == Space::kCluster) shift = x.shared_window;
     if (i.space == Space::kLocal) {
-      shift =
-          reinterpret_cast<std::uint64_t>(x.local.data()) + std::uint64_t{x.code.body.local_bytes} * x.thread_of(lane);
+      shift = reinterpret_cast<std::uint64_t>(x.local.data()) +
+              std::uint64_t{x.code.body.local_bytes} * x.in_block(x.thread_of(lane));
     }
     x.set_lane_bits(i.operands[0], lane, i.option[1] ? address - shift : address + shift);
   });
@@ -237,7 +273,11 @@ Step is_in_space(Execution& x, const Instruction& i) {
     const std::uint64_t address = x.lane_bits(i.operands[1], lane);
     const std::uint64_t local = address - reinterpret_cast<std::uint64_t>(x.local.data());
     const bool shared = x.is_shared(address), in_local = local < x.local.size();
-    const bool inside = i.space == Space::kShared ? shared : i.space == Space::kLocal ? in_local : !shared && !in_local;
+    const bool own = address - x.shared_window < kMaxShared;
+    const bool inside = i.space == Space::kShared    ? own
+                        : i.space == Space::kCluster ? shared
+                        : i.space == Space::kLocal   ? in_local
+                                                     : !shared && !in_local;
     bits |= static_cast<std::uint32_t>(inside) << lane;
   });
   x.set_predicate(i.operands[0], bits);
@@ -301,14 +341,14 @@ Step copy_async(Execution& x, const Instruction& i) {
     x.occupy_banks(site, target, bytes);
     if (x.check) x.shared_shadow.begin_copy(site, target, bytes, Proxy::kGeneric);
     std::memset(x.shared + target, 0xff, bytes);
-    x.copies[site.thread].open.push_back({target, source, bytes, source_bytes});
+    x.copies[x.in_block(site.thread)].open.push_back({target, source, bytes, source_bytes});
   });
   return Step::kNext;
 }
 
 Step commit_copies(Execution& x, const Instruction&) {
   x.for_each_lane([&](int lane) {
-    CopyGroups& copies = x.copies[x.thread_of(lane)];
+    CopyGroups& copies = x.copies[x.in_block(x.thread_of(lane))];
     copies.groups.push_back(std::move(copies.open));
     copies.open.clear();
   });
@@ -318,7 +358,7 @@ Step commit_copies(Execution& x, const Instruction&) {
 // option: groups that may stay in flight; -1: none, and it waits for uncommitted copies too
 Step wait_for_copies(Execution& x, const Instruction& i) {
   x.for_each_lane([&](int lane) {
-    CopyGroups& copies = x.copies[x.thread_of(lane)];
+    CopyGroups& copies = x.copies[x.in_block(x.thread_of(lane))];
     if (i.option[0] < 0) {
       copies.groups.push_back(std::move(copies.open));
       copies.open.clear();
@@ -375,6 +415,7 @@ void decode_copy_async(Decoder& d) {
 }  // namespace
 
 bool decode_data_movement(Decoder& d) {
+  if (!d.is("cp") && d.has("async")) return false;
   if (d.is("ld") || d.is("ldu") || d.is("st")) return decode_load_store(d), true;
   if (d.is("atom") || d.is("red")) return decode_atomic(d), true;
   if (d.is("cp") && std::find(d.statement().modifiers.begin(), d.statement().modifiers.end(), "bulk") ==

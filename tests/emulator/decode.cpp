@@ -79,6 +79,7 @@ void Decoder::take_cache_hints() {
 
 Space Decoder::take_space() {
   const std::string shared = take_prefixed("shared"), param = take_prefixed("param");
+  if (shared == "shared::cluster") return Space::kCluster;
   if (!shared.empty()) return Space::kShared;
   if (!param.empty()) return Space::kParam;
   constexpr Space kSpaces[] = {Space::kGlobal, Space::kLocal, Space::kConst};
@@ -195,10 +196,15 @@ std::unique_ptr<Code> decode(const Entry& entry) {
   const std::size_t static_end = kSharedStart + code->body.shared_bytes;
   code->dynamic_shared = static_cast<std::uint32_t>((static_end + entry.dynamic_alignment - 1) /
                                                     entry.dynamic_alignment * entry.dynamic_alignment);
+  if (code->body.statements.size() > kMaxStatements) {
+    throw std::runtime_error("emulator: " + entry.name + " has more than " + std::to_string(kMaxStatements) +
+                             " instructions");
+  }
   Constants constants((code->body.register_bytes + 63) / 64 * 64);
   for (const Statement& statement : code->body.statements) {
     code->instructions.push_back(decode_statement(statement, constants, code->dynamic_shared));
     code->uses_wgmma |= statement.opcode == "wgmma";
+    code->may_poll |= code->instructions.back().may_poll;
   }
   code->register_file.assign(constants.end(), 0xff);
   constants.fill(code->register_file.data());

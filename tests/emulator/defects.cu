@@ -9,8 +9,8 @@
   template __global__ void name<true>(float*, const float*); \
   template __global__ void name<false>(float*, const float*)
 
-__device__ inline std::uint32_t shared_address(const void* pointer) {
-  return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
+__device__ inline std::uint32_t shared_address(const volatile void* pointer) {
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(const_cast<const void*>(pointer)));
 }
 
 // ---- races in shared memory
@@ -273,28 +273,135 @@ DEFECT(ticket_then_copies) {
 }
 BOTH(ticket_then_copies);
 
-__device__ unsigned flag, done;
+__device__ unsigned flag, done, word;
 
-// A flag instead of a semaphore: relaxed operations with a fence of the same thread on either side. A block that does
-// not find it set reads nothing.
+__device__ inline unsigned load_relaxed(unsigned* word) {
+  unsigned value;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+  return value;
+}
+__device__ inline unsigned load_acquire(unsigned* word) {
+  unsigned value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+  return value;
+}
+__device__ inline void store_relaxed(unsigned* word, unsigned value) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
+}
+__device__ inline void store_release(unsigned* word, unsigned value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
+}
+
+// A block waits for a flag of another one: relaxed operations with a fence of the same thread on either side. It clears
+// the flag for the next launch.
 DEFECT(flag_without_fence) {
-  __shared__ unsigned found;
   if (blockIdx.x == 0) {
     out[64 + threadIdx.x] = in[threadIdx.x];
     __syncthreads();
     if (threadIdx.x != 0) return;
     if (!kDefect) __threadfence();
-    asm volatile("st.relaxed.gpu.global.u32 [%0], 1;" ::"l"(&flag) : "memory");
+    store_relaxed(&flag, 1);
     return;
   }
   if (threadIdx.x == 0) {
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(&flag) : "memory");
+    while (load_relaxed(&flag) == 0) {
+    }
     __threadfence();
+    store_relaxed(&flag, 0);
   }
   __syncthreads();
-  if (found) out[threadIdx.x] = *(volatile float*)&out[64 + threadIdx.x];
+  out[threadIdx.x] = *(volatile float*)&out[64 + threadIdx.x];
 }
 BOTH(flag_without_fence);
+
+// The whole block waits in a loop with barriers. A volatile load finds the flag and acquires nothing.
+DEFECT(flag_without_acquire) {
+  __shared__ unsigned found;
+  if (blockIdx.x == 0) {
+    out[64 + threadIdx.x] = in[threadIdx.x];
+    __syncthreads();
+    if (threadIdx.x == 0) store_release(&flag, 1);
+    return;
+  }
+  do {
+    __syncthreads();
+    if (threadIdx.x == 0) found = kDefect ? *(volatile unsigned*)&flag : load_acquire(&flag);
+    __syncthreads();
+  } while (found == 0);
+  out[threadIdx.x] = *(volatile float*)&out[64 + threadIdx.x];
+  if (threadIdx.x == 0) store_relaxed(&flag, 0);
+}
+BOTH(flag_without_acquire);
+
+DEFECT(flag_that_nobody_sets) {
+  if (threadIdx.x == 0 && blockIdx.x == 1) {
+    while (load_acquire(&flag) == 0) {
+    }
+    store_relaxed(&flag, 0);
+  }
+  if (threadIdx.x == 0 && blockIdx.x == 0 && !kDefect) store_release(&flag, 1);
+  out[64 * blockIdx.x + threadIdx.x] = 1;
+}
+BOTH(flag_that_nobody_sets);
+
+// Each block in turn adds to what the one before it wrote, and passes the turn on.
+DEFECT(turn_without_release) {
+  if (threadIdx.x == 0) {
+    while (load_acquire(&done) != blockIdx.x) {
+    }
+  }
+  __syncthreads();
+  out[threadIdx.x] = (blockIdx.x == 0 ? 0.0f : *(volatile float*)&out[threadIdx.x]) + in[threadIdx.x];
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  const unsigned next = (blockIdx.x + 1) % gridDim.x;
+  if (kDefect) {
+    store_relaxed(&done, next);
+  } else {
+    store_release(&done, next);
+  }
+}
+BOTH(turn_without_release);
+
+// Block 1 overwrites what block 0 reads, when block 0 says so.
+DEFECT(overwritten_too_early) {
+  __shared__ volatile float row[64];
+  if (blockIdx.x == 0) {
+    row[threadIdx.x] = *(volatile float*)&out[threadIdx.x];
+    if (!kDefect) __syncthreads();
+    if (threadIdx.x == 0) store_release(&flag, 1);
+    return;
+  }
+  if (threadIdx.x == 0) {
+    while (load_acquire(&flag) == 0) {
+    }
+    store_relaxed(&flag, 0);
+  }
+  __syncthreads();
+  out[threadIdx.x] = in[threadIdx.x];
+}
+BOTH(overwritten_too_early);
+
+// Block 2 reads what block 0 wrote, and knows of it through block 1.
+DEFECT(chain_without_fence) {
+  if (threadIdx.x != 0) return;
+  if (blockIdx.x == 0) {
+    out[0] = in[0];
+    store_release(&flag, 1);
+  } else if (blockIdx.x == 1) {
+    while (load_relaxed(&flag) == 0) {
+    }
+    if (!kDefect) __threadfence();
+    store_relaxed(&flag, 0);
+    store_release(&done, 1);
+  } else {
+    while (load_acquire(&done) == 0) {
+    }
+    store_relaxed(&done, 0);
+    out[1] = *(volatile float*)&out[0];
+  }
+}
+BOTH(chain_without_fence);
 
 // Patterns without a fence: the operations themselves release and acquire. A release counts for its own word alone.
 DEFECT(release_of_another_word) {
@@ -304,7 +411,7 @@ DEFECT(release_of_another_word) {
   if (threadIdx.x == 0) {
     unsigned count;
     if (kDefect) {
-      asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(&flag) : "memory");
+      store_release(&word, 1);
       asm volatile("atom.acquire.gpu.global.inc.u32 %0, [%1], %2;"
                    : "=r"(count)
                    : "l"(&done), "r"(gridDim.x - 1)
@@ -463,7 +570,20 @@ __device__ inline std::uint64_t descriptor(const void* tile, int leading, int st
   return field(shared_address(tile)) | field(leading) << 16 | field(stride) << 32;
 }
 
-enum Flaw { kNone, kNoFence, kNoProxyFence, kNoWait, kThreeWarps, kOtherDescriptor, kChangedA, kChangedB, kOutside };
+enum Flaw {
+  kNone,
+  kNoFence,
+  kNoProxyFence,
+  kNoWait,
+  kThreeWarps,
+  kOtherDescriptor,
+  kChangedA,
+  kChangedB,
+  kReusedA,
+  kReusedAfterBarrier,
+  kOutside,
+  kSeededLate,
+};
 
 // Two products, with A in shared memory and in registers, and at most one flaw.
 template <Flaw kFlaw>
@@ -479,8 +599,12 @@ __device__ void multiply(float* out, const float* in) {
   asm volatile("" : "+r"(rows[0]), "+r"(rows[1]), "+r"(rows[2]), "+r"(rows[3])::"memory");
   const int leading = kFlaw == kOtherDescriptor ? 128 - threadIdx.x / 32 * 16 : 128;
   const int stride = kFlaw == kOutside ? 16384 : 256;
+  // Two accumulators begin with the same value, which takes a copy.
+  const auto seed = [&] { asm volatile("mov.f32 %0, %1;" : "=f"(d[1]) : "f"(d[0])); };
+  if (kFlaw != kSeededLate) seed();
   if (kFlaw != kThreeWarps || threadIdx.x < 96) {
     if (kFlaw != kNoFence) asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    if (kFlaw == kSeededLate) seed();
     asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%0, %1, %2, %3}, %4, %5, 1, 1, 1, 0, 0;"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "l"(descriptor(a, 128, stride)), "l"(descriptor(b, leading, 256))
@@ -496,6 +620,8 @@ __device__ void multiply(float* out, const float* in) {
   if (kFlaw != kNoWait) {
     asm volatile("wgmma.wait_group.sync.aligned 0;" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])::"memory");
   }
+  if (kFlaw == kReusedAfterBarrier) __syncthreads();
+  if (kFlaw == kReusedA || kFlaw == kReusedAfterBarrier) a[threadIdx.x / 32 * 256 + threadIdx.x % 32] = 1;  // own rows
   out[threadIdx.x] = d[0] + d[1] + d[2] + d[3] + rows[0];
   if (kFlaw == kNoWait) asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 }
@@ -514,8 +640,13 @@ DEFECT(changed_a) { multiply<kDefect ? kChangedA : kNone>(out, in); }
 BOTH(changed_a);
 DEFECT(changed_b) { multiply<kDefect ? kChangedB : kNone>(out, in); }
 BOTH(changed_b);
+DEFECT(reused_a) { multiply<kDefect ? kReusedA : kReusedAfterBarrier>(out, in); }
+BOTH(reused_a);
 DEFECT(descriptor_outside) { multiply<kDefect ? kOutside : kNone>(out, in); }
 BOTH(descriptor_outside);
+
+DEFECT(seeded_late) { multiply<kDefect ? kSeededLate : kNone>(out, in); }
+BOTH(seeded_late);
 
 DEFECT(too_many_registers) {
   if (kDefect) {
@@ -528,4 +659,280 @@ DEFECT(too_many_registers) {
   out[threadIdx.x % 64] = 1;
 }
 BOTH(too_many_registers);
+
+// ---- clusters of two blocks
+
+__device__ inline unsigned rank() {
+  unsigned result;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(result));
+  return result;
+}
+// The address of the same variable in another block.
+__device__ inline std::uint32_t in_block(unsigned block, const volatile void* variable) {
+  std::uint32_t result;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(result) : "r"(shared_address(variable)), "r"(block));
+  return result;
+}
+__device__ inline void store_to(std::uint32_t address, float value) {
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+__device__ inline float load_from(std::uint32_t address) {
+  float value;
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
+__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ inline void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+__device__ inline void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
+}
+__device__ inline void wait_for_cluster(std::uint64_t* barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra AGAIN;\n}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+enum Gap { kNoGap, kNoStart, kNoOrder, kRelaxed, kNoEnd };
+
+// Each block writes into the other one.
+template <Gap kGap>
+__device__ void exchange(float* out, const float* in) {
+  __shared__ volatile float row[64];
+  if (kGap != kNoStart) cluster_sync();
+  store_to(in_block(rank() ^ 1, &row[threadIdx.x]), in[threadIdx.x]);
+  if (kGap == kRelaxed) {
+    cluster_arrive_relaxed();
+    cluster_wait();
+  } else if (kGap == kNoOrder) {
+    __syncthreads();
+  } else {
+    cluster_sync();
+  }
+  out[64 * blockIdx.x + threadIdx.x] = row[threadIdx.x];
+  if (kGap == kNoOrder) cluster_sync();
+}
+
+DEFECT(peer_not_started) { exchange<kDefect ? kNoStart : kNoGap>(out, in); }
+BOTH(peer_not_started);
+DEFECT(peer_not_ordered) { exchange<kDefect ? kNoOrder : kNoGap>(out, in); }
+BOTH(peer_not_ordered);
+DEFECT(relaxed_arrival) { exchange<kDefect ? kRelaxed : kNoGap>(out, in); }
+BOTH(relaxed_arrival);
+
+// Each block reads from the other one, which must not exit before.
+DEFECT(peer_exits) {
+  __shared__ volatile float row[64];
+  row[threadIdx.x] = in[threadIdx.x];
+  cluster_sync();
+  out[64 * blockIdx.x + threadIdx.x] = load_from(in_block(rank() ^ 1, &row[63 - threadIdx.x]));
+  if (!kDefect) cluster_sync();
+}
+BOTH(peer_exits);
+
+DEFECT(two_arrivals) {
+  cluster_arrive();
+  if (kDefect) cluster_arrive();
+  cluster_wait();
+  out[64 * blockIdx.x + threadIdx.x] = 1;
+}
+BOTH(two_arrivals);
+
+DEFECT(address_of_another_block) {
+  __shared__ volatile float row[64];
+  row[threadIdx.x] = in[threadIdx.x];
+  cluster_sync();
+  float value;
+  const std::uint32_t address = in_block(rank() ^ 1, &row[threadIdx.x]);
+  if (kDefect) {
+    asm volatile("ld.shared::cta.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  } else {
+    value = load_from(address);
+  }
+  out[64 * blockIdx.x + threadIdx.x] = value;
+  cluster_sync();
+}
+BOTH(address_of_another_block);
+
+enum Slip { kNoSlip, kInitNotFenced, kScopeOfBlock, kWaitInBlock };
+
+// Each thread writes into the other block and arrives at an mbarrier there.
+template <Slip kSlip>
+__device__ void signal_peer(float* out, const float* in) {
+  __shared__ volatile float row[64];
+  __shared__ std::uint64_t barrier;
+  if (threadIdx.x == 0) {
+    init_mbarrier(&barrier, 64);
+    if (kSlip != kInitNotFenced) fence_init();
+  }
+  cluster_arrive_relaxed();
+  cluster_wait();
+  store_to(in_block(rank() ^ 1, &row[threadIdx.x]), in[threadIdx.x]);
+  const std::uint32_t remote = in_block(rank() ^ 1, &barrier);
+  if (kSlip == kScopeOfBlock) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote) : "memory");
+  } else {
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(remote) : "memory");
+  }
+  if (kSlip == kWaitInBlock) {
+    wait(&barrier, 0);
+  } else {
+    wait_for_cluster(&barrier, 0);
+  }
+  out[64 * blockIdx.x + threadIdx.x] = row[63 - threadIdx.x];
+  cluster_sync();
+}
+
+DEFECT(init_not_fenced_for_peers) { signal_peer<kDefect ? kInitNotFenced : kNoSlip>(out, in); }
+BOTH(init_not_fenced_for_peers);
+DEFECT(arrival_without_scope) { signal_peer<kDefect ? kScopeOfBlock : kNoSlip>(out, in); }
+BOTH(arrival_without_scope);
+DEFECT(wait_without_scope) { signal_peer<kDefect ? kWaitInBlock : kNoSlip>(out, in); }
+BOTH(wait_without_scope);
+
+__device__ inline void start_with(std::uint64_t* barrier, int bytes) {
+  if (threadIdx.x == 0) {
+    init_mbarrier(barrier, 1);
+    fence_init();
+    expect(barrier, bytes);
+  }
+  cluster_sync();
+}
+
+DEFECT(store_async_not_awaited) {
+  __shared__ volatile float row[64];
+  __shared__ std::uint64_t barrier;
+  start_with(&barrier, 256);
+  const std::uint32_t target = in_block(rank() ^ 1, &row[threadIdx.x]);
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(target),
+               "f"(in[threadIdx.x]), "r"(in_block(rank() ^ 1, &barrier))
+               : "memory");
+  if (!kDefect) wait_for_cluster(&barrier, 0);
+  out[64 * blockIdx.x + threadIdx.x] = row[threadIdx.x];
+  wait_for_cluster(&barrier, 0);
+}
+BOTH(store_async_not_awaited);
+
+// All threads of both blocks add to one counter in block 0.
+DEFECT(reduction_not_awaited) {
+  __shared__ volatile unsigned sum;
+  __shared__ std::uint64_t barrier;
+  if (threadIdx.x == 0) sum = 0;
+  start_with(&barrier, 512);
+  asm volatile("red.async.relaxed.cluster.shared::cluster.mbarrier::complete_tx::bytes.add.u32 [%0], %1, [%2];" ::"r"(
+                   in_block(0, &sum)),
+               "r"(threadIdx.x), "r"(in_block(0, &barrier))
+               : "memory");
+  if (rank() != 0) return;
+  if (!kDefect) wait_for_cluster(&barrier, 0);
+  out[64 * blockIdx.x + threadIdx.x] = sum;
+  wait_for_cluster(&barrier, 0);
+}
+BOTH(reduction_not_awaited);
+
+enum Haste { kNoHaste, kNotFenced, kSourceReused, kNotAwaited };
+
+// Block 0 copies into block 1, which tells it when the data have arrived.
+template <Haste kHaste>
+__device__ void copy_to_peer(float* out, const float* in) {
+  __shared__ alignas(128) volatile float row[64];
+  __shared__ std::uint64_t barrier;
+  if (rank() == 0) row[threadIdx.x] = in[threadIdx.x];
+  if (kHaste != kNotFenced) fence_async();
+  start_with(&barrier, 256);
+  if (rank() == 0 && threadIdx.x == 0) {
+    asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], 256, [%2];" ::"r"(
+                     in_block(1, row)),
+                 "r"(shared_address(row)), "r"(in_block(1, &barrier))
+                 : "memory");
+    if (kHaste == kSourceReused) row[0] = 0;
+  }
+  if (rank() == 1) {
+    if (kHaste != kNotAwaited) wait_for_cluster(&barrier, 0);
+    out[64 * blockIdx.x + threadIdx.x] = row[threadIdx.x];
+    wait_for_cluster(&barrier, 0);
+  }
+  cluster_sync();
+  if (rank() == 0) row[threadIdx.x] = 0;
+}
+
+DEFECT(copy_of_ordinary_writes) { copy_to_peer<kDefect ? kNotFenced : kNoHaste>(out, in); }
+BOTH(copy_of_ordinary_writes);
+DEFECT(source_reused) { copy_to_peer<kDefect ? kSourceReused : kNoHaste>(out, in); }
+BOTH(source_reused);
+DEFECT(copy_from_peer_not_awaited) { copy_to_peer<kDefect ? kNotAwaited : kNoHaste>(out, in); }
+BOTH(copy_from_peer_not_awaited);
+
+// Block 0 loads for both blocks; each waits for its own copy.
+DEFECT(multicast_not_awaited) {
+  __shared__ alignas(128) volatile float row[64];
+  __shared__ std::uint64_t barrier;
+  start_with(&barrier, 256);
+  if (rank() == 0 && threadIdx.x == 0) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], 256, [%2], "
+        "%3;" ::"r"(shared_address(row)),
+        "l"(in), "r"(shared_address(&barrier)), "h"(static_cast<std::uint16_t>(3))
+        : "memory");
+  }
+  if (!kDefect || rank() == 0) wait(&barrier, 0);
+  out[64 * blockIdx.x + threadIdx.x] = row[threadIdx.x];
+  wait(&barrier, 0);
+}
+BOTH(multicast_not_awaited);
+
+// A block that loads into another one and exits leaves the waiting to that one.
+DEFECT(exit_with_incoming_copy) {
+  __shared__ alignas(128) volatile float row[64];
+  __shared__ std::uint64_t barrier;
+  start_with(&barrier, 256);
+  if (rank() == 0 && threadIdx.x == 0) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], 256, [%2], "
+        "%3;" ::"r"(shared_address(row)),
+        "l"(in), "r"(shared_address(&barrier)), "h"(static_cast<std::uint16_t>(2))
+        : "memory");
+  }
+  if (!kDefect && rank() == 1) wait(&barrier, 0);
+}
+BOTH(exit_with_incoming_copy);
+
+// ---- kernels that start before those ahead of them in the stream have ended
+
+__device__ inline void grid_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+DEFECT(read_before_grid_wait) {
+  float value = kDefect ? *(volatile const float*)&in[threadIdx.x] : 0;
+  grid_wait();
+  if (!kDefect) value = *(volatile const float*)&in[threadIdx.x];
+  out[threadIdx.x] = value;
+}
+BOTH(read_before_grid_wait);
+
+DEFECT(write_before_grid_wait) {
+  if (!kDefect) grid_wait();
+  out[threadIdx.x] = 1;
+  if (kDefect) grid_wait();
+}
+BOTH(write_before_grid_wait);
+
+// One thread waits, the others behind a barrier.
+DEFECT(grid_wait_of_another_thread) {
+  if (kDefect) __syncthreads();
+  if (threadIdx.x == 0) grid_wait();
+  if (!kDefect) __syncthreads();
+  out[threadIdx.x] = in[threadIdx.x];
+}
+BOTH(grid_wait_of_another_thread);
+
+DEFECT(no_grid_wait) {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  if (!kDefect) grid_wait();
+}
+BOTH(no_grid_wait);
 #endif

@@ -1,8 +1,8 @@
-// A kernel while it runs: decoded instructions, the warps of one block, and the memory that they share.
+// A block of a kernel while it runs: decoded instructions, the warps, and the memory that they share.
 //
-// Blocks run one after the other. Within a block one warp runs at a time, until it has to wait. A warp always runs the
-// lanes with the lowest program counter, so that lanes which took different branches meet again. An instruction that
-// needs lanes which have not arrived waits for them; if they can no longer arrive, it reports a divergence.
+// One warp runs at a time, until it has to wait (grid.h says which). A warp always runs the lanes with the lowest
+// program counter, so that lanes which took different branches meet again. An instruction that needs lanes which have
+// not arrived waits for them; if they can no longer arrive, it reports a divergence.
 #pragma once
 
 #include <array>
@@ -14,9 +14,9 @@
 #include <memory>
 #include <random>
 #include <string>
-#include <unordered_map>
 #include <vector>
 
+#include "grid.h"
 #include "machine.h"
 #include "memory.h"
 #include "parser.h"
@@ -29,7 +29,10 @@ namespace emulator {
 
 constexpr int kLanes = 32;
 constexpr std::uint32_t kAllLanes = 0xffffffff;
+// Addresses in .shared::cluster: the first kMaxShared are the block's own shared memory, the next those of rank 0, then
+// rank 1 and so on. In generic addresses they follow the start of a window.
 constexpr std::size_t kMaxShared = 256 * 1024;
+constexpr int kMaxCluster = 16;
 
 class Execution;
 struct Instruction;
@@ -43,8 +46,8 @@ enum class Step {
 
 using Handler = Step (*)(Execution&, const Instruction&);
 
-enum class Space : std::uint8_t { kGeneric, kGlobal, kShared, kLocal, kConst, kParam };
-enum class Kind : std::uint8_t { kRead, kWrite, kAtomic };
+enum class Space : std::uint8_t { kGeneric, kGlobal, kShared, kCluster, kLocal, kConst, kParam };
+enum class Kind : std::uint8_t { kRead, kStrongRead, kWrite, kAtomic };  // strong: relaxed or acquire, for the device
 
 struct Instruction {
   enum class Flow : std::uint8_t { kNormal, kBranch, kExit };
@@ -52,6 +55,7 @@ struct Instruction {
   Flow flow = Flow::kNormal;
   bool guarded = false;
   bool guard_negated = false;
+  bool may_poll = false;  // it reads a word of global memory that other blocks may change meanwhile
   std::uint32_t guard = 0;
   std::uint32_t target = 0;       // of a branch
   std::vector<Operand> operands;  // constants have a place here
@@ -72,12 +76,14 @@ struct Code {
   std::vector<std::uint8_t> register_file;  // at the start of a warp
   std::uint32_t dynamic_shared = 0;         // where it starts
   bool uses_wgmma = false;
+  bool may_poll = false;  // an instruction does
 };
 
 std::unique_ptr<Code> decode(const Entry& entry);
 
 struct Warp {
-  int index = 0;
+  int index = 0;   // in the block
+  int number = 0;  // in the cluster
   std::vector<std::uint8_t> storage;
   std::uint8_t* registers = nullptr;  // within storage, aligned for vector loads
   std::uint32_t pc[kLanes] = {};
@@ -86,9 +92,13 @@ struct Warp {
   std::uint32_t waiting = 0;   // for other lanes of the warp, at their program counter
   std::uint32_t sleeping = 0;  // for the phase of an mbarrier, at their program counter
   bool parked = false;         // in a barrier of the block
-  bool forced = false;         // the lanes that it waits for cannot arrive
-  bool timed_out = false;      // the next wait for a phase returns false
+  // Of the barrier of the cluster: lanes that have arrived, and lanes that may pass their wait.
+  std::uint32_t cluster_arrived = 0, cluster_passes = 0;
+  std::uint32_t cluster_waits[kLanes] = {};  // phases that each lane has waited for
+  bool forced = false;                       // the lanes that it waits for cannot arrive
+  bool timed_out = false;                    // the next wait for a phase returns false
   PhaseWait phase_wait[kLanes];
+  Poll poll;
   WgmmaState wgmma;
 };
 
@@ -101,9 +111,21 @@ struct BankUse {
 
 class Execution {
  public:
-  Execution(const Code& code, Dim3 grid, Dim3 block, std::size_t dynamic_shared, std::size_t parameter_bytes,
-            const Settings& settings);
-  std::vector<Report> run();
+  Execution(Grid& grid, Cluster& cluster, int rank);
+
+  // ---- its life, for the scheduler
+  void start(const Dim3& position);
+  void take_turn(Warp& warp);
+  void finish();
+  bool alive() const;
+  bool polls() const;  // a warp reads a word again and again that does not change
+  static bool anything_runs(const Warp& warp) {
+    return !warp.parked && (warp.alive & ~warp.waiting & ~warp.sleeping) != 0;
+  }
+  bool force_waiting();  // wakes lanes whose partners can no longer arrive, which then report it
+  bool time_out();       // ends waits for phases
+  // "; warp 1 waits at ...", for a deadlock.
+  std::string describe_waits(Site* first) const;
 
   // ---- the running instruction
   Warp* warp = nullptr;
@@ -149,7 +171,8 @@ class Execution {
   void for_each_lane(F&& f) {
     for (std::uint32_t rest = mask; rest != 0; rest &= rest - 1) f(__builtin_ctz(rest));
   }
-  int thread_of(int lane) const { return warp->index * kLanes + lane; }
+  int thread_of(int lane) const { return warp->number * kLanes + lane; }
+  int in_block(int thread) const { return thread - first_thread; }
   Site site(const Instruction& instruction, int lane) const { return {thread_of(lane), instruction.statement}; }
   int first_lane() const { return __builtin_ctz(mask); }
   void report(const char* kind, const Instruction& instruction, const std::string& message) {
@@ -176,37 +199,58 @@ class Execution {
   // is not published by a fence.
   bool access_range(const Site& site, std::uint8_t* address, int bytes, Kind kind, bool in_flight = false);
   const Buffer* find_buffer(const std::uint8_t* address);
-  bool is_shared(std::uint64_t generic) const { return generic - shared_window < kMaxShared; }
+  bool is_shared(std::uint64_t generic) const { return generic - shared_window < (kMaxCluster + 1) * kMaxShared; }
   bool in_shared_space(const Instruction& instruction, std::uint64_t address) const {
-    return instruction.space == Space::kShared || (instruction.space == Space::kGeneric && is_shared(address));
+    return instruction.space == Space::kShared || instruction.space == Space::kCluster ||
+           (instruction.space == Space::kGeneric && is_shared(address));
   }
-  // Shared address (an offset) of an operand in .shared or generic space.
+  // Address in .shared::cluster of an operand in .shared or generic space; an offset in the block's own shared memory,
+  // or else beyond it.
   std::uint32_t shared_offset(const Instruction& instruction, const Operand& address, int lane);
+  // The block whose shared memory this is, and the offset there; an address of another block must be in the space
+  // .shared::cluster. Reports blocks that do not exist, may not have started or have exited, and returns nullptr then.
+  Execution* block_of(const Site& site, Space space, std::uint64_t address, std::uint32_t* offset);
 
   // ---- synchronisation
-  // Between blocks: an operation on this word, unless it is in shared memory. It acquires the writes that others have
-  // published, at once or with the thread's next fence, and publishes the writes that the thread has fenced or, if it
-  // releases, all earlier ones.
+  // Between blocks: an operation on this word of global memory. It acquires the writes that others have published, at
+  // once or with the thread's next fence, and publishes the writes that the thread has fenced or, if it releases, all
+  // earlier ones.
   void synchronise(int thread, const std::uint8_t* address, Acquire acquire, Release release);
   void fence_for_device(int thread);
+  // The running instruction has read this from a word that others may change, and has not changed it. A warp that polls
+  // a word lets others run while the word stays the same.
+  void poll(const Instruction& instruction, const std::uint8_t* address, std::uint64_t value);
   void complete_barrier(int id);
   void wake_phase_waiters();
+  // An operation of this agent or thread on the block's shared memory that its exit must come after.
+  void add_user(const Access& access) { users_[access.thread] = access; }
+  void wait_for_earlier_grids(int thread);
   void move(std::shared_ptr<BulkCopy> copy);  // once
 
+  Grid& grid;
+  Cluster& cluster;
+  const int rank;  // in the cluster
+  Dim3 position;   // in the grid
+
   const Code& code;
-  const Dim3 grid, block;
+  const Dim3 block;
   const Settings& settings;
   const bool check;
+  const bool starts_early;  // before the kernels ahead of it in the stream have ended
   const int num_threads, num_warps;
-  const std::size_t shared_bytes, parameter_bytes;
-  Counters counters = {};
+  const int first_thread;  // its number in the cluster
+  const std::size_t shared_bytes;
+  Counters& counters;
+  Reporter& reporter;
+  std::mt19937_64& random;
+  Clocks& clocks;
+  bool& fatal;              // the launch cannot continue
+  std::uint64_t& activity;  // counts arrivals, copies and exits, which other threads may wait for
 
-  Clocks clocks;
-  Reporter reporter;
   SharedShadow shared_shadow;
-  GlobalShadow global_shadow;
-  std::uint8_t* shared;               // shared[offset]
-  const std::uint64_t shared_window;  // generic address of offset 0
+  std::vector<std::uint8_t> shared_storage;
+  const std::uint64_t shared_window;  // generic address of offset 0: no memory is there
+  std::uint8_t* shared = nullptr;     // shared[offset]
   std::vector<std::uint8_t> local;    // body.local_bytes for every thread
   std::array<Barrier, 16> barriers;
   std::map<std::uint32_t, Mbarrier> mbarriers;  // by offset
@@ -214,34 +258,31 @@ class Execution {
   std::vector<CopyGroups> copies;  // of every thread
   std::vector<BulkGroups> bulk;    // of every thread
   std::vector<std::shared_ptr<BulkCopy>> in_flight;
+  int incoming = 0;  // copies in flight that other blocks have issued into this one
   std::vector<Warp> warps;
   std::vector<WarpgroupTrace> warpgroups;
-  std::mt19937_64 random;
-  bool fatal = false;          // the block cannot continue
-  std::uint64_t activity = 0;  // counts arrivals, copies and exits, which other threads may wait for
 
  private:
-  void start_block(std::int64_t index);
-  void start_warp(Warp& warp, int index, const Dim3& position);
-  std::uint64_t special_value(const std::string& name, const Dim3& position, int thread) const;
-  void run_block();
+  void start_warp(Warp& warp, int index);
+  std::uint64_t special_value(const std::string& name, int thread) const;
   void run_warp(Warp& warp);
-  void finish_block();
   // wgmma.cpp: the rules about registers of a wgmma in flight, and about operations in flight when a block ends.
   void track_registers(const Instruction& instruction);
   void finish_asynchronous(const Statement* last);
-  static bool anything_runs(const Warp& warp) {
-    return !warp.parked && (warp.alive & ~warp.waiting & ~warp.sleeping) != 0;
-  }
-  bool force_waiting();
-  bool time_out();
-  void report_deadlock();
   std::string outside(const std::uint8_t* address, int bytes) const;
+  bool check_peer(const Site& site, Execution& peer);
+  void check_earlier_grids(const Site& site);  // of a kernel that starts early
+  void check_users(const Statement* last);
+  void check_end();
 
-  std::vector<BankUse> bank_uses_;  // of the running instruction
+  std::vector<BankUse> bank_uses_;         // of the running instruction
+  std::map<std::uint32_t, Access> users_;  // threads and agents of other blocks, with their last access
+  std::vector<Access> grid_waits_;         // of a kernel that may start early
+  std::vector<bool> after_grid_wait_;      // threads that are known to be ordered after one of them
   const Buffer* last_buffer_ = nullptr;
-  std::uint64_t activity_at_time_out_ = 0;
-  int idle_time_outs_ = 0;
+  std::uint64_t foreign_bytes_ = 0;  // that the block has read
+  std::uint64_t instructions_ = 0;
+  int budget_ = 0;  // instructions that the running warp may execute before others get a turn
 };
 
 }  // namespace emulator

@@ -1,10 +1,9 @@
-// The scheduler: blocks, warps, lanes; and the checks that every memory access passes.
+// A block: its warps and lanes, and the checks that every memory access passes.
 #include "machine.h"
 
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <numeric>
 #include <stdexcept>
 
 #include "decode.h"
@@ -63,13 +62,21 @@ constexpr std::size_t kCacheLine = 64;
 
 Counters g_last_counters = {};
 
-std::uint8_t* shared_window_memory() {
-  static std::uint8_t* const memory = [] {
-    void* pages = mmap(nullptr, 2 * kMaxShared, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+// Addresses that are reserved and no memory: each block has its shared memory elsewhere.
+std::uint64_t reserve_shared_window() {
+  static const std::uint64_t window = [] {
+    void* pages =
+        mmap(nullptr, (kMaxCluster + 2) * kMaxShared, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     const auto address = reinterpret_cast<std::uint64_t>(pages);
-    return reinterpret_cast<std::uint8_t*>((address + kMaxShared - 1) / kMaxShared * kMaxShared);
+    return (address + kMaxShared - 1) / kMaxShared * kMaxShared;
   }();
-  return memory;
+  return window;
+}
+
+std::uint8_t* aligned_to_cache_line(std::vector<std::uint8_t>& storage, std::size_t bytes) {
+  storage.resize(bytes + kCacheLine);
+  const auto address = reinterpret_cast<std::size_t>(storage.data());
+  return storage.data() + (kCacheLine - address % kCacheLine) % kCacheLine;
 }
 
 std::string exited_text(int id) {
@@ -80,23 +87,27 @@ std::string size_of(const Buffer& buffer) { return buffer.name + " (" + std::to_
 
 }  // namespace
 
-Execution::Execution(const Code& code, Dim3 grid, Dim3 block, std::size_t dynamic_shared, std::size_t parameter_bytes,
-                     const Settings& settings)
-    : code(code),
-      grid(grid),
-      block(block),
-      settings(settings),
-      check(settings.check),
+Execution::Execution(Grid& grid, Cluster& cluster, int rank)
+    : grid(grid),
+      cluster(cluster),
+      rank(rank),
+      code(grid.code),
+      block(grid.configuration.block),
+      settings(grid.settings),
+      check(grid.settings.check),
+      starts_early(check && grid.configuration.programmatic),
       num_threads(static_cast<int>(block.x * block.y * block.z)),
       num_warps((num_threads + kLanes - 1) / kLanes),
-      shared_bytes(code.dynamic_shared - kSharedStart + dynamic_shared),
-      parameter_bytes(parameter_bytes),
-      reporter(*code.entry.module, settings.max_reports),
+      first_thread(rank * num_warps * kLanes),
+      shared_bytes(code.dynamic_shared - kSharedStart + grid.configuration.dynamic_shared),
+      counters(grid.counters),
+      reporter(grid.reporter),
+      random(grid.random),
+      clocks(cluster.clocks),
+      fatal(grid.fatal),
+      activity(grid.activity),
       shared_shadow(clocks, reporter),
-      global_shadow(clocks, reporter),
-      shared(shared_window_memory()),
-      shared_window(reinterpret_cast<std::uint64_t>(shared)),
-      random(settings.seed) {
+      shared_window(reserve_shared_window()) {
   if (kSharedStart + shared_bytes > kMaxShared) {
     throw std::runtime_error("emulator: " + code.entry.name + " asks for " + std::to_string(shared_bytes) +
                              " bytes of shared memory");
@@ -128,16 +139,20 @@ std::string Execution::outside(const std::uint8_t* address, int bytes) const {
 
 std::uint8_t* Execution::access(const Site& site, Space space, std::uint64_t address, int bytes, Kind kind,
                                 const void* value) {
+  const bool strong = kind == Kind::kStrongRead;
+  if (strong) kind = Kind::kRead;
   const char* verb = kind == Kind::kRead ? "read" : kind == Kind::kWrite ? "write" : "atomic operation";
   const auto describe = [&] { return std::string(verb) + " of " + std::to_string(bytes) + " bytes"; };
   if (space == Space::kGeneric && is_shared(address)) {
-    space = Space::kShared;
+    space = Space::kCluster;
     address -= shared_window;
   }
-  if (space == Space::kShared) {
-    const auto offset = static_cast<std::uint32_t>(address);
+  if (space == Space::kShared || space == Space::kCluster) {
+    std::uint32_t offset = 0;
+    Execution* const owner = block_of(site, space, address, &offset);
+    if (owner == nullptr) return nullptr;
     ++counters.shared_accesses;
-    occupy_banks(site, offset, bytes);
+    if (owner == this) occupy_banks(site, offset, bytes);
     if (!shared_shadow.contains(offset, bytes)) {
       reporter.add("out-of-bounds", site,
                    describe() + " at byte " + std::to_string(std::int64_t{offset} - kSharedStart) + " of the block's " +
@@ -150,14 +165,17 @@ std::uint8_t* Execution::access(const Site& site, Space space, std::uint64_t add
       return nullptr;
     }
     if (check) {
-      if (kind == Kind::kRead) shared_shadow.read(site, offset, bytes);
-      if (kind == Kind::kWrite) shared_shadow.write(site, offset, bytes, value);
-      if (kind == Kind::kAtomic) shared_shadow.atomic(site, offset, bytes);
+      SharedShadow& shadow = owner->shared_shadow;
+      if (kind == Kind::kRead) shadow.read(site, offset, bytes);
+      if (kind == Kind::kWrite) shadow.write(site, offset, bytes, value);
+      if (kind == Kind::kAtomic) shadow.atomic(site, offset, bytes);
+      if (owner != this) owner->add_user(shared_shadow.access_of(site));
     }
-    return shared + offset;
+    return owner->shared + offset;
   }
   if (space == Space::kLocal) {
-    address += reinterpret_cast<std::uint64_t>(local.data()) + std::uint64_t{code.body.local_bytes} * site.thread;
+    address +=
+        reinterpret_cast<std::uint64_t>(local.data()) + std::uint64_t{code.body.local_bytes} * in_block(site.thread);
     space = Space::kGeneric;
   }
   auto* pointer = reinterpret_cast<std::uint8_t*>(address);
@@ -169,7 +187,7 @@ std::uint8_t* Execution::access(const Site& site, Space space, std::uint64_t add
   const auto in_local = static_cast<std::size_t>(pointer - local.data());
   if (space == Space::kGeneric && in_local < local.size()) {
     const std::size_t owner = in_local / code.body.local_bytes, last = (in_local + bytes - 1) / code.body.local_bytes;
-    if (owner == static_cast<std::size_t>(site.thread) && last == owner) return pointer;
+    if (owner == static_cast<std::size_t>(in_block(site.thread)) && last == owner) return pointer;
     reporter.add(
         "out-of-bounds", site,
         describe() + " outside the thread's " + std::to_string(code.body.local_bytes) + " bytes of local memory");
@@ -177,10 +195,11 @@ std::uint8_t* Execution::access(const Site& site, Space space, std::uint64_t add
   }
   const auto in_parameters = static_cast<std::size_t>(pointer - parameter_block());
   if ((space == Space::kParam || space == Space::kGeneric || space == Space::kConst) && kind == Kind::kRead &&
-      in_parameters + bytes <= parameter_bytes) {
+      in_parameters + bytes <= grid.parameter_bytes) {
     return pointer;
   }
   ++counters.global_accesses;
+  if (starts_early && space != Space::kConst) check_earlier_grids(site);
   const Buffer* buffer = find_buffer(pointer);
   if (buffer == nullptr || pointer + bytes > buffer->begin + buffer->bytes) {
     reporter.add("out-of-bounds", site, describe() + outside(pointer, bytes));
@@ -192,11 +211,12 @@ std::uint8_t* Execution::access(const Site& site, Space space, std::uint64_t add
                      ", which must not be written");
     return nullptr;
   }
+  if (kind == Kind::kWrite) grid.idle_polls = 0;
   if (check) {
     if (kind == Kind::kRead) {
-      global_shadow.read(site, pointer, bytes, *buffer);
+      foreign_bytes_ += grid.global_shadow.read(cluster.knowledge, site, pointer, bytes, *buffer, strong);
     } else {
-      global_shadow.write(site, pointer, bytes, *buffer, kind == Kind::kAtomic);
+      grid.global_shadow.write(cluster.knowledge, site, pointer, bytes, *buffer, kind == Kind::kAtomic);
     }
   }
   return pointer;
@@ -204,6 +224,7 @@ std::uint8_t* Execution::access(const Site& site, Space space, std::uint64_t add
 
 bool Execution::access_range(const Site& site, std::uint8_t* address, int bytes, Kind kind, bool in_flight) {
   ++counters.global_accesses;
+  if (starts_early) check_earlier_grids(site);
   const std::string what = "copy of " + std::to_string(bytes) + " bytes";
   const Buffer* buffer = find_buffer(address);
   if (buffer == nullptr || address + bytes > buffer->begin + buffer->bytes) {
@@ -214,13 +235,86 @@ bool Execution::access_range(const Site& site, std::uint8_t* address, int bytes,
     reporter.add("read-only", site, what + " into " + size_of(*buffer) + ", which must not be written");
     return false;
   }
+  if (kind != Kind::kRead) grid.idle_polls = 0;
   if (!check) return true;
   if (kind == Kind::kRead) {
-    global_shadow.read(site, address, bytes, *buffer);
+    foreign_bytes_ += grid.global_shadow.read(cluster.knowledge, site, address, bytes, *buffer);
   } else {
-    global_shadow.write(site, address, bytes, *buffer, kind == Kind::kAtomic, in_flight);
+    grid.global_shadow.write(cluster.knowledge, site, address, bytes, *buffer, kind == Kind::kAtomic, in_flight);
   }
   return true;
+}
+
+Execution* Execution::block_of(const Site& site, Space space, std::uint64_t address, std::uint32_t* offset) {
+  *offset = static_cast<std::uint32_t>(address % kMaxShared);
+  const std::uint64_t slot = address / kMaxShared;
+  if (slot == 0) return this;
+  const std::string block = "block " + std::to_string(slot - 1) + " of the cluster";
+  if (space == Space::kShared) {
+    reporter.add("out-of-bounds", site, "an address of " + block + " where .shared::cta is needed");
+    return nullptr;
+  }
+  if (slot > cluster.blocks.size()) {
+    reporter.add("out-of-bounds", site,
+                 "shared memory of " + block + ", which has " + std::to_string(cluster.blocks.size()) + " blocks");
+    return nullptr;
+  }
+  Execution& peer = *cluster.blocks[slot - 1];
+  return &peer == this || check_peer(site, peer) ? &peer : nullptr;
+}
+
+// A kernel that may start early finds in global memory what earlier kernels wrote only after griddepcontrol.wait, by the
+// thread itself or by one that it is ordered after; and it must not overwrite what they read.
+void Execution::check_earlier_grids(const Site& site) {
+  if (after_grid_wait_[in_block(site.thread)]) return;
+  for (const Access& wait : grid_waits_) {
+    if (!clocks.happened_before(wait, site.thread)) continue;
+    after_grid_wait_[in_block(site.thread)] = true;
+    return;
+  }
+  reporter.add("grid-dependency", site,
+               "access to global memory before griddepcontrol.wait: earlier kernels of the stream may still run");
+}
+
+void Execution::wait_for_earlier_grids(int thread) {
+  if (!starts_early) return;
+  clocks.advance(thread);
+  grid_waits_.push_back({clocks.now(thread), static_cast<std::uint32_t>(thread), 0});
+}
+
+// The shared memory of another block exists from its start to its exit.
+bool Execution::check_peer(const Site& site, Execution& peer) {
+  const auto name = [&] { return "shared memory of block " + std::to_string(peer.rank) + " of the cluster"; };
+  if (!peer.alive()) {
+    reporter.add("cluster", site, name() + ": the block has exited");
+    return false;
+  }
+  const std::uint32_t* row = clocks.row(site.thread) + peer.first_thread;
+  const bool has_waited = warp->cluster_waits[site.thread % kLanes] > 0;
+  if (check && !has_waited &&
+      std::all_of(row, row + peer.num_threads, [](std::uint32_t clock) { return clock == 0; })) {
+    reporter.add("cluster", site, name() + ": nothing orders this access after the start of the block");
+  }
+  return true;
+}
+
+// The block may exit when it knows that all accesses of other blocks to its shared memory are done.
+void Execution::check_users(const Statement* last) {
+  if (incoming > 0) {
+    reporter.add("leak", {first_thread, last},
+                 "the block exits while " + std::to_string(incoming) + " copies of other blocks into it are in flight");
+  }
+  for (const auto& [thread, access] : users_) {
+    bool known = false;
+    for (int own = first_thread; own < first_thread + num_threads && !known; ++own) {
+      known = clocks.happened_before(access, own);
+    }
+    if (known) continue;
+    const std::string place = reporter.place_of(code.body.statements[access.statement]);
+    reporter.add("cluster", {first_thread, last},
+                 "the block exits, and nothing orders this after an access to its shared memory by " +
+                     clocks.describe(access, first_thread, place));
+  }
 }
 
 std::uint32_t Execution::shared_offset(const Instruction& instruction, const Operand& address, int lane) {
@@ -253,14 +347,26 @@ bool Execution::gather_warp(const Instruction& instruction) {
 }
 
 void Execution::synchronise(int thread, const std::uint8_t* address, Acquire acquire, Release release) {
-  if (!check || is_shared(reinterpret_cast<std::uint64_t>(address))) return;
-  global_shadow.synchronise(thread, address, acquire, release);
+  if (check) grid.global_shadow.synchronise(cluster.knowledge, thread, address, acquire, release);
 }
 
 void Execution::fence_for_device(int thread) {
   if (!check) return;
   clocks.fence_for_device(thread);
-  global_shadow.fence(thread);
+  grid.global_shadow.fence(cluster.knowledge, thread);
+}
+
+void Execution::poll(const Instruction& instruction, const std::uint8_t* address, std::uint64_t value) {
+  Poll& poll = warp->poll;
+  poll.unchanged = poll.instruction == &instruction && poll.address == address && poll.value == value;
+  if (poll.unchanged) {
+    ++grid.idle_polls;
+    poll.idle = true;
+    budget_ = 0;
+  }
+  poll.instruction = &instruction;
+  poll.address = address;
+  poll.value = value;
 }
 
 void Execution::complete_barrier(int id) {
@@ -269,7 +375,7 @@ void Execution::complete_barrier(int id) {
     Warp& other = warps[waiter.warp];
     other.parked = false;
     for (std::uint32_t rest = waiter.mask; check && rest != 0; rest &= rest - 1) {
-      const int thread = other.index * kLanes + __builtin_ctz(rest);
+      const int thread = other.number * kLanes + __builtin_ctz(rest);
       clocks.join(clocks.row(thread), barrier.row.data());
       clocks.advance(thread);
     }
@@ -298,6 +404,7 @@ void Execution::wake_phase_waiters() {
     for (std::uint32_t rest = other.sleeping; rest != 0; rest &= rest - 1) {
       const int lane = __builtin_ctz(rest);
       const auto found = mbarriers.find(other.phase_wait[lane].mbarrier);
+      if (other.phase_wait[lane].mbarrier == PhaseWait::kCluster) continue;
       if (found == mbarriers.end() || found->second.phase != other.phase_wait[lane].parity)
         other.sleeping &= ~(1u << lane);
     }
@@ -308,12 +415,14 @@ void Execution::wake_phase_waiters() {
 
 void Execution::run_warp(Warp& running) {
   warp = &running;
-  int budget = settings.schedule == Schedule::kRandom ? 1 + static_cast<int>(random() % kRandomQuantum) : kQuantum;
+  budget_ = settings.schedule == Schedule::kRandom ? 1 + static_cast<int>(random() % kRandomQuantum) : kQuantum;
+  running.poll.idle = false;
   const Instruction* const instructions = code.instructions.data();
+  std::uint64_t& num_instructions = counters.instructions;
   while (!fatal) {
     const std::uint32_t awake = running.alive & ~running.sleeping;
     const std::uint32_t runnable = awake & ~running.waiting;
-    if (runnable == 0 || running.parked || budget <= 0) return;
+    if (runnable == 0 || running.parked || budget_ <= 0) return;
     // The lanes with the lowest program counter, and those that wait for them there.
     std::uint32_t pc = ~0u, next_pc = ~0u, group = 0;
     for (std::uint32_t rest = runnable; rest != 0; rest &= rest - 1) pc = std::min(pc, running.pc[__builtin_ctz(rest)]);
@@ -332,8 +441,8 @@ void Execution::run_warp(Warp& running) {
     // Until the group meets other lanes, splits, or has to wait.
     for (bool together = true; together;) {
       const Instruction& instruction = instructions[pc];
-      ++counters.instructions;
-      --budget;
+      ++num_instructions;
+      --budget_;
       mask = group;
       if (instruction.guarded) {
         const std::uint32_t word = *reinterpret_cast<const std::uint32_t*>(running.registers + instruction.guard);
@@ -352,6 +461,7 @@ void Execution::run_warp(Warp& running) {
       } else if (instruction.flow == Instruction::Flow::kExit) {
         running.alive &= ~executing;
         ++activity;
+        if (cluster.blocks.size() > 1) cluster.complete_phase_if_done();
         running.waiting = 0;  // lanes that waited for these ones try again
         set_pc(group, pc + 1);
         break;
@@ -370,13 +480,12 @@ void Execution::run_warp(Warp& running) {
         }
         if (step == Step::kLeave) together = false;
       }
-      if (pc >= next_pc || running.waiting != 0 || budget <= 0 || fatal) together = false;
+      if (pc >= next_pc || running.waiting != 0 || budget_ <= 0 || fatal) together = false;
       if (!together) set_pc(group, pc);
     }
   }
 }
 
-// Wakes lanes whose partners can no longer arrive; they report it.
 bool Execution::force_waiting() {
   for (Warp& each : warps) {
     if (each.parked || each.waiting == 0 || (each.alive & ~each.sleeping & ~each.waiting) != 0) continue;
@@ -387,131 +496,7 @@ bool Execution::force_waiting() {
   return false;
 }
 
-// ---- a block
-
-// The value of a special register for a thread.
-std::uint64_t Execution::special_value(const std::string& name, const Dim3& position, int thread) const {
-  const auto begins = [&name](const char* prefix) { return name.rfind(prefix, 0) == 0; };
-  const auto component = [&name](const Dim3& d) { return name.back() == 'x' ? d.x : name.back() == 'y' ? d.y : d.z; };
-  const unsigned t = thread;
-  const std::uint32_t bit = 1u << thread % kLanes;
-  if (begins("%tid.")) return component({t % block.x, t / block.x % block.y, t / block.x / block.y});
-  if (begins("%ntid.")) return component(block);
-  if (begins("%ctaid.") || begins("%clusterid.")) return component(position);
-  if (begins("%nctaid.") || begins("%nclusterid.")) return component(grid);
-  if (begins("%cluster_nctaid.") || name == "%cluster_nctarank" || name == "%nsmid") return 1;
-  if (name == "%laneid") return thread % kLanes;
-  if (name == "%warpid") return thread / kLanes;
-  if (name == "%nwarpid") return num_warps;
-  if (name == "%lanemask_eq") return bit;
-  if (name == "%lanemask_lt") return bit - 1;
-  if (name == "%lanemask_le") return bit | (bit - 1);
-  if (name == "%lanemask_gt") return ~(bit | (bit - 1));
-  if (name == "%lanemask_ge") return ~(bit - 1);
-  if (name == "%dynamic_smem_size") return kSharedStart + shared_bytes - code.dynamic_shared;
-  if (name == "%total_smem_size") return shared_bytes;
-  return 0;  // clocks, the rank in a cluster of one block, the number of the multiprocessor
-}
-
-void Execution::start_warp(Warp& each, int index, const Dim3& position) {
-  const int lanes = std::min(kLanes, num_threads - index * kLanes);
-  std::vector<std::uint8_t> storage = std::move(each.storage);
-  each = Warp();
-  each.index = index;
-  each.launched = each.alive = lanes == kLanes ? kAllLanes : (1u << lanes) - 1;
-  each.storage = std::move(storage);
-  each.storage.resize(code.register_file.size() + kCacheLine);
-  const auto address = reinterpret_cast<std::size_t>(each.storage.data());
-  each.registers = each.storage.data() + (kCacheLine - address % kCacheLine) % kCacheLine;
-  std::copy(code.register_file.begin(), code.register_file.end(), each.registers);
-  for (const auto& [name, place] : code.body.special) {
-    const int bytes = special_bytes(name);
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const std::uint64_t value = special_value(name, position, index * kLanes + lane);
-      std::memcpy(each.registers + place + lane * bytes, &value, bytes);
-    }
-  }
-}
-
-void Execution::start_block(std::int64_t index) {
-  const Dim3 position{static_cast<unsigned>(index % grid.x), static_cast<unsigned>(index / grid.x % grid.y),
-                      static_cast<unsigned>(index / grid.x / grid.y)};
-  reporter.enter_block(position);
-  clocks.reset(num_threads);
-  std::memset(shared, 0xff, kSharedStart + shared_bytes);
-  shared_shadow.reset(shared, shared_bytes, &code.body.statements);
-  global_shadow.enter_block(static_cast<std::uint32_t>(index));
-  local.assign(std::size_t{code.body.local_bytes} * num_threads, 0xff);
-  barriers.fill(Barrier());
-  mbarriers.clear();
-  num_mbarriers = 0;
-  copies.assign(num_threads, CopyGroups());
-  bulk.assign(num_threads, BulkGroups());
-  in_flight.clear();
-  warpgroups.assign((num_warps + 3) / 4, WarpgroupTrace());
-  warps.resize(num_warps);
-  for (int w = 0; w < num_warps; ++w) start_warp(warps[w], w, position);
-}
-
-void Execution::run_block() {
-  const std::uint64_t limit = counters.instructions + kMaxInstructionsPerBlock;
-  const auto alive = [this] {
-    return std::any_of(warps.begin(), warps.end(), [](const Warp& each) { return each.alive != 0; });
-  };
-  while (alive() && !fatal) {
-    bool progress = false;
-    const int start = settings.schedule == Schedule::kRandom ? static_cast<int>(random() % num_warps) : 0;
-    for (int step = 0; step < num_warps && !fatal; ++step) {
-      const int index = settings.schedule == Schedule::kReverse ? num_warps - 1 - step : (start + step) % num_warps;
-      Warp& each = warps[index];
-      if (!anything_runs(each)) continue;
-      progress = true;
-      run_warp(each);
-      if (each.alive == 0) {
-        // A barrier of the whole block waits only for warps that have not exited.
-        const auto live = std::count_if(warps.begin(), warps.end(), [](const Warp& w) { return w.alive != 0; });
-        for (int id = 0; id < static_cast<int>(barriers.size()); ++id) {
-          Barrier& barrier = barriers[id];
-          if (!barrier.whole_block || barrier.arrived == 0) continue;
-          reporter.add("barrier", {each.index * kLanes, barrier.statement}, exited_text(id));
-          barrier.expected = kLanes * static_cast<int>(live);
-          if (barrier.arrived >= barrier.expected) complete_barrier(id);
-        }
-      }
-      if (settings.schedule == Schedule::kRandom) {
-        if (!in_flight.empty() && random() % 8 == 0) move(in_flight[random() % in_flight.size()]);
-        break;
-      }
-    }
-    if (counters.instructions > limit) {
-      reporter.add("deadlock", {0, nullptr},
-                   "the block runs on and on: " + std::to_string(kMaxInstructionsPerBlock) + " instructions");
-      fatal = true;
-    }
-    if (progress) continue;
-    if (!in_flight.empty()) {
-      move(in_flight[settings.schedule == Schedule::kFifo ? 0 : random() % in_flight.size()]);
-    } else if (!force_waiting() && !time_out()) {
-      if (alive()) report_deadlock();
-      return;
-    }
-  }
-}
-
-void Execution::move(std::shared_ptr<BulkCopy> copy) {
-  if (copy->moved) return;
-  copy->moved = true;
-  in_flight.erase(std::find(in_flight.begin(), in_flight.end(), copy));
-  ++activity;
-  copy->move(*this);
-}
-
-// A wait for a phase may return false after a while. A block in which all threads only wait again is stuck.
 bool Execution::time_out() {
-  constexpr int kPatience = 3;
-  idle_time_outs_ = activity == activity_at_time_out_ ? idle_time_outs_ + 1 : 0;
-  activity_at_time_out_ = activity;
-  if (idle_time_outs_ >= kPatience) return false;
   bool any = false;
   for (Warp& each : warps) {
     if (each.sleeping == 0) continue;
@@ -522,19 +507,140 @@ bool Execution::time_out() {
   return any;
 }
 
-void Execution::report_deadlock() {
-  std::string text = "nothing can run";
-  Site first{0, nullptr};
+void Execution::take_turn(Warp& running) {
+  reporter.enter_block(position, first_thread);
+  const std::uint64_t before = counters.instructions;
+  run_warp(running);
+  instructions_ += counters.instructions - before;
+  if (instructions_ > kMaxInstructionsPerBlock) {
+    reporter.add("deadlock", {first_thread, nullptr},
+                 "the block runs on and on: " + std::to_string(kMaxInstructionsPerBlock) + " instructions");
+    fatal = true;
+  }
+  if (running.alive != 0) return;
+  // A barrier of the whole block waits only for warps that have not exited.
+  const auto live = std::count_if(warps.begin(), warps.end(), [](const Warp& w) { return w.alive != 0; });
+  for (int id = 0; id < static_cast<int>(barriers.size()); ++id) {
+    Barrier& barrier = barriers[id];
+    if (!barrier.whole_block || barrier.arrived == 0) continue;
+    reporter.add("barrier", {running.number * kLanes, barrier.statement}, exited_text(id));
+    barrier.expected = kLanes * static_cast<int>(live);
+    if (barrier.arrived >= barrier.expected) complete_barrier(id);
+  }
+}
+
+// ---- its beginning and its end
+
+// The value of a special register for a thread.
+std::uint64_t Execution::special_value(const std::string& name, int thread) const {
+  const auto begins = [&name](const char* prefix) { return name.rfind(prefix, 0) == 0; };
+  const auto component = [&name](const Dim3& d) { return name.back() == 'x' ? d.x : name.back() == 'y' ? d.y : d.z; };
+  const unsigned t = thread;
+  const std::uint32_t bit = 1u << thread % kLanes;
+  const Dim3 &blocks = grid.configuration.grid, &size = grid.configuration.cluster;
+  if (begins("%tid.")) return component({t % block.x, t / block.x % block.y, t / block.x / block.y});
+  if (begins("%ntid.")) return component(block);
+  if (begins("%ctaid.")) return component(position);
+  if (begins("%nctaid.")) return component(blocks);
+  if (begins("%clusterid.")) return component(position) / component(size);
+  if (begins("%nclusterid.")) return component(blocks) / component(size);
+  if (begins("%cluster_ctaid.")) return component(position) % component(size);
+  if (begins("%cluster_nctaid.")) return component(size);
+  if (name == "%cluster_ctarank") return rank;
+  if (name == "%cluster_nctarank") return grid.cluster_size;
+  if (name == "%nsmid") return 1;
+  if (name == "%laneid") return thread % kLanes;
+  if (name == "%warpid") return thread / kLanes;
+  if (name == "%nwarpid") return num_warps;
+  if (name == "%lanemask_eq") return bit;
+  if (name == "%lanemask_lt") return bit - 1;
+  if (name == "%lanemask_le") return bit | (bit - 1);
+  if (name == "%lanemask_gt") return ~(bit | (bit - 1));
+  if (name == "%lanemask_ge") return ~(bit - 1);
+  if (name == "%dynamic_smem_size") return kSharedStart + shared_bytes - code.dynamic_shared;
+  if (name == "%total_smem_size") return shared_bytes;
+  return 0;  // clocks, the number of the multiprocessor
+}
+
+void Execution::start_warp(Warp& each, int index) {
+  const int lanes = std::min(kLanes, num_threads - index * kLanes);
+  std::vector<std::uint8_t> storage = std::move(each.storage);
+  each = Warp();
+  each.index = index;
+  each.number = first_thread / kLanes + index;
+  each.launched = each.alive = lanes == kLanes ? kAllLanes : (1u << lanes) - 1;
+  each.storage = std::move(storage);
+  each.registers = aligned_to_cache_line(each.storage, code.register_file.size());
+  std::copy(code.register_file.begin(), code.register_file.end(), each.registers);
+  for (const auto& [name, place] : code.body.special) {
+    const int bytes = special_bytes(name);
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const std::uint64_t value = special_value(name, index * kLanes + lane);
+      std::memcpy(each.registers + place + lane * bytes, &value, bytes);
+    }
+  }
+}
+
+void Execution::start(const Dim3& position_in_grid) {
+  position = position_in_grid;
+  foreign_bytes_ = instructions_ = 0;
+  shared = aligned_to_cache_line(shared_storage, kSharedStart + shared_bytes);
+  std::memset(shared, 0xff, kSharedStart + shared_bytes);
+  const std::string owner = grid.cluster_size == 1 ? "" : " of block " + std::to_string(rank) + " of the cluster";
+  shared_shadow.reset(shared, shared_bytes, &code.body.statements, "shared memory" + owner);
+  users_.clear();
+  grid_waits_.clear();
+  after_grid_wait_.assign(num_threads, false);
+  incoming = 0;
+  local.assign(std::size_t{code.body.local_bytes} * num_threads, 0xff);
+  barriers.fill(Barrier());
+  mbarriers.clear();
+  num_mbarriers = 0;
+  copies.assign(num_threads, CopyGroups());
+  bulk.assign(num_threads, BulkGroups());
+  in_flight.clear();
+  warpgroups.assign((num_warps + 3) / 4, WarpgroupTrace());
+  warps.resize(num_warps);
+  for (int w = 0; w < num_warps; ++w) start_warp(warps[w], w);
+}
+
+bool Execution::polls() const {
+  return std::any_of(warps.begin(), warps.end(), [](const Warp& w) { return w.poll.idle && anything_runs(w); });
+}
+
+bool Execution::alive() const {
+  return std::any_of(warps.begin(), warps.end(), [](const Warp& each) { return each.alive != 0; });
+}
+
+void Execution::move(std::shared_ptr<BulkCopy> copy) {
+  if (copy->moved) return;
+  reporter.enter_block(position, first_thread);
+  copy->moved = true;
+  in_flight.erase(std::find(in_flight.begin(), in_flight.end(), copy));
+  ++activity;
+  copy->move(*this);
+}
+
+std::string Execution::describe_waits(Site* first) const {
+  std::string text;
   for (const Warp& each : warps) {
     if (each.alive == 0) continue;
     const int lane = __builtin_ctz(each.alive);
     // The program counter of a parked warp is after its barrier.
     const std::size_t pc = each.pc[lane] - (each.parked ? 1 : 0);
-    const Statement& statement = code.body.statements[pc];
-    if (first.statement == nullptr) first = {each.index * kLanes + lane, &statement};
+    const Statement& statement = each.poll.unchanged ? *each.poll.instruction->statement : code.body.statements[pc];
+    if (first->statement == nullptr) *first = {each.number * kLanes + lane, &statement};
     text += "; warp " + std::to_string(each.index) + " waits at " + reporter.place_of(statement);
-    if (each.sleeping != 0) {
-      const PhaseWait& wait = each.phase_wait[__builtin_ctz(each.sleeping)];
+    if (each.poll.unchanged) {
+      const Buffer* buffer = const_cast<Execution*>(this)->find_buffer(each.poll.address);
+      text += " for a change of ";
+      text += buffer == nullptr ? "a word" : buffer->name + " + " + std::to_string(each.poll.address - buffer->begin);
+    }
+    if (each.sleeping == 0) continue;
+    const PhaseWait& wait = each.phase_wait[__builtin_ctz(each.sleeping)];
+    if (wait.mbarrier == PhaseWait::kCluster) {
+      text += " for the barrier of the cluster";
+    } else {
       text += " for the end of phase " + std::to_string(wait.parity) + " of mbarrier " +
               std::to_string(wait.mbarrier - kSharedStart);
     }
@@ -550,44 +656,31 @@ void Execution::report_deadlock() {
             std::to_string(mbarrier.pending) + " of " + std::to_string(mbarrier.count) + " arrivals and " +
             std::to_string(mbarrier.pending_bytes) + " bytes missing";
   }
-  reporter.add("deadlock", first, text);
-  fatal = true;
+  return text;
 }
 
-void Execution::finish_block() {
-  if (fatal || !check) return;
-  counters.foreign_bytes = std::max(counters.foreign_bytes, global_shadow.foreign_bytes());
+void Execution::check_end() {
+  reporter.enter_block(position, first_thread);
+  counters.foreign_bytes = std::max(counters.foreign_bytes, foreign_bytes_);
   const Statement* last = &code.body.statements.back();
   for (int thread = 0; thread < num_threads; ++thread) {
     const CopyGroups& of_thread = copies[thread];
     const bool pending = !of_thread.open.empty() || std::any_of(of_thread.groups.begin(), of_thread.groups.end(),
                                                                 [](const auto& g) { return !g.empty(); });
-    if (pending) reporter.add("leak", {thread, last}, "the thread exits with cp.async in flight");
+    if (pending) reporter.add("leak", {first_thread + thread, last}, "the thread exits with cp.async in flight");
   }
   finish_asynchronous(last);
-  while (!in_flight.empty()) move(in_flight[0]);  // stores that no thread waited for
+  check_users(last);
+  if (starts_early && grid_waits_.empty()) {
+    reporter.add("grid-dependency", {first_thread, last},
+                 "the block exits without griddepcontrol.wait: the next kernel of the stream may start while those "
+                 "before this one still run");
+  }
 }
 
-std::vector<Report> Execution::run() {
-  const std::int64_t num_blocks = std::int64_t{grid.x} * grid.y * grid.z;
-  std::vector<std::int64_t> order = settings.blocks;
-  if (order.empty()) {
-    order.resize(num_blocks);
-    std::iota(order.begin(), order.end(), 0);
-  }
-  if (settings.schedule == Schedule::kReverse) std::reverse(order.begin(), order.end());
-  if (settings.schedule == Schedule::kRandom) std::shuffle(order.begin(), order.end(), random);
-  for (const std::int64_t index : order) {
-    if (index < 0 || index >= num_blocks) {
-      throw std::runtime_error("emulator: block " + std::to_string(index) + " of a grid of " +
-                               std::to_string(num_blocks));
-    }
-    start_block(index);
-    run_block();
-    finish_block();
-    if (fatal) break;
-  }
-  return std::move(reporter.reports());
+void Execution::finish() {
+  if (check && !fatal) check_end();
+  while (!fatal && !in_flight.empty()) move(in_flight[0]);  // those that no thread of this block waits for
 }
 
 // ---- the interface
@@ -596,6 +689,7 @@ const std::string& name_of(const Kernel& kernel) { return kernel.entry.name; }
 const std::vector<Parameter>& parameters_of(const Kernel& kernel) { return kernel.parameters; }
 std::size_t static_shared_of(const Kernel& kernel) { return kernel.code().body.shared_bytes; }
 std::size_t max_threads_of(const Kernel& kernel) { return kernel.entry.max_threads; }
+Dim3 required_cluster_of(const Kernel& kernel) { return kernel.entry.required_cluster; }
 
 std::vector<std::shared_ptr<const Kernel>> parse_ptx(const std::string& text) {
   std::vector<std::shared_ptr<const Kernel>> kernels;
@@ -603,24 +697,36 @@ std::vector<std::shared_ptr<const Kernel>> parse_ptx(const std::string& text) {
   return kernels;
 }
 
-std::vector<Report> run(const Kernel& kernel, Dim3 grid, Dim3 block, std::size_t dynamic_shared,
+std::vector<Report> run(const Kernel& kernel, const Configuration& configuration,
                         const std::vector<std::uint8_t>& parameters, const Settings& settings) {
   const Entry& entry = kernel.entry;
   if (parameters.size() != entry.parameter_bytes) {
     throw std::runtime_error("emulator: " + entry.name + " takes " + std::to_string(entry.parameter_bytes) +
                              " bytes of parameters, got " + std::to_string(parameters.size()));
   }
+  const Dim3 &grid = configuration.grid, &block = configuration.block;
   const std::uint64_t threads = std::uint64_t{block.x} * block.y * block.z;
   if (threads == 0 || threads > 1024 || grid.x == 0 || grid.y == 0 || grid.z == 0) {
     throw std::runtime_error("emulator: " + entry.name + " cannot run with " + std::to_string(threads) +
                              " threads in a block and a grid of " + std::to_string(grid.x) + " x " +
                              std::to_string(grid.y) + " x " + std::to_string(grid.z));
   }
+  const Dim3 &cluster = configuration.cluster, &required = entry.required_cluster;
+  if (required.x != 0 && (cluster.x != required.x || cluster.y != required.y || cluster.z != required.z)) {
+    throw std::runtime_error("emulator: " + entry.name + " runs in clusters of " + describe(required) +
+                             " blocks, not of " + describe(cluster));
+  }
+  const auto fits = [](unsigned blocks, unsigned of_cluster) { return of_cluster > 0 && blocks % of_cluster == 0; };
+  if (!fits(grid.x, cluster.x) || !fits(grid.y, cluster.y) || !fits(grid.z, cluster.z) ||
+      std::uint64_t{cluster.x} * cluster.y * cluster.z > kMaxCluster) {
+    throw std::runtime_error("emulator: " + entry.name + " cannot run with clusters of " + describe(cluster) +
+                             " blocks in a grid of " + describe(grid));
+  }
   std::memset(parameter_block(), 0xff, kParameterBytes);
   std::copy(parameters.begin(), parameters.end(), parameter_block());
-  Execution execution(kernel.code(), grid, block, dynamic_shared, parameters.size(), settings);
-  std::vector<Report> reports = execution.run();
-  g_last_counters = execution.counters;
+  Grid launch(kernel.code(), configuration, parameters.size(), settings);
+  std::vector<Report> reports = launch.run();
+  g_last_counters = launch.counters;
   return reports;
 }
 

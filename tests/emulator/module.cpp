@@ -60,15 +60,18 @@ std::vector<std::pair<std::size_t, std::size_t>> parameters(const Code& code) {
 }
 
 void run_code(const Code& code, const std::vector<unsigned>& grid, const std::vector<unsigned>& block,
-              std::size_t shared_bytes, const std::string& parameters) {
+              std::size_t shared_bytes, const std::string& parameters, const std::vector<unsigned>& cluster,
+              bool programmatic) {
   const std::string& name = name_of(*code.kernel);
   driver().launches.push_back({name, name, dim3_of(grid), dim3_of(block), shared_bytes, 0, "cudaSuccess"});
   Launch& record = driver().launches.back();
+  record.cluster = dim3_of(cluster);
+  record.programmatic = programmatic;
   int device = 0;
   cudaGetDevice(&device);
   const py::gil_scoped_release release;
-  run_reported(*code.kernel, name, record.grid, record.block, shared_bytes, {parameters.begin(), parameters.end()},
-               device);
+  run_reported(*code.kernel, name, {record.grid, record.block, shared_bytes, record.cluster, programmatic},
+               {parameters.begin(), parameters.end()}, device);
   record.counters = last_counters();
 }
 
@@ -91,14 +94,28 @@ void bind_subject(py::module_ m) {
       "launch",
       [](std::uintptr_t out, std::uintptr_t in, int count, float factor, const std::vector<unsigned>& grid,
          const std::vector<unsigned>& block, int shared_bytes, int allowed_shared_bytes, std::uintptr_t stream,
-         int cluster) {
-        return describe(launch_subject({reinterpret_cast<float*>(out), reinterpret_cast<const float*>(in), count,
-                                        factor, cuda_dim3(dim3_of(grid)), cuda_dim3(dim3_of(block)), shared_bytes,
-                                        allowed_shared_bytes, reinterpret_cast<cudaStream_t>(stream), cluster}));
+         int cluster, bool large_cluster, bool programmatic) {
+        return describe(
+            launch_subject({reinterpret_cast<float*>(out), reinterpret_cast<const float*>(in), count, factor,
+                            cuda_dim3(dim3_of(grid)), cuda_dim3(dim3_of(block)), shared_bytes, allowed_shared_bytes,
+                            reinterpret_cast<cudaStream_t>(stream), cluster, large_cluster, programmatic}));
       },
       py::kw_only(), arg("out"), arg("input"), arg("count"), arg("factor") = 1.0f,
       arg("grid") = std::vector<unsigned>{1}, arg("block") = std::vector<unsigned>{kSubjectThreads},
-      arg("shared_bytes") = 0, arg("allowed_shared_bytes") = -1, arg("stream") = 0, arg("cluster") = 0);
+      arg("shared_bytes") = 0, arg("allowed_shared_bytes") = -1, arg("stream") = 0, arg("cluster") = 0,
+      arg("large_cluster") = false, arg("programmatic") = false);
+  m.def("clusters", [](int blocks) {
+    int clusters = 0;
+    const cudaError_t error = count_clusters(blocks, &clusters);
+    if (error != cudaSuccess) throw std::runtime_error(describe(error));
+    return clusters;
+  });
+  m.def("launch_repeatedly", [](int count) {  // for host_time.py
+    const SubjectCall call{nullptr, nullptr, 0, 1.0f, dim3(1), dim3(kSubjectThreads), 0, -1, nullptr, 0};
+    for (int i = 0; i < count; ++i) {
+      if (const cudaError_t error = launch_subject(call)) throw std::runtime_error(describe(error));
+    }
+  });
   m.def("last_errors", [] {
     const auto peeked = cudaPeekAtLastError(), first = cudaGetLastError(), second = cudaGetLastError();
     return std::vector<std::string>{cudaGetErrorName(peeked), cudaGetErrorName(first), cudaGetErrorName(second)};
@@ -155,6 +172,7 @@ void bind_subject(py::module_ m) {
   m.def("encode_tensor_map", [](std::uintptr_t address, std::uint64_t columns, std::uint64_t rows) {
     void* entry = nullptr;
     cudaDriverEntryPointQueryResult status;
+    cudaSetDevice(0);  // binds a context
     cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &status);
     if (status != cudaDriverEntryPointSuccess) throw std::runtime_error("no entry point");
     const cuuint64_t sizes[] = {columns, rows}, strides[] = {columns * sizeof(float)};
@@ -230,6 +248,8 @@ PYBIND11_MODULE(_emulator, m) {
       .def_readonly("entry", &Launch::entry)
       .def_property_readonly("grid", [](const Launch& launch) { return as_tuple(launch.grid); })
       .def_property_readonly("block", [](const Launch& launch) { return as_tuple(launch.block); })
+      .def_property_readonly("cluster", [](const Launch& launch) { return as_tuple(launch.cluster); })
+      .def_readonly("programmatic", &Launch::programmatic)
       .def_readonly("shared_bytes", &Launch::shared_bytes)
       .def_readonly("stream", &Launch::stream)
       .def_readonly("error", &Launch::error)
@@ -293,7 +313,12 @@ PYBIND11_MODULE(_emulator, m) {
   m.def("take_reports", [] { return take(driver().reports); });
   m.def("take_calls", [] { return take(driver().calls); });
 
-  py::class_<Code>(m, "Code", "One kernel of a PTX text").def_property_readonly("parameters", &parameters);
+  py::class_<Code>(m, "Code", "One kernel of a PTX text")
+      .def_property_readonly("parameters", &parameters)
+      .def_property_readonly("required_cluster", [](const Code& code) {
+        const Dim3 required = required_cluster_of(*code.kernel);
+        return as_tuple(required.x == 0 ? Dim3() : required);
+      });
   m.def("parse", &parse);
   m.def("replace_kernel", [](const std::string& entry, const std::optional<Code>& code) {
     driver().ptx.replace(entry, code.has_value() ? code->kernel : nullptr);

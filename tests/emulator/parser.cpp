@@ -564,19 +564,31 @@ class ModuleParser {
     entry->parameter_bytes = offset + variable.bytes;
   }
 
+  // The numbers after a directive; empty if there is none.
+  static std::vector<unsigned> numbers_after(const std::string& text, const char* directive) {
+    const std::size_t at = text.find(directive);
+    if (at == std::string::npos) return {};
+    const char* next = text.c_str() + at + std::strlen(directive);
+    std::vector<unsigned> numbers;
+    do {
+      char* end = nullptr;
+      numbers.push_back(static_cast<unsigned>(std::strtoul(next, &end, 10)));
+      next = end + std::strspn(end, kSpace);
+    } while (*next++ == ',');
+    return numbers;
+  }
+
   static void parse_limits(Entry* entry, const std::string& text) {
     for (const char* word : {".maxntid", ".reqntid"}) {
-      const std::size_t at = text.find(word);
-      if (at == std::string::npos) continue;
-      const char* next = text.c_str() + at + std::strlen(word);
-      std::size_t product = 1;
-      do {
-        char* end = nullptr;
-        product *= std::strtoull(next, &end, 10);
-        next = end + std::strspn(end, kSpace);
-      } while (*next++ == ',');
-      entry->max_threads = product;
+      const std::vector<unsigned> sizes = numbers_after(text, word);
+      if (sizes.empty()) continue;
+      entry->max_threads = 1;
+      for (const unsigned size : sizes) entry->max_threads *= size;
     }
+    std::vector<unsigned> cluster = numbers_after(text, ".reqnctapercluster");
+    if (cluster.empty()) return;
+    cluster.resize(3, 1);
+    entry->required_cluster = {cluster[0], cluster[1], cluster[2]};
   }
 
   const std::string text_;

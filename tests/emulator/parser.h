@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "machine.h"
 #include "memory.h"
 
 namespace emulator {
@@ -102,6 +103,7 @@ struct Entry {
   std::vector<Parameter> parameters;
   std::size_t parameter_bytes = 0;
   std::size_t max_threads = 1024;
+  Dim3 required_cluster{0, 0, 0};
   std::string body;
   int body_line = 0;                            // of the text
   std::map<std::string, std::int64_t> symbols;  // module variables and .shared arrays of module scope

@@ -3,7 +3,9 @@
 // Kinds: race-raw, race-war, race-waw (shared memory), async-race (a copy or wgmma in flight), uninitialised,
 // out-of-bounds, misaligned, read-only, divergence (part of a warp), barrier, deadlock, mbarrier, proxy (a fence
 // between ordinary and asynchronous accesses), wgmma, tma, block-race (global memory), leak (exit with copies in
-// flight), shuffle, trap.
+// flight), cluster (a block that another one reaches too early or too late), grid-dependency (a kernel that starts early
+// and does not wait for those before it), shuffle, trap; slow (correct, but the
+// assembler adds waits).
 #pragma once
 
 #include <set>
@@ -16,7 +18,9 @@
 
 namespace emulator {
 
-// A thread (within its block) and the statement that it executes.
+std::string describe(const Dim3& position);  // "(0, 1, 2)"
+
+// A thread (numbered through its cluster) and the statement that it executes.
 struct Site {
   int thread;
   const Statement* statement;
@@ -26,7 +30,11 @@ class Reporter {
  public:
   Reporter(const Module& module, int limit) : module_(module), limit_(limit) {}
 
-  void enter_block(Dim3 block) { block_ = block; }
+  // Reports are about threads of this block, numbered from `first_thread` on.
+  void enter_block(Dim3 block, int first_thread) {
+    block_ = block;
+    first_thread_ = first_thread;
+  }
   void add(const char* kind, const Site& site, const std::string& message);
   // The message is made only when the report is new: a defect in a loop would otherwise make thousands of them.
   template <typename F, typename = decltype(std::declval<F>()())>
@@ -45,6 +53,7 @@ class Reporter {
   const Module& module_;
   const std::size_t limit_;
   Dim3 block_;
+  int first_thread_ = 0;
   std::set<std::pair<std::string, const Statement*>> seen_;
   std::vector<Report> reports_;
 };

@@ -30,17 +30,32 @@ cudaError_t launch_subject(const SubjectCall& call) {
                                                                                     call.factor, has_dynamic);
     return cudaGetLastError();
   }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(call.cluster), 1, 1};
+  cudaFuncSetAttribute(scale_subject_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, call.large_cluster);
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {static_cast<unsigned>(call.cluster), 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = call.programmatic;
   cudaLaunchConfig_t config{};
   config.gridDim = call.grid;
   config.blockDim = call.block;
   config.dynamicSmemBytes = call.shared_bytes;
   config.stream = call.stream;
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  return cudaLaunchKernelEx(&config, scale_subject_kernel, call.out, call.in, call.count, call.factor, has_dynamic);
+}
+
+cudaError_t count_clusters(int blocks, int* clusters) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(kSubjectThreads);
   config.attrs = &attribute;
   config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, scale_subject_kernel, call.out, call.in, call.count, call.factor, has_dynamic);
+  return cudaOccupancyMaxActiveClusters(clusters, scale_subject_kernel, &config);
 }
 
 const void* subject_function() { return reinterpret_cast<const void*>(&scale_subject_kernel); }

@@ -34,24 +34,42 @@ struct Barrier {
 };
 
 // An mbarrier: a phase completes when no arrivals and no bytes are pending. An arrival releases what the arriving
-// thread did, and nothing that other lanes did. A thread that finds the phase completed is ordered after all arrivals.
+// thread did, and nothing that other lanes did. A thread that finds the phase completed is ordered after all arrivals,
+// but after those of other blocks of the cluster only if both name the scope .cluster.
 struct Mbarrier {
   std::uint32_t count = 0, pending = 0, phase = 0;
   std::int64_t pending_bytes = 0;
   int number = 0;                       // in the order of initialisation
   std::vector<std::uint32_t> arrived;   // joined clocks, of the phase that is filling
   std::vector<std::uint32_t> released;  // of all completed phases
+  // The same for arrivals that release to the whole cluster, and threads that acquire from it.
+  std::vector<std::uint32_t> arrived_cluster, released_cluster;
+  // fence.mbarrier_init by the thread that initialised it: its clock, 0: none. With it an arrival at the barrier of the
+  // cluster makes the initialisation known, also a relaxed one, when this phase has completed.
+  Access fence{};
+  std::uint32_t known_after_phase = ~0u;
 
   void complete_if_done() {
     if (pending != 0 || pending_bytes != 0) return;
     phase ^= 1;
     pending = count;
     released = arrived;  // clocks only grow: earlier phases are included
+    released_cluster = arrived_cluster;
   }
 };
 
 struct PhaseWait {
+  static constexpr std::uint32_t kCluster = 0;  // no mbarrier: the barrier of the cluster
   std::uint32_t mbarrier = 0, parity = 0;
+};
+
+// A word of global memory that a warp has read again and again.
+struct Poll {
+  const Instruction* instruction = nullptr;
+  const std::uint8_t* address = nullptr;
+  std::uint64_t value = 0;
+  bool unchanged = false;  // the last two values are equal
+  bool idle = false;       // and that ended the last turn of the warp
 };
 
 // cp.async of one thread. Data arrive at the wait, never earlier: a kernel that reads too early sees the old contents.
@@ -65,9 +83,10 @@ struct CopyGroups {
   std::deque<std::vector<Copy>> groups;
 };
 
-// A bulk copy in flight: `move` moves the data, once, at a moment that the scheduler picks.
+// A bulk copy, or a store or reduction into another block, in flight: `move` moves the data, once, at a moment that the scheduler picks.
 struct BulkCopy {
-  std::function<void(Execution&)> move;
+  std::function<void(Execution&)> move;  // called with the block that issued it
+  bool uses_issuer = true;               // it reads or writes shared memory of this block
   bool moved = false;
 };
 

@@ -100,7 +100,77 @@ Step warp_barrier(Execution& x, const Instruction& i) {
   return Step::kNext;
 }
 
+// ---- the barrier of the cluster
+
+// option: all lanes of the warp must take part, what they did before is released
+Step arrive_in_cluster(Execution& x, const Instruction& i) {
+  if (i.option[0] && !x.gather_warp(i)) return Step::kStay;
+  Warp& warp = *x.warp;
+  if ((x.mask & (warp.cluster_arrived | warp.cluster_passes)) != 0) {
+    x.report("barrier", i, "a second arrival at the barrier of the cluster without a wait in between");
+  }
+  x.for_each_lane([&](int lane) {
+    const int thread = x.thread_of(lane);
+    for (auto& [offset, mbarrier] : x.mbarriers) {
+      const bool fenced = mbarrier.fence.clock != 0 && static_cast<int>(mbarrier.fence.thread) == thread;
+      if (fenced) mbarrier.known_after_phase = std::min(mbarrier.known_after_phase, x.cluster.phase);
+    }
+    if (!x.check) return;
+    if (i.option[1]) x.clocks.join(x.cluster.arrived.data(), x.clocks.row(thread));
+    x.clocks.advance(thread);
+  });
+  warp.cluster_passes &= ~x.mask;
+  warp.cluster_arrived |= x.mask;
+  ++x.activity;
+  x.cluster.complete_phase_if_done();
+  return Step::kNext;
+}
+
+// option: all lanes of the warp must take part
+Step wait_in_cluster(Execution& x, const Instruction& i) {
+  if (i.option[0] && !x.gather_warp(i)) return Step::kStay;
+  Warp& warp = *x.warp;
+  const std::uint32_t waits = x.mask & warp.cluster_arrived;
+  if (waits != 0) {
+    for (std::uint32_t rest = waits; rest != 0; rest &= rest - 1) {
+      warp.phase_wait[__builtin_ctz(rest)].mbarrier = PhaseWait::kCluster;
+    }
+    warp.sleeping |= waits;
+    return Step::kStay;
+  }
+  if ((x.mask & ~warp.cluster_passes) != 0) {
+    x.report("barrier", i, "a wait at the barrier of the cluster without an arrival before it");
+  }
+  warp.cluster_passes &= ~x.mask;
+  x.for_each_lane([&](int lane) {
+    ++warp.cluster_waits[lane];
+    if (x.check) x.clocks.join(x.clocks.row(x.thread_of(lane)), x.cluster.released.data());
+  });
+  return Step::kNext;
+}
+
+void decode_cluster_barrier(Decoder& d) {
+  d.take("cluster");
+  const int action = d.take_one_of({"arrive", "wait"});
+  const int order = d.take_one_of({"release", "relaxed", "acquire"});
+  d.instruction.option = {d.take("aligned"), order != 1};
+  if (action < 0 || (action == 0 ? order == 2 : order == 0 || order == 1)) d.fail("this form is not supported");
+  d.instruction.handler = action == 0 ? &arrive_in_cluster : &wait_in_cluster;
+}
+
 // ---- fences
+
+// Makes the initialisations by this thread known to copies and, with the barrier of the cluster, to other blocks.
+Step fence_mbarrier_init(Execution& x, const Instruction&) {
+  x.for_each_lane([&](int lane) {
+    const int thread = x.thread_of(lane);
+    for (auto& [offset, mbarrier] : x.mbarriers) {
+      Access& fence = mbarrier.fence;
+      if (static_cast<int>(fence.thread) == thread && fence.clock == 0) fence.clock = x.clocks.now(thread);
+    }
+  });
+  return Step::kNext;
+}
 
 Step fence_device(Execution& x, const Instruction&) {
   x.for_each_lane([&](int lane) { x.fence_for_device(x.thread_of(lane)); });
@@ -108,6 +178,11 @@ Step fence_device(Execution& x, const Instruction&) {
 }
 Step fence_copies(Execution& x, const Instruction&) {
   if (x.check) x.for_each_lane([&](int lane) { x.clocks.fence_for_copies(x.thread_of(lane)); });
+  return Step::kNext;
+}
+// griddepcontrol.wait. Grids run one after the other here, so it need not wait.
+Step wait_for_earlier_grids(Execution& x, const Instruction&) {
+  x.for_each_lane([&](int lane) { x.wait_for_earlier_grids(x.thread_of(lane)); });
   return Step::kNext;
 }
 Step do_nothing(Execution&, const Instruction&) { return Step::kNext; }
@@ -135,7 +210,7 @@ void decode_fence(Decoder& d) {
   if (d.take("mbarrier_init")) {
     d.take("release");
     d.take("cluster");
-    d.instruction.handler = &fence_copies;
+    d.instruction.handler = &fence_mbarrier_init;
     return;
   }
   d.take_one_of({"sc", "acq_rel", "acquire", "release"});
@@ -320,12 +395,14 @@ Step trap(Execution& x, const Instruction& i) {
 bool decode_synchronisation(Decoder& d) {
   const std::vector<std::string>& modifiers = d.statement().modifiers;
   const bool warp = !modifiers.empty() && modifiers[0] == "warp";
-  if (d.is("bar") && warp) {
+  if (d.is("barrier") && modifiers[0] == "cluster") {
+    decode_cluster_barrier(d);
+  } else if (d.is("bar") && warp) {
     d.take("warp");
     d.take("sync");
     d.source(0, 4);
     d.instruction.handler = &warp_barrier;
-  } else if (d.is("bar") || (d.is("barrier") && modifiers[0] != "cluster")) {
+  } else if (d.is("bar") || d.is("barrier")) {
     decode_barrier(d);
   } else if (d.is("membar") || d.is("fence")) {
     decode_fence(d);
@@ -368,9 +445,11 @@ bool decode_synchronisation(Decoder& d) {
     d.instruction.handler = &elect;
   } else if (d.is("trap") || d.is("brkpt")) {
     d.instruction.handler = &trap;
-  } else if (d.is("nanosleep") || d.is("griddepcontrol") || d.is("pmevent")) {
-    // They affect only the timing; grids run one after the other.
-    d.take_one_of({"wait", "launch_dependents"});
+  } else if (d.is("griddepcontrol")) {
+    const int action = d.take_one_of({"wait", "launch_dependents"});
+    d.instruction.handler = action == 0 ? &wait_for_earlier_grids : &do_nothing;
+  } else if (d.is("nanosleep") || d.is("pmevent")) {
+    // They affect only the timing.
     d.take_type();
     d.instruction.operands.clear();
     d.instruction.handler = &do_nothing;

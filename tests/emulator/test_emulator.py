@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from emulator import Emulator
+from emulator import Device, Emulator
 
 SOURCE = Path(__file__).with_name("defects.cu")
 
@@ -44,6 +44,11 @@ AMPERE = {
     "ticket_fenced_behind_the_barrier": {"block-race"},
     "ticket_then_copies": {"block-race"},
     "flag_without_fence": {"block-race"},
+    "flag_without_acquire": {"block-race"},
+    "flag_that_nobody_sets": {"deadlock"},
+    "turn_without_release": {"block-race"},
+    "chain_without_fence": {"block-race"},
+    "overwritten_too_early": {"block-race"},
     "release_of_another_word": {"block-race"},
 }
 HOPPER = {
@@ -64,12 +69,40 @@ HOPPER = {
     "other_descriptor": {"wgmma"},
     "changed_a": {"wgmma"},
     "changed_b": {"async-race"},
+    "reused_a": {"async-race", "race-war", "race-raw"},
     "descriptor_outside": {"out-of-bounds"},
+    "seeded_late": {"slow"},
     "too_many_registers": {"deadlock"},
 }
+CLUSTER = {
+    "peer_not_started": {"cluster"},
+    "peer_not_ordered": {"race-raw"},
+    "relaxed_arrival": {"race-raw"},
+    "peer_exits": {"cluster"},
+    "two_arrivals": {"barrier"},
+    "address_of_another_block": {"out-of-bounds"},
+    "init_not_fenced_for_peers": {"race-raw"},
+    "arrival_without_scope": {"race-raw"},
+    "wait_without_scope": {"race-raw"},
+    "store_async_not_awaited": {"async-race"},
+    "reduction_not_awaited": {"async-race"},
+    "copy_of_ordinary_writes": {"proxy"},
+    "source_reused": {"async-race"},
+    "copy_from_peer_not_awaited": {"async-race"},
+    "multicast_not_awaited": {"async-race"},
+    "exit_with_incoming_copy": {"leak", "cluster"},
+}
+PROGRAMMATIC = {
+    "read_before_grid_wait": {"grid-dependency"},
+    "write_before_grid_wait": {"grid-dependency"},
+    "grid_wait_of_another_thread": {"grid-dependency"},
+    "no_grid_wait": {"grid-dependency"},
+}
+KINDS = AMPERE | HOPPER | CLUSTER | PROGRAMMATIC
 WGMMA = list(HOPPER)[10:-1]
 THREADS = dict.fromkeys(WGMMA, 128) | {"too_many_registers": 384}
 BLOCKS = dict.fromkeys(list(AMPERE)[list(AMPERE).index("same_word") :], 2)
+BLOCKS |= {"turn_without_release": 5, "chain_without_fence": 3} | dict.fromkeys(CLUSTER, 4)
 
 
 @functools.cache
@@ -93,22 +126,23 @@ def run_on(emu, text, name, defect):
     out = emu.empty((256,), torch.float32, name="out")
     given = emu.tensor(torch.arange(64.0), name="in")
     entry = re.search(rf"\.entry (_Z\d+{name}ILb{int(defect)}E\w+)", text)[1]
-    emu.run_ptx(text, entry, BLOCKS.get(name, 1), THREADS.get(name, 64), (out, given))
+    launch = {"cluster": 2 if name in CLUSTER else 1, "programmatic": name in PROGRAMMATIC}
+    emu.run_ptx(text, entry, BLOCKS.get(name, 1), THREADS.get(name, 64), (out, given), **launch)
     return emu, out.cpu()
 
 
 @pytest.mark.parametrize("schedule", ["fifo", "reverse", "random"])
-@pytest.mark.parametrize("name", [*AMPERE, *HOPPER])
+@pytest.mark.parametrize("name", KINDS)
 def test_repaired_kernels_are_clean(name, schedule):
     reports, _ = run(ptx(80 if name in AMPERE else 90), name, False, schedule=schedule, seed=5)
     assert reports == []
 
 
-@pytest.mark.parametrize("name", [*AMPERE, *HOPPER])
+@pytest.mark.parametrize("name", KINDS)
 def test_defects_are_reported(name):
     reports, _ = run(ptx(80 if name in AMPERE else 90), name, True)
     kinds = {report.kind for report in reports}
-    assert kinds & (AMPERE | HOPPER)[name], reports
+    assert kinds & KINDS[name], reports
 
 
 @pytest.mark.parametrize("schedule", ["fifo", "reverse", "random"])
@@ -142,6 +176,38 @@ def test_bytes_that_one_block_reads_of_others(name):
         assert emu.launches[-1].counters.foreign_bytes == 256
     emu, _ = run_on(Emulator(), ptx(80), "same_word", False)
     assert emu.launches[-1].counters.foreign_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "clocks"),
+    [
+        # 256 bytes in and out; loads and stores of two warps; two stores of one thread
+        ("bytes_missing", 2 + 2 + 4 + 2),
+        ("changed_b", 32 + 4 + 16 + 2 + 2),  # stores that make A and B; A, B, and B again for A in registers
+    ],
+)
+def test_clocks_of_bulk_copies_and_wgmma(name, clocks):
+    emu, _ = run_on(Emulator(), ptx(90), name, False)
+    assert emu.launches[0].counters.shared_clocks == clocks
+
+
+def test_a_block_waits_for_one_that_has_not_started():
+    """Block 4 comes first and waits for block 3, and so on: the device must hold all five at once."""
+
+    def run_with(multiprocessors):
+        device = Device(8, 0, multiprocessors, 163, 164, threads_per_multiprocessor=128, blocks_per_multiprocessor=32)
+        return run_on(Emulator(device=device, schedule="reverse"), ptx(80), "turn_without_release", False)
+
+    emu, out = run_with(multiprocessors=3)
+    emu.assert_clean()
+    assert torch.equal(out[:64], 5 * torch.arange(64.0))
+    emu, _ = run_with(multiprocessors=2)
+    (report,) = emu.reports
+    assert report.kind == "deadlock"
+    assert re.search(r"block \(1, 0, 0\); warp 0 waits at defects.cu:\d+ for a change of done \+ 0", report.text)
+    assert "block (0, 0, 0) is the next of 1 that have not started: the device holds 4" in report.text
+    (report,) = run(ptx(80), "flag_without_acquire", False, blocks=(1,))[0]
+    assert "no block changes what others wait for; warp 0 waits at" in report.text
 
 
 def test_unwritten_memory_is_nan():

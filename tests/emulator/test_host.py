@@ -191,7 +191,7 @@ def test_bank_conflicts_are_counted(instruction, stride, clocks):
             "cudaErrorInvalidValue: emulated: 50001 bytes of dynamic shared memory",
         ),
         ({"allowed_shared_bytes": 163 * 1024}, "cudaErrorInvalidValue: emulated: 166912 bytes of dynamic shared"),
-        ({"cluster": 2}, "cudaErrorNotSupported: emulated: the emulator does not know launch attribute 4"),
+        ({"cluster": 2}, "cudaErrorNotSupported: emulated: clusters of 2 x 1 x 1 blocks, which need compute"),
     ],
     ids=lambda value: str(value)[:60],
 )
@@ -200,6 +200,31 @@ def test_the_runtime_refuses(emu, subject, changes, error):
     assert subject(**changes).startswith(error)
     assert all(launch.error == error.partition(":")[0] for launch in emu.launches[1:])
     assert subject() == "cudaSuccess"  # an error is returned once
+
+
+def test_clusters_are_launched(emu, subject):
+    emu.settings.device = "H200"
+    assert subject(grid=(4,), cluster=2) == "cudaSuccess"
+    emu.assert_clean()
+    assert emu.launches[0].cluster == (2, 1, 1)
+    assert torch.equal(subject.out.cpu(), 2 * subject.source.cpu())
+    assert subject(grid=(3,), cluster=2).startswith("cudaErrorInvalidConfiguration: emulated: clusters of 2 x 1 x 1")
+    assert subject(grid=(16,), cluster=16).startswith("cudaErrorInvalidClusterSize: emulated: clusters of 16 x 1 x 1")
+    assert emu.launches[-1].error == "cudaErrorInvalidClusterSize"
+    assert subject(grid=(16,), cluster=16, large_cluster=True) == "cudaSuccess"
+    with emu:
+        assert emu._host.subject.clusters(4) == 132 * 8 // 4  # 2048 threads of a multiprocessor, 256 of a block
+        with pytest.raises(RuntimeError, match="cudaErrorInvalidClusterSize"):
+            emu._host.subject.clusters(0)
+
+
+def test_kernels_that_start_early(emu, subject):
+    assert subject(cluster=1, programmatic=True).startswith("cudaErrorNotSupported: emulated: programmatic stream")
+    emu.reports.clear()
+    emu.settings.device = "H200"
+    assert subject(cluster=1, programmatic=True) == "cudaSuccess"
+    assert emu.launches[-1].programmatic and emu.launches[0].error == "cudaErrorNotSupported"
+    assert {report.kind for report in emu.reports} == {"grid-dependency"}
 
 
 def test_an_error_is_given_once(emu, subject):
@@ -412,10 +437,10 @@ def test_a_thread_may_be_permitted_to_work_beside_captures(emu):
     """andromeda/ops/_persistent.py relies on it; the permission is this thread's."""
     runtime, extension = emu._host.subject, emu.extension
     with emu:
-        assert extension.capture_id(0) == 0
+        assert extension.capture_id(0, 0) == 0
     emu.settings.capture = 5
     with emu:
-        assert extension.capture_id(0) == 5
+        assert extension.capture_id(0, 0) == 5
         assert extension.permit_work_beside_captures(True) is False
         assert runtime.synchronize() == runtime.malloc_and_free() == "cudaSuccess"
         assert extension.permit_work_beside_captures(False) is True
@@ -660,6 +685,9 @@ LAWS = [
     (operation.test_a_row_without_gradient_adds_nothing, True, math.nan),
     (operation.test_a_row_without_gradient_adds_nothing, True, -math.inf),
     (operation.test_a_row_without_gradient_adds_nothing, False, math.inf),
+    (operation.test_multiplying_by_a_power_of_two_is_exact, torch.bfloat16, True),
+    (operation.test_multiplying_by_a_power_of_two_is_exact, torch.float32, False),
+    (operation.test_multiplied_queries_fit_float16,),
     (operation.test_strided_gradients,),
     (operation.test_scores_do_not_depend_on_the_first_position, torch.bfloat16),
     (operation.test_positive_factors_vanish_under_the_norm,),
@@ -708,6 +736,35 @@ def test_stream_and_grid_of_an_operation(emulated, monkeypatch):
     assert emulated.calls == []
 
 
+@pytest.mark.parametrize("current", [0, 1])
+def test_a_call_runs_on_the_device_of_its_tensors(emu, current):
+    """Whichever device is the current one, and it stays that."""
+    emu.settings.current_device = current
+    for device_index in (0, 1):
+        given = {
+            name: emu.tensor(value, name=name, writable=name.endswith("out"), device_index=device_index)
+            if isinstance(value, torch.Tensor)
+            else value
+            for name, value in binding_call().items()
+        }
+        with emu:
+            emu.extension.qk_norm_rotary_forward(**given)
+            assert emu._host.subject.current_device() == current
+        emu.assert_clean()
+    assert len(emu.launches) == 2
+
+
+def test_a_device_that_cannot_be_used_is_named(emu):
+    emu.settings.failures = {"cudaSetDevice": "cudaErrorDevicesUnavailable"}
+    far = {
+        name: emu.tensor(value, name=name, device_index=1) if isinstance(value, torch.Tensor) else value
+        for name, value in binding_call().items()
+    }
+    with emu, pytest.raises(RuntimeError, match=r"^device_guard: cudaSetDevice\(device\) returned cudaErrorDevicesUn"):
+        emu.extension.qk_norm_rotary_forward(**far)
+    assert emu.launches == []
+
+
 def test_the_fixture_has_one_backend_besides_the_reference(emulated):
     q, k = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 16)
     able = [name for name in _select.BACKENDS if not operation.unsupported(name, q, k)]
@@ -723,3 +780,4 @@ def test_host_time_runs_every_call():
     result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=300)
     assert result.returncode == 0, result.stderr
     assert {line.partition(",")[0] for line in result.stdout.splitlines()} >= {"attention", "qk_norm_rotary"}
+    assert result.stdout.startswith("launch alone ")

@@ -1,6 +1,7 @@
 """Small CUDA programs (programs.cu) compared with Python: memory spaces, atomics, votes, copies, divergence."""
 
 import functools
+import itertools
 import re
 import shutil
 import subprocess
@@ -125,3 +126,96 @@ def test_program(program, schedule):
 
 def test_local_memory_is_used():
     assert re.search(r"\.local .*__local_depot", ptx())
+
+
+# Each block of 32 threads writes its place in the grid and in its cluster, and what it finds at the same place of the
+# next block of the cluster: by an address of .shared::cluster, by a generic one, and after atomic operations of it.
+CLUSTER = """
+.version 8.6
+.target sm_90a
+.address_size 64
+.visible .entry program(.param .u64 program_out)
+{
+  .shared .align 16 .b8 words[256];
+  .reg .b32 %r<32>;
+  .reg .b64 %rd<8>;
+  .reg .pred %p<2>;
+  ld.param.u64 %rd1, [program_out];
+  mov.u32 %r1, %tid.x;
+  mov.u32 %r2, %ctaid.x;
+  mov.u32 %r3, %ctaid.y;
+  mov.u32 %r4, %nctaid.x;
+  mad.lo.u32 %r5, %r3, %r4, %r2;
+  mad.lo.u32 %r6, %r5, 32, %r1;
+  mul.wide.u32 %rd2, %r6, 64;
+  add.u64 %rd1, %rd1, %rd2;
+  // The thread, 1000 for each block before this one.
+  mad.lo.u32 %r7, %r5, 1000, %r1;
+  mov.u32 %r8, words;
+  shl.b32 %r9, %r1, 2;
+  add.u32 %r8, %r8, %r9;
+  st.shared.u32 [%r8], %r7;
+  st.shared.u32 [%r8+128], %r7;
+  barrier.cluster.arrive.aligned;
+  barrier.cluster.wait.aligned;
+  mov.u32 %r10, %cluster_ctarank;
+  mov.u32 %r11, %cluster_nctarank;
+  add.u32 %r12, %r10, 1;
+  rem.u32 %r12, %r12, %r11;
+  mapa.shared::cluster.u32 %r13, %r8, %r12;
+  ld.shared::cluster.u32 %r14, [%r13];
+  cvta.shared.u64 %rd3, words;
+  cvt.u64.u32 %rd4, %r9;
+  add.u64 %rd3, %rd3, %rd4;
+  mapa.u64 %rd4, %rd3, %r12;
+  ld.u32 %r15, [%rd4];
+  getctarank.shared::cluster.u32 %r16, %r13;
+  getctarank.u64 %r17, %rd3;
+  atom.shared::cluster.add.u32 %r18, [%r13+128], 5;
+  barrier.cluster.arrive.aligned;
+  barrier.cluster.wait.aligned;
+  ld.shared.u32 %r19, [%r8+128];
+  mov.u32 %r20, %clusterid.x;
+  mov.u32 %r21, %clusterid.y;
+  mov.u32 %r22, %nclusterid.x;
+  mov.u32 %r23, %nclusterid.y;
+  mov.u32 %r24, %cluster_ctaid.x;
+  mov.u32 %r25, %cluster_ctaid.y;
+  mov.u32 %r26, %cluster_nctaid.x;
+  mov.u32 %r27, %cluster_nctaid.y;
+  st.global.v4.u32 [%rd1], {%r14, %r15, %r16, %r17};
+  st.global.v4.u32 [%rd1+16], {%r18, %r19, %r20, %r21};
+  st.global.v4.u32 [%rd1+32], {%r22, %r23, %r24, %r25};
+  st.global.v4.u32 [%rd1+48], {%r26, %r27, %r10, %r11};
+  ret;
+}
+"""
+
+
+@pytest.mark.parametrize(("schedule", "check"), [("fifo", True), ("reverse", True), ("random", True), ("fifo", False)])
+def test_clusters(schedule, check):
+    """A grid of 4 x 3 blocks in clusters of 2 x 3."""
+    emu = Emulator(device="H200", schedule=schedule, check=check)
+    out = emu.empty((3, 4, 32, 16), torch.int32, name="out")
+    emu.run_ptx(CLUSTER, "program", (4, 3), 32, (out,), cluster=(2, 3))
+    emu.assert_clean()
+    for y, x, thread in itertools.product(range(3), range(4), range(32)):
+        rank = x % 2 + 2 * y
+        after = (rank + 1) % 6
+        value = thread + 1000 * (x // 2 * 2 + after % 2 + 4 * (after // 2))
+        own = thread + 1000 * (x + 4 * y)
+        expected = [value, value, after, rank, value, own + 5, x // 2, 0, 2, 1, x % 2, y, 2, 3, rank, 6]
+        assert out.memory[y, x, thread].tolist() == expected
+
+
+def test_a_kernel_requires_its_clusters():
+    emu = Emulator(device="H200")
+    out = emu.empty((2, 1, 32, 16), torch.int32, name="out")
+    text = CLUSTER.replace("(.param .u64 program_out)", "(.param .u64 program_out)\n.reqnctapercluster 1, 2")
+    emu.run_ptx(text, "program", (1, 2), 32, (out,))
+    emu.assert_clean()
+    assert emu.launches[-1].cluster == (1, 2, 1) and out.memory[1, 0, 0, 15] == 2
+    with pytest.raises(RuntimeError, match=r"runs in clusters of \(1, 2, 1\) blocks, not of \(2, 1, 1\)"):
+        emu.run_ptx(text, "program", (2, 2), 32, (out,), cluster=2)
+    with pytest.raises(RuntimeError, match=r"clusters of \(2, 3, 1\) blocks in a grid of \(4, 4, 1\)"):
+        emu.run_ptx(CLUSTER, "program", (4, 4), 32, (out,), cluster=(2, 3))

@@ -1,8 +1,9 @@
 // wgmma: products of whole warpgroups, with operands in shared memory, that continue after their instruction.
 //
 // Every warp computes its 16 rows when it issues. Its operands stay marked as being read until its wait, and its
-// results appear only then. An agent counts as the reader, and the wait orders it before every lane of the warp, so one
-// lane may tell others that the operands are free.
+// results appear only then. PTX does not say which warp reads which rows of A, so each reads all 64. An agent counts as
+// the reader, and the wait orders it before every lane of the warp, so one lane may tell others that the operands are
+// free.
 #include <algorithm>
 #include <cstdlib>
 
@@ -15,8 +16,8 @@ namespace {
 
 constexpr int kRows = 16;  // of the 64, per warp
 constexpr int kWarpsOfGroup = 4;
-constexpr int kChunk = 8;  // elements of 16 bits that are side by side in every layout
-constexpr std::uint32_t kRowBytes = 32;
+constexpr int kChunk = 8;                // elements of 16 bits that are side by side in every layout
+constexpr std::uint32_t kRowBytes = 32;  // of a register of a warp; also 16 elements of a row of an operand
 
 std::uint32_t number_of(const Operand& reg) { return reg.place / kRowBytes; }
 
@@ -116,6 +117,8 @@ void check_fence(Execution& x, const Instruction& i, const Operand& reg, bool ac
     x.report("wgmma", i,
              std::string("a register of ") + (accumulator ? "the accumulator" : "A") +
                  " was used by another instruction after the last wgmma.fence");
+  } else if (accumulator && entry.copied > state.fence && !entry.constant) {
+    x.report("slow", i, "a mov set a register of the accumulator after the last wgmma.fence");
   }
 }
 
@@ -131,6 +134,7 @@ WgmmaState::Values& hide(Execution& x, const Operand& reg) {
   } else if (entry.hidden.use_count() > 1) {  // renamed: the old name keeps the old values
     entry.hidden = std::make_shared<WgmmaState::Values>(*entry.hidden);
   }
+  entry.constant = false;
   state.open.accumulators.push_back(number_of(reg));
   return *entry.hidden;
 }
@@ -149,6 +153,9 @@ Step multiply_async(Execution& x, const Instruction& i) {
   const std::uint64_t a_descriptor = a_in_registers ? 0 : uniform(x, i, i.operands[1]);
   check_group(x, i, a_descriptor, b_descriptor);
   if (state.fence == 0) x.report("wgmma", i, "no wgmma.fence before the first wgmma");
+  // 128 bytes a clock: A by each warp, B by the warpgroup.
+  if (!a_in_registers) x.counters.shared_clocks += kRows * kRowBytes / 128;
+  if (x.warp->index % kWarpsOfGroup == 0) x.counters.shared_clocks += columns * kRowBytes / 128;
   for (const Operand& reg : d) check_fence(x, i, reg, true);
 
   float a[kRows][16];
@@ -168,8 +175,11 @@ Step multiply_async(Execution& x, const Instruction& i) {
       }
     }
   } else {
+    const int first = x.warp->index % kWarpsOfGroup * kRows;
     SharedOperand(x, i, a_descriptor, !i.option[2], bfloat)
-        .load(x.warp->index % kWarpsOfGroup * kRows, kRows, [&](int m, int k, float value) { a[m][k] = value; });
+        .load(0, kWarpsOfGroup * kRows, [&](int m, int k, float value) {
+          if (m / kRows * kRows == first) a[m - first][k] = value;
+        });
   }
   SharedOperand(x, i, b_descriptor, !i.option[3], bfloat).load(0, columns, [&](int n, int k, float value) {
     b[k * columns + n] = value;
@@ -232,7 +242,7 @@ void finish_group(Execution& x, const WgmmaState::Group& group) {
     if (--state.registers[number].operand_of == 0) --state.in_flight;
   }
   if (!x.check || group.shared_reads.empty()) return;
-  const Access agent = x.clocks.next_of_warp(x.warp->index);
+  const Access agent = x.clocks.next_of_warp(x.warp->number);
   for (const auto& [offset, bytes] : group.shared_reads) x.shared_shadow.finish_read(agent, offset, bytes);
   x.for_each_lane([&](int lane) { x.clocks.join_agent(x.clocks.row(x.thread_of(lane)), agent); });
 }
@@ -310,6 +320,8 @@ void Execution::track_registers(const Instruction& instruction) {
       instruction.statement->opcode == "mov" && instruction.operands[0].kind == Operand::Kind::kRegister;
   if (is_move && !instruction.writes.empty()) {
     WgmmaState::Register& target = state.registers[instruction.writes[0] / kRowBytes];
+    target.copied = state.step;
+    target.constant = instruction.reads.empty() || state.registers[instruction.reads[0] / kRowBytes].constant;
     if (instruction.reads.empty()) {  // of a constant: the register begins a new live range
       if (target.hidden == nullptr) target.last_write = target.last_read = 0;
     } else {
@@ -344,12 +356,16 @@ void Execution::track_registers(const Instruction& instruction) {
   }
   if (is_move) return;
   for (const std::uint32_t place : instruction.reads) state.registers[place / kRowBytes].last_read = state.step;
-  for (const std::uint32_t place : instruction.writes) state.registers[place / kRowBytes].last_write = state.step;
+  for (const std::uint32_t place : instruction.writes) {
+    WgmmaState::Register& written = state.registers[place / kRowBytes];
+    written.last_write = state.step;
+    written.constant = false;
+  }
 }
 
 void Execution::finish_asynchronous(const Statement* last) {
   for (const Warp& each : warps) {
-    const Site site{each.index * kLanes, last};
+    const Site site{each.number * kLanes, last};
     if (!each.wgmma.groups.empty() || !each.wgmma.open.accumulators.empty()) {
       reporter.add("leak", site, "the warp exits with a wgmma in flight");
     }
@@ -366,10 +382,12 @@ void Execution::finish_asynchronous(const Statement* last) {
         !of_thread.open.empty() || std::any_of(of_thread.groups.begin(), of_thread.groups.end(),
                                                [](const auto& g) { return !g.read && !g.stores.empty(); });
     if (reading)
-      reporter.add("leak", {thread, last}, "the thread exits while a bulk store may still read shared memory");
+      reporter.add("leak", {first_thread + thread, last},
+                   "the thread exits while a bulk store may still read shared memory");
   }
-  if (std::any_of(in_flight.begin(), in_flight.end(), [](const auto& copy) { return copy.use_count() == 1; })) {
-    reporter.add("leak", {0, last}, "the block ends with a bulk load in flight");
+  const auto lost = [](const auto& copy) { return copy->uses_issuer && copy.use_count() == 1; };
+  if (std::any_of(in_flight.begin(), in_flight.end(), lost)) {
+    reporter.add("leak", {first_thread, last}, "the block ends with a bulk load in flight");
   }
   // All registers after setmaxnreg must fit into those that the block was launched with, at most 65536.
   const int launched = 65536 / (num_warps * kLanes) / 8 * 8;

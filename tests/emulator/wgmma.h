@@ -15,7 +15,8 @@ struct Statement;
 // Of one warp. Registers are numbered by their row. The registers of an accumulator show NaN until the wait; their real
 // values are kept here. A wgmma needs a fence after the last access to its registers by any other instruction. A mov
 // is no access: compilers rename registers between iterations, so the copy of an accumulator in flight is in flight
-// too.
+// too. But a mov that sets an accumulator behind the fence is reported as slow: where ptxas cannot rename it away, it
+// adds a fence or a wait. A mov of a constant is not, because ptxas places it anew.
 struct WgmmaState {
   struct Values {
     float lanes[32];
@@ -24,6 +25,8 @@ struct WgmmaState {
     std::shared_ptr<Values> hidden;               // of an accumulator in flight
     int operand_of = 0;                           // number of wgmmas in flight that read it as A
     std::uint64_t last_read = 0, last_write = 0;  // steps of the warp
+    std::uint64_t copied = 0;                     // step of the mov that set it; 0: by another instruction
+    bool constant = false;                        // set by a mov of a constant, or of such a register
   };
   struct Group {
     std::vector<std::uint32_t> accumulators, operands;        // registers
