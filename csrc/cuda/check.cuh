@@ -27,8 +27,9 @@ inline std::string describe_current_device() {
          std::to_string(minor);
 }
 
-// "8.0, 9.0". nvcc defines the list as 800,900.
-inline std::string describe_architectures() {
+// "8.0, 9.0". nvcc defines the list as 800,900. Static, as is check(): sources differ in the list, and the linker would
+// keep the copy of one of them.
+static inline std::string describe_architectures() {
   std::string text;
   for (const int architecture : {__CUDA_ARCH_LIST__}) {
     text +=
@@ -37,7 +38,7 @@ inline std::string describe_architectures() {
   return text;
 }
 
-inline void check(cudaError_t status, const char* call, const Launch& launch) {
+static inline void check(cudaError_t status, const char* call, const Launch& launch) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // clears the error: it is reported here, and no later call may report it again
   throw std::runtime_error(std::string(launch.kernel) + ": " + call + " returned " + cudaGetErrorName(status) + ", " +

@@ -34,33 +34,46 @@ class Result:
 # ---- two executors --------------------------------------------------------------------------------------------------
 
 
+class TensorMap:
+    """An argument that describes a 16-bit tensor to TMA: (batch, seqlen, num_heads, head_dim), boxes of 64 x 64."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+        strides = [2 * tensor.stride(axis) if tensor.shape[axis] > 1 else 16 for axis in (1, 2, 0)]
+        self.sizes, self.strides = [tensor.shape[axis] for axis in (3, 1, 2, 0)], strides
+
+
 @functools.cache
-def ptx():
+def ptx(source=SOURCE, architecture="compute_80"):
     nvcc = build._setup_py().find_nvcc(os.environ)
     if nvcc is None:
-        pytest.skip("no nvcc to compile wrappers.cu with")
+        pytest.skip(f"no nvcc to compile {source.name} with")
     csrc = build.ROOT / "csrc"
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "wrappers.ptx"
-        options = ["-ptx", "-arch=compute_80", "-std=c++17", "-O3", "-lineinfo"]
+        options = ["-ptx", f"-arch={architecture}", "-std=c++17", "-O3", "-lineinfo"]
         includes = [f"-I{csrc / 'include'}", f"-I{csrc / 'cuda'}"]
-        subprocess.run([nvcc, *options, *includes, str(SOURCE), "-o", str(target)], check=True)
+        subprocess.run([nvcc, *options, *includes, str(source), "-o", str(target)], check=True)
         return target.read_text()
 
 
-def run_on_emulator(kernel, threads, *arguments):
+def run_on_emulator(kernel, threads, *arguments, text=ptx):
     """The contents of each `Result` after the kernel. Numbers are int32 or float32 parameters; others ctypes."""
     emulator = Emulator()
-    given, results = [], []
+    given, results, mapped = [], [], []
     for index, argument in enumerate(arguments):
         if isinstance(argument, Result):
             results.append(emulator.tensor(argument.tensor, name=f"argument {index}", writable=True))
             given.append(results[-1])
         elif isinstance(argument, torch.Tensor):
             given.append(emulator.tensor(argument, name=f"argument {index}"))
+        elif isinstance(argument, TensorMap):
+            mapped.append(emulator.tensor(argument.tensor, name=f"argument {index}"))
+            address = mapped[-1].data_ptr()
+            given.append(emulator._host.tensor_map(address, 2, argument.sizes, argument.strides, [64, 64, 1, 1], 128))
         else:
             given.append(argument)
-    emulator.run_ptx(ptx(), kernel, 1, threads, given)
+    emulator.run_ptx(text(), kernel, 1, threads, given)
     emulator.assert_clean()
     return [result.cpu() for result in results]
 
@@ -76,12 +89,27 @@ def call(function, *arguments):
 
 
 @functools.cache
-def module(device):
-    """wrappers.ptx, compiled by the driver, in torch's context."""
+def module(device, text):
+    """The PTX, compiled by the driver, in torch's context."""
     torch.empty(1, device=device)
     handle = ctypes.c_void_p()
-    call("cuModuleLoadData", ctypes.byref(handle), ptx().encode())
+    call("cuModuleLoadData", ctypes.byref(handle), text().encode())
     return handle
+
+
+def encode_on_gpu(tensor_map, address):
+    """The 128 bytes that the driver makes of a `TensorMap` whose tensor is at `address`, aligned to 64 bytes."""
+    memory = (ctypes.c_uint64 * 24)()
+    place = ctypes.addressof(memory) + -ctypes.addressof(memory) % 64
+    bfloat16, no_interleave, swizzle_128b, promotion_256b, zeros = 9, 0, 3, 3, 0
+    sizes, strides = (ctypes.c_uint64 * 4)(*tensor_map.sizes), (ctypes.c_uint64 * 3)(*tensor_map.strides)
+    box, ones = (ctypes.c_uint32 * 4)(64, 64, 1, 1), (ctypes.c_uint32 * 4)(1, 1, 1, 1)
+    options = no_interleave, swizzle_128b, promotion_256b, zeros
+    given = ctypes.c_void_p(address), sizes, strides, box, ones
+    call("cuTensorMapEncodeTiled", ctypes.c_void_p(place), bfloat16, 4, *given, *options)
+    value = (ctypes.c_uint64 * 16).from_address(place)
+    value.memory = memory
+    return value
 
 
 def place_on_gpu(tensor, device):
@@ -93,10 +121,10 @@ def place_on_gpu(tensor, device):
     return memory[offset:].as_strided(tensor.shape, tensor.stride())
 
 
-def run_on_gpu(device, kernel, threads, *arguments):
+def run_on_gpu(device, kernel, threads, *arguments, text=ptx):
     with torch.cuda.device(device):
         function = ctypes.c_void_p()
-        call("cuModuleGetFunction", ctypes.byref(function), module(device), kernel.encode())
+        call("cuModuleGetFunction", ctypes.byref(function), module(device, text), kernel.encode())
         placed, results, values = [], [], []
         for argument in arguments:
             if isinstance(argument, Result | torch.Tensor):
@@ -105,6 +133,9 @@ def run_on_gpu(device, kernel, threads, *arguments):
                 values.append(ctypes.c_void_p(placed[-1].data_ptr()))
                 if isinstance(argument, Result):
                     results.append(placed[-1])
+            elif isinstance(argument, TensorMap):
+                placed.append(place_on_gpu(argument.tensor, device))
+                values.append(encode_on_gpu(argument, placed[-1].data_ptr()))
             elif isinstance(argument, int):
                 values.append(ctypes.c_int32(argument))
             elif isinstance(argument, float):
