@@ -8,9 +8,10 @@
 //
 // Everything that a block adds is in flight at once: the parts of the others are copied to the place of the tiles in
 // shared memory, not through registers, and its own part stays in registers. A node is as large as the tiles have room
-// for (at most kFanIn parts). On an H200 a level takes 1.9 us (a write, two fences with a semaphore between them, one
+// for (at most kFanIn parts). On an H200 a level took 1.9 us (a write, two fences with a semaphore between them, one
 // trip to L2) and 0.67 us for each part of 24 rows, 128 wide, 9.2 KiB: the four warps of one block fetch and add the
-// parts one after the other. The three levels above are 17 of the 44 us that 131072 keys take.
+// parts one after the other. The three levels above were 17 of the 44 us that 131072 keys took; Hopper now has clusters
+// for it (hopper/attention_decode.cuh).
 #pragma once
 
 #include <cstdint>
@@ -58,21 +59,18 @@ __device__ inline void add_scaled(float4& total, const float4& part, float facto
   total.w = fmaf(part.w, factor, total.w);
 }
 
-// The sum of the outputs of the warps, each in its rows of `staging`.
-template <int kHeadDim, int kRowTiles, int kVectors>
-__device__ inline void add_warps(float4 (&total)[kVectors], const DecodeShared<16 * kRowTiles>* shared,
-                                 const float* staging, int thread) {
+// The sum of the outputs of the warps, for four channels of a row.
+template <int kHeadDim, int kRowTiles>
+__device__ inline float4 add_warps(unsigned char* shared_memory, const OwnVector<kHeadDim>& own) {
   using Tiles = DecodeTiles<kHeadDim, kRowTiles>;
+  float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const OwnVector<kHeadDim> own(thread, i);
-    total[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-    for (int warp = 0; warp < kDecodeWarps; ++warp) {
-      const float* part = staging + (warp * Tiles::kRows + own.row) * Tiles::kOutPitch + own.channel;
-      add_scaled(total[i], *reinterpret_cast<const float4*>(part), shared->factor[warp][own.row]);
-    }
+  for (int warp = 0; warp < kDecodeWarps; ++warp) {
+    const unsigned char* part = shared_memory + warp * Tiles::kOutBytes + Tiles::out_offset(own.row, own.channel);
+    const float factor = Tiles::shared_of(shared_memory)->factor[warp][own.row];
+    add_scaled(total, *reinterpret_cast<const float4*>(part), factor);
   }
+  return total;
 }
 
 // Four sums in the form of a partial result.
@@ -209,10 +207,10 @@ __device__ inline bool combine_splits(float4 (&total)[kVectors], DecodeShared<kR
                                       const DecodePlan& plan, std::int64_t tile, int split, int rows, int thread) {
   const std::int64_t partial_bytes = PartialLayout<kHeadDim>::bytes(plan.partial_rows);
   Level level{plan.partials + tile * plan.tile_partials * partial_bytes, plan.semaphores + tile * plan.tile_semaphores,
-              plan.num_splits, split};
+              plan.num_splits.value, split};
   while (level.num_parts > 1) {
-    const int node = level.part / plan.fan_in, first_part = node * plan.fan_in;
-    const int size = min(level.num_parts - first_part, plan.fan_in), own_part = level.part - first_part;
+    const auto [node, own_part] = divide(level.part, plan.fan_in);
+    const int first_part = level.part - own_part, size = min(level.num_parts - first_part, plan.fan_in.value);
     Stored own[kVectors];
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) own[i] = to_stored(total[i]);
@@ -233,7 +231,7 @@ __device__ inline bool combine_splits(float4 (&total)[kVectors], DecodeShared<kR
     cp_async_wait<0>();
     __syncthreads();  // all rows and factors are complete
     add_partials<kRows, kHeadDim>(total, own, shared, tiles, size, own_part, rows, thread);
-    const int num_nodes = (level.num_parts + plan.fan_in - 1) / plan.fan_in;
+    const int num_nodes = (level.num_parts + plan.fan_in.value - 1) / plan.fan_in;
     level = {level.partials + level.num_parts * partial_bytes, level.semaphores + num_nodes, num_nodes, node};
   }
   return true;

@@ -1,5 +1,5 @@
 // attention for few query rows on the GPU: when this kernel is the better one, the number of splits, workspace, launch.
-// The kernel is in decode.cuh.
+// The kernel is in decode.cuh; the one for Hopper, with clusters, is in hopper/attention_decode.cuh.
 //
 // Both choices follow from the shapes and the device alone, never from data: a captured graph stays valid. They
 // minimise a model of the cost whose unit is a step, the 64 keys and values (32 KiB) that a block takes at a time:
@@ -14,6 +14,12 @@
 // and that of the memory: the mean of both fits. Starting a block, its first access to memory and adding up its warps
 // take 6 us. A level of combining takes 1.9 us of waiting, and 0.67 us for each partial result of 24 rows (9.2 KiB):
 // one block fetches and adds them one after the other.
+//
+// Clusters have not been measured; their loop is the same, and their two levels are counted. Through shared memory: a
+// barrier of the cluster and a read of it, 200 clocks each, 10.5 KiB at 16 bytes a clock, and about 400 clocks of
+// instructions. Through the workspace: the waiting of a level, as measured, and for each slice of 24 rows (1.7 KiB) 55
+// clocks for the bytes, at 32 a clock, which hide the instructions. A cluster lies in one of the groups of 16 or 18
+// multiprocessors that a device consists of; clusters of eight leave two of 18 idle.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -23,6 +29,8 @@
 
 #include "attention/decode.cuh"
 #include "attention/launch.h"
+#include "hopper/attention_decode.h"
+#include "hopper/device.h"
 
 namespace andromeda::cuda {
 namespace {
@@ -32,6 +40,9 @@ constexpr char kKernel[] = "attention_decode";
 constexpr double kBlockSteps = 5.7;
 constexpr double kLevelSteps = 1.9;
 constexpr double kStepBytes = 14.3 * 1024.0;
+constexpr double kClusterSteps = 0.8;
+constexpr double kClusterStepBytes = 57.0 * 1024.0;
+constexpr int kGroupOfMultiprocessors = 16;
 
 // With more packed rows the prefill kernel has enough blocks.
 constexpr int kMaxRows = 4096;
@@ -68,9 +79,32 @@ std::int64_t num_rows_of(const AttentionParams& params) {
 
 int num_row_tiles_of(std::int64_t num_rows) { return num_rows <= 16 ? 1 : 2; }
 
+// Whether the blocks of several splits are clusters.
+bool has_clusters() {
+#ifdef ANDROMEDA_HOPPER
+  return hopper::is_current_device({kKernel, 0, kDecodeThreads, 0});
+#else
+  return false;
+#endif
+}
+
+// Splits in clusters: as many as are asked for or a few more, so that no cluster has fewer blocks than the others.
+struct Clusters {
+  int size_log2;
+  std::int64_t count, num_splits;
+
+  static Clusters of(std::int64_t num_splits) {
+    int size_log2 = 0;
+    while ((1 << size_log2) < std::min<std::int64_t>(num_splits, kMaxClusterSize)) ++size_log2;
+    const std::int64_t count = ceil_div(num_splits, 1 << size_log2);
+    return {size_log2, count, count << size_log2};
+  }
+};
+
 // Partial results have room for the rows of a tile that exist; only the last of several tiles may have fewer.
 struct PartialShape {
   int rows, bytes, max_fan_in;
+  int slice_floats;  // of a cluster's
 };
 
 PartialShape partial_shape_of(const AttentionParams& params) {
@@ -82,6 +116,7 @@ PartialShape partial_shape_of(const AttentionParams& params) {
       shape.rows = static_cast<int>(std::clamp<std::int64_t>(num_rows, 1, Tiles::kRows));
       shape.bytes = PartialLayout<head_dim()>::bytes(shape.rows);
       shape.max_fan_in = Tiles::max_fan_in(shape.rows);
+      shape.slice_floats = SliceLayout<head_dim()>::size(shape.rows);
     };
     if (num_row_tiles_of(num_rows) == 1) {
       with_row_tiles(std::integral_constant<int, 1>{});
@@ -95,6 +130,14 @@ PartialShape partial_shape_of(const AttentionParams& params) {
 // Blocks that run at the same time: registers permit two on each multiprocessor, and shared memory does on 8.0 and 9.0.
 struct Slots {
   std::int64_t num_multiprocessors, num_blocks;
+
+  // Those that clusters of eight can use.
+  Slots for_clusters() const {
+    const std::int64_t usable =
+        std::max<std::int64_t>(num_multiprocessors / kGroupOfMultiprocessors, 1) * kGroupOfMultiprocessors;
+    if (usable >= num_multiprocessors) return *this;
+    return {usable, num_blocks / num_multiprocessors * usable};
+  }
 };
 
 Slots count_slots() {
@@ -125,21 +168,28 @@ double cost_of_levels(std::int64_t num_splits, const PartialShape& partial) {
   return cost;
 }
 
+double cost_of_clusters(std::int64_t num_splits, const PartialShape& partial) {
+  if (num_splits == 1) return 0.0;
+  const Clusters clusters = Clusters::of(num_splits);
+  if (clusters.count == 1) return kClusterSteps;
+  const std::int64_t bytes = clusters.count * partial.slice_floats * static_cast<std::int64_t>(sizeof(float));
+  return kClusterSteps + kLevelSteps + static_cast<double>(bytes) / kClusterStepBytes;
+}
+
 std::int64_t num_steps_of(const AttentionParams& params) {
   return std::max<std::int64_t>(ceil_div(params.seqlen_k, kDecodeStep), 1);
 }
 
 struct Layout {
   std::int64_t num_tiles, num_row_blocks, num_splits;
-  std::int64_t fan_in, num_partials, num_semaphores;  // of a tile
+  int cluster_size_log2 = 0;
+  std::int64_t fan_in = 1, num_partials, partial_floats, num_semaphores;  // of a tile
   PartialShape partial;
 
-  std::int64_t num_floats() const {
-    return num_tiles * num_partials * (partial.bytes / static_cast<std::int64_t>(sizeof(float)));
-  }
+  std::int64_t num_floats() const { return num_tiles * num_partials * partial_floats; }
 };
 
-// The tree of sums and the workspace of a call with params.num_splits.
+// The clusters or the tree of sums, and the workspace, of a call with params.num_splits.
 Layout lay_out(const AttentionParams& params) {
   const std::int64_t num_rows = num_rows_of(params);
   Layout layout{};
@@ -149,7 +199,18 @@ Layout lay_out(const AttentionParams& params) {
   // A split beyond the number of steps would have no keys, and add nothing but its partial result.
   layout.num_splits = std::min<std::int64_t>(params.num_splits, num_steps_of(params));
   if (layout.num_tiles == 0) return layout;
+  if (layout.num_splits > 1 && has_clusters()) {
+    const Clusters clusters = Clusters::of(layout.num_splits);
+    layout.num_splits = clusters.num_splits;
+    layout.cluster_size_log2 = clusters.size_log2;
+    if (clusters.count == 1) return layout;
+    layout.num_partials = clusters.count * kMaxClusterSize;
+    layout.partial_floats = layout.partial.slice_floats;
+    layout.num_semaphores = kMaxClusterSize;
+    return layout;
+  }
   layout.fan_in = fan_in_of(layout.num_splits, layout.partial.max_fan_in);
+  layout.partial_floats = layout.partial.bytes / static_cast<std::int64_t>(sizeof(float));
   for_each_level(layout.num_splits, layout.fan_in, [&](std::int64_t num_parts, std::int64_t num_nodes) {
     layout.num_partials += num_parts;
     layout.num_semaphores += num_nodes;
@@ -168,15 +229,19 @@ Choice choose_splits(const AttentionParams& params, const Slots& slots) {
                                  ceil_div(num_rows, 16 * num_row_tiles_of(num_rows));
   if (num_tiles == 0) return {1, 0.0};
   const PartialShape partial = partial_shape_of(params);
+  const bool clusters = has_clusters();
   const auto cost_of = [&](std::int64_t num_splits) {
-    return cost_of_waves(num_tiles, num_steps, num_splits, slots) + cost_of_levels(num_splits, partial);
+    if (!clusters) return cost_of_waves(num_tiles, num_steps, num_splits, slots) + cost_of_levels(num_splits, partial);
+    const Slots usable = num_splits < kMaxClusterSize ? slots : slots.for_clusters();
+    return cost_of_waves(num_tiles, num_steps, num_splits, usable) + cost_of_clusters(num_splits, partial);
   };
   Choice best{1, cost_of(1)};
   // With many tiles a few splits still even out the last wave; with few tiles there are as many as make one wave. Large
   // numbers need not be tried one by one: each stands for the smallest that gives splits of the same length.
   const std::int64_t max_splits = std::min(num_steps, std::max<std::int64_t>(kFanIn, slots.num_blocks / num_tiles));
   for (std::int64_t candidate = 2; candidate <= max_splits; candidate += 1 + candidate / 16) {
-    const std::int64_t num_splits = ceil_div(num_steps, ceil_div(num_steps, candidate));
+    std::int64_t num_splits = ceil_div(num_steps, ceil_div(num_steps, candidate));
+    if (clusters) num_splits = Clusters::of(num_splits).num_splits;
     if (const double cost = cost_of(num_splits); cost < best.cost) best = {num_splits, cost};
   }
   return best;
@@ -235,18 +300,27 @@ void attention_decode(const AttentionParams& params, const AttentionWorkspace& w
   plan.partials = reinterpret_cast<unsigned char*>(workspace.partials);
   plan.semaphores = reinterpret_cast<unsigned*>(workspace.semaphores);
   plan.num_rows = static_cast<int>(num_rows_of(params));
-  plan.qhead_per_kvhead = params.num_heads / params.num_kv_heads;
-  plan.num_row_blocks = static_cast<int>(layout.num_row_blocks);
-  plan.num_splits = static_cast<int>(layout.num_splits);
+  plan.cluster_size_log2 = layout.cluster_size_log2;
+  plan.qhead_per_kvhead = Divisor::of(params.num_heads / params.num_kv_heads);
+  plan.num_kv_heads = Divisor::of(params.num_kv_heads);
+  plan.num_row_blocks = Divisor::of(layout.num_row_blocks);
+  plan.num_splits = Divisor::of(layout.num_splits);
+  plan.num_clusters = Divisor::of(layout.num_splits >> plan.cluster_size_log2);
   plan.tile_partials = static_cast<int>(layout.num_partials);
   plan.tile_semaphores = static_cast<int>(layout.num_semaphores);
-  plan.fan_in = static_cast<int>(layout.fan_in);
+  plan.fan_in = Divisor::of(layout.fan_in);
   plan.partial_rows = layout.partial.rows;
   plan.softmax_scale_log2 = softmax_scale_log2_of(params);
   plan.inverse_softmax_scale = 1.0f / params.softmax_scale;
   plan.is_aligned16 = is_aligned16(params);
 
   const std::int64_t num_blocks = layout.num_tiles * layout.num_splits;
+#ifdef ANDROMEDA_HOPPER
+  if (layout.cluster_size_log2 > 0) {
+    return hopper::launch_attention_decode(params, plan, num_row_tiles_of(num_rows_of(params)),
+                                           checked_grid(params, kKernel, num_blocks), stream);
+  }
+#endif
   dispatch_attention(params, [&](auto dtype, auto head_dim) {
     using T = typename decltype(dtype)::type;
     if (num_row_tiles_of(num_rows_of(params)) == 1) {

@@ -26,7 +26,11 @@
 // 100 KiB.
 //
 // At the end the four warps add their outputs through shared memory, and the blocks of the splits theirs through the
-// workspace, in the order of the splits: a result does not depend on timing (combine.cuh).
+// workspace, in the order of the splits: a result does not depend on timing (combine.cuh). On Hopper the blocks of a
+// cluster come first (hopper/attention_decode.cuh).
+//
+// A block starts with four loads that depend on nothing, then the copies of the queries, and waits once, for the loads:
+// then the ring is filled. It waits for the queries when they are needed.
 //
 // Every call uses online softmax: memory hides its cost. The largest weight of a row is then exactly 1, and
 // the sum of the unrounded weights is a good enough divisor (docs/attention.md#bounded-softmax).
@@ -62,8 +66,8 @@ struct QueryRow {
 };
 
 __device__ inline QueryRow unpack_row(const DecodePlan& plan, int kv_head, int packed) {
-  const int query = packed / plan.qhead_per_kvhead;
-  return {query, kv_head * plan.qhead_per_kvhead + (packed - query * plan.qhead_per_kvhead), packed < plan.num_rows};
+  const auto [query, head] = divide(packed, plan.qhead_per_kvhead);
+  return {query, kv_head * plan.qhead_per_kvhead.value + head, packed < plan.num_rows};
 }
 
 // Begins to copy the query rows of the block. Rows and channels that do not exist become zero.
@@ -95,24 +99,40 @@ __device__ inline int count_keys(const AttentionParams& params) {
   return params.num_keys == nullptr ? params.seqlen_k : min(max(__ldg(params.num_keys), 0), params.seqlen_k);
 }
 
-// Describes the block's rows, one per lane, and returns the keys that they see. One warp writes them to `shared`.
+// What a lane must know of its row: lane `l` has row `l` of the block. All of it is loaded before any is used, and the
+// queries are copied in the meantime: the first copies of keys wait for one trip to memory, not for several.
+struct RowInputs {
+  QueryRow row;  // a lane without a row has one that does not exist
+  float slope, bound;
+  int num_keys, key_start;
+};
+
+template <int kRows>
+__device__ inline RowInputs load_row_inputs(const AttentionParams& params, const DecodePlan& plan, int batch,
+                                            int kv_head, int first_row) {
+  const int lane = static_cast<int>(threadIdx.x);
+  RowInputs inputs{unpack_row(plan, kv_head, first_row + lane), 0.0f, kInfinity, count_keys(params), 0};
+  if (lane >= kRows || !inputs.row.exists) inputs.row = {params.seqlen_q, -1, false};
+  if (!inputs.row.exists) return inputs;
+  if (params.alibi_slopes != nullptr) inputs.slope = __ldg(params.alibi_slopes + inputs.row.head);
+  if (params.logit_bound != nullptr) inputs.bound = __ldg(params.logit_bound + inputs.row.head);
+  inputs.key_start = load_key_start(params, batch, inputs.row.query);
+  return inputs;
+}
+
+// Describes the block's rows, and returns the keys that they see. One warp writes them to `shared`.
 template <int kRows>
 __device__ inline KeyRange describe_rows(DecodeShared<kRows>* shared, const AttentionParams& params,
-                                         const DecodePlan& plan, int batch, int kv_head, int first_row, bool write) {
+                                         const DecodePlan& plan, const RowInputs& inputs, bool write) {
   const int lane = static_cast<int>(threadIdx.x);
-  const QueryRow unpacked = unpack_row(plan, kv_head, first_row + lane);
-  const bool exists = lane < kRows && unpacked.exists;
-  Head head{0.0f, 0.0f, kUnlimited};
-  if (exists) head = describe_head(params, unpacked.head);
-  const int num_keys = count_keys(params);
-  const Row row = describe_row(params, batch, exists ? unpacked.query : params.seqlen_q, num_keys);
-  if (write && lane == 0) shared->first_position = num_keys - params.seqlen_q;
+  const Row row = describe_row(params, inputs.row.query, inputs.num_keys, inputs.key_start);
+  if (write && lane == 0) shared->first_position = inputs.num_keys - params.seqlen_q;
   if (write && lane < kRows) {
     shared->rows[lane] = row;
-    shared->head[lane] = exists ? unpacked.head : -1;
-    shared->raw_slope[lane] = head.slope * plan.inverse_softmax_scale;
+    shared->head[lane] = inputs.row.head;
+    shared->raw_slope[lane] = inputs.slope * plan.inverse_softmax_scale;
   }
-  return KeyRange::of(row, exists, head.window).of_warp();
+  return KeyRange::of(row, inputs.row.exists, describe_head(inputs.slope, inputs.bound).window).of_warp();
 }
 
 inline constexpr int kScoreTiles = kSlice / 8;
@@ -146,70 +166,90 @@ __device__ inline void seed_row_bias(float (&scores)[kRowTiles][kScoreTiles][4],
   }
 }
 
-// Divides, rounds and writes the rows of the block, and their log-sum-exp.
-template <typename T, int kRows, int kHeadDim, int kVectors>
-__device__ inline void write_rows(const AttentionParams& params, const DecodePlan& plan, int batch,
-                                  const float4 (&total)[kVectors], const DecodeShared<kRows>* shared, int thread) {
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const OwnVector<kHeadDim> own(thread, i);
-    const int head = shared->head[own.row], query = shared->rows[own.row].position - shared->first_position;
-    const int channels = params.head_dim - own.channel;
-    if (head < 0 || channels <= 0) continue;
-    const float sum = shared->total[own.row].sum;
-    const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;  // 0: a row that sees no key; a NaN stays one
-    const uint2 bits = make_uint2(pack<T>(total[i].x * factor, total[i].y * factor),
-                                  pack<T>(total[i].z * factor, total[i].w * factor));
-    T* target = static_cast<T*>(params.out) + offset_of(params.out_stride, batch, query, head) + own.channel;
-    if (plan.is_aligned16) {
-      *reinterpret_cast<uint2*>(target) = bits;
-    } else {
-      store_elements<4>(target, bits, channels);
-    }
-  }
-  if (thread < kRows) {
-    if (shared->head[thread] < 0) return;
-    const std::int64_t head = static_cast<std::int64_t>(batch) * params.num_heads + shared->head[thread];
-    const int query = shared->rows[thread].position - shared->first_position;
-    params.softmax_lse[head * params.seqlen_q + query] =
-        fmaf(shared->total[thread].maximum, kLn2, logf(shared->total[thread].sum));
+// Divides, rounds and writes four channels of a row of the block.
+template <typename T, int kRows>
+__device__ inline void write_vector(const AttentionParams& params, const DecodePlan& plan, int batch,
+                                    const DecodeShared<kRows>* shared, int row, int channel, const float4& total,
+                                    float sum) {
+  const int head = shared->head[row], query = shared->rows[row].position - shared->first_position;
+  const int channels = params.head_dim - channel;
+  if (head < 0 || channels <= 0) return;
+  const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;  // 0: a row that sees no key; a NaN stays one
+  const uint2 bits =
+      make_uint2(pack<T>(total.x * factor, total.y * factor), pack<T>(total.z * factor, total.w * factor));
+  T* target = static_cast<T*>(params.out) + offset_of(params.out_stride, batch, query, head) + channel;
+  if (plan.is_aligned16) {
+    *reinterpret_cast<uint2*>(target) = bits;
+  } else {
+    store_elements<4>(target, bits, channels);
   }
 }
 
-// Blocks are dim3(32, kDecodeWarps), so that threadIdx.x is the lane: load_tile then works for one warp. Row blocks
-// that read the same keys are neighbours in the grid: the second one finds them in L2.
+// Writes the log-sum-exp of a row of the block.
+template <int kRows>
+__device__ inline void write_lse(const AttentionParams& params, int batch, const DecodeShared<kRows>* shared, int row,
+                                 const Statistics& total) {
+  if (shared->head[row] < 0) return;
+  const std::int64_t head = static_cast<std::int64_t>(batch) * params.num_heads + shared->head[row];
+  const int query = shared->rows[row].position - shared->first_position;
+  params.softmax_lse[head * params.seqlen_q + query] = fmaf(total.maximum, kLn2, logf(total.sum));
+}
+
+// The part of a call that a block has: a row block, and one of the splits of its keys.
+struct DecodeBlock {
+  int batch, kv_head, row_block, split;
+};
+
+// The blocks of a cluster, one block where there are none, have neighbouring splits. Clusters of row blocks that read
+// the same keys are neighbours in the grid: the second one finds them in L2.
+__device__ inline DecodeBlock find_decode_block(const DecodePlan& plan) {
+  const int cluster = static_cast<int>(blockIdx.x) >> plan.cluster_size_log2;
+  const int rank = static_cast<int>(blockIdx.x) - (cluster << plan.cluster_size_log2);
+  const auto [cluster_of_head, row_block] = divide(cluster, plan.num_row_blocks);
+  const auto [head_of_batch, cluster_of_rows] = divide(cluster_of_head, plan.num_clusters);
+  const auto [batch, kv_head] = divide(head_of_batch, plan.num_kv_heads);
+  return {batch, kv_head, row_block, (cluster_of_rows << plan.cluster_size_log2) + rank};
+}
+
+// The number of the block's row block among those of the whole call.
+__device__ inline std::int64_t row_block_of_call(const DecodePlan& plan, const DecodeBlock& block) {
+  return (static_cast<std::int64_t>(block.batch) * plan.num_kv_heads.value + block.kv_head) *
+             plan.num_row_blocks.value +
+         block.row_block;
+}
+
+// The attention of the block's rows to the keys of its split. On return `shared` describes the rows, and for add_warps()
+// the outputs of the warps lie in place of the tiles, with their factors and the statistics of their sum in `shared`.
+//
+// Blocks are dim3(32, kDecodeWarps), so that threadIdx.x is the lane: load_tile then works for one warp.
 template <typename T, int kHeadDim, int kRowTiles>
-__global__ void __launch_bounds__(kDecodeThreads, 2)
-    attention_decode_kernel(const __grid_constant__ AttentionParams params, const __grid_constant__ DecodePlan plan) {
+__device__ inline void attend_to_split(unsigned char* shared_memory, const AttentionParams& params,
+                                       const DecodePlan& plan, const DecodeBlock& block) {
   using Tiles = DecodeTiles<kHeadDim, kRowTiles>;
   constexpr int kRows = Tiles::kRows, kStages = Tiles::kStages;
-  extern __shared__ __align__(kTileAlignment) unsigned char shared_memory[];
-  auto* shared = reinterpret_cast<DecodeShared<kRows>*>(shared_memory + Tiles::kTilesBytes);
+  auto* shared = Tiles::shared_of(shared_memory);
   const int lane = static_cast<int>(threadIdx.x), warp = static_cast<int>(threadIdx.y);
   const int thread = warp * kWarpLanes + lane;
   const std::uint32_t q_tile = shared_address(shared_memory);
   const std::uint32_t ring = q_tile + Tiles::kQueryBytes + warp * Tiles::kRingBytes;
-
-  const int row_block = static_cast<int>(blockIdx.x) % plan.num_row_blocks;
-  const int split_of_head = static_cast<int>(blockIdx.x) / plan.num_row_blocks;
-  const int split = split_of_head % plan.num_splits, head_of_batch = split_of_head / plan.num_splits;
-  const int kv_head = head_of_batch % params.num_kv_heads, batch = head_of_batch / params.num_kv_heads;
-  const int first_row = row_block * kRows;
+  const int batch = block.batch, kv_head = block.kv_head, split = block.split, first_row = block.row_block * kRows;
 
   // Load the rows, and find the keys that they see.
+  const RowInputs inputs = load_row_inputs<kRows>(params, plan, batch, kv_head, first_row);
   load_queries<kHeadDim, kRows, T>(q_tile, params, plan, batch, kv_head, first_row, thread);
   cp_async_commit();
-  const KeyRange key_range = describe_rows(shared, params, plan, batch, kv_head, first_row, warp == 0);
+  const KeyRange key_range = describe_rows(shared, params, plan, inputs, warp == 0);
 
-  // Find this block's run of steps and this warp's slices of it, which are kDecodeStep keys apart.
-  const int begin = key_range.begin / kSlice * kSlice;
-  const std::int64_t num_keys = max(static_cast<std::int64_t>(key_range.end) - begin, static_cast<std::int64_t>(0));
-  const std::int64_t num_steps = (num_keys + kDecodeStep - 1) / kDecodeStep;
-  const std::int64_t first_offset = num_steps * split / plan.num_splits * kDecodeStep + warp * kSlice;
-  const std::int64_t end_offset = min(num_steps * (split + 1) / plan.num_splits * kDecodeStep, num_keys);
-  const int num_slices =
-      static_cast<int>((max(end_offset - first_offset, static_cast<std::int64_t>(0)) + kDecodeStep - 1) / kDecodeStep);
-  const int first_slice = static_cast<int>(begin + first_offset);
+  // Find this block's run of steps, one more in the first splits, and this warp's slices of it, which are kDecodeStep
+  // keys apart.
+  const int begin = key_range.begin < key_range.end ? key_range.begin / kSlice * kSlice : 0;
+  const int num_keys = max(key_range.end - begin, 0);
+  const auto [steps, more] = divide((num_keys + kDecodeStep - 1) / kDecodeStep, plan.num_splits);
+  const int first_step = split * steps + min(split, more), end_step = first_step + steps + (split < more ? 1 : 0);
+  const int first_offset = first_step * kDecodeStep + warp * kSlice;
+  const int end_offset = min(end_step * kDecodeStep, num_keys);
+  const int num_slices = (max(end_offset - first_offset, 0) + kDecodeStep - 1) / kDecodeStep;
+  const int first_slice = begin + first_offset;
 
   const T* k_data = static_cast<const T*>(params.k) + offset_of(params.k_stride, batch, 0, kv_head);
   const T* v_data = static_cast<const T*>(params.v) + offset_of(params.v_stride, batch, 0, kv_head);
@@ -311,15 +351,36 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   }
   combine_statistics(shared, kDecodeWarps, kRows, thread);
   __syncthreads();  // outputs and factors are complete
+}
+
+template <typename T, int kHeadDim, int kRowTiles>
+__global__ void __launch_bounds__(kDecodeThreads, 2)
+    attention_decode_kernel(const __grid_constant__ AttentionParams params, const __grid_constant__ DecodePlan plan) {
+  using Tiles = DecodeTiles<kHeadDim, kRowTiles>;
+  constexpr int kRows = Tiles::kRows;
+  extern __shared__ __align__(kTileAlignment) unsigned char shared_memory[];
+  const DecodeBlock block = find_decode_block(plan);
+  attend_to_split<T, kHeadDim, kRowTiles>(shared_memory, params, plan, block);
+
+  auto* shared = Tiles::shared_of(shared_memory);
+  const int thread = static_cast<int>(threadIdx.y) * kWarpLanes + static_cast<int>(threadIdx.x);
   constexpr int kVectors = kRows * kHeadDim / 4 / kDecodeThreads;
   float4 total[kVectors];
-  add_warps<kHeadDim, kRowTiles>(total, shared, staging, thread);
-
-  const std::int64_t tile =
-      (static_cast<std::int64_t>(batch) * params.num_kv_heads + kv_head) * plan.num_row_blocks + row_block;
-  const int num_rows = min(plan.num_rows - first_row, kRows);
-  if (!combine_splits<kRows, kHeadDim>(total, shared, shared_memory, plan, tile, split, num_rows, thread)) return;
-  write_rows<T, kRows, kHeadDim>(params, plan, batch, total, shared, thread);
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    total[i] = add_warps<kHeadDim, kRowTiles>(shared_memory, OwnVector<kHeadDim>(thread, i));
+  }
+  const int num_rows = min(plan.num_rows - block.row_block * kRows, kRows);
+  if (!combine_splits<kRows, kHeadDim>(total, shared, shared_memory, plan, row_block_of_call(plan, block), block.split,
+                                       num_rows, thread)) {
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const OwnVector<kHeadDim> own(thread, i);
+    write_vector<T>(params, plan, block.batch, shared, own.row, own.channel, total[i], shared->total[own.row].sum);
+  }
+  if (thread < kRows) write_lse(params, block.batch, shared, thread, shared->total[thread]);
 }
 
 }  // namespace andromeda::cuda

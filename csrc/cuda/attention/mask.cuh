@@ -21,16 +21,19 @@ struct Head {
   int window;   // in keys; kUnlimited without a bound or a bias
 };
 
-__device__ inline Head describe_head(const AttentionParams& params, int head) {
-  Head result{0.0f, kInfinity, kUnlimited};
-  if (params.alibi_slopes != nullptr) result.slope = __ldg(params.alibi_slopes + head);
-  if (params.logit_bound == nullptr) return result;
-  const float bound = __ldg(params.logit_bound + head);
+__device__ inline Head describe_head(float slope, float bound) {
+  Head result{slope, kInfinity, kUnlimited};
   if (bound >= 0.0f) result.bound = bound;  // a NaN is no bound
   // Rounded up, plus one: float32 is not exact, and a key too many is harmless.
   const float window = ceilf((2.0f * bound + 16.6355324f) / result.slope) + 1.0f;  // 24 ln 2
   if (result.slope > 0.0f && window < 1e9f) result.window = static_cast<int>(window);
   return result;
+}
+
+__device__ inline Head describe_head(const AttentionParams& params, int head) {
+  const float slope = params.alibi_slopes == nullptr ? 0.0f : __ldg(params.alibi_slopes + head);
+  if (params.logit_bound == nullptr) return {slope, kInfinity, kUnlimited};
+  return describe_head(slope, __ldg(params.logit_bound + head));
 }
 
 // One query row of one batch entry: it sees the keys first <= j < end and is aligned with the key at `position`. A row
@@ -44,23 +47,27 @@ struct Row {
   __device__ bool sees_itself() const { return first <= position && position < end; }
 };
 
+// The first key that key_start permits the row to see.
+__device__ inline int load_key_start(const AttentionParams& params, int batch, int query) {
+  if (params.key_start == nullptr || query >= params.seqlen_q) return 0;
+  return __ldg(params.key_start + static_cast<std::int64_t>(batch) * params.seqlen_q + query);
+}
+
 // num_keys: the keys that exist.
-__device__ inline Row describe_row(const AttentionParams& params, int batch, int query, int num_keys) {
+__device__ inline Row describe_row(const AttentionParams& params, int query, int num_keys, int key_start) {
   Row row;
   row.position = query + (num_keys - params.seqlen_q);
   row.first = 0;
   row.end = num_keys;
   if (query >= params.seqlen_q) return row;
-  if (params.key_start != nullptr) {
-    row.first = max(__ldg(params.key_start + static_cast<std::int64_t>(batch) * params.seqlen_q + query), 0);
-  }
+  row.first = max(key_start, 0);
   if (params.causal) row.end = min(row.end, row.position + 1);
   if (row.empty()) row.first = kUnlimited, row.end = 0;  // masked in every tile
   return row;
 }
 
 __device__ inline Row describe_row(const AttentionParams& params, int batch, int query) {
-  return describe_row(params, batch, query, params.seqlen_k);
+  return describe_row(params, query, params.seqlen_k, load_key_start(params, batch, query));
 }
 
 // The part of a Row that `apply_mask` needs.
