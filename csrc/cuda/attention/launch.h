@@ -29,15 +29,16 @@ void attention_decode(const AttentionParams& params, const AttentionWorkspace& w
 
 // The checks that protect memory and the kernels' arithmetic; Python has checked the meaning of the call. Messages
 // begin with `kernel`.
-inline void check_attention(const AttentionParams& params, const char* kernel) {
+inline void check_attention(const AttentionParams& params, const char* kernel,
+                            int max_head_dim = kMaxAttentionHeadDim) {
   const auto refuse = [&](const std::string& message) {
     throw std::invalid_argument(std::string(kernel) + ": " + message);
   };
   if (params.dtype != DType::kFloat16 && params.dtype != DType::kBFloat16) {
     refuse("dtype must be float16 or bfloat16 on CUDA; pass backend=\"row_max\" for other types");
   }
-  if (params.head_dim < 1 || params.head_dim > kMaxAttentionHeadDim) {
-    refuse("head_dim must be between 1 and " + std::to_string(kMaxAttentionHeadDim) + " on CUDA, got " +
+  if (params.head_dim < 1 || params.head_dim > max_head_dim) {
+    refuse("head_dim must be between 1 and " + std::to_string(max_head_dim) + " on CUDA, got " +
            std::to_string(params.head_dim));
   }
   if (params.num_splits < kNotSplit) {
@@ -79,8 +80,14 @@ inline bool is_aligned16(const AttentionParams& params) {
 }
 
 // softmax_scale * log2(e), rounded once: 2^(score * softmax_scale_log2) is the weight of a score <q, k>.
+constexpr float softmax_scale_log2_of(float softmax_scale) {
+  return static_cast<float>(static_cast<double>(softmax_scale) * 1.4426950408889634074);
+}
+// q_multiplier of qk_norm_rotary replaces all of a scale but ln(2): no score needs a product then.
+static_assert(softmax_scale_log2_of(0.69314718055994530942f) == 1.0f, "exact for ln(2)");
+
 inline float softmax_scale_log2_of(const AttentionParams& params) {
-  return static_cast<float>(static_cast<double>(params.softmax_scale) * 1.4426950408889634074);
+  return softmax_scale_log2_of(params.softmax_scale);
 }
 
 // The grid is one-dimensional: y and z end at 65 535.

@@ -63,6 +63,11 @@ AttentionWorkspace attention_backward_workspace(const AttentionParams& params);
 
 // head_dim up to kMaxAttentionHeadDim, seqlen_q and seqlen_k up to kMaxAttentionSeqlen, float16 and bfloat16,
 // softmax_scale at least kMinSoftmaxScale. The tensors' device must be the current one.
+//
+// The forward pass takes head_dim up to attention_forward_max_head_dim(), which depends on the current device. Above
+// kMaxAttentionHeadDim it must be a multiple of 8, rows of q, k and v must start at multiples of 16 bytes, no stride of
+// theirs may be 0, and num_keys must be null.
+int attention_forward_max_head_dim();
 void attention_forward(const AttentionParams& params, const AttentionWorkspace& workspace, CUstream_st* stream);
 void attention_backward(const AttentionBackwardParams& params, const AttentionWorkspace& workspace,
                         CUstream_st* stream);
