@@ -16,6 +16,7 @@ from test_attention import BFLOAT16, FLOAT16, Case, bounded, check, check_beside
 from andromeda.ops import _select
 from andromeda.ops import attention as op
 from andromeda.ops.attention import attention
+from emulator import DEVICES
 
 HALF = (BFLOAT16, FLOAT16)
 # Cases are small: three heads that share a key head, with a steep slope, a flat one and none.
@@ -146,7 +147,7 @@ def test_matches_the_reference(case, emulated):
     check(make(case, torch.device("cpu")), "cuda", values=whole.rules_for(case, "cuda"))
 
 
-@pytest.mark.parametrize("device", ["A100", "H200"])
+@pytest.mark.parametrize("device", ["A100", "L4"])
 @pytest.mark.parametrize("case", WIDE, ids=str)
 def test_stages_of_keys_in_the_backward(case, device, emulated):
     emulate(emulated, case)
@@ -296,6 +297,8 @@ def test_schedules_change_no_bit(case, emulated):
 
 # ---- splits of the keys ---------------------------------------------------------------------------------------------
 
+WITHOUT_CLUSTERS = dataclasses.replace(DEVICES["H200"], major=8)  # test_hopper_decode.py has them
+
 
 @pytest.mark.parametrize("num_splits", whole.SPLITS)
 @pytest.mark.parametrize("case", whole.SPLIT_CASES, ids=str)
@@ -368,11 +371,11 @@ def test_splits_keep_numbers_that_are_not_finite(emulated, monkeypatch):
 
 
 def test_bytes_on_the_way_of_the_last_block(emulated, monkeypatch):
-    """131072 keys on an H200 are 128 splits. The last block to arrive writes a partial result for each level and reads
-    the others of its groups; no other work hides this traffic."""
+    """131072 keys are 128 splits on a device like an H200, but without clusters. The last block to arrive writes a
+    partial result for each level and reads the others of its groups; no other work hides this traffic."""
     heads, head_dim, num_splits = 24, 128, 128
     sizes = {"batch": 1, "seqlen_q": 1, "num_heads": heads, "num_kv_heads": 1, "head_dim": head_dim, "causal": True}
-    emulated.settings.device = "H200"
+    emulated.settings.device = WITHOUT_CLUSTERS
     chosen = _select.extension.attention_forward_workspace(seqlen_k=131072, **sizes)
     few_keys = {"seqlen_k": 64 * num_splits, "num_splits": num_splits}
     assert chosen == _select.extension.attention_forward_workspace(**few_keys, **sizes)
@@ -392,8 +395,8 @@ def test_bytes_on_the_way_of_the_last_block(emulated, monkeypatch):
     "batch, seqlen_k, measured", [(1, 131072, (128, 132)), (16, 8192, (8, 8)), (64, 2048, (2, 4)), (1, 8192, (24, 64))]
 )
 def test_number_of_splits_is_the_fastest_measured(emulated, batch, seqlen_k, measured):
-    """On an H200, 24 heads of 128 channels: within 4 % of the best number of splits of these keys."""
-    emulated.settings.device = "H200"
+    """On an H200 without clusters, 24 heads of 128 channels: within 4 % of the best number of splits of these keys."""
+    emulated.settings.device = WITHOUT_CLUSTERS
     sizes = {"seqlen_q": 1, "num_heads": 24, "num_kv_heads": 1, "head_dim": 128, "causal": True}
     chosen = _select.extension.attention_forward_workspace(batch=batch, seqlen_k=seqlen_k, **sizes)[2]
     assert measured[0] <= chosen <= measured[1]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from emulator import DeviceTensor, EmulatedExtension, Emulator
-from emulator.test_mutants import ONE_MULTIPROCESSOR, kernel_text
+from emulator.test_mutants import HOPPER_OF_ONE, ONE_MULTIPROCESSOR, kernel_text
 
 BATCH, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 64
 AXES = {"batch": 0, "seqlen": 1, "head": 2}
@@ -58,7 +58,7 @@ class Memory:
         return self.emu.sparse(shape, torch.bfloat16, name=name, strides=tuple(strides))
 
 
-def resources(emu, direction, q, k, causal=True):
+def resources(emu, direction, q, k, causal=True, **options):
     batch, seqlen_q, num_heads, head_dim = q.shape
     with emu:
         num_partials, num_semaphores, *_ = getattr(emu.extension, f"attention_{direction}_workspace")(
@@ -69,6 +69,7 @@ def resources(emu, direction, q, k, causal=True):
             num_kv_heads=k.shape[2],
             head_dim=head_dim,
             causal=causal,
+            **options,
         )
     partials = emu.sparse((num_partials,), torch.float32, name="partials") if num_partials else None
     semaphores = torch.zeros(num_semaphores, dtype=torch.int32)
@@ -100,15 +101,20 @@ def operands(memory, seqlen_q, seqlen_k):
     return attention_call(memory.emu, q, k, v, out, softmax_lse)
 
 
-def forward(memory, seqlen_q=70, seqlen_k=90):
+def forward(memory, seqlen_q=70, seqlen_k=90, num_splits=0):
     emu = memory.emu
     call = operands(memory, seqlen_q, seqlen_k)
-    EmulatedExtension(emu).attention_forward(**call, **resources(emu, "forward", call["q"], call["k"]))
+    memory_of_call = resources(emu, "forward", call["q"], call["k"], num_splits=num_splits)
+    EmulatedExtension(emu).attention_forward(**call, **memory_of_call, num_splits=num_splits)
     return call["out"].memory, call["softmax_lse"].cpu()
 
 
 def decode(memory):
     return forward(memory, seqlen_q=2)
+
+
+def decode_in_clusters(memory):
+    return forward(memory, seqlen_q=2, seqlen_k=600, num_splits=9)  # two clusters
 
 
 def backward(memory):
@@ -199,9 +205,15 @@ def shift_backward(memory):
 # Operation: its kernels, the call.
 OPERATIONS = {
     "forward": (["attention_forward_kernelI13__nv_bfloat16Li64E"], forward),
+    "forward on Hopper": (["attention_forward_wgmma_kernelI13__nv_bfloat16Li64E"], forward),
     "decode": (["attention_decode_kernelI13__nv_bfloat16Li64ELi1E"], decode),
+    "decode, clusters": (["attention_decode_cluster_kernelI13__nv_bfloat16Li64ELi1E"], decode_in_clusters),
     "backward": (
         [f"attention_backward_{name}_kernelI13__nv_bfloat16Li64E" for name in ("dq", "dkdv", "sum")],
+        backward,
+    ),
+    "backward on Hopper": (
+        [f"attention_backward_{name}_wgmma_kernelI13__nv_bfloat16Li64E" for name in ("dq", "dkdv")],
         backward,
     ),
     "qk_norm_rotary_forward": (
@@ -228,8 +240,10 @@ every_axis = pytest.mark.parametrize(
 
 
 def device_for(name):
-    """With one multiprocessor the decode kernel gains nothing; with many, the backward pass splits the heads."""
-    return ONE_MULTIPROCESSOR if name == "forward" else "A100"
+    """With one multiprocessor the decode kernel gains nothing; with many, the backward pass splits the heads,
+    which the kernel of dk and dv on Hopper must not do here: it would not write them itself."""
+    hopper = {"decode, clusters": "H200", "forward on Hopper": HOPPER_OF_ONE, "backward on Hopper": HOPPER_OF_ONE}
+    return {"forward": ONE_MULTIPROCESSOR, **hopper}.get(name, "A100")
 
 
 @pytest.mark.parametrize("reach", REACHES)

@@ -1,5 +1,5 @@
 // attention, backward, on the GPU: checks, the workspace, the splits of the query heads, dispatch and launches. The
-// kernels are in backward_dq.cuh and backward_dkdv.cuh.
+// kernels are in backward_dq.cuh and backward_dkdv.cuh; Hopper has its own for tensors that TMA can copy.
 //
 // The tensors' device must be the current one. A call allocates nothing and waits for nothing: it can be captured.
 #include <algorithm>
@@ -11,6 +11,9 @@
 #include "attention/backward_dkdv.cuh"
 #include "attention/backward_dq.cuh"
 #include "attention/launch.h"
+#ifdef ANDROMEDA_HOPPER
+#include "hopper/attention_backward.h"
+#endif
 
 namespace andromeda::cuda {
 namespace {
@@ -124,7 +127,7 @@ void launch_dq(const AttentionBackwardParams& params, const BackwardPlan& plan, 
 }
 
 template <typename T, int kHeadDim>
-void launch_all(const AttentionBackwardParams& params, const BackwardPlan& plan, CUstream_st* stream) {
+void launch_passes(const AttentionBackwardParams& params, const BackwardPlan& plan, CUstream_st* stream) {
   const AttentionParams& forward = params.forward;
   const std::int64_t kv_heads = static_cast<std::int64_t>(forward.batch) * forward.num_kv_heads;
   if constexpr (kHeadDim == 64) {  // two stages fit everywhere
@@ -137,10 +140,29 @@ void launch_all(const AttentionBackwardParams& params, const BackwardPlan& plan,
   launch(attention_backward_dkdv_kernel<T, kHeadDim>, "attention_backward_dkdv",
          kv_heads * num_key_tiles(forward) * plan.num_head_splits, kBackwardThreads, kKeySharedBytes<kHeadDim>, params,
          plan, stream);
+}
+
+template <typename T, int kHeadDim>
+void launch_sum(const AttentionBackwardParams& params, const BackwardPlan& plan, CUstream_st* stream) {
   if (plan.num_head_splits == 1) return;
+  const AttentionParams& forward = params.forward;
+  const std::int64_t kv_heads = static_cast<std::int64_t>(forward.batch) * forward.num_kv_heads;
   const std::int64_t num_vecs = 2 * kv_heads * forward.seqlen_k * (kHeadDim / kVec16Width<T>);
   launch(attention_backward_sum_kernel<T, kHeadDim>, "attention_backward_sum", ceil_div(num_vecs, kSumThreads),
          kSumThreads, 0, params, plan, stream);
+}
+
+// Both passes by the kernels for Hopper, if they take the call.
+bool launch_on_hopper([[maybe_unused]] const AttentionBackwardParams& params, [[maybe_unused]] const BackwardPlan& plan,
+                      [[maybe_unused]] CUstream_st* stream) {
+#ifdef ANDROMEDA_HOPPER
+  if (!hopper::takes_attention_backward(params)) return false;
+  hopper::launch_attention_backward_dq(params, plan, stream);
+  hopper::launch_attention_backward_dkdv(params, plan, stream);
+  return true;
+#else
+  return false;
+#endif
 }
 
 }  // namespace
@@ -155,8 +177,11 @@ void attention_backward(const AttentionBackwardParams& params, const AttentionWo
   check_attention(params.forward, kName);
   check_softmax_scale(params.forward, kName);
   const BackwardPlan plan = plan_of(params, workspace);
+  const bool is_on_hopper = launch_on_hopper(params, plan, stream);
   dispatch_attention(params.forward, [&](auto dtype, auto head_dim) {
-    launch_all<typename decltype(dtype)::type, head_dim()>(params, plan, stream);
+    using T = typename decltype(dtype)::type;
+    if (!is_on_hopper) launch_passes<T, head_dim()>(params, plan, stream);
+    launch_sum<T, head_dim()>(params, plan, stream);
   });
 }
 

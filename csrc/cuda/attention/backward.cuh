@@ -42,6 +42,9 @@
 //   64       dq 49, dk dv 33        dq 168, dk dv 168              2 * 64 * 64 *  64 * (3 + 4)
 //   128      dq 81 or 97, 65        dq 254 (255), 247 (254)        2 * 64 * 64 * 128 * (3 + 4)
 //
+// Hopper has its own dq kernel and dk, dv kernel (hopper/attention_backward_dq.cuh, attention_backward_dkdv.cuh). They
+// share the plan, the formulas, and the numbers that the first writes for the second.
+//
 // A single pass would need 5 products instead of 7, and either atomics or an order of the additions to dq.
 #pragma once
 
@@ -159,6 +162,24 @@ struct BackwardPlan {
   int num_head_splits;   // of the query heads of a key head; split s has the heads s, s + num_head_splits ...
   float softmax_scale_log2;
   bool is_aligned16;
+};
+
+// The queries of a block of a dq kernel, and their head. The longest work comes first: under a causal mask the last
+// queries see most keys, and heads without a bias are usually last.
+struct QueryBlock {
+  int batch, head, kv_head, query;
+
+  // blockIdx.x is read again after the loop, which then keeps nothing in registers that it does not need.
+  __device__ static QueryBlock read(const AttentionParams& params, const BackwardPlan& plan) {
+    unsigned block;
+    asm volatile("mov.u32 %0, %%ctaid.x;\n" : "=r"(block));
+    const int batch = block % params.batch;
+    block /= params.batch;
+    const int head = params.num_heads - 1 - block % params.num_heads;
+    const int tile = plan.num_query_blocks - 1 - block / params.num_heads;
+    return {uniform(batch), uniform(head), uniform(head / (params.num_heads / params.num_kv_heads)),
+            uniform(tile * kQueryRows)};
+  }
 };
 
 // Indices are unsigned where they are multiplied in 64 bits: the upper word of a signed one occupies a register.

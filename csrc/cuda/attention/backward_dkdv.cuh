@@ -14,8 +14,9 @@
 
 namespace andromeda::cuda {
 
-// The keys of a block, and their head. The longest work comes first: under a causal mask most queries see the first
-// keys.
+// The kRows keys of a block, and their head. The longest work comes first: under a causal mask most queries see the
+// first keys.
+template <int kRows>
 struct KeyBlock {
   int batch, kv_head, head_split, key;
 
@@ -29,7 +30,7 @@ struct KeyBlock {
     result.kv_head = block % params.num_kv_heads;
     block /= params.num_kv_heads;
     result.head_split = block % plan.num_head_splits;
-    result.key = block / plan.num_head_splits * kBackwardTile;
+    result.key = block / plan.num_head_splits * kRows;
     return result;
   }
 };
@@ -127,14 +128,14 @@ __device__ inline void store_partial(float* target, std::int64_t row_stride, int
   }
 }
 
-// Writes dk and dv of a block, or the partial ones of its split; `scale` is that of dk. The tiles are free.
-template <typename T, int kHeadDim>
+// Writes 16 rows of dk and dv of a warp, or the partial ones of its split: rows `warp_row` ... of the block of kRows
+// keys, and of the tiles, which are free. `scale` is that of dk.
+template <typename T, int kHeadDim, int kRows>
 __device__ inline void store_key_gradients(const AttentionBackwardParams& params, const BackwardPlan& plan,
                                            const float (&dk)[1][kHeadDim / 8][4], const float (&dv)[1][kHeadDim / 8][4],
-                                           float scale, std::uint32_t k_tile, std::uint32_t v_tile) {
+                                           float scale, std::uint32_t k_tile, std::uint32_t v_tile, int warp_row) {
   const AttentionParams& forward = params.forward;
-  const KeyBlock block = KeyBlock::read(forward, plan);
-  const int warp_row = static_cast<int>(threadIdx.x) / kWarpLanes * 16;
+  const auto block = KeyBlock<kRows>::read(forward, plan);
   const int row = block.key + warp_row;
   constexpr float dv_factor = 1.0f / kWeightScale<T>;
   const float dk_factor = forward.softmax_scale / scale * dv_factor;
@@ -144,10 +145,8 @@ __device__ inline void store_key_gradients(const AttentionBackwardParams& params
                         plan.is_aligned16);
     };
     const float dk_factors[1][2] = {{dk_factor, dk_factor}}, dv_factors[1][2] = {{dv_factor, dv_factor}};
-    store_rows<T, kHeadDim, kBackwardTile, 1>(target(params.dk, params.dk_stride), row, dk, dk_factors, k_tile,
-                                              warp_row);
-    store_rows<T, kHeadDim, kBackwardTile, 1>(target(params.dv, params.dv_stride), row, dv, dv_factors, v_tile,
-                                              warp_row);
+    store_rows<T, kHeadDim, kRows, 1>(target(params.dk, params.dk_stride), row, dk, dk_factors, k_tile, warp_row);
+    store_rows<T, kHeadDim, kRows, 1>(target(params.dv, params.dv_stride), row, dv, dv_factors, v_tile, warp_row);
   } else {
     const std::int64_t row_stride = static_cast<std::int64_t>(forward.num_kv_heads) * kHeadDim;
     const std::int64_t size = row_stride * forward.batch * forward.seqlen_k;  // of dk or dv
@@ -173,7 +172,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
   const std::uint32_t dout_tile = q_tile + kTileBytes<kTile, kHeadDim>;
 
   const AttentionParams& forward = params.forward;
-  const KeyBlock block = KeyBlock::read(forward, plan);
+  const auto block = KeyBlock<kTile>::read(forward, plan);
   const int batch = block.batch, key = block.key;
   const auto of_keys = [&](const void* data, const SeqStrides& stride) {
     return rows_of<const T>(data, stride, batch, block.kv_head, forward.seqlen_k, forward.head_dim, plan.is_aligned16);
@@ -292,7 +291,8 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm<kHeadDi
 
   cp_async_wait<0>();
   __syncthreads();  // if there was no query tile, nobody has waited for k and v, whose place the results take
-  store_key_gradients<T, kHeadDim>(params, plan, dk, dv, scale, k_tile, v_tile);
+  store_key_gradients<T, kHeadDim, kTile>(params, plan, dk, dv, scale, k_tile, v_tile,
+                                          static_cast<int>(threadIdx.x) / kWarpLanes * 16);
 }
 
 inline constexpr int kSumThreads = 256;

@@ -35,24 +35,6 @@ __device__ inline float multiply_rows(std::uint32_t a, std::uint32_t b, int row)
   return sum;
 }
 
-// The queries of a block, and their head. The longest work comes first: under a causal mask the last queries see most
-// keys, and heads without a bias are usually last.
-struct QueryBlock {
-  int batch, head, kv_head, query;
-
-  // blockIdx.x is read again after the loop, which then keeps nothing in registers that it does not need.
-  __device__ static QueryBlock read(const AttentionParams& params, const BackwardPlan& plan) {
-    unsigned block;
-    asm volatile("mov.u32 %0, %%ctaid.x;\n" : "=r"(block));
-    const int batch = block % params.batch;
-    block /= params.batch;
-    const int head = params.num_heads - 1 - block % params.num_heads;
-    const int tile = plan.num_query_blocks - 1 - block / params.num_heads;
-    return {uniform(batch), uniform(head), uniform(head / (params.num_heads / params.num_kv_heads)),
-            uniform(tile * kQueryRows)};
-  }
-};
-
 // The lane's place: its warp's first row of the tile, and its own first row and column of a result (mma.cuh).
 struct QueryPlace {
   int warp_row, row, column;
