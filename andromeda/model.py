@@ -34,6 +34,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -68,6 +69,7 @@ from andromeda.ops.linear_cross_entropy import linear_cross_entropy
 from andromeda.ops.qk_norm_rotary import qk_norm_rotary
 from andromeda.ops.token_shift_norm import token_shift_norm
 
+_LN2 = math.log(2)
 _LOSS_BLOCK_LOGITS = 2**22  # the loss holds float32 copies of this many logits at once, 16 MiB
 # For so few tokens without gradients feed-forward calls its two modules: there is nothing to save, the operation would
 # take the host 70 us longer, and autocast remembers the rounded weights only of torch's own functions.
@@ -219,6 +221,9 @@ class Attention(nn.Module):
         v = self.to_v(h).unflatten(-1, (-1, self.config.dim_head))
         store = None if call.cache is None else call.cache.attention(self.index)
         bound = self.logit_bound(store)
+        # Queries that are transformed take all of softmax_scale but ln(2). The scores are the same, and <q, k> is the
+        # exponent of 2 that the kernels need: they multiply no score.
+        softmax_scale = _LN2 if self._transforms_queries else self.config.softmax_scale
         outs = []
         for start, stop, segment, length in self._segments(call.position, q):
             if store is None:  # all keys so far, rotated for an xPos origin near these queries
@@ -237,7 +242,7 @@ class Attention(nn.Module):
                 keys,
                 values,
                 causal=True,
-                softmax_scale=self.config.softmax_scale,
+                softmax_scale=softmax_scale,
                 alibi_slopes=self._constant(self._alibi_slopes, q.device),
                 logit_bound=bound,
                 key_start=None if call.stored_key_start is None else call.stored_key_start[:, start:stop],
@@ -263,6 +268,10 @@ class Attention(nn.Module):
             yield start, stop, segment, length
             start = stop
 
+    @property
+    def _transforms_queries(self) -> bool:
+        return self.config.norm_on or self.config.rotary_xpos
+
     def _normalise_and_rotate(
         self,
         q: torch.Tensor,
@@ -271,7 +280,7 @@ class Attention(nn.Module):
         origin: int | None = None,
         step: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.config.norm_on and not self.config.rotary_xpos:
+        if not self._transforms_queries:
             return q, k
         return qk_norm_rotary(
             q,
@@ -284,6 +293,7 @@ class Attention(nn.Module):
             position=position,
             origin=origin,
             step=step,
+            q_multiplier=self.config.softmax_scale / _LN2,
             backend=self.config.backend,
         )
 
@@ -292,7 +302,7 @@ class Attention(nn.Module):
 
         It is Cauchy-Schwarz per rotated pair and per plain channel: rotation keeps the length of a pair, and xPos only
         shrinks it for keys before the query. The factor 1 + 2**-7 covers the rounding of q and k to bfloat16
-        (docs/attention.md#bound).
+        (docs/attention.md#bound). How softmax_scale is shared out among q and `attention` does not change the product.
         """
         margin = 1 + 2**-7
         if not self.config.norm_on:

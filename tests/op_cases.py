@@ -231,9 +231,10 @@ class QkNormRotaryCase(Case):
     normalize: bool = True
     scaled: bool = True
     position: int = 0
+    q_multiplier: float = 1.0
 
     def options(self):
-        names = ("rotary_dim", "xpos", "normalize", "position")
+        names = ("rotary_dim", "xpos", "normalize", "position", "q_multiplier")
         return {name: getattr(self, name) for name in names}
 
     def tensors(self, dtype, device="cpu", seed=0):

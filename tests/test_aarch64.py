@@ -34,6 +34,8 @@ WRITTEN = {
     "qk_norm_rotary_forward": ("q_out", "k_out"),
     "qk_norm_rotary_backward": ("dq", "dk", "dq_scale_partial", "dk_scale_partial"),
 }
+OF_CUDA = ("stream", "partials", "semaphores", "num_splits", "num_keys", "step")
+OF_CUDA += ("q_row", "k_row", "factors", "q_factor_row", "k_factor_row")
 NAN = b"\xff"  # as a byte of any floating dtype
 LINE = 64  # the alignment of torch's memory and of the driver's
 
@@ -90,14 +92,14 @@ def memory_of(tensor):
     return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
 
 
-def run_kernel(driver, folder, name, **arguments):
-    """Run `andromeda._C.<name>(**arguments)` in the driver, with two threads.
+def run_kernel(driver, folder, name, names, *values, **arguments):
+    """Run `andromeda._C.<name>(*values, **arguments)` in the driver, with two threads; names: of all arguments.
 
     All tensors are in one memory with NaN between them, which must neither reach the results nor change.
     """
-    assert arguments.pop("stream", 0) == 0
-    of_cuda = [arguments.pop(name, None) for name in ("partials", "semaphores", "num_keys", "step")]
-    assert of_cuda == [None] * 4
+    arguments |= zip(names, values, strict=False)
+    of_cuda = {argument: arguments.pop(argument, None) for argument in OF_CUDA}
+    assert not any(of_cuda.values()), of_cuda  # None or 0
     arguments.update(num_threads=2, dtype=DTYPE_NUMBERS.index(arguments["q"].dtype))
     call, memory, places = [name], bytearray(NAN * LINE), {}
     for argument, value in arguments.items():
@@ -128,7 +130,9 @@ def run_kernel(driver, folder, name, **arguments):
 def driven(driver, tmp_path, monkeypatch):
     """Passes kernel calls to the driver."""
     for name in WRITTEN:
-        monkeypatch.setattr(_select.extension, name, functools.partial(run_kernel, driver, tmp_path, name))
+        signature = getattr(_select.extension, name).__doc__.splitlines()[0]
+        names = re.findall(r"(\w+): ", signature)  # "f(q: torch.Tensor, k: ..."
+        monkeypatch.setattr(_select.extension, name, functools.partial(run_kernel, driver, tmp_path, name, names))
 
 
 # ---- attention ------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import copy
 import gc
 import itertools
+import math
 import pickle
 import weakref
 
@@ -448,6 +449,28 @@ def aligned(dtype=torch.float32, **flags) -> Andromeda:
                 scale.uniform_(0.5, 2.0)
                 scale[..., 9:11] = 3.0
     return model.to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("flags", "scale"),
+    [
+        *((flags, math.log(2)) for flags in BOUNDED.values()),
+        (dict(qk_norm=False), math.log(2)),
+        (dict(qk_norm=False, rotary_xpos=False), 8**-0.5),
+    ],
+    ids=[*BOUNDED, "no norm", "neither norm nor rotation"],
+)
+def test_queries_that_are_transformed_take_the_softmax_scale(flags, scale, monkeypatch):
+    """A softmax_scale of ln(2) spares the kernels a product per score; the scores are those of the golden data."""
+    scales = []
+
+    def observed(*tensors, softmax_scale, **options):
+        scales.append(softmax_scale)
+        return andromeda.ops.attention.attention(*tensors, softmax_scale=softmax_scale, **options)
+
+    monkeypatch.setattr(andromeda.model, "attention", observed)
+    small(**flags, dim_head=8, depth=2).generate(torch.arange(5), 3, temperature=0.0)
+    assert len(scales) >= 6 and set(scales) == {scale}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

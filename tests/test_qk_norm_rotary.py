@@ -1,6 +1,7 @@
 """qk_norm_rotary: backends against the float64 reference, and that against docs/model.md#5.2, #5.3 and the oracle."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from andromeda.ops import qk_norm_rotary as module
 from andromeda.ops._select import BACKENDS
+from andromeda.ops.attention import attention
 from andromeda.ops.qk_norm_rotary import qk_norm_rotary, unsupported
 from andromeda.reference import qk_norm_rotary as reference
 
@@ -46,6 +48,10 @@ CASES = [
     Case("head_dim_7", head_dim=7, rotary_dim=4),
     Case("head_dim_33", head_dim=33, rotary_dim=16),
     Case("many_tokens", batch=3, seqlen_q=257, seqlen_k=257, head_dim=32, rotary_dim=16),
+    Case("multiplied", num_heads=24, head_dim=128, rotary_dim=64, q_multiplier=128**-0.5 / math.log(2)),
+    Case("multiplied_without_norm", normalize=False, q_multiplier=0.13),
+    Case("multiplied_without_scale", scaled=False, q_multiplier=10 / math.log(2)),
+    Case("multiplied_identity", normalize=False, scaled=False, rotary_dim=0, xpos=False, q_multiplier=3.3),
 ]
 PLAIN = Case("plain")
 
@@ -70,7 +76,7 @@ def test_forward(backend, tensors_for, case, dtype):
 
 
 STEP_CASES = [
-    Case("token", seqlen_q=1, seqlen_k=1, head_dim=128, rotary_dim=64, position=4096),
+    Case("token", seqlen_q=1, seqlen_k=1, head_dim=128, rotary_dim=64, position=4096, q_multiplier=14.4),
     Case("tokens", batch=3, seqlen_q=2, seqlen_k=5, position=30),
     Case("rotation_ends_inside_a_vector", seqlen_q=1, seqlen_k=1, head_dim=40, rotary_dim=6),
     Case("without_xpos", seqlen_q=1, seqlen_k=1, xpos=False),
@@ -145,8 +151,10 @@ def test_backward(backend, tensors_for, case, dtype):
     tables = reference.rotary_tables(
         case.seqlen_q, case.seqlen_k, case.rotary_dim, case.xpos, case.position, origin=None
     )
+    of_q = case.q_multiplier * douts[0].double()  # the gradient of q before it was multiplied
     (dq_size, dq_scale_size), (dk_size, dk_scale_size) = (
-        magnitudes(*operand, case.normalize) for operand in zip(tensors[:2], tensors[2:], douts, tables, strict=True)
+        magnitudes(*operand, case.normalize)
+        for operand in zip(tensors[:2], tensors[2:], (of_q, douts[1]), tables, strict=True)
     )
     sizes = (dq_size, dk_size, dq_scale_size, dk_scale_size)[: len(found)]
     given = [t for t in tensors if t is not None]
@@ -299,6 +307,68 @@ def test_strides_do_not_matter(backend, tensors_for, dtype):
             else:
                 assert torch.equal(found, ref)
     assert surrounding.isnan().sum() == surrounding.numel() - q.numel()
+
+
+@pytest.mark.parametrize("normalize", [True, False], ids=["norm", "no_norm"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_multiplying_by_a_power_of_two_is_exact(backend, tensors_for, dtype, normalize):
+    """q and its gradients are those without q_multiplier times the number, and those of k the same bits."""
+    tensors = tensors_for(PLAIN, dtype)
+    douts = random_like(tensors[:2])
+    options = {**PLAIN.options(), "normalize": normalize, "backend": backend}
+
+    def run(number):
+        def transform(q, k, q_scale, k_scale):
+            return qk_norm_rotary(q, k, q_scale=q_scale, k_scale=k_scale, **options | {"q_multiplier": number})
+
+        return *transform(*tensors), *gradients(transform, tensors, douts)
+
+    plain = run(1.0)
+    for number in (8.0, 0.5):
+        of_q, of_k = (0, 2, 4), (1, 3, 5)
+        found = run(number)
+        for index in of_q:
+            # Half precision is finer below its normal numbers.
+            normal = plain[index].abs() > 4 * torch.finfo(plain[index].dtype).tiny
+            assert torch.equal(found[index][normal], (plain[index] * number)[normal]) and normal.float().mean() > 0.99
+        assert all(torch.equal(found[index], plain[index]) for index in of_k)
+
+
+def test_an_int_multiplies_too(backend, tensors_for):
+    q, k, *_ = tensors_for(PLAIN)
+    found, expected = (qk_norm_rotary(q, k, backend=backend, q_multiplier=number)[0] for number in (3, 3.0))
+    assert torch.equal(found, expected)
+
+
+def test_a_multiplied_query_takes_the_softmax_scale():
+    """With softmax_scale / ln(2) in the queries and ln(2) in attention nothing changes: neither log-sum-exps, the bias,
+    the promise of logit_bound, nor gradients."""
+    tensors = Case("", seqlen_q=30, seqlen_k=40).tensors(torch.float64)
+    v, dout = random_like([tensors[1], tensors[0]])
+    options = {"causal": True, "alibi_slopes": torch.tensor([0.5, 0.0, 0.1]), "return_lse": True}
+    options |= {"logit_bound": torch.full((3,), 90.0)}
+
+    def run(q_multiplier, softmax_scale):
+        leaves = [tensor.requires_grad_() for tensor in (*tensors, v)]
+        q, k, q_scale, k_scale, _ = leaves
+        q, k = qk_norm_rotary(
+            q, k, q_scale=q_scale, k_scale=k_scale, rotary_dim=32, xpos=True, q_multiplier=q_multiplier
+        )
+        out, softmax_lse = attention(q, k, v, softmax_scale=softmax_scale, **options)
+        return out, softmax_lse, *torch.autograd.grad(out, leaves, dout)
+
+    for found, expected in zip(run(0.37 / math.log(2), math.log(2)), run(1.0, 0.37), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_multiplied_queries_fit_float16(backend, tensors_for):
+    """No element of a normalised query is above 1: the model's largest scale, 10 / ln(2), and the largest xPos factor
+    of float16, 2**8, leave a factor of 17 to the largest number."""
+    q, k, *_ = tensors_for(Case("", seqlen_q=1, seqlen_k=1), torch.float16)
+    q.zero_()[..., 0] = 1
+    options = {"rotary_dim": 32, "xpos": True, "origin": 2266, "q_multiplier": 10 / math.log(2), "backend": backend}
+    q_out, _ = qk_norm_rotary(q, k, **options)
+    assert 3600 < q_out.max() < 65504 / 17
 
 
 def test_strided_gradients(backend, tensors_for):
@@ -466,7 +536,14 @@ def test_gradcheck(normalize, scaled):
 
     def run(q, k, q_scale, k_scale):
         return qk_norm_rotary(
-            q, k, q_scale=q_scale, k_scale=k_scale, normalize=normalize, rotary_dim=4, xpos=True, position=50
+            *(q, k),
+            q_scale=q_scale,
+            k_scale=k_scale,
+            normalize=normalize,
+            rotary_dim=4,
+            xpos=True,
+            position=50,
+            q_multiplier=1.7,
         )
 
     assert torch.autograd.gradcheck(run, tensors)
@@ -475,7 +552,7 @@ def test_gradcheck(normalize, scaled):
 @pytest.mark.parametrize("scaled", [True, False], ids=["scaled", "unscaled"])
 def test_opcheck(backend, tensors_for, scaled):
     q, k, q_scale, k_scale = tensors_for(Case("", seqlen_k=20, scaled=scaled))
-    arguments = (q, k, q_scale, k_scale, True, 32, True, 3, 11, backend)
+    arguments = (q, k, q_scale, k_scale, True, 32, True, 3, 11, backend, None, 14.4)
     torch.library.opcheck(module.FORWARD, arguments)
     torch.library.opcheck(module.BACKWARD, (*random_like([q, k]), *arguments))
 
@@ -492,7 +569,14 @@ def test_compile(backend, tensors_for, dynamic):
 
     def step(q, k, q_scale, k_scale, position):
         q_out, k_out = qk_norm_rotary(
-            q, k, q_scale=q_scale, k_scale=k_scale, rotary_dim=32, xpos=True, position=position, backend=backend
+            *(q, k),
+            q_scale=q_scale,
+            k_scale=k_scale,
+            rotary_dim=32,
+            xpos=True,
+            position=position,
+            q_multiplier=14.4,
+            backend=backend,
         )
         return (q_out * k_out).sum()
 
@@ -696,6 +780,20 @@ WRONG_CALLS = {
     "position_bool": ({"position": True}, TypeError, r"position must be an int, got True \(bool\)"),
     "position_none": ({"position": None}, TypeError, r"position must be an int, got None"),
     "origin_type": ({"origin": 1.5}, TypeError, r"origin must be an int, got 1.5 \(float\)"),
+    "multiplier_type": ({"q_multiplier": "2"}, TypeError, r"q_multiplier must be a number, got str"),
+    "multiplier_tensor": ({"q_multiplier": torch.ones(1)}, TypeError, r"q_multiplier must be a number, got Tensor"),
+    "multiplier_bool": ({"q_multiplier": True}, TypeError, r"q_multiplier must be a number, got bool"),
+    "multiplier_nan": ({"q_multiplier": math.nan}, ValueError, r"q_multiplier must be finite, got nan"),
+    "multiplier_inf": ({"q_multiplier": math.inf}, ValueError, r"q_multiplier must be finite, got inf"),
+    **{
+        f"multiplier_{number}": (
+            {"q_multiplier": number},
+            ValueError,
+            rf"q_multiplier must be between 2\*\*-60 and 2\*\*60, got {re.escape(str(number))}; "
+            r"give q_scale any other factor$",
+        )
+        for number in (0.0, -1.0, 2.0**-61, 2.0**61)
+    },
     "backend": ({"backend": "tpu"}, ValueError, r"backend must be None or one of .*, got 'tpu'"),
 }
 

@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +28,9 @@ _FACTOR_REACH = {dtype: math.floor(limit / _LOG2_PER_POSITION) for dtype, limit 
 _MAX_CPU_PARTIALS = 64
 _MIN_TOKENS_PER_PARTIAL = 16
 
+# The kernels may multiply the inverse of a norm by it, which is at most 1e12, or a scale.
+_MIN_MULTIPLIER, _MAX_MULTIPLIER = 2.0**-60, 2.0**60
+
 MAX_STEP = 2**13 - 1  # the largest value of `step`: one more is the length of an xPos segment
 
 # The CPU's tables hold whole blocks of positions: generation token by token makes new ones only at every 64th call.
@@ -47,6 +49,7 @@ def qk_norm_rotary(
     position: int = 0,
     origin: int | None = None,
     step: Tensor | None = None,
+    q_multiplier: float = 1.0,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Normalise, scale and rotate the rows of q and k (docs/model.md#5.2, #5.3).
@@ -58,6 +61,7 @@ def qk_norm_rotary(
         omega_t = 10000 ** (-2t / rotary_dim)           p: position of the row
         zeta_t = (2t + 0.4 * rotary_dim) / (1.4 * rotary_dim)
         z = zeta_t ** (+-(p - origin) / 512)            + for q, - for k; 1 without `xpos`
+        out = out * q_multiplier                        for q, before it is rounded
 
     Positions are aligned at the end: the last query and the last key have the same position. Each part can be turned
     off. Differentiable once in q, k and both scales; with backend="reference" any number of times. Half precision is
@@ -78,6 +82,9 @@ def qk_norm_rotary(
         step: (1,), int32, on the device of q, from 0 to 8191 (checked on CPU tensors): added to `position`, but not to
             `origin`. On a GPU it is read by the kernel, so that a CUDA graph uses the next position at each replay. The
             caller must see to it that the xPos factors stay in range, and no gradient may be recorded.
+        q_multiplier: factor of every result for q, a constant between 2**-60 and 2**60. It costs nothing here and may
+            replace a softmax_scale: after q_multiplier=softmax_scale / math.log(2), `attention` with
+            softmax_scale=math.log(2) has the same scores, and <q, k> is the exponent of 2 that its kernels need.
         backend: "cuda", "triton", "cpu" or "reference". Default: the first that supports the call.
 
     Returns:
@@ -87,22 +94,28 @@ def qk_norm_rotary(
         ValueError, TypeError: the call is wrong on every machine.
         NotImplementedError: no backend, or not the requested one, can run it here; gives the reasons for each.
     """
-    if not _is_usual(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin, step):
-        q, k = _checked(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin, step)
+    options = normalize, rotary_dim, xpos, position, origin, step, q_multiplier
+    is_usual = _is_usual(q, k, q_scale, k_scale, *options)
+    if not is_usual:
+        q, k, q_scale, k_scale, q_multiplier = _checked(q, k, q_scale, k_scale, *options)
     if not xpos:
         origin = position
-    elif origin is None:
-        origin = reference.default_origin(q.shape[1], k.shape[1], position)
-    if xpos:
-        _check_factors(q.dtype, q.shape[1], position + k.shape[1], origin)
-    dtype = compute_dtype(q.dtype)
-    q_scale, k_scale = cast(q_scale, dtype), cast(k_scale, dtype)
+    else:
+        seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+        if origin is None:
+            origin = reference.default_origin(seqlen_q, seqlen_k, position)
+        _check_factors(q.dtype, seqlen_q, position + seqlen_k, origin)
     backend_argument = _select.backend_argument(NAME, backend)
-    call = Call(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin, backend_argument, step)
-    needs_function = _select.needs_function(NAME, q, k, q_scale, k_scale)
-    if needs_function and step is not None:
-        _checks.refuse_gradients(NAME, "step", "its value as a part of position")
-    return _QkNormRotary.apply(*call) if needs_function else FORWARD(*call)
+    call = Call(
+        *(q, k, q_scale, k_scale, normalize, rotary_dim, xpos, position, origin),
+        *(backend_argument, step, q_multiplier),
+    )
+    if _select.needs_function(NAME, q, k, q_scale, k_scale):
+        if step is not None:
+            _checks.refuse_gradients(NAME, "step", "its value as a part of position")
+        is_plain = is_usual and not _select.transforms_active()
+        return (_plain_apply if is_plain else _QkNormRotary.apply)(*call)
+    return forward(call) if is_usual and _operator.is_unobserved() else FORWARD(*call)
 
 
 def unsupported(backend: str, q: Tensor, k: Tensor, *, step: Tensor | None = None) -> list[str]:
@@ -138,6 +151,7 @@ class Call(NamedTuple):
     origin: _operator.SymInt
     backend: str
     step: Tensor | None = None
+    q_multiplier: float = 1.0
 
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # dq, dk, dq_scale, dk_scale
@@ -163,31 +177,24 @@ def _is_usual(
     position: int,
     origin: int | None,
     step: Tensor | None,
+    q_multiplier: float,
 ) -> bool:
-    """Whether the call is correct and needs no cast. Most calls are, and this takes a few microseconds.
+    """Whether the call is correct and needs no cast. Most calls are, and this takes a microsecond.
 
     `_checked` examines every other call again and reports its errors.
     """
-    if not (_checks.has_axes(q, 4) and _checks.has_axes(k, 4)):
-        return False
-    batch, _, num_heads, head_dim = q.shape
-    k_batch, _, num_kv_heads, k_head_dim = k.shape
-    dtype, device = q.dtype, q.device
     return (
-        batch == k_batch
-        and head_dim == k_head_dim > 0
-        and dtype in _checks.FLOAT_DTYPES
-        and k.dtype == dtype
-        and k.device == device
-        and (q_scale is None or _checks.is_floating(q_scale, (num_heads, head_dim), device))
-        and (k_scale is None or _checks.is_floating(k_scale, (num_kv_heads, head_dim), device))
-        and (step is None or _checks.is_exact(step, (1,), torch.int32, device))
+        not torch.compiler.is_compiling()
+        and _select.extension_error is None
+        and _select.extension.qk_norm_rotary_is_usual(q, k, q_scale, k_scale, step)
         and type(normalize) is type(xpos) is bool
         and type(rotary_dim) is type(position) is int
         and (origin is None or type(origin) is int)
-        and xpos <= rotary_dim <= head_dim
+        and xpos <= rotary_dim <= q.shape[3]
         and rotary_dim >= 0
         and rotary_dim % 2 == 0
+        and type(q_multiplier) is float
+        and _MIN_MULTIPLIER <= q_multiplier <= _MAX_MULTIPLIER
     )
 
 
@@ -202,8 +209,9 @@ def _checked(
     position: int,
     origin: int | None,
     step: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """q and k, cast under autocast.
+    q_multiplier: float,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, float]:
+    """q and k, cast under autocast, the scales in the dtype of the computation, and q_multiplier as a float.
 
     Raises:
         ValueError, TypeError: see `qk_norm_rotary`.
@@ -233,7 +241,13 @@ def _checked(
         raise ValueError(f"{NAME}: rotary_dim must be even and between 0 and head_dim={head_dim}, got {rotary_dim}")
     if xpos and rotary_dim == 0:
         raise ValueError(f"{NAME}: rotary_dim must be positive with xpos=True, got 0")
-    return q, k
+    q_multiplier = _checks.check_finite_number(NAME, "q_multiplier", q_multiplier)
+    if not _MIN_MULTIPLIER <= q_multiplier <= _MAX_MULTIPLIER:
+        raise ValueError(
+            f"{NAME}: q_multiplier must be between 2**-60 and 2**60, got {q_multiplier}; give q_scale any other factor"
+        )
+    dtype = compute_dtype(q.dtype)
+    return q, k, cast(q_scale, dtype), cast(k_scale, dtype), q_multiplier
 
 
 def _check_factors(dtype: torch.dtype, seqlen_q: int, end: int, origin: int) -> None:
@@ -252,7 +266,7 @@ def _check_factors(dtype: torch.dtype, seqlen_q: int, end: int, origin: int) -> 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """The operator `qk_norm_rotary_forward`: q and k transformed."""
-    if call.q.is_cpu:
+    if call.step is not None and call.q.is_cpu:
         _check_step(call.step)
     plan = _plan(call)
     if call.step is not None and plan.backend in ("cpu", "reference"):
@@ -261,17 +275,42 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     if plan.backend == "reference":
         dtype = compute_dtype(call.q.dtype)
         q_table, k_table = _whole_tables(call)
-        q_out.copy_(reference.transform(call.q.to(dtype), call.q_scale, q_table, call.normalize))
+        q_out.copy_(reference.transform(call.q.to(dtype), call.q_scale, q_table, call.normalize, call.q_multiplier))
         k_out.copy_(reference.transform(call.k.to(dtype), call.k_scale, k_table, call.normalize))
-    else:
+    elif plan.backend == "triton":
+        from andromeda.triton_kernels import qk_norm_rotary as kernels
+
         with _select.device_guard(call.q.device):
-            _kernel(call, plan, "forward")(**_arguments(call, plan), step=call.step, q_out=q_out, k_out=k_out)
+            kernels.forward(**_triton_arguments(call, plan), q_out=q_out, k_out=k_out, step=call.step)
+    else:
+        q, k, q_scale, k_scale, normalize, *_ = call
+        rotation = plan.rotation or _host_rotation(call)
+        _select.extension.qk_norm_rotary_forward(
+            q,
+            k,
+            contiguous(q_scale),
+            contiguous(k_scale),
+            rotation.q_table,
+            rotation.k_table,
+            q_out,
+            k_out,
+            normalize,
+            torch.get_num_threads(),
+            _select.current_stream(q.device),
+            rotation.q_row,
+            rotation.k_row,
+            rotation.factors,
+            rotation.q_factor_row,
+            rotation.k_factor_row,
+            call.q_multiplier,
+            call.step,
+        )
     return q_out, k_out
 
 
-def _check_step(step: Tensor | None) -> None:
+def _check_step(step: Tensor) -> None:
     """Check the value. Only for the operator on a CPU: a traced call has none, and reading it would stall a GPU."""
-    if step is not None and not 0 <= (value := int(step.item())) <= MAX_STEP:
+    if not 0 <= (value := int(step.item())) <= MAX_STEP:
         raise ValueError(f"{NAME}: step must be between 0 and {MAX_STEP}, got {value}")
 
 
@@ -287,18 +326,47 @@ def backward(dq_out: Tensor, dk_out: Tensor, call: Call) -> Gradients:
                 gradient.copy_(result)
     else:
         dq_scale_partial, dk_scale_partial = (
-            None if scale is None else scale.new_empty((plan.num_partials, *scale.shape))
+            None if scale is None else scale.new_empty(plan.num_partials, *scale.shape)
             for scale in (call.q_scale, call.k_scale)
         )
-        with _select.device_guard(call.q.device):
-            _kernel(call, plan, "backward")(
-                **_arguments(call, plan),
-                dq_out=dq_out,
-                dk_out=dk_out,
-                dq=dq,
-                dk=dk,
-                dq_scale_partial=dq_scale_partial,
-                dk_scale_partial=dk_scale_partial,
+        q, k, q_scale, k_scale, normalize, *_ = call
+        if plan.backend == "triton":
+            from andromeda.triton_kernels import qk_norm_rotary as kernels
+
+            with _select.device_guard(q.device):
+                kernels.backward(
+                    **_triton_arguments(call, plan),
+                    dq_out=dq_out,
+                    dk_out=dk_out,
+                    dq=dq,
+                    dk=dk,
+                    dq_scale_partial=dq_scale_partial,
+                    dk_scale_partial=dk_scale_partial,
+                )
+        else:
+            rotation = plan.rotation or _host_rotation(call)
+            _select.extension.qk_norm_rotary_backward(
+                q,
+                k,
+                contiguous(q_scale),
+                contiguous(k_scale),
+                rotation.q_table,
+                rotation.k_table,
+                dq_out,
+                dk_out,
+                dq,
+                dk,
+                dq_scale_partial,
+                dk_scale_partial,
+                normalize,
+                torch.get_num_threads(),
+                _select.current_stream(q.device),
+                rotation.q_row,
+                rotation.k_row,
+                rotation.factors,
+                rotation.q_factor_row,
+                rotation.k_factor_row,
+                call.q_multiplier,
             )
         for dscale, partial in ((dq_scale, dq_scale_partial), (dk_scale, dk_scale_partial)):
             if partial is not None:
@@ -306,25 +374,17 @@ def backward(dq_out: Tensor, dk_out: Tensor, call: Call) -> Gradients:
     return gradients
 
 
-def _kernel(call: Call, plan: "Plan", direction: str) -> Callable[..., None]:
-    """The host function of the plan's backend."""
-    if plan.backend == "triton":
-        from andromeda.triton_kernels import qk_norm_rotary as kernels
-
-        return getattr(kernels, direction)
-    host = {"num_threads": torch.get_num_threads(), "stream": _select.current_stream(call.q.device)}
-    return functools.partial(getattr(_select.extension, f"qk_norm_rotary_{direction}"), **host)
-
-
-def _arguments(call: Call, plan: "Plan") -> dict[str, Any]:
-    """The arguments that the kernels of every backend take in both directions."""
+def _triton_arguments(call: Call, plan: "Plan") -> dict[str, Any]:
+    """The arguments that a Triton kernel takes in both directions."""
+    assert plan.rotation is not None
     return {
         "q": call.q,
         "k": call.k,
         "q_scale": contiguous(call.q_scale),
         "k_scale": contiguous(call.k_scale),
-        **(plan.rotation or _host_rotation(call)),
+        **plan.rotation._asdict(),
         "normalize": call.normalize,
+        "q_multiplier": call.q_multiplier,
     }
 
 
@@ -344,16 +404,30 @@ def _exact_gradients(
     """The gradients by the reference, in the dtype in which it computes."""
     q, k, q_scale, k_scale, normalize, *_ = call
     dtype = compute_dtype(q.dtype)
-    dq, dq_scale = reference.transform_backward(dq_out.to(dtype), q.to(dtype), q_scale, tables[0], normalize)
+    dq, dq_scale = reference.transform_backward(
+        dq_out.to(dtype), q.to(dtype), q_scale, tables[0], normalize, call.q_multiplier
+    )
     dk, dk_scale = reference.transform_backward(dk_out.to(dtype), k.to(dtype), k_scale, tables[1], normalize)
     return dq, dk, dq_scale, dk_scale
+
+
+class Rotation(NamedTuple):
+    """The tables of a kernel and where its tokens begin in them, as arguments of the binding."""
+
+    q_table: Tensor | None = None
+    k_table: Tensor | None = None
+    q_row: int = 0
+    k_row: int = 0
+    factors: Tensor | None = None
+    q_factor_row: int = 0
+    k_factor_row: int = 0
 
 
 class Plan(NamedTuple):
     """Everything about a call that does not depend on its data. All layers of a step share a plan."""
 
     backend: str
-    rotation: dict[str, Any] | None  # the tables of a kernel on a GPU
+    rotation: Rotation | None  # of a kernel on a GPU
     num_partials: int  # partial sums for the gradients of the scales
 
 
@@ -361,7 +435,7 @@ def _plan(call: Call) -> Plan:
     q, k = call.q, call.k
     rotation = call.rotary_dim, call.xpos, call.position, call.origin
     key = NAME, call.backend, q.device, q.dtype, q.shape, k.shape, rotation, call.step is not None
-    return _select.plan(key, q.device, lambda: _make_plan(call))
+    return _select.plan(key, q.device, _make_plan, call)
 
 
 def _make_plan(call: Call) -> Plan:
@@ -390,36 +464,33 @@ def _num_partials(most: int, q: Tensor, k: Tensor) -> int:
 # graph, and a kept table never meets a fake or a traced tensor.
 
 
-def _host_rotation(call: Call) -> dict[str, Any]:
-    """The tables of a kernel on the CPU: the arguments q_table and k_table of the binding."""
-    if call.rotary_dim == 0:
-        return {"q_table": None, "k_table": None}
-    q_table, k_table = _whole_tables(call)
-    return {"q_table": q_table, "k_table": k_table}
+def _host_rotation(call: Call) -> Rotation:
+    """The tables of a kernel on the CPU."""
+    return Rotation() if call.rotary_dim == 0 else Rotation(*_whole_tables(call))
 
 
-def _device_rotation(call: Call) -> dict[str, Any]:
-    """The tables of a kernel on a GPU: the arguments q_table ... k_factor_row of the binding."""
+def _device_rotation(call: Call) -> Rotation:
+    """The tables of a kernel on a GPU."""
     rotary_dim, position, origin, device = call.rotary_dim, call.position, call.origin, call.q.device
     if rotary_dim == 0:
-        return {"q_table": None, "k_table": None}
+        return Rotation()
     end = position + call.k.shape[1]
     first_query = end - call.q.shape[1]  # the last query sits at the last key
     first = min(position, first_query)
     more = 0 if call.step is None else MAX_STEP  # the device may move every row this far on
     table, row = _rotary.angles(first, end + more, rotary_dim, device)
-    rotation = {"q_table": table, "k_table": table, "q_row": row + first_query - first, "k_row": row + position - first}
-    if call.xpos:
-        # The exponent is position - origin for q and origin - position for k.
-        lowest = min(first_query - origin, origin - end + 1 - more)
-        highest = max(end - 1 + more - origin, origin - position)
-        table, row = _rotary.factors(lowest, highest + 1, rotary_dim, device)
-        rotation |= {
-            "factors": table,
-            "q_factor_row": row + first_query - origin - lowest,
-            "k_factor_row": row + origin - position - lowest,
-        }
-    return rotation
+    rotation = Rotation(table, table, row + first_query - first, row + position - first)
+    if not call.xpos:
+        return rotation
+    # The exponent is position - origin for q and origin - position for k.
+    lowest = min(first_query - origin, origin - end + 1 - more)
+    highest = max(end - 1 + more - origin, origin - position)
+    factors, row = _rotary.factors(lowest, highest + 1, rotary_dim, device)
+    return rotation._replace(
+        factors=factors,
+        q_factor_row=row + first_query - origin - lowest,
+        k_factor_row=row + origin - position - lowest,
+    )
 
 
 def _whole_tables(call: Call) -> tuple[Tensor, Tensor]:
@@ -451,16 +522,16 @@ def cached_tables(
 
 
 def _fake_forward(call: Call) -> tuple[Tensor, Tensor]:
-    q_out, k_out = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (call.q, call.k))
-    return q_out, k_out
+    dense = torch.contiguous_format
+    return torch.empty_like(call.q, memory_format=dense), torch.empty_like(call.k, memory_format=dense)
 
 
 def _fake_backward(dq_out: Tensor, dk_out: Tensor, call: Call) -> Gradients:
     q, k = call.q, call.k
     dq_scale, dk_scale = (
-        q.new_empty(0) if scale is None else scale.new_empty(scale.shape) for scale in (call.q_scale, call.k_scale)
+        q.new_empty(0) if scale is None else scale.new_empty(*scale.shape) for scale in (call.q_scale, call.k_scale)
     )
-    return q.new_empty(q.shape), k.new_empty(k.shape), dq_scale, dk_scale
+    return q.new_empty(*q.shape), k.new_empty(*k.shape), dq_scale, dk_scale
 
 
 def _forward_flops(call: Call) -> int:
@@ -530,6 +601,7 @@ class _QkNormRotary(torch.autograd.Function):
         return _vmap(info, in_dims, *fields)
 
 
+_plain_apply = _operator.plain_apply(_QkNormRotary)
 _NUM_TENSORS = _operator.num_tensors(Call)
 _NO_GRADIENTS = (None,) * len(Call._fields)
 _vmap = _transforms.vmap_rule(_QkNormRotary.apply, rows=_operator.indices(Call, "q", "k"))

@@ -15,26 +15,28 @@ def qk_norm_rotary(
     xpos: bool = False,
     position: int = 0,
     origin: int | None = None,
+    q_multiplier: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """See `andromeda.ops.qk_norm_rotary`. Everything but the tables is computed in the dtype of q and k."""
     q_table, k_table = rotary_tables(q.shape[1], k.shape[1], rotary_dim, xpos, position, origin)
-    return transform(q, q_scale, q_table, normalize), transform(k, k_scale, k_table, normalize)
+    return transform(q, q_scale, q_table, normalize, q_multiplier), transform(k, k_scale, k_table, normalize)
 
 
-def transform(x: Tensor, scale: Tensor | None, table: Tensor, normalize: bool) -> Tensor:
-    """One operand: normalised, scaled and rotated."""
+def transform(x: Tensor, scale: Tensor | None, table: Tensor, normalize: bool, multiplier: float = 1.0) -> Tensor:
+    """One operand: normalised, scaled, rotated and multiplied."""
     if normalize:
         x = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
     if scale is not None:
         x = x * scale
-    return rotate(x, table)
+    x = rotate(x, table)
+    return x if multiplier == 1 else x * multiplier
 
 
 def transform_backward(
-    dout: Tensor, x: Tensor, scale: Tensor | None, table: Tensor, normalize: bool
+    dout: Tensor, x: Tensor, scale: Tensor | None, table: Tensor, normalize: bool, multiplier: float = 1.0
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of `transform` for x and scale (None without a scale), as formulas (docs/model.md#16.3)."""
-    dx = rotate(dout, table, transpose=True)
+    dx = rotate(dout if multiplier == 1 else dout * multiplier, table, transpose=True)
     x = x.masked_fill((dx == 0).all(-1, keepdim=True), 0)  # in a row without a gradient 0 * nan would be nan
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     x_hat = x / norm.clamp_min(1e-12) if normalize else x

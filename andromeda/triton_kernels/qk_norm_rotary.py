@@ -1,8 +1,10 @@
 """qk_norm_rotary in Triton (docs/model.md#5.2, #5.3, #16.3).
 
-    forward    x_hat = x / max(||x||, 1e-12)      out = R (scale * x_hat)     R: rotation of pairs, times z
-    backward   g = R^T dout                       dscale = sum of g * x_hat over tokens
-               e = scale * g                      dx = (e - x_hat <x_hat, e>) / ||x||, or e / 1e-12 if ||x|| < 1e-12
+    forward    x_hat = x / max(||x||, 1e-12)      out = m R (scale * x_hat)     R: rotation of pairs, times z
+    backward   g = R^T dout                       dscale = m * sum of g * x_hat over tokens
+               e = scale * g                      dx = m (e - x_hat <x_hat, e>) / ||x||, or m e / 1e-12 if ||x|| < 1e-12
+
+m is q_multiplier for q and 1 for k. With a norm it is a factor of the inverse norm: one product per row.
 
 A row is one head of one token. A program owns a tile of rows: a power of two of heads that lie side by side in memory,
 and as many tokens as make it `_TILE_ELEMENTS` large. Backward it walks over a run of tokens, keeps the scale
@@ -125,6 +127,7 @@ def _transform_tile(
     head_tiles: tl.tensor,
     table_row: tl.tensor,
     factor_row: tl.tensor,
+    multiplier: tl.tensor,
     kFactorStep: tl.constexpr,
     kHeadDim: tl.constexpr,
     kRotaryDim: tl.constexpr,
@@ -144,9 +147,11 @@ def _transform_tile(
 
     if kNormalize:
         kPrecise: tl.constexpr = x.dtype.element_ty == tl.float32
-        inverse = _inverse_norm(tl.sum(even * even + odd * odd, 1), kPrecise)[:, None]
-        even *= inverse
-        odd *= inverse
+        factor = _inverse_norm(tl.sum(even * even + odd * odd, 1), kPrecise)[:, None] * multiplier
+    else:
+        factor = multiplier
+    even *= factor
+    odd *= factor
     if scale is not None:
         even_scale, odd_scale = _load_scale(scale, head, kHeadDim, kRows, kBlockDim)
         even *= even_scale
@@ -201,6 +206,7 @@ def forward_kernel(
     step: tl.tensor,  # (1,), how many positions further on every token lies than its rows say, or None
     batch: tl.tensor,
     q_programs: tl.tensor,
+    q_multiplier: tl.tensor,
     kHeadDim: tl.constexpr,
     kRotaryDim: tl.constexpr,
     kNormalize: tl.constexpr,
@@ -219,12 +225,12 @@ def forward_kernel(
     if program < q_programs:
         _transform_tile(
             program, q, q_scale, q_table, factors, q_out, q_batch, q_seq, q_head, batch, q_seqlen, q_head_tiles,
-            q_row, q_factor_row, 1, kHeadDim, kRotaryDim, kNormalize, kRows, kQHeads, kBlockDim,
+            q_row, q_factor_row, q_multiplier, 1, kHeadDim, kRotaryDim, kNormalize, kRows, kQHeads, kBlockDim,
         )  # fmt: skip
     else:
         _transform_tile(
             program - q_programs, k, k_scale, k_table, factors, k_out, k_batch, k_seq, k_head, batch, k_seqlen,
-            k_head_tiles, k_row, k_factor_row, -1, kHeadDim, kRotaryDim, kNormalize, kRows, kKHeads, kBlockDim,
+            k_head_tiles, k_row, k_factor_row, 1.0, -1, kHeadDim, kRotaryDim, kNormalize, kRows, kKHeads, kBlockDim,
         )  # fmt: skip
 
 
@@ -250,6 +256,7 @@ def _walk_run(
     run_length: tl.tensor,
     table_row: tl.tensor,
     factor_row: tl.tensor,
+    multiplier: tl.tensor,
     kFactorStep: tl.constexpr,
     kHeadDim: tl.constexpr,
     kRotaryDim: tl.constexpr,
@@ -313,14 +320,19 @@ def _walk_run(
         if kNormalize:
             along = tl.sum(even_x * even + odd_x * odd, 1)
             along = tl.where(squares < 1e-24, 0.0, along)[:, None]  # below the floor the divisor is a constant
-            even = (even - even_x * along) * inverse
-            odd = (odd - odd_x * along) * inverse
+            even -= even_x * along
+            odd -= odd_x * along
+            factor = inverse * multiplier
+        else:
+            factor = multiplier
+        even *= factor
+        odd *= factor
         out_row = token * (head_tiles * kHeads) + head
         _store_pairs(dx + out_row[:, None] * kHeadDim + channel, even, odd, inside)
 
     if scale is not None:
-        even_sum = tl.sum(tl.reshape(even_dscale, (kTokens, kHeads, kPairs)), 0)
-        odd_sum = tl.sum(tl.reshape(odd_dscale, (kTokens, kHeads, kPairs)), 0)
+        even_sum = tl.sum(tl.reshape(even_dscale, (kTokens, kHeads, kPairs)), 0) * multiplier
+        odd_sum = tl.sum(tl.reshape(odd_dscale, (kTokens, kHeads, kPairs)), 0) * multiplier
         out_head = run.to(tl.int64) * (head_tiles * kHeads) + first_head + tl.arange(0, kHeads)
         pointers = dscale_partial + out_head[:, None] * kHeadDim + channel
         _store_pairs(pointers, even_sum, odd_sum, channel < kHeadDim)
@@ -365,6 +377,7 @@ def backward_kernel(
     factors: tl.tensor,
     batch: tl.tensor,
     q_programs: tl.tensor,
+    q_multiplier: tl.tensor,
     kHeadDim: tl.constexpr,
     kRotaryDim: tl.constexpr,
     kNormalize: tl.constexpr,
@@ -377,14 +390,14 @@ def backward_kernel(
     if program < q_programs:
         _walk_run(
             program, q, q_scale, q_table, factors, dq_out, dq, dq_scale_partial, q_batch, q_seq, q_head, dq_out_batch,
-            dq_out_seq, dq_out_head, batch, q_seqlen, q_head_tiles, q_run_length, q_row, q_factor_row, 1, kHeadDim,
-            kRotaryDim, kNormalize, kRows, kQHeads, kBlockDim,
+            dq_out_seq, dq_out_head, batch, q_seqlen, q_head_tiles, q_run_length, q_row, q_factor_row, q_multiplier, 1,
+            kHeadDim, kRotaryDim, kNormalize, kRows, kQHeads, kBlockDim,
         )  # fmt: skip
     else:
         _walk_run(
             program - q_programs, k, k_scale, k_table, factors, dk_out, dk, dk_scale_partial, k_batch, k_seq, k_head,
-            dk_out_batch, dk_out_seq, dk_out_head, batch, k_seqlen, k_head_tiles, k_run_length, k_row, k_factor_row, -1,
-            kHeadDim, kRotaryDim, kNormalize, kRows, kKHeads, kBlockDim,
+            dk_out_batch, dk_out_seq, dk_out_head, batch, k_seqlen, k_head_tiles, k_run_length, k_row, k_factor_row,
+            1.0, -1, kHeadDim, kRotaryDim, kNormalize, kRows, kKHeads, kBlockDim,
         )  # fmt: skip
 
 
@@ -405,6 +418,7 @@ def forward(
     q_out: torch.Tensor,
     k_out: torch.Tensor,
     normalize: bool,
+    q_multiplier: float = 1.0,
 ) -> None:
     """The arguments of `qk_norm_rotary_forward` in andromeda/_C.pyi. q_out and k_out are contiguous."""
     constants = _constants(q, k, q_table, normalize, "forward")
@@ -419,7 +433,7 @@ def forward(
         *(q.shape[1], q.shape[2] // constants["kQHeads"], q_row, q_factor_row),
         *(k, k_scale, k_table, k_out, *k.stride()[:3]),
         *(k.shape[1], k.shape[2] // constants["kKHeads"], k_row, k_factor_row),
-        *(factors, step, q.shape[0], programs[0]),
+        *(factors, step, q.shape[0], programs[0], q_multiplier),
         **constants,
         num_warps=_NUM_WARPS["forward"],
         **launch.OPTIONS,
@@ -446,6 +460,7 @@ def backward(
     dq_scale_partial: torch.Tensor | None,
     dk_scale_partial: torch.Tensor | None,
     normalize: bool,
+    q_multiplier: float = 1.0,
 ) -> None:
     """The arguments of `qk_norm_rotary_backward` in andromeda/_C.pyi. dq and dk are contiguous."""
     constants = _constants(q, k, q_table, normalize, "backward")
@@ -460,7 +475,7 @@ def backward(
         *(q.shape[1], q_head_tiles, _ceil_div(q.shape[0] * q.shape[1], max(q_runs, 1)), q_row, q_factor_row),
         *(k, k_scale, k_table, dk_out, dk, dk_scale_partial, *k.stride()[:3], *dk_out.stride()[:3]),
         *(k.shape[1], k_head_tiles, _ceil_div(k.shape[0] * k.shape[1], max(k_runs, 1)), k_row, k_factor_row),
-        *(factors, q.shape[0], q_head_tiles * q_runs),
+        *(factors, q.shape[0], q_head_tiles * q_runs, q_multiplier),
         **constants,
         num_warps=_NUM_WARPS["backward"],
         **launch.OPTIONS,

@@ -3,9 +3,11 @@
 
 #include <algorithm>
 
+#include "andromeda/device_guard.h"
 #include "bindings.h"
 #include "checks.h"
 #include "tensor_caster.h"
+#include "usual_call.h"
 
 namespace andromeda::bindings {
 namespace {
@@ -44,7 +46,7 @@ const float* rows_of(const Call& call, const char* name, const OptionalTensor& t
 
 // Every field of an operand but `out`.
 QkNormRotaryOperand pack_input(const Call& call, const OperandNames& names, const TensorView& q, const TensorView& x,
-                               const OptionalTensor& scale, const Rotation& rotation) {
+                               const OptionalTensor& scale, float multiplier, const Rotation& rotation) {
   const bool is_q = &names == &kQ;
   call.dimensions(names.x, x, 4);
   QkNormRotaryOperand operand{};
@@ -53,6 +55,7 @@ QkNormRotaryOperand pack_input(const Call& call, const OperandNames& names, cons
   operand.scale = call.contiguous<const float>(names.scale, scale, {x.shape[2], x.shape[3]});
   operand.seqlen = call.size(names.x, x, 1);
   operand.num_heads = call.size(names.x, x, 2);
+  operand.multiplier = multiplier;
   if (operand.seqlen == 0 || rotation.rotary_dim == 0) return operand;
   const std::int64_t row = is_q ? rotation.q_row : rotation.k_row, steps = operand.seqlen - 1 + rotation.max_step;
   const std::int64_t factor_row = is_q ? rotation.q_factor_row : rotation.k_factor_row;
@@ -79,10 +82,10 @@ int rotary_dim_of(const Call& call, const TensorView& q, const OptionalTensor& q
 }
 
 void forward(const TensorView& q, const TensorView& k, const OptionalTensor& q_scale, const OptionalTensor& k_scale,
-             const OptionalTensor& q_table, const OptionalTensor& k_table, std::int64_t q_row, std::int64_t k_row,
-             const OptionalTensor& factors, std::int64_t q_factor_row, std::int64_t k_factor_row,
-             const OptionalTensor& step, const TensorView& q_out, const TensorView& k_out, bool normalize,
-             int num_threads, std::uintptr_t stream) {
+             const OptionalTensor& q_table, const OptionalTensor& k_table, const TensorView& q_out,
+             const TensorView& k_out, bool normalize, int num_threads, std::uintptr_t stream, std::int64_t q_row,
+             std::int64_t k_row, const OptionalTensor& factors, std::int64_t q_factor_row, std::int64_t k_factor_row,
+             float q_multiplier, const OptionalTensor& step) {
   const Call call("qk_norm_rotary_forward", q);
   call.dimensions("q", q, 4);
   call.threads(num_threads);
@@ -95,8 +98,8 @@ void forward(const TensorView& q, const TensorView& k, const OptionalTensor& q_s
   const std::int64_t max_step = step.has_value() ? cuda::kMaxRotaryStep : 0;
   const Rotation rotation{q_table,      k_table,      factors,           q_row,   k_row,
                           q_factor_row, k_factor_row, params.rotary_dim, max_step};
-  params.q = pack_input(call, kQ, q, q, q_scale, rotation);
-  params.k = pack_input(call, kK, q, k, k_scale, rotation);
+  params.q = pack_input(call, kQ, q, q, q_scale, q_multiplier, rotation);
+  params.k = pack_input(call, kK, q, k, k_scale, 1.0f, rotation);
   params.q.out_stride = call.activations(kQ.out, q_out, {q.shape[0], q.shape[1], q.shape[2], q.shape[3]});
   params.k.out_stride = call.activations(kK.out, k_out, {k.shape[0], k.shape[1], k.shape[2], k.shape[3]});
   params.q.out = q_out.data;
@@ -111,6 +114,7 @@ void forward(const TensorView& q, const TensorView& k, const OptionalTensor& q_s
   if (q.device == Device::kCpu) {
     cpu::qk_norm_rotary_forward(params, num_threads);
   } else {
+    const cuda::DeviceGuard guard(q.device_index);
     cuda::qk_norm_rotary_forward(params, as_stream(stream));
   }
 }
@@ -132,11 +136,11 @@ QkNormRotaryBackwardOperand pack_backward(const Call& call, const OperandNames& 
 }
 
 void backward(const TensorView& q, const TensorView& k, const OptionalTensor& q_scale, const OptionalTensor& k_scale,
-              const OptionalTensor& q_table, const OptionalTensor& k_table, std::int64_t q_row, std::int64_t k_row,
-              const OptionalTensor& factors, std::int64_t q_factor_row, std::int64_t k_factor_row,
-              const TensorView& dq_out, const TensorView& dk_out, const TensorView& dq, const TensorView& dk,
+              const OptionalTensor& q_table, const OptionalTensor& k_table, const TensorView& dq_out,
+              const TensorView& dk_out, const TensorView& dq, const TensorView& dk,
               const OptionalTensor& dq_scale_partial, const OptionalTensor& dk_scale_partial, bool normalize,
-              int num_threads, std::uintptr_t stream) {
+              int num_threads, std::uintptr_t stream, std::int64_t q_row, std::int64_t k_row,
+              const OptionalTensor& factors, std::int64_t q_factor_row, std::int64_t k_factor_row, float q_multiplier) {
   const Call call("qk_norm_rotary_backward", q);
   call.dimensions("q", q, 4);
   call.threads(num_threads);
@@ -152,10 +156,10 @@ void backward(const TensorView& q, const TensorView& k, const OptionalTensor& q_
     params.num_partials = call.size(name, *partial, 0);
     if (params.num_partials == 0) call.value_error(name, "have at least one partial sum", "none");
   }
-  params.q = pack_backward(call, kQ, pack_input(call, kQ, q, q, q_scale, rotation), q, dq_out, dq, dq_scale_partial,
-                           params.num_partials);
-  params.k = pack_backward(call, kK, pack_input(call, kK, q, k, k_scale, rotation), k, dk_out, dk, dk_scale_partial,
-                           params.num_partials);
+  params.q = pack_backward(call, kQ, pack_input(call, kQ, q, q, q_scale, q_multiplier, rotation), q, dq_out, dq,
+                           dq_scale_partial, params.num_partials);
+  params.k = pack_backward(call, kK, pack_input(call, kK, q, k, k_scale, 1.0f, rotation), k, dk_out, dk,
+                           dk_scale_partial, params.num_partials);
   params.batch = call.size("q", q, 0);
   params.head_dim = call.size("q", q, 3);
   params.normalize = normalize;
@@ -169,8 +173,20 @@ void backward(const TensorView& q, const TensorView& k, const OptionalTensor& q_
   if (q.device == Device::kCpu) {
     cpu::qk_norm_rotary_backward(params, num_threads);
   } else {
+    const cuda::DeviceGuard guard(q.device_index);
     cuda::qk_norm_rotary_backward(params, as_stream(stream));
   }
+}
+
+bool is_usual(const py::object& q, const py::object& k, const py::object& q_scale, const py::object& k_scale,
+              const py::object& step) {
+  const UsualCall call(q, 4);
+  TensorView key;
+  if (!call || !call.activations(k, 4, key)) return false;
+  const auto& [batch, seqlen_q, num_heads, head_dim] = call.leader().shape;
+  return key.shape[0] == batch && key.shape[3] == head_dim && head_dim > 0 &&
+         call.constant(q_scale, DType::kFloat32, {num_heads, head_dim}) &&
+         call.constant(k_scale, DType::kFloat32, {key.shape[2], head_dim}) && call.constant(step, DType::kInt32, {1});
 }
 
 int backward_runs(const TensorView& q, const TensorView& k) {
@@ -186,16 +202,19 @@ int backward_runs(const TensorView& q, const TensorView& k) {
 void bind_qk_norm_rotary(py::module_& m) {
   using py::arg;
   m.def("qk_norm_rotary_forward", &forward, "csrc/include/andromeda/qk_norm_rotary.h. Writes q_out and k_out.",
-        py::kw_only(), arg("q"), arg("k"), arg("q_scale"), arg("k_scale"), arg("q_table"), arg("k_table"),
-        arg("q_row") = 0, arg("k_row") = 0, arg("factors") = py::none(), arg("q_factor_row") = 0,
-        arg("k_factor_row") = 0, arg("step") = py::none(), arg("q_out"), arg("k_out"), arg("normalize"),
-        arg("num_threads"), arg("stream"));
+        arg("q"), arg("k"), arg("q_scale"), arg("k_scale"), arg("q_table"), arg("k_table"), arg("q_out"), arg("k_out"),
+        arg("normalize"), arg("num_threads"), arg("stream"), arg("q_row") = 0, arg("k_row") = 0,
+        arg("factors") = py::none(), arg("q_factor_row") = 0, arg("k_factor_row") = 0, arg("q_multiplier") = 1.0f,
+        arg("step") = py::none());
   m.def("qk_norm_rotary_backward", &backward,
         "csrc/include/andromeda/qk_norm_rotary.h. Writes dq, dk and the partial sums of the scales' gradients.",
-        py::kw_only(), arg("q"), arg("k"), arg("q_scale"), arg("k_scale"), arg("q_table"), arg("k_table"),
-        arg("q_row") = 0, arg("k_row") = 0, arg("factors") = py::none(), arg("q_factor_row") = 0,
-        arg("k_factor_row") = 0, arg("dq_out"), arg("dk_out"), arg("dq"), arg("dk"), arg("dq_scale_partial"),
-        arg("dk_scale_partial"), arg("normalize"), arg("num_threads"), arg("stream"));
+        arg("q"), arg("k"), arg("q_scale"), arg("k_scale"), arg("q_table"), arg("k_table"), arg("dq_out"),
+        arg("dk_out"), arg("dq"), arg("dk"), arg("dq_scale_partial"), arg("dk_scale_partial"), arg("normalize"),
+        arg("num_threads"), arg("stream"), arg("q_row") = 0, arg("k_row") = 0, arg("factors") = py::none(),
+        arg("q_factor_row") = 0, arg("k_factor_row") = 0, arg("q_multiplier") = 1.0f);
+  m.def("qk_norm_rotary_is_usual", &is_usual,
+        "Whether the tensors of a call are correct and need no cast. False where it is unclear.", arg("q"), arg("k"),
+        arg("q_scale"), arg("k_scale"), arg("step"));
   m.def("qk_norm_rotary_backward_runs", &backward_runs,
         "The best number of partial sums for many tokens like those of q and k, on a GPU.", py::kw_only(), arg("q"),
         arg("k"));

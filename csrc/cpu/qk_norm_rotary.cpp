@@ -48,21 +48,23 @@ struct RowShape {
   bool normalize;
 };
 
-// 1 / max(norm, floor), and whether the norm is above the floor, where it depends on x.
+// numerator / max(norm, floor), and whether the norm is above the floor, where it depends on x. The multiplier of a row
+// is the numerator, because a product after the division would lengthen the row's chain of dependent operations (3 %).
 struct Divisor {
   float inverse;
   bool depends_on_x;
 };
 
-inline Divisor divisor_of(float sum_of_squares, bool normalize) {
-  if (!normalize) return {1.0f, false};
+inline Divisor divisor_of(float sum_of_squares, bool normalize, float numerator) {
+  if (!normalize) return {numerator, false};
   const float norm = std::sqrt(sum_of_squares);
-  if (norm < kNormFloor) return {1.0f / kNormFloor, false};
-  return {1.0f / norm, true};  // also for NaN, which must reach the result
+  if (norm < kNormFloor) return {numerator / kNormFloor, false};
+  return {numerator / norm, true};  // also for NaN, which must reach the result
 }
 
 template <typename T>
-inline void forward_row(const T* x, const float* scale, const float* table, T* out, const RowShape& row) {
+inline void forward_row(const T* x, const float* scale, const float* table, T* out, const RowShape& row,
+                        float multiplier) {
   Vec squares{};
   if (row.normalize) {
     for_each_vector(0, row.head_dim, [&](int channel, int count) __attribute__((always_inline)) {
@@ -70,7 +72,7 @@ inline void forward_row(const T* x, const float* scale, const float* table, T* o
       squares += value * value;
     });
   }
-  const Vec inverse = broadcast(divisor_of(reduce_add(squares), row.normalize).inverse);
+  const Vec inverse = broadcast(divisor_of(reduce_add(squares), row.normalize, multiplier).inverse);
   for_each_vector(0, row.head_dim, [&](int channel, int count) __attribute__((always_inline)) {
     Vec value = load_up_to(x + channel, count) * inverse;
     if (scale != nullptr) value *= load_up_to(scale + channel, count);
@@ -78,11 +80,12 @@ inline void forward_row(const T* x, const float* scale, const float* table, T* o
   });
 }
 
-// With g the rotated-back gradient and e = scale * g:  dscale += g * x_hat,  dx = (e - x_hat <x_hat, e>) / norm.
+// With g the rotated-back gradient and e = scale * g:  dscale += g * x_hat,  dx = m (e - x_hat <x_hat, e>) / norm. The
+// sum for dscale gets its m when it is complete.
 // A row that no loss depends on (dout is 0: a hidden key, for instance) adds nothing to dscale, whatever it holds.
 template <typename T>
 inline void backward_row(const T* x, const float* scale, const float* table, const T* dout, T* dx, float* dscale,
-                         const RowShape& row) {
+                         const RowShape& row, float multiplier) {
   const auto unscaled_gradient = [&](int channel, int count) __attribute__((always_inline)) {
     return rotate<Direction::kTransposed>(load_up_to(dout + channel, count), table, channel, row.rotary_dim);
   };
@@ -102,10 +105,11 @@ inline void backward_row(const T* x, const float* scale, const float* table, con
     });
   }
   const bool project = row.normalize && any(not_zero);
-  const Divisor divisor = divisor_of(reduce_add(squares), row.normalize);
+  const Divisor divisor = divisor_of(reduce_add(squares), row.normalize, 1.0f);
   const Vec inverse = broadcast(divisor.inverse);
   // In this order: inverse may be 1e12, and its cube does not fit a float.
   const Vec along = broadcast(divisor.depends_on_x ? reduce_add(products) * divisor.inverse : 0.0f);  // <x_hat, e>
+  const Vec factor = broadcast(project ? divisor.inverse * multiplier : multiplier);
 
   // Pass 2: both gradients.
   for_each_vector(0, row.head_dim, [&](int channel, int count) __attribute__((always_inline)) {
@@ -116,7 +120,7 @@ inline void backward_row(const T* x, const float* scale, const float* table, con
       const Vec term = select(unscaled != 0.0f, unscaled * x_hat, Vec{});
       store_up_to(dscale + channel, load_up_to(dscale + channel, count) + term, count);
     }
-    store_up_to(dx + channel, project ? (e - x_hat * along) * inverse : e, count);
+    store_up_to(dx + channel, (project ? e - x_hat * along : e) * factor, count);
   });
 }
 
@@ -143,7 +147,7 @@ void forward_tokens(const QkNormRotaryOperand& operand, const RowShape& row, std
     const float* table = row_of(operand.table, token.seq, row.rotary_dim);
     for (int head = 0; head < operand.num_heads; ++head) {
       forward_row(x + head * operand.x_stride.head, row_of(operand.scale, head, row.head_dim), table,
-                  out + head * operand.out_stride.head, row);
+                  out + head * operand.out_stride.head, row, operand.multiplier);
     }
   }
 }
@@ -161,7 +165,8 @@ void backward_tokens(const QkNormRotaryBackwardOperand& operand, const RowShape&
     for (int head = 0; head < forward.num_heads; ++head) {
       backward_row(x + head * forward.x_stride.head, row_of(forward.scale, head, row.head_dim), table,
                    dout + head * operand.dout_stride.head, dx + head * operand.dx_stride.head,
-                   dscale == nullptr ? nullptr : dscale + static_cast<std::int64_t>(head) * row.head_dim, row);
+                   dscale == nullptr ? nullptr : dscale + static_cast<std::int64_t>(head) * row.head_dim, row,
+                   forward.multiplier);
     }
   }
 }
@@ -221,13 +226,14 @@ void backward(const QkNormRotaryBackwardParams& params, int num_threads) {
   parallel_for_runs(num_threads, q_runs, k_runs, [&](bool is_q, std::int64_t run) {
     const QkNormRotaryBackwardOperand& operand = is_q ? params.q : params.k;
     const Runs& runs = is_q ? q_runs : k_runs;
+    const std::int64_t size = static_cast<std::int64_t>(operand.forward.num_heads) * params.head_dim;
     float* dscale = nullptr;
     if (operand.dscale_partial != nullptr) {
-      const std::int64_t size = static_cast<std::int64_t>(operand.forward.num_heads) * params.head_dim;
       dscale = operand.dscale_partial + run * size;
       std::memset(dscale, 0, size * sizeof(float));
     }
     backward_tokens<T>(operand, row, runs.first(run), runs.last(run), dscale);
+    for (std::int64_t i = 0; dscale != nullptr && i < size; ++i) dscale[i] *= operand.forward.multiplier;
   });
 }
 

@@ -1,19 +1,19 @@
 // qk_norm_rotary on the GPU (docs/model.md#5.2, #5.3, #16.3): kernels. The launches are in qk_norm_rotary.cu.
 //
-//   forward    x_hat = x / max(||x||, 1e-12)      out = R (scale * x_hat)     R: rotation of pairs, times z
-//   backward   g = R^T dout                       dscale = sum of g * x_hat over tokens
-//              e = scale * g                      dx = (e - x_hat <x_hat, e>) / ||x||, or e / 1e-12 if ||x|| < 1e-12
+//   forward    x_hat = x / max(||x||, 1e-12)      out = R (m scale * x_hat)     R: rotation of pairs, times z
+//   backward   g = R^T dout                       dscale = m * sum of g * x_hat over tokens
+//              e = m scale * g                    dx = (e - x_hat <x_hat, e>) / ||x||, or e / 1e-12 if ||x|| < 1e-12
 //
-// R and its factors are in andromeda/qk_norm_rotary.h. Recomputing x_hat in the backward pass costs less than storing
-// it. A row is one head of one token. A group of 2^n lanes owns one row at a time, and a block walks the tokens of one
+// R, its factors and m, the multiplier of q, are in andromeda/qk_norm_rotary.h. Recomputing x_hat in the backward pass
+// costs less than storing it. A row is one head of one token. A group of 2^n lanes owns one row at a time, and a block walks the tokens of one
 // run with a tile of heads that lie side by side in memory. Head size 64, half precision, four heads in a tile:
 //
 //                head 0            head 1            head 2            head 3
 //   token 0   | lanes 0 ... 7   | lanes 8 ... 15  | lanes 16 ... 23 | lanes 24 ... 31 |   one access of a warp: 512
 //   token 1   | the next warp of the block ...                                        |   bytes, each lane 16
 //
-// A lane keeps its channels of `scale`, and of the sum for dscale, in registers while its group walks the tokens. Every
-// head reads its token's row of the table: from L1 inside a tile, from L2 in the other tiles.
+// A lane keeps its channels of `scale`, and of the sum for dscale, in registers while its group walks the tokens. The
+// multiplier is a factor of these constants and of the finished sum, so that no row pays for it. Every head reads its token's row of the table: from L1 inside a tile, from L2 in the other tiles.
 //
 // Registers: x (and dout) of kRows rows as stored; scale, dscale and one row of the tables per row of x as float.
 // Shared memory: backward only, up to 8 KiB, to add dscale over the groups of a block in a fixed order.
@@ -153,9 +153,12 @@ struct Slice {
     }
   }
 
-  __device__ void load_scale(float2 (&pairs)[kPairs], const float* scale, int head) const {
-    const float* row = scale + static_cast<std::int64_t>(head) * head_dim + first_channel();
-    load_constant_row(pairs, row, scale == nullptr ? 0 : head_dim, make_float2(1.0f, 1.0f));
+  // scale * multiplier.
+  __device__ void load_scale(float2 (&pairs)[kPairs], const QkNormRotaryOperand& operand, int head) const {
+    const float* row = operand.scale + static_cast<std::int64_t>(head) * head_dim + first_channel();
+    load_constant_row(pairs, row, operand.scale == nullptr ? 0 : head_dim, make_float2(1.0f, 1.0f));
+#pragma unroll
+    for (float2& pair : pairs) pair = pair * operand.multiplier;
   }
 
   // Channels from rotary_dim on pass through: times 1 plus 0 times their neighbour would spread an infinity. With
@@ -233,7 +236,7 @@ __global__ void __launch_bounds__(kThreads, kAccess == Access::kElement && sizeo
   const float* table =
       operand.table + (static_cast<std::int64_t>(place.seq) + step) * params.rotary_dim + slice.first_channel();
   float2 scale[kPairs];
-  slice.load_scale(scale, operand.scale, place.head);
+  slice.load_scale(scale, operand, place.head);
 
   // The trip count is that of the whole block, because shuffles need whole warps.
   for (int first = 0; first < place.num_tokens; first += kRows * operand_plan.num_token_lanes) {
@@ -289,7 +292,8 @@ __global__ void __launch_bounds__(kThreads, kAccess == Access::kElement && sizeo
 // Adds the groups' sums head by head, in the order of their token lanes, and writes the block's part of a run.
 template <typename LaneSlice>
 __device__ inline void write_dscale(const float2 (&dscale)[LaneSlice::kPairs], const LaneSlice& slice,
-                                    const Place& place, const OperandPlan& plan, int num_heads, float* partial) {
+                                    const Place& place, const OperandPlan& plan, int num_heads, float multiplier,
+                                    float* partial) {
   constexpr int kVecPairs = LaneSlice::kVecPairs;
   __shared__ float2 sums[kThreads * LaneSlice::kPairs];  // (token lane, head of the tile, channel)
   static_assert(sizeof sums <= 8 * 1024, "must not limit the blocks per multiprocessor");
@@ -311,7 +315,7 @@ __device__ inline void write_dscale(const float2 (&dscale)[LaneSlice::kPairs], c
     for (int token_lane = 0; token_lane < plan.num_token_lanes; ++token_lane) {
       sum += group_sums[(token_lane * tile_heads + head_in_tile) * padded_head_dim + channel];
     }
-    partial[i] = sum;
+    partial[i] = sum * multiplier;
   }
 }
 
@@ -334,7 +338,7 @@ __global__ void __launch_bounds__(kThreads)
   T* dx = place.row_of(static_cast<T*>(operand.dx), operand.dx_stride) + slice.first_channel();
   const float* table = forward.table + static_cast<std::int64_t>(place.seq) * params.rotary_dim + slice.first_channel();
   float2 scale[kPairs];
-  slice.load_scale(scale, forward.scale, place.head);
+  slice.load_scale(scale, forward, place.head);
   float2 dscale[kPairs] = {};
 
   // The trip count is that of the whole block, because shuffles need whole warps.
@@ -396,7 +400,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 
   if (operand.dscale_partial != nullptr) {
-    write_dscale(dscale, slice, place, operand_plan, forward.num_heads, operand.dscale_partial);
+    write_dscale(dscale, slice, place, operand_plan, forward.num_heads, forward.multiplier, operand.dscale_partial);
   }
 }
 

@@ -132,6 +132,7 @@ QkNormRotaryOperand qk_norm_rotary_operand(Call& call, const std::string& x) {
   operand.x_stride = call.strides(x);
   operand.seqlen = call.size(x, 1);
   operand.num_heads = call.size(x, 2);
+  operand.multiplier = x == "q" ? static_cast<float>(call.number("q_multiplier")) : 1.0f;
   return operand;
 }
 

@@ -78,6 +78,8 @@ ROTARY_CASES = [
     *[(case, BFLOAT16) for case in cases(rotary, "model", "no_norm", "identity", "cached", "more_queries_than_keys")],
     *[(case, FLOAT16) for case in cases(rotary, "rotation_without_xpos", "rotation_only", "many_key_heads")],
     *[(case, FLOAT32) for case in cases(rotary, "no_scale", "one_token", "head_dim_1", "head_dim_7", "many_tokens")],
+    *[(case, BFLOAT16) for case in cases(rotary, "multiplied", "multiplied_identity")],
+    *[(case, FLOAT16) for case in cases(rotary, "multiplied_without_norm", "multiplied_without_scale")],
 ]
 
 
@@ -106,6 +108,9 @@ ROTARY_LAWS = [
     (rotary.test_a_row_without_gradient_adds_nothing, True, math.nan),
     (rotary.test_a_row_without_gradient_adds_nothing, True, -math.inf),
     (rotary.test_a_row_without_gradient_adds_nothing, False, math.inf),
+    (rotary.test_multiplying_by_a_power_of_two_is_exact, BFLOAT16, True),
+    (rotary.test_multiplying_by_a_power_of_two_is_exact, FLOAT32, False),
+    (rotary.test_multiplied_queries_fit_float16,),
     (rotary.test_strides_do_not_matter, BFLOAT16),
     (rotary.test_strided_gradients,),
     (rotary.test_scores_do_not_depend_on_the_first_position, BFLOAT16),

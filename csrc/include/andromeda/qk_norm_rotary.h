@@ -5,6 +5,7 @@
 //   pairs (2t, 2t+1) with 2t < rotary_dim, at position p of the row:
 //   out[2t]   = z * (x_til[2t] * cos - x_til[2t+1] * sin)     z = zeta_t ^ (+-(p - origin) / 512), + for q, - for k
 //   out[2t+1] = z * (x_til[2t+1] * cos + x_til[2t] * sin)     cos, sin of p * omega_t
+//   out = out * multiplier                     of q, before it is rounded
 //
 // The host makes the tables in double precision, because p * omega_t loses digits in float32 at large p. On the CPU z
 // is folded into them: table[row][2t] = z * cos, table[row][2t+1] = z * sin. On a GPU the table of cos and sin depends
@@ -29,7 +30,8 @@ struct QkNormRotaryOperand {
   // on: rotary_dim / 2 for q, whose exponent grows with the position, and minus that for k. nullptr: 1, or in `table`.
   const float* factors;
   int factor_step;
-  void* out;  // (batch, seqlen, num_heads, head_dim); nullptr in the backward pass
+  float multiplier;  // of out; 1 for k
+  void* out;         // (batch, seqlen, num_heads, head_dim); nullptr in the backward pass
   SeqStrides x_stride, out_stride;
   int seqlen, num_heads;
 };
