@@ -37,10 +37,9 @@ def cpu_isa() -> str: ...
 def cpu_isas() -> list[str]: ...
 def cuda_versions() -> CudaVersions: ...
 def cuda_status(device: int) -> CudaStatus: ...
-def capture_id(stream: int) -> int: ...
+def capture_id(stream: int, device: int) -> int: ...
 def permit_work_beside_captures(permitted: bool) -> bool: ...
 def attention_forward(
-    *,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -59,7 +58,6 @@ def attention_forward(
     num_keys: Tensor | None = None,
 ) -> None: ...
 def attention_backward(
-    *,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -79,6 +77,16 @@ def attention_backward(
     semaphores: Tensor | None,
     stream: int,
 ) -> None: ...
+def attention_is_usual(
+    q: object,
+    k: object,
+    v: object,
+    alibi_slopes: object,
+    logit_bound: object,
+    key_start: object,
+    num_keys: object,
+) -> bool: ...
+def attention_forward_max_head_dim() -> int: ...
 def attention_forward_workspace(
     *,
     batch: int,
@@ -95,38 +103,32 @@ def attention_backward_workspace(
     *, batch: int, seqlen_q: int, seqlen_k: int, num_heads: int, num_kv_heads: int, head_dim: int, causal: bool
 ) -> tuple[int, int]: ...
 def qk_norm_rotary_forward(
-    *,
     q: Tensor,
     k: Tensor,
     q_scale: Tensor | None,
     k_scale: Tensor | None,
     q_table: Tensor | None,
     k_table: Tensor | None,
-    q_row: int = 0,
-    k_row: int = 0,
-    factors: Tensor | None = None,
-    q_factor_row: int = 0,
-    k_factor_row: int = 0,
-    step: Tensor | None = None,
     q_out: Tensor,
     k_out: Tensor,
     normalize: bool,
     num_threads: int,
     stream: int,
+    q_row: int = 0,
+    k_row: int = 0,
+    factors: Tensor | None = None,
+    q_factor_row: int = 0,
+    k_factor_row: int = 0,
+    q_multiplier: float = 1.0,
+    step: Tensor | None = None,
 ) -> None: ...
 def qk_norm_rotary_backward(
-    *,
     q: Tensor,
     k: Tensor,
     q_scale: Tensor | None,
     k_scale: Tensor | None,
     q_table: Tensor | None,
     k_table: Tensor | None,
-    q_row: int = 0,
-    k_row: int = 0,
-    factors: Tensor | None = None,
-    q_factor_row: int = 0,
-    k_factor_row: int = 0,
     dq_out: Tensor,
     dk_out: Tensor,
     dq: Tensor,
@@ -136,10 +138,16 @@ def qk_norm_rotary_backward(
     normalize: bool,
     num_threads: int,
     stream: int,
+    q_row: int = 0,
+    k_row: int = 0,
+    factors: Tensor | None = None,
+    q_factor_row: int = 0,
+    k_factor_row: int = 0,
+    q_multiplier: float = 1.0,
 ) -> None: ...
+def qk_norm_rotary_is_usual(q: object, k: object, q_scale: object, k_scale: object, step: object) -> bool: ...
 def qk_norm_rotary_backward_runs(*, q: Tensor, k: Tensor) -> int: ...
 def token_shift_norm_forward(
-    *,
     x: Tensor,
     residual: Tensor | None,
     residual_scale: Tensor | None,
@@ -155,7 +163,6 @@ def token_shift_norm_forward(
     stream: int,
 ) -> None: ...
 def token_shift_norm_backward(
-    *,
     x: Tensor,
     residual: Tensor | None,
     residual_scale: Tensor | None,
@@ -173,4 +180,13 @@ def token_shift_norm_backward(
     num_threads: int,
     stream: int,
 ) -> None: ...
+def token_shift_norm_is_usual(
+    x: object,
+    residual: object,
+    residual_scale: object,
+    gamma: object,
+    history: object,
+    key_start: object,
+    shift: int,
+) -> bool: ...
 def token_shift_norm_backward_runs(*, x: Tensor) -> int: ...

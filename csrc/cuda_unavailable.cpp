@@ -4,6 +4,7 @@
 
 #include "andromeda/attention.h"
 #include "andromeda/cuda_status.h"
+#include "andromeda/device_guard.h"
 #include "andromeda/graph_capture.h"
 #include "andromeda/qk_norm_rotary.h"
 #include "andromeda/token_shift_norm.h"
@@ -22,13 +23,19 @@ constexpr char kReason[] =
 }  // namespace
 
 // Without kernels there are no launches to capture, and no runtime of this library to restrict a thread.
-unsigned long long capture_id(CUstream_st*) { return 0; }
+unsigned long long capture_id(CUstream_st*, int) { return 0; }
 
 bool permit_work_beside_captures(bool permitted) { return permitted; }
+
+// The call that it precedes says why there are no kernels.
+DeviceGuard::DeviceGuard(int) {}
+DeviceGuard::~DeviceGuard() = default;
 
 CudaVersions cuda_versions() { return {}; }
 
 CudaStatus cuda_status(int) { return {kReason, "", true}; }
+
+int attention_forward_max_head_dim() { unavailable("attention_forward"); }
 
 AttentionWorkspace attention_forward_workspace(const AttentionParams&) { unavailable("attention_forward"); }
 

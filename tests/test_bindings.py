@@ -1,8 +1,10 @@
 """Direct calls of andromeda._C: reading of tensors, refusals before any access to memory, threads."""
 
 import ast
+import collections
 import math
 import re
+import subprocess
 import sys
 import threading
 import time
@@ -168,17 +170,23 @@ def test_empty_rows(name, empty):
 
 
 @every_function
-def test_arguments_are_keywords(name):
-    make, _ = CALLS[name]
-    call, function = make(), getattr(_C, name)
-    with pytest.raises(
-        TypeError, match=r"incompatible function arguments(.|\n)*\(\*, (q: torch.Tensor, k|x: torch.Tensor, residual): "
-    ):
-        function(*call.values())
+def test_arguments_have_names_and_an_order(name):
+    """andromeda/ops passes them in the order of the stub, which is quicker: those without a default come first."""
+    make, outputs = CALLS[name]
+    call, function, declared = make(), getattr(_C, name), DECLARED[name].args
+    required = [argument.arg for argument in declared.args[: len(declared.args) - len(declared.defaults)]]
+    assert sorted(call) == sorted(required)
+    by_position = call | {output: torch.full_like(call[output], math.nan) for output in outputs}
+    function(**call)
+    function(*map(by_position.get, required))
+    for output in outputs:
+        torch.testing.assert_close(by_position[output], call[output], rtol=0, atol=0)
     for argument in call:
         with pytest.raises(TypeError, match="incompatible function arguments"):
             function(**{key: value for key, value in call.items() if key != argument})
-    with pytest.raises(TypeError, match="incompatible function arguments"):
+    with pytest.raises(
+        TypeError, match=r"incompatible function arguments(.|\n)*\((q: torch.Tensor, k|x: torch.Tensor, r)"
+    ):
         function(**call, dropout=0.0)
 
 
@@ -518,6 +526,165 @@ def test_what_cannot_be_read_is_named_however_it_is_read(kind):
     ):
         with pytest.raises(TypeError, match=message):
             _C.attention_forward(**call | {"q": of_kind(wrong)})
+
+
+class Counted:
+    """A tensor for the bindings that counts how often each attribute is read."""
+
+    def __init__(self, tensor):
+        self.tensor, self.reads = tensor, collections.Counter()
+
+    def __getattr__(self, name):
+        self.reads[name] += 1
+        return getattr(self.tensor, name)
+
+
+def test_each_attribute_is_read_once():
+    call = {key: Counted(v) if isinstance(v, torch.Tensor) else v for key, v in attention_call().items()}
+    _C.attention_forward(**call)
+    for key, counted in call.items():
+        if isinstance(counted, Counted):
+            assert counted.reads == dict.fromkeys(("data_ptr", "dtype", "is_cpu", "shape", "stride"), 1), key
+
+
+# ---- the quick look at a whole call ---------------------------------------------------------------------------------
+
+
+def usual_attention(batch=2, seqlen_q=3, seqlen_k=5, num_heads=4, num_kv_heads=2, head_dim=16, dtype=torch.float32):
+    return {
+        "q": torch.zeros(batch, seqlen_q, num_heads, head_dim, dtype=dtype),
+        "k": torch.zeros(batch, seqlen_k, num_kv_heads, head_dim, dtype=dtype),
+        "v": torch.zeros(batch, seqlen_k, num_kv_heads, head_dim, dtype=dtype),
+        "alibi_slopes": torch.zeros(num_heads),
+        "logit_bound": torch.zeros(num_heads),
+        "key_start": torch.zeros(1, 1, dtype=torch.int32).expand(batch, seqlen_q),
+        "num_keys": torch.zeros(1, dtype=torch.int32),
+    }
+
+
+def usual_rotary():
+    return {
+        "q": torch.zeros(2, 3, 4, 16),
+        "k": torch.zeros(2, 5, 1, 16),
+        "q_scale": torch.zeros(4, 16),
+        "k_scale": torch.zeros(1, 16),
+        "step": torch.zeros(1, dtype=torch.int32),
+    }
+
+
+def usual_token_shift():
+    return {
+        "x": torch.zeros(2, 3, 16),
+        "residual": torch.zeros(2, 3, 16),
+        "residual_scale": torch.zeros(16),
+        "gamma": torch.zeros(16),
+        "history": torch.zeros(2, 1, 16),
+        "key_start": torch.zeros(2, 3, dtype=torch.int32),
+        "shift": 1,
+    }
+
+
+USUAL = {"attention": usual_attention, "qk_norm_rotary": usual_rotary, "token_shift_norm": usual_token_shift}
+REQUIRED = {"q", "k", "v", "x", "shift"}
+
+
+@pytest.mark.parametrize("name", USUAL)
+def test_a_usual_call_is_recognised(name):
+    is_usual, call = getattr(_C, f"{name}_is_usual"), USUAL[name]()
+    assert is_usual(**call)
+    assert is_usual(**{key: value if key in REQUIRED else None for key, value in call.items()})
+    parameters = {
+        key: torch.nn.Parameter(value) if torch.is_tensor(value) and value.is_floating_point() else value
+        for key, value in call.items()
+    }
+    assert is_usual(**parameters)
+    for key, value in call.items():
+        if isinstance(value, torch.Tensor):
+            for other in (
+                value.new_zeros(*value.shape[:-1], value.shape[-1] + 1),  # another size
+                value.new_zeros(*value.shape, 2)[..., 0].unsqueeze(0),  # more dimensions
+                value.to(torch.float16),  # another dtype than the other tensors, and than a constant must have
+                value.to("meta"),
+                value.as_subclass(Subclass),
+                value.tolist(),
+            ):
+                assert not is_usual(**call | {key: other}), key
+        if key in REQUIRED:
+            assert not is_usual(**call | {key: None}) if key != "shift" else True
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            gaps = value.new_zeros(*value.shape, 2)[..., 0]
+            assert gaps.shape == value.shape and not is_usual(**call | {key: gaps}), key
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"head_dim": 1},  # of such rows no stride says whether torch negates them when it reads them
+        {"head_dim": 0},
+        {"num_kv_heads": 3},
+        {"num_kv_heads": 0},
+        {"dtype": torch.float64},
+        {"dtype": torch.int32},
+    ],
+    ids=str,
+)
+def test_unusual_calls_of_attention(shape):
+    assert not _C.attention_is_usual(**usual_attention(**shape))
+
+
+@pytest.mark.parametrize("shape", [{"seqlen_q": 0}, {"seqlen_k": 0}, {"batch": 0}, {"dtype": torch.bfloat16}], ids=str)
+def test_other_usual_calls_of_attention(shape):
+    assert _C.attention_is_usual(**usual_attention(**shape))
+
+
+def test_numbers_that_torch_negates_when_it_reads_them_are_unusual():
+    """The memory of such a tensor holds the opposite numbers."""
+    negated = torch.zeros(2, 3, 4, 16, dtype=torch.complex64).conj().imag
+    assert negated.is_neg()
+    assert not _C.attention_is_usual(**usual_attention() | {"q": negated})
+    one_head = usual_attention(num_heads=1, num_kv_heads=1)
+    for slopes in (torch.zeros(1, dtype=torch.complex64), torch.zeros((), dtype=torch.complex64)[None]):
+        assert not _C.attention_is_usual(**one_head | {"alibi_slopes": slopes.conj().imag})
+
+
+def test_tensors_of_transforms_are_unusual():
+    call, seen = usual_attention(), []
+
+    def look(q):
+        seen.append(q)
+        assert type(q) is torch.Tensor and not _C.attention_is_usual(**call | {"q": q})
+        return q.sum()
+
+    torch.func.grad(look)(call["q"])
+    torch.func.vmap(look)(call["q"][None])
+    torch.func.functionalize(look)(call["q"])
+    assert len(seen) == 3
+    for dead in seen:  # it has left its transform
+        assert not _C.attention_is_usual(**call | {"q": dead})
+
+
+WITHOUT_TABLE = """
+import torch
+torch.Tensor.__dlpack_c_exchange_api__ = None  # before torch 2.10 there is none
+from andromeda import _C, attention
+
+q, k = torch.randn(2, 3, 4, 16), torch.randn(2, 5, 2, 16)
+look = lambda q, slopes=None: _C.attention_is_usual(q, k, k, slopes, None, None, None)
+assert look(q) and look(torch.nn.Parameter(q)) and look(q, torch.zeros(4))
+subclass = q.as_subclass(type("Other", (torch.Tensor,), {}))
+for other in (q.double(), q.to("meta"), q.to_sparse(), q[None], 3, None, subclass):
+    assert not look(other) and (other is None or not look(q, other))
+seen = []
+torch.func.vmap(lambda q: seen.append(look(q)) or q.sum())(q[None])
+torch.func.grad(lambda q: seen.append(look(q)) or q.sum())(q)
+assert seen == [False, False]
+torch.testing.assert_close(attention(q, k, k), attention(q, k, k, backend="reference"))
+"""
+
+
+def test_a_torch_without_the_table_of_dlpack():
+    result = subprocess.run([sys.executable, "-c", WITHOUT_TABLE], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
 
 
 # ---- the stub _C.pyi ------------------------------------------------------------------------------------------------

@@ -1,14 +1,20 @@
 """Records of arguments: their schemas, and operators that take them."""
 
 import inspect
+import sys
+import warnings
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from andromeda.ops import _operator
+from andromeda.ops import _operator, _select
 from andromeda.ops import attention as attention_op
 from andromeda.ops import feed_forward as feed_forward_op
 from andromeda.ops import linear_cross_entropy as loss_op
@@ -55,7 +61,8 @@ def test_the_schemas():
     )
     assert str(rotary_op.FORWARD._schema) == (
         "andromeda::qk_norm_rotary_forward(Tensor q, Tensor k, Tensor? q_scale, Tensor? k_scale, bool normalize, "
-        "int rotary_dim, bool xpos, SymInt position, SymInt origin, str backend, Tensor? step=None) -> (Tensor, Tensor)"
+        "int rotary_dim, bool xpos, SymInt position, SymInt origin, str backend, Tensor? step=None, "
+        "float q_multiplier=1.) -> (Tensor, Tensor)"
     )
     assert str(feed_forward_op.FORWARD._schema) == (
         "andromeda::feed_forward_forward(Tensor x, Tensor weight_in, Tensor? bias_in, Tensor weight_out, "
@@ -141,3 +148,94 @@ def test_a_function_of_fields_has_the_signature_of_its_record():
 
     assert list(inspect.signature(forward).parameters) == list(Call._fields)
     assert forward(1, 2) == (1, 2)
+
+
+# ---- calls without torch's dispatcher -------------------------------------------------------------------------------
+
+
+class Dispatched(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen = [*getattr(self, "seen", []), function]
+        return function(*args, **kwargs or {})
+
+
+class Functions(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **kwargs or {})
+
+
+def traced(call):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.trace(lambda x: call() or x, torch.zeros(1), check_trace=False)
+
+
+OBSERVERS = {
+    "dispatch mode": lambda call: call_in(Dispatched(), call),
+    "function mode": lambda call: call_in(Functions(), call),
+    "fake tensors": lambda call: call_in(FakeTensorMode(allow_non_fake_inputs=True), call),
+    "flops": lambda call: call_in(FlopCounterMode(display=False), call),
+    "profiler": lambda call: call_in(torch.autograd.profiler.profile(), call),
+    "jit.trace": traced,
+    "make_fx": lambda call: make_fx(lambda x: call() or x)(torch.zeros(1)),
+    "make_fx before dispatch": lambda call: make_fx(lambda x: call() or x, pre_dispatch=True)(torch.zeros(1)),
+}
+
+
+def call_in(context, call):
+    with context:
+        call()
+
+
+@pytest.mark.parametrize("observer", OBSERVERS)
+def test_observers_of_operators_are_seen(observer):
+    answers = []
+    OBSERVERS[observer](lambda: answers.append(_operator.is_unobserved()))
+    assert answers and not any(answers)
+    assert _operator.is_unobserved()
+
+
+ATTENTION = (torch.randn(1, 3, 2, 16), torch.randn(1, 5, 1, 16), torch.randn(1, 5, 1, 16))
+CALLS = {
+    "attention": (attention_op, lambda: attention_op.attention(*ATTENTION)),
+    "qk_norm_rotary": (rotary_op, lambda: rotary_op.qk_norm_rotary(*ATTENTION[:2], rotary_dim=8)),
+    "token_shift_norm": (
+        shift_op,
+        lambda: shift_op.token_shift_norm(torch.randn(1, 3, 16), gamma=torch.ones(16), shift=1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_mode_sees_the_operator_and_a_plain_call_does_without(name, monkeypatch):
+    module, call = CALLS[name]
+    with Dispatched() as mode:
+        call()
+    assert module.FORWARD in mode.seen
+    with torch.autograd.profiler.profile() as profile:
+        call()
+    assert f"andromeda::{name}_forward" in {event.name for event in profile.function_events}
+
+    def refuse(*arguments):
+        raise AssertionError("the operator was called")
+
+    monkeypatch.setattr(module, "FORWARD", refuse)
+    call()
+    with pytest.raises(AssertionError, match="the operator was called"), Dispatched():
+        call()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_plain_call_takes_few_steps(name):
+    """The time on the host is that of the steps: frames of Python and functions in C that it calls."""
+    if _select.extension_error is not None:
+        pytest.skip(_select.extension_error)
+    _, call = CALLS[name]
+    call()  # makes plans and tables
+    steps = []
+    sys.setprofile(lambda frame, event, argument: steps.append(event))
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    assert steps.count("call") <= 30 and steps.count("c_call") <= 24  # 22 and 16 for attention

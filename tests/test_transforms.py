@@ -26,7 +26,7 @@ def attend(q, k, v, **options):
 
 
 def rotate(q, k, q_scale, k_scale, **options):
-    options |= dict(rotary_dim=4, xpos=True, position=3)
+    options |= dict(rotary_dim=4, xpos=True, position=3, q_multiplier=1.7)
     return torch.cat(qk_norm_rotary(q, k, q_scale=q_scale, k_scale=k_scale, **options), dim=2)
 
 

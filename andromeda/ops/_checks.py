@@ -5,6 +5,7 @@ operators, or where `have_values` says that there are any.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -17,6 +18,7 @@ _mode_of, _num_modes = torch._C._get_dispatch_mode, torch._C._len_torch_dispatch
 _early_modes = torch._ops.mode_stack_state_for_pre_dispatch()  # of make_fx(pre_dispatch=True)
 _is_jit_tracing = torch._C._is_tracing
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_is_any_autocast_enabled: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 
 def is_tracing() -> bool:
@@ -118,24 +120,18 @@ def check_exact(
         raise TypeError(f"{op}: {name}.dtype must be {allowed}, got {dtype_name(tensor.dtype)}")
 
 
-def has_axes(tensor: object, count: int) -> bool:
-    """Whether it is a tensor of `count` dimensions, dense in the last one."""
-    return isinstance(tensor, torch.Tensor) and tensor.ndim == count and tensor.stride(-1) == 1
+def autocast_keeps(tensor: torch.Tensor) -> bool:
+    """Whether an operation that casts its arguments under autocast leaves tensors of this dtype and device alone."""
+    if not _is_any_autocast_enabled():
+        return True
+    device = tensor.device.type
+    return not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) == tensor.dtype
 
 
 def is_exact(tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
     """Whether it is a tensor of this shape, dtype and device; any strides."""
     return (
         isinstance(tensor, torch.Tensor) and tensor.shape == shape and tensor.dtype == dtype and tensor.device == device
-    )
-
-
-def is_floating(tensor: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> bool:
-    """Whether it is a tensor of this shape and device and of one of FLOAT_DTYPES; any strides."""
-    return (
-        isinstance(tensor, torch.Tensor)
-        and is_exact(tensor, shape, tensor.dtype, device)
-        and tensor.dtype in FLOAT_DTYPES
     )
 
 

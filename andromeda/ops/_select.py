@@ -30,14 +30,19 @@ class Preference(NamedTuple):
     reason: str
 
 
-# (operator, architecture of `triton_kernels.launch`) -> the exception from the order of `BACKENDS`.
+# (operator, architecture of `triton_kernels.launch`) -> the exception from the order of `BACKENDS`. What has been
+# measured comes before what should be faster by counted instructions (docs/benchmarks.md#predictions).
 _LEAST_FLOPS = 2**35  # 0.1 ms of work
 PREFERRED: dict[tuple[str, str], Preference] = {
     ("attention_forward", "sm_90"): Preference(
-        "triton", _LEAST_FLOPS, "H200, 8192 tokens, 24/1 heads of 128: 0.93 ms, CUDA 1.18; of 64: 0.54 and 0.79"
+        "triton",
+        _LEAST_FLOPS,
+        "H200, 8192 tokens, 24/1 heads of 128: 0.93 ms, of 64: 0.54 ms; CUDA's with wgmma are not measured yet",
     ),
     ("attention_backward", "sm_90"): Preference(
-        "triton", _LEAST_FLOPS, "H200, 8192 tokens, 24/1 heads of 128: 2.70 ms, CUDA 4.54; of 64: 1.66 and 2.50"
+        "triton",
+        _LEAST_FLOPS,
+        "H200, 8192 tokens, 24/1 heads of 128: 2.70 ms, of 64: 1.66 ms; CUDA's with wgmma are not measured yet",
     ),
 }
 # The device type of the tensors that a backend accepts. The reference accepts any.
@@ -269,19 +274,19 @@ _MAX_PLANS = 4096
 os.register_at_fork(after_in_child=plans.clear)  # they hold the answers above
 _NOT_COMPILED = "{op}: transforms of torch.func are not compiled; leave torch.compile out where they are used"
 _NO_GUARD = contextlib.nullcontext()
-_transforms_active = torch._C._are_functorch_transforms_active
+transforms_active = torch._C._are_functorch_transforms_active
 # It returns an int instead of a torch.cuda.Stream, in a tenth of the time; not every torch has it.
 _raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
-def plan(key: Hashable, device: torch.device, make: Callable[[], AnyPlan]) -> AnyPlan:
-    """`make()`, remembered for later calls with this key.
+def plan(key: Hashable, device: torch.device, make: Callable[..., AnyPlan], *arguments: Any) -> AnyPlan:
+    """`make(*arguments)`, remembered for later calls with this key.
 
     key: everything that the plan depends on. A plan for a GPU is not remembered when the reason for it may go away.
     """
     found = plans.get(key)
     if found is None:
-        found = make()
+        found = make(*arguments)
         if _lasts(found.backend, device):
             if len(plans) >= _MAX_PLANS:
                 plans.clear()
@@ -320,9 +325,7 @@ def current_stream(device: torch.device) -> int:
 
 def capture_id(device: torch.device) -> int:
     """The number of the CUDA graph that is capturing calls at this moment; 0 when calls run at once."""
-    if device.index is None or not torch.cuda.is_current_stream_capturing():
-        return 0
-    return extension.capture_id(current_stream(device))
+    return 0 if device.index is None else extension.capture_id(current_stream(device), device.index)
 
 
 def permit_work_beside_captures(permitted: bool) -> bool:
@@ -341,13 +344,13 @@ def needs_function(op: str, *tensors: torch.Tensor | None) -> bool:
         _transforms.refuse_tangents(op, tensors)
         return True
     if torch.is_grad_enabled():
-        if torch.compiler.is_dynamo_compiling() and _transforms_active():
+        if torch.compiler.is_dynamo_compiling() and transforms_active():
             # A compiled transform takes only the forward pass of a Function: it would drop the gradient.
             raise NotImplementedError(_NOT_COMPILED.format(op=op))
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return True
-    return _transforms_active()
+    return transforms_active()
 
 
 def usual_dtype(device: str) -> torch.dtype:

@@ -22,6 +22,8 @@ _DTYPES = {
 _TRITON_LIMITS = {"max_attention_head_dim": 256, "max_attention_seqlen": 2**30, "min_softmax_scale": 2.0**-60}
 NUM_SPLITS = 0  # number of splits of the keys in the GPU kernels for few queries; 0: chosen. Tests change it
 _FEW_QUERIES = 32
+_WIDE_MULTIPLE = 8  # of head_dim, in the GPU kernel for more than 128 channels: TMA copies 16 bytes
+_Direction = Literal["forward", "backward"]
 REFERENCE_BLOCK_LOGITS = 2**24  # the reference holds at most this many logits at once: 64 MiB of float32
 
 
@@ -139,7 +141,8 @@ def attention(
         ValueError, TypeError: the call is wrong on every machine.
         NotImplementedError: no backend, or not the requested one, can run it here; gives the reasons for each.
     """
-    if not _is_usual(q, k, v, alibi_slopes, logit_bound, key_start, num_keys):
+    is_usual = _is_usual(q, k, v, alibi_slopes, logit_bound, key_start, num_keys)
+    if not is_usual:
         q, k, v = _checked(q, k, v, alibi_slopes, logit_bound, key_start, num_keys)
     if softmax_scale is None:
         softmax_scale = q.shape[3] ** -0.5
@@ -149,10 +152,17 @@ def attention(
         logit_bound = logit_bound.detach()
     backend_argument = _select.backend_argument(NAME, backend)
     call = Call(q, k, v, alibi_slopes, logit_bound, key_start, bool(causal), softmax_scale, backend_argument, num_keys)
-    needs_function = _select.needs_function(NAME, q, k, v)
-    if needs_function and num_keys is not None:
-        _checks.refuse_gradients(NAME, "num_keys", "k and v cut to that many keys")
-    out, softmax_lse = _Attention.apply(*call) if needs_function else FORWARD(*call)
+    if _select.needs_function(NAME, q, k, v):
+        if backend == "cuda" and not torch.compiler.is_compiling():
+            _plan("backward", call)  # a call without kernels for its gradients is refused now, not in the backward pass
+        if num_keys is not None:
+            _checks.refuse_gradients(NAME, "num_keys", "k and v cut to that many keys")
+        is_plain = is_usual and not _select.transforms_active()
+        out, softmax_lse = (_plain_apply if is_plain else _Attention.apply)(*call)
+    elif is_usual and _operator.is_unobserved():
+        out, softmax_lse = forward(call)
+    else:
+        out, softmax_lse = FORWARD(*call)
     return (out, softmax_lse) if return_lse else out
 
 
@@ -167,8 +177,9 @@ def unsupported(
     logit_bound: Tensor | None = None,
     key_start: Tensor | None = None,
     num_keys: Tensor | None = None,
+    direction: _Direction = "forward",
 ) -> list[str]:
-    """Why `backend` cannot run `attention` on these (correct) arguments here; empty when it can."""
+    """Why `backend` cannot run a direction of `attention` on these (correct) arguments here; empty when it can."""
     if backend == "reference":
         return _select.unreadable("num_keys", num_keys)
     if (answer := _select.without_compiled_kernels(backend)) is not None:
@@ -177,7 +188,8 @@ def unsupported(
     if backend in ("cuda", "triton"):
         limits = _TRITON_LIMITS if backend == "triton" else _select.extension.build_info()
         if q.shape[3] > (max_head_dim := limits["max_attention_head_dim"]):
-            reasons.append(f"head_dim={q.shape[3]} (built for 1 to {max_head_dim})")
+            can_ask = backend == "cuda" and not reasons
+            reasons += _beyond_head_dim(int(max_head_dim), q, num_keys, direction if can_ask else None)
         for name, seqlen in (("seqlen_q", q.shape[1]), ("seqlen_k", k.shape[1])):
             if seqlen > (max_seqlen := limits["max_attention_seqlen"]):
                 most = "2**30" if max_seqlen == 2**30 else f"2**31 - {2**31 - max_seqlen}"
@@ -186,6 +198,27 @@ def unsupported(
             power = f"2**{math.log2(smallest):.0f}"
             reasons.append(f"softmax_scale={softmax_scale} (built for at least {power}; -q has the opposite scale)")
     return reasons
+
+
+def _beyond_head_dim(max_head_dim: int, q: Tensor, num_keys: Tensor | None, direction: _Direction | None) -> list[str]:
+    """The reasons against a head_dim above the limit that all devices share.
+
+    direction: of a call of the compiled kernels; a device may have a wider one for the forward pass. None otherwise.
+    """
+    head_dim = q.shape[3]
+    widest = max_head_dim
+    if direction is not None:
+        with _select.device_guard(q.device):
+            widest = _select.extension.attention_forward_max_head_dim()
+    if head_dim > widest:
+        return [f"head_dim={head_dim} (built for 1 to {widest})"]
+    if direction == "backward":
+        return [f"gradients with head_dim={head_dim} (built for 1 to {max_head_dim})"]
+    if head_dim % _WIDE_MULTIPLE != 0:
+        return [f"head_dim={head_dim} (above {max_head_dim} built for multiples of {_WIDE_MULTIPLE})"]
+    if num_keys is not None:
+        return [f"num_keys with head_dim={head_dim} (built for 1 to {max_head_dim})"]
+    return []
 
 
 class Call(NamedTuple):
@@ -204,47 +237,25 @@ class Call(NamedTuple):
 
 
 def _is_usual(
-    q: object,
-    k: object,
-    v: object,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     alibi_slopes: Tensor | None,
     logit_bound: Tensor | None,
     key_start: Tensor | None,
     num_keys: Tensor | None,
 ) -> bool:
-    """Whether the call is correct and needs no cast. Most calls are, and this takes a few microseconds.
+    """Whether the call is correct and needs no cast. Most calls are, and this takes a microsecond.
 
     `_checked` examines every other call again and reports its errors.
     """
-    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
-        return False
-    if not q.ndim == k.ndim == v.ndim == 4:
-        return False
-    batch, seqlen_q, num_heads, head_dim = q.shape
-    k_batch, _, num_kv_heads, k_head_dim = k_shape = k.shape
-    dtype, device = q.dtype, q.device
-    device_type = device.type
     return (
-        head_dim == k_head_dim > 0
-        and batch == k_batch
-        and num_kv_heads > 0
-        and num_heads % num_kv_heads == 0
-        and v.shape == k_shape
-        and q.stride(3) == k.stride(3) == v.stride(3) == 1
-        and dtype in _checks.FLOAT_DTYPES
-        and k.dtype == v.dtype == dtype
-        and k.device == v.device == device
-        and device_type in ("cpu", "cuda")
-        and not torch.is_autocast_enabled(device_type)
-        and (alibi_slopes is None or (_is_per_head(alibi_slopes, num_heads, device) and not alibi_slopes.requires_grad))
-        and (logit_bound is None or _is_per_head(logit_bound, num_heads, device))
-        and (key_start is None or _checks.is_exact(key_start, (batch, seqlen_q), torch.int32, device))
-        and (num_keys is None or _checks.is_exact(num_keys, (1,), torch.int32, device))
+        not torch.compiler.is_compiling()
+        and _select.extension_error is None
+        and _select.extension.attention_is_usual(q, k, v, alibi_slopes, logit_bound, key_start, num_keys)
+        and not (alibi_slopes is not None and alibi_slopes.requires_grad)
+        and _checks.autocast_keeps(q)
     )
-
-
-def _is_per_head(tensor: Tensor, num_heads: int, device: torch.device) -> bool:
-    return _checks.is_exact(tensor, (num_heads,), torch.float32, device)
 
 
 def _checked(
@@ -321,13 +332,14 @@ def _check_values(
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """The operator `attention_forward`: out and softmax_lse."""
-    device = call.q.device
     if call.q.is_cpu:
         _check_values(call.alibi_slopes, call.key_start, call.num_keys, call.k.shape[1])
     plan = _plan("forward", call)
     if call.num_keys is not None and plan.backend in ("cpu", "reference"):
         call = _cut(call, call.num_keys)
         plan = _plan("forward", call)
+    q, k, v, alibi_slopes, logit_bound, key_start, causal, softmax_scale, _, num_keys = call
+    device = q.device
     out, softmax_lse = _fake_forward(call)
     if plan.is_empty:
         out.zero_()
@@ -338,12 +350,30 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         from andromeda.triton_kernels import attention as kernels
 
         with _select.device_guard(device):
-            kernels.forward(**_tensors(call, out, softmax_lse) | plan.splits, num_keys=call.num_keys)
+            kernels.forward(*_tensors(call, out, softmax_lse), num_splits=plan.num_splits, num_keys=num_keys)
     else:
-        with _select.device_guard(device):
-            _select.extension.attention_forward(
-                **_tensors(call, out, softmax_lse), **_resources(plan, device), num_keys=call.num_keys
-            )
+        if plan.needs_aligned:
+            q, k, v = map(_aligned, (q, k, v))
+        stream = _select.current_stream(device)
+        partials, semaphores = _workspace(plan, softmax_lse, stream)
+        _select.extension.attention_forward(
+            q,
+            k,
+            v,
+            contiguous(alibi_slopes),
+            contiguous(logit_bound),
+            contiguous(key_start),
+            out,
+            softmax_lse,
+            causal,
+            softmax_scale,
+            torch.get_num_threads(),
+            partials,
+            semaphores,
+            stream,
+            plan.num_splits,
+            num_keys,
+        )
     return out, softmax_lse
 
 
@@ -356,7 +386,8 @@ def _cut(call: Call, num_keys: Tensor) -> Call:
 def backward(dout: Tensor, out: Tensor, softmax_lse: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """The operator `attention_backward`: dq, dk and dv."""
     assert call.num_keys is None  # `attention` refuses it where gradients are recorded
-    device = call.q.device
+    q, k, v, alibi_slopes, logit_bound, key_start, causal, softmax_scale, *_ = call
+    device = q.device
     plan = _plan("backward", call)
     dq, dk, dv = gradients = _fake_backward(dout, out, softmax_lse, call)
     if plan.is_empty:
@@ -368,12 +399,30 @@ def backward(dout: Tensor, out: Tensor, softmax_lse: Tensor, call: Call) -> tupl
         from andromeda.triton_kernels import attention as kernels
 
         with _select.device_guard(device):
-            kernels.backward(**_tensors(call, out, softmax_lse), dout=dout, dq=dq, dk=dk, dv=dv)
+            kernels.backward(*_tensors(call, out, softmax_lse), dout=dout, dq=dq, dk=dk, dv=dv)
     else:
-        with _select.device_guard(device):
-            _select.extension.attention_backward(
-                **_tensors(call, out, softmax_lse), dout=dout, dq=dq, dk=dk, dv=dv, **_resources(plan, device)
-            )
+        stream = _select.current_stream(device)
+        partials, semaphores = _workspace(plan, softmax_lse, stream)
+        _select.extension.attention_backward(
+            q,
+            k,
+            v,
+            contiguous(alibi_slopes),
+            contiguous(logit_bound),
+            contiguous(key_start),
+            out,
+            softmax_lse,
+            causal,
+            softmax_scale,
+            dout,
+            dq,
+            dk,
+            dv,
+            torch.get_num_threads(),
+            partials,
+            semaphores,
+            stream,
+        )
     return gradients
 
 
@@ -384,10 +433,8 @@ class Plan(NamedTuple):
     is_empty: bool  # there is nothing to compute
     num_partials: int  # float32 numbers of the workspace
     num_semaphores: int
-    splits: dict[str, int]  # the argument num_splits, where a direction has it: the workspace is for this many
-
-
-_Direction = Literal["forward", "backward"]
+    num_splits: int  # the argument of the kernels, where a direction has it: the workspace is for this many
+    needs_aligned: bool = False  # the kernel takes only tensors that `_aligned` leaves as they are
 
 
 def _plan(direction: _Direction, call: Call) -> Plan:
@@ -395,12 +442,12 @@ def _plan(direction: _Direction, call: Call) -> Plan:
     q, shape_k = call.q, call.k.shape
     options = call.num_keys is not None, call.causal, call.softmax_scale, NUM_SPLITS
     key = direction, call.backend, q.device, q.dtype, q.shape, shape_k, *options
-    return _select.plan(key, q.device, lambda: _make_plan(direction, call))
+    return _select.plan(key, q.device, _make_plan, direction, call)
 
 
 def _make_plan(direction: _Direction, call: Call) -> Plan:
     q, k, scale = call.q, call.k, call.softmax_scale
-    options: dict[str, Any] = {"softmax_scale": scale, "num_keys": call.num_keys}
+    options: dict[str, Any] = {"softmax_scale": scale, "num_keys": call.num_keys, "direction": direction}
     flops = {"forward": 4, "backward": 10}[direction] * q.shape[3] * _visible_pairs(call)
     if q.shape[1] <= _FEW_QUERIES:  # such calls are limited by memory and by their launch
         flops = 0
@@ -409,9 +456,9 @@ def _make_plan(direction: _Direction, call: Call) -> Plan:
     )
     is_empty = 0 in (*q.shape, k.shape[1])
     if backend == "triton" and direction == "forward":
-        return Plan(backend, is_empty, 0, 0, {"num_splits": NUM_SPLITS})
+        return Plan(backend, is_empty, 0, 0, NUM_SPLITS)
     if backend != "cuda" or is_empty:
-        return Plan(backend, is_empty, 0, 0, {})
+        return Plan(backend, is_empty, 0, 0, 0)
     batch, seqlen_q, num_heads, head_dim = q.shape
     shape = {
         "batch": batch,
@@ -424,52 +471,47 @@ def _make_plan(direction: _Direction, call: Call) -> Plan:
     with _select.device_guard(q.device):
         if direction == "backward":
             num_partials, num_semaphores = _select.extension.attention_backward_workspace(**shape, causal=call.causal)
-            return Plan(backend, False, num_partials, num_semaphores, {})
+            return Plan(backend, False, num_partials, num_semaphores, 0)
         num_partials, num_semaphores, num_splits = _select.extension.attention_forward_workspace(
             **shape, causal=call.causal, num_splits=NUM_SPLITS, has_num_keys=call.num_keys is not None
         )
-        return Plan(backend, False, num_partials, num_semaphores, {"num_splits": num_splits})
+        is_wide = head_dim > _select.extension.build_info()["max_attention_head_dim"]
+        return Plan(backend, False, num_partials, num_semaphores, num_splits, is_wide)
 
 
-def _tensors(call: Call, out: Tensor, softmax_lse: Tensor) -> dict[str, Any]:
-    """The arguments that a compiled kernel takes in both directions."""
-    return {
-        "q": call.q,
-        "k": call.k,
-        "v": call.v,
-        "alibi_slopes": contiguous(call.alibi_slopes),
-        "logit_bound": contiguous(call.logit_bound),
-        "key_start": contiguous(call.key_start),
-        "out": out,
-        "softmax_lse": softmax_lse,
-        "causal": call.causal,
-        "softmax_scale": call.softmax_scale,
-    }
+def _tensors(call: Call, out: Tensor, softmax_lse: Tensor) -> tuple[Any, ...]:
+    """The first arguments of a Triton kernel in both directions: q to softmax_scale."""
+    q, k, v, alibi_slopes, logit_bound, key_start, causal, softmax_scale, *_ = call
+    constants = contiguous(alibi_slopes), contiguous(logit_bound), contiguous(key_start)
+    return (q, k, v, *constants, out, softmax_lse, causal, softmax_scale)
 
 
-def _resources(plan: Plan, device: torch.device) -> dict[str, Any]:
-    """The resources of a compiled kernel: threads on the CPU; a workspace and a stream on a GPU."""
-    stream = _select.current_stream(device)
-    count = plan.num_partials
-    return {
-        "num_threads": torch.get_num_threads(),
-        "partials": torch.empty(count, dtype=torch.float32, device=device) if count else None,
-        "semaphores": _persistent.semaphores(device, plan.num_semaphores, stream),
-        "stream": stream,
-        **plan.splits,
-    }
+def _workspace(plan: Plan, softmax_lse: Tensor, stream: int) -> tuple[Tensor | None, Tensor | None]:
+    """The arguments partials, in the dtype of softmax_lse, and semaphores of a compiled kernel."""
+    if plan.num_partials == plan.num_semaphores == 0:
+        return None, None
+    partials = softmax_lse.new_empty(plan.num_partials) if plan.num_partials else None
+    return partials, _persistent.semaphores(softmax_lse.device, plan.num_semaphores, stream)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor with rows that start at multiples of 16 bytes, and no axis repeated by a stride of 0."""
+    strides = [stride for stride, size in zip(tensor.stride()[:3], tensor.shape, strict=False) if size > 1]
+    if tensor.data_ptr() % 16 == 0 and all(stride > 0 and stride % 8 == 0 for stride in strides):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _fake_forward(call: Call) -> tuple[Tensor, Tensor]:
     q = call.q
     batch, seqlen_q, num_heads, _ = q.shape
-    softmax_lse = q.new_empty((batch, num_heads, seqlen_q), dtype=compute_dtype(q.dtype))
+    softmax_lse = q.new_empty(batch, num_heads, seqlen_q, dtype=compute_dtype(q.dtype))
     return torch.empty_like(q, memory_format=torch.contiguous_format), softmax_lse
 
 
 def _fake_backward(dout: Tensor, out: Tensor, softmax_lse: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = call.q, call.k, call.v
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return q.new_empty(*q.shape), k.new_empty(*k.shape), v.new_empty(*v.shape)
 
 
 def _query_blocks(call: Call) -> Iterator[tuple[slice, slice, dict[str, Any]]]:
@@ -623,6 +665,7 @@ class _Attention(torch.autograd.Function):
         return _vmap(info, in_dims, *fields)
 
 
+_plain_apply = _operator.plain_apply(_Attention)
 _NUM_TENSORS = _operator.num_tensors(Call)
 _NO_GRADIENTS = (None,) * len(Call._fields)
 _LOGIT_BOUND = Call._fields.index("logit_bound")

@@ -1,9 +1,7 @@
 """Residual, layer norm and token shift in one pass over memory (docs/model.md#3, #4, #7)."""
 
-import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,17 +72,16 @@ def token_shift_norm(
     """
     backend_argument = _select.backend_argument(NAME, backend)
     call = Call(x, residual, residual_scale, gamma, history, key_start, alpha, shift, position, backend_argument)
-    if not _is_usual(call):
+    is_usual = _is_usual(call)
+    if not is_usual:
         call = _checked(call)
     if gamma is None and residual is None and shift == 0:
         return x, x
-    dtype = compute_dtype(x.dtype)
-    if residual_scale is not None and residual_scale.dtype != dtype:
-        call = call._replace(residual_scale=residual_scale.to(dtype))
-    if gamma is not None and gamma.dtype != dtype:
-        call = call._replace(gamma=gamma.to(dtype))
-    needs_function = _select.needs_function(NAME, x, residual, call.residual_scale, call.gamma)
-    y, shifted = _TokenShiftNorm.apply(*call) if needs_function else FORWARD(*call)
+    if _select.needs_function(NAME, x, residual, call.residual_scale, call.gamma):
+        is_plain = is_usual and not _select.transforms_active()
+        y, shifted = (_plain_apply if is_plain else _TokenShiftNorm.apply)(*call)
+    else:
+        y, shifted = forward(call) if is_usual and _operator.is_unobserved() else FORWARD(*call)
     if gamma is None and residual is None:
         y = x
     return y, y if shift == 0 else shifted
@@ -119,42 +116,24 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # dx, dresidual, dresidual_sc
 
 
 def _is_usual(call: Call) -> bool:
-    """Whether the call is correct. Most calls are, and this takes a few microseconds.
+    """Whether the call is correct and needs no cast. Most calls are, and this takes a microsecond.
 
     `_checked` examines every other call again and reports its errors.
     """
     x, residual, residual_scale, gamma, history, key_start, alpha, shift, position, _ = call
-    if not _checks.has_axes(x, 3):
-        return False
-    batch, seqlen, dim = x.shape
-    dtype, device = x.dtype, x.device
-    if not (
-        dtype in _checks.FLOAT_DTYPES
+    return (
+        not torch.compiler.is_compiling()
+        and _select.extension_error is None
         and type(shift) is type(position) is int
-        and 0 <= shift < dim
         and type(alpha) is float
         and -math.inf < alpha < math.inf
-    ):
-        return False
-    if residual is None:
-        if residual_scale is not None:
-            return False
-    elif not (_checks.has_axes(residual, 3) and _checks.is_exact(residual, x.shape, dtype, device)):
-        return False
-    if history is not None and not (
-        _checks.has_axes(history, 3)
-        and _checks.is_exact(history, (batch, shift, dim), dtype, device)
-        and not history.requires_grad
-    ):
-        return False
-    for vector in (gamma, residual_scale):
-        if vector is not None and not _checks.is_floating(vector, (dim,), device):
-            return False
-    return key_start is None or _checks.is_exact(key_start, (batch, seqlen), torch.int32, device)
+        and _select.extension.token_shift_norm_is_usual(x, residual, residual_scale, gamma, history, key_start, shift)
+        and not (history is not None and history.requires_grad)
+    )
 
 
 def _checked(call: Call) -> Call:
-    """The call, with alpha as a float.
+    """The call, with alpha as a float and the vectors in the dtype of the computation.
 
     Raises:
         ValueError, TypeError: see `token_shift_norm`.
@@ -193,7 +172,12 @@ def _checked(call: Call) -> Call:
         history=history,
         key_start=key_start,
     )
-    return call._replace(alpha=_checks.check_finite_number(NAME, "alpha", alpha))
+    dtype = compute_dtype(x.dtype)
+    return call._replace(
+        alpha=_checks.check_finite_number(NAME, "alpha", alpha),
+        residual_scale=cast(residual_scale, dtype),
+        gamma=cast(gamma, dtype),
+    )
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
@@ -214,13 +198,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         if has_shifted:
             shifted.copy_(exact_shifted)
     else:
-        with _select.device_guard(call.x.device):
-            _kernel(call, plan, "forward")(
-                **_arguments(call),
-                history=call.history,
-                y=y if has_y else None,
-                shifted=shifted if has_shifted else None,
-            )
+        results = y if has_y else None, shifted if has_shifted else None
+        _run("forward", call, plan, *_vectors(call), call.history, contiguous(call.key_start), *results)
     return y, shifted
 
 
@@ -237,47 +216,34 @@ def backward(dy: Tensor | None, dshifted: Tensor | None, call: Call) -> Gradient
                 gradient.copy_(result)
     else:
         dresidual_scale_partial, dgamma_partial = (
-            None if vector is None else vector.new_empty((plan.num_partials, *vector.shape))
+            None if vector is None else vector.new_empty(plan.num_partials, *vector.shape)
             for vector in (call.residual_scale, call.gamma)
         )
-        with _select.device_guard(call.x.device):
-            _kernel(call, plan, "backward")(
-                **_arguments(call),
-                dy=dy,
-                dshifted=dshifted,
-                dx=dx,
-                dresidual=None if call.residual is None else dresidual,
-                dresidual_scale_partial=dresidual_scale_partial,
-                dgamma_partial=dgamma_partial,
-            )
+        results = dx, None if call.residual is None else dresidual, dresidual_scale_partial, dgamma_partial
+        _run("backward", call, plan, *_vectors(call), contiguous(call.key_start), dy, dshifted, *results)
         for gradient, partial in ((dresidual_scale, dresidual_scale_partial), (dgamma, dgamma_partial)):
             if partial is not None:
                 sum_partials(partial, gradient)
     return gradients
 
 
-def _kernel(call: Call, plan: "Plan", direction: str) -> Callable[..., None]:
-    """The host function of the plan's backend."""
+def _vectors(call: Call) -> tuple[Tensor | None, ...]:
+    """The first arguments of a kernel in both directions: x to gamma."""
+    return call.x, call.residual, contiguous(call.residual_scale), contiguous(call.gamma)
+
+
+def _run(direction: Literal["forward", "backward"], call: Call, plan: "Plan", *tensors: Tensor | None) -> None:
+    """Run the kernel of the plan's backend. tensors: its arguments before alpha."""
+    arguments: tuple[Any, ...] = *tensors, call.alpha, call.shift, call.position
+    device = call.x.device
     if plan.backend == "triton":
         from andromeda.triton_kernels import token_shift_norm as kernels
 
-        return getattr(kernels, direction)
-    host = {"num_threads": torch.get_num_threads(), "stream": _select.current_stream(call.x.device)}
-    return functools.partial(getattr(_select.extension, f"token_shift_norm_{direction}"), **host)
-
-
-def _arguments(call: Call) -> dict[str, Any]:
-    """The arguments that the kernels of every backend take in both directions."""
-    return {
-        "x": call.x,
-        "residual": call.residual,
-        "residual_scale": contiguous(call.residual_scale),
-        "gamma": contiguous(call.gamma),
-        "key_start": contiguous(call.key_start),
-        "alpha": call.alpha,
-        "shift": call.shift,
-        "position": call.position,
-    }
+        with _select.device_guard(device):
+            getattr(kernels, direction)(*arguments)
+    else:
+        kernel = getattr(_select.extension, f"token_shift_norm_{direction}")
+        kernel(*arguments, torch.get_num_threads(), _select.current_stream(device))
 
 
 def _options(call: Call) -> dict[str, Any]:
@@ -314,7 +280,7 @@ class Plan(NamedTuple):
 
 def _plan(call: Call) -> Plan:
     x = call.x
-    return _select.plan((NAME, call.backend, x.device, x.dtype, x.shape), x.device, lambda: _make_plan(call))
+    return _select.plan((NAME, call.backend, x.device, x.dtype, x.shape), x.device, _make_plan, call)
 
 
 def _make_plan(call: Call) -> Plan:
@@ -336,17 +302,17 @@ def _make_plan(call: Call) -> Plan:
 def _fake_forward(call: Call) -> tuple[Tensor, Tensor]:
     """An output that equals another tensor is empty: an operator must not return one of its inputs."""
     x = call.x
-    y = x.new_empty(0 if call.gamma is None and call.residual is None else x.shape)
-    return y, x.new_empty(0 if call.shift == 0 else x.shape)
+    y = x.new_empty(0) if call.gamma is None and call.residual is None else x.new_empty(*x.shape)
+    return y, x.new_empty(0) if call.shift == 0 else x.new_empty(*x.shape)
 
 
 def _fake_backward(dy: Tensor | None, dshifted: Tensor | None, call: Call) -> Gradients:
     x = call.x
     dresidual, dresidual_scale, dgamma = (
-        x.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
+        x.new_empty(0) if tensor is None else tensor.new_empty(*tensor.shape)
         for tensor in (call.residual, call.residual_scale, call.gamma)
     )
-    return x.new_empty(x.shape), dresidual, dresidual_scale, dgamma
+    return x.new_empty(*x.shape), dresidual, dresidual_scale, dgamma
 
 
 def _forward_flops(call: Call) -> int:
@@ -417,6 +383,7 @@ class _TokenShiftNorm(torch.autograd.Function):
         return _vmap(info, in_dims, *fields)
 
 
+_plain_apply = _operator.plain_apply(_TokenShiftNorm)
 _NUM_TENSORS = _operator.num_tensors(Call)
 _NO_GRADIENTS = (None,) * len(Call._fields)
 _vmap = _transforms.vmap_rule(

@@ -27,7 +27,6 @@ ADDED_SPLITS = 32  # at a time
 
 
 def forward(
-    *,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -38,6 +37,7 @@ def forward(
     softmax_lse: Tensor,
     causal: bool,
     softmax_scale: float,
+    *,
     num_keys: Tensor | None = None,
     num_splits: int = 0,
 ) -> None:

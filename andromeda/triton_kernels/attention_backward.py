@@ -578,7 +578,6 @@ def num_shares_of(num_programs: int, group: int, num_multiprocessors: int) -> in
 
 
 def attention_backward(
-    *,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -589,6 +588,7 @@ def attention_backward(
     softmax_lse: Tensor,
     causal: bool,
     softmax_scale: float,
+    *,
     dout: Tensor,
     dq: Tensor,
     dk: Tensor,

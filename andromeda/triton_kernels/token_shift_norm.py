@@ -407,7 +407,6 @@ def backward_kernel(
 
 
 def forward(
-    *,
     x: torch.Tensor,
     residual: torch.Tensor | None,
     residual_scale: torch.Tensor | None,
@@ -438,7 +437,6 @@ def forward(
 
 
 def backward(
-    *,
     x: torch.Tensor,
     residual: torch.Tensor | None,
     residual_scale: torch.Tensor | None,

@@ -1,9 +1,11 @@
 // Packs AttentionParams; the GIL is released while the kernel runs.
 #include "andromeda/attention.h"
 
+#include "andromeda/device_guard.h"
 #include "bindings.h"
 #include "checks.h"
 #include "tensor_caster.h"
+#include "usual_call.h"
 
 namespace andromeda::bindings {
 namespace {
@@ -85,6 +87,7 @@ void forward(const TensorView& q, const TensorView& k, const TensorView& v, cons
   if (q.device == Device::kCpu) {
     cpu::attention_forward(params, num_threads);
   } else {
+    const cuda::DeviceGuard guard(q.device_index);
     cuda::attention_forward(params, workspace, as_stream(stream));
   }
 }
@@ -114,8 +117,23 @@ void backward(const TensorView& q, const TensorView& k, const TensorView& v, con
   if (q.device == Device::kCpu) {
     cpu::attention_backward(params, num_threads);
   } else {
+    const cuda::DeviceGuard guard(q.device_index);
     cuda::attention_backward(params, workspace, as_stream(stream));
   }
+}
+
+bool is_usual(const py::object& q, const py::object& k, const py::object& v, const py::object& alibi_slopes,
+              const py::object& logit_bound, const py::object& key_start, const py::object& num_keys) {
+  const UsualCall call(q, 4);
+  TensorView key, value;
+  if (!call || !call.activations(k, 4, key) || !call.activations(v, 4, value)) return false;
+  const auto& [batch, seqlen_q, num_heads, head_dim] = call.leader().shape;
+  const std::int64_t num_kv_heads = key.shape[2];
+  return key.shape[0] == batch && key.shape[3] == head_dim && head_dim > 0 && num_kv_heads > 0 &&
+         num_heads % num_kv_heads == 0 && value.shape == key.shape &&
+         call.constant(alibi_slopes, DType::kFloat32, {num_heads}) &&
+         call.constant(logit_bound, DType::kFloat32, {num_heads}) &&
+         call.constant(key_start, DType::kInt32, {batch, seqlen_q}) && call.constant(num_keys, DType::kInt32, {1});
 }
 
 // The sizes for a CUDA call of these shapes on the current device.
@@ -158,14 +176,16 @@ std::pair<std::int64_t, std::int64_t> backward_workspace(int batch, int seqlen_q
 
 void bind_attention(py::module_& m) {
   using py::arg;
-  m.def("attention_forward", &forward, "csrc/include/andromeda/attention.h. Writes out and softmax_lse.", py::kw_only(),
-        arg("q"), arg("k"), arg("v"), arg("alibi_slopes"), arg("logit_bound"), arg("key_start"), arg("out"),
-        arg("softmax_lse"), arg("causal"), arg("softmax_scale"), arg("num_threads"), arg("partials"), arg("semaphores"),
-        arg("stream"), arg("num_splits") = 0, arg("num_keys") = py::none());
-  m.def("attention_backward", &backward, "csrc/include/andromeda/attention.h. Writes dq, dk and dv.", py::kw_only(),
-        arg("q"), arg("k"), arg("v"), arg("alibi_slopes"), arg("logit_bound"), arg("key_start"), arg("out"),
-        arg("softmax_lse"), arg("causal"), arg("softmax_scale"), arg("dout"), arg("dq"), arg("dk"), arg("dv"),
-        arg("num_threads"), arg("partials"), arg("semaphores"), arg("stream"));
+  m.def("attention_forward", &forward, "csrc/include/andromeda/attention.h. Writes out and softmax_lse.", arg("q"),
+        arg("k"), arg("v"), arg("alibi_slopes"), arg("logit_bound"), arg("key_start"), arg("out"), arg("softmax_lse"),
+        arg("causal"), arg("softmax_scale"), arg("num_threads"), arg("partials"), arg("semaphores"), arg("stream"),
+        arg("num_splits") = 0, arg("num_keys") = py::none());
+  m.def("attention_backward", &backward, "csrc/include/andromeda/attention.h. Writes dq, dk and dv.", arg("q"),
+        arg("k"), arg("v"), arg("alibi_slopes"), arg("logit_bound"), arg("key_start"), arg("out"), arg("softmax_lse"),
+        arg("causal"), arg("softmax_scale"), arg("dout"), arg("dq"), arg("dk"), arg("dv"), arg("num_threads"),
+        arg("partials"), arg("semaphores"), arg("stream"));
+  m.def("attention_is_usual", &is_usual, "Whether this call is correct and needs no cast. False where it is unclear.",
+        arg("q"), arg("k"), arg("v"), arg("alibi_slopes"), arg("logit_bound"), arg("key_start"), arg("num_keys"));
   const auto bind_workspace = [&m](const char* name, auto function, const auto&... further) {
     m.def(name, function,
           "Sizes of the workspace of a CUDA call on the current device: partials (float32) and semaphores (int32, "
@@ -173,6 +193,8 @@ void bind_attention(py::module_& m) {
           py::kw_only(), arg("batch"), arg("seqlen_q"), arg("seqlen_k"), arg("num_heads"), arg("num_kv_heads"),
           arg("head_dim"), arg("causal"), further...);
   };
+  m.def("attention_forward_max_head_dim", &cuda::attention_forward_max_head_dim,
+        "The largest head_dim of a CUDA forward call on the current device.");
   bind_workspace("attention_forward_workspace", &forward_workspace, arg("num_splits") = 0, arg("has_num_keys") = false);
   bind_workspace("attention_backward_workspace", &backward_workspace);
 }

@@ -52,6 +52,11 @@ struct PlainTensors {
   PyTypeObject *tensor, *parameter;
   const dlpack::ExchangeTable* table;
 
+  bool is_plain(pybind11::handle object) const {
+    const PyTypeObject* type = Py_TYPE(object.ptr());
+    return type == tensor || type == parameter;
+  }
+
   static const PlainTensors& get() {
     PYBIND11_CONSTINIT static pybind11::gil_safe_call_once_and_store<PlainTensors> plain;
     const auto make = [] {
@@ -67,8 +72,7 @@ struct PlainTensors {
 // Returns false for every tensor that must be read by its attributes, if only to raise the error there.
 inline bool read_by_dlpack(pybind11::handle tensor, TensorView& view) {
   const PlainTensors& plain = PlainTensors::get();
-  const PyTypeObject* type = Py_TYPE(tensor.ptr());
-  if (plain.table == nullptr || (type != plain.tensor && type != plain.parameter)) return false;
+  if (plain.table == nullptr || !plain.is_plain(tensor)) return false;
   dlpack::Tensor found;
   if (plain.table->describe(tensor.ptr(), &found) != 0) {
     PyErr_Clear();

@@ -22,6 +22,20 @@ inline TensorView read_tensor(pybind11::handle tensor) {
   refuse("a torch.Tensor", tensor.is_none() ? tensor : pybind11::type::handle_of(tensor));
 }
 
+// Reads a torch.Tensor or Parameter. Returns false, and raises nothing, for a subclass and for what `read_tensor` refuses.
+inline bool read_plain(pybind11::handle tensor, TensorView& view) {
+  if (read_by_dlpack(tensor, view)) return true;
+  const PlainTensors& plain = PlainTensors::get();
+  if (plain.table != nullptr || !plain.is_plain(tensor)) return false;
+  try {
+    view = read_attributes(tensor);
+    return true;
+  } catch (pybind11::error_already_set&) {
+  } catch (pybind11::builtin_exception&) {
+  }
+  return false;
+}
+
 }  // namespace andromeda::bindings
 
 namespace pybind11::detail {

@@ -1,9 +1,11 @@
 // Packs TokenShiftNormParams; the GIL is released while the kernel runs or is launched.
 #include "andromeda/token_shift_norm.h"
 
+#include "andromeda/device_guard.h"
 #include "bindings.h"
 #include "checks.h"
 #include "tensor_caster.h"
+#include "usual_call.h"
 
 namespace andromeda::bindings {
 namespace {
@@ -66,6 +68,7 @@ void forward(const TensorView& x, const OptionalTensor& residual, const Optional
   if (x.device == Device::kCpu) {
     cpu::token_shift_norm_forward(params, num_threads);
   } else {
+    const cuda::DeviceGuard guard(x.device_index);
     cuda::token_shift_norm_forward(params, as_stream(stream));
   }
 }
@@ -114,8 +117,23 @@ void backward(const TensorView& x, const OptionalTensor& residual, const Optiona
   if (x.device == Device::kCpu) {
     cpu::token_shift_norm_backward(params, num_threads);
   } else {
+    const cuda::DeviceGuard guard(x.device_index);
     cuda::token_shift_norm_backward(params, as_stream(stream));
   }
+}
+
+bool is_usual(const py::object& x, const py::object& residual, const py::object& residual_scale,
+              const py::object& gamma, const py::object& history, const py::object& key_start, std::int64_t shift) {
+  const UsualCall call(x, 3);
+  if (!call) return false;
+  const std::int64_t batch = call.leader().shape[0], seqlen = call.leader().shape[1], dim = call.leader().shape[2];
+  const auto is_given = [&](py::handle tensor, std::int64_t length) {
+    TensorView view;
+    return tensor.is_none() || (call.activations(tensor, 3, view) && UsualCall::has_shape(view, {batch, length, dim}));
+  };
+  return 0 <= shift && shift < dim && is_given(residual, seqlen) && (!residual.is_none() || residual_scale.is_none()) &&
+         is_given(history, shift) && call.constant(residual_scale, DType::kFloat32, {dim}) &&
+         call.constant(gamma, DType::kFloat32, {dim}) && call.constant(key_start, DType::kInt32, {batch, seqlen});
 }
 
 int backward_runs(const TensorView& x) {
@@ -130,14 +148,17 @@ int backward_runs(const TensorView& x) {
 void bind_token_shift_norm(py::module_& m) {
   using py::arg;
   m.def("token_shift_norm_forward", &forward,
-        "csrc/include/andromeda/token_shift_norm.h. Writes y and shifted, where given.", py::kw_only(), arg("x"),
-        arg("residual"), arg("residual_scale"), arg("gamma"), arg("history"), arg("key_start"), arg("y"),
-        arg("shifted"), arg("alpha"), arg("shift"), arg("position"), arg("num_threads"), arg("stream"));
+        "csrc/include/andromeda/token_shift_norm.h. Writes y and shifted, where given.", arg("x"), arg("residual"),
+        arg("residual_scale"), arg("gamma"), arg("history"), arg("key_start"), arg("y"), arg("shifted"), arg("alpha"),
+        arg("shift"), arg("position"), arg("num_threads"), arg("stream"));
   m.def("token_shift_norm_backward", &backward,
-        "csrc/include/andromeda/token_shift_norm.h. Writes dx, dresidual and the partial sums.", py::kw_only(),
-        arg("x"), arg("residual"), arg("residual_scale"), arg("gamma"), arg("key_start"), arg("dy"), arg("dshifted"),
-        arg("dx"), arg("dresidual"), arg("dresidual_scale_partial"), arg("dgamma_partial"), arg("alpha"), arg("shift"),
+        "csrc/include/andromeda/token_shift_norm.h. Writes dx, dresidual and the partial sums.", arg("x"),
+        arg("residual"), arg("residual_scale"), arg("gamma"), arg("key_start"), arg("dy"), arg("dshifted"), arg("dx"),
+        arg("dresidual"), arg("dresidual_scale_partial"), arg("dgamma_partial"), arg("alpha"), arg("shift"),
         arg("position"), arg("num_threads"), arg("stream"));
+  m.def("token_shift_norm_is_usual", &is_usual,
+        "Whether the tensors of a call are correct and need no cast. False where it is unclear.", arg("x"),
+        arg("residual"), arg("residual_scale"), arg("gamma"), arg("history"), arg("key_start"), arg("shift"));
   m.def("token_shift_norm_backward_runs", &backward_runs,
         "The best number of partial sums for many tokens like those of x, on a GPU.", py::kw_only(), arg("x"));
 }

@@ -1,4 +1,5 @@
 // The state of graph capture, as the CUDA runtime reports and sets it. Host code only.
+#include "andromeda/device_guard.h"
 #include "andromeda/graph_capture.h"
 #include "check.cuh"
 
@@ -9,7 +10,8 @@ constexpr Launch kNoLaunch{"graph_capture", 0, 0, 0};
 
 }  // namespace
 
-unsigned long long capture_id(CUstream_st* stream) {
+unsigned long long capture_id(CUstream_st* stream, int device) {
+  const DeviceGuard guard(device);  // the default stream has the same number on every device
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   unsigned long long id = 0;
   ANDROMEDA_CUDA_CHECK(cudaStreamGetCaptureInfo(stream, &status, &id), kNoLaunch);

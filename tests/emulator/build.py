@@ -82,7 +82,7 @@ def ptx_files():
 
 @functools.cache
 def compile_ptx(architecture):
-    """The PTX of the kernels in csrc/cuda for "80" or "90a".
+    """The PTX of the kernels in csrc/cuda for "80" or "90a", or of those in csrc/cuda/hopper alone: "hopper".
 
     Raises:
         RuntimeError: the build failed; with what the compiler said.

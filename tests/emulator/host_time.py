@@ -1,9 +1,11 @@
 """The time of a call on the host, up to its launch: `python -m emulator.host_time [--json FILE]` in the folder tests.
 
 Operators, bindings and launchers are the real ones. The tensors are CPU tensors that the bindings take for GPU tensors,
-and a launch returns at once. The time is therefore that of the host alone, without CUDA's own launch (about 2 us) and
-torch's functions for the current device and stream (below 1 us). It is the processor time of this process, so other
-processes have little effect; the minimum of several runs counts.
+and a launch returns at once: the first row is what remains of it, and all others are beyond it. The time is therefore
+that of the host alone, without CUDA's own launch (about 2 us). It includes torch's functions that allocate, here from
+the heap of the CPU, but not those for the current stream of a GPU (0.1 us; a call for few queries also asks whether a
+graph is being captured: 0.5 us). It is the processor time of this process, so other processes have little effect; the
+minimum of several runs counts.
 """
 
 import argparse
@@ -19,13 +21,14 @@ import torch
 from emulator import Emulator
 
 
+def draw(*shape):
+    return torch.randn(*shape, dtype=torch.bfloat16)
+
+
 def calls():
     """name -> a call that launches one kernel and needs no gradient: the shapes of a layer of the default model."""
     from andromeda import attention, qk_norm_rotary
     from andromeda.ops.token_shift_norm import token_shift_norm, unsupported
-
-    def draw(*shape):
-        return torch.randn(*shape, dtype=torch.bfloat16)
 
     slopes, bound = torch.rand(24), torch.rand(24) + 1
     q_scale, k_scale = torch.rand(24, 128), torch.rand(1, 128)
@@ -45,6 +48,27 @@ def calls():
         residual = {"residual": x, "residual_scale": vector, "alpha": 2.8, "shift": 1}
         found["token_shift_norm, 1 token"] = lambda: token_shift_norm(x, gamma=vector, **residual)
     return found
+
+
+def training_calls():
+    """name -> a call with gradients: the operator of the backward pass, and both passes through torch.autograd."""
+    from andromeda import attention
+    from andromeda.ops import attention as operation
+
+    q, k, dout = draw(1, 512, 24, 128), draw(1, 512, 1, 128), draw(1, 512, 24, 128)
+    slopes, bound = torch.rand(24), torch.rand(24) + 1
+    record = operation.Call(q, k, k, slopes, bound, None, True, 128**-0.5, "auto")
+    results = operation.FORWARD(*record)
+    leaves = [tensor.clone().requires_grad_() for tensor in (q, k, k)]
+
+    def both_passes():
+        out = attention(*leaves, causal=True, alibi_slopes=slopes, logit_bound=bound)
+        torch.autograd.grad(out, leaves, dout)
+
+    return {
+        "attention, 512 tokens, backward": lambda: operation.BACKWARD(dout, *results, *record),
+        "attention, 512 tokens, both passes": both_passes,
+    }
 
 
 def microseconds(call, num_runs, num_calls):
@@ -80,10 +104,17 @@ def measure(num_runs, num_calls):
     prepare(emulator)
     rows = []
     gc.disable()
-    with torch.inference_mode(), emulator:
-        for name, call in calls().items():
-            least, median = microseconds(call, num_runs, num_calls)
-            rows.append({"call": name, "us": round(least, 1), "median_us": round(median, 1)})
+
+    def add(named, num_at_once=1):
+        for name, call in named.items():
+            least, median = (time / num_at_once for time in microseconds(call, num_runs, num_calls))
+            rows.append({"call": name, "us": round(least, 2), "median_us": round(median, 2)})
+
+    with emulator:
+        add({"launch alone": lambda: emulator._host.subject.launch_repeatedly(100)}, num_at_once=100)
+        with torch.inference_mode():
+            add(calls())
+        add(training_calls())
     return rows
 
 
@@ -97,7 +128,7 @@ def main():
     rows = measure(arguments.runs, arguments.calls)
     width = max(len(row["call"]) for row in rows)
     for row in rows:
-        print(f"{row['call']:{width}}  {row['us']:5.1f} us  (median {row['median_us']:.1f})")
+        print(f"{row['call']:{width}}  {row['us']:5.2f} us  (median {row['median_us']:.2f})")
     if arguments.json:
         sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
         import report
