@@ -24,9 +24,11 @@ from pathlib import Path
 
 import emulator.build
 import pytest
+import sass_clocks
 import torch
 
 from andromeda import _C, attention, qk_norm_rotary
+from andromeda.ops import _select
 from andromeda.ops.token_shift_norm import token_shift_norm
 
 if sys.version_info >= (3, 11):
@@ -40,6 +42,7 @@ BUDGET = tomllib.loads((TESTS / "kernel_budget.toml").read_text())
 EVERY = BUDGET.pop("every")
 # The devices that run the code of an architecture. 8.6 and 8.9 take the code of 8.0.
 DEVICES = {"sm_80": ("A100", "RTX 3090", "L4"), "sm_90a": ("H200",)}
+DTYPES = (torch.float16, torch.bfloat16)
 NEVER_LAUNCHED = "probe"  # of csrc/cuda/cuda_status.cu, which only loads it
 
 
@@ -92,12 +95,14 @@ def output_of(*command, **options):
 
 @dataclasses.dataclass
 class Kernel:
-    registers: int  # per thread
+    registers: int  # per thread, at the start
     local: int  # bytes per thread: spills, and arrays that are indexed at run time
     static_shared: int  # bytes per block
     max_threads: int = 0  # per block, of __launch_bounds__; 0: not given
     barriers: int = 1  # of a block's 16; a multiprocessor has two for each block that it can hold
     instructions: Counter = dataclasses.field(default_factory=Counter)  # opcode with its modifiers -> how many
+    highest: int = 0  # registers up to the highest that an instruction names: after setmaxnreg there are others
+    loops: list[sass_clocks.Loop] = dataclasses.field(default_factory=list)  # over tiles, where wgmma multiplies them
 
     def count(self, prefix):
         """Instructions of this opcode, whatever modifiers follow: "MUFU.EX2" or "HMMA"."""
@@ -139,11 +144,13 @@ def read_kernels(cuobjdump, path):
             assert (architecture, symbol) not in kernels, f"{symbol} was compiled twice for {architecture}"
             kernels[architecture, symbol] = Kernel(registers, stack + local, max(shared - reserved, 0))
 
-    instruction = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+\{?\s*(?:@!?\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
     for architecture, text in code("--dump-sass"):
-        for function in re.split(r"\n\s*Function : ", text)[1:]:
-            symbol = function.split(None, 1)[0]
-            kernels[architecture, symbol].instructions.update(instruction.findall(function))
+        for symbol, instructions in sass_clocks.parse(text).items():
+            kernel = kernels[architecture, symbol]
+            kernel.instructions.update(instruction.opcode for instruction in instructions)
+            kernel.highest = sass_clocks.highest_register(instructions)
+            if kernel.count("HGMMA"):
+                kernel.loops = sass_clocks.tile_loops(instructions)
 
     bounds = re.compile(r"EIATTR_MAX_THREADS\s+Format:\s+EIFMT_SVAL\s+Value:\s+(0x\w+)\s+(0x\w+)\s+(0x\w+)")
     barriers = re.compile(r"EIATTR_NUM_BARRIERS\s+Format:\s+EIFMT_BVAL\s+Value:\s+(0x\w+)")
@@ -183,8 +190,10 @@ def in_library(architecture):
         missing(f"the library was built for {', '.join(_C.build_info()['cuda_architectures'])}, not for {architecture}")
 
 
-def promised():
+def promised(source=""):
     """The code for the architectures, in CMake's spelling: "80" requests {("elf", "sm_80"), ("ptx", "sm_80")}."""
+    if "hopper" in Path(source).parts:
+        return {("elf", "sm_90a")}
     content = set()
     for name in _C.build_info()["cuda_architectures"]:
         number, _, only = name.partition("-")
@@ -197,10 +206,10 @@ def promised():
 def test_library_holds_the_promised_architectures(cuobjdump):
     content = {}
     for kind, architecture, source, _ in split_by_code(output_of(cuobjdump, "--dump-resource-usage", _C.__file__)):
-        content.setdefault(Path(source).name, set()).add((kind, architecture))
+        content.setdefault(source, set()).add((kind, architecture))
     assert content, "no device code in the library"
     for source, found in content.items():
-        assert found == promised(), source
+        assert found == promised(source), source
 
 
 def test_library_needs_no_cuda_library():
@@ -225,12 +234,21 @@ def test_library_asks_for_no_other_symbols():
 # ---- clocks of shared memory ----------------------------------------------------------------------------------------
 
 
+def pretend(emulated, device):
+    """Let the emulated GPU be another one. Plans are kept for a device's number, which stays the same."""
+    emulated.settings.device = device
+    _select.plans.clear()
+
+
 def attention_launches(emulated, seqlen_q, seqlen_k, head_dim, dtype):
     """{kernel: its launch} of a call and its gradient: one head, no mask, so that all pairs of tiles cost the same."""
-    q = torch.randn(1, seqlen_q, 1, head_dim, dtype=dtype, requires_grad=True)
-    k, v = torch.randn(2, 1, seqlen_k, 1, head_dim, dtype=dtype).requires_grad_().unbind()
+    has_gradient = head_dim <= 128
+    q = torch.randn(1, seqlen_q, 1, head_dim, dtype=dtype, requires_grad=has_gradient)
+    k, v = torch.randn(2, 1, seqlen_k, 1, head_dim, dtype=dtype).requires_grad_(has_gradient).unbind()
     emulated.launches.clear()
-    attention(q, k, v, backend="cuda").sum().backward()
+    out = attention(q, k, v, backend="cuda")
+    if has_gradient:
+        out.sum().backward()
     return {readable(launch.kernel): launch for launch in emulated.launches}
 
 
@@ -242,16 +260,17 @@ def test_clocks_of_shared_memory(emulated):
     """
     limited = {entry for entry, limits in BUDGET.items() if "shared_clocks" in limits}
     emulated.settings.check, measured = False, set()
-    for device, dtype, head_dim in itertools.product(("A100", "H200"), (torch.float16, torch.bfloat16), (64, 128)):
-        emulated.settings.device = device
-        shapes = ((256, 256), (512, 256), (256, 512))
+    cases = [*itertools.product(("A100", "L4", "H200"), DTYPES, (64, 128)), ("H200", torch.bfloat16, 256)]
+    for device, dtype, head_dim in cases:
+        pretend(emulated, device)
+        shapes = ((384, 256), (768, 256), (384, 512))  # whole tiles of every kernel
         few, queries, keys = (attention_launches(emulated, *shape, head_dim, dtype) for shape in shapes)
         for name, launch in few.items():
             (entry,) = (entry for entry in BUDGET if fnmatchcase(name, entry))
             if entry in limited:
                 more = queries if "dkdv" in name else keys
                 clocks = more[name].counters.shared_clocks - launch.counters.shared_clocks
-                per_pair, limit = clocks / (256 * 256 / 64**2), BUDGET[entry]["shared_clocks"]
+                per_pair, limit = clocks / (384 * 256 / 64**2), BUDGET[entry]["shared_clocks"]
                 assert 0.97 * limit <= per_pair <= limit, f"{name} on {device}: {per_pair} clocks per 64 x 64 pair"
                 measured.add(entry)
     assert measured == limited, "entries whose kernels were not launched"
@@ -268,7 +287,10 @@ def limits_of(entry, architecture):
     limits.pop("shared_clocks", None)  # of the kernels that have it: test_clocks_of_shared_memory
     limits["require"] = {key: value for layer in layers for key, value in layer.get("require", {}).items()}
     limits.setdefault("max_threads", limits["threads"])
-    known = {"registers", "local", "shared", "threads", "max_threads", "min_blocks", "require", "forbid"}
+    limits.setdefault("highest", limits["registers"])
+    limits.setdefault("clocks", {})
+    known = {"registers", "highest", "local", "shared", "threads", "max_threads", "min_blocks", "require", "forbid"}
+    known |= {"clocks"}
     assert set(limits) == known, f"{entry}, {architecture}: keys that differ: {sorted(set(limits) ^ known)}"
     return limits
 
@@ -281,7 +303,8 @@ def covered(kernels, entry, architecture):
 
 
 every_entry = pytest.mark.parametrize(
-    ("entry", "architecture"), [(entry, architecture) for entry in BUDGET for architecture in DEVICES]
+    ("entry", "architecture"),
+    [(entry, architecture) for entry in BUDGET for architecture in DEVICES if architecture in BUDGET[entry]],
 )
 
 
@@ -289,7 +312,7 @@ every_entry = pytest.mark.parametrize(
 def test_every_kernel_has_one_entry(kernels, architecture):
     in_library(architecture)
     for name in [name for where, name in kernels if where == architecture]:
-        entries = [entry for entry in BUDGET if fnmatchcase(name, entry)]
+        entries = [entry for entry in BUDGET if fnmatchcase(name, entry) and architecture in BUDGET[entry]]
         assert len(entries) == 1, f"{name} must have one entry in kernel_budget.toml, has {entries}"
 
 
@@ -301,6 +324,7 @@ def test_every_entry_has_a_kernel(kernels, entry, architecture):
 def check_registers_and_memory(name, kernel, limits, ptxas):
     made_by = f"{name}, made by ptxas {ptxas}"
     assert kernel.registers <= limits["registers"], made_by
+    assert kernel.highest <= limits["highest"], made_by
     assert kernel.local <= limits["local"], made_by
     assert kernel.max_threads in (0, limits["max_threads"]), (
         f"{name}: __launch_bounds__ is not as in kernel_budget.toml"
@@ -312,6 +336,20 @@ def check_instructions(name, kernel, limits):
     assert not short, f"{name} has too few {short}, of {limits['require']}"
     present = {op: kernel.count(op) for op in limits["forbid"] if kernel.count(op)}
     assert not present, f"{name} has {present}"
+
+
+def check_clocks(name, kernel, limits, ptxas):
+    """Of the loop over tiles with the least work besides the products: a bounded softmax without a mask."""
+    if not limits["clocks"]:
+        assert not kernel.loops, f"{name} has a loop over tiles, and no limits for its clocks"
+        return
+    allowed = dict(limits["clocks"])
+    queries, keys = allowed.pop("tile")
+    clocks = dataclasses.asdict(kernel.loops[0].clocks.scaled(128 * 128 / (queries * keys)))
+    assert allowed.keys() == clocks.keys(), f"{name} needs limits of {sorted(clocks)}"
+    made_by = f"{name}, made by ptxas {ptxas}: {clocks} for 128 x 128 pairs, of {allowed}"
+    assert clocks["tensor"] == allowed["tensor"], made_by
+    assert all(clocks[what] <= allowed[what] for what in clocks), made_by
 
 
 def check_blocks(name, kernel, limits, occupancy):
@@ -347,6 +385,34 @@ def occupancy(tmp_path_factory):
 
 
 @every_entry
+def test_clocks_of_the_loop_over_tiles(kernels, entry, architecture):
+    """Counted in the machine code (sass_clocks.py), for kernels whose tiles are multiplied by wgmma."""
+    for name, kernel in covered(kernels, entry, architecture):
+        check_clocks(name, kernel, limits_of(entry, architecture), _C.build_info()["ptxas"])
+
+
+def clocks_table():
+    """The lines of docs/attention.md#hopper: limits, and the rate at which the largest of them would be the time."""
+    lines, leading = [], Counter()
+    for entry, limits in BUDGET.items():
+        if clocks := limits.get("clocks"):
+            kernel, head_dim = re.fullmatch(r"hopper::attention_(\w+)_wgmma<\*,(\d+)>", entry).groups()
+            needs = [clocks["tensor"], clocks["issue"], clocks["mufu"], 4 * limits["shared_clocks"]]  # of 128 x 128
+            passes = kernel.partition("_")[0]
+            leading[passes, head_dim] += max(needs)
+            flops = {"forward": 2, "backward": 5}[passes] * 2 * 128 * 128 * int(head_dim)
+            rate = 132 * 1.755e9 * flops / leading[passes, head_dim] / 1e12
+            shown = f"{rate:.0f}" if kernel == "forward" else f"{rate:.0f}, with dq" if "dkdv" in kernel else ""
+            lines.append(" | ".join([f"| {kernel}", head_dim, *map(str, needs), f"{shown} |"]))
+    return lines
+
+
+def test_the_page_shows_the_clocks():
+    table = (ROOT / "docs/attention.md").read_text().split("**What a multiprocessor needs**")[1].split("\n\n")[1]
+    assert table.splitlines()[2:] == clocks_table(), "write:\n" + "\n".join(clocks_table())
+
+
+@every_entry
 def test_blocks_per_multiprocessor(kernels, occupancy, entry, architecture):
     limits = limits_of(entry, architecture)
     assert set(limits["min_blocks"]) == set(DEVICES[architecture])
@@ -356,15 +422,23 @@ def test_blocks_per_multiprocessor(kernels, occupancy, entry, architecture):
 
 def every_variant(emulated):
     """Calls that launch every kernel, with as little work as possible."""
-    for dtype, head_dim in itertools.product((torch.float16, torch.bfloat16), (64, 128)):
+    for dtype, head_dim in itertools.product(DTYPES, (64, 128)):
         # More rows than the decode kernel takes, and two heads of one key head whose gradients are added.
         q = torch.randn(1, 160, 2, head_dim, dtype=dtype, requires_grad=True)
         k, v = torch.randn(2, 1, 160, 1, head_dim, dtype=dtype).requires_grad_().unbind()
-        for emulated.settings.device in ("H200", "A100"):  # two stages of keys in shared memory, and one
+        # wgmma; mma.sync with two stages of keys in shared memory, and with one
+        for device in ("H200", "L4", "A100"):
+            pretend(emulated, device)
             attention(q, k, v, backend="cuda").sum().backward()
+        if head_dim == 128:  # forward alone has a kernel for more
+            pretend(emulated, "H200")
+            q, k, v = (torch.randn(1, 160, 1, 256, dtype=dtype) for _ in range(3))
+            attention(q, k, v, backend="cuda")
         for num_heads in (16, 32):  # of one key head: one group of 16 rows, or two
             q, k = torch.randn(1, 1, num_heads, head_dim, dtype=dtype), torch.randn(1, 512, 1, head_dim, dtype=dtype)
-            attention(q, k, k, backend="cuda")
+            for device in ("H200", "A100"):
+                pretend(emulated, device)
+                attention(q, k, k, backend="cuda")
     for dtype, head_dim in itertools.product((torch.float32, torch.float16, torch.bfloat16), (6, 64, 512)):
         q, k = torch.randn(2, 1, 2, 1, head_dim, dtype=dtype).requires_grad_().unbind()
         qk_norm_rotary(q, k, rotary_dim=4, backend="cuda")[0].sum().backward()
@@ -410,10 +484,11 @@ def another_ptxas(nvccs):
 
 
 def assemble(nvcc, ptx, architecture, folder):
-    """Object code of a PTX file, with the flags of the project."""
+    """Object code of a PTX file, with the flags of the project. Notes about slow code are errors, as in the build."""
     number, target = architecture.removeprefix("sm_"), folder / f"{architecture}_{ptx.stem}.fatbin"
     gencode = f"-gencode=arch=compute_{number},code={architecture}"
-    output_of(nvcc, "-fatbin", *_C.build_info()["cuda_flags"].split(), gencode, ptx, "-o", target)
+    command = [nvcc, "-fatbin", *_C.build_info()["cuda_flags"].split(), gencode, ptx, "-o", target]
+    output_of("sh", ROOT / "csrc/cuda/nvcc.sh", nvcc, *command)
     return target
 
 
@@ -428,7 +503,8 @@ def assemble_all(nvcc, architectures, folder):
 
 
 def compiled_ptx(architecture):
-    return emulator.build.compile_ptx(architecture.removeprefix("sm_"))
+    targets = ["80"] if architecture == "sm_80" else ["90a", "hopper"]
+    return [ptx for target in targets for ptx in emulator.build.compile_ptx(target)]
 
 
 def differences(kernel, other):
@@ -464,10 +540,11 @@ def test_every_ptxas_keeps_the_budget(kernels, nvccs, occupancy, tmp_path):
         assert others.keys() == kernels.keys(), "the library is not of these sources"
         emulator.build.announce("\n".join([f"ptxas {used} -> {version}:", *difference_table(kernels, others)]))
         for (architecture, name), kernel in others.items():
-            (entry,) = (entry for entry in BUDGET if fnmatchcase(name, entry))
+            (entry,) = (entry for entry in BUDGET if fnmatchcase(name, entry) and architecture in BUDGET[entry])
             limits = limits_of(entry, architecture)
             check_registers_and_memory(name, kernel, limits, version)
             check_instructions(name, kernel, limits)
+            check_clocks(name, kernel, limits, version)
             check_blocks(name, kernel, limits, occupancy)
 
 
@@ -613,9 +690,12 @@ def test_a_change_of_ptxas_compiles_again(nvccs, tmp_path, monkeypatch):
 def main(path=_C.__file__):
     kernels = read_kernels(find_cuobjdump(path) or sys.exit(NO_CUOBJDUMP), path)
     for (architecture, name), kernel in sorted(kernels.items(), key=lambda item: item[0][::-1]):
-        print(f"{name} {architecture}: {kernel.registers} registers, {kernel.local} bytes local,", end=" ")
+        print(f"{name} {architecture}: {kernel.registers} registers, named up to {kernel.highest},", end=" ")
+        print(f"{kernel.local} bytes local,", end=" ")
         print(f"{kernel.static_shared} bytes static shared, at most {kernel.max_threads} threads,", end=" ")
         print(f"{kernel.barriers} barriers")
+        for loop in kernel.loops:
+            print(f"    loop over tiles at {loop.address:#06x}: clocks {loop.clocks}")
         print("   ", ", ".join(f"{opcode} {number}" for opcode, number in sorted(kernel.instructions.items())))
 
 
