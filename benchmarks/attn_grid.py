@@ -37,6 +37,7 @@ GRID = (
     "--pass decode --keys 2048 --batch 64",
     "--pass forward backward --seqlen 2048",
     "--pass forward backward --seqlen 16384",
+    "--pass forward backward --seqlen 16384 --head-dim 64",
     "--pass forward backward --seqlen 32768",
     "--pass forward backward --seqlen 8192 --heads 16 --kv-heads 16",
     "--pass forward backward --seqlen 8192 --dtype float16",

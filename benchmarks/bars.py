@@ -80,9 +80,10 @@ BARS = (
 )
 
 HOPPER_BARS = (
-    Bar("forward", "bfloat16", 8192, NO_WINDOWS, 350, TFLOPS),
-    Bar("forward", "bfloat16", 8192, WINDOWS, 1.35, NO_WINDOWS),
-    Bar("backward", "bfloat16", 8192, NO_WINDOWS, 250, TFLOPS),
+    Bar("forward", "bfloat16", 8192, NO_WINDOWS, 620, TFLOPS),
+    Bar("forward", "bfloat16", 8192, WINDOWS, 900, TFLOPS),
+    Bar("backward", "bfloat16", 8192, NO_WINDOWS, 450, TFLOPS),
+    Bar("backward", "bfloat16", 8192, WINDOWS, 640, TFLOPS),
     *(Bar("decode", "bfloat16", 131072, backend, 0.8, COPY) for backend in (WINDOWS, NO_WINDOWS)),
     Bar("forward", "bfloat16", 8192, TRITON_NO_WINDOWS, 0.6, CUDNN),
 )

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 LOGIT_SCALE = 10.0  # of unit queries and keys: QK norm without learned scales (docs/model.md#5.2)
 LOGIT_BOUND = LOGIT_SCALE * (1 + 2**-7)  # bfloat16 rounds the unit vectors (docs/attention.md#bound)
 FLEX_BLOCK = 128  # queries and keys of a block of FlexAttention's mask
-CUDA_DTYPES, CUDA_HEAD_DIM = (torch.bfloat16, torch.float16), 128  # for which attention has compiled CUDA kernels
+CUDA_DTYPES = (torch.bfloat16, torch.float16)  # for which attention has compiled CUDA kernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,10 +285,19 @@ class Contender:
     windowed: bool = False  # leaves out the keys outside the windows
 
 
+def on_hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+def has_cuda_kernel(case: AttentionCase) -> bool:
+    largest = 256 if case.step == "forward" and on_hopper() else 128
+    return case.dtype in CUDA_DTYPES and case.head_dim <= largest
+
+
 def contenders(case: AttentionCase, *, compiled: bool = True) -> list[Contender]:
     """The contenders that could run the case; with `compiled`, also those that need a compiler."""
     found = []
-    if case.device == "cpu" or (case.dtype in CUDA_DTYPES and case.head_dim <= CUDA_HEAD_DIM):
+    if case.device == "cpu" or has_cuda_kernel(case):
         found.append(Contender("andromeda", lambda inputs: andromeda(inputs, windows=True), windowed=True))
         found.append(Contender("andromeda, no windows", lambda inputs: andromeda(inputs, windows=False)))
     if case.device == "cuda":  # on a CPU, Triton's kernels run in the emulator of the tests only

@@ -7,11 +7,15 @@ Each of `SUBJECTS` runs in its own process, so that a failure does not affect th
 it ends. First calls, which build things, are not profiled. The columns, per launch:
 
     shared_per_tile   wavefronts of shared memory, 128 bytes and a clock each, per tile of the score matrix (TILES:
-                      queries and keys)
-    hmma_per_tile     tensor instructions of all warps, per tile
+                      queries and keys); without the operands of wgmma and the copies of TMA
+    hmma_per_tile     tensor instructions of all warps, per tile: mma.sync
+    gmma_per_tile     the same of wgmma, of which each of the four warps issues a part
+    slots_per_tile    instructions of each of the four sub-cores, per tile, with those outside of the loop over tiles
     conflicts         share of the wavefronts caused by bank conflicts
     shared_share      share of the clocks in which shared memory was busy
-    hmma_share        share of the clocks that the tensor cores need for their instructions
+    hmma_share        share of the clocks that the tensor cores need for mma.sync
+    tensor_share      share of the clocks in which the tensor cores were busy
+    xu_share          share of the clocks that exponentials need
     issued            instructions per clock of a multiprocessor, at most 4
     dram_of_least     bytes read from memory, divided by the bytes of the operands
 
@@ -43,7 +47,10 @@ from andromeda.ops.qk_norm_rotary import qk_norm_rotary
 from andromeda.ops.token_shift_norm import token_shift_norm
 
 TIME, CYCLES = "gpu__time_duration.sum", "sm__cycles_elapsed.max"
-HMMA, ISSUED = "sm__inst_executed_pipe_tensor_op_hmma.sum", "sm__inst_issued.avg.per_cycle_active"
+HMMA, GMMA = "sm__inst_executed_pipe_tensor_op_hmma.sum", "sm__inst_executed_pipe_tensor_op_gmma.sum"
+TENSOR = "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active"
+EXECUTED, ISSUED = "sm__inst_executed.sum", "sm__inst_issued.avg.per_cycle_active"
+XU = "sm__inst_executed_pipe_xu.sum"
 WAVEFRONTS = "l1tex__data_pipe_lsu_wavefronts_mem_shared.sum"
 CONFLICTS = "l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum"
 DRAM_READ = "dram__bytes_read.sum"
@@ -52,12 +59,24 @@ STALLS = (
     "membar", "mio_throttle", "no_instruction", "not_selected", "selected", "short_scoreboard", "sleeping", "wait",
 )  # fmt: skip
 METRICS = (
-    TIME, CYCLES, HMMA, ISSUED, WAVEFRONTS, CONFLICTS, DRAM_READ, "dram__bytes_write.sum", "lts__t_bytes.sum",
-    "sm__pipe_tensor_op_hmma_cycles_active.avg.pct_of_peak_sustained_active", "launch__registers_per_thread",
+    TIME, CYCLES, HMMA, GMMA, TENSOR, XU, EXECUTED, ISSUED, WAVEFRONTS, CONFLICTS, DRAM_READ, "dram__bytes_write.sum",
+    "lts__t_bytes.sum", "sm__pipe_tensor_op_hmma_cycles_active.avg.pct_of_peak_sustained_active",
+    "launch__registers_per_thread",
     *(f"smsp__average_warps_issue_stalled_{reason}_per_issue_active.ratio" for reason in STALLS),
 )  # fmt: skip
 
-TILES = {"attention_forward": (128, 64), "attention_backward_dq": (64, 64), "attention_backward_dkdv": (64, 64)}
+# Kernels of the namespace hopper have its name, as in tests/kernel_budget.toml. Their tiles are those of
+# tests/sass_clocks.py.
+TILES = {
+    "attention_forward": (128, 64),
+    "attention_backward_dq": (64, 64),
+    "attention_backward_dkdv": (64, 64),
+    "hopper::attention_forward_wgmma": (128, 128),
+    "hopper::attention_backward_dq_wgmma": (128, 128),
+    "hopper::attention_backward_dkdv_wgmma": (128, 128),
+}
+READS_ONCE = ("attention_forward", "attention_decode")  # and whose names begin so, with or without hopper::
+SUB_CORES, XU_CLOCKS = 4, 8  # of a multiprocessor; of a warp's exponentials on one of them
 HMMA_CLOCKS = {8: 8, 9: 6}  # clocks of an m16n8k16 on one of the four tensor cores, by major compute capability
 NOT_RUN = 77
 NOT_ALLOWED = ("ERR_NVGPUCTRPERM", "LibraryNotLoaded", "not supported", "Failed to initialize the profiler")
@@ -263,14 +282,14 @@ def visible_tiles(case: cases.AttentionCase, queries: int, keys: int) -> int:
 
 def make_row(launch: dict[str, str], multiprocessors: int, major: int) -> dict:
     """A row like those of the benchmarks, from the metrics of a launch."""
-    match = re.search(r"(\w+)_kernel", launch["kernel"])
+    match = re.search(r"((?:hopper::)?\w+)_kernel", launch["kernel"])
     name = match[1] if match else launch["kernel"]
     value = {metric: number(launch.get(metric)) for metric in METRICS}
     tiles, least = None, LEAST_BYTES.get(name)
-    if name.startswith("attention"):
+    if name.removeprefix("hopper::").startswith("attention"):
         case = attention_case("decode" if "decode" in name else "forward", quick=False)
         shape, backend = case.shape, bars.NO_WINDOWS
-        if name in ("attention_forward", "attention_decode"):  # all operands but out
+        if name.removeprefix("hopper::").startswith(READS_ONCE):  # all operands but out
             least = case.bytes - case.dtype.itemsize * case.batch * case.seqlen_q * case.num_heads * case.head_dim
         tiles = visible_tiles(case, *TILES[name]) if name in TILES else None
     else:
@@ -292,9 +311,13 @@ def make_row(launch: dict[str, str], multiprocessors: int, major: int) -> dict:
         "median_ms": ratio(value[TIME], 1e6),
         "shared_per_tile": ratio(value[WAVEFRONTS], tiles),
         "hmma_per_tile": ratio(value[HMMA], tiles),
+        "gmma_per_tile": ratio(value[GMMA], tiles),
+        "slots_per_tile": ratio(value[EXECUTED], tiles, 1 / SUB_CORES),
         "conflicts": ratio(value[CONFLICTS], value[WAVEFRONTS]),
         "shared_share": ratio(value[WAVEFRONTS], clocks),
-        "hmma_share": None if hmma_clocks is None else ratio(value[HMMA], clocks, hmma_clocks / 4),
+        "hmma_share": None if hmma_clocks is None else ratio(value[HMMA], clocks, hmma_clocks / SUB_CORES),
+        "tensor_share": ratio(value[TENSOR], 100),
+        "xu_share": ratio(value[XU], clocks, XU_CLOCKS / SUB_CORES),
         "issued": value[ISSUED],
         "dram_of_least": ratio(value[DRAM_READ], least),
         "kernel": launch["kernel"],
@@ -303,8 +326,8 @@ def make_row(launch: dict[str, str], multiprocessors: int, major: int) -> dict:
 
 
 COLUMNS = (
-    "op", "pass", "shape", "median_ms", "shared_per_tile", "hmma_per_tile", "conflicts", "shared_share", "hmma_share",
-    "issued", "dram_of_least",
+    "op", "pass", "shape", "median_ms", "shared_per_tile", "hmma_per_tile", "gmma_per_tile", "slots_per_tile",
+    "conflicts", "shared_share", "hmma_share", "tensor_share", "xu_share", "issued", "dram_of_least",
 )  # fmt: skip
 
 

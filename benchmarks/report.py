@@ -7,6 +7,7 @@ A document has blocks between `<!-- results: ... -->` and `<!-- end -->`, whose 
     results: NAME columns...   the table of results/NAME.json, its notes, its bars and its machine
     bars: NAME                 only the bars of results/NAME.json
     predictions: NAME          predictions and measurements
+    forecast: GPU              predictions of predictions.json for a GPU that no file of results has a measurement for
     highlights                 the rows of HIGHLIGHTS: this library compared with another, in the same rounds
 
 NAME may be FILE:STEP:PART for a file of tests/gpu.sh; if FILE.json does not have the step, the newest FILE-*.json with
@@ -458,10 +459,24 @@ def predictions_block(name: str) -> str:
     return f"{table(known, columns)}\n\n{len(known)} predictions: {summary}. {where}."
 
 
+def forecast_block(gpu: str) -> str:
+    import predictions  # it imports this file
+
+    known = set()
+    for path in RESULTS.glob("gpu*.json"):
+        for line in json.loads(path.read_text()).get("predictions") or []:
+            if line["measured"] is not None:
+                known.add((line["what"], line["metric"], line["low"], line["high"]))
+    lines = [line for line in predictions.compare([], gpu) if tuple(line[name] for name in FORECAST_KEY) not in known]
+    return table(lines, (*FORECAST_KEY, "why"))
+
+
+FORECAST_KEY = ("what", "metric", "low", "high")
 BLOCKS: dict[str, Callable[..., str]] = {
     "results": results_block,
     "bars": bars_block,
     "predictions": predictions_block,
+    "forecast": forecast_block,
     "highlights": highlights,
 }
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")

@@ -380,7 +380,8 @@ def assembler_of(folder: Path) -> str:
 ROW_COLUMNS = (
     "op", "pass", "shape", "dtype", "backend", "median_ms", "tflops", "effective_tflops", "gbps", "tokens_per_s", "mfu",
     "ratio", "of_matmul", "of_copy", "peak_memory_mb", "sm_mhz", "shared_per_tile", "hmma_per_tile",
-    "conflicts", "shared_share", "hmma_share", "issued", "dram_of_least",
+    "gmma_per_tile", "slots_per_tile", "conflicts", "shared_share", "hmma_share", "tensor_share", "xu_share", "issued",
+    "dram_of_least",
 )  # fmt: skip
 
 

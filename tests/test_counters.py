@@ -42,6 +42,11 @@ LONG = f'''"ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric
 '''
 
 
+HOPPER = """"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","void andromeda::cuda::hopper::attention_forward_wgmma_kernel<__half, 128>(andromeda::AttentionParams)","gpu__time_duration.sum","ns","700000"
+"""  # noqa: E501
+
+
 def test_a_line_per_launch(load):
     counters = load("counters")
     first, second = counters.read_csv(WIDE)
@@ -74,7 +79,22 @@ def test_columns(load):
     assert (second["pass"], second["shared_share"]) == ("fill", None)
 
 
-@pytest.mark.parametrize("tile", [(128, 64), (64, 64)])
+def test_columns_of_wgmma(load):
+    """Tensor instructions of all warps; slots and clocks of one of the four sub-cores."""
+    counters = load("counters")
+    (launch,) = counters.read_csv(HOPPER)
+    tiles = 24 * sum(tile + 1 for tile in range(64))
+    values = {counters.GMMA: 128 * tiles, counters.XU: 512 * tiles, counters.EXECUTED: 4 * 900 * tiles}
+    values |= {counters.CYCLES: 3000 * tiles / 132, counters.TENSOR: 68.25, counters.DRAM_READ: 2**20}
+    row = counters.make_row(launch | {name: str(value) for name, value in values.items()}, 132, 9)
+    assert row["pass"] == "hopper::attention_forward_wgmma"
+    assert (row["gmma_per_tile"], row["slots_per_tile"], row["hmma_per_tile"]) == (128, 900, None)
+    assert row["tensor_share"] == 0.6825
+    assert row["xu_share"] == pytest.approx(1024 / 3000)
+    assert row["dram_of_least"] == pytest.approx(2**20 / (2 * 8192 * 128 * (24 + 2)))
+
+
+@pytest.mark.parametrize("tile", [(128, 64), (64, 64), (128, 128)])
 def test_tiles_with_a_visible_pair(load, tile):
     case = load("cases").AttentionCase("forward", 1000, 2, 3)
     queries, keys = tile
@@ -188,8 +208,10 @@ def test_calls_that_are_watched(load, capsys):
 
 def test_kernels_that_are_named_exist(load):
     """A kernel with another name would be shown, but no prediction would match it."""
-    source = "\n".join(path.read_text() for path in (ROOT / "csrc" / "cuda").rglob("*.cuh"))
-    kernels = set(re.findall(r"(\w+)_kernel\(", source))
+    kernels = set()
+    for path in (ROOT / "csrc" / "cuda").rglob("*.cuh"):
+        prefix = "hopper::" if path.parent.name == "hopper" else ""
+        kernels |= {prefix + name for name in re.findall(r"(\w+)_kernel\(", path.read_text())}
     named = {p["pass"] for p in load("predictions").load() if p["op"] == "kernel"}
     assert named | set(load("counters").TILES) <= kernels
 
@@ -223,11 +245,16 @@ def rows_of_the_benchmarks(load):
             for contender in attn.contenders(dataclasses.replace(case, device="cuda"), request):
                 found["attention", step, case.shape, dtype, contender.name] = columns
     columns = {"shared_per_tile", "hmma_per_tile", "conflicts", "hmma_share", "shared_share", "dram_of_least"}
+    of_wgmma = {"gmma_per_tile", "slots_per_tile", "tensor_share", "xu_share"}
     kernels = {
         "attention_forward": columns,
         "attention_backward_dq": columns - {"dram_of_least"},
         "attention_backward_dkdv": columns - {"dram_of_least"},
         "attention_decode": columns - {"shared_per_tile", "hmma_per_tile"},
+        "hopper::attention_forward_wgmma": of_wgmma | {"dram_of_least"},
+        "hopper::attention_backward_dq_wgmma": of_wgmma,
+        "hopper::attention_backward_dkdv_wgmma": of_wgmma,
+        "hopper::attention_decode_cluster": {"dram_of_least"},
         **{kernel: {"dram_of_least"} for kernel in counters.LEAST_BYTES},
     }
     everything = dict.fromkeys(counters.METRICS, "1")
@@ -257,7 +284,8 @@ def rows_of_products(load):
     return found
 
 
-def test_predictions_name_rows_that_are_measured(load):
+def test_predictions_name_rows_that_are_measured(load, monkeypatch):
+    monkeypatch.setattr(load("cases"), "on_hopper", lambda: True)
     found = rows_of_the_benchmarks(load)
     for entry in load("predictions").load():
         key = tuple(entry[name] for name in load("predictions").KEY)
