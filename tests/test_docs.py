@@ -81,7 +81,7 @@ def test_nothing_is_cited_that_is_not_here():
 
 
 def test_windows_are_those_of_the_formula():
-    table = ATTENTION.split("Windows in tokens for the slopes")[1]
+    table = ATTENTION.split("Windows in tokens for the slopes")[1].split("\n\n")[1]
     rows = re.findall(r"^\|(.*)\|$", table, re.M)
     bounds = [[float(cell) for cell in row.split("|")] for row in rows[2:]]
     model = Andromeda(num_tokens=8, max_seq_len=8, dim=16, depth=1, dim_head=8, heads=24)

@@ -295,6 +295,23 @@ def test_a_step_is_taken_from_the_newest_file_that_has_it(report, results):
             report.read_results(f"gpu:{part}")
 
 
+def test_a_forecast_leaves_out_what_was_measured(report, results, monkeypatch):
+    import predictions
+
+    entry = {"op": "attention", "pass": "forward", "shape": "s", "dtype": "bfloat16", "backend": "andromeda"}
+    entry |= {"gpus": ["H200"], "metric": "tflops", "high": 2, "why": "Because."}
+    monkeypatch.setattr(predictions, "load", lambda: [{**entry, "low": low} for low in (0.25, 0.5, 0.75)])
+    lines = [
+        {"what": "attention forward s bfloat16 andromeda", "metric": "tflops", "low": low, "high": 2}
+        for low in (0.25, 0.5)
+    ]
+    results("gpu-old", {"predictions": [{**lines[0], "measured": 1}, {**lines[1], "measured": None}]})
+    made = report.filled("<!-- forecast: H200 -->\nold\n<!-- end -->\n")
+    assert " 0.5 |" in made and " 0.75 |" in made and "Because." in made
+    assert "0.25" not in made and "old" not in made
+    assert "Because." not in report.filled("<!-- forecast: A100 -->\n<!-- end -->\n")
+
+
 def test_results_do_not_make_a_tree_dirty(report, monkeypatch, tmp_path):
     """A command that rewrites its results measures the commit, not its own file."""
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
