@@ -51,6 +51,14 @@ static inline void check(cudaError_t status, const char* call, const Launch& lau
 // ANDROMEDA_CUDA_CHECK(cudaGetLastError(), launch): std::runtime_error unless the call returns cudaSuccess.
 #define ANDROMEDA_CUDA_CHECK(call, launch) ::andromeda::cuda::check((call), #call, (launch))
 
+// Of the current device.
+static inline int count_multiprocessors(const Launch& launch) {
+  int device = 0, count = 0;
+  ANDROMEDA_CUDA_CHECK(cudaGetDevice(&device), launch);
+  ANDROMEDA_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), launch);
+  return count;
+}
+
 // Permits a kernel to use more than 48 KiB of dynamic shared memory, once on each device. launch: with the largest size
 // of all launches of the kernel.
 template <typename Kernel>

@@ -185,9 +185,8 @@ int count_head_tiles(int num_heads, int group_log2) {
 template <typename T, int kVecs>
 int count_runs(int head_dim, int q_heads, int k_heads) {
   const Launch launch{"qk_norm_rotary_backward", 0, kThreads, 0};
-  int device = 0, num_multiprocessors = 0, num_blocks = 0;
-  ANDROMEDA_CUDA_CHECK(cudaGetDevice(&device), launch);
-  ANDROMEDA_CUDA_CHECK(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device), launch);
+  const int num_multiprocessors = count_multiprocessors(launch);
+  int num_blocks = 0;
   const auto kernel = qk_norm_rotary_backward_kernel<T, Access::kVec16, kVecs>;
   ANDROMEDA_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&num_blocks, kernel, kThreads, 0), launch);
   const int group_log2 = group_log2_of<T>(head_dim, kVecs);

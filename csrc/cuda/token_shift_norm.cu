@@ -161,10 +161,9 @@ int token_shift_norm_backward_runs(DType dtype, int dim) {
   TokenShiftNormParams params{};
   params.dim = dim;
   check(params);
-  int device = 0, num_multiprocessors = 0, num_blocks = 0;
+  int num_blocks = 0;
   Launch launch{"token_shift_norm_backward", 0, 0, 0};
-  ANDROMEDA_CUDA_CHECK(cudaGetDevice(&device), launch);
-  ANDROMEDA_CUDA_CHECK(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device), launch);
+  const int num_multiprocessors = count_multiprocessors(launch);
   dispatch_dtype<StorageTypes>(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const RowPlan plan = plan_rows<T, Access::kVec16>(params, 1);

@@ -8,8 +8,8 @@ import test_attention as whole
 import torch
 from test_attention import BFLOAT16, FLOAT16, Case, bounded, check, check_beside_plain, make
 
-from andromeda.ops import attention as op
 from emulator import Device
+from emulator.hopper_cases import alternate, expect_kernel, set_schedule
 
 KERNEL = "attention_backward_dkdv_wgmma_kernel"
 SUM = "attention_backward_sum_kernel"
@@ -23,23 +23,10 @@ def small(**changes):
     return dataclasses.replace(SMALL, **changes)
 
 
-def alternate(cases):
-    """Every second case in float16, so that both types get every kind of case and each case runs once."""
-    return [dataclasses.replace(case, dtype=(BFLOAT16, FLOAT16)[index % 2]) for index, case in enumerate(cases)]
-
-
 @pytest.fixture
 def hopper(emulated, monkeypatch):
-    """The emulated device, and after the test: the Hopper kernel has run. The forward pass has one kernel for all."""
-    emulated.settings.device = "H200"
-    monkeypatch.setattr(op, "NUM_SPLITS", -1)
-    yield emulated
-    assert any(KERNEL in launch.kernel for launch in emulated.launches)
-
-
-def set_schedule(hopper, case):
-    """Every case has its own order of warps and copies, the same in every run."""
-    hopper.settings.schedule = ("fifo", "reverse", "random")[sum(map(ord, str(case))) % 3]
+    with expect_kernel(emulated, monkeypatch, KERNEL):
+        yield emulated
 
 
 # A block has 128 keys in two groups of 64, and tiles of 64 queries, of which three (128 channels) or four (64) are in

@@ -9,6 +9,7 @@ import torch
 from test_attention import BFLOAT16, FLOAT16, Case, bounded, check, check_beside_plain, make
 
 from andromeda.ops import attention as op
+from emulator.hopper_cases import alternate, expect_kernel, set_schedule
 
 KERNEL = "attention_backward_dq_wgmma_kernel"
 # Three heads that share a key head, with a steep slope, a flat one and none.
@@ -19,23 +20,10 @@ def small(**changes):
     return dataclasses.replace(SMALL, **changes)
 
 
-def alternate(cases):
-    """Every second case in float16, so that both types get every kind of case and each case runs once."""
-    return [dataclasses.replace(case, dtype=(BFLOAT16, FLOAT16)[index % 2]) for index, case in enumerate(cases)]
-
-
 @pytest.fixture
 def hopper(emulated, monkeypatch):
-    """The emulated device, and after the test: the Hopper kernel has run. The forward pass has one kernel for all."""
-    emulated.settings.device = "H200"
-    monkeypatch.setattr(op, "NUM_SPLITS", -1)
-    yield emulated
-    assert any(KERNEL in launch.kernel for launch in emulated.launches)
-
-
-def set_schedule(hopper, case):
-    """Every case has its own order of warps and copies, the same in every run."""
-    hopper.settings.schedule = ("fifo", "reverse", "random")[sum(map(ord, str(case))) % 3]
+    with expect_kernel(emulated, monkeypatch, KERNEL):
+        yield emulated
 
 
 # A block has 128 queries in two warpgroups of 64, a tile 128 keys, two of which are in shared memory.

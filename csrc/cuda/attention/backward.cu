@@ -28,10 +28,7 @@ std::int64_t num_key_tiles(const AttentionParams& params) { return ceil_div(para
 // The number of equal splits of the query heads of a key head: the smallest divisor that fills the device.
 int num_head_splits_of(const AttentionParams& params) {
   const Launch launch{kName, 0, kBackwardThreads, 0};
-  int device = 0, num_multiprocessors = 0;
-  ANDROMEDA_CUDA_CHECK(cudaGetDevice(&device), launch);
-  ANDROMEDA_CUDA_CHECK(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device), launch);
-  const std::int64_t wanted = static_cast<std::int64_t>(num_multiprocessors) * kBlocksPerMultiprocessor;
+  const std::int64_t wanted = std::int64_t{count_multiprocessors(launch)} * kBlocksPerMultiprocessor;
   const std::int64_t num_blocks = num_key_tiles(params) * params.batch * params.num_kv_heads;
   const int qhead_per_kvhead = params.num_heads / params.num_kv_heads;
   if (num_blocks == 0 || qhead_per_kvhead == 0) return 1;

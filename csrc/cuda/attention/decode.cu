@@ -142,9 +142,9 @@ struct Slots {
 
 Slots count_slots() {
   const Launch launch{kKernel, 0, kDecodeThreads, 0};
-  int device = 0, num_multiprocessors = 0, shared_bytes = 0;
+  const int num_multiprocessors = count_multiprocessors(launch);
+  int device = 0, shared_bytes = 0;
   ANDROMEDA_CUDA_CHECK(cudaGetDevice(&device), launch);
-  ANDROMEDA_CUDA_CHECK(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device), launch);
   ANDROMEDA_CUDA_CHECK(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
                        launch);
   constexpr int kBlockBytes = DecodeTiles<128, 2>::kBytes + 1024;  // the system takes 1 KiB per block

@@ -35,7 +35,7 @@ inline void check_attention(const AttentionParams& params, const char* kernel,
     throw std::invalid_argument(std::string(kernel) + ": " + message);
   };
   if (params.dtype != DType::kFloat16 && params.dtype != DType::kBFloat16) {
-    refuse("dtype must be float16 or bfloat16 on CUDA; pass backend=\"row_max\" for other types");
+    refuse("dtype must be float16 or bfloat16 on CUDA; pass backend=\"reference\" for other types");
   }
   if (params.head_dim < 1 || params.head_dim > max_head_dim) {
     refuse("head_dim must be between 1 and " + std::to_string(max_head_dim) + " on CUDA, got " +
@@ -105,22 +105,26 @@ inline unsigned checked_grid(const AttentionParams& params, const char* kernel, 
 // The head_dim that the kernels are built for and that a call runs with: its rows are padded with zeros.
 inline int built_head_dim(const AttentionParams& params) { return params.head_dim <= 64 ? 64 : kMaxAttentionHeadDim; }
 
-// Calls function(TypeTag<T>, std::integral_constant<int, kHeadDim>) with built_head_dim. After
-// check_attention.
+// Calls function(TypeTag<T>) with the type of the call's tensors. After check_attention.
+template <typename Function>
+void dispatch_half_precision(const AttentionParams& params, const Function& function) {
+  if (params.dtype == DType::kFloat16) {
+    function(TypeTag<StorageTypes::Float16>{});
+  } else {
+    function(TypeTag<StorageTypes::BFloat16>{});
+  }
+}
+
+// Calls function(TypeTag<T>, std::integral_constant<int, kHeadDim>) with built_head_dim. After check_attention.
 template <typename Function>
 void dispatch_attention(const AttentionParams& params, const Function& function) {
-  const auto with_head_dim = [&](auto dtype) {
+  dispatch_half_precision(params, [&](auto dtype) {
     if (built_head_dim(params) == 64) {
       function(dtype, std::integral_constant<int, 64>{});
     } else {
       function(dtype, std::integral_constant<int, kMaxAttentionHeadDim>{});
     }
-  };
-  if (params.dtype == DType::kFloat16) {
-    with_head_dim(TypeTag<StorageTypes::Float16>{});
-  } else {
-    with_head_dim(TypeTag<StorageTypes::BFloat16>{});
-  }
+  });
 }
 
 }  // namespace andromeda::cuda

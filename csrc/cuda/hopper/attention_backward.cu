@@ -11,17 +11,10 @@
 namespace andromeda::cuda::hopper {
 namespace {
 
-TensorShape queries_of(const AttentionParams& params) {
-  return {params.batch, params.seqlen_q, params.num_heads, params.head_dim};
-}
-TensorShape keys_of(const AttentionParams& params) {
-  return {params.batch, params.seqlen_k, params.num_kv_heads, params.head_dim};
-}
-
 template <typename T, int kHeadDim>
 void launch_dq(const AttentionBackwardParams& params, const BackwardPlan& plan, CUstream_st* stream) {
   const AttentionParams& forward = params.forward;
-  const TensorShape queries = queries_of(forward), keys = keys_of(forward);
+  const TensorShape queries = shape_of_queries(forward), keys = shape_of_keys(forward);
   const DqMaps maps{{make_tensor_map(forward.q, forward.q_stride, queries, kQueryRows),
                      make_tensor_map(params.dout, params.dout_stride, queries, kQueryRows)},
                     {make_tensor_map(forward.k, forward.k_stride, keys, kDqKeys),
@@ -39,9 +32,8 @@ void launch_dq(const AttentionBackwardParams& params, const BackwardPlan& plan, 
 
 bool takes_attention_backward(const AttentionBackwardParams& params) {
   const AttentionParams& forward = params.forward;
-  const TensorShape queries = queries_of(forward), keys = keys_of(forward);
-  const bool is_empty = forward.batch == 0 || forward.num_heads == 0 || forward.seqlen_q == 0 || forward.seqlen_k == 0;
-  return !is_empty && is_current_device({"attention_backward", 0, kDqThreads, 0}) &&
+  const TensorShape queries = shape_of_queries(forward), keys = shape_of_keys(forward);
+  return is_current_device({"attention_backward", 0, kDqThreads, 0}) &&
          has_tensor_map(forward.q, forward.q_stride, queries) && has_tensor_map(forward.k, forward.k_stride, keys) &&
          has_tensor_map(forward.v, forward.v_stride, keys) &&
          has_tensor_map(params.dout, params.dout_stride, queries) &&

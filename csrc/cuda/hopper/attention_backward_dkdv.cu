@@ -12,8 +12,7 @@ namespace {
 
 KeyGradientMaps maps_of(const AttentionBackwardParams& params) {
   const AttentionParams& forward = params.forward;
-  const TensorShape queries{forward.batch, forward.seqlen_q, forward.num_heads, forward.head_dim};
-  const TensorShape keys{forward.batch, forward.seqlen_k, forward.num_kv_heads, forward.head_dim};
+  const TensorShape queries = shape_of_queries(forward), keys = shape_of_keys(forward);
   return {make_tensor_map(forward.q, forward.q_stride, queries, kBackwardTile),
           make_tensor_map(forward.k, forward.k_stride, keys, kKeyRows),
           make_tensor_map(forward.v, forward.v_stride, keys, kKeyRows),

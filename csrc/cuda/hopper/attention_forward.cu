@@ -12,21 +12,6 @@ namespace {
 
 constexpr const char* kName = "attention_forward";
 
-TensorShape shape_of_queries(const AttentionParams& params) {
-  return {params.batch, params.seqlen_q, params.num_heads, params.head_dim};
-}
-
-TensorShape shape_of_keys(const AttentionParams& params) {
-  return {params.batch, params.seqlen_k, params.num_kv_heads, params.head_dim};
-}
-
-unsigned count_multiprocessors(const Launch& launch) {
-  int device = 0, count = 0;
-  ANDROMEDA_CUDA_CHECK(cudaGetDevice(&device), launch);
-  ANDROMEDA_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), launch);
-  return static_cast<unsigned>(count);
-}
-
 template <typename T, int kHeadDim>
 void launch(const AttentionParams& params, const AttentionWorkspace& workspace, CUstream_st* stream) {
   using Shape = ForwardShape<kHeadDim>;
@@ -36,7 +21,7 @@ void launch(const AttentionParams& params, const AttentionWorkspace& workspace, 
   if (num_items == 0) return;
   Launch launch = {kName, checked_grid(params, kName, num_items), kForwardThreads<kHeadDim>,
                    ForwardTiles<kHeadDim>::kBytes};
-  launch.num_blocks = std::min(launch.num_blocks, count_multiprocessors(launch));
+  launch.num_blocks = std::min(launch.num_blocks, static_cast<unsigned>(count_multiprocessors(launch)));
   if (workspace.num_semaphores < kForwardSemaphores || workspace.semaphores == nullptr) {
     throw std::invalid_argument(std::string(kName) + ": the workspace must have " + std::to_string(kForwardSemaphores) +
                                 " semaphore, got " + std::to_string(workspace.num_semaphores) +
@@ -77,12 +62,8 @@ void attention_forward(const AttentionParams& params, const AttentionWorkspace& 
     launch<typename decltype(dtype)::type, head_dim()>(params, workspace, stream);
   };
   if (params.head_dim <= kMaxAttentionHeadDim) return dispatch_attention(params, with_head_dim);
-  constexpr std::integral_constant<int, kMaxForwardHeadDim> kWide;
-  if (params.dtype == DType::kFloat16) {
-    with_head_dim(TypeTag<StorageTypes::Float16>{}, kWide);
-  } else {
-    with_head_dim(TypeTag<StorageTypes::BFloat16>{}, kWide);
-  }
+  dispatch_half_precision(params,
+                          [&](auto dtype) { with_head_dim(dtype, std::integral_constant<int, kMaxForwardHeadDim>{}); });
 }
 
 }  // namespace andromeda::cuda::hopper

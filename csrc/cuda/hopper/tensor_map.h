@@ -9,6 +9,7 @@
 #include <string>
 
 #include "alignment.h"
+#include "andromeda/attention.h"
 #include "andromeda/tensor_view.h"
 #include "attention/tile.cuh"
 #include "check.cuh"
@@ -19,6 +20,13 @@ namespace andromeda::cuda::hopper {
 struct TensorShape {
   int batch, seqlen, num_heads, head_dim;
 };
+
+inline TensorShape shape_of_queries(const AttentionParams& params) {
+  return {params.batch, params.seqlen_q, params.num_heads, params.head_dim};
+}
+inline TensorShape shape_of_keys(const AttentionParams& params) {
+  return {params.batch, params.seqlen_k, params.num_kv_heads, params.head_dim};
+}
 
 // Whether TMA can copy tiles of a tensor: it is not empty, rows start at multiples of 16 bytes, and no axis is repeated
 // by a stride of 0.
