@@ -781,3 +781,16 @@ def test_host_time_runs_every_call():
     assert result.returncode == 0, result.stderr
     assert {line.partition(",")[0] for line in result.stdout.splitlines()} >= {"attention", "qk_norm_rotary"}
     assert result.stdout.startswith("launch alone ")
+
+
+def test_a_dtype_without_kernels_is_refused_with_a_remedy_that_exists(emulated):
+    """The launcher itself refuses it: Python chooses another backend before."""
+    q, k = torch.randn(1, 3, 2, 64), torch.randn(1, 3, 1, 64)
+    given = {"q": q, "k": k, "v": k, "out": torch.empty_like(q), "softmax_lse": torch.empty(1, 2, 3)}
+    constants = dict.fromkeys(("alibi_slopes", "logit_bound", "key_start", "partials", "semaphores"))
+    options = {"causal": True, "softmax_scale": 1.0, "num_threads": 1, "stream": 0}
+    with pytest.raises(ValueError, match="dtype must be float16 or bfloat16 on CUDA") as refusal:
+        _select.extension.attention_forward(**given, **constants, **options)
+    (remedy,) = re.findall(r'backend="(\w+)"', str(refusal.value))
+    assert remedy in _select.BACKENDS
+    attention(q, k, k, causal=True, backend=remedy)
