@@ -92,6 +92,7 @@ def test_functions_take_what_leads_and_the_record():
         fake=lambda lead, call: (torch.empty_like(call.x), torch.empty_like(lead)),
         flops=lambda lead, call: lead.numel() + call.x.numel() * call.count,
         rows=("lead", "x"),
+        axes="lead:r x:rd y:rd -> rd r",
         sums=("y",),
     )
     x, lead = torch.ones(2, 3), torch.zeros(7)
@@ -129,6 +130,7 @@ def test_fields_with_a_default_may_be_left_out():
         fake=lambda lead, call: (torch.empty_like(call.x), torch.empty_like(call.x)),
         flops=lambda lead, call: call.count,
         rows=("lead", "x"),
+        axes="lead:rd x:rd y:rd z:rd -> rd rd",
     )
     x, lead = torch.ones(2, 3), torch.zeros(2, 3)
     for given in ((), (None,), (lead,), (lead, None), (None, lead)):
@@ -148,6 +150,81 @@ def test_a_function_of_fields_has_the_signature_of_its_record():
 
     assert list(inspect.signature(forward).parameters) == list(Call._fields)
     assert forward(1, 2) == (1, 2)
+
+
+# ---- programs without the operators ---------------------------------------------------------------------------------
+
+Q, K, V = torch.randn(2, 5, 4, 16), torch.randn(2, 9, 2, 16), torch.randn(2, 9, 2, 16)
+STARTS = torch.tensor([[0, 0, 3, 3, 8], [2, 2, 2, 7, 7]], dtype=torch.int32)
+SLOPES, SCALES, GAMMA = torch.tensor([0.5, 0.25, 0.0, 1.0]), (torch.rand(4, 16), torch.rand(2, 16)), torch.randn(12)
+X, WEIGHT = torch.randn(2, 5, 12), torch.randn(20, 12)
+TARGETS = torch.tensor([3, -100, 19, 0, 7])
+
+
+def number(value):
+    return torch.tensor([value], dtype=torch.int32)
+
+
+PLAIN = {
+    "attention": (attention_op, (Q, K, V, SLOPES, None, STARTS, True, 0.3, "auto")),
+    "attention, no mask": (attention_op, (Q, K, V, None, None, None, False, 0.3, "auto")),
+    "attention, keys that exist": (attention_op, (Q, K, V, SLOPES, None, STARTS, True, 0.3, "auto", number(7))),
+    "attention, all that exist": (attention_op, (Q, K, V, None, None, STARTS, False, 0.3, "auto", number(6))),
+    "qk_norm_rotary": (rotary_op, (Q, K, *SCALES, True, 8, True, 3, 7, "auto", None, 0.5)),
+    "qk_norm_rotary, step": (rotary_op, (Q, K, None, None, False, 8, True, 3, 7, "auto", number(11), 1.0)),
+    "token_shift_norm": (shift_op, (X, X.flip(0), GAMMA.abs(), GAMMA, X[:, :2], STARTS, 1.5, 2, 3, "auto")),
+    "token_shift_norm, no norm": (shift_op, (X, None, None, None, None, None, 1.0, 1, 0, "auto")),
+    "token_shift_norm, no shift": (shift_op, (X, None, None, GAMMA, None, None, 1.0, 0, 0, "auto")),
+    "linear_cross_entropy": (loss_op, (X[0], WEIGHT, TARGETS, -100, 0.1, False, False, "auto")),
+    "linear_cross_entropy, gradients": (loss_op, (X[0], WEIGHT, TARGETS, -100, 0.0, True, True, "auto")),
+    "feed_forward": (feed_forward_op, (X, WEIGHT, WEIGHT[:, 0], WEIGHT.T.contiguous(), None, "auto")),
+}
+OF_THE_MODEL = {  # the arguments in the dtype of the model; others are float32
+    attention_op: ("q", "k", "v"),
+    rotary_op: ("q", "k"),
+    shift_op: ("x", "residual", "history"),
+    loss_op: ("hidden", "weight"),
+    feed_forward_op: ("x", "weight_in", "bias_in", "weight_out"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", PLAIN)
+def test_formulas_replace_an_operator(name, dtype):
+    """`torch.onnx.export` finds them in torch's table; they write to no tensor and have the operator's outputs."""
+    module, fields = PLAIN[name]
+    call = module.Call(*fields)
+    given = [field for field in OF_THE_MODEL[module] if getattr(call, field) is not None]
+    call = call._replace(**{field: getattr(call, field).to(dtype) for field in given})
+    graph = make_fx(lambda: module.FORWARD(*call), decomposition_table=torch._decomp.decomposition_table)()
+    assert not any(node.target in (module.FORWARD, torch.ops.aten.copy_.default) for node in graph.graph.nodes)
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    for found, expected in zip(graph(), module.FORWARD(*call), strict=True):
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_program_of_any_size_is_traced_without_formulas(name, monkeypatch):
+    """torch would take them to learn the shapes of the results, where sizes are symbols."""
+    module, fields = PLAIN[name]
+    calls = []
+    plain = torch._decomp.decomposition_table[module.FORWARD]
+    monkeypatch.setitem(
+        torch._decomp.decomposition_table, module.FORWARD, lambda *args: calls.append(args) or plain(*args)
+    )
+    tensors = [field for field in fields if isinstance(field, torch.Tensor)]
+    compiled = torch.compile(
+        lambda *given: module.FORWARD(
+            *(next(rest) if isinstance(field, torch.Tensor) else field for rest in [iter(given)] for field in fields)
+        ),
+        dynamic=True,
+        backend="aot_eager",
+    )
+    with torch.no_grad():
+        found = compiled(*tensors)
+    for result, expected in zip(found, module.FORWARD(*fields), strict=True):
+        torch.testing.assert_close(result, expected)
+    assert calls == []
 
 
 # ---- calls without torch's dispatcher -------------------------------------------------------------------------------

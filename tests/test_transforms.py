@@ -1,6 +1,7 @@
 """Operations, loss and model under torch.func, fake tensors and tracing; second derivatives."""
 
 import functools
+import re
 
 import pytest
 import torch
@@ -227,16 +228,87 @@ def test_nested_transforms_by_the_reference():
     torch.testing.assert_close(found[0], torch.autograd.grad(gradient.square().sum(), leaf)[0])
 
 
-def test_forward_mode_is_refused():
-    q, k, v = tensors_of("attention")
-    with pytest.raises(NotImplementedError, match="attention: forward-mode"):
-        torch.func.jacfwd(lambda v: attend(q, k, v))(v)
+@pytest.mark.parametrize("name", KERNELS)
+def test_forward_mode_is_refused(name):
+    function, tensors = OPERATIONS[name][0], tensors_of(name)
+    plain = function(*tensors)
+    with pytest.raises(NotImplementedError, match=f"{name}: forward-mode .* use reverse mode"):
+        torch.func.jacfwd(lambda x: function(x, *tensors[1:]))(tensors[0])
+    with pytest.raises(NotImplementedError, match=f"{name}: forward-mode"):
+        torch.func.jvp(function, tuple(tensors), tuple(map(torch.ones_like, tensors)))
     with torch.autograd.forward_ad.dual_level():
-        with pytest.raises(NotImplementedError, match="attention: forward-mode"):
-            attend(torch.autograd.forward_ad.make_dual(q, q), k, v)
-        close(attend(q, k, v), attend(q, k, v, backend="reference"))  # next to a tangent of another tensor
-    with pytest.raises(NotImplementedError):
-        hessian(lambda q: attend(q, k, v).sum())(q)
+        with pytest.raises(NotImplementedError, match=f"{name}: forward-mode"):
+            function(torch.autograd.forward_ad.make_dual(tensors[0], tensors[0]), *tensors[1:])
+        close(function(*tensors), plain)  # next to a tangent of another tensor
+    with pytest.raises(NotImplementedError):  # torch's own, since the tangent is hidden inside of another transform
+        hessian(lambda x: function(x, *tensors[1:]).sum())(tensors[0])
+
+
+# ---- documents of different lengths ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_nested_and_sparse_tensors_are_refused(name):
+    function, tensors = OPERATIONS[name][0], tensors_of(name)
+    first = tensors[0]
+    jagged = torch.nested.nested_tensor([first[0, :3], first[1]], layout=torch.jagged)
+    argument = {"attention": "q", "qk_norm_rotary": "q", "linear_cross_entropy": "hidden"}.get(name, "x")
+    remedy = re.escape(f"{argument}.values()[None]")
+    for needs_grad in (False, True):
+        with pytest.raises(TypeError, match=f"{name}: {argument} must .* nested one; .*{remedy}"):
+            function(jagged.clone().requires_grad_(needs_grad), *tensors[1:])
+    with pytest.raises(TypeError, match=rf"{name}: {argument} must be a dense tensor, .*{argument}\.to_dense"):
+        function(first.to_sparse(), *tensors[1:])
+
+
+def test_a_nested_tensor_is_no_batch_of_tokens():
+    tokens = torch.nested.nested_tensor([torch.arange(3), torch.arange(5)], layout=torch.jagged)
+    with pytest.raises(TypeError, match=r"tokens must have one length for all rows, got a nested tensor; .* key_start"):
+        small()(tokens)
+
+
+def test_the_values_of_a_jagged_tensor_are_packed_documents():
+    """The conversion from cumulative lengths that the docstring of `attention` gives, with gradients."""
+    lengths = (3, 1, 5)
+    rows = [[torch.randn(n, heads, 8) for n in lengths] for heads in (2, 1, 1)]
+    q, k, v = (torch.nested.nested_tensor(parts, layout=torch.jagged, requires_grad=True) for parts in rows)
+    cu_seqlens = q.offsets()
+    token = torch.arange(sum(lengths))
+    key_start = cu_seqlens[torch.bucketize(token, cu_seqlens, right=True) - 1].to(torch.int32)[None]
+    assert key_start.tolist() == [[0, 0, 0, 3, 4, 4, 4, 4, 4]]
+    packed = (tensor.values()[None] for tensor in (q, k, v))
+    found = attention(*packed, causal=True, alibi_slopes=SLOPES, key_start=key_start)
+    weights = torch.randn_like(found)
+    gradients = torch.autograd.grad((found * weights).sum(), (q, k, v))
+    for number, (begin, end) in enumerate(zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)):
+        leaves = [parts[number][None].requires_grad_() for parts in rows]
+        alone = attention(*leaves, causal=True, alibi_slopes=SLOPES)
+        close(found[:, begin:end], alone)
+        expected = torch.autograd.grad((alone * weights[:, begin:end]).sum(), leaves)
+        for gradient, other in zip(gradients, expected, strict=True):
+            close(gradient.values()[begin:end], other[0])
+
+
+def test_a_softmax_scale_that_varies_in_a_compiled_program():
+    """Each float makes a program; a tensor that multiplies q does not."""
+    q, k, v = tensors_of("attention")
+    programs = []
+
+    def backend(program, inputs):
+        programs.append(program)
+        return program
+
+    torch.compiler.reset()
+    scales = (0.1, 0.2, 0.3, 0.4)
+    by_float = torch.compile(lambda scale: attend(q, k, v, softmax_scale=scale), backend=backend, fullgraph=True)
+    for scale in scales:
+        close(by_float(scale), attend(q, k, v, softmax_scale=scale))
+    assert len(programs) == len(scales)
+    programs.clear()
+    by_tensor = torch.compile(lambda scale: attend(q * scale, k, v, softmax_scale=1.0), backend=backend, fullgraph=True)
+    for scale in scales:
+        close(by_tensor(torch.tensor(scale)), attend(q, k, v, softmax_scale=scale))
+    assert len(programs) == 1
 
 
 # ---- the model ------------------------------------------------------------------------------------------------------

@@ -46,10 +46,22 @@ def have_values(*tensors: torch.Tensor) -> bool:
     return True
 
 
-def check_tensor(op: str, name: str, tensor: torch.Tensor, axes: tuple[str, ...]) -> None:
-    """Require a tensor with the named axes, dense in the last one."""
+def check_is_tensor(op: str, name: str, tensor: object) -> None:
+    """Require a tensor that is neither nested nor sparse."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.is_nested:
+        raise TypeError(
+            f"{op}: {name} must be a tensor with one length for all rows, got a nested one; pack its rows into one, "
+            f"{name}.values()[None] (layout torch.jagged), where key_start keeps documents apart"
+        )
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got {tensor.layout}; pass {name}.to_dense()")
+
+
+def check_tensor(op: str, name: str, tensor: torch.Tensor, axes: tuple[str, ...]) -> None:
+    """Require a tensor with the named axes, dense in the last one."""
+    check_is_tensor(op, name, tensor)
     if tensor.ndim != len(axes):
         raise ValueError(
             f"{op}: {name} must have {len(axes)} dimensions ({', '.join(axes)}), got shape {tuple(tensor.shape)}"
@@ -108,8 +120,7 @@ def check_exact(
     op: str, name: str, tensor: torch.Tensor, axes: tuple[str, ...], shape: tuple[int, ...], *dtypes: torch.dtype
 ) -> None:
     """Require a tensor of exactly this shape and one of these dtypes; any strides."""
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    check_is_tensor(op, name, tensor)
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(
             f"{op}: {name} must have shape ({', '.join(axes)}{',' if len(axes) == 1 else ''}) = {tuple(shape)}, "

@@ -12,9 +12,10 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
+from torch._decomp import register_decomposition
 from torch.utils.flop_counter import register_flop_formula
 
-from andromeda.ops import _transforms
+from andromeda.ops import _sharding, _transforms
 
 SymInt = Annotated[int, "SymInt"]  # an int that a traced program may keep as a symbol
 
@@ -97,7 +98,9 @@ def define(
     fake: Callable[..., Any],
     flops: Callable[..., int],
     rows: Sequence[str],
+    axes: _sharding.Axes,
     sums: Sequence[str] = (),
+    plain: Callable[..., Any] | None = None,
 ) -> torch._ops.OpOverload:
     """Make `andromeda::<schema>` an operator and return it.
 
@@ -111,6 +114,9 @@ def define(
             `new_empty(*shape)`, whose memory is dense (a tuple of four sizes costs 0.8 us more).
         flops: floating point operations of a call, for `torch.utils.flop_counter`.
         rows, sums: names of arguments; see `_transforms.vmap_rule`.
+        axes: of the tensors, see `_sharding`: a text, or a function of the arguments before the record and the record.
+        plain: the outputs by plain torch, in tensors that are not written to: the formulas that replace the operator
+            where it has no kernel, as in `torch.onnx.export`.
     """
     name = schema.partition("(")[0]
     # The kernels read dense rows, so a compiler must not permute the dimensions of an argument.
@@ -121,11 +127,18 @@ def define(
     leading = len(names) - len(record.__annotations__)
     by_position = functools.partial(_by_position, record, leading)
     _LIB.impl(name, by_position(implementation), "CompositeExplicitAutograd")  # every device: the reference runs on all
-    torch.library.register_fake(f"andromeda::{name}", by_position(fake), lib=_LIB)
+    _sharding.declare(operator, axes if isinstance(axes, str) else by_position(axes), by_position(fake))
+    torch.library.register_fake(f"andromeda::{name}", _sharding.registering(by_position(fake)), lib=_LIB)
     count = by_position(flops)
     register_flop_formula(packet, get_raw=True)(lambda *args, out_val=None: count(*args))
     rule = _transforms.vmap_rule(operator, [names.index(row) for row in rows], [names.index(total) for total in sums])
     torch.library.register_vmap(f"andromeda::{name}", rule, lib=_LIB)
+    if plain is not None:
+        # Only exporters that ask for all decompositions read this table; torch.compile and torch.export keep operators.
+        register_decomposition(operator)(_sharding.registering(by_position(plain)))
+        # Fake tensors with symbolic sizes would read it, too, and take the formulas for `fake`, were it not for a rule
+        # for tensors without data.
+        register_decomposition(operator, type="meta")(_sharding.registering(by_position(fake)))
     return operator
 
 

@@ -104,7 +104,9 @@ def attention(
             1 1 1 1        0 0
                            1 0
                            1 1
-        softmax_scale: factor on q @ k^T, not on the bias; finite. Default: head_dim ** -0.5.
+        softmax_scale: factor on q @ k^T, not on the bias; finite. Default: head_dim ** -0.5. It is a constant of a
+            compiled program: torch.compile makes one for each value. For a scale that varies or is learned multiply q
+            by a tensor, and pass 1.
         alibi_slopes: (num_heads,), float32, finite, >= 0; 0 means no bias for that head. A constant: it gets no
             gradient and must not require one. Its values are checked on CPU tensors only.
         logit_bound: (num_heads,), float32: a promise that |softmax_scale * <q_i, k_j>| <= logit_bound for every
@@ -121,6 +123,9 @@ def attention(
             0 0 1 0 0
             0 0 1 1 0
             0 0 1 1 1
+            From cu_seqlens, (documents + 1,) such as [0, 2, 5], without reading it back from a GPU:
+            token = torch.arange(seqlen, device=cu_seqlens.device)
+            key_start = cu_seqlens[torch.bucketize(token, cu_seqlens, right=True) - 1].to(torch.int32)[None]
         num_keys: (1,), int32, on the device of q: only so many first rows of k and v exist, and the call is the one on
             k[:, :num_keys] and v[:, :num_keys]. On a GPU the kernel reads it, so that a CUDA graph on a cache of fixed
             size sees more keys at each replay. It must be between 0 and seqlen_k (checked on CPU tensors), and no
@@ -164,6 +169,26 @@ def attention(
     else:
         out, softmax_lse = FORWARD(*call)
     return (out, softmax_lse) if return_lse else out
+
+
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    key_start: Tensor | None = None,
+) -> Tensor:
+    """The softmax weights that `attention` gives the keys, (batch, num_heads, seqlen_q, seqlen_k), in plain torch.
+
+    Arguments as there, without checks. Differentiable any number of times. All weights are held at once, in the
+    accumulator's dtype (float32, or float64 for float64); a hidden key, and each key of a row that sees none, has 0.
+    """
+    q, k = (tensor.to(compute_dtype(tensor.dtype)) for tensor in (q, k))
+    scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
+    logits, hidden = reference.masked_logits(q, k, causal, scale, alibi_slopes, key_start, None)
+    return logits.softmax(-1).masked_fill(hidden, 0).flatten(1, 2)
 
 
 def unsupported(
@@ -576,6 +601,13 @@ def _reference_backward(
         dv.copy_(dv_sum)
 
 
+def _plain_forward(call: Call) -> tuple[Tensor, Tensor]:
+    """The outputs by operations that a program without the operator can hold. Holds all scores at once."""
+    q, k, v = (cast(tensor, compute_dtype(call.q.dtype)) for tensor in (call.q, call.k, call.v))
+    out, softmax_lse = reference.attention(q, k, v, num_keys=call.num_keys, **_reference_options(call))
+    return cast(out, call.q.dtype), softmax_lse
+
+
 def _plain_backward(dout: Tensor, call: Call) -> tuple[Tensor, ...]:
     """dq, dk and dv, by operations that torch can differentiate again. Holds all scores at once."""
     options = _reference_options(call)
@@ -609,6 +641,8 @@ def _backward_flops(dout: Tensor, out: Tensor, softmax_lse: Tensor, call: Call) 
     return 10 * call.q.shape[3] * _visible_pairs(call)
 
 
+_AXES = "q:BnHd k:BmHd v:BmHd alibi_slopes:H logit_bound:H key_start:Bn num_keys:i"
+
 # The operators themselves, for policies that name them (selective activation checkpointing should save FORWARD).
 FORWARD = _operator.define(
     f"attention_forward({_operator.parameters(Call)}) -> (Tensor, Tensor)",
@@ -617,6 +651,8 @@ FORWARD = _operator.define(
     fake=_fake_forward,
     flops=_forward_flops,
     rows=("q", "k", "v", "key_start"),
+    axes=f"{_AXES} -> BnHd BHn",
+    plain=_plain_forward,
 )
 BACKWARD = _operator.define(
     f"attention_backward(Tensor dout, Tensor out, Tensor softmax_lse, {_operator.parameters(Call)})"
@@ -626,6 +662,7 @@ BACKWARD = _operator.define(
     fake=_fake_backward,
     flops=_backward_flops,
     rows=("dout", "out", "softmax_lse", "q", "k", "v", "key_start"),
+    axes=f"dout:BnHd out:BnHd softmax_lse:BHn {_AXES} -> BnHd BmHd+H BmHd+H",
 )
 
 

@@ -114,7 +114,7 @@ def _is_usual(call: Call) -> bool:
     x, weight_in, bias_in, weight_out, bias_out, _ = call
     if not all(isinstance(tensor, Tensor) for tensor in (x, weight_in, weight_out)):
         return False
-    if x.ndim < 2 or weight_in.ndim != 2 or weight_out.ndim != 2:
+    if x.is_nested or x.layout != torch.strided or x.ndim < 2 or weight_in.ndim != 2 or weight_out.ndim != 2:
         return False
     dtype, device = x.dtype, x.device
     device_type = device.type
@@ -140,8 +140,8 @@ def _checked(call: Call) -> Call:
     """
     axes = {"weight_in": ("hidden", "dim"), "weight_out": ("dim_out", "hidden")}
     for name, tensor in call._asdict().items():
-        if name != "backend" and not isinstance(tensor, Tensor) and (tensor is not None or name in ("x", *axes)):
-            raise TypeError(f"{NAME}: {name} must be a tensor, got {type(tensor).__name__}")
+        if name != "backend" and (tensor is not None or name in ("x", *axes)):
+            _checks.check_is_tensor(NAME, name, tensor)
     device = call.x.device.type
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -287,6 +287,12 @@ def _triton_backward(dout: Tensor, product: Tensor, wanted: Wanted, call: Call, 
         torch.mm(dhidden, call.weight_in, out=_rows(dx))
 
 
+def _plain_forward(call: Call) -> tuple[Tensor, Tensor]:
+    """The outputs by operations that a program without the operator can hold."""
+    product = torch.nn.functional.linear(call.x, call.weight_in) if _keeps_product(call) else call.x.new_empty(0)
+    return reference.feed_forward(*call.tensors), product
+
+
 def _plain_backward(dout: Tensor, call: Call) -> tuple[Tensor, ...]:
     """The gradients by operations that torch can differentiate again."""
     with torch.autocast(call.x.device.type, enabled=False):
@@ -380,6 +386,8 @@ def _with_wanted(function: Callable[[Tensor, Tensor, Wanted, Call], _Result]) ->
     return lambda dout, product, *rest: function(dout, product, Wanted(*rest[:-1]), rest[-1])
 
 
+_AXES = "x:*d weight_in:Hd bias_in:H weight_out:oH"
+
 # The operators themselves, for policies that name them.
 FORWARD = _operator.define(
     f"feed_forward_forward({_operator.parameters(Call)}) -> (Tensor, Tensor)",
@@ -388,6 +396,8 @@ FORWARD = _operator.define(
     fake=_fake_forward,
     flops=_forward_flops,
     rows=("x",),
+    axes=f"{_AXES} bias_out:o+H -> *o+H *H",
+    plain=_plain_forward,
 )
 BACKWARD = _operator.define(
     f"feed_forward_backward(Tensor dout, Tensor product, {_WANTED}, {_operator.parameters(Call)})"
@@ -397,6 +407,7 @@ BACKWARD = _operator.define(
     fake=_with_wanted(_fake_backward),
     flops=_with_wanted(_backward_flops),
     rows=("dout", "product", "x"),
+    axes=f"dout:*o product:*H {_AXES} bias_out:o -> *d+H Hd+* H+* oH+* o+*",
     sums=("weight_in", "bias_in", "weight_out", "bias_out"),
 )
 

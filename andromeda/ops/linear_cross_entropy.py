@@ -134,8 +134,7 @@ def _checked(
         ValueError, TypeError: see `linear_cross_entropy`.
     """
     for name, tensor in (("hidden", hidden), ("weight", weight), ("targets", targets)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{NAME}: {name} must be a tensor, got {type(tensor).__name__}")
+        _checks.check_is_tensor(NAME, name, tensor)
     if hidden.ndim < 1 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{NAME}: hidden and weight must have shapes (..., dim) and (num_tokens, dim), got {tuple(hidden.shape)} "
@@ -318,6 +317,19 @@ def _triton(call: Call, block_rows: int, total: Tensor, dhidden: Tensor, dweight
 _BACKENDS = {"reference": _reference, "cpu": _cpu, "triton": _triton}
 
 
+def _plain_forward(call: Call) -> Outputs:
+    """The outputs by operations that a program without the operator can hold. Holds all logits at once."""
+    options: dict[str, Any] = {"ignore_index": call.ignore_index, "z_loss": call.z_loss}
+    dtype = compute_dtype(call.hidden.dtype)
+    tensors = cast(call.hidden, dtype), cast(call.weight, dtype), call.targets
+    total = reference.linear_cross_entropy(*tensors, **options)
+    gradients = tensors[0].new_empty(0), tensors[1].new_empty(0)
+    if call.with_dhidden or call.with_dweight:
+        dhidden, dweight = reference.linear_cross_entropy_backward(torch.ones_like(total), *tensors, **options)
+        gradients = dhidden if call.with_dhidden else gradients[0], dweight if call.with_dweight else gradients[1]
+    return total, *gradients
+
+
 def _plain_backward(dtotal: Tensor, call: Call) -> tuple[Tensor | None, ...]:
     """The gradients by operations that torch can differentiate again. Holds all logits at once."""
     options: dict[str, Any] = {"ignore_index": call.ignore_index, "z_loss": call.z_loss}
@@ -362,6 +374,8 @@ def _backward_flops(dtotal: Tensor, call: Call) -> int:
     return _forward_flops(call)
 
 
+_AXES = "hidden:Rd weight:vd targets:R"
+
 # The operators themselves, for policies that name them (selective activation checkpointing should save FORWARD).
 FORWARD = _operator.define(
     f"linear_cross_entropy_forward({_operator.parameters(Call)}) -> (Tensor, Tensor, Tensor)",
@@ -370,6 +384,8 @@ FORWARD = _operator.define(
     fake=_fake_forward,
     flops=_forward_flops,
     rows=(),  # the sum goes over the rows: mapped calls run one after the other
+    axes=f"{_AXES} -> +R Rd vd+R",
+    plain=_plain_forward,
 )
 BACKWARD = _operator.define(
     f"linear_cross_entropy_backward(Tensor dtotal, {_operator.parameters(Call)}) -> (Tensor, Tensor)",
@@ -378,6 +394,7 @@ BACKWARD = _operator.define(
     fake=_fake_backward,
     flops=_backward_flops,
     rows=(),
+    axes=f"dtotal: {_AXES} -> Rd vd+R",
 )
 
 

@@ -388,6 +388,16 @@ def _triton_arguments(call: Call, plan: "Plan") -> dict[str, Any]:
     }
 
 
+def _plain_forward(call: Call) -> tuple[Tensor, Tensor]:
+    """The outputs by operations that a program without the operator can hold."""
+    q, k, options = call.q, call.k, (call.rotary_dim, call.xpos, call.position, call.origin)
+    dtype = compute_dtype(q.dtype)
+    q_table, k_table = reference.rotary_tables(q.shape[1], k.shape[1], *options, q.device, call.step)
+    q_out = reference.transform(cast(q, dtype), call.q_scale, q_table, call.normalize, call.q_multiplier)
+    k_out = reference.transform(cast(k, dtype), call.k_scale, k_table, call.normalize)
+    return cast(q_out, q.dtype), cast(k_out, k.dtype)
+
+
 def _plain_backward(dq_out: Tensor, dk_out: Tensor, call: Call) -> tuple[Tensor | None, ...]:
     """The gradients by operations that torch can differentiate again."""
     q, k = call.q, call.k
@@ -548,6 +558,8 @@ def _backward_flops(dq_out: Tensor, dk_out: Tensor, call: Call) -> int:
     return 2 * _forward_flops(call)
 
 
+_AXES = "q:BnHd k:BmHd q_scale:Hd k_scale:Hd step:i"
+
 # The operators themselves, for policies that name them.
 FORWARD = _operator.define(
     f"qk_norm_rotary_forward({_operator.parameters(Call)}) -> (Tensor, Tensor)",
@@ -556,6 +568,8 @@ FORWARD = _operator.define(
     fake=_fake_forward,
     flops=_forward_flops,
     rows=("q", "k"),
+    axes=f"{_AXES} -> BnHd BmHd",
+    plain=_plain_forward,
 )
 BACKWARD = _operator.define(
     f"qk_norm_rotary_backward(Tensor dq_out, Tensor dk_out, {_operator.parameters(Call)})"
@@ -565,6 +579,7 @@ BACKWARD = _operator.define(
     fake=_fake_backward,
     flops=_backward_flops,
     rows=("dq_out", "dk_out", "q", "k"),
+    axes=f"dq_out:BnHd dk_out:BmHd {_AXES} -> BnHd BmHd Hd+B Hd+B",
     sums=("q_scale", "k_scale"),
 )
 

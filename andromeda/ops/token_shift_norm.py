@@ -258,6 +258,16 @@ def _options(call: Call) -> dict[str, Any]:
     }
 
 
+def _plain_forward(call: Call) -> tuple[Tensor, Tensor]:
+    """The outputs by operations that a program without the operator can hold."""
+    dtype, empty = compute_dtype(call.x.dtype), call.x.new_empty(0)
+    y, shifted = reference.token_shift_norm(
+        cast(call.x, dtype), residual=cast(call.residual, dtype), history=cast(call.history, dtype), **_options(call)
+    )
+    has_y, has_shifted = call.gamma is not None or call.residual is not None, call.shift > 0
+    return cast(y, call.x.dtype) if has_y else empty, cast(shifted, call.x.dtype) if has_shifted else empty
+
+
 def _plain_backward(dy: Tensor | None, dshifted: Tensor | None, call: Call) -> tuple[Tensor | None, ...]:
     """The gradients by operations that torch can differentiate again."""
     dtype = compute_dtype(call.x.dtype)
@@ -326,6 +336,12 @@ def _backward_flops(dy: Tensor | None, dshifted: Tensor | None, call: Call) -> i
     return 2 * _forward_flops(call)
 
 
+def _axes(text: str, call: Call) -> str:
+    """Tokens are independent of each other where none is shifted."""
+    arguments = "x:BNd residual:BNd residual_scale:d gamma:d history:Bsd key_start:BN"
+    return text.format(arguments=arguments).replace("N", "n" if call.shift > 0 else "N")
+
+
 # The operators themselves, for policies that name them.
 FORWARD = _operator.define(
     f"token_shift_norm_forward({_operator.parameters(Call)}) -> (Tensor, Tensor)",
@@ -334,6 +350,8 @@ FORWARD = _operator.define(
     fake=_fake_forward,
     flops=_forward_flops,
     rows=("x", "residual", "history", "key_start"),
+    axes=lambda call: _axes("{arguments} -> BNd BNd", call),
+    plain=_plain_forward,
 )
 BACKWARD = _operator.define(
     f"token_shift_norm_backward(Tensor? dy, Tensor? dshifted, {_operator.parameters(Call)})"
@@ -343,6 +361,7 @@ BACKWARD = _operator.define(
     fake=_fake_backward,
     flops=_backward_flops,
     rows=("dy", "dshifted", "x", "residual", "history", "key_start"),
+    axes=lambda dy, dshifted, call: _axes("dy:BNd dshifted:BNd {arguments} -> BNd BNd d+BN d+BN", call),
     sums=("residual_scale", "gamma"),
 )
 

@@ -6,8 +6,15 @@ from torch import Tensor
 Span = tuple[Tensor, Tensor]  # first, end: integers of one shape
 
 
-def _spans(q: Tensor, k: Tensor, causal: bool, key_start: Tensor | None, first_query: int | None) -> tuple[Span, Span]:
-    """The keys that each query sees, and the queries that see each key: first <= index < end.
+def _spans(
+    q: Tensor,
+    k: Tensor,
+    causal: bool,
+    key_start: Tensor | None,
+    first_query: int | Tensor | None,
+    num_keys: Tensor | None = None,
+) -> tuple[Span, Span]:
+    """The keys that each query sees, and the queries that see each key (without num_keys): first <= index < end.
 
     Returns:
         of_query: first and end, each (1 or batch, seqlen_q).
@@ -18,13 +25,15 @@ def _spans(q: Tensor, k: Tensor, causal: bool, key_start: Tensor | None, first_q
         first_query = seqlen_k - seqlen_q
     query, key = (torch.arange(seqlen, device=q.device)[None] for seqlen in (seqlen_q, seqlen_k))
     first, end = torch.zeros_like(query), torch.full_like(query, seqlen_k)
+    if num_keys is not None:
+        end = torch.zeros_like(query) + num_keys
     first_of_key, end_of_key = torch.zeros_like(key), torch.full_like(key, seqlen_q)
     if causal:
         end = (query + first_query + 1).clamp(0, seqlen_k)
         first_of_key = (key - first_query).clamp(0, seqlen_q)
     if key_start is not None:
         first = key_start.long().clamp(0, seqlen_k)
-        keys = key.expand(len(first), -1).contiguous().int()
+        keys = key.expand(first.shape[0], -1).contiguous().int()
         end_of_key = torch.searchsorted(key_start.contiguous(), keys, right=True)
     return (first, torch.maximum(first, end)), (first_of_key, torch.maximum(first_of_key, end_of_key))
 
@@ -32,7 +41,7 @@ def _spans(q: Tensor, k: Tensor, causal: bool, key_start: Tensor | None, first_q
 def _any_within(flags: Tensor, span: Span) -> Tensor:
     """Whether any of flags[:, first:end] is set, for each first and end of a span."""
     counts = torch.nn.functional.pad(flags.cumsum(1, dtype=torch.int32), (0, 0, 0, 0, 1, 0))
-    first, end = (counts.gather(1, edge[..., None, None].expand(len(flags), -1, *flags.shape[2:])) for edge in span)
+    first, end = (counts.gather(1, edge[..., None, None].expand(flags.shape[0], -1, *flags.shape[2:])) for edge in span)
     return first < end
 
 
@@ -64,15 +73,16 @@ def masked_logits(
     softmax_scale: float,
     alibi_slopes: Tensor | None,
     key_start: Tensor | None,
-    first_query: int | None,
+    first_query: int | Tensor | None,
+    num_keys: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The logits, -inf where the key is hidden, and whether it is: (batch, num_kv_heads, group, seqlen_q, seqlen_k)."""
     seqlen_q, seqlen_k, num_kv_heads = q.shape[1], k.shape[1], k.shape[2]
     if first_query is None:
         first_query = seqlen_k - seqlen_q
-    query = torch.arange(first_query, first_query + seqlen_q, device=q.device)[:, None]
+    query = (torch.arange(seqlen_q, device=q.device) + first_query)[:, None]
     key = torch.arange(seqlen_k, device=q.device)
-    (first, end), _ = _spans(q, k, causal, key_start, first_query)
+    (first, end), _ = _spans(q, k, causal, key_start, first_query, num_keys)
     hidden = (key < first[..., None]) | (key >= end[..., None])
     hidden = hidden[:, None, None]
     logits = torch.einsum("bqhgd,bkhd->bhgqk", q.unflatten(2, (num_kv_heads, -1)), k) * softmax_scale
@@ -92,17 +102,20 @@ def attention(
     softmax_scale: float,
     alibi_slopes: Tensor | None = None,
     key_start: Tensor | None = None,
-    first_query: int | None = None,
+    first_query: int | Tensor | None = None,
+    num_keys: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention; shapes and meaning as in `andromeda.ops.attention.attention`.
 
-    first_query: position of q[:, 0] among the keys. Default: seqlen_k - seqlen_q, which aligns the last query and key.
+    first_query: position of q[:, 0] among the keys. Default: that which aligns the last query and the last key.
 
     Returns:
         out, in the shape of q, and softmax_lse (batch, num_heads, seqlen_q), natural logarithm; both in the dtype of q.
     """
-    logits, hidden = masked_logits(q, k, causal, softmax_scale, alibi_slopes, key_start, first_query)
-    of_query, _ = _spans(q, k, causal, key_start, first_query)
+    if num_keys is not None and first_query is None:
+        first_query = num_keys - q.shape[1]
+    logits, hidden = masked_logits(q, k, causal, softmax_scale, alibi_slopes, key_start, first_query, num_keys)
+    of_query, _ = _spans(q, k, causal, key_start, first_query, num_keys)
     weights = logits.softmax(-1).masked_fill(hidden, 0)  # the softmax of a row that sees no key is NaN
     out = _sum("bhgqk,bkhd->bqhgd", weights, v, of_query).flatten(2, 3)
     return out, logits.logsumexp(-1).flatten(1, 2)

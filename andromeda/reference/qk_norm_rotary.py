@@ -68,26 +68,36 @@ def rotary_tables(
     position: int,
     origin: int | None,
     device: torch.device | str = "cpu",
+    step: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Tables for q and k, float64 (seqlen, rotary_dim): row p holds z * cos(p * omega_t) at 2t, z * sin at 2t + 1."""
+    """Tables for q and k, float64 (seqlen, rotary_dim): row p holds z * cos(p * omega_t) at 2t, z * sin at 2t + 1.
+
+    step: (1,), integers, added to all positions; see `andromeda.ops.qk_norm_rotary`.
+    """
     end = position + seqlen_k
     center = default_origin(seqlen_q, seqlen_k, position) if origin is None else origin
 
     def table(first: int, sign: int) -> Tensor:
-        rows = angles(first, end, rotary_dim, device)  # the last query sits at the last key
+        positions = torch.arange(first, end, dtype=torch.float64, device=device)  # the last query sits at the last key
+        if step is not None:
+            positions = positions + step
+        rows = _angles(positions, rotary_dim)
         if not xpos:
             return rows
-        exponents = sign * (torch.arange(first, end, dtype=torch.float64, device=device) - center)
-        return rows * _powers(exponents, rotary_dim).repeat_interleave(2, dim=1)
+        return rows * _powers(sign * (positions - center), rotary_dim).repeat_interleave(2, dim=1)
 
     return table(end - seqlen_q, +1), table(end - seqlen_k, -1)
 
 
 def angles(first: int, end: int, rotary_dim: int, device: torch.device | str = "cpu") -> Tensor:
     """Float64 (end - first, rotary_dim): cos(p * omega_t) at 2t, sin at 2t + 1, for positions p = first ... end - 1."""
-    twice_t = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=device)
+    return _angles(torch.arange(first, end, dtype=torch.float64, device=device), rotary_dim)
+
+
+def _angles(positions: Tensor, rotary_dim: int) -> Tensor:
+    twice_t = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=positions.device)
     omega = 10000.0 ** (-twice_t / max(rotary_dim, 1))
-    p_omega = torch.arange(first, end, dtype=torch.float64, device=device).unsqueeze(1) * omega
+    p_omega = positions.unsqueeze(1) * omega
     return torch.stack((torch.cos(p_omega), torch.sin(p_omega)), dim=-1).flatten(1)
 
 
