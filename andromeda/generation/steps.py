@@ -88,8 +88,7 @@ class Steps:
         # The kernels plan for all rows, whether they exist or not: with many more the plan would be a poor one.
         room = min(room, cache.length + remaining, max(2 * cache.length, LEAST_ROOM))
         count = min(room - cache.length, (segment + 1) * length - cache.position)
-        reach = max((rows.shape[1] for rows in cache._shift_rows.values()), default=0)
-        shifts_padding = cache.key_start is not None and self._num_ordinary < reach - 1
+        shifts_padding = cache.key_start is not None and self._num_ordinary < cache.shift_tokens - 1
         if count < LEAST_STEPS or shifts_padding:
             return None
         resources = self._net.graph_memory(memory[0])
@@ -283,4 +282,6 @@ def _can_record(net: Network, device: torch.device) -> bool:
     of_all = torch.nn.modules.module
     if of_all._global_forward_hooks or of_all._global_forward_pre_hooks:
         return False
-    return not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+    return not any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in net.modules()
+    )
