@@ -162,6 +162,12 @@ def _state_to_save(model: Model) -> tuple[dict[str, torch.Tensor], dict[str, str
     abstract = [name for name, tensor in state.items() if tensor.is_meta]
     if abstract:
         raise ValueError(f"Andromeda.save: parameters must have values, got meta tensors: {', '.join(abstract)}")
+    if sharded := [name for name, tensor in state.items() if hasattr(tensor, "device_mesh")]:
+        raise ValueError(
+            f"Andromeda.save: parameters must be whole, got parts of {', '.join(sharded[:3])} in each process; save "
+            "the state_dict() by torch.distributed.checkpoint, or load the full one that its get_model_state_dict "
+            "gives into a model in one process, and save that"
+        )
     return apart(state, "Andromeda.save")
 
 

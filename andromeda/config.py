@@ -218,6 +218,11 @@ def read_tokens(
         tokens = torch.tensor(rows, dtype=torch.int64, device="cpu")
     if not isinstance(tokens, torch.Tensor):
         raise TypeError(f"{owner}: tokens must be a list of ints or an int64 tensor, got {type(tokens).__name__}")
+    if tokens.is_nested:
+        raise TypeError(
+            f"{owner}: tokens must have one length for all rows, got a nested tensor; pad them, or pack them into one "
+            "row, tokens.values()[None], with key_start at the start of each document"
+        )
     if tokens.dtype != torch.int64:
         raise TypeError(f"{owner}: tokens.dtype must be int64, got {str(tokens.dtype).removeprefix('torch.')}")
     if tokens.ndim not in (1, 2):

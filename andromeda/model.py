@@ -31,13 +31,14 @@ transposed or copied. Residual, norm and token shift, which lie between two maps
 """
 
 import contextlib
+import contextvars
 import copy
 import dataclasses
 import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.utils.checkpoint
@@ -59,11 +60,11 @@ from andromeda.config import (
     read_key_start,
     read_tokens,
 )
-from andromeda.ops import _checks, _persistent, _select, _transforms
+from andromeda.ops import _checks, _persistent, _select, _sharding, _transforms
 from andromeda.ops import attention as attention_op
 from andromeda.ops import qk_norm_rotary as rotary_op
 from andromeda.ops._common import compute_dtype
-from andromeda.ops.attention import attention
+from andromeda.ops.attention import attention, attention_weights
 from andromeda.ops.feed_forward import feed_forward
 from andromeda.ops.linear_cross_entropy import linear_cross_entropy
 from andromeda.ops.qk_norm_rotary import qk_norm_rotary
@@ -75,7 +76,8 @@ _LOSS_BLOCK_LOGITS = 2**22  # the loss holds float32 copies of this many logits 
 # take the host 70 us longer, and autocast remembers the rounded weights only of torch's own functions.
 _FEW_TOKENS = 64
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-have_values = _checks.have_values  # `andromeda.huggingface`, which does not know the operations, asks this too
+# `andromeda.huggingface`, which does not know the operations, asks these, too.
+have_values, is_tracing = _checks.have_values, _checks.is_tracing
 
 
 def segment_length(dtype: torch.dtype) -> int:
@@ -90,30 +92,51 @@ def segment_length(dtype: torch.dtype) -> int:
     return 2048 if dtype == torch.float16 else 8192
 
 
-class Linear(nn.Linear):
-    """A linear map whose weight is drawn once, from the distribution of docs/model.md#11.
+_undrawn = contextvars.ContextVar("undrawn", default=False)
+
+
+@contextlib.contextmanager
+def undrawn() -> Iterator[None]:
+    """Parts of models that this thread makes inside have arbitrary weights; `draw` draws them afterwards."""
+    token = _undrawn.set(True)
+    try:
+        yield
+    finally:
+        _undrawn.reset(token)
+
+
+class _UndrawnLinear(nn.Linear):
+    def reset_parameters(self) -> None:
+        """Does nothing: `new_linear` draws."""
+
+
+def new_linear(fan_in: int, fan_out: int, *, bias: bool = False, gain: float | None = None) -> nn.Linear:
+    """A linear map that is drawn once, from the distribution of docs/model.md#11.
+
+    It is no subclass of `nn.Linear`: tools that quantise a model replace modules of exactly that type.
 
     gain: None for uniform in +-1 / sqrt(fan_in); else the weight is normal with std gain * sqrt(2 / (fan_in + fan_out))
-        and the bias 0.
+        and the bias 0. The map keeps it as an attribute, for `draw_linear`.
     """
+    linear: nn.Linear = _UndrawnLinear(fan_in, fan_out, bias=bias)
+    linear.__class__ = nn.Linear
+    linear.gain = gain  # type: ignore[assignment]
+    if not _undrawn.get():
+        for name, _ in linear.named_parameters():
+            draw_linear(linear, name)
+    return linear
 
-    def __init__(self, fan_in: int, fan_out: int, *, bias: bool = False, gain: float | None = None):
-        self.gain = gain
-        super().__init__(fan_in, fan_out, bias=bias)
 
-    def reset_parameters(self) -> None:
-        for name, _ in self.named_parameters(recurse=False):
-            self.draw(name)
-
-    def draw(self, name: str) -> None:
-        """Draw "weight" or "bias" again."""
-        bound = self.in_features**-0.5
-        if self.gain is None:
-            nn.init.uniform_(self.get_parameter(name), -bound, bound)
-        elif name == "bias":
-            nn.init.zeros_(self.bias)
-        else:
-            nn.init.normal_(self.weight, std=self.gain * (2 / (self.in_features + self.out_features)) ** 0.5)
+def draw_linear(linear: nn.Linear, name: str) -> None:
+    """Draw the "weight" or "bias" of a map of `new_linear` again."""
+    parameter, gain = linear.get_parameter(name), getattr(linear, "gain", None)
+    bound = linear.in_features**-0.5
+    if gain is None:
+        nn.init.uniform_(parameter, -bound, bound)
+    elif name == "bias":
+        nn.init.zeros_(parameter)
+    else:
+        nn.init.normal_(parameter, std=gain * (2 / (linear.in_features + linear.out_features)) ** 0.5)
 
 
 def is_plain(linear: nn.Module) -> bool:
@@ -123,7 +146,7 @@ def is_plain(linear: nn.Module) -> bool:
     """
     hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
     return (
-        type(linear) is Linear
+        type(linear) is nn.Linear
         and "forward" not in vars(linear)
         and not any(hooks)
         and not is_traceable_wrapper_subclass(linear.weight)
@@ -135,7 +158,14 @@ class AndromedaEmbedding:
 
     def get_embedding(self, num_tokens: int, dim: int) -> nn.Module:
         """A new table, which maps int64 (batch, n) to (batch, n, dim)."""
-        return nn.Embedding.from_pretrained(torch.empty(num_tokens, dim).normal_(std=(2 / dim) ** 0.5), freeze=False)
+        return _new_table(num_tokens, dim, (2 / dim) ** 0.5)
+
+
+def _new_table(rows: int, dim: int, std: float) -> nn.Embedding:
+    table = torch.empty(rows, dim)
+    if not _undrawn.get():
+        nn.init.normal_(table, std=std)
+    return nn.Embedding.from_pretrained(table, freeze=False)
 
 
 class LayerNorm(nn.Module):
@@ -163,6 +193,8 @@ class Call:
         cache: the cache with the earlier tokens, or None.
         step, num_keys: with a `FixedCache`, as `qk_norm_rotary` and `attention` take them: the new token sits `step`
             positions after `position`, and the first `num_keys` rows of the keys exist.
+        attentions: None, or a list to which each attention sub-layer appends its weights
+            (batch, num_heads, n, stored + n), which plain torch then computes.
     """
 
     position: int = 0
@@ -172,24 +204,42 @@ class Call:
     cache: generation.Cache | None = None
     step: torch.Tensor | None = None
     num_keys: torch.Tensor | None = None
+    attentions: list[torch.Tensor] | None = None
 
     @classmethod
-    def begin(cls, key_start: torch.Tensor | None, cache: generation.Cache | None) -> "Call":
+    def begin(
+        cls,
+        key_start: torch.Tensor | None,
+        cache: generation.Cache | None,
+        attentions: list[torch.Tensor] | None = None,
+    ) -> "Call":
         """The state of a call with this `key_start` (batch, n), which `Cache.begin` has completed."""
         if cache is None:
-            return cls(key_start=key_start, stored_key_start=key_start)
+            return cls(key_start=key_start, stored_key_start=key_start, attentions=attentions)
         if isinstance(cache, generation.FixedCache):
             # No token before key_start is near enough for the token shift.
             first, rows = cache.position, cache.stored_key_start()
-            return cls(first, 0, None, rows, cache, cache.step, cache.num_keys)
+            return cls(first, 0, None, rows, cache, cache.step, cache.num_keys, attentions)
         forgotten, stored_key_start = cache.position - cache.length, key_start
         if key_start is not None and forgotten > 0:
             stored_key_start = (key_start - forgotten).clamp_min(0)
-        return cls(cache.position, cache.length, key_start, stored_key_start, cache)
+        return cls(cache.position, cache.length, key_start, stored_key_start, cache, attentions=attentions)
+
+
+class _Heads(NamedTuple):
+    """What belongs to the query heads of this process: to all of them, or under tensor parallelism to its part."""
+
+    number: int
+    alibi_slopes: tuple[float, ...] | None
+    q_scale: torch.Tensor | None  # (num_heads, head_dim)
+    k_scale: torch.Tensor | None  # (num_kv_heads, head_dim)
 
 
 class Attention(nn.Module):
     """Attention sub-layer (docs/model.md#5).
+
+    Tensor parallelism may give each process an equal part of the query heads, by sharding to_q by rows and to_out by
+    columns. to_k and to_v stay whole with one key head, and are else sharded as to_q.
 
     index: number of the sub-layer, by which a cache names its keys and values.
     """
@@ -201,13 +251,14 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.index = config, index
         q_dim, kv_dim = config.heads * config.dim_head, config.num_kv_heads * config.dim_head
+        self._widths = q_dim, kv_dim, kv_dim  # of the projections
         # Read here, because torch.compile would end its graph at a cached property.
         self._alibi_slopes = config.alibi_slopes
         gain, gain_value = (1.0, config.beta) if config.deepnorm else (None, None)
-        self.to_q = Linear(config.dim, q_dim, gain=gain)
-        self.to_k = Linear(config.dim, kv_dim, gain=gain)
-        self.to_v = Linear(config.dim, kv_dim, gain=gain_value)
-        self.to_out = Linear(q_dim, config.dim, gain=gain_value)
+        self.to_q = new_linear(config.dim, q_dim, gain=gain)
+        self.to_k = new_linear(config.dim, kv_dim, gain=gain)
+        self.to_v = new_linear(config.dim, kv_dim, gain=gain_value)
+        self.to_out = new_linear(q_dim, config.dim, gain=gain_value)
         if config.learned_scales:
             start = config.dim_head**0.25
             self.q_scale = nn.Parameter(torch.full((config.heads, 1, config.dim_head), start))
@@ -216,42 +267,141 @@ class Attention(nn.Module):
             self.q_scale = self.k_scale = None
 
     def forward(self, h: torch.Tensor, call: Call) -> torch.Tensor:
-        q = self.to_q(h).unflatten(-1, (-1, self.config.dim_head))  # (batch, n, num_heads, head_dim)
-        k = self.to_k(h).unflatten(-1, (-1, self.config.dim_head))  # (batch, n, num_kv_heads, head_dim)
-        v = self.to_v(h).unflatten(-1, (-1, self.config.dim_head))
+        q, k, v = self.to_q(h), self.to_k(h), self.to_v(h)
+        share = self._share(q, k, v)
+        # Not by `unflatten`, which torch.compile cannot trace while a default device is set.
+        shape = (*h.shape[:2], -1, self.config.dim_head)
+        q = q.view(shape)  # (batch, n, num_heads, head_dim)
+        k, v = k.view(shape), v.view(shape)  # (batch, n, num_kv_heads, head_dim)
+        if share is not None:
+            k, v = (self._part(x, 2, self.config.num_kv_heads, share) for x in (k, v))
+        heads = self._heads(share)
         store = None if call.cache is None else call.cache.attention(self.index)
-        bound = self.logit_bound(store)
-        # Queries that are transformed take all of softmax_scale but ln(2). The scores are the same, and <q, k> is the
-        # exponent of 2 that the kernels need: they multiply no score.
-        softmax_scale = _LN2 if self._transforms_queries else self.config.softmax_scale
-        outs = []
+        if share is not None and store is not None and store.learned:  # its gradient would be that of these heads
+            raise ValueError(
+                "Attention: past_key_values must not begin with a learned prefix under tensor parallelism, got one; "
+                "train the prefix in one process, or by DistributedDataParallel or fully_shard"
+            )
+        bound = self._logit_bound(heads, q.device, store)
+        outs, weights = [], []
         for start, stop, segment, length in self._segments(call.position, q):
             if store is None:  # all keys so far, rotated for an xPos origin near these queries
-                queries, keys = self._normalise_and_rotate(q[:, start:stop], k[:, :stop])
+                queries, keys = self._normalise_and_rotate(heads, q[:, start:stop], k[:, :stop])
                 values = v[:, :stop]
             else:
                 stored = call.stored + start
                 segment = store.enter_segment(segment, length, self.config.rotary_dim, stored)
                 position, origin = call.position + start, segment * length + length // 2
                 queries, keys = self._normalise_and_rotate(
-                    q[:, start:stop], k[:, start:stop], position, origin, call.step
+                    heads, q[:, start:stop], k[:, start:stop], position, origin, call.step
                 )
                 keys, values = store.append(keys, v[:, start:stop], stored)
-            out = attention(
-                queries,
-                keys,
-                values,
-                causal=True,
-                softmax_scale=softmax_scale,
-                alibi_slopes=self._constant(self._alibi_slopes, q.device),
-                logit_bound=bound,
-                key_start=None if call.stored_key_start is None else call.stored_key_start[:, start:stop],
-                num_keys=call.num_keys,
-                backend=self.config.backend,
-            )
-            outs.append(out)
+            key_start = None if call.stored_key_start is None else call.stored_key_start[:, start:stop]
+            if call.attentions is None:
+                outs.append(self._attend(heads, queries, keys, values, key_start, bound, call.num_keys))
+            else:
+                out, seen = self._attend_with_weights(heads, queries, keys, values, key_start)
+                outs.append(out)
+                weights.append(seen)
+        if call.attentions is not None:  # a single tensor is the one that gradients pass
+            total = weights[-1].shape[3]
+            later = [functional.pad(seen, (0, total - seen.shape[3])) for seen in weights]
+            call.attentions.append(weights[0] if len(weights) == 1 else torch.cat(later, dim=2))
         out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
         return self.to_out(out.flatten(2))
+
+    def _share(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> _sharding.Share | None:
+        """The share of this process in the query heads; None if it has all. q, k, v: the outputs of the projections."""
+        widths = q.shape[-1], k.shape[-1], v.shape[-1]
+        if type(q) is torch.Tensor and widths == self._widths:
+            return None
+        all_heads, all_kv_heads, dim_head = self.config.heads, self.config.num_kv_heads, self.config.dim_head
+        for name, x, width in zip(("to_q", "to_k", "to_v"), (q, k, v), widths, strict=True):
+            if width % dim_head or _sharding.is_dtensor(x):
+                got = "a DTensor" if _sharding.is_dtensor(x) else f"{width} numbers per token"
+                raise ValueError(
+                    f"Attention: {name} must give heads of {dim_head} numbers in a plain tensor, got {got}; for tensor "
+                    f"parallelism choose a number of processes that divides heads={all_heads} and "
+                    "use_local_output=True, and with one key head leave to_k and to_v out of the plan"
+                )
+        if widths == self._widths:
+            return None
+        heads, k_heads, v_heads = (width // dim_head for width in widths)
+        share = _sharding.share_of(self.to_q)
+        if share is None or heads * share.count != all_heads:
+            raise ValueError(
+                f"Attention: to_q must give heads={all_heads} heads, or an equal part of them in each process after "
+                f"torch's parallelize_module or with transformers' tp_plan, got {heads} heads"
+            )
+        if k_heads != v_heads or k_heads not in (all_kv_heads, heads):
+            raise ValueError(
+                f"Attention: to_k and to_v must give all {all_kv_heads} key heads, or as many as to_q in this process "
+                f"({heads}), got {k_heads} and {v_heads}"
+            )
+        return share
+
+    @staticmethod
+    def _part(x: torch.Tensor, axis: int, size: int, share: _sharding.Share) -> torch.Tensor:
+        """What belongs to the query heads of this process, of a tensor with all `size` heads at `axis`, or with them.
+
+        One key head belongs to all query heads.
+        """
+        if x.shape[axis] != size:
+            return x
+        x = share.enter(x)
+        return x if size == 1 else x.chunk(share.count, axis)[share.index]
+
+    def _heads(self, share: _sharding.Share | None) -> _Heads:
+        number, slopes = self.config.heads, self._alibi_slopes
+        if share is not None:
+            number //= share.count
+            slopes = None if slopes is None else slopes[share.index * number : (share.index + 1) * number]
+        if self.q_scale is None or self.k_scale is None:
+            return _Heads(number, slopes, None, None)
+        q_scale: torch.Tensor = self.q_scale
+        k_scale: torch.Tensor = self.k_scale
+        if share is not None:
+            q_scale = self._part(q_scale, 0, self.config.heads, share)
+            k_scale = self._part(k_scale, 0, self.config.num_kv_heads, share)
+        return _Heads(number, slopes, q_scale.squeeze(1), k_scale.squeeze(1))
+
+    def _attend(
+        self,
+        heads: _Heads,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        key_start: torch.Tensor | None,
+        bound: torch.Tensor | None,
+        num_keys: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return attention(
+            q,
+            k,
+            v,
+            causal=True,
+            softmax_scale=self._score_scale,
+            alibi_slopes=self._constant(heads.alibi_slopes, q.device),
+            logit_bound=bound,
+            key_start=key_start,
+            num_keys=num_keys,
+            backend=self.config.backend,
+        )
+
+    def _attend_with_weights(
+        self, heads: _Heads, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_start: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same in plain torch, and the weights (batch, num_heads, seqlen_q, seqlen_k)."""
+        weights = attention_weights(
+            q,
+            k,
+            causal=True,
+            softmax_scale=self._score_scale,
+            alibi_slopes=self._constant(heads.alibi_slopes, q.device),
+            key_start=key_start,
+        )
+        of_kv_heads = weights.to(v.dtype).unflatten(1, (v.shape[2], -1))  # (batch, num_kv_heads, group, n, seqlen_k)
+        return torch.einsum("bhgqk,bkhd->bqhgd", of_kv_heads, v).flatten(2, 3), weights
 
     def _segments(self, position: int, q: torch.Tensor) -> Iterator[tuple[int, int, int, int]]:
         """Cut the new tokens so that the xPos factors of a piece stay in range (docs/attention.md#xpos).
@@ -264,7 +414,9 @@ class Attention(nn.Module):
         start = 0
         while start < n:
             segment = (position + start) // length
-            stop = min(n, (segment + 1) * length - position) if self.config.rotary_xpos else n
+            stop = (segment + 1) * length - position
+            if stop >= n or not self.config.rotary_xpos:  # not a minimum, which would enter every size of a program
+                stop = n
             yield start, stop, segment, length
             start = stop
 
@@ -272,8 +424,18 @@ class Attention(nn.Module):
     def _transforms_queries(self) -> bool:
         return self.config.norm_on or self.config.rotary_xpos
 
+    @property
+    def _score_scale(self) -> float:
+        """The `softmax_scale` of `attention`.
+
+        Queries that are transformed take all of it but ln(2). The scores are the same, and <q, k> is the exponent of 2
+        that the kernels need: they multiply no score.
+        """
+        return _LN2 if self._transforms_queries else self.config.softmax_scale
+
     def _normalise_and_rotate(
         self,
+        heads: _Heads,
         q: torch.Tensor,
         k: torch.Tensor,
         position: int = 0,
@@ -285,8 +447,8 @@ class Attention(nn.Module):
         return qk_norm_rotary(
             q,
             k,
-            q_scale=None if self.q_scale is None else self.q_scale.squeeze(1),
-            k_scale=None if self.k_scale is None else self.k_scale.squeeze(1),
+            q_scale=heads.q_scale,
+            k_scale=heads.k_scale,
             normalize=self.config.norm_on,
             rotary_dim=self.config.rotary_dim,
             xpos=self.config.rotary_xpos,
@@ -297,7 +459,9 @@ class Attention(nn.Module):
             backend=self.config.backend,
         )
 
-    def logit_bound(self, store: generation.KeyValueStore | None = None) -> torch.Tensor | None:
+    def _logit_bound(
+        self, heads: _Heads, device: torch.device, store: generation.KeyValueStore | None
+    ) -> torch.Tensor | None:
         """An upper bound per head, (num_heads,), of |softmax_scale * <q, k>| over visible pairs; None without QK norm.
 
         It is Cauchy-Schwarz per rotated pair and per plain channel: rotation keeps the length of a pair, and xPos only
@@ -305,17 +469,18 @@ class Attention(nn.Module):
         (docs/attention.md#bound). How softmax_scale is shared out among q and `attention` does not change the product.
         """
         margin = 1 + 2**-7
-        if not self.config.norm_on:
+        if not self.config.norm_on or (store is not None and store.learned):
             return None
-        if self.q_scale is None or self.k_scale is None:
-            return self._constant((self.config.softmax_scale * margin,) * self.config.heads, self.to_q.weight.device)
+        if heads.q_scale is None or heads.k_scale is None:
+            return self._constant((self.config.softmax_scale * margin,) * heads.number, device)
         if store is not None and store.logit_bound is not None:
             return store.logit_bound
         largest = []  # scale of each pair and plain channel: (num_heads or num_kv_heads, pairs + plain channels)
-        for parameter in (self.q_scale, self.k_scale):
-            scale = parameter.detach().float().abs().squeeze(1)  # (num_heads or num_kv_heads, head_dim)
+        for head_scale in (heads.q_scale, heads.k_scale):
+            scale = head_scale.detach().float().abs()  # (num_heads or num_kv_heads, head_dim)
             rotated, plain = scale.split((self.config.rotary_dim, self.config.dim_head - self.config.rotary_dim), dim=1)
-            largest.append(torch.cat((rotated.unflatten(1, (-1, 2)).amax(2), plain), dim=1))
+            pairs = rotated.reshape(rotated.shape[0], -1, 2)
+            largest.append(torch.cat((pairs.amax(2), plain), dim=1))
         bound = (largest[0] * largest[1]).amax(1) * (self.config.softmax_scale * margin)
         if store is not None:
             store.logit_bound = bound
@@ -333,14 +498,17 @@ class FeedForward(nn.Module):
         super().__init__()
         gain = config.beta if config.deepnorm else None
         self.config = config
-        self.proj_in = Linear(config.dim, 4 * config.dim, bias=True, gain=gain)
-        self.proj_out = Linear(4 * config.dim, config.dim, bias=True, gain=gain)
+        self.proj_in = new_linear(config.dim, 4 * config.dim, bias=True, gain=gain)
+        self.proj_out = new_linear(4 * config.dim, config.dim, bias=True, gain=gain)
 
     def forward(self, h: torch.Tensor, call: Call) -> torch.Tensor:
         first, second = self.proj_in, self.proj_out
-        decoding = not torch.is_grad_enabled() and h.shape[0] * h.shape[1] <= _FEW_TOKENS
-        # A compiler fuses and recomputes by itself.
-        if decoding or _checks.is_tracing() or not (is_plain(first) and is_plain(second)):
+        # A compiler fuses and recomputes by itself. It is asked first: it would guard the number of tokens.
+        if (
+            _checks.is_tracing()
+            or (not torch.is_grad_enabled() and h.shape[0] * h.shape[1] <= _FEW_TOKENS)
+            or not (is_plain(first) and is_plain(second))
+        ):
             return second(functional.gelu(first(h)))
         return feed_forward(h, first.weight, first.bias, second.weight, second.bias, backend=self.config.backend)
 
@@ -348,12 +516,18 @@ class FeedForward(nn.Module):
 class Sublayer(nn.Module):
     """A map, attention or feed-forward, with its norm, token shift and residual (docs/model.md#3, #7).
 
+    With `gradient_checkpointing`, a training step keeps only the stream before the sub-layer, and computes the rest
+    again when it needs it. Hooks of the module see the first computation alone.
+
     index: 0 ... 2 * depth - 1.
     """
 
     def __init__(self, config: DecoderConfig, index: int):
         super().__init__()
         self.config, self.index = config, index
+        # transformers switches activation checkpointing on through these two names.
+        self.gradient_checkpointing = False
+        self._gradient_checkpointing_func = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
         self.norm = LayerNorm(config.dim)
         self.fn = FeedForward(config) if index % 2 else Attention(config, index)
         self.residual_scale = nn.Parameter(torch.ones(config.dim)) if config.deepnorm else None
@@ -365,6 +539,14 @@ class Sublayer(nn.Module):
 
         The token shift is None if the previous sub-layer has not computed it together with the stream.
         """
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            x, _ = self._gradient_checkpointing_func(self._forward, x, None, call)
+            return x, None  # else the token shift would be kept, too
+        return self._forward(x, shifted, call)
+
+    def _forward(
+        self, x: torch.Tensor, shifted: torch.Tensor | None, call: Call
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if not self.config.deepnorm:
             _, shifted = self._shift(self.norm, x, self.index, call)
             return x + self.fn(shifted, call), None
@@ -387,7 +569,9 @@ class Sublayer(nn.Module):
         """The results of `function`, a form of `token_shift_norm`, with the token shift of sub-layer `index`."""
         shift = self.config.shift_tokens
         cache = call.cache if shift > 0 else None
-        history = None if cache is None else cache.shift_rows(index, x.dtype)
+        history = None if cache is None else cache.shift_rows(index, shift, x.dtype)
+        if history is not None and history.requires_grad and torch.is_grad_enabled():
+            return self._shift_after(history, function, x, index, call, **residual)
         y, shifted = function(
             x,
             shift=shift,
@@ -400,6 +584,30 @@ class Sublayer(nn.Module):
         if cache is not None:
             cache.keep_shift_rows(index, y, shift)
         return y, shifted
+
+    def _shift_after(
+        self,
+        history: torch.Tensor,
+        function: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+        x: torch.Tensor,
+        index: int,
+        call: Call,
+        **residual: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`_shift` after rows of an earlier call that get a gradient, which the operation does not give to them."""
+        shift, key_start, backend = self.config.shift_tokens, call.key_start, self.config.backend
+        y = x  # the operation refuses a call that does nothing
+        if function is not token_shift_norm or residual:
+            y, _ = function(x, backend=backend, **residual)
+        if key_start is not None:
+            key_start = torch.cat((key_start[:, :1].expand(-1, shift), key_start), dim=1)
+        rows = torch.cat((history, y), dim=1)
+        _, shifted = token_shift_norm(
+            rows, shift=shift, key_start=key_start, position=call.position - shift, backend=backend
+        )
+        assert call.cache is not None
+        call.cache.keep_shift_rows(index, y, shift)
+        return y, shifted[:, shift:]
 
 
 class Decoder(nn.Module):
@@ -414,48 +622,91 @@ class Decoder(nn.Module):
         self.config = DecoderConfig(dim=dim, depth=depth, **options)
         self.layers = nn.ModuleList(Sublayer(self.config, index) for index in range(2 * depth))
         self.final_norm = None if self.config.deepnorm else LayerNorm(dim)
-        # transformers switches activation checkpointing on through these two names.
-        self.gradient_checkpointing = False
-        self._gradient_checkpointing_func = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether some sub-layer checkpoints its activations; set it for all of them."""
+        return any(layer.gradient_checkpointing for layer in self.layers)
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        for layer in self.layers:
+            setattr(layer, "gradient_checkpointing", value)  # noqa: B010 - mypy does not know the name
+
+    @property
+    def checkpoints_now(self) -> bool:
+        """Whether a call would checkpoint activations: without gradients there are none."""
+        return self.training and torch.is_grad_enabled() and self.gradient_checkpointing
 
     def forward(
-        self, x: torch.Tensor, *, key_start: KeyStart = None, cache: generation.Cache | None = None
+        self,
+        x: torch.Tensor,
+        *,
+        key_start: KeyStart = None,
+        cache: generation.Cache | None = None,
+        hidden_states: list[torch.Tensor] | None = None,
+        attentions: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """key_start, cache: see `TransformerWrapper.forward`."""
+        """The stream after the last block.
+
+        Args:
+            key_start, cache: see `TransformerWrapper.forward`.
+            hidden_states: a list, to which the stream before each block and the result are appended.
+            attentions: a list, to which each block appends its weights (batch, num_heads, n, stored + n); attention is
+                computed in plain torch then, and holds all of them.
+        """
         batch, n, _ = x.shape
         x = x if x.stride(-1) == 1 else x.contiguous()  # a user's embedding may give any strides
         key_start = read_key_start("Decoder", key_start, batch, n, x.device)
         if cache is not None:
-            if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
+            recorded = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+            if recorded and isinstance(cache, generation.FixedCache):
                 raise ValueError(
-                    "Decoder: cache must be None where gradients are recorded, got a Cache; call the model under "
-                    "torch.no_grad(), or pass the whole sequence without a cache to train on it"
+                    "Decoder: cache must grow where gradients are recorded, got a fixed one; call the model under "
+                    "torch.no_grad(), or use generation.Cache"
                 )
-            key_start = cache.begin(batch, n, key_start)
-        call = Call.begin(key_start, cache)
+            if self.checkpoints_now:
+                raise ValueError(
+                    "Decoder: cache must be None with activation checkpointing, which computes each layer twice, got a "
+                    "Cache; switch checkpointing off, or pass the whole sequence without a cache"
+                )
+            if attentions is not None and isinstance(cache, generation.FixedCache):
+                raise ValueError(
+                    "Decoder: attentions must be None with a cache of fixed size, got a list; use an ordinary cache"
+                )
+            key_start = cache.begin(batch, n, key_start, recorded)
+        call = Call.begin(key_start, cache, attentions)
+        blocks = None if cache is None else cache.blocks
         shifted = None
-        for layer in self.layers:
-            if self.gradient_checkpointing and self.training:
-                x, _ = self._gradient_checkpointing_func(layer, x, None, call)  # else shifted would be kept, too
-            else:
-                x, shifted = layer(x, shifted, call)
+        for index, layer in enumerate(self.layers):
+            if blocks is not None and index == 2 * blocks:
+                break
+            if hidden_states is not None and index % 2 == 0:
+                hidden_states.append(x)
+            x, shifted = layer(x, shifted, call)
         if cache is not None:
             cache.commit(batch, n, key_start)
-        return x if self.final_norm is None else self.final_norm(x, backend=self.config.backend)[0]
+        if self.final_norm is not None:
+            x, _ = self.final_norm(x, backend=self.config.backend)
+        if hidden_states is not None:
+            hidden_states.append(x)
+        return x
 
 
-class TransformerWrapper(nn.Module):
-    """Embedding, decoder and logits (docs/model.md#2, #8).
+class Backbone:
+    """Embedding and decoder, the part of a model below the logits: methods for modules with these children.
 
-    Args:
-        num_tokens: size of the vocabulary.
-        max_seq_len: window of generation, and number of rows of the absolute position table.
-        attn_layers: the `Decoder`.
-        use_abs_pos_emb: add a learned vector per position.
-        embedding_provider: object whose `get_embedding(num_tokens, dim)` makes the embedding module.
+    to_logits: only modules with a head have it.
     """
 
-    def __init__(
+    token_emb: nn.Module
+    pos_emb: nn.Embedding | None
+    attn_layers: Decoder
+    to_logits: nn.Linear
+    max_seq_len: int
+    register_module: Callable[[str, nn.Module | None], None]  # of nn.Module
+
+    def build(
         self,
         *,
         num_tokens: int,
@@ -463,8 +714,8 @@ class TransformerWrapper(nn.Module):
         attn_layers: Decoder,
         use_abs_pos_emb: bool = False,
         embedding_provider: EmbeddingProvider = AndromedaEmbedding(),  # noqa: B008 - it holds no state
-    ):
-        super().__init__()
+    ) -> None:
+        """Make the three children; arguments as for `TransformerWrapper`."""
         if not isinstance(attn_layers, Decoder):
             raise TypeError(f"TransformerWrapper: attn_layers must be a Decoder, got {type(attn_layers).__name__}")
         if not callable(getattr(embedding_provider, "get_embedding", None)):
@@ -485,9 +736,139 @@ class TransformerWrapper(nn.Module):
                 "TransformerWrapper: embedding_provider.get_embedding must return a torch.nn.Module, got "
                 f"{type(self.token_emb).__name__}"
             )
-        self.pos_emb = nn.Embedding(max_seq_len, dim) if use_abs_pos_emb else None
+        self.register_module("pos_emb", _new_table(max_seq_len, dim, 1.0) if use_abs_pos_emb else None)
         self.attn_layers = attn_layers
-        self.to_logits = Linear(dim, num_tokens)
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Token ids (batch, n) to vectors (batch, n, dim), without their positions."""
+        x: torch.Tensor = self.token_emb(tokens)
+        expected = (*tokens.shape, self.attn_layers.config.dim)
+        if tuple(x.shape) != expected:
+            raise ValueError(
+                f"Andromeda: the module of embedding_provider must return (batch, n, dim) = {expected}, got "
+                f"{tuple(x.shape)}"
+            )
+        return x
+
+    def decode(
+        self,
+        x: torch.Tensor,
+        *,
+        key_start: torch.Tensor | None = None,
+        cache: generation.Cache | None = None,
+        positions: torch.Tensor | None = None,
+        **records: list[torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """The output of the decoder for the vectors of `embed`.
+
+        Args:
+            key_start, cache: see `TransformerWrapper.forward`.
+            positions: (batch or 1, n), rows of the absolute position table. Default: tokens since key_start.
+            **records: `hidden_states` and `attentions`, see `Decoder.forward`.
+        """
+        if self.pos_emb is not None:
+            if positions is None:
+                positions = self._absolute_positions(x, key_start, cache)
+            else:
+                self._check_positions(positions)
+            x = x + self.attn_layers.config.dim**-0.5 * self.pos_emb(positions)
+        return self.attn_layers(x, key_start=checked(key_start), cache=cache, **records)
+
+    def loss(
+        self,
+        features: torch.Tensor,
+        targets: torch.Tensor,
+        *,
+        ignore_index: int = -100,
+        count: int | torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The `cross_entropy` of the logits of features (batch, n, dim) with targets (batch, n).
+
+        The logits are held only if `to_logits` does more than its product.
+        """
+        if not is_plain(self.to_logits) or getattr(self.to_logits, "bias", None) is not None:
+            logits = self.to_logits(features).flatten(0, 1)
+            return cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, count=count)
+        return linear_cross_entropy(
+            features,
+            self.to_logits.weight,
+            targets,
+            ignore_index=ignore_index,
+            count=_checked_count(targets, self.to_logits.out_features, ignore_index, count),
+            backend=self.attn_layers.config.backend,
+        )
+
+    def _absolute_positions(
+        self, x: torch.Tensor, key_start: torch.Tensor | None, cache: generation.Cache | None
+    ) -> torch.Tensor:
+        """(n,) or (batch, n): tokens since key_start; padding, which no token sees, takes position 0."""
+        first, n = 0 if cache is None else cache.position, x.shape[1]
+        if isinstance(cache, generation.FixedCache):  # `generate` has checked where it will end
+            positions = cache.positions()
+        else:
+            positions = torch.arange(first, first + n, device=x.device)
+        last = first + n - 1
+        if key_start is None and cache is not None and cache.key_start is not None:
+            key_start = cache.key_start[:, None]
+        if key_start is not None:
+            positions = (positions - key_start).clamp_min(0)
+            if last >= self.max_seq_len:  # rare; reading a value back stalls a GPU
+                last = int(positions.max().item()) if _checks.have_values(positions) else 0
+        if last >= self.max_seq_len:
+            self._refuse_position(last)
+        return positions
+
+    def _check_positions(self, positions: torch.Tensor) -> None:
+        if positions.device.type == "cpu" and _checks.have_values(positions):
+            low, high = (int(value) for value in torch.aminmax(positions))
+            if low < 0 or high >= self.max_seq_len:
+                self._refuse_position(low if low < 0 else high)
+
+    def _refuse_position(self, position: int) -> None:
+        raise ValueError(
+            f"Andromeda: tokens must end before position max_seq_len={self.max_seq_len} of the absolute position "
+            f"table, got a token at position {position}"
+        )
+
+
+class TransformerWrapper(nn.Module, Backbone):
+    """Embedding, decoder and logits (docs/model.md#2, #8).
+
+    Args:
+        num_tokens: size of the vocabulary.
+        max_seq_len: window of generation, and number of rows of the absolute position table.
+        attn_layers: the `Decoder`.
+        use_abs_pos_emb: add a learned vector per position.
+        embedding_provider: object whose `get_embedding(num_tokens, dim)` makes the embedding module.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_tokens: int,
+        max_seq_len: int,
+        attn_layers: Decoder,
+        use_abs_pos_emb: bool = False,
+        embedding_provider: EmbeddingProvider = AndromedaEmbedding(),  # noqa: B008 - it holds no state
+    ):
+        super().__init__()
+        self.build(
+            num_tokens=num_tokens,
+            max_seq_len=max_seq_len,
+            attn_layers=attn_layers,
+            use_abs_pos_emb=use_abs_pos_emb,
+            embedding_provider=embedding_provider,
+        )
+        self.to_logits = new_linear(attn_layers.config.dim, num_tokens)
+
+    @classmethod
+    def of_modules(cls, modules: dict[str, nn.Module | None], max_seq_len: int) -> "TransformerWrapper":
+        """A wrapper of the children of another module, `modules`: the dictionary is shared, also when it changes."""
+        wrapper = cls.__new__(cls)
+        nn.Module.__init__(wrapper)
+        wrapper.max_seq_len = max_seq_len
+        wrapper.__dict__["_modules"] = modules
+        return wrapper
 
     # The inner modules may be replaced, so the properties read from them.
 
@@ -549,47 +930,13 @@ class TransformerWrapper(nn.Module):
             return self.loss(features, targets, ignore_index=ignore_index)
         return self.to_logits(kept_positions("Andromeda", features, logits_to_keep))
 
-    def loss(
-        self,
-        features: torch.Tensor,
-        targets: torch.Tensor,
-        *,
-        ignore_index: int = -100,
-        count: int | torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The `cross_entropy` of the logits of features (batch, n, dim) with targets (batch, n).
-
-        The logits are held only if `to_logits` does more than its product.
-        """
-        if not is_plain(self.to_logits) or getattr(self.to_logits, "bias", None) is not None:
-            logits = self.to_logits(features).flatten(0, 1)
-            return cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, count=count)
-        return linear_cross_entropy(
-            features,
-            self.to_logits.weight,
-            targets,
-            ignore_index=ignore_index,
-            count=_checked_count(targets, self.num_tokens, ignore_index, count),
-            backend=self.attn_layers.config.backend,
-        )
-
     def features(
         self, tokens: Tokens, *, key_start: KeyStart = None, cache: generation.Cache | None = None
     ) -> torch.Tensor:
         """The output of the decoder, (batch, n, dim), to which `to_logits` is applied; arguments as for `forward`."""
         tokens = read_tokens("Andromeda", tokens, self.num_tokens, self.device, have_values=_checks.have_values)
-        batch, n = tokens.shape
-        key_start = read_key_start("Andromeda", key_start, batch, n, self.device)
-        x = self.token_emb(tokens)
-        dim = self.attn_layers.config.dim
-        if tuple(x.shape) != (batch, n, dim):
-            raise ValueError(
-                f"Andromeda: the module of embedding_provider must return (batch, n, dim) = {(batch, n, dim)}, got "
-                f"{tuple(x.shape)}"
-            )
-        if self.pos_emb is not None:
-            x = x + dim**-0.5 * self.pos_emb(self._absolute_positions(n, key_start, cache))
-        return self.attn_layers(x, key_start=checked(key_start), cache=cache)
+        key_start = read_key_start("Andromeda", key_start, tokens.shape[0], tokens.shape[1], self.device)
+        return self.decode(self.embed(tokens), key_start=key_start, cache=cache)
 
     def graph_memory(self, keys: torch.Tensor) -> contextlib.AbstractContextManager[None] | None:
         """For `generate`: a context for the calls with a `FixedCache` that a CUDA graph repeats, or None if the kernels
@@ -612,45 +959,27 @@ class TransformerWrapper(nn.Module):
             return None
         return _persistent.OwnSemaphores(keys.device)
 
-    def _absolute_positions(
-        self, n: int, key_start: torch.Tensor | None, cache: generation.Cache | None
-    ) -> torch.Tensor:
-        """(n,) or (batch, n): tokens since key_start; padding, which no token sees, takes position 0."""
-        first = 0 if cache is None else cache.position
-        if isinstance(cache, generation.FixedCache):  # `generate` has checked where it will end
-            positions = cache.positions()
-        else:
-            positions = torch.arange(first, first + n, device=self.device)
-        last = first + n - 1
-        if key_start is None and cache is not None and cache.key_start is not None:
-            key_start = cache.key_start[:, None]
-        if key_start is not None:
-            positions = (positions - key_start).clamp_min(0)
-            if last >= self.max_seq_len:  # rare; reading a value back stalls a GPU
-                last = int(positions.max().item()) if _checks.have_values(positions) else 0
-        if last >= self.max_seq_len:
-            raise ValueError(
-                f"Andromeda: tokens must end before position max_seq_len={self.max_seq_len} of the absolute position "
-                f"table, got a token at position {last}"
-            )
-        return positions
 
+def draw(net: Backbone, module: nn.Module) -> bool:
+    """Draw the parameters of a module of `net` again, those of its children excepted, as docs/model.md#11 says.
 
-def draw(net: TransformerWrapper, name: str) -> None:
-    """Draw a parameter again, from the distribution of docs/model.md#11. name: as in `net.named_parameters()`."""
-    path, _, own = name.rpartition(".")
-    module, parameter = net.get_submodule(path), net.get_parameter(name)
+    Returns:
+        False, and nothing is drawn, if no part of this model looks like the module.
+    """
+    own = dict(module.named_parameters(recurse=False))
     with torch.no_grad():
-        if isinstance(module, Linear):
-            module.draw(own)
-        elif module is net.token_emb:
-            nn.init.normal_(parameter, std=(2 / parameter.shape[-1]) ** 0.5)
-        elif module is net.pos_emb:
-            nn.init.normal_(parameter)
-        elif own in ("q_scale", "k_scale"):
-            nn.init.constant_(parameter, parameter.shape[-1] ** 0.25)
+        if isinstance(module, nn.Linear):
+            for name in own:
+                draw_linear(module, name)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=1.0 if module is net.pos_emb else (2 / module.embedding_dim) ** 0.5)
+        elif isinstance(module, LayerNorm | Sublayer | Attention):
+            for name, parameter in own.items():
+                start = {"gamma": 0.0, "residual_scale": 1.0}.get(name, parameter.shape[-1] ** 0.25)
+                nn.init.constant_(parameter, start)  # else a learned scale of queries or keys
         else:
-            nn.init.constant_(parameter, {"gamma": 0.0, "residual_scale": 1.0}[own])
+            return not own
+    return True
 
 
 def kept_positions(owner: str, x: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

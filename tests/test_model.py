@@ -292,15 +292,19 @@ def test_activation_checkpointing_changes_nothing(flags, reentrant):
     expected = torch.autograd.grad(model(tokens, return_loss=True), list(model.parameters()))
     layers = model.transformer.attn_layers
     layers.gradient_checkpointing = True
-    calls = []
+    calls, computed, hooked = [], [], []
 
     def checkpoint(function, *arguments):
-        calls.append(function)
+        calls.append(function.__self__)
         return torch.utils.checkpoint.checkpoint(function, *arguments, use_reentrant=reentrant)
 
-    layers._gradient_checkpointing_func = checkpoint
+    for layer in layers.layers:
+        layer._gradient_checkpointing_func = checkpoint
+        layer.register_forward_pre_hook(lambda module, inputs: hooked.append(module))
+        layer.fn.register_forward_pre_hook(lambda module, inputs: computed.append(module))
     model(tokens, return_loss=True).backward()
-    assert calls == list(layers.layers)
+    assert calls == hooked == list(layers.layers)  # as for FSDP2, whose hooks must not gather again
+    assert len(computed) == 2 * len(calls)
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         assert torch.equal(parameter.grad, gradient)
 
@@ -701,8 +705,12 @@ def with_bias(projection):
     projection.bias = torch.nn.Parameter(torch.zeros_like(projection.weight[:, 0]))
 
 
-def as_torch_has_it(projection):
-    projection.__class__ = torch.nn.Linear
+class DerivedLinear(torch.nn.Linear):
+    """What a library that quantises or adapts a model puts in the place of its maps."""
+
+
+def of_another_class(projection):
+    projection.__class__ = DerivedLinear
 
 
 PROJECTIONS = {
@@ -710,7 +718,7 @@ PROJECTIONS = {
     "hook before": lambda projection: projection.register_forward_pre_hook(lambda *_: None),
     "replaced forward": lambda projection: setattr(projection, "forward", projection.forward),
     "bias": with_bias,
-    "another class": as_torch_has_it,
+    "another class": of_another_class,
 }
 
 
