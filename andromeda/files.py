@@ -6,6 +6,7 @@ terminal or `/dev/stdout`, which is not an ordinary file, is written to directly
 
     check_output, check_output_folder                       before the work: can the output be written?
     write_bytes, write_text, write_json, read_json          files
+    whole_file                                              a file that is written piece by piece
     whole_folder, replace_folder, temporary_folder, flush   folders
     writing, explained                                      errors that explain why something could not be written
     checksum, checksums, damages                            checksums
@@ -24,7 +25,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import xxhash
 
@@ -106,6 +107,22 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
             _replace_file(target, data)
 
 
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
+    """A binary file to write into; it becomes `path`, as by `write_bytes`, if the block ends without an error.
+
+    A pipe, a terminal or a descriptor receives the bytes as they are written.
+
+    Raises:
+        OSError: something could not be written; names the cause, the data that is left and a remedy.
+    """
+    _check_name(path)
+    with writing(path):
+        target, special = _resolve(path)
+        with _opened(target) if special else _replacing(target) as file:
+            yield file
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """`write_bytes` of a text in UTF-8."""
     write_bytes(path, text.encode("utf-8"))
@@ -183,6 +200,12 @@ def _check_special(target: Path) -> None:
 
 
 def _write_into(target: Path, data: bytes) -> None:
+    with _opened(target) as file:
+        file.write(data)
+
+
+def _opened(target: Path) -> IO[bytes]:
+    """A pipe, a terminal or a descriptor, open for writing."""
     _check_special(target)
     descriptor = _own_descriptor(target)
     if descriptor is not None:
@@ -190,18 +213,24 @@ def _write_into(target: Path, data: bytes) -> None:
             if stream is not None:
                 stream.flush()  # earlier output comes first
         descriptor = os.dup(descriptor)  # shares the position, so this writes after them
-    with open(target if descriptor is None else descriptor, "wb") as file:  # waits for the reader of a pipe
-        file.write(data)
+    return open(target if descriptor is None else descriptor, "wb")  # waits for the reader of a pipe
 
 
 def _replace_file(target: Path, data: bytes) -> None:
+    with _replacing(target) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def _replacing(target: Path) -> Iterator[IO[bytes]]:
+    """A new file to write into; it replaces `target` if the block ends without an error."""
     _remove_stale(target.parent, _prefix(target), target)
     new = _other_name(target)
     _unfinished.add(new)
     try:
         with open(new, "xb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            file.write(data)
+            yield file
             file.flush()
             with contextlib.suppress(FileNotFoundError):
                 os.fchmod(file.fileno(), stat.S_IMODE(os.stat(target).st_mode))

@@ -53,6 +53,26 @@ def test_write_json_replaces_whole(tmp_path, disk_log):
     assert names(tmp_path) == ["figures.json"]
 
 
+def test_a_file_written_piece_by_piece_replaces_whole(tmp_path, disk_log):
+    target = tmp_path / "figures.json"
+    target.write_text("old")
+    with pytest.raises(KeyError), files.whole_file(target) as file:
+        file.write(b"half")
+        raise KeyError("of the caller")
+    assert target.read_text() == "old" and names(tmp_path) == ["figures.json"]
+    with files.whole_file(target) as file:
+        file.write(b"one ")
+        assert target.read_text() == "old"
+        file.write(b"two")
+    disk_log.assert_durable(target)
+    assert target.read_text() == "one two" and names(tmp_path) == ["figures.json"]
+    there = pytest.raises(FileNotFoundError, match=r"cannot write .*none/x: .*Make the folder first")
+    with there, files.whole_file(tmp_path / "none" / "x"):
+        pass
+    with files.whole_file("/dev/null") as file:
+        file.write(b"x")
+
+
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_a_crash_leaves_the_old_json(tmp_path, monkeypatch, step):
     target = tmp_path / "figures.json"

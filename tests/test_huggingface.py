@@ -1,5 +1,8 @@
 """AndromedaConfig and AndromedaForCausalLM: the same model, with the interface of transformers."""
 
+import copy
+import dataclasses
+import inspect
 import json
 
 import pytest
@@ -7,12 +10,17 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from andromeda import Andromeda
 from andromeda.config import ModelConfig
 from andromeda.generation import Cache
-from andromeda.huggingface import AndromedaConfig, AndromedaForCausalLM
+from andromeda.huggingface import AndromedaConfig, AndromedaForCausalLM, AndromedaModel
 
 SIZES = {"num_tokens": 61, "max_seq_len": 64, "dim": 32, "depth": 2, "dim_head": 16, "heads": 4, "alibi_num_heads": 2}
 VARIANTS = {
@@ -177,8 +185,7 @@ def test_a_training_step_leaves_the_logits_out(training, recorded, skip, logits)
     with torch.set_grad_enabled(recorded):
         out = wrapped(ids, labels=ids, skip_logits=skip)
         expected = wrapped(ids, labels=ids, skip_logits=False)
-        assert (out.logits is not None) == logits
-        assert len(wrapped(ids, labels=ids, skip_logits=skip, return_dict=False)) == 1 + logits
+        assert len(out.to_tuple()) == len(wrapped(ids, labels=ids, skip_logits=skip, return_dict=False)) == 1 + logits
         assert wrapped(ids, skip_logits=False).logits.shape == (2, 11, 61)
         assert wrapped(ids).logits is not None
     torch.testing.assert_close(out.loss, expected.loss, atol=2e-6, rtol=0)
@@ -251,11 +258,11 @@ def test_right_padding_needs_no_mask():
 @pytest.mark.parametrize(
     "mask, text",
     [
-        ([[1, 0, 1, 1]], "zeros and then ones"),
         ([[1, 1, 1]], r"must have shape .* = \(1, 4\), got \(1, 3\)"),
         ([[[[1, 1, 1, 1]]]], "must have shape"),
+        ([[[1, 1, 1, 1]]], "must have shape"),
     ],
-    ids=["hole", "short", "four dimensions"],
+    ids=["short", "four dimensions", "three dimensions"],
 )
 def test_other_masks_are_refused(mask, text):
     wrapped = AndromedaForCausalLM.from_andromeda(small_model())
@@ -266,8 +273,9 @@ def test_other_masks_are_refused(mask, text):
 @pytest.mark.parametrize(
     "arguments, error, text",
     [
-        ({"output_attentions": True}, ValueError, "output_attentions must be False"),
-        ({"past_key_values": DynamicCache()}, TypeError, "must be a cache that this model returned, got DynamicCache"),
+        ({"is_causal": False}, ValueError, "is_causal must be None or True, since the model is causal"),
+        ({"inputs_embeds": torch.ones(1, 4, 32)}, ValueError, "one of input_ids and inputs_embeds must be given"),
+        ({"past_key_values": ((1, 2),)}, TypeError, "must be a cache that this model returned, .* got tuple"),
         ({"labels": torch.ones(1, 4, dtype=torch.int64), "logits_to_keep": 1}, ValueError, "left out with labels"),
         ({"labels": torch.full((1, 4), 61)}, ValueError, "labels must be below the vocabulary size 61"),
         ({"labels": torch.ones(1, 3, dtype=torch.int64)}, ValueError, "labels must have the shape of input_ids"),
@@ -276,9 +284,22 @@ def test_other_masks_are_refused(mask, text):
             ValueError,
             "must not both be given",
         ),
-        ({"position_ids": torch.arange(4)}, TypeError, "position_ids"),
+        ({"position_ids": torch.ones(1, 4)}, TypeError, "position_ids must be a tensor of integers"),
+        ({"position_ids": torch.arange(3)}, ValueError, r"position_ids must have shape .* = \(1, 4\)"),
+        ({"lables": torch.ones(1, 4)}, TypeError, "unexpected keyword 'lables'"),
     ],
-    ids=["attentions", "foreign cache", "labels and part", "label range", "label shape", "mask twice", "unknown name"],
+    ids=[
+        "not causal",
+        "ids twice",
+        "foreign cache",
+        "labels and part",
+        "label range",
+        "label shape",
+        "mask twice",
+        "float positions",
+        "few positions",
+        "unknown name",
+    ],
 )
 def test_forward_refuses(arguments, error, text):
     wrapped = AndromedaForCausalLM.from_andromeda(small_model())
@@ -589,6 +610,29 @@ def test_activation_checkpointing_changes_no_gradient():
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("options", [{}, {"every_n_layers": 2}, {"every_n_layers": 3}], ids=str)
+def test_options_of_activation_checkpointing(options):
+    """A layer of transformers is a block of two sub-layers here."""
+    if not {*options} <= {*inspect.signature(AndromedaForCausalLM.activation_checkpointing_enable).parameters}:
+        pytest.skip("this version of transformers does not have the option")
+    wrapped, ids = AndromedaForCausalLM.from_andromeda(small_model(depth=4)).train(), tokens()
+    layers, computed = wrapped.transformer.attn_layers.layers, []
+    for layer in layers:
+        layer.fn.register_forward_pre_hook(lambda module, inputs, layer=layer: computed.append(layer.index))
+    wrapped.activation_checkpointing_enable(**options)
+    assert wrapped.is_activation_checkpointing
+    expected = [index for index in range(8) if index // 2 % options.get("every_n_layers", 1) == 0]
+    wrapped(ids, labels=ids).loss.backward()
+    assert sorted(computed) == sorted([*range(8), *expected])
+    computed.clear()
+    wrapped.activation_checkpointing_disable()
+    assert not wrapped.is_activation_checkpointing
+    wrapped(ids, labels=ids).loss.backward()
+    assert sorted(computed) == list(range(8))
+    with pytest.raises(ValueError, match="every_n_layers must be at least 1, got 0"):
+        wrapped.activation_checkpointing_enable(every_n_layers=0)
+
+
 def test_resized_vocabulary_is_known_to_the_modules():
     wrapped = AndromedaForCausalLM.from_andromeda(small_model())
     wrapped.resize_token_embeddings(70)
@@ -659,3 +703,208 @@ def test_wrong_logits_to_keep(wanted):
     wrapped = AndromedaForCausalLM.from_andromeda(small_model())
     with pytest.raises((TypeError, ValueError), match="AndromedaForCausalLM: logits_to_keep must"):
         wrapped(tokens(), logits_to_keep=wanted)
+
+
+# ---- the contract of forward
+
+
+@torch.no_grad()
+def test_the_base_model_gives_what_the_head_reads(pair):
+    model, wrapped = pair
+    ids = tokens()
+    found = wrapped.base_model(input_ids=ids)
+    assert isinstance(wrapped.base_model, AndromedaModel) and found.past_key_values.position == 11
+    logits = wrapped.get_output_embeddings()(found.last_hidden_state)
+    torch.testing.assert_close(logits, model(ids), atol=2e-5, rtol=0)
+    assert wrapped.get_decoder() is wrapped.base_model is wrapped.transformer
+    assert wrapped.get_input_embeddings() is model.transformer.token_emb
+
+
+def test_two_faces_have_the_same_children(pair):
+    wrapped = pair[1]
+    base, wrapper = wrapped.transformer, wrapped.transformer.wrapper
+    wrapped.set_input_embeddings(torch.nn.Embedding(61, 32))
+    assert base.token_emb is wrapper.token_emb
+    other = copy.deepcopy(wrapped)
+    other.transformer.to_logits = torch.nn.Linear(32, 61)
+    assert other.transformer.wrapper.to_logits is other.transformer.to_logits is not base.to_logits
+    assert other.transformer.wrapper is not wrapper
+
+
+@torch.no_grad()
+def test_ids_of_32_bits_and_embeddings(pair):
+    wrapped, ids = pair[1], tokens()
+    expected = wrapped(ids).logits
+    assert torch.equal(wrapped(ids.int()).logits, expected)
+    assert torch.equal(wrapped(inputs_embeds=wrapped.get_input_embeddings()(ids)).logits, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["position_ids", "seq_idx", "cu_seq_lens_q", "4-D mask", "key_start"])
+def test_packed_documents_are_as_alone(form):
+    wrapped = AndromedaForCausalLM.from_andromeda(small_model())
+    ids, lengths = tokens(1, 12), [5, 4, 3]
+    key_start = torch.tensor([[0] * 5 + [5] * 4 + [9] * 3], dtype=torch.int32)
+    token = torch.arange(12)
+    options = {
+        "position_ids": {"position_ids": token - key_start},
+        "seq_idx": {"seq_idx": torch.tensor([[0] * 5 + [1] * 4 + [2] * 3])},
+        "cu_seq_lens_q": {"cu_seq_lens_q": torch.tensor([0, 5, 9, 12]), "cu_seq_lens_k": torch.tensor([0, 5, 9, 12])},
+        "4-D mask": {"attention_mask": ((token >= key_start.T) & (token <= token[:, None]))[None, None]},
+        "key_start": {"key_start": key_start},
+    }
+    packed = wrapped(ids, **options[form]).logits
+    alone = [wrapped(document).logits for document in ids.split(lengths, dim=1)]
+    torch.testing.assert_close(packed, torch.cat(alone, dim=1), atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_documents_described_twice_see_what_both_allow(pair):
+    wrapped, ids = pair[1], tokens(1, 8)
+    rows = torch.tensor([[0, 1, 2, 0, 1, 2, 0, 1]])  # of an absolute table
+    positions = torch.arange(8) if wrapped.transformer.pos_emb is None else rows
+    expected = wrapped(ids, cu_seq_lens_q=torch.tensor([0, 3, 6, 8])).logits
+    numbers = torch.tensor([[0, 0, 0, 0, 0, 0, 1, 1]])
+    found = wrapped(ids, cu_seq_lens_q=torch.tensor([0, 3, 8]), position_ids=positions, seq_idx=numbers).logits
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+    for name, value in {"seq_idx": numbers, "cu_seq_lens_q": torch.tensor([0, 3, 8])}.items():
+        with pytest.raises(ValueError, match=f"{name} and key_start must not both be given"):
+            wrapped(ids, key_start=torch.zeros(1, 8, dtype=torch.int32), **{name: value})
+    with pytest.raises(ValueError, match="cu_seq_lens_q must be given with cu_seq_lens_k"):
+        wrapped(ids, cu_seq_lens_k=torch.tensor([0, 3, 8]))
+
+
+@torch.no_grad()
+def test_documents_beside_padding_between_tokens_are_refused(pair):
+    wrapped, ids = pair[1], tokens(1, 8)
+    mask, positions = torch.tensor([[1, 1, 1, 0, 1, 1, 1, 0]]), torch.tensor([[0, 1, 2, 0, 0, 1, 2, 0]])
+    others = {
+        "position_ids": positions,
+        "seq_idx": torch.tensor([[0] * 4 + [1] * 4]),
+        "cu_seq_lens_q": torch.tensor([0, 4, 8]),
+    }
+    alone = wrapped(ids[:, 4:7]).logits
+    for name, value in others.items():
+        with pytest.raises(ValueError, match=f"{name} must describe one document .* leave the mask out"):
+            wrapped(ids, attention_mask=mask, **{name: value})
+        torch.testing.assert_close(wrapped(ids, **{name: value}).logits[:, 4:7], alone, atol=2e-5, rtol=0)
+    expected = wrapped(ids, attention_mask=mask).logits
+    for one in (mask.cumsum(1) - 1, torch.arange(8)):
+        assert torch.equal(wrapped(ids, attention_mask=mask, position_ids=one).logits, expected)
+
+
+@torch.no_grad()
+def test_padding_between_tokens_gives_each_row_what_it_gives_alone(pair):
+    """Prompt tuning puts its vectors before prompts that are padded on the left."""
+    wrapped, ids = pair[1], tokens(2, 7)
+    mask = torch.tensor([[1, 1, 0, 0, 1, 1, 1], [1, 1, 1, 1, 0, 1, 0]])
+    out = wrapped(ids, attention_mask=mask, output_hidden_states=True, output_attentions=True)
+    for row, (shown, visible) in enumerate(zip(ids, mask.bool(), strict=True)):
+        alone = wrapped(shown[visible][None], output_hidden_states=True, output_attentions=True)
+        torch.testing.assert_close(out.logits[row, visible], alone.logits[0], atol=2e-5, rtol=0)
+        for states, expected in zip(out.hidden_states, alone.hidden_states, strict=True):
+            torch.testing.assert_close(states[row, visible], expected[0], atol=2e-5, rtol=0)
+        for weights, expected in zip(out.attentions, alone.attentions, strict=True):
+            torch.testing.assert_close(weights[row][:, visible][:, :, visible], expected[0], atol=2e-5, rtol=0)
+            assert not weights[row][:, visible][:, :, ~visible].any()
+
+
+@torch.no_grad()
+def test_padding_between_tokens_before_a_cache():
+    wrapped, ids = AndromedaForCausalLM.from_andromeda(small_model()), tokens(1, 7)
+    mask = torch.tensor([[1, 1, 0, 0, 1, 1, 1]])
+    found = wrapped.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    expected = wrapped.generate(ids[mask.bool()][None], max_new_tokens=6, do_sample=False)
+    assert torch.equal(found[0, 7:], expected[0, 5:])
+
+
+def test_shifted_labels_and_a_mask_on_both_sides():
+    wrapped = AndromedaForCausalLM.from_andromeda(small_model())
+    ids = tokens()
+    shifted = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    expected = wrapped(ids, labels=ids).loss
+    torch.testing.assert_close(wrapped(ids, shift_labels=shifted).loss, expected)
+    torch.testing.assert_close(wrapped(ids, shift_labels=shifted, labels=ids).loss, expected)
+    mask = torch.ones_like(ids)
+    mask[0, :3], mask[1, -2:] = 0, 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[0, 3] = -100  # the padding before it predicts nothing
+    losses = [wrapped(row[m.bool()][None], labels=row[m.bool()][None]).loss for row, m in zip(ids, mask, strict=True)]
+    found = wrapped(ids, attention_mask=mask, labels=labels).loss
+    torch.testing.assert_close(found, (losses[0] * 7 + losses[1] * 8) / 15)
+
+
+@pytest.mark.parametrize("deepnorm", [True, False])
+def test_hidden_states_and_attentions(deepnorm):
+    wrapped = AndromedaForCausalLM.from_andromeda(small_model(deepnorm=deepnorm))
+    ids, mask = left_padded([[5, 9, 2, 33, 7], [12, 3]])
+    out = wrapped(ids, attention_mask=mask, output_hidden_states=True, output_attentions=True)
+    torch.testing.assert_close(out.logits, wrapped(ids, attention_mask=mask).logits, atol=2e-5, rtol=0)
+    assert torch.equal(out.hidden_states[0], wrapped.transformer.token_emb(ids))
+    assert torch.equal(wrapped.transformer.to_logits(out.hidden_states[-1]), out.logits)
+    assert len(out.hidden_states) == 3 and len(out.attentions) == 2
+    for weights in out.attentions:
+        assert weights.shape == (2, 4, 5, 5) and not weights.triu(1).any() and not weights[1, :, 3:, :3].any()
+        torch.testing.assert_close(weights[0].sum(-1), torch.ones(4, 5))
+    with torch.no_grad():
+        first = wrapped(ids[:, :3], attention_mask=mask[:, :3], use_cache=True)
+        second = wrapped(ids[:, 3:], past_key_values=first.past_key_values, output_attentions=True)
+    torch.testing.assert_close(second.attentions[1], out.attentions[1][:, :, 3:], atol=2e-5, rtol=0)
+    wrapped.config.output_hidden_states = True
+    assert len(wrapped(ids).hidden_states) == 3
+
+
+def test_gradients_flow_through_attentions_and_embeddings():
+    wrapped = AndromedaForCausalLM.from_andromeda(small_model())
+    ids = tokens()
+    embeddings = wrapped.get_input_embeddings()(ids).detach().requires_grad_()
+    expected = torch.autograd.grad(wrapped(inputs_embeds=embeddings, labels=ids).loss, embeddings)[0]
+    out = wrapped(inputs_embeds=embeddings, labels=ids, output_attentions=True)
+    found, *weights = torch.autograd.grad(out.loss, (embeddings, *out.attentions))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    assert all(gradient.any() for gradient in weights)
+
+
+def test_positions_of_the_table_are_those_given():
+    wrapped = AndromedaForCausalLM.from_andromeda(small_model(use_abs_pos_emb=True, rotary_xpos=False))
+    ids = tokens(1, 6)
+    shifted = wrapped(ids, position_ids=torch.arange(9, 15)[None]).logits
+    table = wrapped.transformer.pos_emb.weight
+    with torch.no_grad():
+        table.copy_(table.roll(-9, dims=0))
+    torch.testing.assert_close(wrapped(ids).logits, shifted)
+    with pytest.raises(ValueError, match="max_seq_len=64 of the absolute position table, got a token at position 64"):
+        wrapped(ids, position_ids=torch.arange(59, 65)[None])
+
+
+@pytest.mark.parametrize("kind", ["sequence", "token"])
+def test_classification_heads(kind, tmp_path):
+    model = AndromedaForCausalLM.from_andromeda(small_model())
+    model.config.pad_token_id, model.config.num_labels = 0, 3
+    auto = AutoModelForSequenceClassification if kind == "sequence" else AutoModelForTokenClassification
+    classifier = auto.from_config(model.config).eval()
+    classifier.transformer.load_state_dict(model.transformer.state_dict(), strict=False)
+    ids, mask = left_padded([[5, 9, 2, 33, 7], [12, 3]])
+    labels = torch.tensor([2, 0]) if kind == "sequence" else torch.full_like(ids, 1)
+    out = classifier(ids, attention_mask=mask, labels=labels)
+    out.loss.backward()
+    features = model.base_model(ids, attention_mask=mask).last_hidden_state
+    expected = classifier.score(features)
+    torch.testing.assert_close(out.logits, expected[:, -1] if kind == "sequence" else expected)
+    assert classifier.transformer.token_emb.weight.grad.any() and not classifier.accepts_loss_kwargs
+
+
+def test_attention_of_a_model_without_kernels():
+    config = AndromedaConfig.from_arguments(dataclasses.asdict(small_model(attn_flash=False).config))
+    assert AndromedaForCausalLM(config).config._attn_implementation == "eager"
+    with pytest.raises(ValueError, match='must be "eager" where attn_flash is False, got "sdpa"'):
+        AndromedaForCausalLM._from_config(config, attn_implementation="sdpa")
+
+
+def test_eager_attention_is_not_saved(tmp_path):
+    model = AndromedaForCausalLM.from_andromeda(small_model())
+    model.set_attn_implementation("eager")
+    assert not model.to_andromeda().config.attn_flash
+    model.save_pretrained(tmp_path)
+    loaded = AndromedaForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config._attn_implementation == "andromeda" and loaded.to_andromeda().config.attn_flash

@@ -414,11 +414,15 @@ def _load_file(path: Path, options: dict[str, Any]) -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_file=str(path), **options)
 
 
+# Beside a tokenizer there may be a model with code of its own: transformers would ask whether to run it, and wait.
+_NO_CODE: dict[str, Any] = {"trust_remote_code": False}
+
+
 def _load_directory(path: Path, options: dict[str, Any]) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     if (path / "tokenizer_config.json").is_file():
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, **options)
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, **_NO_CODE, **options)
     if (path / "tokenizer.json").is_file():
         return _load_file(path / "tokenizer.json", options)
     found = ", ".join(sorted(entry.name for entry in path.iterdir())[:10]) or "nothing"
@@ -432,12 +436,12 @@ def _load_from_hub(name: str, options: dict[str, Any]) -> PreTrainedTokenizerBas
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=True, **options)
+        return AutoTokenizer.from_pretrained(name, local_files_only=True, **_NO_CODE, **options)
     except (OSError, ValueError) as error:
         cause, problem = error, hub_problem()
     if problem is None:
         try:
-            return AutoTokenizer.from_pretrained(name, **options)
+            return AutoTokenizer.from_pretrained(name, **_NO_CODE, **options)
         except (OSError, ValueError) as error:
             cause, problem = error, f"the hub does not give it: {error}"
     from huggingface_hub import constants

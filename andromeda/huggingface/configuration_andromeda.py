@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+
+from andromeda.huggingface import peft_defaults
+from andromeda.huggingface.saving import ConfigSaving
 
 # Constructor argument -> name here. The others have the same name in both, except `attn_one_kv_head`, which
 # `num_key_value_heads` replaces.
@@ -35,7 +37,7 @@ _SWITCHES = (
 
 
 @strict
-class AndromedaConfig(PreTrainedConfig):
+class AndromedaConfig(ConfigSaving):
     """Sizes and switches of an Andromeda model; the defaults are those of `andromeda.Andromeda` (docs/model.md#1).
 
     Args:
@@ -49,6 +51,7 @@ class AndromedaConfig(PreTrainedConfig):
         use_abs_pos_emb, alibi_pos_bias, alibi_num_heads, rotary_xpos, attn_flash, deepnorm, shift_tokens, qk_norm,
             attn_qk_norm, attn_qk_norm_dim_scale: as in `andromeda.Andromeda`.
         use_cache: return a cache from `forward`, unless its argument `use_cache` is given.
+        auto_map: see `ConfigSaving`.
 
     Raises:
         huggingface_hub.errors.StrictDataclassError: a value has the wrong type, or no model has such sizes
@@ -57,6 +60,10 @@ class AndromedaConfig(PreTrainedConfig):
 
     model_type = "andromeda"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    base_model_fsdp_plan: ClassVar[dict[Any, str]] = {
+        "token_emb": "free_full_weight",
+        "attn_layers.layers.*": "free_full_weight",
+    }
 
     vocab_size: int = 50304
     max_position_embeddings: int = 8192
@@ -81,6 +88,21 @@ class AndromedaConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]  # declared as a constant
+        """How transformers shards an `AndromedaModel` for tensor parallelism: heads and hidden units, by processes.
+
+        The number of processes must divide `num_attention_heads`. One key head stays whole in each process.
+        """
+        heads = ("to_q",) if self.num_key_value_heads == 1 else ("to_q", "to_k", "to_v")
+        by_rows, by_columns = (*heads, "proj_in"), ("to_out", "proj_out")
+        layer = "attn_layers.layers.*.fn."
+        return (
+            {"token_emb": "embedding_rowwise"}
+            | dict.fromkeys((layer + name for name in by_rows), "colwise")
+            | dict.fromkeys((layer + name for name in by_columns), "rowwise")
+        )
+
     def validate_architecture(self) -> None:
         """Refuse the arguments that the model's constructor refuses. transformers calls it for every new config."""
         from andromeda.config import ModelConfig
@@ -92,10 +114,20 @@ class AndromedaConfig(PreTrainedConfig):
             )
         ModelConfig(**self.to_arguments())
 
+    def to_dict(self) -> dict[str, Any]:
+        """See transformers. PEFT calls this right before it looks for the default target modules of a method."""
+        peft_defaults.register(self.model_type)
+        return super().to_dict()
+
     def to_arguments(self) -> dict[str, Any]:
-        """The keyword arguments of `andromeda.Andromeda` for the same model."""
+        """The keyword arguments of `andromeda.Andromeda` for the same model.
+
+        With `attn_implementation="eager"`, which transformers does not save, `attn_flash` is False.
+        """
         arguments = {ours: getattr(self, theirs) for ours, theirs in _NAMES.items()}
         arguments |= {name: getattr(self, name) for name in _SWITCHES}
+        if getattr(self, "_attn_implementation_internal", None) == "eager":
+            arguments["attn_flash"] = False
         return arguments | {"attn_one_kv_head": self.num_key_value_heads == 1}
 
     @classmethod
