@@ -13,7 +13,9 @@ from andromeda.data.readers import Document, split_text, text_blocks
 _BAD_CHARACTERS = re.compile("[\0\ud800-\udfff]")
 
 
-def clean(documents: Iterable[Document], errors: str, statistics: Counter[str]) -> Iterator[Document]:
+def clean(
+    documents: Iterable[Document], errors: str, statistics: Counter[str], *, keep_blank: bool = False
+) -> Iterator[Document]:
     """The documents to pack, all of them strings; those that are left out or repaired are counted.
 
     A document in parts (`continues`) stays in parts; it is kept, repaired or left out as a whole.
@@ -22,11 +24,12 @@ def clean(documents: Iterable[Document], errors: str, statistics: Counter[str]) 
         documents: those of a source.
         errors: treatment of NUL characters and surrogates, as in `DatasetBuilder`.
         statistics: receives the counts.
+        keep_blank: keep the documents that are white space; otherwise they count as empty and are left out.
     """
     documents = iter(documents)
     for document in documents:
         if document.continues:
-            yield from _clean_parts(document, documents, errors, statistics)
+            yield from _clean_parts(document, documents, errors, statistics, keep_blank)
             continue
         text = document.text
         if text is None or text == "":
@@ -45,14 +48,14 @@ def clean(documents: Iterable[Document], errors: str, statistics: Counter[str]) 
             statistics["repaired_documents"] += 1
             text = _BAD_CHARACTERS.sub("\N{REPLACEMENT CHARACTER}", text)
             document = document._replace(text=text)
-        if text.isspace():
+        if text.isspace() and not keep_blank:
             statistics["empty_documents"] += 1
             continue
         yield document
 
 
 def _clean_parts(
-    first: Document, rest: Iterator[Document], errors: str, statistics: Counter[str]
+    first: Document, rest: Iterator[Document], errors: str, statistics: Counter[str], keep_blank: bool
 ) -> Iterator[Document]:
     """`clean` for the parts of one document: `first` and the following ones, up to the last part.
 
@@ -60,7 +63,7 @@ def _clean_parts(
     parts are held back, because the last one may be bad.
     """
     with SpooledTemporaryFile(max_size=16 * BLOCK_BYTES) as waiting:
-        blank, skipped, repaired = True, False, False
+        blank, skipped, repaired = not keep_blank, False, False
         part = first
         while True:
             text = part.text

@@ -20,39 +20,47 @@ own distributed training.
 
 Modules: `trainer` (`train` and the subclass of Trainer), `settings`, `rows` (of a data set), `model_checks`, `finite`
 (numbers that must be finite), `checkpoints` and `manifest`, `saved_model`, `history`, `progress`, `stopping`,
-`evaluation`.
+`evaluation` (of rows), `exact_evaluation` (of whole documents), `run_card` (of the model).
 """
 
 from andromeda.training.checkpoints import HISTORY, LEFT_BY_A_START, MODEL, check_saved_model, latest_checkpoint
 from andromeda.training.evaluation import Evaluation, evaluate, token_bytes
+from andromeda.training.exact_evaluation import DocumentLikelihood, ExactEvaluation, evaluate_documents
 from andromeda.training.finite import nonfinite_parameters
 from andromeda.training.manifest import MANIFEST, read_sealed, sealed
 from andromeda.training.messages import first_few
 from andromeda.training.model_checks import check_vocabulary
 from andromeda.training.progress import peak_flops, sample_text, training_flops_per_token
 from andromeda.training.rows import collate
+from andromeda.training.run_card import run_card
 from andromeda.training.saved_model import load_saved_model, seconds_per_step
-from andromeda.training.settings import TrainSettings
-from andromeda.training.trainer import TrainResult, train
+from andromeda.training.settings import TrainSettings, of_hub
+from andromeda.training.trainer import TrainResult, check_hub, train
 
 __all__ = [
     "HISTORY",
     "LEFT_BY_A_START",
     "MANIFEST",
     "MODEL",
+    "DocumentLikelihood",
     "Evaluation",
+    "ExactEvaluation",
     "TrainResult",
     "TrainSettings",
+    "check_hub",
     "check_saved_model",
     "check_vocabulary",
     "collate",
     "evaluate",
+    "evaluate_documents",
     "first_few",
     "latest_checkpoint",
     "load_saved_model",
     "nonfinite_parameters",
+    "of_hub",
     "peak_flops",
     "read_sealed",
+    "run_card",
     "sample_text",
     "sealed",
     "seconds_per_step",

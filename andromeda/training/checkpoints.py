@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from andromeda import files
+from andromeda.huggingface.model_card import CARD
 from andromeda.training.manifest import MANIFEST, read_manifest
 from andromeda.training.messages import say
 
@@ -74,6 +75,7 @@ def defects_of(path: Path, *, contents: bool = False, of_training: bool = True) 
         recorded = manifest["files"]
         if not of_training:
             recorded = {name: entry for name, entry in recorded.items() if not name.endswith((".pt", ".pth"))}
+        recorded = {name: entry for name, entry in recorded.items() if name != CARD}  # the user may write into it
         if contents and not any(isinstance(entry, int) for entry in recorded.values()):
             return files.damages(path, recorded)
         sizes = {name: entry if isinstance(entry, int) else entry["bytes"] for name, entry in recorded.items()}

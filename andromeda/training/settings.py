@@ -173,7 +173,13 @@ class TrainSettings:
         settings = dataclasses.asdict(self)
         for name in NON_IDENTITY_FIELDS:
             del settings[name]
+        # Where the model is pushed does not change it; and a token of the hub must not get into the checkpoints.
+        settings["trainer"] = {name: value for name, value in self.trainer.items() if not of_hub(name)}
         return settings | {"warmup_steps": self._warmup(), "bf16": self._bf16()}
+
+    def name(self) -> str:
+        """The name of the run, that of its folder."""
+        return os.path.basename(os.path.abspath(self.output_dir))
 
     def _warmup(self) -> int:
         return max(1, self.steps // 25) if self.warmup_steps is None else self.warmup_steps
@@ -220,7 +226,19 @@ class TrainSettings:
             )
         if repeated := sorted(set(self.trainer) & (set(arguments) | {"save_total_limit"})):
             raise ValueError(f"TrainSettings: trainer must not repeat what has a name here, got {', '.join(repeated)}")
+        if "num_train_epochs" in self.trainer:
+            raise ValueError(
+                "TrainSettings: trainer must not have num_train_epochs, since steps says how long a run is, got "
+                f"{self.trainer['num_train_epochs']!r}"
+            )
+        strategy = self.trainer.get("hub_strategy", "end")
+        if strategy != "end":
+            raise ValueError(
+                f"TrainSettings: trainer['hub_strategy'] must be 'end', got {strategy!r}: only the finished model is "
+                "pushed, because checkpoints are removed while the training goes on"
+            )
         defaults: dict[str, Any] = {  # `trainer` may change these
+            "hub_strategy": strategy,
             "per_device_eval_batch_size": self.batch_size,
             "prediction_loss_only": True,
             "dataloader_drop_last": True,
@@ -233,6 +251,11 @@ class TrainSettings:
             "disable_tqdm": True,  # this package has its own progress line
         }
         return TrainingArguments(**arguments, **(defaults | self.trainer))
+
+
+def of_hub(name: str) -> bool:
+    """Whether an argument of TrainingArguments is about pushing to the hub."""
+    return name == "push_to_hub" or name.startswith("hub_")
 
 
 def _floats_in(value: object, name: str) -> Iterator[tuple[str, float]]:

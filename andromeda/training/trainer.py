@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
     PreTrainedModel,
@@ -21,12 +22,15 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging as transformers_logging
 
 from andromeda import files
 from andromeda.huggingface import AndromedaForCausalLM
+from andromeda.huggingface.model_card import CARD, is_foreign_card, write_model_card
+from andromeda.huggingface.saving import explained_push
 from andromeda.model import Andromeda
 from andromeda.training.checkpoints import (
     HISTORY,
@@ -39,6 +43,7 @@ from andromeda.training.checkpoints import (
     starting_point,
     step_of,
 )
+from andromeda.training.evaluation import Evaluation, evaluate
 from andromeda.training.finite import StepRecord, are_finite, local, nonfinite_parameters
 from andromeda.training.history import History
 from andromeda.training.manifest import read_manifest, write_manifest
@@ -54,6 +59,7 @@ from andromeda.training.model_checks import (
 )
 from andromeda.training.progress import Progress
 from andromeda.training.rows import IGNORED_LABEL, Rows, check_rows, collate, fingerprint
+from andromeda.training.run_card import run_card
 from andromeda.training.settings import TrainSettings
 from andromeda.training.stopping import StopCallback, StopSignals
 
@@ -72,6 +78,7 @@ class TrainResult:
         interrupted: the signal that ended the run early, or None.
         history: one dict per logged interval: step, loss, learning_rate, grad_norm; and eval_loss per evaluation.
         damaged: the defects of checkpoints that are newer than the one resumed from, one line each.
+        evaluation: with `evaluate_at_end`, the evaluation of the trained model.
     """
 
     steps: int
@@ -84,6 +91,7 @@ class TrainResult:
     interrupted: str | None
     history: list[dict[str, float]]
     damaged: list[str] = dataclasses.field(default_factory=list)
+    evaluation: Evaluation | None = None
 
 
 def train(
@@ -94,11 +102,14 @@ def train(
     eval_dataset: Rows | None = None,
     tokenizer: Tokenizer | None = None,
     resume: bool = False,
+    evaluate_at_end: bool = False,
     on_start: Callable[[], None] | None = None,
 ) -> TrainResult:
     """Train `model` in place; leave checkpoints in `settings.output_dir` and, at the end, the model in `model/` there.
 
-    `history.jsonl` in the same folder holds the figures of the run, see `andromeda.training`.
+    `history.jsonl` in the same folder holds the figures of the run, see `andromeda.training`. `model/` has a model card
+    with them; one that the user has written or changed there stays. With `push_to_hub` in `settings.trainer`, the
+    finished `model/` is pushed to the hub; that it can be is checked before the training.
 
     Args:
         model: `Andromeda` or `AndromedaForCausalLM`. Its own parameters are trained.
@@ -109,6 +120,8 @@ def train(
         tokenizer: saved into every checkpoint and needed for sample texts; `AndromedaTokenizer` or one of transformers.
         resume: continue from the newest whole checkpoint in `settings.output_dir`; it is an error if there is none.
             Checkpoints whose files have changed since they were written are skipped, with a message.
+        evaluate_at_end: evaluate the trained model on `eval_dataset`, in one process; the card of the model has the
+            figures.
         on_start: called once, in the process that writes, after all checks and before the first step.
 
     Raises:
@@ -121,6 +134,7 @@ def train(
     """
     check_model("train", model)
     check_vocabulary(model, tokenizer)
+    check_hub(settings)
     tokenizer = None if tokenizer is None else hf_tokenizer(tokenizer)
     if settings.sample_every and tokenizer is None:
         raise ValueError("train: tokenizer must be given for sample_every, got None")
@@ -129,6 +143,16 @@ def train(
     files.check_output_folder(settings.output_dir)
     checkpoint, damaged = starting_point(Path(settings.output_dir), resume)
     arguments = settings.training_arguments()
+    if arguments.fsdp and arguments.device.type == "cpu":
+        raise ValueError(
+            f"train: trainer['fsdp'] must be left out on a CPU, where DDP would run in its place, got "
+            f"{settings.trainer['fsdp']!r}; torchrun without it runs DDP"
+        )
+    if settings.sample_every and arguments.world_size > 1:
+        raise ValueError(
+            f"train: sample_every must be 0 with several processes, got {settings.sample_every}; `andromeda generate` "
+            "shows texts of a checkpoint"
+        )
     rows = settings.batch_size * settings.gradient_accumulation * arguments.world_size
     if len(dataset) < rows:
         raise ValueError(f"train: dataset must have at least the {rows} rows of one step, got {len(dataset)}")
@@ -154,8 +178,8 @@ def train(
             data_collator=collate,
             processing_class=tokenizer,
             callbacks=[progress],
+            settings=settings,
             identity=identity,
-            keep=settings.keep,
             resumed_from=checkpoint,
             progress=progress,
         )
@@ -166,14 +190,23 @@ def train(
         trainer.remove_callback(ProgressCallback)
         if checkpoint is not None and step_of(checkpoint) >= settings.steps:
             trainer.finish_without_a_step(checkpoint)
-            return _result(steps=step_of(checkpoint), checkpoint=str(checkpoint), damaged=damaged)
-        try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        finally:
-            if trainer.history is not None:
-                trainer.history.close()
-        if stop.received is None:
-            trainer.save_whole_model()
+        else:
+            try:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            finally:
+                if trainer.history is not None:
+                    trainer.history.close()
+            if stop.received is None:
+                trainer.save_whole_model()
+    evaluation = None
+    if stop.received is None:
+        if evaluate_at_end and eval_dataset is not None:
+            evaluation = evaluate(
+                model, eval_dataset, tokenizer=tokenizer, batch_size=settings.batch_size, progress=True
+            )
+            trainer.write_card(trainer.folder / MODEL, evaluation)
+        if arguments.push_to_hub:
+            trainer.push_to_hub()
     return _result(
         steps=trainer.state.global_step,
         history=trainer.state.log_history,
@@ -183,7 +216,15 @@ def train(
         checkpoint=latest_checkpoint(settings.output_dir),
         interrupted=stop.received,
         damaged=damaged,
+        evaluation=evaluation,
     )
+
+
+def check_hub(settings: TrainSettings) -> None:
+    """ConnectionError if the model is to be pushed, and the hub cannot be reached or does not know the user."""
+    if settings.trainer.get("push_to_hub"):
+        with explained_push("train", "nothing was trained"):
+            HfApi(library_name="andromeda-kernels").whoami(token=settings.trainer.get("hub_token"))
 
 
 def _take_token_ids(model: AndromedaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -221,6 +262,7 @@ def _result(
     seconds: float = 0.0,
     mfu: float | None = None,
     interrupted: str | None = None,
+    evaluation: Evaluation | None = None,
 ) -> TrainResult:
     losses = [entry["loss"] for entry in history if "loss" in entry]
     return TrainResult(
@@ -234,6 +276,7 @@ def _result(
         interrupted=interrupted,
         history=list(history),
         damaged=damaged,
+        evaluation=evaluation,
     )
 
 
@@ -265,8 +308,8 @@ class AndromedaTrainer(Trainer):
     def __init__(
         self,
         *args: Any,
+        settings: TrainSettings,
         identity: dict[str, dict[str, Any]],
-        keep: int,
         resumed_from: Path | None = None,
         progress: Progress | None = None,
         **kwargs: Any,
@@ -274,8 +317,8 @@ class AndromedaTrainer(Trainer):
         super().__init__(*args, **kwargs)
         assert isinstance(self.model, PreTrainedModel) and self.args.output_dir is not None
         self.folder = Path(self.args.output_dir)
+        self.settings = settings
         self.identity = identity
-        self.keep = keep
         self.resumed_from = resumed_from
         self.progress = progress
         self.history: History | None = None  # in the process that writes, from the first step on
@@ -428,7 +471,7 @@ class AndromedaTrainer(Trainer):
         The weights of the checkpoint are loaded, the model is saved if it is missing, and leftovers are removed.
         """
         self._load_from_checkpoint(str(checkpoint))
-        self.state.global_step = step_of(checkpoint)
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         if not (self.folder / MODEL).is_dir():
             self.save_whole_model()
         if self.args.should_save:
@@ -436,16 +479,60 @@ class AndromedaTrainer(Trainer):
             self._remove_old()
 
     def save_whole_model(self) -> None:
-        """Save the model and its tokenizer in the output folder as `model/`, atomically and never sharded."""
+        """Save the model, its tokenizer and its card in the output folder as `model/`, atomically and never sharded."""
         partial = self.folder / PARTIAL / MODEL
         self.stop_unless_good(self.model_wrapped)
         if self.is_fsdp_enabled:
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         with self._written_whole("the model", "the last checkpoint is whole"):
-            self.save_model(str(partial))
+            self.save_model(str(partial), _internal_call=True)  # else Trainer would push the unfinished folder
             if self.args.should_save:
+                self.write_card(partial)
                 write_manifest(partial, step=self.state.global_step, identity=self.identity, interval=None)
                 install(partial, self.folder / MODEL)
+
+    def write_card(self, folder: Path, evaluation: Evaluation | None = None) -> None:
+        """Write the card of the run into a folder, unless the user has written the one in `model/`, which stays."""
+        old = self.folder / MODEL / CARD
+        if is_foreign_card(old):
+            if folder != old.parent:
+                shutil.copyfile(old, folder / CARD)
+            return
+        model: Any = self.model
+        rows: Any = self.train_dataset
+        tokenizer: Any = self.processing_class
+        held_out: Any = self.eval_dataset
+        card = run_card(
+            model,
+            self.settings,
+            rows,
+            steps=self.state.global_step,
+            history=self.state.log_history,
+            processes=self.args.world_size,
+            tokenizer=tokenizer,
+            eval_dataset=held_out,
+            evaluation=evaluation,
+        )
+        write_model_card(folder, card)
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        with explained_push("train", "nothing was trained"):
+            super().init_hf_repo(*args, **kwargs)
+
+    def push_to_hub(self, commit_message: str | None = "End of training", *args: Any, **kwargs: Any) -> Any:
+        """Upload `model/`, which is whole, and nothing else of the output folder."""
+        if not self.is_world_process_zero():
+            return None
+        folder, repository = self.folder / MODEL, str(self.hub_model_id)
+        kept = f"the model is in {folder}, and `hf upload {repository} {folder}` pushes it"
+        with explained_push("train", kept):
+            return HfApi(library_name="andromeda-kernels").upload_folder(
+                repo_id=repository,
+                folder_path=folder,
+                commit_message=commit_message,
+                token=self.args.hub_token,
+                revision=self.args.hub_revision,
+            )
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         partial = self.folder / PARTIAL / f"checkpoint-{self.state.global_step}"
@@ -471,7 +558,7 @@ class AndromedaTrainer(Trainer):
 
     def _remove_old(self) -> None:
         best = self.state.best_model_checkpoint
-        remove_old(self.folder, step=self.state.global_step, keep=self.keep, best=best)
+        remove_old(self.folder, step=self.state.global_step, keep=self.settings.keep, best=best)
 
     @contextlib.contextmanager
     def _written_whole(self, name: str, kept: str) -> Iterator[None]:

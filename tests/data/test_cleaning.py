@@ -68,6 +68,15 @@ def test_documents_in_parts(monkeypatch, texts, errors, expected, counted, waiti
     assert +counts == ({} if counted is None else {counted: 1})
 
 
+@pytest.mark.parametrize("errors", ["strict", "skip"])
+def test_white_space_may_be_kept(errors):
+    counts = Counter()
+    documents = [Document(" \n", "a.txt"), Document("", "a.txt"), *parts_of(" ", "\t"), Document("next", "b.txt")]
+    cleaned = clean(documents, errors, counts, keep_blank=True)
+    assert list(whole_texts(cleaned)) == [" \n", " \t", "next"]
+    assert +counts == {"empty_documents": 1}
+
+
 def test_parts_go_on_without_waiting():
     """Long documents are passed on part by part, except for white space at their start."""
 

@@ -75,6 +75,7 @@ def test_numbers_of_numpy_are_numbers(tmp_path):
         ({"device": "tpu"}, "device must be None or 'cpu', got 'tpu'"),
         ({"trainer": {"max_step": 3}}, "must name arguments of TrainingArguments, got max_step"),
         ({"trainer": {"max_steps": 3}}, "must not repeat what has a name here, got max_steps"),
+        ({"trainer": {"num_train_epochs": 1}}, "must not have num_train_epochs, since steps says how long a run is"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

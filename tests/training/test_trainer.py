@@ -8,6 +8,7 @@ import os
 import shutil
 import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from tiny_run import (
     settings,
     weights,
 )
+from transformers import TrainingArguments
 
 from andromeda import Andromeda, AndromedaTokenizer
 from andromeda.huggingface import AndromedaForCausalLM
@@ -86,7 +88,9 @@ def test_gradient_accumulation_is_one_large_batch(tmp_path):
 def test_weight_decay_leaves_gains_scales_and_biases_alone(tmp_path):
     model = AndromedaForCausalLM.from_andromeda(new_model())
     arguments = settings(tmp_path).training_arguments()
-    decayed = AndromedaTrainer(model=model, args=arguments, identity={}, keep=1).get_decay_parameter_names(model)
+    decayed = AndromedaTrainer(
+        model=model, args=arguments, settings=settings(tmp_path), identity={}
+    ).get_decay_parameter_names(model)
     others = [name for name, _ in model.named_parameters() if name not in decayed]
     assert {name.rpartition(".")[2] for name in decayed} == {"weight"}
     assert {name.rpartition(".")[2] for name in others} == {"gamma", "residual_scale", "q_scale", "k_scale", "bias"}
@@ -394,6 +398,13 @@ def test_calls_that_make_no_sense(tmp_path, tokenizer):
         train(new_model(), Rows(), settings(tmp_path, eval_every=1))
     with pytest.raises(ValueError, match="tokenizer must be given"):
         train(new_model(), Rows(), settings(tmp_path, sample_every=1))
+    with pytest.raises(ValueError, match=r"trainer\['fsdp'\] must be left out on a CPU, where DDP would run"):
+        train(new_model(), Rows(), settings(tmp_path, trainer={"fsdp": True}))
+    with (
+        mock.patch.object(TrainingArguments, "world_size", 2),
+        pytest.raises(ValueError, match="sample_every must be 0 with several processes, got 3"),
+    ):
+        train(new_model(), Rows(), settings(tmp_path, sample_every=3), tokenizer=tokenizer)
     small = Andromeda(**{**SIZES, "num_tokens": 299})
     with pytest.raises(ValueError, match=r"at most the 299 ids of the model \(num_tokens\), got 300"):
         train(small, Rows(), settings(tmp_path), tokenizer=tokenizer)
