@@ -12,7 +12,7 @@ import sys
 from typing import Any, NoReturn
 
 from andromeda import __version__
-from andromeda.cli import data, evaluate, generate, info, interrupts, quickstart, threads, train
+from andromeda.cli import data, evaluate, generate, info, interrupts, quickstart, serve, threads, train
 from andromeda.cli.arguments import not_empty
 from andromeda.cli.console import UsageError, give_up_stdout, say, writing_results
 from andromeda.files import check_output, check_output_folder
@@ -73,6 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("train", train, "train a model on packed rows"),
         ("generate", generate, "continue a prompt"),
         ("eval", evaluate, "loss, perplexity and bits per byte on a text"),
+        ("serve", serve, "answer the requests of OpenAI's clients"),
     ):
         command = commands.add_parser(
             name,
@@ -108,8 +109,9 @@ class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaults
 _INPUTS = ("source", "data", "eval_data", "checkpoint", "start", "tokenizer", "prompt_file")
 # Files and folders of models, rows and runs: --json must not replace them.
 _OURS = re.compile(
-    r"model|checkpoint-\d+|.*\.(safetensors|arrow)|history\.jsonl|(train|quickstart|metadata|config|generation_config|"
-    r"andromeda|andromeda_checkpoint|trainer_state|tokenizer|tokenizer_config|special_tokens_map)\.json"
+    r"model|checkpoint-\d+|.*\.(safetensors|arrow)|README\.md|modeling_andromeda\.py|history\.jsonl|(train|quickstart|"
+    r"metadata|config|generation_config|andromeda|andromeda_checkpoint|trainer_state|tokenizer|tokenizer_config|"
+    r"special_tokens_map)\.json"
 )
 
 

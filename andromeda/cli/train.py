@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from andromeda import __version__
 from andromeda.cli import interrupts
@@ -120,7 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _train(folder: Path, arguments: argparse.Namespace, again: str) -> int:
-    from andromeda.training import TrainSettings, evaluate, sealed, train
+    from andromeda.training import TrainSettings, check_hub, sealed, train
 
     first = int(os.environ.get("RANK", "0")) == 0  # only the first of several processes (torchrun) prints and writes
     options = _options_of_run(arguments, folder, first)
@@ -130,6 +130,8 @@ def _train(folder: Path, arguments: argparse.Namespace, again: str) -> int:
         settings.training_arguments()
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
+    if first:
+        check_hub(settings)
 
     start = find_model(options["start"]) if "start" in options else None
     tokenizer = tokenizer_of(start or Path(options["data"]), options.get("tokenizer"))
@@ -148,7 +150,10 @@ def _train(folder: Path, arguments: argparse.Namespace, again: str) -> int:
 
     def remember() -> None:
         # Called after all checks, so that the file does not record options that fail them.
-        write_json(folder / _OPTIONS_FILE, sealed({"andromeda": __version__, "options": options}))
+        stored = dict(options)
+        if "trainer" in options:  # a token is a secret
+            stored["trainer"] = {name: value for name, value in options["trainer"].items() if name != "hub_token"}
+        write_json(folder / _OPTIONS_FILE, sealed({"andromeda": __version__, "options": stored}))
 
     result = train(
         model,
@@ -157,23 +162,25 @@ def _train(folder: Path, arguments: argparse.Namespace, again: str) -> int:
         eval_dataset=held_out,
         tokenizer=tokenizer,
         resume=resume,
+        evaluate_at_end="WORLD_SIZE" not in os.environ,
         on_start=None if resume and (folder / _OPTIONS_FILE).is_file() else remember,
     )
     if not first:
         return 0
     if result.interrupted:
         return say_how_to_continue(result, again)
-    figures = {"training": {name: value for name, value in dataclasses.asdict(result).items() if name != "history"}}
+    figures = {"training": dataclasses.asdict(result)}
+    del figures["training"]["history"]
+    evaluation = figures["training"].pop("evaluation")
     show(f"steps        {result.steps:,}" + (f", loss {result.loss:.4f}" if result.loss is not None else ""))
     if result.seconds:
         show(f"speed        {result.tokens_per_second:,.0f} tokens/s over {result.tokens:,} tokens")
     if result.mfu is not None:
         show(f"MFU          {100 * result.mfu:.1f} %")
     show(f"model        {folder / 'model'}")
-    if held_out is not None and "WORLD_SIZE" not in os.environ:
-        evaluation = evaluate(model, held_out, tokenizer=tokenizer, batch_size=settings.batch_size, progress=True)
-        figures["evaluation"] = dataclasses.asdict(evaluation)
-        show_evaluation(evaluation)
+    if result.evaluation is not None:
+        figures["evaluation"] = evaluation
+        show_evaluation(result.evaluation)
     if arguments.json:
         write_json(Path(arguments.json), figures)
     return 0
@@ -220,12 +227,18 @@ def _options_of_run(arguments: argparse.Namespace, folder: Path, first: bool) ->
                 "and all options again if a run was begun there"
             )
         return given
-    from andromeda.training import read_sealed
+    from andromeda.training import of_hub, read_sealed
 
     try:
         stored: dict[str, Any] = read_sealed(record, ("options",))["options"]
     except ValueError as error:
         raise UsageError(f"{error}; remove it and give ROWS and all options again with --resume") from error
+    if "trainer" in given:  # where the model is pushed may change
+        kept = {name: value for name, value in stored.get("trainer", {}).items() if of_hub(name)}
+        if not all(map(of_hub, given["trainer"])):
+            given["trainer"] = kept | given["trainer"]
+        else:
+            given["trainer"] = stored["trainer"] = stored.get("trainer", {}) | given["trainer"]
     # Before the first checkpoint nothing depends on the options, so they may be corrected.
     begun = any(folder.glob("checkpoint-*"))
     changed = [name for name, value in given.items() if stored.get(name) != value and name not in _FREE_ON_RESUME]
@@ -253,7 +266,12 @@ def _trainer_options(words: list[str]) -> dict[str, Any]:
     from transformers import HfArgumentParser, TrainingArguments
 
     declared: Any = TrainingArguments  # the parser's own annotation admits no class
+
+    def error(message: str) -> NoReturn:
+        raise UsageError(f"{message}; write --option=value (a word on its own may have been taken for ROWS)")
+
     parser = HfArgumentParser(declared, add_help=False, allow_abbrev=False)
+    parser.error = error  # type: ignore[method-assign]  # theirs prints all their options
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     options, unknown = parser.parse_known_args(words)

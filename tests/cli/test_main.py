@@ -18,7 +18,7 @@ from andromeda.cli import info, interrupts, main
 # ---- help
 
 
-@pytest.mark.parametrize("command", ["info", "quickstart", "build-dataset", "train", "generate", "eval"])
+@pytest.mark.parametrize("command", ["info", "quickstart", "build-dataset", "train", "generate", "eval", "serve"])
 def test_help_of_every_command(capsys, command):
     with pytest.raises(SystemExit) as end:
         run(command, "--help")
@@ -70,6 +70,7 @@ INTEGERS = {
     ],
     "generate model --prompt x": ["tokens", "top-k"],
     "eval model text": ["seq-len", "batch-size", "max-rows"],
+    "serve model": ["port"],
 }
 NOT_NEGATIVE = {
     "train rows --out new --steps 1": [
@@ -140,6 +141,10 @@ def test_every_option_that_takes_a_number_has_bounds():
         "eval model text --json ?",
         "eval model text --tokenizer ?",
         "quickstart --out ?",
+        "serve ?",
+        "serve model --host ?",
+        "serve model --name ?",
+        "serve model --chat-template ?",
     ],
 )
 @pytest.mark.parametrize("empty", ["", "  "])

@@ -4,10 +4,13 @@ import json
 import shutil
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from commands import FAST, MODEL, failing, run
+from huggingface_hub import HfApi
+from huggingface_hub.errors import OfflineModeIsEnabled
 from transformers import Trainer
 
 from andromeda import training
@@ -199,3 +202,36 @@ def test_train_from_a_saved_model(rows, trained, tmp_path):
     before, after = (AndromedaForCausalLM.from_pretrained(folder / "model") for folder in (trained, tmp_path / "run"))
     for (name, ours), theirs in zip(after.state_dict().items(), before.state_dict().values(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0, msg=name)
+
+
+def test_push_to_hub_without_the_hub_is_one_line_before_any_work(corpus, tmp_path, capsys, monkeypatch):
+    def whoami(self, token=None):
+        raise OfflineModeIsEnabled("Cannot reach the hub: offline mode is on.")
+
+    monkeypatch.setattr(HfApi, "whoami", whoami)
+    words = ["--steps", "1", "--push_to_hub", "--hub_model_id", "me/tiny", *FAST]
+    code, said = failing(capsys, "train", corpus, "--tokenizer", corpus, "--out", tmp_path / "run", *words)
+    assert code == 1 and "train: cannot push to https://" in said
+    assert "nothing was trained. To push, unset HF_HUB_OFFLINE" in said and said.count("\n") == 2  # and --debug
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_pushed_with_its_evaluation_and_the_token_is_not_stored(rows, tmp_path, capsys, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(HfApi, "whoami", lambda self, token=None: {"name": "me"})
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **_: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **options: pushed.append(options))
+    folder = tmp_path / "run"
+    words = ["--eval-data", rows, "--steps", "1", *FAST]
+    assert run("train", rows, "--out", folder, *words) == 0
+    assert pushed == [] and capsys.readouterr().out.count("bits per byte") == 1
+    code, said = failing(capsys, "train", "--out", folder, "--resume", "--hub_model_id", "me/tiny")
+    assert code == 2 and "argument --hub_model_id/--hub-model-id: expected one argument; write --option=value" in said
+    hub = ["--push_to_hub", "--hub_model_id=me/tiny", "--hub_token=secret"]
+    assert run("train", "--out", folder, "--resume", *hub) == 0
+    (options,) = pushed
+    assert (options["repo_id"], options["folder_path"], options["token"]) == ("me/tiny", folder / "model", "secret")
+    card = (folder / "model" / "README.md").read_text()
+    assert "bits per byte" in card and "perplexity" in card and 'from_pretrained("me/tiny"' in card
+    assert [path for path in folder.rglob("*") if path.is_file() and b"secret" in path.read_bytes()] == []
+    assert capsys.readouterr().out.count("bits per byte") == 1
