@@ -495,3 +495,28 @@ def test_logits_to_keep():
     tokens = torch.randint(V, (2, 9))
     # A product of fewer rows may add in another order.
     torch.testing.assert_close(model(tokens, logits_to_keep=2), model(tokens)[:, -2:], rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [(90, 3), (40, 40, 3), (3, 90)], ids=str)
+def test_each_crop_is_right_or_refused(lengths):
+    """Rows of the token shift are kept for the last tokens alone; no crop goes on without them."""
+    model = build(depth=1, shift_tokens=2, max_seq_len=128).eval()
+    total = sum(lengths)
+    tokens = torch.randint(model.config.num_tokens, (1, total + 2), generator=torch.Generator().manual_seed(3))
+    cache, start = Cache(), 0
+    for length in lengths:
+        model(tokens[:, start : start + length], cache=cache)
+        start += length
+    whole, refused = model(tokens[:, :total]), 0
+    for count in range(1, total):
+        other = copy.deepcopy(cache)
+        try:
+            other.crop(-count)
+        except ValueError:
+            refused += 1
+            continue
+        kept = total - count
+        assert other.position == kept
+        assert largest(model(tokens[:, kept : kept + 1], cache=other)[:, 0], whole[:, kept]) <= SPLIT
+    assert refused > 0

@@ -328,7 +328,6 @@ def test_a_prefix_does_not_depend_on_the_origin_of_xpos(monkeypatch):
 
 
 @torch.no_grad()
-@torch.no_grad()
 def test_the_first_token_sees_a_prefix_as_it_was_learned(model):
     """xPos counts from the end of the prefix: there neither queries nor keys are shrunk."""
     seqlen, inputs = 40, []
@@ -349,6 +348,91 @@ def test_the_first_token_sees_a_prefix_as_it_was_learned(model):
     torch.testing.assert_close(found / found.sum(-1, keepdim=True), scores.softmax(-1), atol=1e-6, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_keys_of_a_prefix_may_be_long():
+    """They have no norm, so that the bound of the other scores does not hold for them."""
+    ids, exact = tokens(2, 6), huggingface()
+    long = [(200 * keys, values) for keys, values in prefix(2, 3)]
+    found = huggingface().float()(ids, past_key_values=DynamicCache([(k.float(), v.float()) for k, v in long])).logits
+    torch.testing.assert_close(found.double(), exact(ids, past_key_values=DynamicCache(long)).logits, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_a_cache_that_was_reset_is_new(model):
+    """It has forgotten the mask, and that it ended with padding."""
+    ids, mask = tokens(2, 6), torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+    cache = DynamicCache(prefix(2, 3))
+    model(ids, attention_mask=torch.nn.functional.pad(mask, (3, 0), value=1), past_key_values=cache)
+    state = cache.layers[0].cache
+    state.reset()
+    assert largest(model(ids, past_key_values=state).logits, model(ids).logits) <= SPLIT
+    state.reset()
+    mask = mask.flip(1)
+    found = model(ids, attention_mask=mask, past_key_values=state).logits
+    assert largest(found[1, 2:], model(ids[1:, 2:]).logits[0]) <= SPLIT
+    state.reset()
+    model(ids[:, :4], past_key_values=state)
+    found = model(ids[:, 4:], attention_mask=mask, past_key_values=state).logits  # the first mask, though a late one
+    assert largest(found[1], model(ids[1:]).logits[0, 4:]) > 1e-6
+    assert largest(found[0], model(ids[:1]).logits[0, 4:]) <= SPLIT
+
+
+@torch.no_grad()
+def test_rows_of_a_static_cache_change_places_with_their_padding(model):
+    ids, more, swapped = tokens(2, 6), tokens(2, 2, seed=1), torch.tensor([1, 0])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+    found = []
+    for cache in (AndromedaStaticCache(12), AndromedaCache()):
+        model(ids, attention_mask=mask, past_key_values=cache)
+        model(more[:, :1], past_key_values=cache)
+        cache.reorder(swapped)
+        found.append(model(more[:, 1:], past_key_values=cache).logits)
+    alone = [model(torch.cat((ids[row, mask[row] == 1], more[row, :1], more[1 - row, 1:]))[None]) for row in (1, 0)]
+    assert largest(found[0], found[1]) <= SPLIT
+    assert largest(found[0][:, 0], torch.cat([out.logits[:, -1] for out in alone])) <= SPLIT
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("shift_tokens", [1, 2])
+def test_documents_and_padding_in_later_calls(shift_tokens, recorded):
+    """Padding of the first call stays hidden, from the token shift, too; a document may begin in a later call."""
+    model = huggingface(shift_tokens=shift_tokens)
+    ids = tokens(2, 12)
+    padding = torch.tensor([4, 0])
+    mask = (torch.arange(12) >= padding[:, None]).long()
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])  # of the last eight tokens
+    with torch.set_grad_enabled(recorded):
+        cache = AndromedaCache()
+        first = model(ids[:, :4], attention_mask=mask[:, :4], past_key_values=cache, use_cache=True).logits
+        second = model(
+            ids[:, 4:], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        ).logits
+    found = torch.cat((first, second), dim=1)
+    for row, hidden in enumerate(padding.tolist()):
+        for begin, end in ((hidden, 9), (9, 12)):
+            alone = model(ids[row : row + 1, begin:end]).logits[0]
+            assert largest(found[row, begin:end], alone) <= SPLIT
+
+
+def test_a_later_call_leaves_what_gradients_need(monkeypatch):
+    """It moves the stored keys to the next xPos segment, of which autograd holds the old ones."""
+    monkeypatch.setattr(andromeda.model, "segment_length", lambda dtype: 16)
+    model = huggingface()
+    ids, parameter = tokens(1, 24), model.transformer.token_emb.weight
+
+    def gradient(later):
+        cache = AndromedaCache()
+        model(ids[:, :8], past_key_values=cache, use_cache=True)
+        loss = model(ids[:, 8:16], past_key_values=cache, use_cache=True).logits.square().mean()
+        if later:
+            with torch.no_grad():
+                model(ids[:, 16:], past_key_values=cache)
+        return torch.autograd.grad(loss, parameter)[0]
+
+    assert torch.equal(gradient(later=True), gradient(later=False))
+
+
+@torch.no_grad()
 def test_padding_on_the_right_after_a_prefix():
     """A batch of training: its rows end at different places, and no token may follow."""
     model = huggingface()
