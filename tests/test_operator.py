@@ -191,40 +191,57 @@ OF_THE_MODEL = {  # the arguments in the dtype of the model; others are float32
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", PLAIN)
 def test_formulas_replace_an_operator(name, dtype):
-    """`torch.onnx.export` finds them in torch's table; they write to no tensor and have the operator's outputs."""
+    """They write to no tensor and have the operator's outputs."""
     module, fields = PLAIN[name]
     call = module.Call(*fields)
     given = [field for field in OF_THE_MODEL[module] if getattr(call, field) is not None]
     call = call._replace(**{field: getattr(call, field).to(dtype) for field in given})
-    graph = make_fx(lambda: module.FORWARD(*call), decomposition_table=torch._decomp.decomposition_table)()
+    graph = make_fx(lambda: module.FORWARD(*call), decomposition_table=_operator.FORMULAS)()
     assert not any(node.target in (module.FORWARD, torch.ops.aten.copy_.default) for node in graph.graph.nodes)
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
     for found, expected in zip(graph(), module.FORWARD(*call), strict=True):
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
+def test_formulas_are_in_torchs_table_while_onnx_exports(monkeypatch):
+    """Inductor refuses operators that are in the table, where the variable CI is set."""
+    import torch.onnx
+
+    def trace():
+        with FakeTensorMode():
+            attention_op.attention(*(torch.empty(1, 4, 2, 8) for _ in range(3)))
+
+    table, operator = torch._decomp.decomposition_table, attention_op.FORWARD
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    trace()
+    assert table[operator] is _operator.FORMULAS[operator]
+    monkeypatch.undo()
+    trace()
+    assert operator not in table
+
+
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_program_of_any_size_is_traced_without_formulas(name, monkeypatch):
     """torch would take them to learn the shapes of the results, where sizes are symbols."""
+    import torch.onnx
+
     module, fields = PLAIN[name]
     calls = []
-    plain = torch._decomp.decomposition_table[module.FORWARD]
-    monkeypatch.setitem(
-        torch._decomp.decomposition_table, module.FORWARD, lambda *args: calls.append(args) or plain(*args)
-    )
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    monkeypatch.setitem(_operator.FORMULAS, module.FORWARD, lambda *args: calls.append(args))
     tensors = [field for field in fields if isinstance(field, torch.Tensor)]
-    compiled = torch.compile(
-        lambda *given: module.FORWARD(
-            *(next(rest) if isinstance(field, torch.Tensor) else field for rest in [iter(given)] for field in fields)
-        ),
-        dynamic=True,
-        backend="aot_eager",
-    )
+
+    def call(*given):
+        rest = iter(given)
+        return module.FORWARD(*(next(rest) if isinstance(field, torch.Tensor) else field for field in fields))
+
     with torch.no_grad():
-        found = compiled(*tensors)
+        found = torch.compile(call, dynamic=True, backend="eager")(*tensors)
+    monkeypatch.undo()
     for result, expected in zip(found, module.FORWARD(*fields), strict=True):
         torch.testing.assert_close(result, expected)
     assert calls == []
+    torch._decomp.decomposition_table.pop(module.FORWARD, None)
 
 
 # ---- calls without torch's dispatcher -------------------------------------------------------------------------------

@@ -7,12 +7,13 @@ had them still run. torch passes arguments by position. Only this file converts 
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
-from torch._decomp import register_decomposition
+from torch._decomp import decomposition_table, register_decomposition
 from torch.utils.flop_counter import register_flop_formula
 
 from andromeda.ops import _sharding, _transforms
@@ -25,6 +26,7 @@ _includes_key, _PRE_DISPATCH = torch._C._dispatch_tls_is_dispatch_key_included, 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _LIB = torch.library.Library("andromeda", "DEF")
+FORMULAS: dict[torch._ops.OpOverload, Callable[..., Any]] = {}  # operator -> plain torch that may replace it
 _SCHEMA_TYPES = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
@@ -128,18 +130,35 @@ def define(
     by_position = functools.partial(_by_position, record, leading)
     _LIB.impl(name, by_position(implementation), "CompositeExplicitAutograd")  # every device: the reference runs on all
     _sharding.declare(operator, axes if isinstance(axes, str) else by_position(axes), by_position(fake))
-    torch.library.register_fake(f"andromeda::{name}", _sharding.registering(by_position(fake)), lib=_LIB)
+    of_fake = _sharding.registering(by_position(fake))
+    if plain is not None:
+        FORMULAS[operator] = _sharding.registering(by_position(plain))
+        of_fake = _with_formulas(operator, of_fake)
+    torch.library.register_fake(f"andromeda::{name}", of_fake, lib=_LIB)
     count = by_position(flops)
     register_flop_formula(packet, get_raw=True)(lambda *args, out_val=None: count(*args))
     rule = _transforms.vmap_rule(operator, [names.index(row) for row in rows], [names.index(total) for total in sums])
     torch.library.register_vmap(f"andromeda::{name}", rule, lib=_LIB)
-    if plain is not None:
-        # Only exporters that ask for all decompositions read this table; torch.compile and torch.export keep operators.
-        register_decomposition(operator)(_sharding.registering(by_position(plain)))
-        # Fake tensors with symbolic sizes would read it, too, and take the formulas for `fake`, were it not for a rule
-        # for tensors without data.
-        register_decomposition(operator, type="meta")(_sharding.registering(by_position(fake)))
     return operator
+
+
+def _with_formulas(operator: torch._ops.OpOverload, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """`fake`, which also keeps the formulas in torch's table of decompositions as long as `torch.onnx` exports.
+
+    It asks for the table after it has traced the program. At other times the operator must not be there: where the
+    variable CI is set, Inductor takes it for a mistake.
+    """
+
+    def fake_of_exported(*args: Any) -> Any:
+        if "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
+            decomposition_table[operator] = FORMULAS[operator]
+        else:
+            decomposition_table.pop(operator, None)
+        return fake(*args)
+
+    # With a rule for tensors without data, torch never takes the formulas to learn the shapes of results.
+    register_decomposition(operator, type="meta")(fake_of_exported)
+    return fake_of_exported
 
 
 def _defaults(record: type[tuple[Any, ...]]) -> dict[str, Any]:

@@ -46,8 +46,9 @@ def assert_equal_gradients(model, found, expected):
         assert (found[name] - gradient).abs().max() <= 1e-6 * max(1, gradient.abs().max()), name
 
 
-def test_five_lengths_share_a_graph():
+def test_five_lengths_share_a_graph(monkeypatch):
     """Forward and backward, with padding and labels."""
+    monkeypatch.setenv("CI", "true")  # where it is set, Inductor is stricter
     torch.compiler.reset()
     model = new().train()
     counter = CompileCounterWithBackend("inductor")
