@@ -80,9 +80,9 @@ def test_installing_is_what_the_gate_does():
     assert development in executed
     assert ["python", "-m", "pytest"] in COMMANDS
     # The gate runs the same tests in two processes, and some of them later, when it has installed more.
-    kernels, later = ["tests/emulator", "tests/triton_kernels"], "tests/ecosystem"
-    ignored = [word for part in (*kernels, later) for word in ("--ignore", part)]
-    for arguments in (kernels, ignored):
+    beside, later = (["tests/emulator", "tests/triton_kernels"], ["tests/data", "tests/huggingface"]), "tests/ecosystem"
+    ignored = [word for part in (*beside[0], *beside[1], later) for word in ("--ignore", part)]
+    for arguments in (*beside, ignored):
         assert ["python", "-m", "pytest", *arguments] in executed
     assert f"python -m pytest {later} " in (ROOT / ".ci" / "run").read_text()
     # The first command differs from the second only in the installed package.
