@@ -164,6 +164,17 @@ def test_static_steps_across_segments(mode, model, padded, without_cache, monkey
         assert torch.equal(generate(model, padded, **MODES[mode], **CACHES[cache](model)), without_cache[mode])
 
 
+def test_static_steps_move_the_keys_to_the_next_segment(model, padded, monkeypatch):
+    """The tokens alone would not show it: the factors of near segments differ little."""
+    monkeypatch.setattr(andromeda.model, "segment_length", lambda dtype: 8)
+    options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    static, ordinary = (
+        torch.stack(generate(model, padded, **options, **cache).logits)
+        for cache in ({"cache_implementation": "static"}, {"use_cache": False})
+    )
+    torch.testing.assert_close(static, ordinary, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("options", ({"deepnorm": False}, {"shift_tokens": 0, "attn_one_kv_head": False}), ids=str)
 def test_other_models(options, padded, others):
     model = huggingface(depth=2, max_seq_len=60, **options)
