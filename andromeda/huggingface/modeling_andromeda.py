@@ -305,8 +305,6 @@ class AndromedaModel(AndromedaPreTrainedModel, Backbone):
             wanted = wanted and not padded_right
         if cache is None and wanted:
             past_key_values = cache = AndromedaCache()
-        if isinstance(cache, AndromedaCache):
-            cache.mask_is_read = cache.mask_is_read or attention_mask is not None
 
         hidden_states: list[torch.Tensor] | None = [] if _wants(output_hidden_states, self, "hidden_states") else None
         attentions: list[torch.Tensor] | None = [] if _wants(output_attentions, self, "attentions") else None
@@ -317,8 +315,9 @@ class AndromedaModel(AndromedaPreTrainedModel, Backbone):
         features = self.decode(
             x, key_start=starts, cache=cache, positions=positions, hidden_states=hidden_states, attentions=attentions
         )
-        if padded_right and isinstance(cache, AndromedaCache):
-            cache.is_closed = True
+        if isinstance(cache, AndromedaCache):  # now, because a call that fails leaves the cache as it was
+            cache.mask_is_read = cache.mask_is_read or attention_mask is not None
+            cache.is_closed = cache.is_closed or padded_right
         if order is not None:
             features, *rest = (
                 torch.zeros_like(states).scatter(1, index, states) for states in (features, *(hidden_states or ()))

@@ -378,6 +378,20 @@ def test_a_cache_that_was_reset_is_new(model):
 
 
 @torch.no_grad()
+def test_a_call_that_fails_has_not_read_the_mask(model, monkeypatch):
+    ids, mask = tokens(2, 6), torch.tensor([[1] * 6, [0] * 2 + [1] * 4])
+    found = []
+    for fails in (True, False):
+        cache = filled(model, ids[:, :4])
+        if fails:
+            with monkeypatch.context() as patch, pytest.raises(MemoryError):
+                patch.setattr(AndromedaModel, "decode", lambda *args, **options: (_ for _ in ()).throw(MemoryError))
+                model(ids[:, 4:], attention_mask=mask, past_key_values=cache)
+        found.append(model(ids[:, 4:], attention_mask=mask, past_key_values=cache).logits)
+    assert torch.equal(*found)
+
+
+@torch.no_grad()
 def test_rows_of_a_static_cache_change_places_with_their_padding(model):
     ids, more, swapped = tokens(2, 6), tokens(2, 2, seed=1), torch.tensor([1, 0])
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
